@@ -1,0 +1,34 @@
+"""pyargs: personalized reward-guided decoding.
+
+The public names below are imported on first use, so that `import pyargs` (and `pyargs --help`) stays fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "RewardModel": "pyargs.models.reward_model",
+    "args": "pyargs.integrations.transformers",
+    "generate": "pyargs.decode.args",
+    "load_lm": "pyargs.lm.hf",
+    "train": "pyargs.fit",
+    "adapt": "pyargs.fit",
+    "topk_logprobs": "pyargs.ops",
+    "score_select": "pyargs.ops",
+    "PyargsError": "pyargs.errors",
+}
+
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'pyargs' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,75 @@
+"""`pyargs VERB ...`: each verb is a module of `pyargs/commands`, found by its name and imported only when asked for.
+
+JSON goes to stdout, progress to stderr. Exit code 1: an error that names its fix. Exit code 2: wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import json
+import pkgutil
+import sys
+from pathlib import Path
+
+from pyargs import commands
+from pyargs.errors import PyargsError, did_you_mean
+
+
+def verbs() -> dict[str, str]:
+    """Every verb with the first line of its module's docstring, read without importing the module."""
+    found = {}
+    for module in pkgutil.iter_modules(commands.__path__):
+        source = Path(commands.__path__[0], f"{module.name}.py").read_text(encoding="utf-8")
+        found[module.name] = (ast.get_docstring(ast.parse(source)) or "").split("\n")[0]
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    known = verbs()
+    width = max(map(len, known))
+    parser = argparse.ArgumentParser(
+        prog="pyargs",
+        description="Personalized reward-guided decoding.",
+        epilog="verbs:\n" + "\n".join(f"  {verb:<{width}}  {line}" for verb, line in known.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and stop")
+    parser.add_argument("verb", nargs="?", help="what to do; `pyargs VERB --help` explains one")
+    own = parser.parse_args(argv[:1])
+    if own.version:
+        from pyargs import __version__
+
+        print(__version__)
+        return 0
+    if own.verb is None:
+        parser.print_help()
+        return 2
+    if own.verb not in known:
+        parser.error(f"unknown verb '{own.verb}'.{did_you_mean(own.verb, known)}")
+
+    module = importlib.import_module(f"pyargs.commands.{own.verb}")
+    parser = argparse.ArgumentParser(
+        prog=f"pyargs {own.verb}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    try:
+        # Flags of `train` depend on the method, so a command sees the words before it declares its arguments.
+        module.add_arguments(parser, argv[1:]) if _wants_words(module) else module.add_arguments(parser)
+        result = module.run(parser.parse_args(argv[1:]))
+    except PyargsError as error:
+        print(f"pyargs {own.verb}: {error}", file=sys.stderr)
+        return 1
+    if result is not None:
+        json.dump(result, sys.stdout, indent=1, ensure_ascii=False)
+        print()
+    return 0
+
+
+def _wants_words(module) -> bool:
+    return module.add_arguments.__code__.co_argcount == 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
