@@ -1,0 +1,84 @@
+// pyargs._C: what was built, and what this CPU can do. Loading it also registers the ops (torch must be imported
+// first).
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "common.h"
+
+namespace py = pybind11;
+
+namespace pyargs {
+namespace {
+
+constexpr const char* kNames[] = {"default", "avx2", "avx512"};
+
+Capability detect() {
+#ifdef PYARGS_X86
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Capability::kDefault;
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
+  if (!__builtin_cpu_supports("f16c")) return Capability::kDefault;
+#endif
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl")) {
+    return Capability::kAvx512;
+  }
+  return Capability::kAvx2;
+#else
+  return Capability::kDefault;
+#endif
+}
+
+Capability parse(const std::string& name) {
+  for (int level = 0; level < 3; ++level) {
+    if (name == kNames[level]) return static_cast<Capability>(level);
+  }
+  throw std::invalid_argument("CPU capability must be default, avx2 or avx512, got '" + name + "'");
+}
+
+Capability at_most(Capability wanted) {
+  const Capability best = detect();
+  return wanted < best ? wanted : best;
+}
+
+std::atomic<Capability> used{detect()};
+
+}  // namespace
+
+Capability cpu_capability() { return used.load(std::memory_order_relaxed); }
+
+}  // namespace pyargs
+
+PYBIND11_MODULE(_C, m) {
+  using namespace pyargs;
+  m.doc() = "pyargs extension: build info and the CPU capability of the ops in torch.ops.pyargs";
+  if (const char* wanted = std::getenv("PYARGS_CPU_CAPABILITY"); wanted && *wanted) used = at_most(parse(wanted));
+  m.def(
+      "build_info",
+      [] {
+        py::dict info;
+        info["torch"] = PYARGS_TORCH_VERSION;
+        info["compiler"] = __VERSION__;
+#ifdef PYARGS_CUDA_ARCHS
+        info["cuda_archs"] = std::string(PYARGS_CUDA_ARCHS);
+#else
+        info["cuda_archs"] = py::none();
+#endif
+        return info;
+      },
+      "torch built against, C++ compiler, and the CUDA architectures compiled in (None: CPU only).");
+  m.def(
+      "cpu_capability_detected", [] { return kNames[static_cast<int>(detect())]; },
+      "Best capability of this CPU: default, avx2 or avx512.");
+  m.def("cpu_capability", [] { return kNames[static_cast<int>(cpu_capability())]; }, "The capability in use.");
+  m.def(
+      "set_cpu_capability", [](const std::string& name) { used = at_most(parse(name)); }, py::arg("name"),
+      "Use this capability, or the best of this CPU if that is lower. For tests; PYARGS_CPU_CAPABILITY does the same "
+      "at import. Raises ValueError for another name.");
+}

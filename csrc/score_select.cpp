@@ -1,0 +1,324 @@
+// score_select: the reward of every candidate for its row's user, combined with the log-probability; the choice
+// (greedy or sampled), and the row's finished flag. See pyargs/ops/score_select.py for the contract.
+//
+// One thread does a whole row, so a row's result depends neither on the batch nor on the number of threads.
+
+#include <cmath>
+
+#include "cpu.h"
+
+namespace pyargs {
+
+enum class Activation : int { kIdentity = 0, kRelu = 1, kGelu = 2, kLeakyRelu = 3 };
+
+struct ScoreRows {
+  const void *features, *weight, *bias;  // [B, k, H], [W, H], [U, H] or null
+  Dtype features_dtype, weight_dtype, bias_dtype;
+  int64_t features_stride_b, features_stride_k, weight_stride, bias_stride;
+  int64_t k, hidden, weight_rows, bias_rows;
+  const int64_t *user, *ids, *stop;  // [B], [B, k], [stops]
+  const float *reward_weight, *logprobs, *stop_reward, *uniform;
+  const bool* finished;
+  int64_t stops, pad_id;
+  Activation activation;
+  float scale;
+  double temperature;  // of sampling, where uniform is given
+  int64_t *token, *slot;
+  float* reward;
+  bool* finished_out;
+};
+
+namespace PYARGS_CPU {
+namespace {
+
+constexpr int kTile = 1024;  // of hidden: weight, bias and one candidate as floats stay in the first-level cache
+
+// erf form, by Abramowitz and Stegun 7.1.26: erf is off by at most 1.5e-7. NaN passes through t.
+inline float gelu(float x) {
+  const float z = (x < 0.0f ? -x : x) * 0.70710678f;
+  const float t = 1.0f / (1.0f + 0.3275911f * z);
+  float p = 1.061405429f;
+  p = p * t - 1.453152027f;
+  p = p * t + 1.421413741f;
+  p = p * t - 0.284496736f;
+  p = p * t + 0.254829592f;
+  const float tail = p * t * exp_negative(-z * z);  // 1 - erf(z)
+  return 0.5f * x * (x < 0.0f ? tail : 2.0f - tail);
+}
+
+template <Activation activation>
+inline float apply(float x) {
+  if (activation == Activation::kRelu) return x < 0.0f ? 0.0f : x;  // NaN stays
+  if (activation == Activation::kLeakyRelu) return x < 0.0f ? 0.2f * x : x;
+  if (activation == Activation::kGelu) return gelu(x);
+  return x;
+}
+
+template <Activation activation, bool has_bias>
+inline float dot(const float* __restrict x, const float* __restrict w, const float* __restrict b, int n) {
+  float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+  for (int i = 0; i < n; ++i) sum += w[i] * apply<activation>(has_bias ? x[i] + b[i] : x[i]);
+  return sum;
+}
+
+template <Activation activation, bool has_bias>
+void rewards(const ScoreRows& rows, int64_t row, float* out) {
+  alignas(64) float x_buffer[kTile], w_buffer[kTile], b_buffer[kTile];
+  const int64_t weight_row = rows.weight_rows > 1 ? rows.user[row] : 0;
+  const int64_t bias_row = rows.bias_rows > 1 ? rows.user[row] : 0;
+  for (int64_t j = 0; j < rows.k; ++j) out[j] = 0.0f;
+  for (int64_t start = 0; start < rows.hidden; start += kTile) {
+    const int n = static_cast<int>(rows.hidden - start < kTile ? rows.hidden - start : kTile);
+    const float* w = as_floats(rows.weight_dtype, rows.weight, weight_row * rows.weight_stride + start, n, w_buffer);
+    const float* b = nullptr;
+    if (has_bias) b = as_floats(rows.bias_dtype, rows.bias, bias_row * rows.bias_stride + start, n, b_buffer);
+    for (int64_t j = 0; j < rows.k; ++j) {
+      const int64_t at = row * rows.features_stride_b + j * rows.features_stride_k + start;
+      out[j] += dot<activation, has_bias>(as_floats(rows.features_dtype, rows.features, at, n, x_buffer), w, b, n);
+    }
+  }
+  for (int64_t j = 0; j < rows.k; ++j) out[j] *= rows.scale;
+}
+
+template <Activation activation>
+void rewards(const ScoreRows& rows, int64_t row, float* out) {
+  if (rows.bias) {
+    rewards<activation, true>(rows, row, out);
+  } else {
+    rewards<activation, false>(rows, row, out);
+  }
+}
+
+bool is_stop(const ScoreRows& rows, int64_t id) {
+  for (int64_t e = 0; e < rows.stops; ++e) {
+    if (rows.stop[e] == id) return true;
+  }
+  return false;
+}
+
+// logprob + w * reward; w == 0 leaves the log-prob alone, whatever the reward.
+inline float score(float logprob, float weight, float reward) {
+  return weight == 0.0f ? logprob : logprob + weight * reward;
+}
+
+// The chosen slot, or -1 if a score is NaN.
+int64_t choose(const ScoreRows& rows, int64_t row, const float* reward) {
+  const float* logprobs = rows.logprobs + row * rows.k;
+  const float weight = rows.reward_weight[row];
+  int64_t best = 0;
+  float top = -INFINITY;
+  for (int64_t j = 0; j < rows.k; ++j) {
+    const float s = score(logprobs[j], weight, reward[j]);
+    if (s != s) return -1;
+    if (s > top) {
+      top = s;
+      best = j;
+    }
+  }
+  if (!rows.uniform || top == -INFINITY) return best;
+  if (top == INFINITY) return -1;  // no distribution
+  double total = 0.0;
+  for (int64_t j = 0; j < rows.k; ++j) {
+    total += std::exp((static_cast<double>(score(logprobs[j], weight, reward[j])) - top) / rows.temperature);
+  }
+  double cumulated = 0.0;
+  int64_t last = best;
+  for (int64_t j = 0; j < rows.k; ++j) {
+    const double p = std::exp((static_cast<double>(score(logprobs[j], weight, reward[j])) - top) / rows.temperature);
+    if (p > 0.0) last = j;
+    cumulated += p / total;
+    if (cumulated > rows.uniform[row]) return j;
+  }
+  return last;
+}
+
+void select_row(const ScoreRows& rows, int64_t row) {
+  float* reward = rows.reward + row * rows.k;
+  const int64_t* ids = rows.ids + row * rows.k;
+  if (rows.finished[row]) {
+    for (int64_t j = 0; j < rows.k; ++j) reward[j] = 0.0f;
+    rows.token[row] = rows.pad_id;
+    rows.slot[row] = 0;
+    rows.finished_out[row] = true;
+    return;
+  }
+  const int64_t users = rows.weight_rows > rows.bias_rows ? rows.weight_rows : rows.bias_rows;
+  int64_t slot = -1;
+  if (users > 1 && (rows.user[row] < 0 || rows.user[row] >= users)) {
+    for (int64_t j = 0; j < rows.k; ++j) reward[j] = NAN;
+  } else {
+    switch (rows.activation) {
+      case Activation::kIdentity:
+        rewards<Activation::kIdentity>(rows, row, reward);
+        break;
+      case Activation::kRelu:
+        rewards<Activation::kRelu>(rows, row, reward);
+        break;
+      case Activation::kGelu:
+        rewards<Activation::kGelu>(rows, row, reward);
+        break;
+      case Activation::kLeakyRelu:
+        rewards<Activation::kLeakyRelu>(rows, row, reward);
+        break;
+    }
+    if (rows.stop_reward) {
+      for (int64_t j = 0; j < rows.k; ++j) {
+        if (is_stop(rows, ids[j])) reward[j] = rows.stop_reward[row];
+      }
+    }
+    slot = choose(rows, row, reward);
+  }
+  rows.slot[row] = slot;
+  rows.token[row] = slot < 0 ? rows.pad_id : ids[slot];
+  rows.finished_out[row] = slot < 0 || is_stop(rows, ids[slot]);
+}
+
+}  // namespace
+
+void score_rows(const ScoreRows& rows, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) select_row(rows, row);
+}
+
+}  // namespace PYARGS_CPU
+
+#ifdef PYARGS_X86
+namespace avx2 {
+void score_rows(const ScoreRows&, int64_t, int64_t);
+}
+namespace avx512 {
+void score_rows(const ScoreRows&, int64_t, int64_t);
+}
+#endif
+
+}  // namespace pyargs
+
+#ifdef PYARGS_HOST  // the op: schema, checks, threads
+
+#include "tensor.h"
+
+namespace pyargs {
+namespace {
+
+using Result = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+Activation activation_of(const std::string& name) {
+  if (name == "identity") return Activation::kIdentity;
+  if (name == "relu") return Activation::kRelu;
+  if (name == "gelu") return Activation::kGelu;
+  if (name == "leaky_relu") return Activation::kLeakyRelu;
+  throw std::runtime_error("pyargs: activation must be identity, relu, gelu or leaky_relu");
+}
+
+void check_matrix(const Tensor& tensor, int64_t columns, const Tensor& like, const char* message) {
+  check(tensor.dim() == 2 && tensor.size(0) >= 1 && tensor.size(1) == columns, message);
+  check_device(tensor, like);
+}
+
+void check_candidates(const Tensor& tensor, int64_t batch, int64_t k, ScalarType type, const Tensor& like,
+                      const char* message) {
+  check(tensor.dim() == 2 && tensor.size(0) == batch && tensor.size(1) == k, message);
+  check(tensor.scalar_type() == type, message);
+  check_device(tensor, like);
+}
+
+template <class T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.data_ptr());
+}
+
+// By value: a tensor whose rows are not dense is replaced by a copy.
+Result score_select_cpu(Tensor features, Tensor weight, Tensor user, Tensor reward_weight, Tensor logprobs, Tensor ids,
+                        Tensor finished, std::optional<Tensor> bias, const std::string& activation, double scale,
+                        std::optional<Tensor> stop, std::optional<Tensor> stop_reward, int64_t pad_id,
+                        std::optional<double> temperature, std::optional<Tensor> uniform) {
+  ScoreRows rows{};
+  check(features.dim() == 3, "features must be [B, k, H]");
+  const int64_t batch = features.size(0);
+  rows.k = features.size(1);
+  rows.hidden = features.size(2);
+  check(rows.k >= 1 && rows.hidden >= 1, "features must have k >= 1 and H >= 1");
+  check_matrix(weight, rows.hidden, features, "weight must be [W, H]");
+  rows.features_dtype = float_dtype(features, "features must be float32, bfloat16 or float16");
+  rows.weight_dtype = float_dtype(weight, "weight must be float32, bfloat16 or float16");
+  rows.weight_rows = weight.size(0);
+  rows.bias_rows = 1;
+  if (bias) {
+    check_matrix(*bias, rows.hidden, features, "bias must be [U, H]");
+    rows.bias_dtype = float_dtype(*bias, "bias must be float32, bfloat16 or float16");
+    rows.bias_rows = bias->size(0);
+    bias = with_dense_rows(*bias);
+    rows.bias = bias->data_ptr();
+    rows.bias_stride = bias->stride(0);
+    check(rows.weight_rows == 1 || rows.bias_rows == 1 || rows.weight_rows == rows.bias_rows,
+          "weight and bias must have as many rows, or one of them a single row");
+  }
+  check_vector(user, batch, ScalarType::Long, features, "user must be [B] int64");
+  check_vector(reward_weight, batch, ScalarType::Float, features, "reward_weight must be [B] float32");
+  check_candidates(logprobs, batch, rows.k, ScalarType::Float, features, "logprobs must be [B, k] float32");
+  check_candidates(ids, batch, rows.k, ScalarType::Long, features, "ids must be [B, k] int64");
+  check_vector(finished, batch, ScalarType::Bool, features, "finished must be [B] bool");
+  rows.activation = activation_of(activation);
+  if (stop) {
+    check_vector(*stop, stop->numel(), ScalarType::Long, features, "stop must be [E] int64");
+    rows.stop = data<int64_t>(stop.emplace(dense(*stop)));
+    rows.stops = stop->numel();
+  }
+  if (stop_reward) {
+    check(stop.has_value(), "stop_reward needs stop");
+    check_vector(*stop_reward, batch, ScalarType::Float, features, "stop_reward must be [B] float32");
+    rows.stop_reward = data<float>(stop_reward.emplace(dense(*stop_reward)));
+  }
+  check(temperature.has_value() == uniform.has_value(), "temperature and uniform belong together");
+  if (uniform) {
+    check(*temperature > 0.0, "temperature must be > 0");
+    check_vector(*uniform, batch, ScalarType::Float, features, "uniform must be [B] float32");
+    rows.uniform = data<float>(uniform.emplace(dense(*uniform)));
+    rows.temperature = *temperature;
+  }
+
+  const int32_t int64 = aoti_torch_dtype_int64();
+  Result result{new_tensor<1>({batch}, int64, features), new_tensor<1>({batch}, int64, features),
+                new_tensor<2>({batch, rows.k}, aoti_torch_dtype_float32(), features),
+                new_tensor<1>({batch}, aoti_torch_dtype_bool(), features)};
+  if (batch == 0) return result;
+  features = with_dense_rows(features);
+  weight = with_dense_rows(weight);
+  rows.features = features.data_ptr();
+  rows.features_stride_b = features.stride(0);
+  rows.features_stride_k = features.stride(1);
+  rows.weight = weight.data_ptr();
+  rows.weight_stride = weight.stride(0);
+  rows.user = data<int64_t>(user = dense(user));
+  rows.ids = data<int64_t>(ids = dense(ids));
+  rows.reward_weight = data<float>(reward_weight = dense(reward_weight));
+  rows.logprobs = data<float>(logprobs = dense(logprobs));
+  rows.finished = data<bool>(finished = dense(finished));
+  rows.pad_id = pad_id;
+  rows.scale = static_cast<float>(scale);
+  rows.token = static_cast<int64_t*>(std::get<0>(result).data_ptr());
+  rows.slot = static_cast<int64_t*>(std::get<1>(result).data_ptr());
+  rows.reward = static_cast<float*>(std::get<2>(result).data_ptr());
+  rows.finished_out = static_cast<bool*>(std::get<3>(result).data_ptr());
+
+  const int64_t row_work = rows.k * rows.hidden * (rows.activation == Activation::kGelu ? 8 : 1);
+  const int64_t grain = 1 + 32768 / row_work;  // about 3 us: less is not worth waking a thread
+  torch::stable::parallel_for(0, batch, grain,
+                              [&rows](int64_t begin, int64_t end) { PYARGS_DISPATCH(score_rows, rows, begin, end); });
+  return result;
+}
+
+}  // namespace
+}  // namespace pyargs
+
+STABLE_TORCH_LIBRARY_FRAGMENT(pyargs, m) {
+  m.def(
+      "score_select(Tensor features, Tensor weight, Tensor user, Tensor reward_weight, Tensor logprobs, Tensor ids, "
+      "Tensor finished, *, Tensor? bias=None, str activation=\"identity\", float scale=1., Tensor? stop=None, "
+      "Tensor? stop_reward=None, SymInt pad_id=0, float? temperature=None, Tensor? uniform=None) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pyargs, CPU, m) { m.impl("score_select", TORCH_BOX(&pyargs::score_select_cpu)); }
+
+#endif  // PYARGS_HOST

@@ -1,0 +1,10 @@
+"""The ops of a decoding step. Each file holds an op, its plain PyTorch reference with the same signature, and its fake
+kernel. The extension `pyargs._C` makes them fast; without it the references serve."""
+
+from __future__ import annotations
+
+from pyargs.ops.library import native
+from pyargs.ops.score_select import score_select, score_select_reference
+from pyargs.ops.topk_logprobs import topk_logprobs, topk_logprobs_reference
+
+__all__ = ["native", "score_select", "score_select_reference", "topk_logprobs", "topk_logprobs_reference"]

@@ -1,0 +1,58 @@
+"""Brings the ops into `torch.ops.pyargs`: the native kernels where the extension is built, the references elsewhere."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+
+import torch
+
+native: set[str] = set()
+"""Names of the ops with a native CPU kernel in this process."""
+
+
+def _load_extension() -> bool:
+    if os.environ.get("PYARGS_NO_EXT") == "1":
+        reason = "PYARGS_NO_EXT=1"
+    else:
+        try:
+            from pyargs import _C  # noqa: F401  (loading it registers the kernels; torch must be loaded before)
+
+            return True
+        except ImportError as error:
+            reason = str(error)
+    warnings.warn(
+        f"pyargs runs its slow reference ops: the extension is not loaded ({reason}). "
+        "To build it: pip install . (or pip install -e .) with a C++ compiler at hand.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return False
+
+
+_has_extension = _load_extension()
+
+
+def define(name: str, reference: Callable, fake: Callable) -> Callable:
+    """The op `pyargs::name`. The reference serves devices without a native kernel; `fake` gives shapes and dtypes."""
+    qualified = f"pyargs::{name}"
+    if _has_extension and torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CPU"):
+        native.add(name)
+    else:
+        torch.library.define(qualified, torch.library.infer_schema(reference, mutates_args=()))
+    torch.library.impl(qualified, "default", reference)
+    torch.library.register_fake(qualified, fake)
+    return getattr(torch.ops.pyargs, name).default
+
+
+def device_of(**tensors: torch.Tensor | None) -> torch.device:
+    """The common device of the given tensors; raises ValueError where they differ."""
+    devices = {name: t.device for name, t in tensors.items() if t is not None}
+    first, *others = devices
+    for name in others:
+        if devices[name] != devices[first]:
+            raise ValueError(
+                f"{name} is on {devices[name]} but {first} on {devices[first]}: move all arguments to one device"
+            )
+    return devices[first]

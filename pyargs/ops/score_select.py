@@ -1,0 +1,208 @@
+"""score_select: rewards of the candidates for each row's user, and the choice of the next token."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pyargs.ops.library import define, device_of
+
+ACTIVATIONS = {
+    "identity": lambda x: x,
+    "relu": F.relu,
+    "gelu": F.gelu,  # the exact (erf) form
+    "leaky_relu": lambda x: F.leaky_relu(x, 0.2),
+}
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def score_select_reference(
+    features: Tensor,
+    weight: Tensor,
+    user: Tensor,
+    reward_weight: Tensor,
+    logprobs: Tensor,
+    ids: Tensor,
+    finished: Tensor,
+    *,
+    bias: Tensor | None = None,
+    activation: str = "identity",
+    scale: float = 1.0,
+    stop: Tensor | None = None,
+    stop_reward: Tensor | None = None,
+    pad_id: int = 0,
+    temperature: float | None = None,
+    uniform: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Plain PyTorch form of `score_select`; same arguments, results and errors."""
+    check(
+        features, weight, user, reward_weight, logprobs, ids, finished, bias, activation, stop, stop_reward,
+        temperature, uniform,
+    )  # fmt: skip
+    users = max(weight.shape[0], bias.shape[0] if bias is not None else 1)
+    bad_user = (user < 0) | (user >= users) if users > 1 else torch.zeros_like(finished)
+    row = user.masked_fill(bad_user | finished, 0)
+
+    hidden = features.float()
+    if bias is not None:
+        hidden = hidden + bias.float()[row if bias.shape[0] > 1 else row * 0][:, None]
+    hidden = ACTIVATIONS[activation](hidden)
+    reward = scale * torch.einsum("bkh,bh->bk", hidden, weight.float()[row if weight.shape[0] > 1 else row * 0])
+    reward = reward.masked_fill(bad_user[:, None], math.nan)
+    if stop_reward is not None:
+        is_stop = torch.isin(ids, stop) & ~bad_user[:, None]
+        reward = torch.where(is_stop, stop_reward[:, None], reward)
+
+    weighted = torch.where(reward_weight[:, None] == 0, 0.0, reward_weight[:, None] * reward)
+    score = logprobs + weighted
+    bad = bad_user | score.isnan().any(-1)
+    slot = score.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).argmax(-1)  # ties: see below
+    slot = (score == score.gather(-1, slot[:, None])).int().argmax(-1)  # argmax of 0/1 takes the first
+    if uniform is not None:
+        bad = bad | (score == math.inf).any(-1)  # no distribution
+        p = torch.softmax(score.double() / temperature, dim=-1)
+        passed = p.cumsum(-1) > uniform[:, None].double()
+        last = (p > 0).int().cumsum(-1).argmax(-1)  # where rounding leaves none
+        sampled = torch.where(passed.any(-1), passed.int().argmax(-1), last)
+        slot = torch.where((score == -math.inf).all(-1), slot, sampled)
+
+    token = ids.gather(-1, slot[:, None])[:, 0]
+    stopped = torch.isin(token, stop) if stop is not None else torch.zeros_like(finished)
+    slot = slot.masked_fill(bad, -1).masked_fill(finished, 0)
+    token = token.masked_fill(bad | finished, pad_id)
+    reward = reward.masked_fill(finished[:, None], 0.0)
+    return token, slot, reward, finished | bad | stopped
+
+
+def score_select(
+    features: Tensor,
+    weight: Tensor,
+    user: Tensor,
+    reward_weight: Tensor,
+    logprobs: Tensor,
+    ids: Tensor,
+    finished: Tensor,
+    *,
+    bias: Tensor | None = None,
+    activation: str = "identity",
+    scale: float = 1.0,
+    stop: Tensor | None = None,
+    stop_reward: Tensor | None = None,
+    pad_id: int = 0,
+    temperature: float | None = None,
+    uniform: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scores every candidate for its row's user and chooses one: `logprob + w * reward` (ARGS, arXiv 2402.01694).
+
+    The reward of candidate j in row b is `scale * sum_h weight[u, h] * activation(features[b, j, h] + bias[u, h])`,
+    u = user[b]. A `weight` or `bias` of one row is shared by all users. Linear heads have no bias and the identity; an
+    MLP comes with its matrix product done before, per-user terms in `bias` and the last layer as `weight`.
+
+    Args:
+        features: [B, k, H] float32, bfloat16 or float16; k, H >= 1, B may be 0.
+        weight: [W, H], W = number of users or 1. Dtypes may be mixed; sums are float32.
+        user: [B] int64, rows of weight and bias. Not read where both are shared.
+        reward_weight: [B] float32, the raw w. Where it is 0 the score is the log-probability exactly.
+        logprobs, ids: [B, k] float32 and int64, as topk_logprobs gives them.
+        finished: [B] bool. Nothing else is read of a finished row; it gets token=pad_id, slot=0, reward=0.
+        bias: [U, H], U = number of users or 1.
+        activation: "identity", "relu", "gelu" (erf form) or "leaky_relu" (slope 0.2).
+        scale: factor of the reward.
+        stop: [E] int64, ids that finish a row.
+        stop_reward: [B] float32, the reward of candidates in `stop` (a head never saw the state after a terminator).
+        pad_id: token of rows that have finished.
+        temperature: > 0 samples from softmax(score / temperature) over the k candidates; needs `uniform`.
+        uniform: [B] float32 in [0, 1): the slot is the first whose cumulated probability exceeds it.
+
+    Returns:
+        token: [B] int64. slot: [B] int64, index of the choice; equal scores go to the lower slot.
+        reward: [B, k] float32. finished: [B] bool.
+
+    Errors in the data do not raise, for a decoding loop on a device cannot: a user row out of range (reward NaN), a NaN
+    score, or a +inf score where sampling, give slot=-1, token=pad_id and finished=True. Not differentiable.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, device or option that does not fit.
+    """
+    try:
+        return _op(
+            features, weight, user, reward_weight, logprobs, ids, finished, bias=bias, activation=activation,
+            scale=scale, stop=stop, stop_reward=stop_reward, pad_id=pad_id, temperature=temperature, uniform=uniform,
+        )  # fmt: skip
+    except RuntimeError:
+        check(
+            features, weight, user, reward_weight, logprobs, ids, finished, bias, activation, stop, stop_reward,
+            temperature, uniform,
+        )  # fmt: skip
+        raise
+
+
+def check(
+    features, weight, user, reward_weight, logprobs, ids, finished, bias, activation, stop, stop_reward, temperature,
+    uniform,
+) -> None:  # fmt: skip
+    """Raises the error that names the fix. The native kernel makes the same checks; this words them."""
+    if isinstance(features, Tensor) and features.dim() != 3:
+        raise ValueError(f"features must be [B, k, H], got shape {tuple(features.shape)}")
+    batch, k, hidden = features.shape if isinstance(features, Tensor) else (0, 0, 0)
+    expected = {  # name: (tensor, dtypes, shape; None fits any size)
+        "features": (features, FLOATS, (batch, k, hidden)),
+        "weight": (weight, FLOATS, (None, hidden)),
+        "bias": (bias, FLOATS, (None, hidden)),
+        "user": (user, (torch.int64,), (batch,)),
+        "reward_weight": (reward_weight, (torch.float32,), (batch,)),
+        "logprobs": (logprobs, (torch.float32,), (batch, k)),
+        "ids": (ids, (torch.int64,), (batch, k)),
+        "finished": (finished, (torch.bool,), (batch,)),
+        "stop": (stop, (torch.int64,), (None,)),
+        "stop_reward": (stop_reward, (torch.float32,), (batch,)),
+        "uniform": (uniform, (torch.float32,), (batch,)),
+    }
+    given = {}
+    for name, (tensor, dtypes, shape) in expected.items():
+        if tensor is None and name in ("bias", "stop", "stop_reward", "uniform"):
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in dtypes:
+            raise TypeError(f"{name} must be {' or '.join(str(d)[6:] for d in dtypes)}, got {tensor.dtype}")
+        fits = tensor.dim() == len(shape) and all(e is None or e == n for n, e in zip(tensor.shape, shape, strict=True))
+        if not fits:
+            wanted = ", ".join("any" if e is None else str(e) for e in shape)
+            raise ValueError(f"{name} must have shape [{wanted}], got {list(tensor.shape)}")
+        given[name] = tensor
+    device_of(**given)
+    if k < 1 or hidden < 1:
+        raise ValueError(f"features must have k >= 1 and H >= 1, got shape {tuple(features.shape)}")
+    if weight.shape[0] < 1 or (bias is not None and bias.shape[0] < 1):
+        raise ValueError("weight and bias must have at least one row")
+    if bias is not None and weight.shape[0] > 1 and bias.shape[0] > 1 and weight.shape[0] != bias.shape[0]:
+        raise ValueError(f"weight has {weight.shape[0]} users but bias {bias.shape[0]}: give both the same, or one row")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+    if stop_reward is not None and stop is None:
+        raise ValueError("stop_reward needs stop: the ids that get it")
+    if (temperature is None) != (uniform is None):
+        raise ValueError("temperature and uniform belong together: give both to sample, neither for the best score")
+    if temperature is not None and not temperature > 0:
+        raise ValueError(f"temperature must be > 0, got {temperature}: leave it out for the best score")
+
+
+def _fake(
+    features, weight, user, reward_weight, logprobs, ids, finished, *, bias=None, activation="identity", scale=1.0,
+    stop=None, stop_reward=None, pad_id=0, temperature=None, uniform=None,
+):  # fmt: skip
+    check(
+        features, weight, user, reward_weight, logprobs, ids, finished, bias, activation, stop, stop_reward,
+        temperature, uniform,
+    )  # fmt: skip
+    batch, k, _ = features.shape
+    token = features.new_empty((batch,), dtype=torch.int64)
+    reward = features.new_empty((batch, k), dtype=torch.float32)
+    return token, torch.empty_like(token), reward, features.new_empty((batch,), dtype=torch.bool)
+
+
+_op = define("score_select", score_select_reference, _fake)
