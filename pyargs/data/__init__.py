@@ -1,0 +1,72 @@
+"""Preference data. Every module of this folder with a `load` is a data set; each gives a `datasets.Dataset` with the
+columns
+
+user_id   str
+prompt    str, or a list of {"role", "content"} (chat messages)
+chosen    str, the response this user prefers
+rejected  str
+split     "train" and "train_test" for the users to train on; "support" and "query" for the users to adapt to
+pair_id   str; the same pair may be shown to several users
+
+and sometimes more (`user_type`, `attribute`). It is TRL's preference format with a user.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import json
+import pkgutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pyargs.errors import PyargsError, did_you_mean
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SPLITS = ("train", "train_test", "support", "query")
+COLUMNS = ("user_id", "prompt", "chosen", "rejected", "split", "pair_id")
+
+
+def names() -> list[str]:
+    """The data sets that `load` knows: the modules of this folder."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg)
+
+
+def load(name: str | Path, source: str | Path | None = None, **options) -> Dataset:
+    """Preference pairs of a data set (`demo`, `synthetic`, `pref_lamp`, `preferences`) or of a file.
+
+    `name` is a module of this folder or the path of a JSONL or parquet file (then read by `preferences`); `source`
+    is the file or folder for data that the package does not carry. `options` go to that module's `load`. Raises
+    PyargsError: unknown name, missing source, unknown option, or what the data are refused for.
+    """
+    if name not in names() and Path(name).is_file():
+        if source is not None:
+            raise PyargsError(f"{name} is a file already; leave out the source {source}.")
+        name, source = "preferences", name
+    if name not in names():
+        raise PyargsError(f"No data set and no file '{name}'.{did_you_mean(str(name), names())}")
+    function = importlib.import_module(f"pyargs.data.{name}").load
+    known = inspect.signature(function).parameters
+    wants_source = next(iter(known), None) == "source"
+    for option in options:
+        if option not in known:
+            raise PyargsError(f"Data set '{name}' has no option '{option}'.{did_you_mean(option, known)}")
+    if wants_source and source is None:
+        raise PyargsError(f"Data set '{name}' needs a source: the path of its file or folder.")
+    if not wants_source and source is not None:
+        raise PyargsError(
+            f"Data set '{name}' takes no source. For a file of your own, give its path alone."
+        )
+    return function(source, **options) if wants_source else function(**options)
+
+
+def content_hash(dataset: Dataset) -> str:
+    """SHA-256 over the common columns, row by row in order: the same data have the same hash wherever they came from."""
+    digest = hashlib.sha256()
+    columns = [column for column in COLUMNS if column in dataset.column_names]
+    for row in dataset.select_columns(columns):
+        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+    return digest.hexdigest()
