@@ -1,5 +1,4 @@
-"""Preference data. Every module of this folder with a `load` is a data set; each gives a `datasets.Dataset` with the
-columns
+"""Preference data. Every module of this folder is a data set; its `load` gives a `datasets.Dataset` with the columns
 
 user_id   str
 prompt    str, or a list of {"role", "content"} (chat messages)
@@ -57,14 +56,12 @@ def load(name: str | Path, source: str | Path | None = None, **options) -> Datas
     if wants_source and source is None:
         raise PyargsError(f"Data set '{name}' needs a source: the path of its file or folder.")
     if not wants_source and source is not None:
-        raise PyargsError(
-            f"Data set '{name}' takes no source. For a file of your own, give its path alone."
-        )
+        raise PyargsError(f"Data set '{name}' takes no source. For a file of your own, give its path alone.")
     return function(source, **options) if wants_source else function(**options)
 
 
 def content_hash(dataset: Dataset) -> str:
-    """SHA-256 over the common columns, row by row in order: the same data have the same hash wherever they came from."""
+    """SHA-256 over the common columns, row by row in order: the same data have the same hash whatever their source."""
     digest = hashlib.sha256()
     columns = [column for column in COLUMNS if column in dataset.column_names]
     for row in dataset.select_columns(columns):

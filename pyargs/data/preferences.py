@@ -92,7 +92,7 @@ def check(rows: Iterable[dict], *, where: str = "rows") -> list[dict]:
         kind = "train" if split in ("train", "train_test") else "adapt"
         if kinds.setdefault(out["user_id"], (kind, number))[0] != kind:
             raise PyargsError(
-                f"{place}: user '{out['user_id']}' is here an {kind} user but not in row {kinds[out['user_id']][1]}. "
+                f"{place}: user '{out['user_id']}' is of the {kind} users here but not in row {kinds[out['user_id']][1]}. "
                 "A user is either trained on (train, train_test) or adapted to (support, query)."
             )
         if checked and isinstance(checked[0]["prompt"], str) != isinstance(out["prompt"], str):
