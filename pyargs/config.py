@@ -1,0 +1,47 @@
+"""Dataclass <-> command line: every field is a flag, its help is the field's metadata."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import types
+import typing
+
+
+def option(default, help: str, **more):
+    """A dataclass field with its help text (which cites where the default comes from)."""
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata={"help": help, **more})
+    return dataclasses.field(default=default, metadata={"help": help, **more})
+
+
+def add_options(parser: argparse.ArgumentParser, config: type) -> None:
+    """One flag for each field of the dataclass: --lora-rank 8, --freeze-backbone / --no-freeze-backbone, --seeds 1 2 3."""
+    hints = typing.get_type_hints(config)
+    for field in dataclasses.fields(config):
+        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        kind, several = _kind(hints[field.name])
+        shown = "" if default is None else f" (default: {default})"
+        keywords = {
+            "dest": field.name,
+            "default": default,
+            "help": field.metadata.get("help", "").replace("%", "%%") + shown,
+        }
+        flag = "--" + field.name.replace("_", "-")
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **keywords)
+        else:
+            choices = field.metadata.get("choices")
+            parser.add_argument(flag, type=kind, nargs="+" if several else None, choices=choices, **keywords)
+
+
+def from_args(config: type, args: argparse.Namespace):
+    return config(**{field.name: getattr(args, field.name) for field in dataclasses.fields(config)})
+
+
+def _kind(hint) -> tuple[type, bool]:
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    if typing.get_origin(hint) is list:
+        return typing.get_args(hint)[0], True
+    return hint, False

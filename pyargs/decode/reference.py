@@ -1,0 +1,100 @@
+"""ARGS as one would write it first: k copies of the reward model's cache, plain PyTorch, any model of transformers.
+
+Tests and benchmarks compare the other decoders with this loop. It also serves models whose layers keep a state instead of
+keys and values, or look through a window, since it asks of a cache only that its rows can be reordered.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from pyargs.decode.request import Output, Request
+from pyargs.models.reward_model import RewardModel
+from pyargs.types import Decoded
+
+
+@torch.no_grad()
+def decode(policy, reward_model: RewardModel, request: Request) -> Decoded:
+    rows, k = len(request.user), request.num_candidates
+    device, backbone = reward_model.device, reward_model.backbone
+    mask = request.attention_mask
+
+    policy_out, policy_cache = _forward(policy, request.input_ids, mask, None, logits_to_keep=1)
+    reward_out, reward_cache = _forward(backbone, request.input_ids.to(device), mask.to(device), None)
+    so_far = reward_model.head(reward_out.last_hidden_state[:, -1], request.user)
+    total = torch.zeros_like(so_far)
+    # Row b * k + j holds candidate j of row b, behind its own copy of the prefix.
+    first_row = torch.arange(rows, device=device) * k
+    reward_cache.reorder_cache(torch.arange(rows, device=device).repeat_interleave(k))
+    finished = torch.zeros(rows, dtype=torch.bool, device=device)
+    output = Output(request)
+
+    for step in range(request.max_new_tokens):
+        logprobs = policy_out.logits[:, -1, : request.vocabulary].float().log_softmax(-1).to(device)
+        logprobs, ids = _topk(logprobs, k)
+
+        mask = torch.cat([mask, mask.new_ones(rows, 1)], dim=1)
+        reward_out, reward_cache = _forward(
+            backbone, ids.reshape(-1, 1), mask.to(device).repeat_interleave(k, dim=0), reward_cache
+        )
+        hidden = reward_out.last_hidden_state.reshape(rows, k, -1)
+        reward = reward_model.head(hidden, request.user.unsqueeze(1).expand(rows, k))
+        is_stop = torch.isin(ids, request.stop)
+        if request.eos_reward == "before":
+            reward = torch.where(is_stop, so_far.unsqueeze(1), reward)
+        weight = request.step_weight(step).unsqueeze(1)
+        score = torch.where(weight == 0, logprobs, logprobs + weight * reward)
+
+        if request.uniform is None:
+            slot = score.argmax(1)
+        else:
+            cumulative = (score / request.temperature).softmax(-1).cumsum(-1)
+            slot = (cumulative > request.uniform[step].unsqueeze(1)).int().argmax(1)
+        bad = score.isnan().any(1) & ~finished
+        token = ids.gather(1, slot.unsqueeze(1)).squeeze(1).masked_fill(finished | bad, request.pad_id)
+        chosen = reward.gather(1, slot.unsqueeze(1)).squeeze(1).masked_fill(finished, 0.0)
+        stopped = is_stop.gather(1, slot.unsqueeze(1)).squeeze(1)
+        output_slot = slot.masked_fill(finished, 0).masked_fill(bad, -1)
+        finished = finished | stopped | bad
+        output.add(step, token, output_slot, chosen, finished)
+        total = total + chosen
+        so_far = total / (step + 1) if request.prefix_mean else chosen
+        if output.stop(step, finished):
+            break
+
+        reward_cache.reorder_cache((first_row + slot).repeat_interleave(k))
+        policy_out, policy_cache = _forward(
+            policy, token.unsqueeze(1).to(policy.device), mask, policy_cache, logits_to_keep=1
+        )
+    return output.decoded(finished)
+
+
+def _topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """torch.topk with the lower id first among equals, which topk itself does not promise."""
+    top, ids = values.topk(k)
+    if ((values >= top[:, -1:]).sum(1) > k).any():  # a tie across the border: rare, so it may cost a whole sort
+        top, ids = values.sort(dim=-1, descending=True, stable=True)
+        return top[:, :k], ids[:, :k]
+    ids, order = ids.sort(dim=1)
+    top, order = top.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return top, ids.gather(1, order)
+
+
+def _forward(model, ids: Tensor, mask: Tensor, cache, **more):
+    """One pass over new tokens; returns the output and the cache, whatever the model calls it."""
+    known = inspect.signature(type(model).forward).parameters
+    name = "past_key_values" if "past_key_values" in known else "cache_params"
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True)) if cache is None else cache
+    inputs = {"input_ids": ids, name: cache, "use_cache": True, **more}
+    if (
+        "position_ids" in known or mask.shape == ids.shape
+    ):  # a state-space model has seen the padding once it is past it
+        inputs["attention_mask"] = mask
+    if "position_ids" in known:
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    output = model(**{key: value for key, value in inputs.items() if key in known})
+    return output, output[name]

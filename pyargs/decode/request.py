@@ -1,0 +1,151 @@
+"""What is asked of a decoder, checked once: users, weights, stop tokens, vocabulary, noise. Both loops start from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyargs.errors import PyargsError
+from pyargs.lm.hf import same_tokenizer
+from pyargs.models.reward_model import RewardModel
+from pyargs.types import Decoded
+
+
+@dataclass
+class Request:
+    """B rows to decode. Tensors lie on the reward model's device, where the choice is made; the prompt on the policy's.
+
+    input_ids, attention_mask int64 [B, T], padded on the left; user int64 [B]; weight float32 [B]; stop int64 [E];
+    uniform float32 [max_new_tokens, B] for sampling, or None for greedy choice.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    user: Tensor
+    weight: Tensor
+    stop: Tensor
+    pad_id: int
+    num_candidates: int
+    max_new_tokens: int
+    vocabulary: int
+    eos_reward: str
+    prefix_mean: bool
+    temperature: float | None
+    uniform: Tensor | None
+    token_callback: Callable[[Tensor], None] | None
+
+    def step_weight(self, step: int) -> Tensor:
+        """Weight of the candidates' own rewards at this step.
+
+        The mean over the response so far differs between candidates only in their own share, 1 / (step + 1), so the plain
+        head with the weight divided by that makes the same choice.
+        """
+        return self.weight / (step + 1) if self.prefix_mean else self.weight
+
+
+def check(
+    policy, reward_model: RewardModel, input_ids: Tensor, attention_mask: Tensor | None, users: Sequence[str], *,
+    reward_weight: float | Sequence[float] | Tensor, num_candidates: int, max_new_tokens: int,
+    eos_token_id: int | Sequence[int] | None, pad_token_id: int | None, do_sample: bool, temperature: float, seed: int,
+    eos_reward: str, tokenizer, token_callback,
+) -> Request:  # fmt: skip
+    """The arguments of `pyargs.generate` as a Request. Raises PyargsError naming what is wrong and how to mend it."""
+    if input_ids.ndim != 2 or input_ids.dtype != torch.long:
+        raise PyargsError(f"input_ids must be int64 [B, T], got {input_ids.dtype} {list(input_ids.shape)}")
+    rows, length = input_ids.shape
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    if attention_mask.shape != input_ids.shape:
+        raise PyargsError(f"attention_mask is {list(attention_mask.shape)}, input_ids {list(input_ids.shape)}")
+    attention_mask = attention_mask.long()
+    if rows and not (length and (attention_mask[:, -1] == 1).all() and (attention_mask.diff(dim=1) >= 0).all()):
+        raise PyargsError("prompts must be padded on the left (and not be empty): tokenizer.padding_side = 'left'")
+    if len(users) != rows:
+        raise PyargsError(f"{rows} prompts but {len(users)} users: name one user for each row")
+    weight = torch.as_tensor(reward_weight, dtype=torch.float32).flatten()
+    if len(weight) not in (1, rows):
+        raise PyargsError(f"reward_weight has {len(weight)} values for {rows} rows: give one, or one for each row")
+    if not torch.isfinite(weight).all():
+        raise PyargsError("reward_weight must be finite")
+    if not do_sample:
+        temperature = None
+    elif temperature <= 0:
+        raise PyargsError(f"temperature must be > 0, got {temperature}; for the greedy choice leave do_sample out")
+    if eos_reward not in ("before", "state"):
+        raise PyargsError(f"eos_reward is 'before' or 'state', not '{eos_reward}'")
+    if max_new_tokens < 1:
+        raise PyargsError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+
+    theirs = reward_model.tokenizer
+    if tokenizer is not None and theirs is not None and not same_tokenizer(tokenizer, theirs):
+        raise PyargsError(
+            "policy and reward model have different tokenizers, so candidates can not go from one to the other as ids: "
+            "train the reward model on a backbone of the policy's family"
+        )
+    config = policy.config.get_text_config(decoder=True)
+    vocabulary = min(
+        config.vocab_size, len(tokenizer or theirs) if (tokenizer or theirs) is not None else config.vocab_size
+    )
+    if not 1 <= num_candidates <= min(64, vocabulary):
+        raise PyargsError(f"num_candidates must be in 1..{min(64, vocabulary)}, got {num_candidates}")
+    room = getattr(config, "max_position_embeddings", None)
+    if room and length + max_new_tokens > room:
+        raise PyargsError(f"{length} prompt + {max_new_tokens} new tokens exceed the model's {room} positions")
+
+    defaults = policy.generation_config
+    eos = defaults.eos_token_id if eos_token_id is None else eos_token_id
+    eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    pad = next(i for i in (pad_token_id, defaults.pad_token_id, *eos, 0) if i is not None)
+    device = reward_model.device
+    generator = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(rows, max_new_tokens, generator=generator).T.contiguous() if do_sample else None
+    return Request(
+        input_ids=input_ids.to(policy.device), attention_mask=attention_mask.to(policy.device),
+        user=reward_model.users.rows(users).to(device), weight=weight.expand(rows).contiguous().to(device),
+        stop=torch.tensor(eos, dtype=torch.long, device=device), pad_id=pad, num_candidates=num_candidates,
+        max_new_tokens=max_new_tokens, vocabulary=vocabulary, eos_reward=eos_reward,
+        prefix_mean=reward_model.step_reward == "prefix_mean", temperature=temperature,
+        uniform=None if uniform is None else uniform.to(device), token_callback=token_callback,
+    )  # fmt: skip
+
+
+class Output:
+    """Collects what each step chose. Rows that have finished only add padding."""
+
+    def __init__(self, request: Request):
+        rows, steps, device = len(request.user), request.max_new_tokens, request.user.device
+        self.request = request
+        self.tokens = torch.full((rows, steps), request.pad_id, dtype=torch.long, device=device)
+        self.slots = torch.zeros_like(self.tokens)
+        self.rewards = torch.zeros(rows, steps, device=device)
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
+        self.bad = torch.zeros(rows, dtype=torch.bool, device=device)
+        # Reading a flag makes the host wait for a GPU, so it is read every 8th step there; late steps write only padding.
+        self.check_every = 1 if device.type == "cpu" else 8
+
+    def add(self, step: int, token: Tensor, slot: Tensor, reward: Tensor, finished: Tensor) -> None:
+        """One step's choice [B]; `finished` is the state after it."""
+        self.tokens[:, step], self.slots[:, step], self.rewards[:, step] = token, slot, reward
+        self.lengths += ~finished
+        self.bad |= slot < 0
+        if self.request.token_callback is not None:
+            self.request.token_callback(token)
+
+    def stop(self, step: int, finished: Tensor) -> bool:
+        """Whether all rows are done. Raises PyargsError if a row met a NaN (within 8 steps of it)."""
+        if (step + 1) % self.check_every and step + 1 < self.request.max_new_tokens:
+            return False
+        if self.bad.any():
+            rows = self.bad.nonzero().flatten().tolist()
+            raise PyargsError(
+                f"the policy's logits or the rewards are not numbers in row(s) {rows}: check the models' weights"
+            )
+        return bool(finished.all())
+
+    def decoded(self, finished: Tensor) -> Decoded:
+        steps = int((self.lengths + finished).max()) if len(self.lengths) else 0
+        parts = (self.tokens[:, :steps], self.rewards[:, :steps], self.slots[:, :steps], self.lengths)
+        return Decoded(*(part.cpu() for part in parts))

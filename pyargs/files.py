@@ -1,0 +1,156 @@
+"""Files between stages: written whole or not at all, each with the hash of what it was made from."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pyargs.errors import PyargsError
+
+
+def sha256(path: str | Path) -> str:
+    """Hash of a file, or of a folder's files with their names (the stage record itself left out)."""
+    path, digest = Path(path), hashlib.sha256()
+    if not path.exists():
+        raise PyargsError(f"{path} does not exist")
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p.name != "stage.json")
+    for file in files:
+        digest.update(file.relative_to(path).as_posix().encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def write_json(path: str | Path, value) -> None:
+    with writing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: str | Path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise PyargsError(f"{path} does not exist") from error
+    except json.JSONDecodeError as error:
+        raise PyargsError(f"{path} is not JSON: {error}") from error
+
+
+def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
+    with writing(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
+        for row in rows:
+            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def read_jsonl(path: str | Path) -> Iterator[dict]:
+    opener = gzip.open if str(path).endswith(".gz") else open
+    with opener(path, "rt", encoding="utf-8") as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise PyargsError(f"{path}, line {number} is not JSON: {error}") from error
+
+
+@contextmanager
+def writing(path: str | Path):
+    """Gives a temporary path beside `path` and moves it there at the end, so that a killed run leaves no half file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)) / path.name
+    try:
+        yield temporary
+        if path.is_dir() and temporary.is_dir():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary.parent, ignore_errors=True)
+
+
+def provenance(seed: int | None = None) -> dict:
+    """How a result came about: command, seed, versions, hardware, commit of the source tree where there is one."""
+    import torch
+
+    names = ("pyargs", "torch", "transformers", "peft", "datasets")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "seed": seed,
+        "versions": {**versions, "python": platform.python_version()},
+        "hardware": {
+            "cpu": cpu_name(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "commit": _commit(),
+    }
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    here = Path(__file__).parent
+    try:
+        result = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None
+
+
+def stage_key(config: dict, inputs: dict[str, str | Path]) -> dict:
+    """What makes a stage the same stage: its settings and the hashes of the files that it reads."""
+    return {"config": config, "inputs": {name: sha256(path) for name, path in inputs.items()}}
+
+
+def finished(out: str | Path, key: dict) -> dict | None:
+    """The record of a stage that was already done with the same key, or None.
+
+    Raises PyargsError when `out` holds something else, so that no result is overwritten unasked.
+    """
+    out = Path(out)
+    record = out / "stage.json" if out.is_dir() or not out.suffix else out.with_name(out.name + ".stage.json")
+    if not record.exists():
+        if out.exists() and (out.is_file() or any(out.iterdir())):
+            raise PyargsError(f"{out} exists and was not written by this command: choose another --out or remove it")
+        return None
+    done = read_json(record)
+    if {k: done.get(k) for k in key} == json.loads(json.dumps(key)):
+        return done
+    raise PyargsError(f"{out} was made with other settings or inputs: choose another --out or remove it")
+
+
+def record(out: str | Path, key: dict, **values) -> dict:
+    """Writes the stage record of `finished`; call it last."""
+    out = Path(out)
+    path = out / "stage.json" if out.is_dir() else out.with_name(out.name + ".stage.json")
+    done = {**key, **values}
+    write_json(path, done)
+    return done

@@ -1,0 +1,57 @@
+"""Shared multi-layer head: reward = w3 . phi(W2 phi(W1 h + c_u)), W2 optional (family F3: Global RM, VPL)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from pyargs.heads import ACTIVATIONS
+from pyargs.types import Users
+
+
+class Head(nn.Module):
+    """`forward(hidden [..., D], user [...]) -> reward [...]` in float32.
+
+    first [H, D]; bias c: shared [H], or the users' vector "bias" [U, H]; second [H2, H] with its bias, optional;
+    last [H]. There is no bias after `last`: under a Bradley-Terry loss its gradient is zero, so it would keep its random
+    start value, and the policy score (eqs. 5-6 of the paper) would add that value once per token.
+    """
+
+    def __init__(self, dim: int, hidden: int, users: Users, *, activation: str = "relu", second: int = 0):
+        super().__init__()
+        self.first = nn.Linear(dim, hidden, bias=not users.personal)
+        self.second = nn.Linear(hidden, second) if second else None
+        self.last = nn.Linear(second or hidden, 1, bias=False)
+        self.users = users
+        self.activation = activation
+
+    def config(self) -> dict:
+        return {
+            "dim": self.first.in_features,
+            "hidden": self.first.out_features,
+            "activation": self.activation,
+            "second": self.second.out_features if self.second else 0,
+        }
+
+    def forward(self, hidden: Tensor, user: Tensor) -> Tensor:
+        phi = ACTIVATIONS[self.activation]
+        x = self.first(hidden.float())
+        if self.users.personal:
+            x = x + self.users.vectors["bias"][user]
+        x = phi(x)
+        if self.second:
+            x = phi(self.second(x))
+        return self.last(x).squeeze(-1)
+
+    def fold(self) -> dict:
+        """What the decoder reads: `project` maps states to features [..., H], then `score_select` applies the rest."""
+        bias = self.users.vectors["bias"] if self.users.personal else self.first.bias.unsqueeze(0)
+        folded = {"weight": self.last.weight, "activation": self.activation}
+        if self.second is None:
+            return {**folded, "project": self.first.weight, "bias": bias}
+        return {
+            **folded,
+            "project": self.first.weight,
+            "inner_bias": bias,
+            "second": self.second.weight,
+            "bias": self.second.bias.unsqueeze(0),
+        }

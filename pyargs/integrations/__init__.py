@@ -1,0 +1,1 @@
+"""pyargs inside other people's loops."""

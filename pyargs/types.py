@@ -1,0 +1,187 @@
+"""The nouns that the rest of the package passes around: Users, Features, Batch, Decoded, Generation, Result."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pyargs.errors import PyargsError, UnknownUser, did_you_mean
+from pyargs.files import read_json, write_json
+
+
+class Users(nn.Module):
+    """Ids and, for each named kind of vector, one row per user.
+
+    vectors: name -> float tensor [users, ...]. A model without vectors is the same for everyone: it then knows no
+    users, and `rows` answers 0 for any id.
+    """
+
+    def __init__(self, ids: Iterable[str] = (), **vectors: Tensor):
+        super().__init__()
+        self.ids = {user: row for row, user in enumerate(ids)}
+        self.vectors = nn.ParameterDict({name: nn.Parameter(value) for name, value in vectors.items()})
+        for name, value in self.vectors.items():
+            if len(value) != len(self.ids):
+                raise PyargsError(f"users: {len(value)} rows of '{name}' for {len(self.ids)} different ids")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def personal(self) -> bool:
+        return len(self.vectors) > 0
+
+    def rows(self, users: Iterable[str]) -> Tensor:
+        """Row of each user, int64 [n]. Raises UnknownUser, naming near ids, for an id that was never trained or adapted."""
+        users = list(users)
+        if not self.personal:
+            return torch.zeros(len(users), dtype=torch.long)
+        missing = [user for user in users if user not in self.ids]
+        if missing:
+            raise UnknownUser(
+                f"unknown user '{missing[0]}' ({len(self)} are known): adapt the model to this user first."
+                + did_you_mean(str(missing[0]), self.ids)
+            )
+        return torch.tensor([self.ids[user] for user in users], dtype=torch.long)
+
+    def append(self, ids: Iterable[str], **vectors: Tensor) -> None:
+        """Adds new users; `vectors` holds rows [n, ...] for each kind of vector. Raises on a known id or another shape."""
+        ids = list(ids)
+        known = [user for user in ids if user in self.ids]
+        if known or len(set(ids)) < len(ids):
+            raise PyargsError(f"user '{(known or ids)[0]}' is there already: new users need new ids")
+        if set(vectors) != set(self.vectors):
+            raise PyargsError(f"users hold {sorted(self.vectors)}, got {sorted(vectors)}")
+        for name, value in vectors.items():
+            old = self.vectors[name]
+            if value.shape != (len(ids), *old.shape[1:]):
+                raise PyargsError(f"'{name}' must be {[len(ids), *old.shape[1:]]}, got {list(value.shape)}")
+            self.vectors[name] = nn.Parameter(torch.cat([old.detach(), value.detach().to(old)]))
+        if self.personal:
+            self.ids.update({user: len(self.ids) + i for i, user in enumerate(ids)})
+
+    def save(self, folder: str | Path) -> None:
+        """Writes users.safetensors and users.json."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {name: value.detach().contiguous() for name, value in self.vectors.items()}, folder / "users.safetensors"
+        )
+        write_json(folder / "users.json", list(self.ids))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Users:
+        folder = Path(folder)
+        return cls(read_json(folder / "users.json"), **load_file(folder / "users.safetensors"))
+
+
+@dataclass
+class Batch:
+    """Hidden states of N pairs. Index 0 of the second dimension is the chosen response, 1 the rejected one.
+
+    hidden float [N, 2, T, D]; mask bool [N, 2, T], true on response tokens (T = 1 where only the last one is kept);
+    user int64 [N], rows of the user table.
+    """
+
+    hidden: Tensor
+    mask: Tensor
+    user: Tensor
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+
+@dataclass
+class Features:
+    """Hidden states of a frozen backbone for a set of pairs. A response that several pairs use is stored once.
+
+    hidden float32 [M, D]: states of the response tokens, one response after the other; offsets int64 [S + 1]: where each
+    of the S responses starts; chosen, rejected int64 [N]: responses of each pair; users: N ids.
+    """
+
+    hidden: Tensor
+    offsets: Tensor
+    chosen: Tensor
+    rejected: Tensor
+    users: list[str]
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def select(self, keep: Iterable[int]) -> Features:
+        """The pairs with these numbers; hidden states are shared, not copied."""
+        keep = torch.as_tensor(list(keep), dtype=torch.long)
+        users = [self.users[i] for i in keep.tolist()]
+        return Features(self.hidden, self.offsets, self.chosen[keep], self.rejected[keep], users)
+
+    def batch(self, user_rows: Tensor, index: Tensor | None = None, *, last: bool) -> Batch:
+        """Pairs `index` (all by default) as a Batch; user_rows int64 [N] is `users.rows(self.users)`.
+
+        last: only the last token of each response, which is all that a model with pool="last" trains on.
+        """
+        index = torch.arange(len(self)) if index is None else index
+        response = torch.stack([self.chosen[index], self.rejected[index]], dim=1)  # [n, 2]
+        start, end = self.offsets[response], self.offsets[response + 1]
+        if last:
+            return Batch(
+                self.hidden[end - 1].unsqueeze(2),
+                torch.ones_like(end, dtype=torch.bool).unsqueeze(2),
+                user_rows[index],
+            )
+        length = end - start
+        position = torch.arange(int(length.max()) if len(index) else 1)
+        mask = position < length.unsqueeze(-1)  # [n, 2, T]
+        token = (start.unsqueeze(-1) + position).clamp(max=len(self.hidden) - 1)
+        return Batch(self.hidden[token] * mask.unsqueeze(-1), mask, user_rows[index])
+
+
+@dataclass
+class Decoded:
+    """What a decoder returns for B rows and N steps. After a row's stop token every entry is pad_id, 0 and 0.
+
+    tokens int64 [B, N] (the stop token included), rewards float32 [B, N] of the chosen candidates, slots int64 [B, N]:
+    rank of the chosen candidate under the policy (0 is its favourite); lengths int64 [B]: tokens before the stop token.
+    """
+
+    tokens: Tensor
+    rewards: Tensor
+    slots: Tensor
+    lengths: Tensor
+
+    def texts(self, tokenizer) -> list[str]:
+        return [
+            tokenizer.decode(row[:length], skip_special_tokens=True).strip()
+            for row, length in zip(self.tokens.tolist(), self.lengths.tolist(), strict=True)
+        ]
+
+
+@dataclass
+class Generation:
+    """One answer: a line of a generations file."""
+
+    user_id: str
+    item: str
+    text: str
+    tokens: list[int]
+    reward_weight: float
+    rewards: list[float]
+
+
+@dataclass
+class Result:
+    """What a stage measured: values, with everything needed to say where they come from (`files.provenance`)."""
+
+    stage: str
+    values: dict
+    config: dict = field(default_factory=dict)
+    inputs: dict = field(default_factory=dict)
+    provenance: dict = field(default_factory=dict)
+
+    def json(self) -> dict:
+        return json.loads(json.dumps(asdict(self)))

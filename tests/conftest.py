@@ -1,0 +1,88 @@
+"""Tiny random models, built in the test process: no download, no files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    if not SHARED.is_dir():
+        pytest.skip(f"no real data at {SHARED}")
+    return SHARED
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path, monkeypatch):
+    """No test reads or fills the user's cache."""
+    monkeypatch.setenv("PYARGS_CACHE", str(tmp_path / "cache"))
+
+
+FULL_ATTENTION = ("llama", "qwen2", "gpt2", "phi")
+OTHER_LAYERS = ("mistral", "mamba")
+
+
+def tiny_lm(
+    family: str = "llama",
+    *,
+    seed: int = 0,
+    dtype=torch.float64,
+    vocab: int = 61,
+    attention: str = "sdpa",
+    layers: int = 2,
+):
+    """A random causal language model. float64 makes rounding so small that decoders must agree on every token."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {
+        "gpt2": dict(n_embd=32, n_head=4, n_layer=layers, n_positions=128),
+        "mamba": dict(hidden_size=32, num_hidden_layers=layers, state_size=4),
+    }.get(family, dict(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=128,
+    ))  # fmt: skip
+    if family == "mistral":
+        sizes["sliding_window"] = 4
+    config = AutoConfig.for_model(family, vocab_size=vocab, bos_token_id=0, eos_token_id=1, pad_token_id=1, **sizes)
+    torch.manual_seed(seed)
+    keywords = {} if family == "mamba" else {"attn_implementation": attention}
+    model = AutoModelForCausalLM.from_config(config, **keywords).to(dtype).eval()
+    for parameter in model.parameters():  # the usual tiny start values make every token nearly equally likely
+        if parameter.ndim > 1 and family != "mamba":
+            parameter.data.normal_(std=0.2)
+    return model
+
+
+def reward_model(
+    lm,
+    *,
+    head: str = "linear",
+    users=("ann", "bob", "cid"),
+    pool: str = "last",
+    step_reward: str = "token",
+    seed: int = 0,
+):
+    """A random reward model over a copy of the decoder of `lm`, without tokenizer."""
+    import copy
+
+    from pyargs.heads import linear, mlp
+    from pyargs.models.reward_model import RewardModel
+    from pyargs.types import Users
+
+    torch.manual_seed(seed + 1)
+    dim = lm.config.hidden_size
+    if head == "linear":
+        head = linear.Head(dim, 3, Users(users, mixture=torch.randn(len(users), 3) * 3), softmax=True, divisor=1.0)
+    elif head == "mlp":
+        head = mlp.Head(dim, 8, Users())
+    else:
+        head = mlp.Head(dim, 8, Users(users, bias=torch.randn(len(users), 8)), activation="gelu", second=6)
+    return RewardModel(copy.deepcopy(lm.get_decoder()), None, head, pool=pool, step_reward=step_reward).eval()
