@@ -27,6 +27,23 @@ Capability cpu_capability();
 // Top-k never asks for more than this; larger k is refused.
 constexpr int kMaxTopK = 64;
 
+// An unsigned key that sorts as torch.topk does, ties decided: NaN above +inf, then the value, then the lower index.
+// Keys are unique and never 0. `bits` are those of a float32; -0 and +0 are equal.
+PYARGS_HD uint64_t topk_key(uint32_t bits, uint32_t index) {
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  uint32_t ordered = magnitude == 0 ? 0x80000000u : (bits & 0x80000000u) ? ~bits : bits | 0x80000000u;
+  if (magnitude > 0x7f800000u) ordered = 0xffffffffu;
+  return (static_cast<uint64_t>(ordered) << 32) | (0xffffffffu - index);
+}
+
+PYARGS_HD uint32_t key_index(uint64_t key) { return 0xffffffffu - static_cast<uint32_t>(key); }
+
+// The bits of the float32 in a key.
+PYARGS_HD uint32_t key_bits(uint64_t key) {
+  const uint32_t ordered = static_cast<uint32_t>(key >> 32);
+  return (ordered & 0x80000000u) ? ordered & 0x7fffffffu : ~ordered;
+}
+
 }  // namespace pyargs
 
 // Calls `function` of the namespace compiled for this machine.

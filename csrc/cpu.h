@@ -56,20 +56,33 @@ inline const float* as_floats(Dtype dtype, const void* source, int64_t offset, i
   return buffer;
 }
 
-// e^x for x <= 0, relative error 2e-7; below -86 it stays at e^-86, which no sum that holds a 1 can feel. NaN gives
-// rubbish: the caller looks for NaN itself. 2^t = 2^n 2^f with n = round(t); 2^f by a polynomial.
-inline float exp_negative(float x) {
-  constexpr float kLog2E = 1.44269504f, kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const float clamped = -86.0f > x ? -86.0f : x;
-  const float shifted = clamped * kLog2E + kRound;
-  const float f = clamped * kLog2E - (shifted - kRound);
+constexpr float kLog2E = 1.44269504f;
+constexpr float kSmallest = -124.0f;  // exponents of 2 below this are raised to it; no sum that holds a 1 can feel it
+
+// 2^t for t <= 0 as factor * power (so that a sum of them is one fused multiply-add), relative error 2e-7. NaN stays
+// NaN. 2^t = 2^n 2^f with n = round(t) and a polynomial for 2^f. `smallest` is kSmallest.
+struct Exponential {
+  float factor, power;
+};
+
+inline Exponential exp2_parts(float t, float smallest) {
+  // Adding 1.5 * 2^23 rounds to an integer; the 127 more put the exponent of 2^n into the lowest bits.
+  constexpr float kRound = 12582912.0f + 127.0f;
+  t = smallest > t ? smallest : t;
+  const float shifted = t + kRound;
+  const float f = t - (shifted - kRound);
   float p = 1.326472708e-3f;  // minimax on [-0.5, 0.5]
   p = p * f + 9.671512862e-3f;
   p = p * f + 5.550733746e-2f;
   p = p * f + 2.402224208e-1f;
   p = p * f + 6.931469776e-1f;
   p = p * f + 1.0f;
-  return float_from_bits(bits_from_float(p) + (bits_from_float(shifted) << 23));
+  return {p, float_from_bits(bits_from_float(shifted) << 23)};
+}
+
+inline float exp2_negative(float t) {
+  const Exponential e = exp2_parts(t, kSmallest);
+  return e.factor * e.power;
 }
 
 }  // namespace

@@ -42,7 +42,7 @@ inline float gelu(float x) {
   p = p * t + 1.421413741f;
   p = p * t - 0.284496736f;
   p = p * t + 0.254829592f;
-  const float tail = p * t * exp_negative(-z * z);  // 1 - erf(z)
+  const float tail = p * t * exp2_negative(-z * z * kLog2E);  // 1 - erf(z)
   return 0.5f * x * (x < 0.0f ? tail : 2.0f - tail);
 }
 

@@ -18,156 +18,174 @@ struct TopkRows {
   Dtype dtype;
   int64_t batch, vocab, row_stride;
   int k;
-  float* logprobs;     // [batch, k]
-  int64_t* ids;        // [batch, k]
-  float* logsumexp;    // [batch]
-  int64_t chunks;      // per row
-  float* chunk_max;    // [batch, chunks]
-  float* chunk_sum;    // [batch, chunks]: sum of exp(x - chunk_max); NaN where the chunk holds NaN or +inf
-  uint8_t* has_part;   // [batch, chunks]: a thread that got only a part of a row leaves its list at its first chunk
-  float* part_values;  // [batch, chunks, k]
-  int32_t* part_ids;   // [batch, chunks, k]
+  float* logprobs;      // [batch, k]
+  int64_t* ids;         // [batch, k]
+  float* logsumexp;     // [batch]
+  int64_t chunks;       // per row
+  float* chunk_offset;  // [batch, chunks]: 2^offset = e^-(largest value); +inf where all values are -inf
+  float* chunk_sum;     // [batch, chunks]: of 2^(x log2(e) + offset); NaN where the chunk holds NaN or +inf
+  uint8_t* has_part;    // [batch, chunks]: a thread that got only a part of a row leaves its list at its first chunk
+  uint64_t* part_keys;  // [batch, chunks, k]
 };
 
 constexpr int kChunk = 8192, kBlock = 512, kLanes = 64;
-constexpr int32_t kNoId = INT32_MAX;
 
 namespace PYARGS_CPU {
 namespace {
 
+// The k best so far, best first, as keys (common.h); 0 where there are fewer.
 struct Best {
-  float value[kMaxTopK];
-  int32_t id[kMaxTopK];
+  uint64_t key[kMaxTopK];
   int k;
+  float worst;  // value of the last, -inf while there are fewer than k
+
+  void clear() {
+    for (int j = 0; j < k; ++j) key[j] = 0;
+    worst = -INFINITY;
+  }
+  bool full() const { return key[k - 1] != 0; }
+
+  void insert(uint64_t added) {
+    if (added <= key[k - 1]) return;
+    int j = k - 1;
+    for (; j > 0 && key[j - 1] < added; --j) key[j] = key[j - 1];
+    key[j] = added;
+    if (full()) worst = float_from_bits(key_bits(key[k - 1]));
+  }
+  void insert(float value, int64_t id) { insert(topk_key(bits_from_float(value), static_cast<uint32_t>(id))); }
 };
 
-void clear(Best& best) {
-  for (int j = 0; j < best.k; ++j) {
-    best.value[j] = -INFINITY;
-    best.id[j] = kNoId;
-  }
-}
-
-// NaN above everything, then the value, then the lower id: torch.topk's order, with its ties decided.
-inline bool better(float a, int32_t a_id, float b, int32_t b_id) {
-  if (a > b) return true;
-  if (a < b) return false;
-  const bool a_nan = a != a, b_nan = b != b;
-  if (a_nan != b_nan) return a_nan;
-  return a_id < b_id;
-}
-
-inline void insert(Best& best, float value, int32_t id) {
-  int j = best.k - 1;
-  if (!better(value, id, best.value[j], best.id[j])) return;
-  for (; j > 0 && better(value, id, best.value[j - 1], best.id[j - 1]); --j) {
-    best.value[j] = best.value[j - 1];
-    best.id[j] = best.id[j - 1];
-  }
-  best.value[j] = value;
-  best.id[j] = id;
-}
-
-// Maximum of each lane (elements l, l + 64, ...), and of all. NaN is skipped here.
-inline float lane_maxima(const float* __restrict x, float* __restrict lanes) {
-#pragma omp simd
-  for (int l = 0; l < kLanes; ++l) lanes[l] = x[l];
-  for (int i = kLanes; i < kBlock; i += kLanes) {
-#pragma omp simd
-    for (int l = 0; l < kLanes; ++l) lanes[l] = x[i + l] > lanes[l] ? x[i + l] : lanes[l];
-  }
-  float half[16];
-#pragma omp simd
-  for (int l = 0; l < 16; ++l) {
-    const float a = lanes[l] > lanes[l + 16] ? lanes[l] : lanes[l + 16];
-    const float b = lanes[l + 32] > lanes[l + 48] ? lanes[l + 32] : lanes[l + 48];
-    half[l] = a > b ? a : b;
-  }
-  float top = half[0];
-  for (int l = 1; l < 16; ++l) top = half[l] > top ? half[l] : top;
-  return top;
-}
-
-struct Sum {
-  float sum;    // of exp(x - reference)
-  float probe;  // NaN exactly if an x was NaN, or the reference infinite
+// Maximum of each lane (elements l, l + 64, ...), of four lanes together, and of all. NaN is skipped here.
+struct Maxima {
+  alignas(64) float lane[kLanes];
+  alignas(64) float four[kLanes / 4];  // four[l]: lanes l, l + 16, l + 32, l + 48
+  float top;
 };
 
-inline Sum exp_sum(const float* __restrict x, float reference) {
-  float sum = 0.0f, probe = 0.0f;
-#pragma omp simd reduction(+ : sum, probe)
-  for (int i = 0; i < kBlock; ++i) {
-    const float d = x[i] - reference;
-    sum += exp_negative(d);
-    probe += d < -86.0f ? 0.0f : d;
+inline float larger(float a, float b) { return a > b ? a : b; }
+
+inline void block_maxima(const float* __restrict x, Maxima& maxima) {
+  constexpr int kQuarter = kLanes / 4;
+#pragma omp simd
+  for (int l = 0; l < kQuarter; ++l) {
+    float a = -INFINITY, b = -INFINITY, c = -INFINITY, d = -INFINITY;
+#pragma GCC unroll 8
+    for (int i = 0; i < kBlock; i += kLanes) {
+      a = larger(x[i + l], a);
+      b = larger(x[i + l + kQuarter], b);
+      c = larger(x[i + l + 2 * kQuarter], c);
+      d = larger(x[i + l + 3 * kQuarter], d);
+    }
+    maxima.lane[l] = a;
+    maxima.lane[l + kQuarter] = b;
+    maxima.lane[l + 2 * kQuarter] = c;
+    maxima.lane[l + 3 * kQuarter] = d;
+    maxima.four[l] = larger(larger(a, b), larger(c, d));
   }
-  return {sum, probe};
+  float top = maxima.four[0];
+  for (int l = 1; l < kQuarter; ++l) top = larger(maxima.four[l], top);
+  maxima.top = top;
+}
+
+// Adds 2^(x log2(e) + offset) of a block to 32 lanes of sums; NaN if an x is NaN or the offset infinite.
+constexpr int kSums = 32;
+
+inline void exp_sum(const float* __restrict x, float offset, float* __restrict sums) {
+  // Hidden from the compiler: knowing the constant, GCC 12 splits the loop body in two and blends them.
+  float smallest = kSmallest;
+  __asm__("" : "+m"(smallest));
+#pragma omp simd
+  for (int l = 0; l < kSums; ++l) {
+    float sum = sums[l];
+    for (int i = 0; i < kBlock; i += kSums) {
+      const Exponential e = exp2_parts(x[i + l] * kLog2E + offset, smallest);
+      sum += e.factor * e.power;
+    }
+    sums[l] = sum;
+  }
+}
+
+// Elements of a block that may be among the best: only lanes whose maximum is are searched.
+void collect(const float* x, int n, int64_t start, const Maxima& maxima, Best& best) {
+  for (int l = 0; l < kLanes / 4; ++l) {
+    if (!(maxima.four[l] >= best.worst)) continue;
+    for (int lane = l; lane < kLanes; lane += kLanes / 4) {
+      if (!(maxima.lane[lane] >= best.worst)) continue;
+      for (int i = lane; i < n; i += kLanes) {
+        if (x[i] >= best.worst) best.insert(x[i], start + i);
+      }
+    }
+  }
 }
 
 // The log-sum-exp of one chunk, and its candidates into `best`.
 void scan_chunk(const TopkRows& rows, int64_t row, int64_t chunk, Best& best) {
   alignas(64) float buffer[kBlock];
-  alignas(64) float lanes[kLanes];
+  alignas(64) float sums[kSums] = {};
+  Maxima maxima;
   const int64_t first = chunk * kChunk;
   const int64_t last = first + kChunk < rows.vocab ? first + kChunk : rows.vocab;
-  float reference = -INFINITY, sum = 0.0f;
-  bool bad = false;
+  // Sums are relative to the largest value so far: 2^offset = e^-top. The rounding of the offset is no error, for the
+  // rounded one is what the sum is relative to.
+  float top = -INFINITY, offset = 0.0f;
+  const auto block = [&](int64_t start, int n) {
+    const float* x = as_floats(rows.dtype, rows.logits, row * rows.row_stride + start, n, buffer);
+    if (n == kBlock) return x;
+    if (x != buffer) std::memcpy(buffer, x, n * sizeof(float));
+    for (int i = n; i < kBlock; ++i) buffer[i] = -INFINITY;  // changes neither list nor sum
+    return static_cast<const float*>(buffer);
+  };
   for (int64_t start = first; start < last; start += kBlock) {
     const int n = static_cast<int>(last - start < kBlock ? last - start : kBlock);
-    const float* x = as_floats(rows.dtype, rows.logits, row * rows.row_stride + start, n, buffer);
-    if (n < kBlock) {  // pad the last block with what changes neither list nor sum
-      if (x != buffer) std::memcpy(buffer, x, n * sizeof(float));
-      for (int i = n; i < kBlock; ++i) buffer[i] = -INFINITY;
-      x = buffer;
+    const float* x = block(start, n);
+    block_maxima(x, maxima);
+    if (maxima.top > top) {
+      const float next = -maxima.top * kLog2E;
+      const float factor = top == -INFINITY ? 1.0f : exp2_negative(next - offset);
+#pragma omp simd
+      for (int l = 0; l < kSums; ++l) sums[l] *= factor;
+      top = maxima.top;
+      offset = next;
     }
-    const float top = lane_maxima(x, lanes);
-    if (top > reference) {
-      sum = reference == -INFINITY ? 0.0f : sum * exp_negative(reference - top);
-      reference = top;
-    }
-    // All -inf so far: any finite reference makes every term vanish.
-    const Sum block = exp_sum(x, reference == -INFINITY ? 0.0f : reference);
-    if (reference != -INFINITY) sum += block.sum;
-    const float worst = best.value[best.k - 1];
-    if (block.probe != block.probe) {
-      bad = true;
-      for (int i = 0; i < n; ++i) insert(best, x[i], static_cast<int32_t>(start + i));
-    } else if (top > worst || best.id[best.k - 1] == kNoId) {
-      for (int l = 0; l < kLanes; ++l) {
-        if (!(lanes[l] >= best.value[best.k - 1])) continue;
-        for (int i = l; i < n; i += kLanes) {
-          if (x[i] >= best.value[best.k - 1]) insert(best, x[i], static_cast<int32_t>(start + i));
-        }
+    exp_sum(x, offset, sums);  // all -inf so far: adds next to nothing, and a NaN still shows
+    if (maxima.top > best.worst || !best.full()) collect(x, n, start, maxima, best);
+  }
+  for (int half = kSums / 2; half > 0; half /= 2) {
+    for (int l = 0; l < half; ++l) sums[l] += sums[l + half];
+  }
+  if (sums[0] != sums[0]) {  // NaN or +inf somewhere; comparisons have passed over NaN so far
+    for (int64_t start = first; start < last; start += kBlock) {
+      const int n = static_cast<int>(last - start < kBlock ? last - start : kBlock);
+      const float* x = block(start, n);
+      for (int i = 0; i < n; ++i) {
+        if (x[i] != x[i]) best.insert(x[i], start + i);
       }
     }
   }
-  rows.chunk_max[row * rows.chunks + chunk] = reference;
-  rows.chunk_sum[row * rows.chunks + chunk] = bad ? NAN : sum;
+  rows.chunk_offset[row * rows.chunks + chunk] = top == -INFINITY ? INFINITY : offset;
+  rows.chunk_sum[row * rows.chunks + chunk] = sums[0];
 }
 
 void write_row(const TopkRows& rows, int64_t row, const Best& best) {
-  const float* maxima = rows.chunk_max + row * rows.chunks;
+  const float* offsets = rows.chunk_offset + row * rows.chunks;
   const float* sums = rows.chunk_sum + row * rows.chunks;
-  float top = -INFINITY;
-  for (int64_t c = 0; c < rows.chunks; ++c) top = maxima[c] > top ? maxima[c] : top;
+  float offset = INFINITY;  // of the chunk with the largest value
+  for (int64_t c = 0; c < rows.chunks; ++c) offset = offsets[c] < offset ? offsets[c] : offset;
   double sum = 0.0;
   for (int64_t c = 0; c < rows.chunks; ++c) {
-    if (maxima[c] == top) {
-      sum += sums[c];
-    } else if (maxima[c] != -INFINITY || sums[c] != sums[c]) {
-      sum += sums[c] * std::exp(static_cast<double>(maxima[c]) - top);
-    }
+    const double factor = offsets[c] == offset ? 1.0 : std::exp2(static_cast<double>(offset) - offsets[c]);
+    sum += sums[c] * factor;  // factor is 0 where all is -inf, but NaN stays
   }
-  // A row of -inf has logsumexp -inf and, like log_softmax, NaN log-probs; NaN or +inf inside makes both NaN, except
-  // that torch.logsumexp of +inf is +inf.
-  const double log_sum = std::log(sum);
-  const bool plus_inf = top == INFINITY;
-  bool nan = false;
-  for (int j = 0; j < best.k; ++j) nan = nan || best.value[j] != best.value[j];
-  rows.logsumexp[row] = plus_inf && !nan ? INFINITY : static_cast<float>(top + log_sum);
+  if (offset == INFINITY && sum == sum) sum = 0.0;
+  // As torch has it: a row of -inf has logsumexp -inf, one with +inf has +inf unless it holds NaN, and the log-probs
+  // of both are NaN.
+  const double reference = -static_cast<double>(offset) / kLog2E, log_sum = std::log(sum);
+  const float best_value = float_from_bits(key_bits(best.key[0]));
+  rows.logsumexp[row] = best_value == INFINITY ? INFINITY : static_cast<float>(reference + log_sum);
   for (int j = 0; j < best.k; ++j) {
-    rows.ids[row * best.k + j] = best.id[j];
-    rows.logprobs[row * best.k + j] = static_cast<float>((static_cast<double>(best.value[j]) - top) - log_sum);
+    const double value = float_from_bits(key_bits(best.key[j]));
+    rows.ids[row * best.k + j] = key_index(best.key[j]);
+    rows.logprobs[row * best.k + j] = static_cast<float>((value - reference) - log_sum);
   }
 }
 
@@ -180,16 +198,13 @@ void topk_scan(const TopkRows& rows, int64_t begin, int64_t end) {
   for (int64_t task = begin; task < end;) {
     const int64_t row = task / rows.chunks, row_start = row * rows.chunks, row_end = row_start + rows.chunks;
     const int64_t first = task, last = row_end < end ? row_end : end;
-    clear(best);
+    best.clear();
     for (; task < last; ++task) scan_chunk(rows, row, task - row_start, best);
     if (first == row_start && last == row_end) {
       write_row(rows, row, best);
     } else {
       rows.has_part[first] = 1;
-      for (int j = 0; j < best.k; ++j) {
-        rows.part_values[first * best.k + j] = best.value[j];
-        rows.part_ids[first * best.k + j] = best.id[j];
-      }
+      for (int j = 0; j < best.k; ++j) rows.part_keys[first * best.k + j] = best.key[j];
     }
   }
 }
@@ -198,13 +213,10 @@ void topk_scan(const TopkRows& rows, int64_t begin, int64_t end) {
 void topk_merge(const TopkRows& rows, int64_t row) {
   Best best;
   best.k = rows.k;
-  clear(best);
+  best.clear();
   for (int64_t task = row * rows.chunks; task < (row + 1) * rows.chunks; ++task) {
     if (!rows.has_part[task]) continue;
-    for (int j = 0; j < best.k; ++j) {
-      const int32_t id = rows.part_ids[task * best.k + j];
-      if (id != kNoId) insert(best, rows.part_values[task * best.k + j], id);
-    }
+    for (int j = 0; j < best.k; ++j) best.insert(rows.part_keys[task * best.k + j]);
   }
   write_row(rows, row, best);
 }
@@ -274,13 +286,11 @@ Result topk_logprobs_cpu(const Tensor& given, int64_t k) {
   // Not initialised: only the rows cut between two threads touch the lists.
   std::unique_ptr<float[]> sums(new float[2 * tasks]);
   std::unique_ptr<uint8_t[]> has_part(new uint8_t[tasks]());
-  std::unique_ptr<float[]> part_values(new float[tasks * k]);
-  std::unique_ptr<int32_t[]> part_ids(new int32_t[tasks * k]);
-  rows.chunk_max = sums.get();
+  std::unique_ptr<uint64_t[]> part_keys(new uint64_t[tasks * k]);
+  rows.chunk_offset = sums.get();
   rows.chunk_sum = sums.get() + tasks;
   rows.has_part = has_part.get();
-  rows.part_values = part_values.get();
-  rows.part_ids = part_ids.get();
+  rows.part_keys = part_keys.get();
 
   const int64_t grain = 2 * kChunk / (rows.vocab < kChunk ? rows.vocab : kChunk);  // about 3 us of work
   torch::stable::parallel_for(0, tasks, grain,

@@ -90,9 +90,10 @@ def check(rows: Iterable[dict], *, where: str = "rows") -> list[dict]:
         out["pair_id"] = _pair_id(out) if pair_id is None else _text(pair_id, place, "pair_id")
         out |= {name: None if row[name] is None else str(row[name]) for name in OPTIONAL if name in row}
         kind = "train" if split in ("train", "train_test") else "adapt"
-        if kinds.setdefault(out["user_id"], (kind, number))[0] != kind:
+        first_kind, first = kinds.setdefault(out["user_id"], (kind, number))
+        if kind != first_kind:
             raise PyargsError(
-                f"{place}: user '{out['user_id']}' is of the {kind} users here but not in row {kinds[out['user_id']][1]}. "
+                f"{place}: user '{out['user_id']}' is of the {kind} users here but of the {first_kind} users in row {first}. "
                 "A user is either trained on (train, train_test) or adapted to (support, query)."
             )
         if checked and isinstance(checked[0]["prompt"], str) != isinstance(out["prompt"], str):
