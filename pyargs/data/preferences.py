@@ -47,11 +47,7 @@ def read(source: Path) -> list[dict]:
         raise PyargsError(f"{source.name}: a preference file is .jsonl, .jsonl.gz or .parquet.")
     rows = []
     try:
-        with (
-            gzip.open(source, "rt", encoding="utf-8")
-            if source.suffix == ".gz"
-            else open(source, encoding="utf-8") as file
-        ):
+        with gzip.open(source, "rt", encoding="utf-8") if source.suffix == ".gz" else open(source, encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     rows.append(json.loads(line))
@@ -93,13 +89,11 @@ def check(rows: Iterable[dict], *, where: str = "rows") -> list[dict]:
         first_kind, first = kinds.setdefault(out["user_id"], (kind, number))
         if kind != first_kind:
             raise PyargsError(
-                f"{place}: user '{out['user_id']}' is of the {kind} users here but of the {first_kind} users in row {first}. "
+                f"{place}: user '{out['user_id']}' is of the {kind} users here, of the {first_kind} users in row {first}. "
                 "A user is either trained on (train, train_test) or adapted to (support, query)."
             )
         if checked and isinstance(checked[0]["prompt"], str) != isinstance(out["prompt"], str):
-            raise PyargsError(
-                f"{place}: prompts must be all strings or all lists of messages; row 1 is the other kind."
-            )
+            raise PyargsError(f"{place}: prompts must be all strings or all lists of messages; row 1 is the other kind.")
         checked.append(out)
     if not checked:
         raise PyargsError(f"{where}: no rows.")
@@ -134,8 +128,7 @@ def carve(rows: list[dict], *, train_test: float = 0.2, by: str = "prompt", seed
         count = min(int(train_test * len(found) + 0.5), len(found) - 1)
         aside[user] = set(sorted(found)[:count])
     return [
-        row | {"split": "train_test"} if row["split"] == "train" and key(row) in aside[row["user_id"]] else row
-        for row in rows
+        row | {"split": "train_test"} if row["split"] == "train" and key(row) in aside[row["user_id"]] else row for row in rows
     ]
 
 
