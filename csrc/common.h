@@ -44,6 +44,18 @@ PYARGS_HD uint32_t key_bits(uint64_t key) {
   return (ordered & 0x80000000u) ? ordered & 0x7fffffffu : ~ordered;
 }
 
+// Bits of the float32 with the value of a float16. Subnormals are normalised by integers, so that no flush-to-zero
+// mode matters.
+PYARGS_HD uint32_t float16_to_float32_bits(uint32_t half) {
+  const uint32_t sign = (half & 0x8000u) << 16, magnitude = (half & 0x7fffu) << 13;
+  if (magnitude >= (31u << 23)) return sign | 0x7f800000u | magnitude;  // inf, NaN
+  if (magnitude >= (1u << 23)) return sign | (magnitude + (112u << 23));
+  uint32_t fraction = magnitude, exponent = 113u << 23;
+  if (fraction == 0) return sign;
+  for (; fraction < (1u << 23); fraction <<= 1) exponent -= 1u << 23;
+  return sign | (exponent + (fraction - (1u << 23)));
+}
+
 }  // namespace pyargs
 
 // Calls `function` of the namespace compiled for this machine.

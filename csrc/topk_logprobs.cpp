@@ -243,7 +243,10 @@ void topk_merge(const TopkRows&, int64_t);
 #include "tensor.h"
 
 #ifdef PYARGS_CUDA_ARCHS
-#include "cuda/topk_logprobs.h"
+#include "cuda/launch.h"
+
+// Only in builds of torch with CUDA; null elsewhere. torch.stable has it by this name since 2.6.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 #endif
 
 namespace pyargs {
@@ -303,6 +306,28 @@ Result topk_logprobs_cpu(const Tensor& given, int64_t k) {
   return result;
 }
 
+#ifdef PYARGS_CUDA_ARCHS
+Result topk_logprobs_cuda(const Tensor& given, int64_t k) {
+  const Dtype dtype = check_logits(given, k);
+  const Tensor logits = with_dense_rows(given);
+  const int64_t batch = logits.size(0), vocab = logits.size(1);
+  const int device = logits.get_device_index();
+  Result result = new_result(logits, batch, k);
+  if (batch == 0) return result;
+  check(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
+  void* stream = nullptr;
+  check(aoti_torch_get_current_cuda_stream(device, &stream) == 0, "no CUDA stream");
+  const int64_t bytes = static_cast<int64_t>(cuda::topk_workspace_bytes(batch, vocab));
+  const Tensor workspace = new_tensor<1>({bytes}, aoti_torch_dtype_uint8(), logits);
+  const char* error = cuda::topk_logprobs(
+      logits.data_ptr(), dtype, batch, vocab, logits.stride(0), static_cast<int>(k),
+      static_cast<float*>(std::get<0>(result).data_ptr()), static_cast<int64_t*>(std::get<1>(result).data_ptr()),
+      static_cast<float*>(std::get<2>(result).data_ptr()), workspace.data_ptr(), device, stream);
+  check(error == nullptr, error ? error : "");
+  return result;
+}
+#endif
+
 }  // namespace
 }  // namespace pyargs
 
@@ -311,5 +336,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyargs, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyargs, CPU, m) { m.impl("topk_logprobs", TORCH_BOX(&pyargs::topk_logprobs_cpu)); }
+
+#ifdef PYARGS_CUDA_ARCHS
+STABLE_TORCH_LIBRARY_IMPL(pyargs, CUDA, m) { m.impl("topk_logprobs", TORCH_BOX(&pyargs::topk_logprobs_cuda)); }
+#endif
 
 #endif  // PYARGS_HOST

@@ -1,0 +1,18 @@
+// Host functions of the .cu files, for the ops in csrc/*.cpp. No torch: pointers, sizes and a stream.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../common.h"
+
+namespace pyargs::cuda {
+
+// Bytes of device memory that topk_logprobs needs beside its results.
+size_t topk_workspace_bytes(int64_t batch, int64_t vocab);
+
+// Queues the kernel on `stream` of `device`; returns null or the text of an error.
+const char* topk_logprobs(const void* logits, Dtype dtype, int64_t batch, int64_t vocab, int64_t row_stride, int k,
+                          float* logprobs, int64_t* ids, float* logsumexp, void* workspace, int device, void* stream);
+
+}  // namespace pyargs::cuda

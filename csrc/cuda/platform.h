@@ -1,0 +1,57 @@
+// The few things in which nvcc and a host emulation of the kernels differ. A kernel uses nothing of CUDA beyond these,
+// __shared__, __syncthreads, __syncwarp, __shfl_down_sync, __shfl_sync, __reduce_add_sync, atomicAdd, __threadfence.
+#pragma once
+
+#include "../common.h"
+
+#ifdef PYARGS_EMULATE
+#include "../emulate/cuda.h"
+#else
+#include <cuda_runtime.h>
+#define PYARGS_LAUNCH(kernel, blocks, threads, stream, ...) kernel<<<blocks, threads, 0, stream>>>(__VA_ARGS__)
+#endif
+
+namespace pyargs::cuda {
+
+// 2^x without code for subnormal numbers; 2^-inf = 0, NaN stays.
+__device__ __forceinline__ float fast_exp2(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return exp2f(x);
+#endif
+}
+
+__device__ __forceinline__ float float_of(uint32_t bits) {
+#ifdef __CUDA_ARCH__
+  return __uint_as_float(bits);
+#else
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+#endif
+}
+
+__device__ __forceinline__ uint32_t bits_of(float value) {
+#ifdef __CUDA_ARCH__
+  return __float_as_uint(value);
+#else
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+#endif
+}
+
+// A read that other blocks' writes before a __threadfence are seen by (past the first-level cache).
+template <class T>
+__device__ __forceinline__ T load_fresh(const T* address) {
+#ifdef __CUDA_ARCH__
+  return __ldcg(address);
+#else
+  return *address;
+#endif
+}
+
+}  // namespace pyargs::cuda
