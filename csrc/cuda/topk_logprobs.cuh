@@ -119,7 +119,7 @@ __device__ __forceinline__ void keep(TopkShared& shared, uint64_t key) {
 // so it reads memory again and stays out of line, which keeps the registers of the usual path few. `key_at(i)`, i in 0
 // .. n, gives a key or 0; at least k of them are not 0.
 template <class KeyAt>
-__device__ __noinline__ void keep_exactly(TopkShared& shared, const KeyAt& key_at, int64_t n, int k) {
+__device__ __noinline__ void keep_exactly(TopkShared& shared, KeyAt key_at, int64_t n, int k) {
   uint64_t threshold = 0;
   for (int bit = 63; bit >= 0; --bit) {
     const uint64_t tried = threshold | (static_cast<uint64_t>(1) << bit);
@@ -190,7 +190,7 @@ __device__ __forceinline__ void merge_sums_of_warp(float& max, float& sum) {
 }
 
 // The last block of a row: choose among the survivors of all chunks, merge the sums, write the results.
-__device__ __noinline__ void finish_row(TopkShared& shared, const TopkWorkspace& work, int64_t row, int64_t chunks,
+__device__ __noinline__ void finish_row(TopkShared& shared, TopkWorkspace work, int64_t row, int64_t chunks,
                                         int k, float* logprobs, int64_t* ids, float* logsumexp) {
   const int64_t places = chunks * kTopkKept;
   const SurvivorKey key_at{work.keys + row * places, work.counts + row * chunks};
@@ -235,7 +235,7 @@ __device__ __noinline__ void finish_row(TopkShared& shared, const TopkWorkspace&
 }
 
 template <Dtype dtype>
-__global__ void __launch_bounds__(kTopkThreads)
+__global__ void __launch_bounds__(kTopkThreads, 3)
     topk_logprobs_kernel(const void* logits, int64_t vocab, int64_t row_stride, int64_t chunks, int k, float* logprobs,
                          int64_t* ids, float* logsumexp, TopkWorkspace work) {
   using Load = TopkLoad<dtype>;
