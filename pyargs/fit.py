@@ -21,7 +21,7 @@ from pyargs.config import option
 from pyargs.errors import PyargsError, did_you_mean
 from pyargs.files import writing
 from pyargs.lm.encode import encode_prompt, encode_response, pack
-from pyargs.lm.hf import can_branch, fingerprint, load_lm, response_states
+from pyargs.lm.hf import can_branch, fingerprint, load_lm, response_logprobs, response_states
 from pyargs.lm.hub import cache_dir
 from pyargs.models.reward_model import RewardModel
 from pyargs.types import Batch, Features, Users
@@ -116,22 +116,40 @@ def features(
     if not len(dataset):
         raise PyargsError("no pairs to compute features of: the split is empty")
     encoded, pairs = groups(tokenizer, dataset, max_length)
-    cache = cache and not hasattr(decoder, "peft_config")
-    if cache:
-        key = hashlib.blake2b(json.dumps([fingerprint(decoder), encoded, last]).encode(), digest_size=16).hexdigest()
-        file = cache_dir() / "features" / f"{key}.safetensors"
-    if cache and file.exists():
-        stored = load_file(file)
-    else:
+
+    def compute() -> dict[str, Tensor]:
         states = [state[-1:] if last else state for several in response_states(decoder, encoded) for state in several]
-        length = torch.tensor([0, *map(len, states)])
-        stored = {"hidden": torch.cat(states), "offsets": length.cumsum(0)}
-        if cache:
-            with writing(file) as temporary:
-                save_file(stored, temporary)
+        return {"hidden": torch.cat(states), "offsets": torch.tensor([0, *map(len, states)]).cumsum(0)}
+
+    stored = _cached("features", decoder, [encoded, last], compute) if cache else compute()
     first = torch.tensor([0, *(len(several) for _, several in encoded)]).cumsum(0).tolist()
     chosen, rejected = (torch.tensor([first[group] + pair[side] for group, *pair in pairs]) for side in (0, 1))
     return Features(stored["hidden"], stored["offsets"], chosen, rejected, list(dataset["user_id"]))
+
+
+def policy_logprobs(policy, encoded) -> list[Tensor]:
+    """Per-token log-probs [T] of every response of `groups`, one after the other; cached like features."""
+
+    def compute() -> dict[str, Tensor]:
+        values = [value for several in response_logprobs(policy, encoded) for value in several]
+        return {"logprobs": torch.cat(values), "lengths": torch.tensor([len(value) for value in values])}
+
+    stored = _cached("logprobs", policy, encoded, compute)
+    return list(stored["logprobs"].split(stored["lengths"].tolist()))
+
+
+def _cached(kind: str, model, inputs, compute) -> dict[str, Tensor]:
+    """compute(), or what it gave before for the same weights and inputs. A model with LoRA is one experiment's: not kept."""
+    if hasattr(model, "peft_config"):
+        return compute()
+    key = hashlib.blake2b(json.dumps([fingerprint(model), inputs]).encode(), digest_size=16).hexdigest()
+    file = cache_dir() / kind / f"{key}.safetensors"
+    if file.exists():
+        return load_file(file)
+    values = compute()
+    with writing(file) as temporary:
+        save_file(values, temporary)
+    return values
 
 
 # -- training ----------------------------------------------------------------------------------------------------------

@@ -66,6 +66,7 @@ def generate(
     return decode(policy, reward_model, request)
 
 
+@torch.no_grad()
 def decode(policy, reward_model: RewardModel, request: Request) -> Decoded:
     """The loop over shared prefixes; `generate` says what it does."""
     rows, length = request.input_ids.shape
@@ -125,8 +126,7 @@ def decode(policy, reward_model: RewardModel, request: Request) -> Decoded:
             stop=request.stop, stop_reward=so_far if request.eos_reward == "before" else None, pad_id=request.pad_id,
             temperature=request.temperature, uniform=None if request.uniform is None else request.uniform[step],
         )  # fmt: skip
-        chosen = reward.gather(1, slot.clamp(min=0).unsqueeze(1)).squeeze(1)
-        output.add(step, token, slot, chosen, finished)
+        chosen = output.add(step, token, slot, reward, finished)
         total = total + chosen
         so_far = total / (step + 1) if request.prefix_mean else chosen
         if output.stop(step, finished):

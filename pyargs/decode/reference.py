@@ -56,11 +56,11 @@ def decode(policy, reward_model: RewardModel, request: Request) -> Decoded:
             slot = (cumulative > request.uniform[step].unsqueeze(1)).int().argmax(1)
         bad = score.isnan().any(1) & ~finished
         token = ids.gather(1, slot.unsqueeze(1)).squeeze(1).masked_fill(finished | bad, request.pad_id)
-        chosen = reward.gather(1, slot.unsqueeze(1)).squeeze(1).masked_fill(finished, 0.0)
+        reward = reward.masked_fill(finished.unsqueeze(1), 0.0)
         stopped = is_stop.gather(1, slot.unsqueeze(1)).squeeze(1)
         output_slot = slot.masked_fill(finished, 0).masked_fill(bad, -1)
         finished = finished | stopped | bad
-        output.add(step, token, output_slot, chosen, finished)
+        chosen = output.add(step, token, output_slot, reward, finished)
         total = total + chosen
         so_far = total / (step + 1) if request.prefix_mean else chosen
         if output.stop(step, finished):

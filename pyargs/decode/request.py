@@ -121,18 +121,25 @@ class Output:
         self.tokens = torch.full((rows, steps), request.pad_id, dtype=torch.long, device=device)
         self.slots = torch.zeros_like(self.tokens)
         self.rewards = torch.zeros(rows, steps, device=device)
+        self.spreads = torch.zeros_like(self.rewards)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self.bad = torch.zeros(rows, dtype=torch.bool, device=device)
         # Reading a flag makes the host wait for a GPU, so it is read every 8th step there; late steps write only padding.
         self.check_every = 1 if device.type == "cpu" else 8
 
-    def add(self, step: int, token: Tensor, slot: Tensor, reward: Tensor, finished: Tensor) -> None:
-        """One step's choice [B]; `finished` is the state after it."""
-        self.tokens[:, step], self.slots[:, step], self.rewards[:, step] = token, slot, reward
+    def add(self, step: int, token: Tensor, slot: Tensor, reward: Tensor, finished: Tensor) -> Tensor:
+        """One step: the choice [B], the candidates' rewards [B, k], and which rows are finished after it.
+
+        Returns the chosen candidates' rewards [B].
+        """
+        chosen = reward.gather(1, slot.clamp(min=0).unsqueeze(1)).squeeze(1)
+        self.tokens[:, step], self.slots[:, step], self.rewards[:, step] = token, slot, chosen
+        self.spreads[:, step] = reward.std(1, correction=0)
         self.lengths += ~finished
         self.bad |= slot < 0
         if self.request.token_callback is not None:
             self.request.token_callback(token)
+        return chosen
 
     def stop(self, step: int, finished: Tensor) -> bool:
         """Whether all rows are done. Raises PyargsError if a row met a NaN (within 8 steps of it)."""
@@ -147,5 +154,5 @@ class Output:
 
     def decoded(self, finished: Tensor) -> Decoded:
         steps = int((self.lengths + finished).max()) if len(self.lengths) else 0
-        parts = (self.tokens[:, :steps], self.rewards[:, :steps], self.slots[:, :steps], self.lengths)
+        parts = (self.tokens[:, :steps], self.rewards[:, :steps], self.slots[:, :steps], self.spreads[:, :steps], self.lengths)
         return Decoded(*(part.cpu() for part in parts))

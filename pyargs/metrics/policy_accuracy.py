@@ -1,0 +1,76 @@
+"""Policy accuracy (eqs. 3-6 of the paper): how often the decoder's own score ranks the chosen response first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyargs.metrics.rm_accuracy import compare
+
+
+@dataclass
+class PairScores:
+    """What every ranking of N pairs needs; index 0 is the chosen response, 1 the rejected one.
+
+    logprob float64 [N, 2]: sum of log pi over the response tokens (no stop token); step_reward float64 [N, 2]: sum of what
+    a decoder would have added at each token; length int64 [N, 2]: tokens; reward float32 [N, 2]: sequence rewards; users: N
+    ids.
+    """
+
+    logprob: Tensor
+    step_reward: Tensor
+    length: Tensor
+    reward: Tensor
+    users: list[str]
+
+    def mean_step_reward(self) -> float:
+        """Mean over all tokens: what "centred" subtracts. Take it from the seen users' held-out pairs."""
+        return (self.step_reward.sum() / self.length.sum()).item()
+
+
+def policy_accuracy(scores: PairScores, weight: float, *, centre: float = 0.0) -> dict[str, dict]:
+    """Accuracies by name; each is a dict of `rm_accuracy.compare`.
+
+    base: mean log pi (eq. 4), the policy alone. paper: sum of log pi + w r, not divided by the length, as eqs. 5-6 have it.
+    centred: the same with r - centre, since a constant in r would otherwise count once per token. all: mean of log pi + w r,
+    comparable with base at every weight. sum: the log-likelihood alone, which is what `paper` gives at w = 0.
+    """
+    guided = scores.logprob + weight * scores.step_reward
+    ranked = {
+        "base": scores.logprob / scores.length,
+        "paper": guided,
+        "centred": guided - weight * centre * scores.length,
+        "all": guided / scores.length,
+        "sum": scores.logprob,
+    }
+    return {name: compare(score[:, 0], score[:, 1], scores.users) for name, score in ranked.items()}
+
+
+def pair_scores(model, policy, dataset) -> PairScores:
+    """PairScores of a dataset's rows under a reward model and a policy of the same tokenizer.
+
+    Log-probs of the policy are computed once for the same weights and texts and kept in the user's cache.
+    """
+    from pyargs.fit import features, groups, policy_logprobs
+
+    length = model.config.get("max_length")
+    encoded, pairs = groups(model.tokenizer, dataset, length)
+    first = [0]
+    for _, several in encoded:
+        first.append(first[-1] + len(several))
+    index = torch.tensor([[first[group] + chosen, first[group] + rejected] for group, chosen, rejected in pairs])
+    logprob = torch.tensor([part.double().sum().item() for part in policy_logprobs(policy, encoded)], dtype=torch.float64)
+
+    states = features(model.backbone, model.tokenizer, dataset, max_length=length)
+    rows = model.users.rows(states.users)
+    reward, step_reward, tokens = [], [], []
+    with torch.no_grad():
+        for part in torch.arange(len(states)).split(256):
+            batch = states.batch(rows, part, last=False)
+            batch.hidden, batch.mask, batch.user = (x.to(model.device) for x in (batch.hidden, batch.mask, batch.user))
+            reward.append(model.rewards(batch).cpu())
+            step_reward.append(model.step_rewards(batch).double().sum(-1).cpu())
+            tokens.append(batch.mask.sum(-1).cpu())
+    return PairScores(logprob[index], torch.cat(step_reward), torch.cat(tokens), torch.cat(reward), states.users)
