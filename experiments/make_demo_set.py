@@ -29,7 +29,7 @@ SYSTEM = (
     "You are a person, not an assistant. Tell what I did, what I felt, and what my family and I like.",
 )
 DRAWS, KEEP = 2, 4
-TEMPERATURE, TOP_P, MAX_NEW_TOKENS = 0.8, 0.95, 40
+TEMPERATURE, TOP_K, MAX_NEW_TOKENS = 0.8, 50, 40
 BATCH = 40  # prompts per batch; divides their number, so that a batch has one system prompt
 
 
@@ -64,8 +64,9 @@ def main() -> None:
         "model_sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
         "system_prompts": SYSTEM,
         "draws": DRAWS,
+        "dtype": "bfloat16",
         "temperature": TEMPERATURE,
-        "top_p": TOP_P,
+        "top_k": TOP_K,
         "max_new_tokens": MAX_NEW_TOKENS,
         "answers": len(rows),
         "sha256": hashlib.sha256(data).hexdigest(),
@@ -90,7 +91,9 @@ def sample_all(prompts: list[str], folder: Path, path: Path, seed: int) -> list[
     if len(rows) == len(jobs):
         return rows
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16
+    ).eval()  # samples: rounding is harmless
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
         file.writelines(lines)
@@ -114,7 +117,7 @@ def sample(model, tokenizer, prompts: list[str], system: str | None) -> list[str
     inputs = tokenizer.apply_chat_template(
         chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
     )
-    settings = {"do_sample": True, "temperature": TEMPERATURE, "top_p": TOP_P, "top_k": 0}
+    settings = {"do_sample": True, "temperature": TEMPERATURE, "top_k": TOP_K}
     with torch.inference_mode():
         out = model.generate(**inputs, **settings, max_new_tokens=MAX_NEW_TOKENS)
     answers = out[:, inputs["input_ids"].shape[1] :]
