@@ -7,10 +7,12 @@ keys and values, or look through a window, since it asks of a cache only that it
 from __future__ import annotations
 
 import inspect
+from functools import cache as once
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from pyargs.decode.request import Output, Request
 from pyargs.models.reward_model import RewardModel
@@ -22,9 +24,10 @@ def decode(policy, reward_model: RewardModel, request: Request) -> Decoded:
     rows, k = len(request.user), request.num_candidates
     device, backbone = reward_model.device, reward_model.backbone
     mask = request.attention_mask
+    padded = not bool(mask.all())
 
-    policy_out, policy_cache = _forward(policy, request.input_ids, mask, None, logits_to_keep=1)
-    reward_out, reward_cache = _forward(backbone, request.input_ids.to(device), mask.to(device), None)
+    policy_out, policy_cache = _forward(policy, request.input_ids, mask, None, padded, logits_to_keep=1)
+    reward_out, reward_cache = _forward(backbone, request.input_ids.to(device), mask.to(device), None, padded)
     so_far = reward_model.head(reward_out.last_hidden_state[:, -1], request.user)
     total = torch.zeros_like(so_far)
     # Row b * k + j holds candidate j of row b, behind its own copy of the prefix.
@@ -39,7 +42,7 @@ def decode(policy, reward_model: RewardModel, request: Request) -> Decoded:
 
         mask = torch.cat([mask, mask.new_ones(rows, 1)], dim=1)
         reward_out, reward_cache = _forward(
-            backbone, ids.reshape(-1, 1), mask.to(device).repeat_interleave(k, dim=0), reward_cache
+            backbone, ids.reshape(-1, 1), mask.to(device).repeat_interleave(k, dim=0), reward_cache, padded
         )
         hidden = reward_out.last_hidden_state.reshape(rows, k, -1)
         reward = reward_model.head(hidden, request.user.unsqueeze(1).expand(rows, k))
@@ -66,11 +69,21 @@ def decode(policy, reward_model: RewardModel, request: Request) -> Decoded:
         if output.stop(step, finished):
             break
 
-        reward_cache.reorder_cache((first_row + slot).repeat_interleave(k))
+        _follow(reward_cache, (first_row + slot).repeat_interleave(k))
         policy_out, policy_cache = _forward(
-            policy, token.unsqueeze(1).to(policy.device), mask, policy_cache, logits_to_keep=1
+            policy, token.unsqueeze(1).to(policy.device), mask, policy_cache, padded, logits_to_keep=1
         )
     return output.decoded(finished)
+
+
+def _follow(cache, winner: Tensor) -> None:
+    """All copies go on from their row's winner; winner int64 [B * k] is the copy that each one continues."""
+    for layer in cache.layers:
+        if type(layer) is DynamicLayer:  # the copies differ in their newest place only
+            for states in (layer.keys, layer.values):
+                states[:, :, -1] = states[winner, :, -1]
+        else:
+            layer.reorder_cache(winner)
 
 
 def _topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -84,15 +97,19 @@ def _topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return top, ids.gather(1, order)
 
 
-def _forward(model, ids: Tensor, mask: Tensor, cache, **more):
+@once
+def _parameters(kind: type) -> frozenset[str]:
+    return frozenset(inspect.signature(kind.forward).parameters)
+
+
+def _forward(model, ids: Tensor, mask: Tensor, cache, padded: bool, **more):
     """One pass over new tokens; returns the output and the cache, whatever the model calls it."""
-    known = inspect.signature(type(model).forward).parameters
+    known = _parameters(type(model))
     name = "past_key_values" if "past_key_values" in known else "cache_params"
     cache = DynamicCache(config=model.config.get_text_config(decoder=True)) if cache is None else cache
     inputs = {"input_ids": ids, name: cache, "use_cache": True, **more}
-    if (
-        "position_ids" in known or mask.shape == ids.shape
-    ):  # a state-space model has seen the padding once it is past it
+    # A state-space model has seen the padding once it is past it. Without padding a mask only costs time.
+    if padded and ("position_ids" in known or mask.shape == ids.shape):
         inputs["attention_mask"] = mask
     if "position_ids" in known:
         inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
