@@ -312,9 +312,10 @@ Result score_select_cpu(Tensor features, Tensor weight, Tensor user, Tensor rewa
 }  // namespace pyargs
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pyargs, m) {
+  // All arguments are positional: torch looks each keyword up by a new string, which costs more than a small kernel.
   m.def(
       "score_select(Tensor features, Tensor weight, Tensor user, Tensor reward_weight, Tensor logprobs, Tensor ids, "
-      "Tensor finished, *, Tensor? bias=None, str activation=\"identity\", float scale=1., Tensor? stop=None, "
+      "Tensor finished, Tensor? bias=None, str activation=\"identity\", float scale=1., Tensor? stop=None, "
       "Tensor? stop_reward=None, SymInt pad_id=0, float? temperature=None, Tensor? uniform=None) -> "
       "(Tensor, Tensor, Tensor, Tensor)");
 }

@@ -55,8 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         prog=f"pyargs {own.verb}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     try:
-        # Flags of `train` depend on the method, so a command sees the words before it declares its arguments.
-        module.add_arguments(parser, argv[1:]) if _wants_words(module) else module.add_arguments(parser)
+        module.add_arguments(parser, argv[1:])  # the words, since the flags of `train` depend on the method
         result = module.run(parser.parse_args(argv[1:]))
     except PyargsError as error:
         print(f"pyargs {own.verb}: {error}", file=sys.stderr)
@@ -65,10 +64,6 @@ def main(argv: list[str] | None = None) -> int:
         json.dump(result, sys.stdout, indent=1, ensure_ascii=False)
         print()
     return 0
-
-
-def _wants_words(module) -> bool:
-    return module.add_arguments.__code__.co_argcount == 2
 
 
 if __name__ == "__main__":

@@ -45,3 +45,17 @@ def _kind(hint) -> tuple[type, bool]:
     if typing.get_origin(hint) is list:
         return typing.get_args(hint)[0], True
     return hint, False
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which data a command reads."""
+    parser.add_argument("--data", required=True, help="demo, synthetic, pref_lamp, or a .jsonl[.gz] or .parquet file")
+    parser.add_argument("--source", help="the file or folder of data that the package does not carry (pref_lamp)")
+    parser.add_argument("--data-seed", type=int, help="seed of the held-out prompts (default 0)")
+
+
+def load_data(args: argparse.Namespace):
+    from pyargs import data
+
+    options = {} if args.data_seed is None else {"seed": args.data_seed}
+    return data.load(args.data, args.source, **options)

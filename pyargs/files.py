@@ -20,11 +20,11 @@ from pyargs.errors import PyargsError
 
 
 def sha256(path: str | Path) -> str:
-    """Hash of a file, or of a folder's files with their names (the stage record itself left out)."""
+    """Hash of a file, or of a folder's files with their names."""
     path, digest = Path(path), hashlib.sha256()
     if not path.exists():
         raise PyargsError(f"{path} does not exist")
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p.name != "stage.json")
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     for file in files:
         digest.update(file.relative_to(path).as_posix().encode())
         with file.open("rb") as stream:
@@ -125,32 +125,37 @@ def _commit() -> str | None:
     return result.stdout.strip() or None
 
 
-def stage_key(config: dict, inputs: dict[str, str | Path]) -> dict:
-    """What makes a stage the same stage: its settings and the hashes of the files that it reads."""
-    return {"config": config, "inputs": {name: sha256(path) for name, path in inputs.items()}}
+def stage_key(config: dict, inputs: dict[str, str]) -> dict:
+    """What makes a stage the same stage: its settings and the hashes of what it reads."""
+    return {"config": config, "inputs": inputs}
 
 
 def finished(out: str | Path, key: dict) -> dict | None:
-    """The record of a stage that was already done with the same key, or None.
+    """The record of a stage that was done with the same key, or None: then the stage is noted as begun, and may be made.
 
+    Records stand beside the output, as OUT.stage.json. A stage that was killed has no finished record and is made again.
     Raises PyargsError when `out` holds something else, so that no result is overwritten unasked.
     """
     out = Path(out)
-    record = out / "stage.json" if out.is_dir() or not out.suffix else out.with_name(out.name + ".stage.json")
-    if not record.exists():
-        if out.exists() and (out.is_file() or any(out.iterdir())):
-            raise PyargsError(f"{out} exists and was not written by this command: choose another --out or remove it")
-        return None
-    done = read_json(record)
-    if {k: done.get(k) for k in key} == json.loads(json.dumps(key)):
-        return done
-    raise PyargsError(f"{out} was made with other settings or inputs: choose another --out or remove it")
+    path = _record(out)
+    if path.exists():
+        old = read_json(path)
+        if {name: old.get(name) for name in key} != json.loads(json.dumps(key)):
+            raise PyargsError(f"{out} was made with other settings or inputs: choose another --out, or remove it and {path.name}")
+        if old["finished"] and out.exists():
+            return old
+    elif out.exists():
+        raise PyargsError(f"{out} exists and was not written by this command: choose another --out or remove it")
+    write_json(path, {**key, "finished": False})
+    return None
 
 
 def record(out: str | Path, key: dict, **values) -> dict:
-    """Writes the stage record of `finished`; call it last."""
-    out = Path(out)
-    path = out / "stage.json" if out.is_dir() else out.with_name(out.name + ".stage.json")
-    done = {**key, **values}
-    write_json(path, done)
+    """Notes a stage as finished; call it last."""
+    done = {**key, "finished": True, **values}
+    write_json(_record(Path(out)), done)
     return done
+
+
+def _record(out: Path) -> Path:
+    return out.with_name(out.name + ".stage.json")

@@ -5,17 +5,13 @@ from __future__ import annotations
 import argparse
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     show = actions.add_parser("show", help="counts, lengths and hash of one data set")
-    show.add_argument(
-        "name", help="demo, synthetic, pref_lamp, preferences, or the path of a .jsonl[.gz] or .parquet file"
-    )
+    show.add_argument("name", help="demo, synthetic, pref_lamp, preferences, or the path of a .jsonl[.gz] or .parquet file")
     show.add_argument("--source", help="the file or folder, for data that the package does not carry")
     show.add_argument("--train-test", type=float, help="share of each train user's prompts to set aside (default 0.2)")
-    show.add_argument(
-        "--seed", type=int, help="seed of that choice, or of the data themselves for synthetic (default 0)"
-    )
+    show.add_argument("--seed", type=int, help="seed of that choice, or of the data themselves for synthetic (default 0)")
     actions.add_parser("list", help="the data sets by name")
 
 

@@ -48,9 +48,7 @@ def load(source: str | Path, *, train_test: float = 0.2, seed: int = 0) -> Datas
                 pair["prompt"],
                 pair["chosen"],
             ):
-                raise PyargsError(
-                    f"{found[0].name}: pair {pair['pair_id']} does not match the paper in the questions files."
-                )
+                raise PyargsError(f"{found[0].name}: pair {pair['pair_id']} does not match the paper in the questions files.")
     return pairs
 
 
@@ -72,9 +70,7 @@ def items(source: str | Path) -> Dataset:
         for question in _json(questions):
             user, common = str(question["id"]), {"user_id": str(question["id"]), "user_split": user_split}
             if not question["input"].startswith(INSTRUCTION):
-                raise PyargsError(
-                    f"{questions.name}: question {user} does not begin with '{INSTRUCTION}': not LaMP-5."
-                )
+                raise PyargsError(f"{questions.name}: question {user} does not begin with '{INSTRUCTION}': not LaMP-5.")
             for paper in question["profile"]:
                 rows.append(
                     common

@@ -129,8 +129,8 @@ def score_select(
     """
     try:
         return _op(
-            features, weight, user, reward_weight, logprobs, ids, finished, bias=bias, activation=activation,
-            scale=scale, stop=stop, stop_reward=stop_reward, pad_id=pad_id, temperature=temperature, uniform=uniform,
+            features, weight, user, reward_weight, logprobs, ids, finished, bias, activation, scale, stop, stop_reward,
+            pad_id, temperature, uniform,
         )  # fmt: skip
     except RuntimeError:
         check(
@@ -192,7 +192,7 @@ def check(
 
 
 def _fake(
-    features, weight, user, reward_weight, logprobs, ids, finished, *, bias=None, activation="identity", scale=1.0,
+    features, weight, user, reward_weight, logprobs, ids, finished, bias=None, activation="identity", scale=1.0,
     stop=None, stop_reward=None, pad_id=0, temperature=None, uniform=None,
 ):  # fmt: skip
     check(

@@ -1,0 +1,38 @@
+"""Add new users to a trained model from their support pairs: pyargs adapt MODEL --data NAME_OR_FILE --out FOLDER."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
+    from pyargs.config import add_data
+
+    parser.add_argument("model", help="folder of `pyargs train`")
+    parser.add_argument("--out", required=True, help="folder for the model with the new users")
+    parser.add_argument("--adapt-steps", type=int, help="steps of the adaptation (default: the method's)")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done, with sizes, and stop")
+    add_data(parser)
+
+
+def run(args: argparse.Namespace) -> dict:
+    from pyargs import files, fit
+    from pyargs.config import load_data
+    from pyargs.data import content_hash
+    from pyargs.models.reward_model import RewardModel
+
+    rows = load_data(args).filter(lambda split: split == "support", input_columns="split")
+    key = files.stage_key(
+        {"stage": "adapt", "steps": args.adapt_steps}, {"data": content_hash(rows), "model": files.sha256(args.model)}
+    )
+    plan = {"new_users": len(set(rows["user_id"])), "pairs": len(rows), "out": args.out}
+    if args.dry_run:
+        return plan
+    if done := files.finished(args.out, key):
+        return {**done, "already_done": True}
+    model = RewardModel.from_pretrained(args.model)
+    fit.adapt(model, rows, steps=args.adapt_steps)
+    model.save_pretrained(args.out)
+    return files.record(
+        args.out, key, **plan, users=len(model.users), provenance=files.provenance(model.config["fields"]["seed"])
+    )

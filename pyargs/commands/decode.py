@@ -1,0 +1,76 @@
+"""Answer prompts for their users: pyargs decode MODEL --policy NAME --data ... --tuned FILE --out generations.jsonl."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
+    from pyargs.config import add_data
+
+    parser.add_argument("model", help="folder of `pyargs train` or `pyargs adapt`")
+    parser.add_argument("--policy", required=True, help="embedded name, local folder or hub name")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the policy (default float32)")
+    weight = parser.add_mutually_exclusive_group(required=True)
+    weight.add_argument("--tuned", help="file of `pyargs tune`: its reward_weight is used")
+    weight.add_argument("--reward-weight", type=float, help="raw w of eq. 1; 0 is the policy alone in the same loop")
+    parser.add_argument("--split", default="query", help="whose prompts (default: query)")
+    parser.add_argument("--limit", type=int, help="only the first N prompts")
+    parser.add_argument("--num-candidates", type=int, default=10, help="k of ARGS (default 10)")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="length of an answer (default 64)")
+    parser.add_argument("--batch-size", type=int, default=8, help="prompts decoded together (default 8)")
+    parser.add_argument("--do-sample", action="store_true", help="sample over the k candidates instead of the argmax")
+    parser.add_argument("--temperature", type=float, default=0.7, help="of --do-sample (default 0.7, as in ARGS)")
+    parser.add_argument("--seed", type=int, default=0, help="of --do-sample")
+    parser.add_argument("--out", required=True, help="JSONL file, one answer a line")
+    add_data(parser)
+
+
+def run(args: argparse.Namespace) -> dict:
+    import time
+
+    from pyargs import files
+    from pyargs.config import load_data
+    from pyargs.data import content_hash
+    from pyargs.tune import decode_prompts, load_pair
+
+    data = load_data(args)
+    rows = data.filter(lambda split: split == args.split, input_columns="split")
+    unique = {(row["user_id"], str(row["prompt"])): row for row in rows}
+    items = list(unique.values())[: args.limit]
+    if not items:
+        from pyargs.errors import PyargsError
+
+        raise PyargsError(f"no rows with split '{args.split}' (there are: {', '.join(sorted(set(data['split'])))})")
+    weight = files.read_json(args.tuned)["reward_weight"] if args.tuned else args.reward_weight
+    settings = {name: getattr(args, name) for name in (
+        "policy", "dtype", "split", "limit", "num_candidates", "max_new_tokens", "batch_size", "do_sample", "temperature", "seed"
+    )}  # fmt: skip
+    key = files.stage_key(
+        {"stage": "decode", "reward_weight": weight, **settings},
+        {"data": content_hash(rows), "model": files.sha256(args.model)},
+    )
+    if done := files.finished(args.out, key):
+        return {**done, "already_done": True}
+
+    policy, model = load_pair(args.policy, args.model, dtype=args.dtype)
+    lines, started = {}, time.perf_counter()
+    for numbers, _, decoded in decode_prompts(
+        policy, model, [row["prompt"] for row in items], [row["user_id"] for row in items], reward_weight=weight,
+        batch_size=args.batch_size, num_candidates=args.num_candidates, max_new_tokens=args.max_new_tokens,
+        do_sample=args.do_sample, temperature=args.temperature, seed=args.seed,
+    ):  # fmt: skip
+        texts = decoded.texts(model.tokenizer)
+        for row, (i, text, tokens) in enumerate(zip(numbers, texts, decoded.answers(), strict=True)):
+            lines[i] = {
+                "user_id": items[i]["user_id"], "pair_id": items[i].get("pair_id"), "text": text, "tokens": tokens,
+                "reward_weight": weight, "rewards": [round(r, 5) for r in decoded.rewards[row, : len(tokens)].tolist()],
+                "slots": decoded.slots[row, : len(tokens)].tolist(),
+            }  # fmt: skip
+    seconds = time.perf_counter() - started
+    files.write_jsonl(args.out, [lines[i] for i in sorted(lines)])
+    tokens = sum(len(line["tokens"]) for line in lines.values())
+    return files.record(
+        args.out, key, answers=len(lines), tokens=tokens, seconds=round(seconds, 2),
+        tokens_per_second=round(tokens / seconds, 2), provenance=files.provenance(args.seed),
+    )  # fmt: skip

@@ -1,0 +1,70 @@
+"""Measure a model: RM accuracy, policy accuracy, and ROUGE of generated answers against what the users wrote."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
+    from pyargs.config import add_data
+
+    parser.add_argument("model", help="folder of `pyargs adapt` (or of `pyargs train` with --split train_test)")
+    parser.add_argument("--policy", required=True, help="embedded name, local folder or hub name")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the policy (default float32)")
+    parser.add_argument("--split", default="query", help="which pairs (default: query, those of the new users)")
+    parser.add_argument("--tuned", required=True, help="file of `pyargs tune`: the weight, and the centre of the rewards")
+    parser.add_argument("--generations", nargs="*", default=[], help="files of `pyargs decode` to score with ROUGE")
+    parser.add_argument("--out", required=True, help="JSON file for the result")
+    add_data(parser)
+
+
+def run(args: argparse.Namespace) -> dict:
+    from pathlib import Path
+
+    from pyargs import files
+    from pyargs.config import load_data
+    from pyargs.data import content_hash
+    from pyargs.errors import PyargsError
+    from pyargs.metrics.overlap import rouge
+    from pyargs.metrics.policy_accuracy import pair_scores, policy_accuracy
+    from pyargs.metrics.rm_accuracy import rm_accuracy
+    from pyargs.tune import load_pair
+    from pyargs.types import Result
+
+    rows = load_data(args).filter(lambda split: split == args.split, input_columns="split")
+    inputs = {"data": content_hash(rows), "model": files.sha256(args.model), "tuned": files.sha256(args.tuned)}
+    inputs |= {Path(file).name: files.sha256(file) for file in args.generations}
+    key = files.stage_key({"stage": "evaluate", "policy": args.policy, "dtype": args.dtype, "split": args.split}, inputs)
+    if done := files.finished(args.out, key):
+        return {**done, "already_done": True}
+
+    tuned = files.read_json(args.tuned)
+    policy, model = load_pair(args.policy, args.model, dtype=args.dtype)
+    scores = pair_scores(model, policy, rows)
+    accuracy = policy_accuracy(scores, tuned["reward_weight"], centre=tuned["centre"])
+    kind = "personal" if model.users.personal else "global"
+    values = {
+        "rm_accuracy": rm_accuracy(scores.reward, scores.users),
+        "policy_accuracy": {
+            "base": accuracy.pop("base"),
+            kind: accuracy,
+            "weight_0": {name: v for name, v in policy_accuracy(scores, 0.0).items() if name in ("paper", "all")},
+        },
+        "reward_weight": tuned["reward_weight"],
+    }
+    written = {(row["user_id"], row["pair_id"]): row["chosen"] for row in rows}
+    for file in args.generations:
+        lines = list(files.read_jsonl(file))
+        missing = [line["pair_id"] for line in lines if (line["user_id"], line["pair_id"]) not in written]
+        if missing:
+            raise PyargsError(f"{file} answers items that are not in split '{args.split}', {missing[0]} for one")
+        overlap = rouge([line["text"] for line in lines], [written[line["user_id"], line["pair_id"]] for line in lines])
+        overlap["rouge1_each"] = [round(value, 2) for value in overlap["rouge1_each"]]
+        values.setdefault("rouge", {})[Path(file).stem] = {
+            "reward_weight": lines[0]["reward_weight"], **overlap,
+            "words": sum(len(line["text"].split()) for line in lines) / len(lines),
+        }  # fmt: skip
+    result = Result("evaluate", values, key["config"], inputs, files.provenance(model.config["fields"]["seed"])).json()
+    files.write_json(args.out, result)
+    files.record(args.out, key)
+    return result

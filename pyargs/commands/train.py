@@ -1,0 +1,55 @@
+"""Train a method on the train users' pairs: pyargs train METHOD --data NAME_OR_FILE --out FOLDER."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
+    import pkgutil
+
+    from pyargs import methods
+    from pyargs.config import add_data, add_options
+
+    known = [module.name for module in pkgutil.iter_modules(methods.__path__)]
+    parser.add_argument("method", help=f"one of {', '.join(known)}, or a path to a .py file; its flags follow from it")
+    parser.add_argument("--out", required=True, help="folder for the reward model")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done, with sizes, and stop")
+    add_data(parser)
+    name = next((word for word in words if not word.startswith("-")), None)
+    if name:
+        from pyargs.fit import method
+
+        add_options(parser.add_argument_group(f"method {name}"), method(name).Config)
+
+
+def run(args: argparse.Namespace) -> dict:
+    from dataclasses import asdict
+
+    from pyargs import files, fit
+    from pyargs.config import from_args, load_data
+    from pyargs.data import content_hash
+
+    recipe = fit.method(args.method)
+    config = from_args(recipe.Config, args)
+    data = load_data(args)
+    rows = data.filter(lambda split: split == "train", input_columns="split")
+    key = files.stage_key({"stage": "train", "method": args.method, **asdict(config)}, {"data": content_hash(data)})
+    epochs = config.epochs or (20 if config.freeze_backbone else 2)
+    plan = {
+        "method": args.method,
+        "backbone": config.backbone,
+        "frozen": config.freeze_backbone,
+        "pairs": len(rows),
+        "users": len(set(rows["user_id"])),
+        "steps": round(epochs * -(-len(rows) // config.batch_size)),
+        "out": args.out,
+    }
+    if args.dry_run:
+        return plan
+    if done := files.finished(args.out, key):
+        return {**done, "already_done": True}
+    model = fit.train(args.method, data, config)
+    model.save_pretrained(args.out)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return files.record(args.out, key, **plan, trained_parameters=trained, provenance=files.provenance(config.seed))

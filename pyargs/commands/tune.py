@@ -1,0 +1,40 @@
+"""Choose the reward weight on the seen users' held-out pairs: pyargs tune MODEL --policy NAME --data ... --out FILE."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
+    from pyargs.config import add_data, add_options
+    from pyargs.tune import Tuning
+
+    parser.add_argument("model", help="folder of `pyargs train` or `pyargs adapt`")
+    parser.add_argument("--policy", required=True, help="embedded name, local folder or hub name")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the policy (default float32)")
+    parser.add_argument("--out", required=True, help="JSON file for the grid and the chosen weight")
+    add_options(parser, Tuning)
+    add_data(parser)
+
+
+def run(args: argparse.Namespace) -> dict:
+    from dataclasses import asdict
+
+    from pyargs import files
+    from pyargs.config import from_args, load_data
+    from pyargs.data import content_hash
+    from pyargs.tune import Tuning, load_pair, tune
+
+    config = from_args(Tuning, args)
+    # Only the seen users' held-out pairs may decide; the other rows never get near the choice.
+    rows = load_data(args).filter(lambda split: split == "train_test", input_columns="split")
+    key = files.stage_key(
+        {"stage": "tune", "policy": args.policy, "dtype": args.dtype, **asdict(config)},
+        {"data": content_hash(rows), "model": files.sha256(args.model)},
+    )
+    if done := files.finished(args.out, key):
+        return {**done, "already_done": True}
+    policy, model = load_pair(args.policy, args.model, dtype=args.dtype)
+    chosen = tune(model, policy, rows, config)
+    files.write_json(args.out, chosen)
+    return files.record(args.out, key, **chosen, provenance=files.provenance(config.seed))

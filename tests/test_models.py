@@ -1,0 +1,234 @@
+"""Heads, users and reward models: what is folded, saved and padded must not change a number."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import FULL_ATTENTION, reward_model, tiny_lm
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from pyargs.data.synthetic import tiny_lm as saved_lm
+from pyargs.errors import PyargsError, UnknownUser
+from pyargs.heads import features, linear, mlp
+from pyargs.lm.encode import encode_prompt, encode_response, pack
+from pyargs.lm.hf import load_lm, packed_states, response_logprobs, response_states, spans
+from pyargs.models.reward_model import RewardModel, add_lora
+from pyargs.ops import score_select
+from pyargs.types import Batch, Users
+
+HEADS = ("linear", "mlp", "personal mlp")
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@settings(max_examples=20, deadline=None)
+@given(rows=st.integers(1, 5), k=st.integers(1, 7), seed=st.integers(0, 99))
+def test_a_folded_head_gives_the_same_rewards(kind, rows, k, seed):
+    head = reward_model(tiny_lm(), head=kind).head
+    torch.manual_seed(seed)
+    hidden, user = torch.randn(rows, k, 32), torch.randint(0, 3, (rows,))
+    folded = head.fold()
+    _, _, reward, _ = score_select(
+        features(folded, hidden, user), folded["weight"], user, torch.ones(rows), torch.zeros(rows, k),
+        torch.arange(k).expand(rows, k), torch.zeros(rows, dtype=torch.bool),
+        **{name: folded[name] for name in ("bias", "activation") if name in folded},
+    )  # fmt: skip
+    torch.testing.assert_close(reward, head(hidden, user.unsqueeze(1).expand(rows, k)), atol=2e-5, rtol=2e-5)
+
+
+def test_no_head_has_an_output_bias():
+    """A constant has no gradient under Bradley-Terry, so its random start value would stay and count once per token."""
+    for head in (linear.Head(4, 1, Users()), mlp.Head(4, 3, Users()), mlp.Head(4, 3, Users(), second=2)):
+        assert head(torch.zeros(1, 4), torch.tensor([0])).isfinite()
+        assert not any(name.startswith("last.bias") for name, _ in head.named_parameters())
+    assert linear.Head(4, 1, Users())(torch.zeros(1, 4), torch.tensor([0])).item() == 0
+
+
+def test_a_constant_moves_the_papers_policy_accuracy_only():
+    from pyargs.metrics.policy_accuracy import PairScores, policy_accuracy
+    from pyargs.metrics.rm_accuracy import rm_accuracy
+
+    torch.manual_seed(0)
+    length = torch.randint(1, 30, (200, 2))
+    base = PairScores(torch.randn(200, 2).double() * 5, torch.randn(200, 2).double(), length, torch.randn(200, 2), ["u"] * 200)
+    c, w = 3.0, 0.7
+    moved = PairScores(base.logprob, base.step_reward + c * length, length, base.reward + c, base.users)
+    before = policy_accuracy(base, w, centre=base.mean_step_reward())
+    after = policy_accuracy(moved, w, centre=moved.mean_step_reward())
+    assert rm_accuracy(base.reward, base.users) == rm_accuracy(moved.reward, moved.users)
+    assert before["all"] == after["all"]
+    assert before["paper"] != after["paper"]
+    assert before["centred"]["accuracy"] == pytest.approx(after["centred"]["accuracy"], abs=0.51)
+
+
+def test_users():
+    users = Users(["ann", "bob"], mixture=torch.zeros(2, 3))
+    assert users.rows(["bob", "ann", "bob"]).tolist() == [1, 0, 1]
+    with pytest.raises(UnknownUser, match="Did you mean: ann"):
+        users.rows(["anna"])
+    users.append(["cid"], mixture=torch.ones(1, 3))
+    assert users.rows(["cid"]).tolist() == [2] and users.vectors["mixture"][2].tolist() == [1, 1, 1]
+    for ids, vectors in [
+        (["ann"], {"mixture": torch.zeros(1, 3)}),
+        (["d", "d"], {"mixture": torch.zeros(2, 3)}),
+        (["d"], {"mixture": torch.zeros(1, 4)}),
+        (["d"], {"other": torch.zeros(1, 3)}),
+    ]:
+        with pytest.raises(PyargsError):
+            users.append(ids, **vectors)
+    with pytest.raises(PyargsError):
+        Users(["a", "a"], mixture=torch.zeros(2, 3))
+    assert Users().rows(["anyone"]).tolist() == [0]
+
+
+@pytest.mark.parametrize("family", FULL_ATTENTION)
+@settings(max_examples=10, deadline=None)
+@given(lengths=st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=3), min_size=1, max_size=3), seed=st.integers(0, 9))
+def test_a_packed_pass_equals_one_pass_per_response(family, lengths, seed):
+    lm = tiny_lm(family)
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda n: torch.randint(0, 61, (n,), generator=generator).tolist()  # noqa: E731
+    groups = [(draw(3 + len(several)), [draw(n) for n in several]) for several in lengths]
+    states, logprobs = response_states(lm.get_decoder(), groups), response_logprobs(lm, groups, max_tokens=24)
+    for (prompt, several), ours, logs in zip(groups, states, logprobs, strict=True):
+        for response, state, log in zip(several, ours, logs, strict=True):
+            ids = torch.tensor([prompt + response])
+            full = lm.get_decoder()(ids).last_hidden_state[0]
+            torch.testing.assert_close(state, full[len(prompt) :].float(), atol=2e-5, rtol=2e-5)
+            want = lm(ids).logits[0].log_softmax(-1)[len(prompt) - 1 : -1].gather(1, torch.tensor(response).unsqueeze(1))
+            torch.testing.assert_close(log, want.squeeze(1).float(), atol=2e-5, rtol=2e-5)
+
+
+def test_models_that_cannot_branch_get_a_row_for_each_response():
+    for family in ("mistral", "mamba"):
+        lm = tiny_lm(family)
+        groups = [([5, 6, 7, 8, 9, 10, 11], [[3, 4], [9, 9, 9]]), ([4], [[8]])]
+        for (prompt, several), ours in zip(groups, response_states(lm.get_decoder(), groups), strict=True):
+            for response, state in zip(several, ours, strict=True):
+                full = lm.get_decoder()(torch.tensor([prompt + response])).last_hidden_state[0]
+                torch.testing.assert_close(state, full[len(prompt) :].float(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pool", ["last", "mean"])
+def test_pooling_reads_response_tokens_only(pool):
+    lm = tiny_lm()
+    model = reward_model(lm, head="mlp", pool=pool)
+    packed = pack([[5, 6, 7]], [[[8, 9, 1], [4]]])  # 1 is the pad id too: masks never come from ids
+    batch = model(torch.tensor([0]), torch.tensor([1]), torch.tensor([0]), **vars(packed))
+    got = model.rewards(batch)[0].tolist()
+    for response, value in zip([[8, 9, 1], [4]], got, strict=True):
+        states = model.backbone(torch.tensor([[5, 6, 7, *response]])).last_hidden_state[0, 3:]
+        rewards = model.head(states, torch.zeros(len(response), dtype=torch.long))
+        want = rewards[-1] if pool == "last" else rewards.mean()
+        assert value == pytest.approx(want.item(), abs=1e-5)
+
+
+@pytest.fixture
+def on_disk(tmp_path):
+    folder = saved_lm(tmp_path / "lm", seed=1)
+    lm, tokenizer = load_lm(str(folder))
+    return str(folder), lm, tokenizer
+
+
+def make(folder, lm, tokenizer, kind="linear", lora=True):
+    from pyargs.lm.hf import fingerprint
+
+    backbone, dim = lm.get_decoder(), lm.config.hidden_size
+    torch.manual_seed(0)
+    users = Users(["ann", "bob"], mixture=torch.randn(2, 3)) if kind == "linear" else Users()
+    head = linear.Head(dim, 3, users, softmax=True, divisor=100.0) if kind == "linear" else mlp.Head(dim, 6, users, second=4)
+    config = {"method": "lore", "backbone": folder, "dtype": "float32", "fingerprint": fingerprint(backbone), "fields": {}}
+    model = RewardModel(backbone, tokenizer, head, pool="last" if kind == "linear" else "mean", config=config)
+    if lora:
+        add_lora(backbone, rank=4, alpha=8, rslora=True, target_modules=None)
+        for name, parameter in backbone.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def some_batch(model) -> Batch:
+    packed = pack([[5, 6, 7], [9, 9]], [[[8, 9, 1], [4]], [[3], [3, 4]]])
+    with torch.no_grad():
+        return model(torch.tensor([0, 3]), torch.tensor([1, 2]), torch.tensor([0, 0]), **vars(packed))
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_save_and_load_give_the_same_rewards(on_disk, tmp_path, kind, lora):
+    model = make(*on_disk, kind=kind, lora=lora)
+    model.save_pretrained(tmp_path / "rm")
+    again = RewardModel.from_pretrained(tmp_path / "rm")
+    one, two = some_batch(model), some_batch(again)
+    assert torch.equal(model.rewards(one), again.rewards(two)) and one.hidden.abs().sum() > 0
+    assert again.config == model.config and again.pool == model.pool and again.users.ids == model.users.ids
+    assert (tmp_path / "rm/README.md").read_text().startswith("---\nlibrary_name: pyargs")
+    assert not list((tmp_path / "rm").glob("*.bin")) and not list((tmp_path / "rm").glob("*.pt"))
+    if not lora:
+        lm, tokenizer = load_lm(on_disk[0])
+        shared = RewardModel.from_pretrained(tmp_path / "rm", backbone=lm.get_decoder(), tokenizer=tokenizer)
+        assert shared.backbone is lm.get_decoder() and torch.equal(shared.rewards(some_batch(shared)), model.rewards(one))
+
+
+@pytest.mark.parametrize("file", ["head.safetensors", "adapter_model.safetensors"])
+@pytest.mark.parametrize("change", ["missing", "unexpected"])
+def test_a_missing_or_unexpected_key_raises(on_disk, tmp_path, file, change):
+    make(*on_disk).save_pretrained(tmp_path / "rm")
+    values = load_file(tmp_path / "rm" / file)
+    if change == "missing":
+        values.pop(next(iter(values)))
+    else:
+        values["extra"] = torch.zeros(1)
+    save_file(values, tmp_path / "rm" / file)
+    with pytest.raises(PyargsError, match=change):
+        RewardModel.from_pretrained(tmp_path / "rm")
+
+
+def test_another_backbone_is_refused(on_disk, tmp_path):
+    make(*on_disk).save_pretrained(tmp_path / "rm")
+    saved_lm(tmp_path / "lm", seed=2)  # same place and shape, other weights
+    with pytest.raises(PyargsError, match="not those that this reward model was trained on"):
+        RewardModel.from_pretrained(tmp_path / "rm")
+    with pytest.raises(PyargsError, match="LoRA"):
+        RewardModel.from_pretrained(tmp_path / "rm", backbone=on_disk[1].get_decoder())
+    with pytest.raises(PyargsError, match="neither a local folder"):
+        RewardModel.from_pretrained(tmp_path / "nowhere")
+
+
+def test_prompts_are_cut_in_their_content_only(on_disk):
+    _, _, tokenizer = on_disk
+    text = " ".join(["word"] * 200)
+    full = encode_prompt(tokenizer, text)
+    cut = encode_prompt(tokenizer, text, 60)
+    assert len(cut) <= 60 < len(full)
+    frame = encode_prompt(tokenizer, "word")
+    assert cut[:5] == frame[:5] and cut[-5:] == frame[-5:]  # the template is whole
+    with pytest.raises(PyargsError, match="no room"):
+        encode_prompt(tokenizer, text, 3)
+    chat = [
+        {"role": "system", "content": "be kind"}, {"role": "user", "content": "old " * 40},
+        {"role": "assistant", "content": "reply " * 40}, {"role": "user", "content": "the question"},
+    ]  # fmt: skip
+    short = tokenizer.decode(encode_prompt(tokenizer, chat, 120))
+    assert "be kind" in short and "the question" in short and "old" not in short and "reply" not in short
+
+
+def test_content_must_be_text(on_disk):
+    _, _, tokenizer = on_disk
+    with pytest.raises(PyargsError, match="must be a str, got list"):
+        encode_prompt(tokenizer, [{"role": "user", "content": ["a", "b"]}])
+    with pytest.raises(PyargsError, match="must be a str, got list"):
+        encode_response(tokenizer, ["a"])
+    with pytest.raises(PyargsError, match="no tokens"):
+        encode_response(tokenizer, "")
+
+
+def test_spans_of_predicting_states():
+    lm = tiny_lm()
+    packed = pack([[5, 6, 7]], [[[8, 9], [4, 3, 2]]])
+    states = packed_states(lm.get_decoder(), packed)
+    predicting, mask = spans(states, packed, predicting=True)
+    assert mask.sum(1).tolist() == [2, 3]
+    assert torch.equal(predicting[0, 0], states[0, 2]) and torch.equal(predicting[1, 0], states[0, 2])
+    assert torch.equal(predicting[1, 2], states[0, 6])
