@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import importlib
-import json
+import importlib.util
 import pkgutil
+import sys
+import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import trange
 
 from pyargs.config import option
 from pyargs.errors import PyargsError, did_you_mean
-from pyargs.files import writing
-from pyargs.lm.encode import encode_prompt, encode_response, pack
-from pyargs.lm.hf import can_branch, fingerprint, load_lm, response_logprobs, response_states
-from pyargs.lm.hub import cache_dir
-from pyargs.models.reward_model import RewardModel
+from pyargs.features import features, groups
+from pyargs.lm.cache import can_branch
+from pyargs.lm.encode import pack
+from pyargs.lm.hf import fingerprint, load_lm
+from pyargs.models.reward_model import RewardModel, add_lora
 from pyargs.types import Batch, Features, Users
 
 
@@ -49,15 +48,9 @@ class FitConfig:
         "a pass takes a second and only the head must move; paper silent)"
     )  # fmt: skip
     batch_size: int = option(32, "pairs per step (most of the methods' own codes; paper silent)")
-    accumulation: int = option(
-        1, "steps whose gradients are added up: batch_size is divided by it, memory falls with it"
-    )
-    max_length: int = option(
-        512, "tokens of prompt + response; the prompt's content is cut, never template or response"
-    )
-    warmup: float = option(
-        0.03, "share of the steps with rising learning rate, then cosine (VPL, P-DPO; paper silent)"
-    )
+    accumulation: int = option(1, "steps whose gradients are added up: batch_size is divided by it, memory falls with it")
+    max_length: int = option(512, "tokens of prompt + response; the prompt's content is cut, never template or response")
+    warmup: float = option(0.03, "share of the steps with rising learning rate, then cosine (VPL, P-DPO; paper silent)")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     seed: int = option(0, "of initialisation and order; the paper has 3 seeds")
     adapt_steps: int = option(500, "full-batch Adam steps for new users (LoRE's code; paper silent)")
@@ -69,87 +62,13 @@ def method(name: str):
 
     if name.endswith(".py"):
         spec = importlib.util.spec_from_file_location(Path(name).stem, name)
-        module = importlib.util.module_from_spec(spec)
+        module = sys.modules[Path(name).stem] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
         spec.loader.exec_module(module)
         return module
     known = [m.name for m in pkgutil.iter_modules(methods.__path__)]
     if name not in known:
         raise PyargsError(f"unknown method '{name}'.{did_you_mean(name, known)}")
     return importlib.import_module(f"pyargs.methods.{name}")
-
-
-# -- text to features --------------------------------------------------------------------------------------------------
-
-
-def groups(tokenizer, dataset, max_length: int | None):
-    """The dataset's pairs as (prompt ids, [response ids]) with every distinct prompt and response once.
-
-    Returns groups and, for each pair, the numbers (group, chosen, rejected) of its responses within the group.
-    """
-    prompts, responses, pairs = {}, [], []
-    for row in dataset:
-        key = row["prompt"] if isinstance(row["prompt"], str) else json.dumps(row["prompt"])
-        if key not in prompts:
-            prompts[key] = (len(responses), row["prompt"])
-            responses.append({})
-        group = prompts[key][0]
-        chosen, rejected = (
-            responses[group].setdefault(row[side], len(responses[group])) for side in ("chosen", "rejected")
-        )
-        pairs.append((group, chosen, rejected))
-    encoded = []
-    for number, prompt in prompts.values():
-        several = [encode_response(tokenizer, text) for text in responses[number]]
-        room = None if max_length is None else max_length - max(map(len, several))
-        encoded.append((encode_prompt(tokenizer, prompt, room), several))
-    return encoded, pairs
-
-
-def features(
-    decoder, tokenizer, dataset, *, max_length: int | None = 512, last: bool = False, cache: bool = True
-) -> Features:
-    """Hidden states of all responses of a dataset under a frozen backbone.
-
-    They are kept in the user's cache under a hash of the weights and of the token ids, so the same pairs are computed
-    once. last: only the last token of each response. A backbone with LoRA is never cached: its weights are one experiment's.
-    """
-    if not len(dataset):
-        raise PyargsError("no pairs to compute features of: the split is empty")
-    encoded, pairs = groups(tokenizer, dataset, max_length)
-
-    def compute() -> dict[str, Tensor]:
-        states = [state[-1:] if last else state for several in response_states(decoder, encoded) for state in several]
-        return {"hidden": torch.cat(states), "offsets": torch.tensor([0, *map(len, states)]).cumsum(0)}
-
-    stored = _cached("features", decoder, [encoded, last], compute) if cache else compute()
-    first = torch.tensor([0, *(len(several) for _, several in encoded)]).cumsum(0).tolist()
-    chosen, rejected = (torch.tensor([first[group] + pair[side] for group, *pair in pairs]) for side in (0, 1))
-    return Features(stored["hidden"], stored["offsets"], chosen, rejected, list(dataset["user_id"]))
-
-
-def policy_logprobs(policy, encoded) -> list[Tensor]:
-    """Per-token log-probs [T] of every response of `groups`, one after the other; cached like features."""
-
-    def compute() -> dict[str, Tensor]:
-        values = [value for several in response_logprobs(policy, encoded) for value in several]
-        return {"logprobs": torch.cat(values), "lengths": torch.tensor([len(value) for value in values])}
-
-    stored = _cached("logprobs", policy, encoded, compute)
-    return list(stored["logprobs"].split(stored["lengths"].tolist()))
-
-
-def _cached(kind: str, model, inputs, compute) -> dict[str, Tensor]:
-    """compute(), or what it gave before for the same weights and inputs. A model with LoRA is one experiment's: not kept."""
-    if hasattr(model, "peft_config"):
-        return compute()
-    key = hashlib.blake2b(json.dumps([fingerprint(model), inputs]).encode(), digest_size=16).hexdigest()
-    file = cache_dir() / kind / f"{key}.safetensors"
-    if file.exists():
-        return load_file(file)
-    values = compute()
-    with writing(file) as temporary:
-        save_file(values, temporary)
-    return values
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -172,9 +91,7 @@ def train(name: str, dataset, config=None) -> RewardModel:
     recipe = method(name)
     config = config or recipe.Config()
     rows = (
-        dataset.filter(lambda split: split == "train", input_columns="split")
-        if "split" in dataset.column_names
-        else dataset
+        dataset.filter(lambda split: split == "train", input_columns="split") if "split" in dataset.column_names else dataset
     )
     if not len(rows):
         raise PyargsError("no rows with split 'train': there is nothing to train on")
@@ -187,21 +104,17 @@ def train(name: str, dataset, config=None) -> RewardModel:
     }  # fmt: skip
     users = list(dict.fromkeys(rows["user_id"]))
     model = recipe.build(decoder, tokenizer, users, config)
-    model.config = about
+    model.about = about
     model.to(lm.device)
     decoder.requires_grad_(False)
-    groups_of = getattr(recipe, "groups", default_groups)
     if config.freeze_backbone:
-        _train_head(
+        train_head(
             recipe,
             model,
             features(decoder, tokenizer, rows, max_length=config.max_length, last=model.pool == "last"),
-            groups_of,
             config,
         )
     else:
-        from pyargs.models.reward_model import add_lora
-
         add_lora(
             decoder,
             rank=config.lora_rank,
@@ -209,15 +122,18 @@ def train(name: str, dataset, config=None) -> RewardModel:
             rslora=config.rslora,
             target_modules=config.target_modules,
         )
-        _train_all(recipe, model, rows, groups_of, config)
+        _train_all(recipe, model, rows, config)
     return model.eval()
 
 
-def default_groups(model: RewardModel, config) -> list[dict]:
-    """Parameter groups: the head and its users at config.head_lr, LoRA at config.lora_lr, no weight decay."""
-    lora = [p for p in model.backbone.parameters() if p.requires_grad]
-    head = [p for p in model.head.parameters() if p.requires_grad]
-    return [g for g in ({"params": head, "lr": config.head_lr}, {"params": lora, "lr": config.lora_lr}) if g["params"]]
+def _optimizer(recipe, model: RewardModel, config) -> torch.optim.Optimizer:
+    """AdamW over the recipe's `groups`, or over the head and its users at head_lr and LoRA at lora_lr, without weight decay."""
+    if hasattr(recipe, "groups"):
+        groups = recipe.groups(model, config)
+    else:
+        parts = ((model.head, config.head_lr), (model.backbone, config.lora_lr))
+        groups = [{"params": [p for p in part.parameters() if p.requires_grad], "lr": lr} for part, lr in parts]
+    return torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.999), weight_decay=0.0)
 
 
 def _turns(recipe, model: RewardModel, config) -> list[set]:
@@ -226,11 +142,12 @@ def _turns(recipe, model: RewardModel, config) -> list[set]:
     return recipe.turns(model, config) if hasattr(recipe, "turns") else [everything]
 
 
-def _train_head(recipe, model: RewardModel, data: Features, groups_of, config) -> None:
+def train_head(recipe, model: RewardModel, data: Features, config) -> None:
+    """Trains head and users on features of a frozen backbone: AdamW on the recipe's loss, warm-up and cosine."""
     from transformers import get_cosine_schedule_with_warmup
 
     rows = model.users.rows(data.users)
-    optimizer = torch.optim.AdamW(groups_of(model, config), betas=(0.9, 0.999), weight_decay=0.0)
+    optimizer = _optimizer(recipe, model, config)
     per_epoch = -(-len(data) // config.batch_size)
     steps = round((config.epochs or 20) * per_epoch)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(config.warmup * steps), steps)
@@ -241,8 +158,7 @@ def _train_head(recipe, model: RewardModel, data: Features, groups_of, config) -
         for step in bar:
             if step % per_epoch == 0:
                 shuffled = torch.randperm(len(data), generator=order).split(config.batch_size)
-            batch = data.batch(rows, shuffled[step % per_epoch], last=model.pool == "last")
-            batch = Batch(*(part.to(model.device) for part in (batch.hidden, batch.mask, batch.user)))
+            batch = data.batch(rows, shuffled[step % per_epoch], last=model.pool == "last").to(model.device)
             for active in turns:
                 optimizer.zero_grad()
                 loss = recipe.loss(model, batch, config)
@@ -255,10 +171,8 @@ def _train_head(recipe, model: RewardModel, data: Features, groups_of, config) -
                 bar.set_postfix(loss=f"{loss.item():.4f}")
 
 
-def _train_all(recipe, model: RewardModel, rows, groups_of, config) -> None:
+def _train_all(recipe, model: RewardModel, rows, config) -> None:
     """LoRA and head together through transformers.Trainer, so that accelerate, several devices and mixed precision work."""
-    import tempfile
-
     from transformers import Trainer, TrainingArguments
 
     encoded, pairs = groups(model.tokenizer, rows, config.max_length)
@@ -288,7 +202,7 @@ def _train_all(recipe, model: RewardModel, rows, groups_of, config) -> None:
 
         def create_optimizer(self, *_):
             if self.optimizer is None:
-                self.optimizer = torch.optim.AdamW(groups_of(model, config), betas=(0.9, 0.999), weight_decay=0.0)
+                self.optimizer = _optimizer(recipe, model, config)
             return self.optimizer
 
         def training_step(self, wrapped, inputs, num_items_in_batch=None):
@@ -323,6 +237,7 @@ def _train_all(recipe, model: RewardModel, rows, groups_of, config) -> None:
             logging_strategy="no",
             remove_unused_columns=False,
             label_names=["chosen"],
+            dataloader_pin_memory=torch.cuda.is_available(),
         )
         PairTrainer(model, arguments, data_collator=collate, train_dataset=examples).train()
 
@@ -335,9 +250,7 @@ def _drop_others(model: RewardModel, active: set) -> None:
 
 def _check_finite(loss: Tensor, step: int) -> None:
     if not torch.isfinite(loss):
-        raise PyargsError(
-            f"the loss is {loss.item()} at step {step}: lower the learning rates or look for broken rows"
-        )
+        raise PyargsError(f"the loss is {loss.item()} at step {step}: lower the learning rates or look for broken rows")
 
 
 # -- new users ---------------------------------------------------------------------------------------------------------
@@ -353,10 +266,10 @@ def adapt(model: RewardModel, dataset, *, steps: int | None = None) -> list[str]
     if not len(rows):
         raise PyargsError("no rows with split 'support': there is nothing to adapt to")
     ids = list(dict.fromkeys(rows["user_id"]))
-    recipe = method(model.config["method"])
+    recipe = method(model.about["method"])
     if not model.users.personal:
         return ids
-    config = recipe.Config(**model.config["fields"])
+    config = recipe.Config(**model.about["fields"])
     if steps is not None:
         config.adapt_steps = steps
     support = features(model.backbone, model.tokenizer, rows, max_length=config.max_length, last=model.pool == "last")
@@ -388,8 +301,7 @@ def fit_users(
     head = copy.deepcopy(model.head).requires_grad_(False)
     head.users = users
     probe = RewardModel(model.backbone, model.tokenizer, head.to(model.device), pool=model.pool)
-    batch = support.batch(rows, last=model.pool == "last")
-    batch = Batch(*(part.to(model.device) for part in (batch.hidden, batch.mask, batch.user)))
+    batch = support.batch(rows, last=model.pool == "last").to(model.device)
     weight = (1.0 / count.to(batch.user.device))[batch.user]
     optimizer = torch.optim.Adam(users.parameters(), lr=lr, weight_decay=weight_decay)
     with torch.enable_grad():

@@ -59,7 +59,7 @@ def decode_prompts(policy, model: RewardModel, prompts, users, *, batch_size: in
     `generate`. Yields (numbers of the prompts, their ids, Decoded).
     """
     tokenizer = model.tokenizer
-    room = model.config.get("max_length")
+    room = model.about.get("max_length")
     encoded = [encode_prompt(tokenizer, prompt, room) for prompt in prompts]
     weight = more.pop("reward_weight")
     weights = list(weight) if isinstance(weight, (list, tuple)) else [weight] * len(encoded)

@@ -70,9 +70,7 @@ class Users(nn.Module):
         """Writes users.safetensors and users.json."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {name: value.detach().contiguous() for name, value in self.vectors.items()}, folder / "users.safetensors"
-        )
+        save_file({name: value.detach().contiguous() for name, value in self.vectors.items()}, folder / "users.safetensors")
         write_json(folder / "users.json", list(self.ids))
 
     @classmethod
@@ -95,6 +93,9 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.user)
+
+    def to(self, device) -> Batch:
+        return Batch(self.hidden.to(device), self.mask.to(device), self.user.to(device))
 
 
 @dataclass

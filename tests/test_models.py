@@ -139,7 +139,7 @@ def make(folder, lm, tokenizer, kind="linear", lora=True):
     users = Users(["ann", "bob"], mixture=torch.randn(2, 3)) if kind == "linear" else Users()
     head = linear.Head(dim, 3, users, softmax=True, divisor=100.0) if kind == "linear" else mlp.Head(dim, 6, users, second=4)
     config = {"method": "lore", "backbone": folder, "dtype": "float32", "fingerprint": fingerprint(backbone), "fields": {}}
-    model = RewardModel(backbone, tokenizer, head, pool="last" if kind == "linear" else "mean", config=config)
+    model = RewardModel(backbone, tokenizer, head, pool="last" if kind == "linear" else "mean", about=config)
     if lora:
         add_lora(backbone, rank=4, alpha=8, rslora=True, target_modules=None)
         for name, parameter in backbone.named_parameters():
@@ -162,7 +162,7 @@ def test_save_and_load_give_the_same_rewards(on_disk, tmp_path, kind, lora):
     again = RewardModel.from_pretrained(tmp_path / "rm")
     one, two = some_batch(model), some_batch(again)
     assert torch.equal(model.rewards(one), again.rewards(two)) and one.hidden.abs().sum() > 0
-    assert again.config == model.config and again.pool == model.pool and again.users.ids == model.users.ids
+    assert again.about == model.about and again.pool == model.pool and again.users.ids == model.users.ids
     assert (tmp_path / "rm/README.md").read_text().startswith("---\nlibrary_name: pyargs")
     assert not list((tmp_path / "rm").glob("*.bin")) and not list((tmp_path / "rm").glob("*.pt"))
     if not lora:

@@ -34,5 +34,5 @@ def run(args: argparse.Namespace) -> dict:
     fit.adapt(model, rows, steps=args.adapt_steps)
     model.save_pretrained(args.out)
     return files.record(
-        args.out, key, **plan, users=len(model.users), provenance=files.provenance(model.config["fields"]["seed"])
+        args.out, key, **plan, users=len(model.users), provenance=files.provenance(model.about["fields"]["seed"])
     )

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> dict:
             "reward_weight": lines[0]["reward_weight"], **overlap,
             "words": sum(len(line["text"].split()) for line in lines) / len(lines),
         }  # fmt: skip
-    result = Result("evaluate", values, key["config"], inputs, files.provenance(model.config["fields"]["seed"])).json()
+    result = Result("evaluate", values, key["config"], inputs, files.provenance(model.about["fields"]["seed"])).json()
     files.write_json(args.out, result)
     files.record(args.out, key)
     return result

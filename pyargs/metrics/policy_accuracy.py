@@ -53,9 +53,9 @@ def pair_scores(model, policy, dataset) -> PairScores:
 
     Log-probs of the policy are computed once for the same weights and texts and kept in the user's cache.
     """
-    from pyargs.fit import features, groups, policy_logprobs
+    from pyargs.features import features, groups, policy_logprobs
 
-    length = model.config.get("max_length")
+    length = model.about.get("max_length")
     encoded, pairs = groups(model.tokenizer, dataset, length)
     first = [0]
     for _, several in encoded:
@@ -68,8 +68,7 @@ def pair_scores(model, policy, dataset) -> PairScores:
     reward, step_reward, tokens = [], [], []
     with torch.no_grad():
         for part in torch.arange(len(states)).split(256):
-            batch = states.batch(rows, part, last=False)
-            batch.hidden, batch.mask, batch.user = (x.to(model.device) for x in (batch.hidden, batch.mask, batch.user))
+            batch = states.batch(rows, part, last=False).to(model.device)
             reward.append(model.rewards(batch).cpu())
             step_reward.append(model.step_rewards(batch).double().sum(-1).cpu())
             tokens.append(batch.mask.sum(-1).cpu())

@@ -35,7 +35,7 @@ class RewardModel(nn.Module):
     pool "last": the reward of a response is that of its last content token; "mean": the mean over its tokens (Global v2).
     step_reward: what a decoder adds for a candidate, "token" (the candidate's own reward) or, with pool="mean",
     "prefix_mean" (the mean over the response so far).
-    config: free JSON facts about how it was made (method, its fields, max_length, reward_std once tuned ...).
+    about: free JSON facts about how it was made (method, its fields, max_length, reward_std once tuned ...).
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class RewardModel(nn.Module):
         *,
         pool: str = "last",
         step_reward: str = "token",
-        config: dict | None = None,
+        about: dict | None = None,
     ):
         super().__init__()
         if pool not in ("last", "mean"):
@@ -55,7 +55,7 @@ class RewardModel(nn.Module):
             raise PyargsError(f"step_reward='{step_reward}' with pool='{pool}': only 'mean' knows 'prefix_mean'")
         self.backbone, self.tokenizer, self.head = backbone, tokenizer, head
         self.pool, self.step_reward = pool, step_reward
-        self.config = dict(config or {})
+        self.about = dict(about or {})
 
     @property
     def users(self) -> Users:
@@ -114,11 +114,11 @@ class RewardModel(nn.Module):
             self.users.save(out)
             kind = type(self.head).__module__.rpartition(".")[2]
             write_json(out / "config.json", {
-                "pyargs": __version__, **self.config, "pool": self.pool, "step_reward": self.step_reward,
+                "pyargs": __version__, **self.about, "pool": self.pool, "step_reward": self.step_reward,
                 "head": {"kind": kind, **self.head.config()}, "lora": bool(adapter),
             })  # fmt: skip
             card = CARD.format(
-                backbone=self.config.get("backbone"), method=self.config.get("method"), users=len(self.users) or "all",
+                backbone=self.about.get("backbone"), method=self.about.get("method"), users=len(self.users) or "all",
                 lora=" with a LoRA adapter" if adapter else "", version=__version__,
             )  # fmt: skip
             (out / "README.md").write_text(card, encoding="utf-8")
@@ -138,14 +138,10 @@ class RewardModel(nn.Module):
             try:
                 folder = Path(snapshot_download(str(folder)))
             except Exception as error:
-                raise PyargsError(
-                    f"'{folder}' is neither a local folder nor within reach on the hub: {error}"
-                ) from error
+                raise PyargsError(f"'{folder}' is neither a local folder nor within reach on the hub: {error}") from error
         config = read_json(folder / "config.json")
         if backbone is not None and config["lora"]:
-            raise PyargsError(
-                "this model has a LoRA adapter, which would change the shared backbone: leave backbone out"
-            )
+            raise PyargsError("this model has a LoRA adapter, which would change the shared backbone: leave backbone out")
         if backbone is None:
             model, tokenizer = load_lm(config["backbone"], dtype=config["dtype"], device=device)
             backbone = model.get_decoder()
@@ -161,9 +157,7 @@ class RewardModel(nn.Module):
         head = importlib.import_module(f"pyargs.heads.{kind}").Head(users=Users.load(folder), **head)
         for known in ("lora", "pyargs"):
             config.pop(known)
-        model = cls(
-            backbone, tokenizer, head, pool=config.pop("pool"), step_reward=config.pop("step_reward"), config=config
-        )
+        model = cls(backbone, tokenizer, head, pool=config.pop("pool"), step_reward=config.pop("step_reward"), about=config)
         shared = load_file(folder / "head.safetensors")
         _same_keys(set(model._shared()), set(shared), folder / "head.safetensors")
         head.load_state_dict({**head.state_dict(), **shared})
@@ -182,9 +176,7 @@ class RewardModel(nn.Module):
         return {name: value.detach().contiguous() for name, value in get_peft_model_state_dict(self.backbone).items()}
 
 
-def add_lora(
-    backbone: nn.Module, *, rank: int, alpha: float, rslora: bool, target_modules, dropout: float = 0.0
-) -> None:
+def add_lora(backbone: nn.Module, *, rank: int, alpha: float, rslora: bool, target_modules, dropout: float = 0.0) -> None:
     """Puts LoRA layers into the backbone, in place; only they stay trainable. float32 weights even beside a bf16 base."""
     from peft import LoraConfig, inject_adapter_in_model
 

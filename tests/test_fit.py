@@ -1,0 +1,226 @@
+"""Training and adaptation: on planted users the methods must find what was planted, and touch nothing else."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+
+from pyargs import fit
+from pyargs.data import synthetic
+from pyargs.errors import PyargsError
+from pyargs.features import features
+from pyargs.lm.hf import load_lm
+from pyargs.methods import global_rm, lore
+from pyargs.models.reward_model import RewardModel
+from pyargs.types import Features
+
+
+class Backbone(torch.nn.Module):
+    """Stands in for a frozen model where the features are planted."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=dim))
+
+
+def as_features(planted, keep, names) -> Features:
+    n = len(planted.user)
+    hidden = torch.cat([planted.chosen, planted.rejected])
+    every = Features(
+        hidden, torch.arange(2 * n + 1), torch.arange(n), torch.arange(n, 2 * n), [names(u) for u in planted.user.tolist()]
+    )
+    return every.select(keep)
+
+
+def accuracy(model: RewardModel, data: Features) -> float:
+    with torch.no_grad():
+        chosen, rejected = model.rewards(data.batch(model.users.rows(data.users), last=True)).unbind(1)
+    return (chosen > rejected).float().mean().item()
+
+
+@pytest.fixture(scope="module")
+def planted():
+    """24 users with 120 pairs each: 16 to train on (90 pairs, 30 unseen), 8 new ones (60 support, 60 query)."""
+    found = synthetic.planted_features(dim=16, users=24, pairs=120, rank=4, seed=3)
+    place = torch.arange(len(found.user)) % 120
+    name = lambda u: f"user{u}"  # noqa: E731
+    part = lambda condition: as_features(found, condition.nonzero().flatten().tolist(), name)  # noqa: E731
+    seen = found.user < 16
+    return SimpleNamespace(
+        train=part(seen & (place < 90)), unseen=part(seen & (place >= 90)),
+        support=part(~seen & (place < 60)), query=part(~seen & (place >= 60)),
+    )  # fmt: skip
+
+
+def trained(recipe, planted, **fields):
+    config = recipe.Config(**{"epochs": 12, "seed": 1, **fields})
+    torch.manual_seed(config.seed)
+    model = recipe.build(Backbone(16), None, list(dict.fromkeys(planted.train.users)), config)
+    fit.train_head(recipe, model, planted.train, config)
+    return model.eval(), config
+
+
+@pytest.mark.parametrize("alternate", [False, True])
+def test_lore_finds_planted_mixtures_and_adapts(planted, alternate):
+    """The planted labels are noise-free, so the planted model itself is right on every pair."""
+    model, config = trained(lore, planted, rank=4, alternate=alternate, divisor=10.0)
+    shared, _ = trained(global_rm, planted, hidden=16, head_lr=1e-2)
+    assert accuracy(model, planted.unseen) > 0.90
+    assert accuracy(model, planted.unseen) > accuracy(shared, planted.unseen) + 0.05
+    ids = list(dict.fromkeys(planted.support.users))
+    uniform = {"mixture": torch.zeros(len(ids), 4)}
+    found = lore.adapt(model, planted.support, ids, config)
+    model.users.append(ids, **uniform)
+    before = accuracy(model, planted.query)
+    model.users.vectors["mixture"].data[-len(ids) :] = found["mixture"]
+    after = accuracy(model, planted.query)
+    assert after > 0.85
+    assert after > before + 0.05 and after > accuracy(shared, planted.query) + 0.05
+
+
+def test_a_new_user_does_not_depend_on_the_others(planted):
+    model, config = trained(lore, planted, rank=4)
+    ids = list(dict.fromkeys(planted.support.users))
+    together = lore.adapt(model, planted.support, ids, config)["mixture"]
+    for row, user in enumerate(ids[:3]):
+        own = planted.support.select([i for i, name in enumerate(planted.support.users) if name == user])
+        torch.testing.assert_close(lore.adapt(model, own, [user], config)["mixture"][0], together[row], atol=1e-3, rtol=1e-3)
+
+
+def test_adaptation_moves_user_vectors_only(planted):
+    model, config = trained(lore, planted, rank=4)
+    before = {name: value.clone() for name, value in model.head.state_dict().items()}
+    lore.adapt(model, planted.support, list(dict.fromkeys(planted.support.users)), config)
+    assert all(torch.equal(before[name], value) for name, value in model.head.state_dict().items())
+
+
+def test_users_without_pairs_and_losses_that_are_no_numbers_raise(planted):
+    model, config = trained(lore, planted, rank=4, epochs=1)
+    ids = list(dict.fromkeys(planted.support.users))
+    with pytest.raises(PyargsError, match="'nobody' has no support pair"):
+        lore.adapt(model, planted.support, [*ids, "nobody"], config)
+    one = planted.support.select([0])
+    assert lore.adapt(model, one, one.users, config)["mixture"].isfinite().all()
+    broken = Features(planted.train.hidden * float("nan"), planted.train.offsets, planted.train.chosen, planted.train.rejected,
+                      planted.train.users)  # fmt: skip
+    with pytest.raises(PyargsError, match="loss is nan at step 0"):
+        fit.train_head(lore, model, broken, config)
+
+
+def test_lore_alt_moves_mixtures_and_directions_in_turn(planted):
+    config = lore.Config(alternate=True, rank=4, epochs=1)
+    model = lore.build(Backbone(16), None, list(dict.fromkeys(planted.train.users)), config)
+    mixtures, rest = lore.turns(model, config)
+    assert mixtures == set(model.users.parameters())
+    assert rest == {model.head.directions}
+    fit._drop_others(model, mixtures)
+    batch = planted.train.batch(model.users.rows(planted.train.users), last=True)
+    lore.loss(model, batch, config).backward()
+    fit._drop_others(model, mixtures)
+    assert model.head.directions.grad is None and model.users.vectors["mixture"].grad is not None
+
+
+def test_loss_and_gradient_against_a_formula_in_float64(planted):
+    config = lore.Config(rank=4)
+    torch.manual_seed(0)
+    model = lore.build(Backbone(16), None, list(dict.fromkeys(planted.train.users)), config)
+    rows = model.users.rows(planted.train.users)
+    loss = lore.loss(model, planted.train.batch(rows, last=True), config)
+    loss.backward()
+    v = model.head.directions.detach().double().requires_grad_()
+    a = model.users.vectors["mixture"].detach().double().requires_grad_()
+    gap = (planted.train.hidden[planted.train.chosen] - planted.train.hidden[planted.train.rejected]).double()
+    margin = torch.einsum("nk,kd,nd->n", a[rows].exp() / a[rows].exp().sum(1, keepdim=True), v, gap) / 100
+    want = torch.log1p(torch.exp(-margin)).mean()
+    want.backward()
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+    torch.testing.assert_close(model.head.directions.grad.double(), v.grad, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(model.users.vectors["mixture"].grad.double(), a.grad, atol=1e-6, rtol=1e-4)
+
+
+# -- with a language model ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lm_folder(tmp_path_factory):
+    return str(synthetic.tiny_lm(tmp_path_factory.mktemp("models") / "lm"))
+
+
+@pytest.fixture(scope="module")
+def pairs() -> Dataset:
+    return synthetic.load(seed=0)
+
+
+@pytest.mark.parametrize("name,fields", [
+    ("global_rm", {}), ("global_rm", {"pool": "mean", "hidden": 8}), ("global_rm", {"hidden": 0}),
+    ("lore", {}), ("lore", {"alternate": True}),
+])  # fmt: skip
+def test_full_training_moves_lora_and_head(lm_folder, pairs, name, fields):
+    config = fit.method(name).Config(backbone=lm_folder, epochs=0.5, batch_size=16, lora_lr=1e-2, **fields)
+    model = fit.train(name, pairs, config)
+    lora = {n: p for n, p in model.backbone.named_parameters() if "lora_B" in n}
+    assert lora and all(p.abs().sum() > 0 for p in lora.values())  # lora_B starts at zero
+    frozen, _ = load_lm(lm_folder)
+    for n, p in frozen.get_decoder().named_parameters():
+        now = model.backbone.state_dict()[
+            n.replace("proj.weight", "proj.base_layer.weight") if "q_proj" in n or "v_proj" in n else n
+        ]
+        assert torch.equal(p, now), n
+    again = fit.train(name, pairs, config)
+    assert all(torch.equal(x, y) for x, y in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_accumulated_steps_equal_one_batch(lm_folder, pairs):
+    small = pairs.select(range(64)) if "train" in pairs["split"][:64] else pairs
+    make = lambda n: fit.train("global_rm", small, global_rm.Config(backbone=lm_folder, epochs=1, accumulation=n))  # noqa: E731
+    one, four = make(1), make(4)
+    for (name, x), y in zip(one.head.state_dict().items(), four.head.state_dict().values(), strict=True):
+        torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_training_on_features_is_training_on_text(lm_folder, pairs):
+    """The cached features are what the model's own forward pass computes, padding and batch apart."""
+    from pyargs.features import groups
+    from pyargs.lm.encode import pack
+
+    model = fit.train("lore", pairs, lore.Config(backbone=lm_folder, freeze_backbone=True, epochs=1))
+    rows = pairs.select(range(6))
+    data = features(model.backbone, model.tokenizer, rows)
+    encoded, numbers = groups(model.tokenizer, rows, 512)
+    packed = pack([encoded[g][0] for g, *_ in numbers], [[encoded[g][1][c], encoded[g][1][r]] for g, c, r in numbers])
+    with torch.no_grad():
+        batch = model(torch.arange(0, 12, 2), torch.arange(1, 12, 2), torch.zeros(6, dtype=torch.long), **vars(packed))
+    cached = data.batch(torch.zeros(6, dtype=torch.long), last=True)
+    torch.testing.assert_close(cached.hidden, batch.hidden, atol=2e-5, rtol=2e-5)
+    assert torch.equal(features(model.backbone, model.tokenizer, rows).hidden, data.hidden)  # this time from the cache
+
+
+def test_the_query_set_cannot_reach_adaptation(lm_folder, pairs):
+    model = fit.train("lore", pairs, lore.Config(backbone=lm_folder, freeze_backbone=True, epochs=2))
+    model.save_pretrained(lm_folder + "-rm")
+    ids = fit.adapt(model, pairs)
+    assert ids and set(ids) <= set(model.users.ids)
+    other = RewardModel.from_pretrained(lm_folder + "-rm")
+    fit.adapt(other, pairs.filter(lambda split: split != "query", input_columns="split"))
+    assert torch.equal(model.users.vectors["mixture"], other.users.vectors["mixture"])
+    with pytest.raises(PyargsError, match="no rows with split 'support'"):
+        fit.adapt(other, pairs.filter(lambda split: split == "query", input_columns="split"))
+    with pytest.raises(PyargsError, match="there already"):
+        fit.adapt(other, pairs)
+
+
+def test_unknown_methods_and_empty_training_sets(lm_folder, pairs):
+    with pytest.raises(PyargsError, match="Did you mean: lore"):
+        fit.train("lor", pairs)
+    with pytest.raises(PyargsError, match="nothing to train on"):
+        fit.train("lore", pairs.filter(lambda split: split == "query", input_columns="split"))
+
+
+def test_a_method_can_be_a_file(tmp_path, lm_folder, pairs):
+    file = tmp_path / "mine.py"
+    file.write_text(open(global_rm.__file__).read())
+    model = fit.train(str(file), pairs, fit.method(str(file)).Config(backbone=lm_folder, freeze_backbone=True, epochs=1))
+    assert model.about["method"] == str(file)
