@@ -141,7 +141,9 @@ def finished(out: str | Path, key: dict) -> dict | None:
     if path.exists():
         old = read_json(path)
         if {name: old.get(name) for name in key} != json.loads(json.dumps(key)):
-            raise PyargsError(f"{out} was made with other settings or inputs: choose another --out, or remove it and {path.name}")
+            raise PyargsError(
+                f"{out} was made with other settings or inputs: choose another --out, or remove it and {path.name}"
+            )
         if old["finished"] and out.exists():
             return old
     elif out.exists():

@@ -35,9 +35,7 @@ def args(
             raise PyargsError("reward-guided decoding has no beams: leave num_beams at 1")
         foreign = [c for c in stopping_criteria or [] if not isinstance(c, (EosTokenCriteria, MaxLengthCriteria))]
         if foreign:
-            raise PyargsError(
-                f"stopping criterion {type(foreign[0]).__name__} is not supported: use stop tokens or length"
-            )
+            raise PyargsError(f"stopping criterion {type(foreign[0]).__name__} is not supported: use stop tokens or length")
         warpers = {
             "TemperatureLogitsWarper",
             "TopKLogitsWarper",
@@ -45,9 +43,7 @@ def args(
         }  # part of sampling, done or not wanted here
         ignored = [type(p).__name__ for p in logits_processor or [] if type(p).__name__ not in warpers]
         if ignored:
-            warnings.warn(
-                f"logits processors are not applied in reward-guided decoding: {', '.join(ignored)}", stacklevel=2
-            )
+            warnings.warn(f"logits processors are not applied in reward-guided decoding: {', '.join(ignored)}", stacklevel=2)
         copies = config.num_return_sequences or 1
         decoded = generate(
             model, reward_model, input_ids, model_inputs.get("attention_mask"),

@@ -95,9 +95,7 @@ class Packed:
         return Packed(**{name: value.to(device) for name, value in vars(self).items()})
 
 
-def pack(
-    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[Sequence[int]]], *, share: bool = True
-) -> Packed:
+def pack(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[Sequence[int]]], *, share: bool = True) -> Packed:
     """Packs each prompt with all its responses in one row: a forward pass then reads the prompt once.
 
     prompts: R id lists; responses: for each prompt the id lists of its responses. share=False gives each response a row
@@ -125,8 +123,6 @@ def pack(
             mask[r, 0, start:end, start:end] = torch.ones(len(response), len(response)).tril().bool()
             spans.append((r, n, start, end))
             start = end
-        mask[r, 0, range(start, length), range(start, length)] = (
-            True  # padding sees itself: no row of the softmax is empty
-        )
+        mask[r, 0, range(start, length), range(start, length)] = True  # padding sees itself: no row of the softmax is empty
     row, prompt_end, start, end = torch.tensor(spans).T
     return Packed(ids, position, mask, row, prompt_end, start, end)

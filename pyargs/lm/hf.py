@@ -92,9 +92,7 @@ def spans(states: Tensor, packed: Packed, *, predicting: bool = False) -> tuple[
 Sequences = Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]
 
 
-def batches(
-    groups: Sequences, decoder: nn.Module, max_tokens: int, progress: str
-) -> Iterator[tuple[list[int], Packed]]:
+def batches(groups: Sequences, decoder: nn.Module, max_tokens: int, progress: str) -> Iterator[tuple[list[int], Packed]]:
     """Prompts with their responses in packed batches of similar length; yields the numbers of the groups with each.
 
     At most `max_tokens` padded tokens make a batch (one group at least), which bounds the memory of a pass.
