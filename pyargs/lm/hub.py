@@ -8,7 +8,6 @@ manifest lists every file.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -251,9 +250,8 @@ def _dequantise(folder: Path, gguf: str, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     _say("dequantising the weights (about 20 seconds, once)")
-    with _offline():
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf, model_max_length=8192)
-        packed = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf, model_max_length=8192)
+    packed = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32)
     # transformers refuses to save a model that it read from GGUF, so the values move to a plain one of the same shape.
     config = packed.config
     if hasattr(config, "quantization_config"):
@@ -276,19 +274,6 @@ def _dequantise(folder: Path, gguf: str, target: Path) -> None:
     for noise in ("is_local", "local_files_only"):  # how it was loaded here, not a property of the tokenizer
         tokenizer.init_kwargs.pop(noise, None)
     tokenizer.save_pretrained(target)
-
-
-@contextlib.contextmanager
-def _offline():
-    """Keep transformers from asking the hub about a local file; the setting is put back at the end."""
-    from huggingface_hub import constants
-
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
 
 
 def _sha256(path: Path) -> str:
