@@ -1,0 +1,33 @@
+"""Train on the embedded users, adapt two new ones, and answer prompts for four users beside the unguided model."""
+
+from __future__ import annotations
+
+import argparse
+
+# Two users of the training and two new ones, with tastes of three kinds.
+SHOWN = {"ada": "trained", "finn": "trained", "noah": "new", "olga": "new"}
+
+
+def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
+    parser.add_argument("--out", default="demo-output", help="folder for the model, result.json and report.html")
+    parser.add_argument("--prompts", type=int, default=12, help="prompts to answer, 3 to 12 (default 12)")
+    parser.add_argument("--backbone", default="smollm2-135m", help="policy and backbone of the reward model")
+    parser.add_argument("--method", default="lore", help="a method with users (default lore)")
+
+
+def run(args: argparse.Namespace) -> dict:
+    from pathlib import Path
+
+    from pyargs import demo, files
+    from pyargs.errors import PyargsError
+
+    if not 3 <= args.prompts <= 12:
+        raise PyargsError(f"--prompts is 3 to 12 (an interval needs some), got {args.prompts}")
+    out = Path(args.out)
+    result = demo.run(out, SHOWN, backbone=args.backbone, method=args.method, prompts=args.prompts)
+    result["provenance"] = files.provenance(0)
+    files.write_json(out / "result.json", result)
+    demo.write_report(out / "report.html", result)
+    demo.print_table(result, out)
+    # The report holds the texts; stdout gets the numbers.
+    return {name: value for name, value in result.items() if name != "answers"}
