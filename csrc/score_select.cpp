@@ -54,12 +54,35 @@ inline float apply(float x) {
   return x;
 }
 
+// Sum of w * activation(x + b), in 16 lanes that are added pairwise at the end: a reduction clause would add them up
+// one after the other, which for a short row costs more than the row.
+constexpr int kLanes = 16;
+
 template <Activation activation, bool has_bias>
 inline float dot(const float* __restrict x, const float* __restrict w, const float* __restrict b, int n) {
-  float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-  for (int i = 0; i < n; ++i) sum += w[i] * apply<activation>(has_bias ? x[i] + b[i] : x[i]);
-  return sum;
+  alignas(64) float lanes[kLanes];
+  const int whole = n - n % kLanes;
+#pragma omp simd
+  for (int l = 0; l < kLanes; ++l) lanes[l] = 0.0f;
+  if (whole > 0) {
+#pragma omp simd
+    for (int l = 0; l < kLanes; ++l) {
+      float sum = 0.0f;
+      int i = 0;
+      do {
+        sum += w[i + l] * apply<activation>(has_bias ? x[i + l] + b[i + l] : x[i + l]);
+        i += kLanes;
+      } while (i < whole);
+      lanes[l] = sum;
+    }
+  }
+  for (int i = whole; i < n; ++i) lanes[i - whole] += w[i] * apply<activation>(has_bias ? x[i] + b[i] : x[i]);
+  float eight[8], four[4];
+#pragma omp simd
+  for (int l = 0; l < 8; ++l) eight[l] = lanes[l] + lanes[l + 8];
+#pragma omp simd
+  for (int l = 0; l < 4; ++l) four[l] = eight[l] + eight[l + 4];
+  return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
 template <Activation activation, bool has_bias>
@@ -200,122 +223,109 @@ void score_rows(const ScoreRows&, int64_t, int64_t);
 namespace pyargs {
 namespace {
 
-using Result = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using Handle = AtenTensorHandle;
 
-Activation activation_of(const std::string& name) {
-  if (name == "identity") return Activation::kIdentity;
-  if (name == "relu") return Activation::kRelu;
-  if (name == "gelu") return Activation::kGelu;
-  if (name == "leaky_relu") return Activation::kLeakyRelu;
-  throw std::runtime_error("pyargs: activation must be identity, relu, gelu or leaky_relu");
-}
+// The handles are ours: boxed arguments come owned, and results are given away.
+std::tuple<StableIValue, StableIValue, StableIValue, StableIValue> score_select_cpu(
+    Handle features_handle, Handle weight_handle, Handle user_handle, Handle reward_weight_handle,
+    Handle logprobs_handle, Handle ids_handle, Handle finished_handle, std::optional<Handle> bias_handle,
+    int64_t activation, double scale, std::optional<Handle> stop_handle, std::optional<Handle> stop_reward_handle,
+    int64_t pad_id, std::optional<double> temperature, std::optional<Handle> uniform_handle) {
+  Array features(features_handle), weight(weight_handle), user(user_handle), reward_weight(reward_weight_handle),
+      logprobs(logprobs_handle), ids(ids_handle), finished(finished_handle);
+  std::optional<Array> bias = array_or_none(bias_handle), stop = array_or_none(stop_handle),
+                       stop_reward = array_or_none(stop_reward_handle), uniform = array_or_none(uniform_handle);
+  const int32_t int64 = aoti_torch_dtype_int64(), float32 = aoti_torch_dtype_float32(), bool8 = aoti_torch_dtype_bool();
 
-void check_matrix(const Tensor& tensor, int64_t columns, const Tensor& like, const char* message) {
-  check(tensor.dim() == 2 && tensor.size(0) >= 1 && tensor.size(1) == columns, message);
-  check_device(tensor, like);
-}
-
-void check_candidates(const Tensor& tensor, int64_t batch, int64_t k, ScalarType type, const Tensor& like,
-                      const char* message) {
-  check(tensor.dim() == 2 && tensor.size(0) == batch && tensor.size(1) == k, message);
-  check(tensor.scalar_type() == type, message);
-  check_device(tensor, like);
-}
-
-template <class T>
-const T* data(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.data_ptr());
-}
-
-// By value: a tensor whose rows are not dense is replaced by a copy.
-Result score_select_cpu(Tensor features, Tensor weight, Tensor user, Tensor reward_weight, Tensor logprobs, Tensor ids,
-                        Tensor finished, std::optional<Tensor> bias, const std::string& activation, double scale,
-                        std::optional<Tensor> stop, std::optional<Tensor> stop_reward, int64_t pad_id,
-                        std::optional<double> temperature, std::optional<Tensor> uniform) {
   ScoreRows rows{};
   check(features.dim() == 3, "features must be [B, k, H]");
   const int64_t batch = features.size(0);
   rows.k = features.size(1);
   rows.hidden = features.size(2);
   check(rows.k >= 1 && rows.hidden >= 1, "features must have k >= 1 and H >= 1");
-  check_matrix(weight, rows.hidden, features, "weight must be [W, H]");
-  rows.features_dtype = float_dtype(features, "features must be float32, bfloat16 or float16");
-  rows.weight_dtype = float_dtype(weight, "weight must be float32, bfloat16 or float16");
+  features.require_dense_rows();
+  rows.features_dtype = features.float_dtype("features must be float32, bfloat16 or float16");
+  const auto check_bank = [&](Array& bank, const char* message) {
+    check(bank.dim() == 2 && bank.size(0) >= 1 && bank.size(1) == rows.hidden, message);
+    bank.check_device(features);
+    bank.require_dense_rows();
+    return bank.float_dtype(message);
+  };
+  rows.weight_dtype = check_bank(weight, "weight must be [W, H] float32, bfloat16 or float16");
   rows.weight_rows = weight.size(0);
   rows.bias_rows = 1;
   if (bias) {
-    check_matrix(*bias, rows.hidden, features, "bias must be [U, H]");
-    rows.bias_dtype = float_dtype(*bias, "bias must be float32, bfloat16 or float16");
+    rows.bias_dtype = check_bank(*bias, "bias must be [U, H] float32, bfloat16 or float16");
     rows.bias_rows = bias->size(0);
-    bias = with_dense_rows(*bias);
-    rows.bias = bias->data_ptr();
-    rows.bias_stride = bias->stride(0);
     check(rows.weight_rows == 1 || rows.bias_rows == 1 || rows.weight_rows == rows.bias_rows,
           "weight and bias must have as many rows, or one of them a single row");
+    rows.bias = bias->data();
+    rows.bias_stride = bias->stride(0);
   }
-  check_vector(user, batch, ScalarType::Long, features, "user must be [B] int64");
-  check_vector(reward_weight, batch, ScalarType::Float, features, "reward_weight must be [B] float32");
-  check_candidates(logprobs, batch, rows.k, ScalarType::Float, features, "logprobs must be [B, k] float32");
-  check_candidates(ids, batch, rows.k, ScalarType::Long, features, "ids must be [B, k] int64");
-  check_vector(finished, batch, ScalarType::Bool, features, "finished must be [B] bool");
-  rows.activation = activation_of(activation);
+  user.require({batch}, int64, features, "user must be [B] int64");
+  reward_weight.require({batch}, float32, features, "reward_weight must be [B] float32");
+  logprobs.require({batch, rows.k}, float32, features, "logprobs must be [B, k] float32");
+  ids.require({batch, rows.k}, int64, features, "ids must be [B, k] int64");
+  finished.require({batch}, bool8, features, "finished must be [B] bool");
+  check(activation >= 0 && activation <= 3, "activation must be 0 identity, 1 relu, 2 gelu or 3 leaky_relu");
   if (stop) {
-    check_vector(*stop, stop->numel(), ScalarType::Long, features, "stop must be [E] int64");
-    rows.stop = data<int64_t>(stop.emplace(dense(*stop)));
-    rows.stops = stop->numel();
+    check(stop->dim() == 1, "stop must be [E] int64");
+    stop->require({stop->size(0)}, int64, features, "stop must be [E] int64");
+    rows.stop = stop->data<int64_t>();
+    rows.stops = stop->size(0);
   }
   if (stop_reward) {
     check(stop.has_value(), "stop_reward needs stop");
-    check_vector(*stop_reward, batch, ScalarType::Float, features, "stop_reward must be [B] float32");
-    rows.stop_reward = data<float>(stop_reward.emplace(dense(*stop_reward)));
+    stop_reward->require({batch}, float32, features, "stop_reward must be [B] float32");
+    rows.stop_reward = stop_reward->data<float>();
   }
   check(temperature.has_value() == uniform.has_value(), "temperature and uniform belong together");
   if (uniform) {
     check(*temperature > 0.0, "temperature must be > 0");
-    check_vector(*uniform, batch, ScalarType::Float, features, "uniform must be [B] float32");
-    rows.uniform = data<float>(uniform.emplace(dense(*uniform)));
+    uniform->require({batch}, float32, features, "uniform must be [B] float32");
+    rows.uniform = uniform->data<float>();
     rows.temperature = *temperature;
   }
-
-  const int32_t int64 = aoti_torch_dtype_int64();
-  Result result{new_tensor<1>({batch}, int64, features), new_tensor<1>({batch}, int64, features),
-                new_tensor<2>({batch, rows.k}, aoti_torch_dtype_float32(), features),
-                new_tensor<1>({batch}, aoti_torch_dtype_bool(), features)};
-  if (batch == 0) return result;
-  features = with_dense_rows(features);
-  weight = with_dense_rows(weight);
-  rows.features = features.data_ptr();
+  rows.features = features.data();
   rows.features_stride_b = features.stride(0);
   rows.features_stride_k = features.stride(1);
-  rows.weight = weight.data_ptr();
+  rows.weight = weight.data();
   rows.weight_stride = weight.stride(0);
-  rows.user = data<int64_t>(user = dense(user));
-  rows.ids = data<int64_t>(ids = dense(ids));
-  rows.reward_weight = data<float>(reward_weight = dense(reward_weight));
-  rows.logprobs = data<float>(logprobs = dense(logprobs));
-  rows.finished = data<bool>(finished = dense(finished));
-  rows.pad_id = pad_id;
+  rows.user = user.data<int64_t>();
+  rows.ids = ids.data<int64_t>();
+  rows.reward_weight = reward_weight.data<float>();
+  rows.logprobs = logprobs.data<float>();
+  rows.finished = finished.data<bool>();
+  rows.activation = static_cast<Activation>(activation);
   rows.scale = static_cast<float>(scale);
-  rows.token = static_cast<int64_t*>(std::get<0>(result).data_ptr());
-  rows.slot = static_cast<int64_t*>(std::get<1>(result).data_ptr());
-  rows.reward = static_cast<float*>(std::get<2>(result).data_ptr());
-  rows.finished_out = static_cast<bool*>(std::get<3>(result).data_ptr());
+  rows.pad_id = pad_id;
+
+  Array token = features.make({batch}, int64), slot = features.make({batch}, int64);
+  Array reward = features.make({batch, rows.k}, float32), finished_out = features.make({batch}, bool8);
+  rows.token = token.data<int64_t>();
+  rows.slot = slot.data<int64_t>();
+  rows.reward = reward.data<float>();
+  rows.finished_out = finished_out.data<bool>();
 
   const int64_t row_work = rows.k * rows.hidden * (rows.activation == Activation::kGelu ? 8 : 1);
-  const int64_t grain = 1 + 32768 / row_work;  // about 3 us: less is not worth waking a thread
-  torch::stable::parallel_for(0, batch, grain,
-                              [&rows](int64_t begin, int64_t end) { PYARGS_DISPATCH(score_rows, rows, begin, end); });
-  return result;
+  const int64_t grain = 1 + 32768 / row_work;  // about 2 us: less is not worth waking a thread
+  if (batch <= grain) {
+    PYARGS_DISPATCH(score_rows, rows, 0, batch);
+  } else {
+    torch::stable::parallel_for(0, batch, grain,
+                                [&rows](int64_t begin, int64_t end) { PYARGS_DISPATCH(score_rows, rows, begin, end); });
+  }
+  return {token.release(), slot.release(), reward.release(), finished_out.release()};
 }
 
 }  // namespace
 }  // namespace pyargs
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pyargs, m) {
-  // All arguments are positional: torch looks each keyword up by a new string, which costs more than a small kernel.
+  // All arguments are positional and the activation is a number: keywords and strings cost more than a small kernel.
   m.def(
       "score_select(Tensor features, Tensor weight, Tensor user, Tensor reward_weight, Tensor logprobs, Tensor ids, "
-      "Tensor finished, Tensor? bias=None, str activation=\"identity\", float scale=1., Tensor? stop=None, "
+      "Tensor finished, Tensor? bias=None, SymInt activation=0, float scale=1., Tensor? stop=None, "
       "Tensor? stop_reward=None, SymInt pad_id=0, float? temperature=None, Tensor? uniform=None) -> "
       "(Tensor, Tensor, Tensor, Tensor)");
 }

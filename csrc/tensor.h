@@ -1,20 +1,18 @@
-// Torch's side of the ops: checks and new tensors, through the stable ABI (torch >= 2.10). Baseline objects only.
+// Torch's side of the ops: tensors, checks, new results, through the stable ABI (torch >= 2.10). Baseline objects only.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <array>
+#include <initializer_list>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
 #include "common.h"
 
 namespace pyargs {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // The Python wrapper turns a failed check into ValueError or TypeError with the fix named (pyargs/ops/*.py: check);
 // these are what keeps a direct call of torch.ops.pyargs.* safe.
@@ -23,58 +21,125 @@ inline void check(bool ok, const char* message) {
     throw std::runtime_error(std::string("pyargs: ") + message);
 }
 
-inline Dtype float_dtype(const Tensor& tensor, const char* message) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::kFloat32;
-    case ScalarType::BFloat16:
-      return Dtype::kBFloat16;
-    case ScalarType::Half:
-      return Dtype::kFloat16;
-    default:
-      throw std::runtime_error(std::string("pyargs: ") + message);
+// An owned handle with its shape at hand. torch::stable::Tensor would add a shared_ptr to each of a dozen arguments and
+// a call for each number read, and a decoding step of a small model counts in microseconds.
+class Array {
+ public:
+  explicit Array(AtenTensorHandle handle) : handle_(handle) {
+    int64_t* sizes = nullptr;
+    int64_t* strides = nullptr;
+    check(aoti_torch_get_dim(handle, &dim_) == 0 && aoti_torch_get_sizes(handle, &sizes) == 0 &&
+              aoti_torch_get_strides(handle, &strides) == 0 && aoti_torch_get_dtype(handle, &dtype_) == 0 &&
+              aoti_torch_get_device_type(handle, &device_type_) == 0 &&
+              aoti_torch_get_device_index(handle, &device_index_) == 0,
+          "arguments must be dense tensors");
+    sizes_ = sizes;
+    strides_ = strides;
   }
-}
-
-// The dispatcher picks a kernel by any of the arguments: all must live where the kernel runs.
-inline void check_device(const Tensor& tensor, const Tensor& like) {
-  int32_t type = 0, expected = 0;
-  aoti_torch_get_device_type(tensor.get(), &type);
-  aoti_torch_get_device_type(like.get(), &expected);
-  check(type == expected && tensor.get_device_index() == like.get_device_index(), "tensors on different devices");
-}
-
-// A vector [n] of one dtype.
-inline void check_vector(const Tensor& tensor, int64_t n, ScalarType type, const Tensor& like, const char* message) {
-  check(tensor.dim() == 1 && tensor.size(0) == n && tensor.scalar_type() == type, message);
-  check_device(tensor, like);
-}
-
-// The tensor itself if elements of a row lie side by side (the kernels take any stride between rows), else a copy.
-inline Tensor with_dense_rows(const Tensor& tensor) {
-  const int64_t last = tensor.dim() - 1;
-  if (tensor.size(last) <= 1 || tensor.stride(last) == 1) return tensor;
-  return torch::stable::contiguous(tensor);
-}
-
-inline Tensor dense(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
-template <size_t N>
-Tensor new_tensor(const std::array<int64_t, N>& sizes, int32_t dtype, const Tensor& like) {
-  int64_t strides[N];
-  int64_t stride = 1;
-  for (size_t i = N; i-- > 0;) {
-    strides[i] = stride;
-    stride *= sizes[i] > 0 ? sizes[i] : 1;
+  Array(const Array&) = delete;
+  Array& operator=(const Array&) = delete;
+  Array(Array&& other) noexcept { *this = static_cast<Array&&>(other); }
+  Array& operator=(Array&& other) noexcept {
+    std::swap(handle_, other.handle_);
+    std::swap(dim_, other.dim_);
+    std::swap(sizes_, other.sizes_);
+    std::swap(strides_, other.strides_);
+    std::swap(dtype_, other.dtype_);
+    std::swap(device_type_, other.device_type_);
+    std::swap(device_index_, other.device_index_);
+    return *this;
   }
-  int32_t type = 0;
-  aoti_torch_get_device_type(like.get(), &type);
-  AtenTensorHandle handle = nullptr;
-  check(aoti_torch_empty_strided(N, sizes.data(), strides, dtype, type, like.get_device_index(), &handle) == 0,
-        "no memory for the result");
-  return Tensor(handle);
+  ~Array() {
+    if (handle_) aoti_torch_delete_tensor_object(handle_);
+  }
+
+  int64_t dim() const { return dim_; }
+  int64_t size(int64_t i) const { return sizes_[i]; }
+  int64_t stride(int64_t i) const { return strides_[i]; }
+  int32_t dtype() const { return dtype_; }
+  int32_t device_index() const { return device_index_; }
+
+  template <class T = void>
+  T* data() const {
+    void* data = nullptr;
+    check(aoti_torch_get_data_ptr(handle_, &data) == 0, "a tensor has no data");
+    return static_cast<T*>(data);
+  }
+
+  // Gives the handle away as what a boxed kernel returns.
+  StableIValue release() {
+    const auto value = reinterpret_cast<StableIValue>(handle_);
+    handle_ = nullptr;
+    return value;
+  }
+
+  Dtype float_dtype(const char* message) const {
+    if (dtype_ == aoti_torch_dtype_float32()) return Dtype::kFloat32;
+    if (dtype_ == aoti_torch_dtype_bfloat16()) return Dtype::kBFloat16;
+    check(dtype_ == aoti_torch_dtype_float16(), message);
+    return Dtype::kFloat16;
+  }
+
+  // The dispatcher picks a kernel by any of the arguments: all must live where the kernel runs.
+  void check_device(const Array& like) const {
+    check(device_type_ == like.device_type_ && device_index_ == like.device_index_, "tensors on different devices");
+  }
+
+  // A tensor of this shape and dtype, and dense: if it is not, this becomes a dense copy.
+  void require(std::initializer_list<int64_t> shape, int32_t dtype, const Array& like, const char* message) {
+    bool ok = dtype_ == dtype && dim_ == static_cast<int64_t>(shape.size());
+    bool dense = true;
+    int64_t expected = 1;
+    for (int64_t i = dim_ - 1; ok && i >= 0; --i) {
+      const int64_t wanted = shape.begin()[i];
+      ok = sizes_[i] == wanted;
+      dense = dense && (wanted <= 1 || strides_[i] == expected);
+      expected *= wanted;
+    }
+    check(ok, message);
+    check_device(like);
+    if (!dense) make_contiguous();
+  }
+
+  // Elements of the last dimension side by side (the kernels take any stride of the others): else a dense copy.
+  void require_dense_rows() {
+    if (sizes_[dim_ - 1] > 1 && strides_[dim_ - 1] != 1) make_contiguous();
+  }
+
+  // An uninitialised tensor on this one's device.
+  Array make(std::initializer_list<int64_t> shape, int32_t dtype) const {
+    int64_t strides[4];
+    int64_t stride = 1;
+    for (size_t i = shape.size(); i-- > 0;) {
+      strides[i] = stride;
+      stride *= shape.begin()[i] > 0 ? shape.begin()[i] : 1;
+    }
+    AtenTensorHandle handle = nullptr;
+    check(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), strides, dtype, device_type_,
+                                   device_index_, &handle) == 0,
+          "no memory for the result");
+    return Array(handle);
+  }
+
+ private:
+  void make_contiguous() {
+    AtenTensorHandle copy = nullptr;
+    check(aoti_torch_new_tensor_handle(handle_, &copy) == 0, "no memory");
+    const torch::stable::Tensor dense = torch::stable::contiguous(torch::stable::Tensor(copy));
+    check(aoti_torch_new_tensor_handle(dense.get(), &copy) == 0, "no memory");
+    *this = Array(copy);
+  }
+
+  AtenTensorHandle handle_ = nullptr;
+  int64_t dim_ = 0;
+  const int64_t *sizes_ = nullptr, *strides_ = nullptr;
+  int32_t dtype_ = 0, device_type_ = 0, device_index_ = 0;
+};
+
+// An optional argument of an op.
+inline std::optional<Array> array_or_none(std::optional<AtenTensorHandle> handle) {
+  if (!handle) return std::nullopt;
+  return Array(*handle);
 }
 
 }  // namespace pyargs

@@ -252,38 +252,34 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 namespace pyargs {
 namespace {
 
-using Result = std::tuple<Tensor, Tensor, Tensor>;
+using Result = std::tuple<StableIValue, StableIValue, StableIValue>;
 
-Dtype check_logits(const Tensor& logits, int64_t k) {
+Dtype check_logits(Array& logits, int64_t k) {
   check(logits.dim() == 2, "logits must be [B, V]");
-  const Dtype dtype = float_dtype(logits, "logits must be float32, bfloat16 or float16");
-  const int64_t vocab = logits.size(1);
+  const Dtype dtype = logits.float_dtype("logits must be float32, bfloat16 or float16");
   check(k >= 1 && k <= kMaxTopK, "k must be 1 to 64");
-  check(k <= vocab, "k is larger than the vocabulary");
-  check(vocab < INT32_MAX, "the vocabulary must have fewer than 2^31 - 1 entries");
+  check(k <= logits.size(1), "k is larger than the vocabulary");
+  check(logits.size(1) < INT32_MAX, "the vocabulary must have fewer than 2^31 - 1 entries");
+  logits.require_dense_rows();
   return dtype;
 }
 
-Result new_result(const Tensor& logits, int64_t batch, int64_t k) {
-  return {new_tensor<2>({batch, k}, aoti_torch_dtype_float32(), logits),
-          new_tensor<2>({batch, k}, aoti_torch_dtype_int64(), logits),
-          new_tensor<1>({batch}, aoti_torch_dtype_float32(), logits)};
-}
-
-Result topk_logprobs_cpu(const Tensor& given, int64_t k) {
+// The handle is ours: boxed arguments come owned, and results are given away.
+Result topk_logprobs_cpu(AtenTensorHandle handle, int64_t k) {
+  Array logits(handle);
   TopkRows rows{};
-  rows.dtype = check_logits(given, k);
-  const Tensor logits = with_dense_rows(given);
+  rows.dtype = check_logits(logits, k);
   rows.batch = logits.size(0);
   rows.vocab = logits.size(1);
-  rows.k = static_cast<int>(k);
-  Result result = new_result(logits, rows.batch, k);
-  if (rows.batch == 0) return result;
-  rows.logits = logits.data_ptr();
   rows.row_stride = logits.stride(0);
-  rows.logprobs = static_cast<float*>(std::get<0>(result).data_ptr());
-  rows.ids = static_cast<int64_t*>(std::get<1>(result).data_ptr());
-  rows.logsumexp = static_cast<float*>(std::get<2>(result).data_ptr());
+  rows.k = static_cast<int>(k);
+  rows.logits = logits.data();
+  Array logprobs = logits.make({rows.batch, k}, aoti_torch_dtype_float32());
+  Array ids = logits.make({rows.batch, k}, aoti_torch_dtype_int64());
+  Array logsumexp = logits.make({rows.batch}, aoti_torch_dtype_float32());
+  rows.logprobs = logprobs.data<float>();
+  rows.ids = ids.data<int64_t>();
+  rows.logsumexp = logsumexp.data<float>();
   rows.chunks = (rows.vocab + kChunk - 1) / kChunk;
   const int64_t tasks = rows.batch * rows.chunks;
   // Not initialised: only the rows cut between two threads touch the lists.
@@ -303,28 +299,29 @@ Result topk_logprobs_cpu(const Tensor& given, int64_t k) {
     for (int64_t task = row * rows.chunks; task < (row + 1) * rows.chunks; ++task) parts = parts || has_part[task];
     if (parts) PYARGS_DISPATCH(topk_merge, rows, row);
   }
-  return result;
+  return {logprobs.release(), ids.release(), logsumexp.release()};
 }
 
 #ifdef PYARGS_CUDA_ARCHS
-Result topk_logprobs_cuda(const Tensor& given, int64_t k) {
-  const Dtype dtype = check_logits(given, k);
-  const Tensor logits = with_dense_rows(given);
+Result topk_logprobs_cuda(AtenTensorHandle handle, int64_t k) {
+  Array logits(handle);
+  const Dtype dtype = check_logits(logits, k);
   const int64_t batch = logits.size(0), vocab = logits.size(1);
-  const int device = logits.get_device_index();
-  Result result = new_result(logits, batch, k);
-  if (batch == 0) return result;
-  check(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
-  void* stream = nullptr;
-  check(aoti_torch_get_current_cuda_stream(device, &stream) == 0, "no CUDA stream");
-  const int64_t bytes = static_cast<int64_t>(cuda::topk_workspace_bytes(batch, vocab));
-  const Tensor workspace = new_tensor<1>({bytes}, aoti_torch_dtype_uint8(), logits);
-  const char* error = cuda::topk_logprobs(
-      logits.data_ptr(), dtype, batch, vocab, logits.stride(0), static_cast<int>(k),
-      static_cast<float*>(std::get<0>(result).data_ptr()), static_cast<int64_t*>(std::get<1>(result).data_ptr()),
-      static_cast<float*>(std::get<2>(result).data_ptr()), workspace.data_ptr(), device, stream);
-  check(error == nullptr, error ? error : "");
-  return result;
+  Array logprobs = logits.make({batch, k}, aoti_torch_dtype_float32());
+  Array ids = logits.make({batch, k}, aoti_torch_dtype_int64());
+  Array logsumexp = logits.make({batch}, aoti_torch_dtype_float32());
+  if (batch > 0) {
+    check(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
+    void* stream = nullptr;
+    check(aoti_torch_get_current_cuda_stream(logits.device_index(), &stream) == 0, "no CUDA stream");
+    const int64_t bytes = static_cast<int64_t>(cuda::topk_workspace_bytes(batch, vocab));
+    Array workspace = logits.make({bytes}, aoti_torch_dtype_uint8());
+    const char* error = cuda::topk_logprobs(logits.data(), dtype, batch, vocab, logits.stride(0), static_cast<int>(k),
+                                            logprobs.data<float>(), ids.data<int64_t>(), logsumexp.data<float>(),
+                                            workspace.data(), logits.device_index(), stream);
+    check(error == nullptr, error ? error : "");
+  }
+  return {logprobs.release(), ids.release(), logsumexp.release()};
 }
 #endif
 

@@ -11,8 +11,8 @@ template <Dtype dtype>
 void launch(const void* logits, int64_t batch, int64_t vocab, int64_t row_stride, int k, float* logprobs, int64_t* ids,
             float* logsumexp, const TopkWorkspace& work, cudaStream_t stream) {
   const int64_t chunks = chunks_of(vocab);
-  PYARGS_LAUNCH(topk_logprobs_kernel<dtype>, static_cast<unsigned>(batch * chunks), kTopkThreads, stream, logits,
-                vocab, row_stride, chunks, k, logprobs, ids, logsumexp, work);
+  PYARGS_LAUNCH(topk_logprobs_kernel<dtype>, static_cast<unsigned>(batch * chunks), kTopkThreads, stream, logits, vocab,
+                row_stride, chunks, k, logprobs, ids, logsumexp, work);
 }
 
 }  // namespace

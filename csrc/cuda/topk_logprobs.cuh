@@ -190,8 +190,8 @@ __device__ __forceinline__ void merge_sums_of_warp(float& max, float& sum) {
 }
 
 // The last block of a row: choose among the survivors of all chunks, merge the sums, write the results.
-__device__ __noinline__ void finish_row(TopkShared& shared, TopkWorkspace work, int64_t row, int64_t chunks,
-                                        int k, float* logprobs, int64_t* ids, float* logsumexp) {
+__device__ __noinline__ void finish_row(TopkShared& shared, TopkWorkspace work, int64_t row, int64_t chunks, int k,
+                                        float* logprobs, int64_t* ids, float* logsumexp) {
   const int64_t places = chunks * kTopkKept;
   const SurvivorKey key_at{work.keys + row * places, work.counts + row * chunks};
   uint64_t own = 0;

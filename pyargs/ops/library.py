@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import warnings
 from collections.abc import Callable
@@ -35,31 +34,20 @@ def _load_extension() -> bool:
 _has_extension = _load_extension()
 
 
-def define(name: str, reference: Callable, fake: Callable) -> Callable:
-    """The op `pyargs::name`. The reference serves devices without a native kernel; `fake` gives shapes and dtypes.
+def define(name: str, default: Callable, fake: Callable) -> Callable:
+    """The op `pyargs::name`; its schema is in csrc/name.cpp and in the annotations of `default`.
 
-    The op takes the reference's arguments in order, none by keyword: that halves the cost of a call.
+    `default` serves devices without a native kernel; `fake` gives shapes and dtypes. Neither has keyword-only arguments:
+    looking keywords up costs more than a small kernel.
     """
     qualified = f"pyargs::{name}"
     if _has_extension and torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CPU"):
         native.add(name)
     else:
-        torch.library.define(qualified, positional_schema(reference))
-    parameters = list(inspect.signature(reference).parameters.values())
-    names = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-    first = len(parameters) - len(names)
-
-    def kernel(*args):
-        return reference(*args[:first], **dict(zip(names, args[first:], strict=False)))
-
-    torch.library.impl(qualified, "default", kernel)
+        torch.library.define(qualified, torch.library.infer_schema(default, mutates_args=()))
+    torch.library.impl(qualified, "default", default)
     torch.library.register_fake(qualified, fake)
     return getattr(torch.ops.pyargs, name).default
-
-
-def positional_schema(reference: Callable) -> str:
-    """Schema of the op that has the arguments of `reference`."""
-    return torch.library.infer_schema(reference, mutates_args=()).replace("*, ", "")
 
 
 def device_of(**tensors: torch.Tensor | None) -> torch.device:

@@ -127,9 +127,10 @@ def score_select(
     Raises:
         TypeError, ValueError: a dtype, shape, device or option that does not fit.
     """
+    number = _NUMBER.get(activation, -1)
     try:
         return _op(
-            features, weight, user, reward_weight, logprobs, ids, finished, bias, activation, scale, stop, stop_reward,
+            features, weight, user, reward_weight, logprobs, ids, finished, bias, number, scale, stop, stop_reward,
             pad_id, temperature, uniform,
         )  # fmt: skip
     except RuntimeError:
@@ -191,12 +192,40 @@ def check(
         raise ValueError(f"temperature must be > 0, got {temperature}: leave it out for the best score")
 
 
+# What torch.ops.pyargs.score_select takes: all positional, the activation as a number.
+_NAMES = tuple(ACTIVATIONS)
+_NUMBER = {name: number for number, name in enumerate(_NAMES)}
+
+
+def _default(
+    features: Tensor,
+    weight: Tensor,
+    user: Tensor,
+    reward_weight: Tensor,
+    logprobs: Tensor,
+    ids: Tensor,
+    finished: Tensor,
+    bias: Tensor | None = None,
+    activation: int = 0,
+    scale: float = 1.0,
+    stop: Tensor | None = None,
+    stop_reward: Tensor | None = None,
+    pad_id: int = 0,
+    temperature: float | None = None,
+    uniform: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return score_select_reference(
+        features, weight, user, reward_weight, logprobs, ids, finished, bias=bias, activation=_name(activation),
+        scale=scale, stop=stop, stop_reward=stop_reward, pad_id=pad_id, temperature=temperature, uniform=uniform,
+    )  # fmt: skip
+
+
 def _fake(
-    features, weight, user, reward_weight, logprobs, ids, finished, bias=None, activation="identity", scale=1.0,
-    stop=None, stop_reward=None, pad_id=0, temperature=None, uniform=None,
+    features, weight, user, reward_weight, logprobs, ids, finished, bias=None, activation=0, scale=1.0, stop=None,
+    stop_reward=None, pad_id=0, temperature=None, uniform=None,
 ):  # fmt: skip
     check(
-        features, weight, user, reward_weight, logprobs, ids, finished, bias, activation, stop, stop_reward,
+        features, weight, user, reward_weight, logprobs, ids, finished, bias, _name(activation), stop, stop_reward,
         temperature, uniform,
     )  # fmt: skip
     batch, k, _ = features.shape
@@ -205,4 +234,8 @@ def _fake(
     return token, torch.empty_like(token), reward, features.new_empty((batch,), dtype=torch.bool)
 
 
-_op = define("score_select", score_select_reference, _fake)
+def _name(activation: int) -> str:
+    return _NAMES[activation] if 0 <= activation < len(_NAMES) else f"number {activation}"
+
+
+_op = define("score_select", _default, _fake)
