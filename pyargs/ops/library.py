@@ -56,7 +56,5 @@ def device_of(**tensors: torch.Tensor | None) -> torch.device:
     first, *others = devices
     for name in others:
         if devices[name] != devices[first]:
-            raise ValueError(
-                f"{name} is on {devices[name]} but {first} on {devices[first]}: move all arguments to one device"
-            )
+            raise ValueError(f"{name} is on {devices[name]} but {first} on {devices[first]}: move all arguments to one device")
     return devices[first]

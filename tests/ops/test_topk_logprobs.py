@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyargs import ops
+from pyargs.ops import topk_logprobs, topk_logprobs_reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+INF, NAN = math.inf, math.nan
+
+
+def agree(logits: torch.Tensor, k: int, atol: float = 2e-5) -> None:
+    got, expected = topk_logprobs(logits, k), topk_logprobs_reference(logits, k)
+    assert [t.dtype for t in got] == [torch.float32, torch.int64, torch.float32]
+    assert torch.equal(got[1], expected[1])
+    torch.testing.assert_close(got[0], expected[0], atol=atol, rtol=0, equal_nan=True)
+    torch.testing.assert_close(got[2], expected[2], atol=atol, rtol=0, equal_nan=True)
+
+
+def random_logits(batch: int, vocab: int, dtype: torch.dtype, seed: int = 0, spread: float = 5.0) -> torch.Tensor:
+    return (torch.randn(batch, vocab, generator=torch.Generator().manual_seed(seed)) * spread).to(dtype)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_like_the_reference(data):
+    vocab = data.draw(st.one_of(st.integers(1, 1100), st.sampled_from([8191, 8192, 8193, 16897, 50257])), "vocab")
+    batch = data.draw(st.integers(0, 5), "batch")
+    k = data.draw(st.integers(1, min(64, vocab)), "k")
+    dtype = data.draw(st.sampled_from(DTYPES), "dtype")
+    kind = data.draw(st.sampled_from(["random", "ties", "sorted", "reversed", "constant", "masked"]), "kind")
+    padding = data.draw(st.integers(0, 9), "columns beside the rows")
+    offset = data.draw(st.integers(0, padding), "start of the rows")
+    x = random_logits(batch, vocab, torch.float32, seed=data.draw(st.integers(0, 99), "seed"))
+    if kind == "ties":
+        x = x.round()
+    elif kind in ("sorted", "reversed"):
+        x = x.sort(-1, descending=kind == "reversed").values
+    elif kind == "constant":
+        x = torch.full_like(x, -3.0)
+    elif kind == "masked":
+        x = x.masked_fill(x < 0, -INF)
+    wide = torch.full((batch, vocab + padding), 1e4, dtype=dtype)
+    wide[:, offset : offset + vocab] = x.to(dtype)
+    agree(wide[:, offset : offset + vocab], k)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [1, 33, 511, 513, 8192, 49152])
+def test_every_capability(capability, dtype, vocab):
+    for k in {1, min(10, vocab), min(64, vocab)}:
+        agree(random_logits(3, vocab, dtype), k)
+
+
+def test_all_float16_values(capability):
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    finite = every[every.isfinite()].flip(0)[None]
+    agree(finite, 64, atol=8e-3)  # of 65504: one unit in the last place of the sums, in the reference too
+    agree(finite.abs().clamp(max=6e-5), 64)  # subnormals
+
+
+@pytest.mark.parametrize("size", [1.0, 30.0, 100.0])
+def test_precision(size):
+    logits = (torch.rand(8, 151936, generator=torch.Generator().manual_seed(1)) * 2 - 1) * size
+    logprobs, ids, logsumexp = topk_logprobs(logits, 20)
+    exact = torch.log_softmax(logits.double(), -1).gather(-1, ids)
+    assert (logprobs - exact).abs().max() < 2e-5
+    assert (logsumexp - torch.logsumexp(logits.double(), -1)).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "row",
+    [[1.0, NAN, 2.0, NAN], [NAN] * 4, [INF, 1.0, INF, 0.0], [INF, NAN, 1.0, INF], [-INF] * 4, [-INF, 0.0, -INF, -INF],
+     [-NAN, -INF, INF, 3.0], [0.0, -0.0, 0.0, -0.0]],
+)  # fmt: skip
+@pytest.mark.parametrize("at", [600, 8189])
+def test_special_values(capability, dtype, row, at):
+    alone = torch.tensor([row], dtype=dtype)
+    agree(alone, 4)
+    agree(alone, 2)
+    logits = random_logits(2, 20004, dtype)
+    logits[1, at : at + 4] = alone
+    agree(logits, 10)
+    agree(logits.masked_fill(logits.isfinite(), -INF), 10)
+
+
+def test_nan_with_payload(capability):
+    bits = torch.full((1, 600), 0x3F800000, dtype=torch.int32)
+    bits[0, 3], bits[0, 500] = 0x7F800001, -4194303 + 0x1FF  # signalling, and negative with a payload
+    agree(bits.view(torch.float32), 5)
+
+
+def test_bitwise_the_same_in_any_batch_and_with_any_threads(capability, with_threads):
+    logits = random_logits(7, 50257, torch.float32)  # odd: every row starts at another place in a cache line
+    first = with_threads(1, lambda: topk_logprobs(logits, 40))
+    for threads in (1, 2, 3):
+        for got, expected in zip(with_threads(threads, lambda: topk_logprobs(logits, 40)), first, strict=True):
+            assert torch.equal(got, expected)
+    for row in range(7):
+        alone = with_threads(2, lambda: topk_logprobs(logits[row : row + 1].clone(), 40))  # noqa: B023
+        for got, expected in zip(alone, first, strict=True):
+            assert torch.equal(got[0], expected[row])
+
+
+def test_strides():
+    logits = random_logits(6, 1000, torch.float32)
+    agree(logits.T.contiguous().T, 5)  # columns side by side
+    agree(logits[:, ::3], 5)
+    agree(logits[::2], 5)
+    agree(logits[:1].expand(4, -1), 5)
+    agree(torch.randn(2, 3, 50)[:, -1], 5)
+
+
+def test_empty_batch():
+    logprobs, ids, logsumexp = topk_logprobs(torch.empty(0, 10), 3)
+    assert logprobs.shape == ids.shape == (0, 3) and logsumexp.shape == (0,)
+
+
+@pytest.mark.parametrize("function", [topk_logprobs, topk_logprobs_reference])
+@pytest.mark.parametrize(
+    ("logits", "k", "error", "says"),
+    [
+        (torch.zeros(2, 5), 6, ValueError, "lower k"),
+        (torch.zeros(2, 5), 0, ValueError, "1 to 64"),
+        (torch.zeros(2, 500), 65, ValueError, "1 to 64"),
+        (torch.zeros(5), 1, ValueError, r"\[B, V\]"),
+        (torch.zeros(2, 3, 5), 1, ValueError, r"\[:, -1\]"),
+        (torch.zeros(2, 5, dtype=torch.float64), 1, TypeError, "float32"),
+        (torch.zeros(2, 5, dtype=torch.int64), 1, TypeError, "float32"),
+        (torch.zeros(2, 5), 1.0, TypeError, "int"),
+        ([[1.0, 2.0]], 1, TypeError, "torch.Tensor"),
+        (torch.zeros(2, 5, device="meta"), 6, ValueError, "lower k"),
+    ],
+)
+def test_errors_name_the_fix(function, logits, k, error, says):
+    with pytest.raises(error, match=says):
+        function(logits, k)
+
+
+def test_direct_call_is_checked():
+    with pytest.raises((RuntimeError, ValueError)):
+        torch.ops.pyargs.topk_logprobs(torch.zeros(2, 5), 6)
+
+
+def test_opcheck():
+    torch.library.opcheck(torch.ops.pyargs.topk_logprobs.default, (torch.randn(3, 50), 4))
+    torch.library.opcheck(torch.ops.pyargs.topk_logprobs.default, (torch.randn(3, 50, dtype=torch.bfloat16), 4))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(dynamic):
+    compiled = torch.compile(
+        lambda x: [t + 1 for t in topk_logprobs(x * 2, 4)], fullgraph=True, backend="aot_eager", dynamic=dynamic
+    )
+    for batch in (2, 3):
+        x = torch.randn(batch, 50)
+        for got, expected in zip(compiled(x), topk_logprobs(x * 2, 4), strict=True):
+            assert torch.equal(got, expected + 1)
+
+
+def test_schema_is_that_of_the_reference():
+    inferred = torch.library.infer_schema(topk_logprobs_reference, mutates_args=())
+    assert str(torch.ops.pyargs.topk_logprobs.default._schema) == f"pyargs::topk_logprobs{inferred}"
+
+
+def test_without_the_extension():
+    """The references serve, one warning says so, and compile still works."""
+    code = """
+import warnings, torch
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    from pyargs import ops
+    ops.topk_logprobs(torch.randn(2, 9), 3)
+    x = torch.randn(2, 9)
+    got = ops.topk_logprobs(x, 3)
+assert [str(w.message)[:39] for w in caught if w.category is RuntimeWarning] == ["pyargs runs its slow reference ops: the"], caught
+assert ops.native == set()
+for a, b in zip(got, ops.topk_logprobs_reference(x, 3)): assert torch.equal(a, b)
+torch.library.opcheck(torch.ops.pyargs.topk_logprobs.default, (x, 3))
+n = torch.compile(lambda x: ops.topk_logprobs(x, 3)[1], fullgraph=True, backend="aot_eager")(x)
+assert torch.equal(n, got[1])
+z = torch.zeros
+r = ops.score_select(z(2, 3, 4), z(1, 4), z(2).long(), z(2), z(2, 3), z(2, 3).long(), z(2).bool(), activation="gelu")
+assert r[0].tolist() == [0, 0]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYARGS_NO_EXT": "1"})
+
+
+def test_native_here():
+    pytest.importorskip("pyargs._C")
+    assert "topk_logprobs" in ops.native
