@@ -182,7 +182,8 @@ with warnings.catch_warnings(record=True) as caught:
     ops.topk_logprobs(torch.randn(2, 9), 3)
     x = torch.randn(2, 9)
     got = ops.topk_logprobs(x, 3)
-assert [str(w.message)[:39] for w in caught if w.category is RuntimeWarning] == ["pyargs runs its slow reference ops: the"], caught
+said = [str(w.message) for w in caught if w.category is RuntimeWarning]
+assert len(said) == 1 and "slow reference ops" in said[0], said
 assert ops.native == set()
 for a, b in zip(got, ops.topk_logprobs_reference(x, 3)): assert torch.equal(a, b)
 torch.library.opcheck(torch.ops.pyargs.topk_logprobs.default, (x, 3))
