@@ -3,7 +3,7 @@
 A user's taste is an attribute that can be measured on a text, and a sign, for example longer words or shorter ones. Of
 the four answers to a prompt the two that are furthest apart in the attribute make the pair, and the sign says which one
 is chosen. Nothing is judged by a model. `experiments/make_demo_set.py` made the answers; `demo/made.json` has its
-command and versions.
+command and versions. They are samples of a small model: fluent more often than true.
 """
 
 from __future__ import annotations
@@ -60,18 +60,12 @@ def sentence_length(text: str) -> float:
     return len(_words(text)) / max(1, len(sentences))
 
 
-def commas(text: str) -> float:
-    """Commas per 100 words."""
-    return _per_100_words(text.count(","), text)
-
-
 # name -> (function, least gap of a pair, words for more of it, words for less of it)
 ATTRIBUTES: dict[str, tuple[Callable[[str], float], float, str, str]] = {
     "word_length": (word_length, 0.4, "longer words", "shorter words"),
     "first_person": (first_person, 4.0, "more I and we", "less I and we"),
     "second_person": (second_person, 4.0, "speaks to you", "does not say you"),
     "sentence_length": (sentence_length, 5.0, "longer sentences", "shorter sentences"),
-    "commas": (commas, 4.0, "more commas", "fewer commas"),
 }
 TRAIN_USERS = {
     "ada": ("word_length", 1),
