@@ -1,0 +1,51 @@
+# Every target sets itself up from nothing: a virtual environment with torch, then pyargs with its extension.
+#   make demo | test | bench | lint | clean      e.g. make test TORCH=torch==2.12.0 VENV=/tmp/venv
+PYTHON ?= python3
+VENV ?= .venv
+# torch comes first and by itself: what depends on it (peft, accelerate ...) would otherwise choose another one, gigabytes large.
+TORCH ?= torch==2.13.0
+# Results of `make bench`.
+RESULTS ?= benchmarks/results
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.pyargs-installed
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/*)
+BENCHMARKS := $(wildcard benchmarks/bench_*.py)
+
+.PHONY: help setup demo test bench lint clean
+help:
+	@sed -n '1,2p' Makefile
+
+setup: $(INSTALLED)
+
+$(VENV)/.torch-installed:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	@touch $@
+
+# Editable: Python files are used as they are; a change of the C++ or CUDA sources builds the extension again.
+$(INSTALLED): $(VENV)/.torch-installed $(SOURCES)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/pyargs demo
+
+# One thread per worker: two workers that each start a thread per core only wait for each other.
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --durations=10
+
+bench: $(INSTALLED)
+	@set -e; for file in $(BENCHMARKS); do \
+	  echo "== $$file"; $(BIN)/python $$file --json $(RESULTS)/$$(basename $$file .py).json; \
+	done
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
+
+# What these targets made in the tree. The user's cache (models, features) stays: `pyargs models` says where it is.
+clean:
+	rm -rf build *.egg-info pyargs/*.so .venv demo-output runs/output .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -prune -exec rm -rf {} +
