@@ -14,6 +14,7 @@ from rich.table import Table
 
 from pyargs import fit
 from pyargs.data import demo as data
+from pyargs.data import of_split
 from pyargs.decode import args, reference
 from pyargs.decode.request import check
 from pyargs.features import features
@@ -36,7 +37,7 @@ def run(out: Path, shown: dict[str, str], *, backbone: str, method: str, prompts
         seconds[name] = round(time.perf_counter() - started - sum(seconds.values()), 1)
 
     pairs = data.load()
-    part = lambda *splits: pairs.filter(lambda split: split in splits, input_columns="split")  # noqa: E731
+    part = lambda *splits: of_split(pairs, *splits)  # noqa: E731
     CONSOLE.rule("train and adapt")
     fields = dict(backbone=backbone, freeze_backbone=True)
     fit.train("global_rm", pairs, fit.method("global_rm").Config(**fields)).save_pretrained(out / "global_rm")

@@ -152,7 +152,7 @@ def finished(out: str | Path, key: dict) -> dict | None:
     return None
 
 
-def record(out: str | Path, key: dict, **values) -> dict:
+def record(out: str | Path, key: dict, /, **values) -> dict:
     """Notes a stage as finished; call it last."""
     done = {**key, "finished": True, **values}
     write_json(_record(Path(out)), done)

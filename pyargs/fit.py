@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from tqdm import trange
 
 from pyargs.config import option
+from pyargs.data import of_split
 from pyargs.errors import PyargsError, did_you_mean
 from pyargs.features import features, groups
 from pyargs.lm.cache import can_branch
@@ -91,7 +92,7 @@ def train(name: str, dataset, config=None) -> RewardModel:
     recipe = method(name)
     config = config or recipe.Config()
     rows = (
-        dataset.filter(lambda split: split == "train", input_columns="split") if "split" in dataset.column_names else dataset
+        of_split(dataset, "train") if "split" in dataset.column_names else dataset
     )
     if not len(rows):
         raise PyargsError("no rows with split 'train': there is nothing to train on")
@@ -262,7 +263,7 @@ def adapt(model: RewardModel, dataset, *, steps: int | None = None) -> list[str]
     Backbone, LoRA and shared head parameters stay as they are; rows of other splits are not looked at, so the query set
     can not reach the result. A model without user vectors needs no adaptation and is left alone.
     """
-    rows = dataset.filter(lambda split: split == "support", input_columns="split")
+    rows = of_split(dataset, "support")
     if not len(rows):
         raise PyargsError("no rows with split 'support': there is nothing to adapt to")
     ids = list(dict.fromkeys(rows["user_id"]))

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 
 from pyargs import fit
-from pyargs.data import synthetic
+from pyargs.data import of_split, synthetic
 from pyargs.errors import PyargsError
 from pyargs.features import features
 from pyargs.lm.hf import load_lm
@@ -204,10 +204,10 @@ def test_the_query_set_cannot_reach_adaptation(lm_folder, pairs):
     ids = fit.adapt(model, pairs)
     assert ids and set(ids) <= set(model.users.ids)
     other = RewardModel.from_pretrained(lm_folder + "-rm")
-    fit.adapt(other, pairs.filter(lambda split: split != "query", input_columns="split"))
+    fit.adapt(other, of_split(pairs, "train", "train_test", "support"))
     assert torch.equal(model.users.vectors["mixture"], other.users.vectors["mixture"])
     with pytest.raises(PyargsError, match="no rows with split 'support'"):
-        fit.adapt(other, pairs.filter(lambda split: split == "query", input_columns="split"))
+        fit.adapt(other, of_split(pairs, "query"))
     with pytest.raises(PyargsError, match="there already"):
         fit.adapt(other, pairs)
 
@@ -216,7 +216,7 @@ def test_unknown_methods_and_empty_training_sets(lm_folder, pairs):
     with pytest.raises(PyargsError, match="Did you mean: lore"):
         fit.train("lor", pairs)
     with pytest.raises(PyargsError, match="nothing to train on"):
-        fit.train("lore", pairs.filter(lambda split: split == "query", input_columns="split"))
+        fit.train("lore", of_split(pairs, "query"))
 
 
 def test_a_method_can_be_a_file(tmp_path, lm_folder, pairs):

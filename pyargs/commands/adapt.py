@@ -18,10 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
 def run(args: argparse.Namespace) -> dict:
     from pyargs import files, fit
     from pyargs.config import load_data
-    from pyargs.data import content_hash
+    from pyargs.data import content_hash, of_split
     from pyargs.models.reward_model import RewardModel
 
-    rows = load_data(args).filter(lambda split: split == "support", input_columns="split")
+    rows = of_split(load_data(args), "support")
     key = files.stage_key(
         {"stage": "adapt", "steps": args.adapt_steps}, {"data": content_hash(rows), "model": files.sha256(args.model)}
     )

@@ -31,11 +31,11 @@ def run(args: argparse.Namespace) -> dict:
 
     from pyargs import files
     from pyargs.config import load_data
-    from pyargs.data import content_hash
+    from pyargs.data import content_hash, of_split
     from pyargs.tune import decode_prompts, load_pair
 
     data = load_data(args)
-    rows = data.filter(lambda split: split == args.split, input_columns="split")
+    rows = of_split(data, args.split)
     unique = {(row["user_id"], str(row["prompt"])): row for row in rows}
     items = list(unique.values())[: args.limit]
     if not items:

@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> dict:
 
     from pyargs import files
     from pyargs.config import load_data
-    from pyargs.data import content_hash
+    from pyargs.data import content_hash, of_split
     from pyargs.errors import PyargsError
     from pyargs.metrics.overlap import rouge
     from pyargs.metrics.policy_accuracy import pair_scores, policy_accuracy
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> dict:
     from pyargs.tune import load_pair
     from pyargs.types import Result
 
-    rows = load_data(args).filter(lambda split: split == args.split, input_columns="split")
+    rows = of_split(load_data(args), args.split)
     inputs = {"data": content_hash(rows), "model": files.sha256(args.model), "tuned": files.sha256(args.tuned)}
     inputs |= {Path(file).name: files.sha256(file) for file in args.generations}
     key = files.stage_key({"stage": "evaluate", "policy": args.policy, "dtype": args.dtype, "split": args.split}, inputs)

@@ -28,12 +28,12 @@ def run(args: argparse.Namespace) -> dict:
 
     from pyargs import files, fit
     from pyargs.config import from_args, load_data
-    from pyargs.data import content_hash
+    from pyargs.data import content_hash, of_split
 
     recipe = fit.method(args.method)
     config = from_args(recipe.Config, args)
     data = load_data(args)
-    rows = data.filter(lambda split: split == "train", input_columns="split")
+    rows = of_split(data, "train")
     key = files.stage_key({"stage": "train", "method": args.method, **asdict(config)}, {"data": content_hash(data)})
     epochs = config.epochs or (20 if config.freeze_backbone else 2)
     plan = {

@@ -22,12 +22,12 @@ def run(args: argparse.Namespace) -> dict:
 
     from pyargs import files
     from pyargs.config import from_args, load_data
-    from pyargs.data import content_hash
+    from pyargs.data import content_hash, of_split
     from pyargs.tune import Tuning, load_pair, tune
 
     config = from_args(Tuning, args)
     # Only the seen users' held-out pairs may decide; the other rows never get near the choice.
-    rows = load_data(args).filter(lambda split: split == "train_test", input_columns="split")
+    rows = of_split(load_data(args), "train_test")
     key = files.stage_key(
         {"stage": "tune", "policy": args.policy, "dtype": args.dtype, **asdict(config)},
         {"data": content_hash(rows), "model": files.sha256(args.model)},

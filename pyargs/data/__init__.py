@@ -60,6 +60,11 @@ def load(name: str | Path, source: str | Path | None = None, **options) -> Datas
     return function(source, **options) if wants_source else function(**options)
 
 
+def of_split(dataset: Dataset, *splits: str) -> Dataset:
+    """The rows of these splits, in order; may be empty."""
+    return dataset.select([row for row, split in enumerate(dataset["split"]) if split in splits])
+
+
 def content_hash(dataset: Dataset) -> str:
     """SHA-256 over the common columns, row by row in order: the same data have the same hash whatever their source."""
     digest = hashlib.sha256()

@@ -1,0 +1,125 @@
+"""The command line: verbs by name, JSON on stdout, stages that are not done twice and never overwrite what is not theirs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from pyargs import cli, files
+from pyargs.data import synthetic
+from pyargs.errors import PyargsError
+
+
+def run(*words: str, expect: int = 0):
+    done = subprocess.run([sys.executable, "-m", "pyargs.cli", *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == expect, done.stderr
+    return done
+
+
+def test_help_is_fast_and_lists_every_verb():
+    start = time.perf_counter()
+    text = run("--help").stdout
+    seconds = time.perf_counter() - start
+    for verb in ("train", "adapt", "tune", "decode", "evaluate", "demo", "data", "models", "env"):
+        assert f"\n  {verb} " in text
+    code = "import sys, pyargs.cli; pyargs.cli.verbs(); sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0, "--help must not import torch"
+    assert seconds < 5  # a bound against accidents; the half second is measured by hand, machines differ
+
+
+def test_a_wrong_verb_or_flag_is_usage():
+    assert "Did you mean: train?" in run("trian", expect=2).stderr
+    assert "unrecognized arguments" in run("adapt", "model", "--out", "x", "--data", "demo", "--wieght", "1", expect=2).stderr
+    assert "Did you mean: lore" in run("train", "lor", "--out", "x", "--data", "demo", expect=1).stderr
+    assert "Did you mean: demo" in run("train", "lore", "--out", "x", "--data", "dem", expect=1).stderr
+    assert run(expect=2).stdout.startswith("usage: pyargs")
+    assert run("--version").stdout.strip()
+
+
+def test_every_option_of_a_method_explains_itself():
+    text = run("train", "lore", "--help").stdout
+    assert "--freeze-backbone" in text and "--rank" in text
+    from dataclasses import fields
+
+    from pyargs.methods import global_rm, lore
+    from pyargs.tune import Tuning
+
+    for config in (global_rm.Config, lore.Config, Tuning):
+        assert all(len(field.metadata.get("help", "")) > 5 for field in fields(config))
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory):
+    """The whole path on a tiny random model, through the commands."""
+    import os
+
+    folder = tmp_path_factory.mktemp("stages")
+    os.environ["PYARGS_CACHE"] = str(folder / "cache")
+    lm = str(synthetic.tiny_lm(folder / "lm"))
+    data = ["--data", "synthetic"]
+    steps = {
+        "train": ["lore", *data, "--backbone", lm, "--freeze-backbone", "--rank", "4", "--out", folder / "seen"],
+        "adapt": [folder / "seen", *data, "--out", folder / "model"],
+        "tune": [folder / "model", "--policy", lm, *data, "--prompts", "4", "--max-new-tokens", "6", "--out", folder / "tune.json"],
+        "decode": [folder / "model", "--policy", lm, *data, "--tuned", folder / "tune.json", "--limit", "5", "--max-new-tokens", "6",
+                   "--out", folder / "answers.jsonl"],
+        "evaluate": [folder / "model", "--policy", lm, *data, "--tuned", folder / "tune.json", "--generations",
+                     folder / "answers.jsonl", "--out", folder / "result.json"],
+    }  # fmt: skip
+    return folder, {verb: [verb, *map(str, words)] for verb, words in steps.items()}
+
+
+def call(capsys, words: list[str], expect: int = 0) -> dict:
+    assert cli.main(words) == expect
+    out = capsys.readouterr()
+    return json.loads(out.out) if expect == 0 else out.err
+
+
+def test_the_whole_path_and_nothing_twice(stages, capsys):
+    folder, steps = stages
+    plan = call(capsys, [*steps["train"], "--dry-run"])
+    assert plan["users"] > 0 and not (folder / "seen").exists()
+    for words in steps.values():
+        done = call(capsys, words)
+        assert not done.get("already_done")
+    result = files.read_json(folder / "result.json")
+    assert {"base", "personal", "weight_0"} == set(result["values"]["policy_accuracy"])
+    assert 0 <= result["values"]["rouge"]["answers"]["rouge1"] <= 100
+    assert result["provenance"]["versions"]["torch"] and result["inputs"]["data"]
+    answers = list(files.read_jsonl(folder / "answers.jsonl"))
+    assert len(answers) == 5 and all(len(a["tokens"]) == len(a["slots"]) <= 6 for a in answers)
+    for verb, words in steps.items():
+        assert call(capsys, words)["already_done"], verb
+    # Other settings never overwrite a result, and a stage that was killed is made again.
+    assert "other settings" in call(capsys, [*steps["decode"], "--num-candidates", "3"], expect=1)
+    stage = folder / "answers.jsonl.stage.json"
+    stage.write_text(stage.read_text().replace('"finished": true', '"finished": false'))
+    (folder / "answers.jsonl").unlink()
+    again = call(capsys, steps["decode"])
+    assert not again.get("already_done")
+    assert [a["tokens"] for a in files.read_jsonl(folder / "answers.jsonl")] == [a["tokens"] for a in answers]
+
+
+def test_a_file_of_someone_else_is_left_alone(stages, capsys, tmp_path):
+    folder, steps = stages
+    mine = tmp_path / "answers.jsonl"
+    mine.write_text("precious")
+    words = [str(mine) if word == str(folder / "answers.jsonl") else word for word in steps["decode"]]
+    assert "was not written by this command" in call(capsys, words, expect=1)
+    assert mine.read_text() == "precious"
+
+
+def test_writing_is_whole_or_not_at_all(tmp_path):
+    with pytest.raises(ZeroDivisionError), files.writing(tmp_path / "x.txt") as temporary:
+        temporary.write_text("half")
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(PyargsError, match="not JSON"):
+        files.read_json(tmp_path / "bad.json")
+    with pytest.raises(PyargsError, match="does not exist"):
+        files.sha256(tmp_path / "none")
