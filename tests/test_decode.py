@@ -62,9 +62,7 @@ def without_cache(policy, model, prompt, user, weight, k, steps, eos_reward="bef
         order = logprobs.sort(descending=True, stable=True)
         best = None
         for value, token in zip(order.values[:k].tolist(), order.indices[:k].tolist(), strict=True):
-            reward = (
-                so_far if token in eos and eos_reward == "before" else model.head(state([*text, token]), row).item()
-            )
+            reward = so_far if token in eos and eos_reward == "before" else model.head(state([*text, token]), row).item()
             score = value + weight * reward
             if best is None or score > best[0]:
                 best = (score, token, reward)
@@ -188,15 +186,15 @@ def test_token_averages_decode_with_the_running_mean():
     (prompt,) = prompts([5])
     # The definition: every candidate's mean over the response so far, written out.
     text, total, expected = list(prompt), 0.0, []
-    reward = lambda ids: token.head(
-        token.backbone(torch.tensor([ids])).last_hidden_state[0, -1], torch.tensor(0)
-    ).item()  # noqa: E731
+
+    def reward(ids):
+        return token.head(token.backbone(torch.tensor([ids])).last_hidden_state[0, -1], torch.tensor(0)).item()
+
     for t in range(8):
         logprobs = policy(torch.tensor([text])).logits[0, -1].float().log_softmax(-1)
         values, ids = logprobs.topk(5)
         scores = [
-            v + 20.0 * (total + reward([*text, i])) / (t + 1)
-            for v, i in zip(values.tolist(), ids.tolist(), strict=True)
+            v + 20.0 * (total + reward([*text, i])) / (t + 1) for v, i in zip(values.tolist(), ids.tolist(), strict=True)
         ]
         best = ids[max(range(5), key=scores.__getitem__)].item()
         total += reward([*text, best])
@@ -305,12 +303,71 @@ def test_generate_of_transformers_gives_the_same_tokens(sample):
 def test_generate_of_transformers_refuses_what_the_loop_does_not_do():
     policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
     ids, mask = left_pad(prompts([3]), pad_id=1)
-    call = dict(
-        input_ids=ids, attention_mask=mask, max_new_tokens=4, custom_generate=pyargs.args(model, users=["ann"])
-    )
+    call = dict(input_ids=ids, attention_mask=mask, max_new_tokens=4, custom_generate=pyargs.args(model, users=["ann"]))
     with pytest.raises(PyargsError, match="beams"):
         policy.generate(**call, num_beams=2)
     with pytest.warns(UserWarning, match="RepetitionPenalty"):
         policy.generate(**call, repetition_penalty=1.5)
     copies = policy.generate(**call, num_return_sequences=2, do_sample=True)
     assert copies.shape[0] == 2
+
+
+def score_gap(policy, model, prompt, tokens, user, weight, one, two):
+    """How far apart the definition finds two candidates behind the same text."""
+    row = model.users.rows([user])
+    logprobs = policy(torch.tensor([prompt + tokens])).logits[0, -1].float().log_softmax(-1)
+    scores = []
+    for token in (one, two):
+        hidden = model.backbone(torch.tensor([[*prompt, *tokens, token]])).last_hidden_state[0, -1:]
+        scores.append((logprobs[token] + weight * model.head(hidden, row)[0]).item())
+    return abs(scores[0] - scores[1])
+
+
+@pytest.mark.parametrize("family", FULL_ATTENTION)
+def test_in_float32_a_token_flips_only_between_equals(family, capsys):
+    policy, model = tiny_lm(family, dtype=torch.float32), reward_model(tiny_lm(family, seed=3, dtype=torch.float32))
+    rows, users = prompts([3, 8, 1, 5, 9, 2]), USERS * 2
+    together = guided(policy, model, rows, users, eos_token_id=[])
+    copies = plain(policy, model, rows, users, eos_token_id=[])
+    flips = compared = 0
+    for b, prompt in enumerate(rows):
+        alone = guided(policy, model, [prompt], [users[b]], eos_token_id=[]).tokens[0].tolist()
+        for other in (alone, copies.tokens[b].tolist()):
+            own = together.tokens[b].tolist()
+            compared += 1
+            if own != other:
+                t = next(i for i, (x, y) in enumerate(zip(own, other, strict=True)) if x != y)
+                assert score_gap(policy, model, prompt, own[:t], users[b], 1.0, own[t], other[t]) < 1e-4
+                flips += 1
+    with capsys.disabled():
+        print(f" [{family} float32: {flips} flips in {compared} answers]", end="")
+
+
+class Words:
+    """As much of a tokenizer as the decoder looks at."""
+
+    def __init__(self, n: int, shift: int = 0):
+        self.n, self.shift = n, shift
+
+    def __len__(self):
+        return self.n
+
+    def get_vocab(self):
+        return {f"w{i}": i + self.shift for i in range(self.n)}
+
+
+def test_rows_of_the_embedding_beyond_the_tokenizer_are_never_chosen():
+    policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
+    model.tokenizer = Words(20)
+    policy.lm_head.weight.data[20:] *= 50  # the padding rows would win nearly always
+    for decoder in (guided, plain):
+        got = decoder(policy, model, prompts([4, 2], vocab=20), USERS[:2], tokenizer=Words(20), eos_token_id=[])
+        assert got.tokens.max() < 20
+
+
+def test_tokenizers_are_compared_by_their_ids():
+    policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
+    model.tokenizer = Words(30)
+    guided(policy, model, prompts([4], vocab=30), ["ann"], tokenizer=Words(30))
+    with pytest.raises(PyargsError, match="different tokenizers"):
+        guided(policy, model, prompts([4], vocab=30), ["ann"], tokenizer=Words(30, shift=1))

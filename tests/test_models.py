@@ -232,3 +232,16 @@ def test_spans_of_predicting_states():
     assert mask.sum(1).tolist() == [2, 3]
     assert torch.equal(predicting[0, 0], states[0, 2]) and torch.equal(predicting[1, 0], states[0, 2])
     assert torch.equal(predicting[1, 2], states[0, 6])
+
+
+def test_names_on_the_hub(on_disk, tmp_path, monkeypatch):
+    """No hub is needed for the test: its download is a folder."""
+    import huggingface_hub
+
+    make(*on_disk).save_pretrained(tmp_path / "rm")
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name: asked.append(name) or str(tmp_path / "rm"))
+    model = RewardModel.from_pretrained("someone/their-model")
+    assert asked == ["someone/their-model"] and list(model.users.ids) == ["ann", "bob"]
+    with pytest.raises(PyargsError, match="cannot load the model 'someone/no-such-model'"):
+        load_lm("someone/no-such-model")

@@ -18,6 +18,10 @@ from pyargs.types import Batch, Features, Users
 class Config(FitConfig):
     rank: int = option(8, "K directions (paper: 2 on TLDR, 8 on PRISM and Pref-LaMP; LoRE-Alt: 20)")
     head_lr: float = option(0.5, "learning rate of directions and mixtures (paper)")
+    pool: str = option(
+        "last", "last: the last token's reward (paper); mean: the mean over tokens as in Global v2, so that every token has a say",
+        choices=["last", "mean"],
+    )  # fmt: skip
     divisor: float = option(100.0, "rewards are divided by it (LoRE's code; paper silent)")
     alternate: bool = option(False, "LoRE-Alt: mixtures first, then directions and backbone, for every minibatch (paper)")
     adapt_lr: float = option(0.1, "learning rate for new users (LoRE's code on TLDR; paper silent)")
@@ -31,7 +35,7 @@ def build(backbone, tokenizer, users: list[str], config: Config) -> RewardModel:
     dim = backbone.config.get_text_config().hidden_size
     mixture = torch.randn(len(users), config.rank)
     head = linear.Head(dim, config.rank, Users(users, mixture=mixture), softmax=True, divisor=config.divisor)
-    return RewardModel(backbone, tokenizer, head)
+    return RewardModel(backbone, tokenizer, head, pool=config.pool)
 
 
 def loss(model: RewardModel, batch: Batch, config: Config) -> Tensor:
