@@ -16,6 +16,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+SOURCES = ["CMakeLists.txt", *map(str, Path("csrc").rglob("*.*"))]  # goes into a source distribution
 NO_EXT = os.environ.get("PYARGS_NO_EXT") == "1"
 
 
@@ -71,7 +72,7 @@ def build_requires():
 
 if __name__ == "__main__":
     setup(
-        ext_modules=[] if NO_EXT else [Extension("pyargs._C", sources=[])],
+        ext_modules=[] if NO_EXT else [Extension("pyargs._C", sources=[], depends=SOURCES)],
         cmdclass={"build_ext": CMakeBuild},
         setup_requires=[] if NO_EXT else build_requires(),
     )
