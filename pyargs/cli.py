@@ -9,6 +9,7 @@ import argparse
 import ast
 import importlib
 import json
+import os
 import pkgutil
 import sys
 from pathlib import Path
@@ -61,8 +62,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"pyargs {own.verb}: {error}", file=sys.stderr)
         return 1
     if result is not None:
-        json.dump(result, sys.stdout, indent=1, ensure_ascii=False)
-        print()
+        try:
+            print(json.dumps(result, indent=1, ensure_ascii=False), flush=True)
+        except BrokenPipeError:  # `pyargs ... | head`: the reader has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

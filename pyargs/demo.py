@@ -20,16 +20,18 @@ from pyargs.decode.request import check
 from pyargs.features import features
 from pyargs.files import writing
 from pyargs.lm.encode import encode_prompt, left_pad
+from pyargs.methods import global_rm, lore
 from pyargs.metrics.perplexity import perplexity
 from pyargs.metrics.policy_accuracy import pair_scores, policy_accuracy
 from pyargs.metrics.rm_accuracy import rm_accuracy
+from pyargs.models.reward_model import RewardModel
 from pyargs.tune import Tuning, load_pair, tune
 
 NEW_TOKENS = 40
 CONSOLE = Console(stderr=True)
 
 
-def run(out: Path, shown: dict[str, str], *, backbone: str, method: str, prompts: int) -> dict:
+def run(out: Path, shown: dict[str, str], *, backbone: str, prompts: int) -> dict:
     """Everything that the demo measures, as JSON. shown: user -> "trained" or "new"; the models go to folders of `out`."""
     started, seconds = time.perf_counter(), {}
 
@@ -39,17 +41,18 @@ def run(out: Path, shown: dict[str, str], *, backbone: str, method: str, prompts
     pairs = data.load()
     part = lambda *splits: of_split(pairs, *splits)  # noqa: E731
     CONSOLE.rule("train and adapt")
-    fields = dict(backbone=backbone, freeze_backbone=True)
-    fit.train("global_rm", pairs, fit.method("global_rm").Config(**fields)).save_pretrained(out / "global_rm")
-    model = fit.train(method, pairs, fit.method(method).Config(**fields))
+    # Token averages: a head that learns only from the last of 40 tokens has little to say about the others.
+    fields = dict(backbone=backbone, freeze_backbone=True, pool="mean")
+    fit.train("global_rm", pairs, global_rm.Config(**fields)).save_pretrained(out / "global_rm")
+    model = fit.train("lore", pairs, lore.Config(**fields))
     trained = len(model.users)
     new = fit.adapt(model, pairs)
-    model.save_pretrained(out / method)
+    model.save_pretrained(out / "lore")
     lap("train and adapt")
 
     CONSOLE.rule("choose the weight on the seen users' held-out prompts")
-    policy, model = load_pair(backbone, str(out / method))
-    _, shared = policy, type(model).from_pretrained(out / "global_rm", backbone=policy.get_decoder(), tokenizer=model.tokenizer)
+    policy, model = load_pair(backbone, str(out / "lore"))
+    shared = RewardModel.from_pretrained(out / "global_rm", backbone=policy.get_decoder(), tokenizer=model.tokenizer)
     tuning = Tuning(
         objective="fluency", grid=[0.0, 0.5, 1.0, 1.5, 2.0, 3.0], prompts=12, batch_size=12, max_new_tokens=NEW_TOKENS
     )
@@ -86,7 +89,7 @@ def run(out: Path, shown: dict[str, str], *, backbone: str, method: str, prompts
             users[user]["low"] * sign > 0 and users[user]["high"] * sign > 0 and users[user]["perplexity_ratio"] <= 2
         )
     result = {
-        "method": method, "backbone": backbone, "trained_users": trained, "new_users": new, "shown": users,
+        "method": "lore", "backbone": backbone, "trained_users": trained, "new_users": new, "shown": users,
         "accuracy": _accuracies(model, shared, policy, part("train_test"), part("query"), tuned),
         "tuned": tuned, "unguided_perplexity": plain, "weight_0": _weight_0(policy, model, asked, list(shown)[0], unguided),
         "speed": _speed(policy, model, asked[:4], list(shown), tuned["reward_weight"]),
@@ -180,7 +183,9 @@ def _weight_0(policy, model, asked, user, unguided) -> dict:
     encoded = [encode_prompt(model.tokenizer, prompt) for prompt in asked]
     ids, mask = left_pad(encoded, pad_id=0)
     with torch.no_grad():
-        own = policy.generate(input_ids=ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False)[:, ids.shape[1] :]
+        own = policy.generate(input_ids=ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False)[
+            :, ids.shape[1] :
+        ]
     same = sum(row[: len(tokens)] == tokens for row, tokens in zip(own.tolist(), unguided["tokens"], strict=True))
     return {"prompts": len(asked), "same_as_greedy_generate": same}
 
@@ -210,7 +215,10 @@ def _speed(policy, model, asked, users, weight) -> dict:
 
 def verdict(result: dict) -> str:
     count, moved = len(result["shown"]), result["moved"]
-    told = f"For {moved} of {count} users the attribute moved in the wanted direction beyond its interval, at no more than twice the perplexity."
+    told = (
+        f"For {moved} of {count} users the attribute moved in the wanted direction beyond its interval, "
+        "at no more than twice the perplexity."
+    )
     return told if moved >= 3 else f"{told} That is fewer than the 3 that this demo aims at."
 
 
@@ -249,7 +257,9 @@ def write_report(path: Path, result: dict) -> None:
     """A self-contained HTML page: the tables, the plots and every answer."""
     from jinja2 import Environment, PackageLoader, select_autoescape
 
-    page = Environment(loader=PackageLoader("pyargs", "."), autoescape=select_autoescape(default=True)).get_template("demo.html.j2")
+    page = Environment(loader=PackageLoader("pyargs", "."), autoescape=select_autoescape(default=True)).get_template(
+        "demo.html.j2"
+    )
     with writing(path) as temporary:
         temporary.write_text(page.render(result=result, verdict=verdict(result), plots=_plots(result)), encoding="utf-8")
 

@@ -12,7 +12,6 @@ def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
     parser.add_argument("--out", default="demo-output", help="folder for the model, result.json and report.html")
     parser.add_argument("--prompts", type=int, default=12, help="prompts to answer, 3 to 12 (default 12)")
     parser.add_argument("--backbone", default="smollm2-135m", help="policy and backbone of the reward model")
-    parser.add_argument("--method", default="lore", help="a method with users (default lore)")
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -24,7 +23,7 @@ def run(args: argparse.Namespace) -> dict:
     if not 3 <= args.prompts <= 12:
         raise PyargsError(f"--prompts is 3 to 12 (an interval needs some), got {args.prompts}")
     out = Path(args.out)
-    result = demo.run(out, SHOWN, backbone=args.backbone, method=args.method, prompts=args.prompts)
+    result = demo.run(out, SHOWN, backbone=args.backbone, prompts=args.prompts)
     result["provenance"] = files.provenance(0)
     files.write_json(out / "result.json", result)
     demo.write_report(out / "report.html", result)
