@@ -1,4 +1,5 @@
-// Top-k and log-sum-exp of rows of logits, one pass. NOT YET RUN ON A GPU: so far it is compiled only.
+// Top-k and log-sum-exp of rows of logits, one pass. NOT YET RUN ON A GPU: compiled for three architectures, and its
+// logic tried on the host with threads emulated, in shuffled orders.
 //
 // A row is cut into chunks of 8192, one block of 256 threads each; a thread keeps its 32 elements in registers. The
 // k-th largest of the 256 thread maxima bounds the chunk's k-th largest element from below, so few elements beyond the
