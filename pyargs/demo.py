@@ -16,6 +16,7 @@ from pyargs import fit
 from pyargs.data import demo as data
 from pyargs.data import of_split
 from pyargs.decode import args, reference
+from pyargs.decode.prompts import load_pair
 from pyargs.decode.request import check
 from pyargs.features import features
 from pyargs.files import writing
@@ -25,7 +26,7 @@ from pyargs.metrics.perplexity import perplexity
 from pyargs.metrics.policy_accuracy import pair_scores, policy_accuracy
 from pyargs.metrics.rm_accuracy import rm_accuracy
 from pyargs.models.reward_model import RewardModel
-from pyargs.tune import Tuning, load_pair, tune
+from pyargs.tune import Tuning, tune
 
 NEW_TOKENS = 40
 CONSOLE = Console(stderr=True)

@@ -128,7 +128,7 @@ def train(name: str, dataset, config=None) -> RewardModel:
 
 
 def _optimizer(recipe, model: RewardModel, config) -> torch.optim.Optimizer:
-    """AdamW over the recipe's `groups`, or over the head and its users at head_lr and LoRA at lora_lr, without weight decay."""
+    """AdamW over the recipe's `groups`, or over head and users at head_lr and LoRA at lora_lr, without weight decay."""
     if hasattr(recipe, "groups"):
         groups = recipe.groups(model, config)
     else:

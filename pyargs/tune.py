@@ -1,17 +1,14 @@
-"""The reward weight: chosen on a grid in units of 1 / reward_std, so that one grid serves every method (methods differ in scale)."""
+"""The reward weight: chosen on a grid in units of 1 / reward_std, so that one grid serves methods of any scale."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
 from pyargs.config import option
-from pyargs.decode.args import generate
+from pyargs.decode.prompts import decode_prompts
 from pyargs.errors import PyargsError
-from pyargs.lm.encode import encode_prompt, left_pad
-from pyargs.lm.hf import load_lm
 from pyargs.metrics.overlap import rouge
 from pyargs.metrics.perplexity import perplexity
 from pyargs.metrics.policy_accuracy import pair_scores, policy_accuracy
@@ -40,41 +37,6 @@ class Tuning:
     seed: int = option(0, "which prompts are taken")
 
 
-def load_pair(policy: str, model: str, *, dtype: str = "float32"):
-    """A policy and a reward model; where both rest on the same weights and no LoRA changes them, they are loaded once."""
-    from pyargs.files import read_json
-
-    lm, tokenizer = load_lm(policy, dtype=dtype)
-    lm.tokenizer = tokenizer
-    config = read_json(f"{model}/config.json")
-    if config["backbone"] == policy and config["dtype"] == dtype and not config["lora"]:
-        return lm, RewardModel.from_pretrained(model, backbone=lm.get_decoder(), tokenizer=tokenizer, device=lm.device)
-    return lm, RewardModel.from_pretrained(model)
-
-
-def decode_prompts(policy, model: RewardModel, prompts, users, *, batch_size: int = 8, progress: str = "decode", **more):
-    """Guided answers to any number of prompts, batch by batch of similar length, in the order given.
-
-    prompts: str or messages; users: one id each; reward_weight: one for all, or a list with one for each; the rest as for
-    `generate`. Yields (numbers of the prompts, their ids, Decoded).
-    """
-    tokenizer = model.tokenizer
-    room = model.about.get("max_length")
-    encoded = [encode_prompt(tokenizer, prompt, room) for prompt in prompts]
-    weight = more.pop("reward_weight")
-    weights = list(weight) if isinstance(weight, (list, tuple)) else [weight] * len(encoded)
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-    with tqdm(total=len(order), desc=progress, unit="prompt") as bar:
-        for start in range(0, len(order), batch_size):
-            take = order[start : start + batch_size]
-            ids, mask = left_pad([encoded[i] for i in take], pad_id=0)
-            yield take, [encoded[i] for i in take], generate(
-                policy, model, ids, mask, [users[i] for i in take],
-                reward_weight=[weights[i] for i in take], tokenizer=getattr(policy, "tokenizer", None), **more,
-            )  # fmt: skip
-            bar.update(len(take))
-
-
 def reward_std(outputs: list[Decoded]) -> float:
     """RMS over the steps of unguided decoding of the rewards' standard deviation within the k candidates."""
     squares = torch.cat([(o.spreads**2)[torch.arange(o.spreads.shape[1]) < o.lengths.unsqueeze(1)] for o in outputs])
@@ -99,7 +61,8 @@ def tune(model: RewardModel, policy, rows, config: Tuning) -> dict:
     def answer(weight: float):
         texts, prompts, tokens, outputs = [""] * len(sample), [None] * len(sample), [[]] * len(sample), []
         for numbers, ids, decoded in decode_prompts(
-            policy, model, [row["prompt"] for row in sample], users, reward_weight=weight, progress=f"weight {weight:.3g}", **options
+            policy, model, [row["prompt"] for row in sample], users,
+            reward_weight=weight, progress=f"weight {weight:.3g}", **options,
         ):  # fmt: skip
             outputs.append(decoded)
             for i, prompt, answer, text in zip(numbers, ids, decoded.answers(), decoded.texts(model.tokenizer), strict=True):

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> dict:
     from pyargs import files
     from pyargs.config import load_data
     from pyargs.data import content_hash, of_split
-    from pyargs.tune import decode_prompts, load_pair
+    from pyargs.decode.prompts import decode_prompts, load_pair
 
     data = load_data(args)
     rows = of_split(data, args.split)
@@ -44,7 +44,8 @@ def run(args: argparse.Namespace) -> dict:
         raise PyargsError(f"no rows with split '{args.split}' (there are: {', '.join(sorted(set(data['split'])))})")
     weight = files.read_json(args.tuned)["reward_weight"] if args.tuned else args.reward_weight
     settings = {name: getattr(args, name) for name in (
-        "policy", "dtype", "split", "limit", "num_candidates", "max_new_tokens", "batch_size", "do_sample", "temperature", "seed"
+        "policy", "dtype", "split", "limit", "num_candidates", "max_new_tokens", "batch_size", "do_sample", "temperature",
+        "seed",
     )}  # fmt: skip
     key = files.stage_key(
         {"stage": "decode", "reward_weight": weight, **settings},

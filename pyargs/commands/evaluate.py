@@ -24,11 +24,11 @@ def run(args: argparse.Namespace) -> dict:
     from pyargs import files
     from pyargs.config import load_data
     from pyargs.data import content_hash, of_split
+    from pyargs.decode.prompts import load_pair
     from pyargs.errors import PyargsError
     from pyargs.metrics.overlap import rouge
     from pyargs.metrics.policy_accuracy import pair_scores, policy_accuracy
     from pyargs.metrics.rm_accuracy import rm_accuracy
-    from pyargs.tune import load_pair
     from pyargs.types import Result
 
     rows = of_split(load_data(args), args.split)

@@ -23,7 +23,8 @@ def run(args: argparse.Namespace) -> dict:
     from pyargs import files
     from pyargs.config import from_args, load_data
     from pyargs.data import content_hash, of_split
-    from pyargs.tune import Tuning, load_pair, tune
+    from pyargs.decode.prompts import load_pair
+    from pyargs.tune import Tuning, tune
 
     config = from_args(Tuning, args)
     # Only the seen users' held-out pairs may decide; the other rows never get near the choice.

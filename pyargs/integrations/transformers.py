@@ -45,10 +45,11 @@ def args(
         if ignored:
             warnings.warn(f"logits processors are not applied in reward-guided decoding: {', '.join(ignored)}", stacklevel=2)
         copies = config.num_return_sequences or 1
+        weight = torch.as_tensor(reward_weight, dtype=torch.float32).flatten()
         decoded = generate(
             model, reward_model, input_ids, model_inputs.get("attention_mask"),
             [user for user in users for _ in range(copies)],
-            reward_weight=reward_weight if _single(reward_weight) else torch.as_tensor(reward_weight).repeat_interleave(copies),
+            reward_weight=weight if len(weight) == 1 else weight.repeat_interleave(copies),
             num_candidates=num_candidates, max_new_tokens=config.max_length - input_ids.shape[1],
             eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id, do_sample=bool(config.do_sample),
             temperature=config.temperature or 1.0, seed=seed, eos_reward=eos_reward, tokenizer=tokenizer,
@@ -58,7 +59,3 @@ def args(
         return GenerateDecoderOnlyOutput(sequences=sequences) if config.return_dict_in_generate else sequences
 
     return custom_generate
-
-
-def _single(weight) -> bool:
-    return torch.as_tensor(weight).numel() == 1

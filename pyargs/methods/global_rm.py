@@ -20,7 +20,7 @@ class Config(FitConfig):
     pool: str = option("last", "last: v1, the last token's reward; mean: v2, the mean over tokens (paper)",
                        choices=["last", "mean"])  # fmt: skip
     step_reward: str = option(
-        "token", "what v2 adds per candidate: its own reward, or the mean so far (paper silent; token agrees with the ranking)",
+        "token", "what v2 adds per candidate: its own reward, or the mean so far (paper silent; token fits the ranking)",
         choices=["token", "prefix_mean"],
     )  # fmt: skip
 

@@ -19,14 +19,14 @@ class Config(FitConfig):
     rank: int = option(8, "K directions (paper: 2 on TLDR, 8 on PRISM and Pref-LaMP; LoRE-Alt: 20)")
     head_lr: float = option(0.5, "learning rate of directions and mixtures (paper)")
     pool: str = option(
-        "last", "last: the last token's reward (paper); mean: the mean over tokens as in Global v2, so that every token has a say",
+        "last", "last: the last token's reward (paper); mean: the mean over tokens, as Global v2",
         choices=["last", "mean"],
     )  # fmt: skip
     divisor: float = option(100.0, "rewards are divided by it (LoRE's code; paper silent)")
     alternate: bool = option(False, "LoRE-Alt: mixtures first, then directions and backbone, for every minibatch (paper)")
     adapt_lr: float = option(0.1, "learning rate for new users (LoRE's code on TLDR; paper silent)")
     adapt_init: str = option(
-        "zeros", "start of a new user's mixture: zeros is the uniform mixture and adds no seed effect; randn as in LoRE's code",
+        "zeros", "start of a new user's mixture: zeros is uniform and adds no seed effect; randn as in LoRE's code",
         choices=["zeros", "randn"],
     )  # fmt: skip
 

@@ -66,7 +66,7 @@ class RewardModel(nn.Module):
         return next(self.head.parameters()).device
 
     def forward(self, chosen: Tensor, rejected: Tensor, user: Tensor, **packed: Tensor) -> Batch:
-        """Hidden states of pairs: `packed` holds the fields of a Packed, chosen and rejected int64 [N] number its responses."""
+        """Hidden states of pairs: `packed` are the fields of a Packed, chosen and rejected int64 [N] number its responses."""
         inputs = Packed(**packed)
         hidden, mask = spans(packed_states(self.backbone, inputs), inputs)
         if self.pool == "last":
@@ -82,7 +82,7 @@ class RewardModel(nn.Module):
         return self.head(batch.hidden, user) * batch.mask
 
     def step_rewards(self, batch: Batch) -> Tensor:
-        """What a decoder adds at each token, [N, 2, T]: `token_rewards`, or their running mean with step_reward="prefix_mean"."""
+        """What a decoder adds at each token, [N, 2, T]: `token_rewards`, or their running mean (step_reward="prefix_mean")."""
         rewards = self.token_rewards(batch)
         if self.step_reward == "token":
             return rewards
