@@ -1,6 +1,6 @@
 """Gathers the files of runs/pref_lamp.sh into one JSON: numbers, ids and our own generations, no text of the authors.
 
-    python experiments/pref_lamp_ci.py runs/output/pref_lamp > experiments/results/pref_lamp_ci.json
+python experiments/pref_lamp_ci.py runs/output/pref_lamp > experiments/results/pref_lamp_ci.json
 """
 
 from __future__ import annotations
@@ -13,12 +13,19 @@ from pyargs.files import read_json, read_jsonl
 
 
 def main(folder: Path) -> dict:
-    found = {"command": "runs/pref_lamp.sh", "data": "pref_lamp_like/ci, prefs_minilm.jsonl.gz", "methods": {}, "generations": {}}
+    found = {
+        "command": "runs/pref_lamp.sh",
+        "data": "pref_lamp_like/ci, prefs_minilm.jsonl.gz",
+        "methods": {},
+        "generations": {},
+    }
     for method in ("global_rm", "lore"):
         result = read_json(folder / f"{method}-result.json")
         tuned = read_json(folder / f"{method}-tune.json")
         found["methods"][method] = {
-            "train": {k: v for k, v in read_json(folder / f"{method}-train.json").items() if k not in ("inputs", "config", "out")},
+            "train": {
+                k: v for k, v in read_json(folder / f"{method}-train.json").items() if k not in ("inputs", "config", "out")
+            },
             "tune": tuned,
             "result": result["values"],
             "inputs": result["inputs"],

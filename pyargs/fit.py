@@ -91,9 +91,7 @@ def train(name: str, dataset, config=None) -> RewardModel:
 
     recipe = method(name)
     config = config or recipe.Config()
-    rows = (
-        of_split(dataset, "train") if "split" in dataset.column_names else dataset
-    )
+    rows = of_split(dataset, "train") if "split" in dataset.column_names else dataset
     if not len(rows):
         raise PyargsError("no rows with split 'train': there is nothing to train on")
     set_seed(config.seed)

@@ -61,14 +61,15 @@ def stages(tmp_path_factory):
     os.environ["PYARGS_CACHE"] = str(folder / "cache")
     lm = str(synthetic.tiny_lm(folder / "lm"))
     data = ["--data", "synthetic"]
+    both = ["--policy", lm, *data]
     steps = {
         "train": ["lore", *data, "--backbone", lm, "--freeze-backbone", "--rank", "4", "--out", folder / "seen"],
         "adapt": [folder / "seen", *data, "--out", folder / "model"],
-        "tune": [folder / "model", "--policy", lm, *data, "--prompts", "4", "--max-new-tokens", "6", "--out", folder / "tune.json"],
-        "decode": [folder / "model", "--policy", lm, *data, "--tuned", folder / "tune.json", "--limit", "5", "--max-new-tokens", "6",
+        "tune": [folder / "model", *both, "--prompts", "4", "--max-new-tokens", "6", "--out", folder / "tune.json"],
+        "decode": [folder / "model", *both, "--tuned", folder / "tune.json", "--limit", "5", "--max-new-tokens", "6",
                    "--out", folder / "answers.jsonl"],
-        "evaluate": [folder / "model", "--policy", lm, *data, "--tuned", folder / "tune.json", "--generations",
-                     folder / "answers.jsonl", "--out", folder / "result.json"],
+        "evaluate": [folder / "model", *both, "--tuned", folder / "tune.json", "--generations", folder / "answers.jsonl",
+                     "--out", folder / "result.json"],
     }  # fmt: skip
     return folder, {verb: [verb, *map(str, words)] for verb, words in steps.items()}
 

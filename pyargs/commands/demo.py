@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 # Two users of the training and two new ones, with tastes of three kinds.
-SHOWN = {"ada": "trained", "finn": "trained", "noah": "new", "olga": "new"}
+SHOWN = {"ada": "trained", "cora": "trained", "noah": "new", "paul": "new"}
 
 
 def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:

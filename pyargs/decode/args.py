@@ -77,9 +77,7 @@ def decode(policy, reward_model: RewardModel, request: Request) -> Decoded:
 
     policy_cache = PrefixCache(policy.config.get_text_config(decoder=True), length + request.max_new_tokens)
     reward_cache = PrefixCache(backbone.config.get_text_config(decoder=True), length + request.max_new_tokens + k)
-    valid = torch.cat(
-        [request.attention_mask.bool(), request.attention_mask.new_ones(rows, request.max_new_tokens).bool()], 1
-    )
+    valid = torch.cat([request.attention_mask.bool(), request.attention_mask.new_ones(rows, request.max_new_tokens).bool()], 1)
     position = request.attention_mask.sum(1, keepdim=True)  # of the next token
     prompt_position = (request.attention_mask.cumsum(1) - 1).clamp(min=0)
     padded = not bool(request.attention_mask.all())

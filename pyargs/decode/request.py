@@ -86,9 +86,7 @@ def check(
             "train the reward model on a backbone of the policy's family"
         )
     config = policy.config.get_text_config(decoder=True)
-    vocabulary = min(
-        config.vocab_size, len(tokenizer or theirs) if (tokenizer or theirs) is not None else config.vocab_size
-    )
+    vocabulary = min(config.vocab_size, len(tokenizer or theirs) if (tokenizer or theirs) is not None else config.vocab_size)
     if not 1 <= num_candidates <= min(64, vocabulary):
         raise PyargsError(f"num_candidates must be in 1..{min(64, vocabulary)}, got {num_candidates}")
     room = getattr(config, "max_position_embeddings", None)
