@@ -13,6 +13,7 @@ else
   trap 'rm -rf "$out"' EXIT
 fi
 export PYARGS_CACHE="$out/cache" HF_HUB_OFFLINE=1
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # the model is tiny: threads would only wait for each other
 log="$out/log.txt"
 data=(--data synthetic)
 
