@@ -247,7 +247,6 @@ std::tuple<StableIValue, StableIValue, StableIValue, StableIValue> score_select_
   rows.features_dtype = features.float_dtype("features must be float32, bfloat16 or float16");
   const auto check_bank = [&](Array& bank, const char* message) {
     check(bank.dim() == 2 && bank.size(0) >= 1 && bank.size(1) == rows.hidden, message);
-    bank.check_device(features);
     bank.require_dense_rows();
     return bank.float_dtype(message);
   };
@@ -262,27 +261,27 @@ std::tuple<StableIValue, StableIValue, StableIValue, StableIValue> score_select_
     rows.bias = bias->data();
     rows.bias_stride = bias->stride(0);
   }
-  user.require({batch}, int64, features, "user must be [B] int64");
-  reward_weight.require({batch}, float32, features, "reward_weight must be [B] float32");
-  logprobs.require({batch, rows.k}, float32, features, "logprobs must be [B, k] float32");
-  ids.require({batch, rows.k}, int64, features, "ids must be [B, k] int64");
-  finished.require({batch}, bool8, features, "finished must be [B] bool");
+  user.require({batch}, int64, "user must be [B] int64");
+  reward_weight.require({batch}, float32, "reward_weight must be [B] float32");
+  logprobs.require({batch, rows.k}, float32, "logprobs must be [B, k] float32");
+  ids.require({batch, rows.k}, int64, "ids must be [B, k] int64");
+  finished.require({batch}, bool8, "finished must be [B] bool");
   check(activation >= 0 && activation <= 3, "activation must be 0 identity, 1 relu, 2 gelu or 3 leaky_relu");
   if (stop) {
     check(stop->dim() == 1, "stop must be [E] int64");
-    stop->require({stop->size(0)}, int64, features, "stop must be [E] int64");
+    stop->require({stop->size(0)}, int64, "stop must be [E] int64");
     rows.stop = stop->data<int64_t>();
     rows.stops = stop->size(0);
   }
   if (stop_reward) {
     check(stop.has_value(), "stop_reward needs stop");
-    stop_reward->require({batch}, float32, features, "stop_reward must be [B] float32");
+    stop_reward->require({batch}, float32, "stop_reward must be [B] float32");
     rows.stop_reward = stop_reward->data<float>();
   }
   check(temperature.has_value() == uniform.has_value(), "temperature and uniform belong together");
   if (uniform) {
     check(*temperature > 0.0, "temperature must be > 0");
-    uniform->require({batch}, float32, features, "uniform must be [B] float32");
+    uniform->require({batch}, float32, "uniform must be [B] float32");
     rows.uniform = uniform->data<float>();
     rows.temperature = *temperature;
   }
@@ -300,8 +299,8 @@ std::tuple<StableIValue, StableIValue, StableIValue, StableIValue> score_select_
   rows.scale = static_cast<float>(scale);
   rows.pad_id = pad_id;
 
-  Array token = features.make({batch}, int64), slot = features.make({batch}, int64);
-  Array reward = features.make({batch, rows.k}, float32), finished_out = features.make({batch}, bool8);
+  Result token({batch}, int64, features), slot({batch}, int64, features);
+  Result reward({batch, rows.k}, float32, features), finished_out({batch}, bool8, features);
   rows.token = token.data<int64_t>();
   rows.slot = slot.data<int64_t>();
   rows.reward = reward.data<float>();

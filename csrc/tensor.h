@@ -21,17 +21,16 @@ inline void check(bool ok, const char* message) {
     throw std::runtime_error(std::string("pyargs: ") + message);
 }
 
-// An owned handle with its shape at hand. torch::stable::Tensor would add a shared_ptr to each of a dozen arguments and
-// a call for each number read, and a decoding step of a small model counts in microseconds.
+// An argument: an owned handle with its shape at hand. torch::stable::Tensor would add a shared_ptr to each of a dozen
+// arguments and a call for each number read, and a decoding step of a small model counts in microseconds. Devices are
+// not compared: with tensors on several of them the dispatcher does not choose a CPU kernel.
 class Array {
  public:
   explicit Array(AtenTensorHandle handle) : handle_(handle) {
     int64_t* sizes = nullptr;
     int64_t* strides = nullptr;
     check(aoti_torch_get_dim(handle, &dim_) == 0 && aoti_torch_get_sizes(handle, &sizes) == 0 &&
-              aoti_torch_get_strides(handle, &strides) == 0 && aoti_torch_get_dtype(handle, &dtype_) == 0 &&
-              aoti_torch_get_device_type(handle, &device_type_) == 0 &&
-              aoti_torch_get_device_index(handle, &device_index_) == 0,
+              aoti_torch_get_strides(handle, &strides) == 0 && aoti_torch_get_dtype(handle, &dtype_) == 0,
           "arguments must be dense tensors");
     sizes_ = sizes;
     strides_ = strides;
@@ -45,8 +44,6 @@ class Array {
     std::swap(sizes_, other.sizes_);
     std::swap(strides_, other.strides_);
     std::swap(dtype_, other.dtype_);
-    std::swap(device_type_, other.device_type_);
-    std::swap(device_index_, other.device_index_);
     return *this;
   }
   ~Array() {
@@ -57,7 +54,86 @@ class Array {
   int64_t size(int64_t i) const { return sizes_[i]; }
   int64_t stride(int64_t i) const { return strides_[i]; }
   int32_t dtype() const { return dtype_; }
-  int32_t device_index() const { return device_index_; }
+
+  int32_t device_type() const {
+    int32_t type = 0;
+    aoti_torch_get_device_type(handle_, &type);
+    return type;
+  }
+  int32_t device_index() const {
+    int32_t index = 0;
+    aoti_torch_get_device_index(handle_, &index);
+    return index;
+  }
+
+  template <class T = void>
+  T* data() const {
+    void* data = nullptr;
+    check(aoti_torch_get_data_ptr(handle_, &data) == 0, "a tensor has no data");
+    return static_cast<T*>(data);
+  }
+
+  Dtype float_dtype(const char* message) const {
+    if (dtype_ == aoti_torch_dtype_float32()) return Dtype::kFloat32;
+    if (dtype_ == aoti_torch_dtype_bfloat16()) return Dtype::kBFloat16;
+    check(dtype_ == aoti_torch_dtype_float16(), message);
+    return Dtype::kFloat16;
+  }
+
+  // A tensor of this shape and dtype, and dense: if it is not, this becomes a dense copy.
+  void require(std::initializer_list<int64_t> shape, int32_t dtype, const char* message) {
+    bool ok = dtype_ == dtype && dim_ == static_cast<int64_t>(shape.size());
+    bool dense = true;
+    int64_t expected = 1;
+    for (int64_t i = dim_ - 1; ok && i >= 0; --i) {
+      const int64_t wanted = shape.begin()[i];
+      ok = sizes_[i] == wanted;
+      dense = dense && (wanted <= 1 || strides_[i] == expected);
+      expected *= wanted;
+    }
+    check(ok, message);
+    if (!dense) make_contiguous();
+  }
+
+  // Elements of the last dimension side by side (the kernels take any stride of the others): else a dense copy.
+  void require_dense_rows() {
+    if (sizes_[dim_ - 1] > 1 && strides_[dim_ - 1] != 1) make_contiguous();
+  }
+
+ private:
+  void make_contiguous() {
+    AtenTensorHandle copy = nullptr;
+    check(aoti_torch_new_tensor_handle(handle_, &copy) == 0, "no memory");
+    const torch::stable::Tensor dense = torch::stable::contiguous(torch::stable::Tensor(copy));
+    check(aoti_torch_new_tensor_handle(dense.get(), &copy) == 0, "no memory");
+    *this = Array(copy);
+  }
+
+  AtenTensorHandle handle_ = nullptr;
+  int64_t dim_ = 0;
+  const int64_t *sizes_ = nullptr, *strides_ = nullptr;
+  int32_t dtype_ = 0;
+};
+
+// A new dense tensor, uninitialised, that a kernel returns.
+class Result {
+ public:
+  Result(std::initializer_list<int64_t> shape, int32_t dtype, const Array& like) {
+    int64_t strides[4];
+    int64_t stride = 1;
+    for (size_t i = shape.size(); i-- > 0;) {
+      strides[i] = stride;
+      stride *= shape.begin()[i] > 0 ? shape.begin()[i] : 1;
+    }
+    check(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), strides, dtype,
+                                   like.device_type(), like.device_index(), &handle_) == 0,
+          "no memory for the result");
+  }
+  Result(const Result&) = delete;
+  Result& operator=(const Result&) = delete;
+  ~Result() {
+    if (handle_) aoti_torch_delete_tensor_object(handle_);
+  }
 
   template <class T = void>
   T* data() const {
@@ -73,67 +149,8 @@ class Array {
     return value;
   }
 
-  Dtype float_dtype(const char* message) const {
-    if (dtype_ == aoti_torch_dtype_float32()) return Dtype::kFloat32;
-    if (dtype_ == aoti_torch_dtype_bfloat16()) return Dtype::kBFloat16;
-    check(dtype_ == aoti_torch_dtype_float16(), message);
-    return Dtype::kFloat16;
-  }
-
-  // The dispatcher picks a kernel by any of the arguments: all must live where the kernel runs.
-  void check_device(const Array& like) const {
-    check(device_type_ == like.device_type_ && device_index_ == like.device_index_, "tensors on different devices");
-  }
-
-  // A tensor of this shape and dtype, and dense: if it is not, this becomes a dense copy.
-  void require(std::initializer_list<int64_t> shape, int32_t dtype, const Array& like, const char* message) {
-    bool ok = dtype_ == dtype && dim_ == static_cast<int64_t>(shape.size());
-    bool dense = true;
-    int64_t expected = 1;
-    for (int64_t i = dim_ - 1; ok && i >= 0; --i) {
-      const int64_t wanted = shape.begin()[i];
-      ok = sizes_[i] == wanted;
-      dense = dense && (wanted <= 1 || strides_[i] == expected);
-      expected *= wanted;
-    }
-    check(ok, message);
-    check_device(like);
-    if (!dense) make_contiguous();
-  }
-
-  // Elements of the last dimension side by side (the kernels take any stride of the others): else a dense copy.
-  void require_dense_rows() {
-    if (sizes_[dim_ - 1] > 1 && strides_[dim_ - 1] != 1) make_contiguous();
-  }
-
-  // An uninitialised tensor on this one's device.
-  Array make(std::initializer_list<int64_t> shape, int32_t dtype) const {
-    int64_t strides[4];
-    int64_t stride = 1;
-    for (size_t i = shape.size(); i-- > 0;) {
-      strides[i] = stride;
-      stride *= shape.begin()[i] > 0 ? shape.begin()[i] : 1;
-    }
-    AtenTensorHandle handle = nullptr;
-    check(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), strides, dtype, device_type_,
-                                   device_index_, &handle) == 0,
-          "no memory for the result");
-    return Array(handle);
-  }
-
  private:
-  void make_contiguous() {
-    AtenTensorHandle copy = nullptr;
-    check(aoti_torch_new_tensor_handle(handle_, &copy) == 0, "no memory");
-    const torch::stable::Tensor dense = torch::stable::contiguous(torch::stable::Tensor(copy));
-    check(aoti_torch_new_tensor_handle(dense.get(), &copy) == 0, "no memory");
-    *this = Array(copy);
-  }
-
   AtenTensorHandle handle_ = nullptr;
-  int64_t dim_ = 0;
-  const int64_t *sizes_ = nullptr, *strides_ = nullptr;
-  int32_t dtype_ = 0, device_type_ = 0, device_index_ = 0;
 };
 
 // An optional argument of an op.

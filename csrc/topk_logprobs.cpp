@@ -252,7 +252,7 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 namespace pyargs {
 namespace {
 
-using Result = std::tuple<StableIValue, StableIValue, StableIValue>;
+using Results = std::tuple<StableIValue, StableIValue, StableIValue>;
 
 Dtype check_logits(Array& logits, int64_t k) {
   check(logits.dim() == 2, "logits must be [B, V]");
@@ -265,7 +265,7 @@ Dtype check_logits(Array& logits, int64_t k) {
 }
 
 // The handle is ours: boxed arguments come owned, and results are given away.
-Result topk_logprobs_cpu(AtenTensorHandle handle, int64_t k) {
+Results topk_logprobs_cpu(AtenTensorHandle handle, int64_t k) {
   Array logits(handle);
   TopkRows rows{};
   rows.dtype = check_logits(logits, k);
@@ -274,9 +274,9 @@ Result topk_logprobs_cpu(AtenTensorHandle handle, int64_t k) {
   rows.row_stride = logits.stride(0);
   rows.k = static_cast<int>(k);
   rows.logits = logits.data();
-  Array logprobs = logits.make({rows.batch, k}, aoti_torch_dtype_float32());
-  Array ids = logits.make({rows.batch, k}, aoti_torch_dtype_int64());
-  Array logsumexp = logits.make({rows.batch}, aoti_torch_dtype_float32());
+  Result logprobs({rows.batch, k}, aoti_torch_dtype_float32(), logits);
+  Result ids({rows.batch, k}, aoti_torch_dtype_int64(), logits);
+  Result logsumexp({rows.batch}, aoti_torch_dtype_float32(), logits);
   rows.logprobs = logprobs.data<float>();
   rows.ids = ids.data<int64_t>();
   rows.logsumexp = logsumexp.data<float>();
@@ -303,19 +303,19 @@ Result topk_logprobs_cpu(AtenTensorHandle handle, int64_t k) {
 }
 
 #ifdef PYARGS_CUDA_ARCHS
-Result topk_logprobs_cuda(AtenTensorHandle handle, int64_t k) {
+Results topk_logprobs_cuda(AtenTensorHandle handle, int64_t k) {
   Array logits(handle);
   const Dtype dtype = check_logits(logits, k);
   const int64_t batch = logits.size(0), vocab = logits.size(1);
-  Array logprobs = logits.make({batch, k}, aoti_torch_dtype_float32());
-  Array ids = logits.make({batch, k}, aoti_torch_dtype_int64());
-  Array logsumexp = logits.make({batch}, aoti_torch_dtype_float32());
+  Result logprobs({batch, k}, aoti_torch_dtype_float32(), logits);
+  Result ids({batch, k}, aoti_torch_dtype_int64(), logits);
+  Result logsumexp({batch}, aoti_torch_dtype_float32(), logits);
   if (batch > 0) {
     check(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
     void* stream = nullptr;
     check(aoti_torch_get_current_cuda_stream(logits.device_index(), &stream) == 0, "no CUDA stream");
     const int64_t bytes = static_cast<int64_t>(cuda::topk_workspace_bytes(batch, vocab));
-    Array workspace = logits.make({bytes}, aoti_torch_dtype_uint8());
+    Result workspace({bytes}, aoti_torch_dtype_uint8(), logits);
     const char* error = cuda::topk_logprobs(logits.data(), dtype, batch, vocab, logits.stride(0), static_cast<int>(k),
                                             logprobs.data<float>(), ids.data<int64_t>(), logsumexp.data<float>(),
                                             workspace.data(), logits.device_index(), stream);

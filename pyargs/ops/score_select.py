@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from pyargs.ops.library import define, device_of
@@ -129,7 +130,7 @@ def score_select(
     """
     number = _NUMBER.get(activation, -1)
     try:
-        return _op(
+        return (_op if is_compiling() else _direct)(
             features, weight, user, reward_weight, logprobs, ids, finished, bias, number, scale, stop, stop_reward,
             pad_id, temperature, uniform,
         )  # fmt: skip
@@ -238,4 +239,4 @@ def _name(activation: int) -> str:
     return _NAMES[activation] if 0 <= activation < len(_NAMES) else f"number {activation}"
 
 
-_op = define("score_select", _default, _fake)
+_op, _direct = define("score_select", _default, _fake)

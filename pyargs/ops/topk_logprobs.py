@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from pyargs.ops.library import define
 
@@ -40,7 +41,7 @@ def topk_logprobs(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         ValueError: a shape, k or device that does not fit.
     """
     try:
-        return _op(logits, k)
+        return (_op if is_compiling() else _direct)(logits, k)
     except RuntimeError:
         check(logits, k)
         raise
@@ -72,4 +73,4 @@ def _fake(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-_op = define("topk_logprobs", topk_logprobs_reference, _fake)
+_op, _direct = define("topk_logprobs", topk_logprobs_reference, _fake)
