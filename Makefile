@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.pyargs-installed
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 BENCHMARKS := $(wildcard benchmarks/bench_*.py)
 
-.PHONY: help setup demo test bench lint clean
+.PHONY: help setup demo pref-lamp test bench lint clean
 help:
 	@sed -n '1,2p' Makefile
 
@@ -30,6 +30,10 @@ $(INSTALLED): $(VENV)/.torch-installed $(SOURCES)
 
 demo: $(INSTALLED)
 	$(BIN)/pyargs demo
+
+# Real users; needs ../shared/data and half an hour, and says so where the data are not.
+pref-lamp: $(INSTALLED)
+	PYARGS=$(BIN)/pyargs runs/pref_lamp.sh
 
 # One thread per worker: two workers that each start a thread per core only wait for each other.
 test: $(INSTALLED)

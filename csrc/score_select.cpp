@@ -307,7 +307,7 @@ std::tuple<StableIValue, StableIValue, StableIValue, StableIValue> score_select_
   rows.finished_out = finished_out.data<bool>();
 
   const int64_t row_work = rows.k * rows.hidden * (rows.activation == Activation::kGelu ? 8 : 1);
-  const int64_t grain = 1 + 32768 / row_work;  // about 2 us: less is not worth waking a thread
+  const int64_t grain = 1 + 65536 / row_work;  // about 10 us: less is not worth waiting for a thread that sleeps
   if (batch <= grain) {
     PYARGS_DISPATCH(score_rows, rows, 0, batch);
   } else {

@@ -15,19 +15,16 @@ mkdir -p "$out"
 for method in global_rm lore; do
   "$pyargs" train $method "${source[@]}" --freeze-backbone --dtype bfloat16 --out "$out/$method-seen" > "$out/$method-train.json"
   "$pyargs" adapt "$out/$method-seen" "${source[@]}" --out "$out/$method" > "$out/$method-adapt.json"
-  "$pyargs" tune "$out/$method" "${lm[@]}" "${source[@]}" --objective harmonic --grid 0 0.1 0.3 1 3 10 --prompts 16 \
+  "$pyargs" tune "$out/$method" "${lm[@]}" "${source[@]}" --objective harmonic --grid 0 0.1 0.3 1 3 --prompts 12 --batch-size 12 \
     --max-new-tokens 32 --out "$out/$method-tune.json" > /dev/null
   "$pyargs" decode "$out/$method" "${lm[@]}" "${source[@]}" --tuned "$out/$method-tune.json" --max-new-tokens 32 \
     --batch-size 12 --out "$out/$method-tuned.jsonl" > /dev/null
 done
-# The controls: no reward in the same loop, and one unit of reward whatever the tuning chose.
-unit=$(.venv/bin/python -c "import json, sys; print(1 / json.load(open(sys.argv[1]))['reward_std'])" "$out/lore-tune.json")
+# The control: no reward in the same loop.
 "$pyargs" decode "$out/lore" "${lm[@]}" "${source[@]}" --reward-weight 0 --max-new-tokens 32 --batch-size 12 \
   --out "$out/weight-0.jsonl" > /dev/null
-"$pyargs" decode "$out/lore" "${lm[@]}" "${source[@]}" --reward-weight "$unit" --max-new-tokens 32 --batch-size 12 \
-  --out "$out/lore-unit.jsonl" > /dev/null
 "$pyargs" evaluate "$out/global_rm" "${lm[@]}" "${source[@]}" --tuned "$out/global_rm-tune.json" \
   --generations "$out/global_rm-tuned.jsonl" "$out/weight-0.jsonl" --out "$out/global_rm-result.json" > /dev/null
 "$pyargs" evaluate "$out/lore" "${lm[@]}" "${source[@]}" --tuned "$out/lore-tune.json" \
-  --generations "$out/lore-tuned.jsonl" "$out/lore-unit.jsonl" "$out/weight-0.jsonl" --out "$out/lore-result.json" > /dev/null
+  --generations "$out/lore-tuned.jsonl" "$out/weight-0.jsonl" --out "$out/lore-result.json" > /dev/null
 .venv/bin/python experiments/pref_lamp_ci.py "$out" | tee "$out/pref_lamp_ci.json"
