@@ -245,7 +245,7 @@ void topk_merge(const TopkRows&, int64_t);
 #ifdef PYARGS_CUDA_ARCHS
 #include "cuda/launch.h"
 
-// Only in builds of torch with CUDA; null elsewhere. torch.stable has it by this name since 2.6.
+// Part of the stable C interface in builds of torch with CUDA; null elsewhere.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 #endif
 
