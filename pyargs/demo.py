@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import sys
 import time
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from pyargs.models.reward_model import RewardModel
 from pyargs.tune import Tuning, tune
 
 NEW_TOKENS = 40
-CONSOLE = Console(stderr=True)
+CONSOLE = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
 
 
 def run(out: Path, shown: dict[str, str], *, backbone: str, prompts: int) -> dict:
