@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from pathlib import Path
 import torch
 from timing import hardware, hardware_line, streaming_rate, table
 from torch import Tensor
+from tqdm import tqdm
 from transformers import StoppingCriteria
 
 import pyargs
@@ -135,10 +137,12 @@ def main() -> None:
     policy, tokenizer, model = models(getattr(torch, options.dtype))
     print(f"{hardware_line(info)}\n{options.dtype}, k=10, reward_weight={WEIGHT}, prefill not counted", flush=True)
 
-    steps, turns = (10, 3) if options.quick else (24, 5)
     rows = []
-    for batch, length in [(1, 64)] if options.quick else [(1, 64), (1, 256), (8, 64), (8, 256)]:
-        rows.append(compare(policy, model, prompts(tokenizer, batch, length).to(policy.device), steps, turns))
+    for batch, length in tqdm([(1, 64)] if options.quick else [(1, 64), (1, 256), (8, 64), (8, 256)], unit="size"):
+        ids = prompts(tokenizer, batch, length).to(policy.device)
+        steps, turns = (10, 3) if options.quick else (16, 5) if batch == 1 else (10, 3)
+        rows.append(compare(policy, model, ids, steps, turns))
+        tqdm.write(table(rows[-1:], COLUMNS), file=sys.stderr)
     print(table(rows, COLUMNS))
     if options.json:
         short = {"float32": "fp32", "bfloat16": "bf16"}[options.dtype]

@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     if result is not None:
         try:
-            print(json.dumps(result, indent=1, ensure_ascii=False), flush=True)
+            print(json.dumps(result, indent=1), flush=True)
         except BrokenPipeError:  # `pyargs ... | head`: the reader has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

@@ -55,9 +55,7 @@ def run(out: Path, shown: dict[str, str], *, backbone: str, prompts: int) -> dic
     CONSOLE.rule("choose the weight on the seen users' held-out prompts")
     policy, model = load_pair(backbone, str(out / "lore"))
     shared = RewardModel.from_pretrained(out / "global_rm", backbone=policy.get_decoder(), tokenizer=model.tokenizer)
-    tuning = Tuning(
-        objective="fluency", grid=[0.0, 0.5, 1.0, 1.25, 1.5], prompts=8, batch_size=8, max_new_tokens=NEW_TOKENS
-    )
+    tuning = Tuning(objective="fluency", grid=[0.0, 0.5, 1.0, 1.25, 1.5], prompts=8, batch_size=8, max_new_tokens=NEW_TOKENS)
     tuned = tune(model, policy, part("train_test"), tuning)
     lap("choose the weight")
 

@@ -33,6 +33,34 @@ def sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def identity(name: str) -> str:
+    """What a model's or method's name stands for now: the hash of the local folder or file or embedded model, else the name."""
+    from pyargs.lm.hub import MODELS
+
+    if name in MODELS:
+        return MODELS[name].sha256
+    return sha256(name) if Path(name).exists() else name
+
+
+def weights_hash(folder: str | Path) -> str:
+    """Hash of what all users of a reward model share, so that adding users does not change it."""
+    folder, digest = Path(folder), hashlib.sha256()
+    for name in ("head.safetensors", "adapter_model.safetensors"):
+        if (folder / name).exists():
+            digest.update(sha256(folder / name).encode())
+    return digest.hexdigest()
+
+
+def read_tuned(file: str | Path, model: str | Path) -> dict:
+    """The file of `pyargs tune` for this model. Raises PyargsError if it is another file, or another model's."""
+    tuned = read_json(file)
+    if not isinstance(tuned, dict) or not {"reward_weight", "centre", "model"} <= set(tuned):
+        raise PyargsError(f"{file} is no file of `pyargs tune`")
+    if tuned["model"] != weights_hash(model):
+        raise PyargsError(f"{file} was tuned for another model than {model}: run `pyargs tune {model}`")
+    return tuned
+
+
 def write_json(path: str | Path, value) -> None:
     with writing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -64,18 +92,26 @@ def read_jsonl(path: str | Path) -> Iterator[dict]:
 
 
 @contextmanager
-def writing(path: str | Path):
-    """Gives a temporary path beside `path` and moves it there at the end, so that a killed run leaves no half file."""
-    path = Path(path)
+def writing(path: str | Path, replaceable: Iterable[str] = ()):
+    """Gives a temporary path beside `path` and moves it there at the end, so that a killed run leaves no half file.
+
+    A folder is replaced only if it holds nothing but files of the same names as the new one, or `replaceable` ones.
+    """
+    path = Path(path).absolute()
+    if path.name in ("", "..") or path == Path.cwd():
+        raise PyargsError(f"'{path}' can not be replaced: name a file or a folder inside it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)) / path.name
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        yield temporary
-        if path.is_dir() and temporary.is_dir():
+        yield scratch / path.name
+        if path.is_dir() and (scratch / path.name).is_dir():
+            foreign = {p.name for p in path.iterdir()} - {p.name for p in (scratch / path.name).iterdir()} - set(replaceable)
+            if foreign:
+                raise PyargsError(f"{path} holds '{min(foreign)}', which is not ours to delete: choose another folder")
             shutil.rmtree(path)
-        os.replace(temporary, path)
+        os.replace(scratch / path.name, path)
     finally:
-        shutil.rmtree(temporary.parent, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def provenance(seed: int | None = None) -> dict:
@@ -140,11 +176,9 @@ def finished(out: str | Path, key: dict) -> dict | None:
     path = _record(out)
     if path.exists():
         old = read_json(path)
-        if {name: old.get(name) for name in key} != json.loads(json.dumps(key)):
-            raise PyargsError(
-                f"{out} was made with other settings or inputs: choose another --out, or remove it and {path.name}"
-            )
         if old["finished"] and out.exists():
+            if {name: old.get(name) for name in key} != json.loads(json.dumps(key)):
+                raise PyargsError(f"{out} was made with other settings or inputs: choose another --out or remove it")
             return old
     elif out.exists():
         raise PyargsError(f"{out} exists and was not written by this command: choose another --out or remove it")

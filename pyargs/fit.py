@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
 import pkgutil
@@ -57,11 +58,22 @@ class FitConfig:
     adapt_steps: int = option(500, "full-batch Adam steps for new users (LoRE's code; paper silent)")
 
 
+def epochs(config: FitConfig) -> float:
+    """Passes over the train pairs; the default depends on whether the backbone is frozen."""
+    if config.epochs is None:
+        return 20.0 if config.freeze_backbone else 2.0
+    if config.epochs <= 0:
+        raise PyargsError(f"epochs must be > 0, got {config.epochs}")
+    return config.epochs
+
+
 def method(name: str):
     """The module pyargs/methods/<name>.py, or the file itself where `name` is a path to a .py file."""
     from pyargs import methods
 
     if name.endswith(".py"):
+        if not Path(name).is_file():
+            raise PyargsError(f"no method file {name}")
         spec = importlib.util.spec_from_file_location(Path(name).stem, name)
         module = sys.modules[Path(name).stem] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
         spec.loader.exec_module(module)
@@ -148,7 +160,7 @@ def train_head(recipe, model: RewardModel, data: Features, config) -> None:
     rows = model.users.rows(data.users)
     optimizer = _optimizer(recipe, model, config)
     per_epoch = -(-len(data) // config.batch_size)
-    steps = round((config.epochs or 20) * per_epoch)
+    steps = round(epochs(config) * per_epoch)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(config.warmup * steps), steps)
     order = torch.Generator().manual_seed(config.seed)
     turns = _turns(recipe, model, config)
@@ -215,6 +227,8 @@ def _train_all(recipe, model: RewardModel, rows, config) -> None:
             _drop_others(model, last)
             return loss
 
+    if config.accumulation > config.batch_size:
+        raise PyargsError(f"accumulation={config.accumulation} splits a batch of {config.batch_size}: it can be at most that")
     if config.accumulation > 1 and len(_turns(recipe, model, config)) > 1:
         raise PyargsError("alternating updates need whole minibatches: use accumulation=1")
     if config.gradient_checkpointing:
@@ -226,9 +240,9 @@ def _train_all(recipe, model: RewardModel, rows, config) -> None:
             scratch,
             per_device_train_batch_size=max(1, config.batch_size // config.accumulation),
             gradient_accumulation_steps=config.accumulation,
-            num_train_epochs=config.epochs or 2,
+            num_train_epochs=epochs(config),
             lr_scheduler_type="cosine",
-            warmup_steps=round(config.warmup * steps_per_epoch * (config.epochs or 2)),
+            warmup_steps=round(config.warmup * steps_per_epoch * epochs(config)),
             max_grad_norm=0.0,
             seed=config.seed,
             save_strategy="no",
@@ -238,7 +252,8 @@ def _train_all(recipe, model: RewardModel, rows, config) -> None:
             label_names=["chosen"],
             dataloader_pin_memory=torch.cuda.is_available(),
         )
-        PairTrainer(model, arguments, data_collator=collate, train_dataset=examples).train()
+        with contextlib.redirect_stdout(sys.stderr):  # the Trainer prints its log; stdout is for results
+            PairTrainer(model, arguments, data_collator=collate, train_dataset=examples).train()
 
 
 def _drop_others(model: RewardModel, active: set) -> None:

@@ -1,4 +1,4 @@
-"""The nouns that the rest of the package passes around: Users, Features, Batch, Decoded, Generation, Result."""
+"""The nouns that the rest of the package passes around: Users, Features, Batch, Decoded, Result."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -76,7 +77,11 @@ class Users(nn.Module):
     @classmethod
     def load(cls, folder: str | Path) -> Users:
         folder = Path(folder)
-        return cls(read_json(folder / "users.json"), **load_file(folder / "users.safetensors"))
+        try:
+            vectors = load_file(folder / "users.safetensors")
+        except (OSError, SafetensorError) as error:
+            raise PyargsError(f"{folder}/users.safetensors is missing or damaged ({error}): save the users again") from error
+        return cls(read_json(folder / "users.json"), **vectors)
 
 
 @dataclass
@@ -163,18 +168,6 @@ class Decoded:
 
     def texts(self, tokenizer) -> list[str]:
         return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in self.answers()]
-
-
-@dataclass
-class Generation:
-    """One answer: a line of a generations file."""
-
-    user_id: str
-    item: str
-    text: str
-    tokens: list[int]
-    reward_weight: float
-    rewards: list[float]
 
 
 @dataclass

@@ -27,4 +27,4 @@ done
   --generations "$out/global_rm-tuned.jsonl" "$out/weight-0.jsonl" --out "$out/global_rm-result.json" > /dev/null
 "$pyargs" evaluate "$out/lore" "${lm[@]}" "${source[@]}" --tuned "$out/lore-tune.json" \
   --generations "$out/lore-tuned.jsonl" "$out/weight-0.jsonl" --out "$out/lore-result.json" > /dev/null
-.venv/bin/python experiments/pref_lamp_ci.py "$out" | tee "$out/pref_lamp_ci.json"
+"$(dirname "$pyargs")/python" experiments/pref_lamp_ci.py "$out" | tee "$out/pref_lamp_ci.json"

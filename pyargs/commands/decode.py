@@ -42,14 +42,14 @@ def run(args: argparse.Namespace) -> dict:
         from pyargs.errors import PyargsError
 
         raise PyargsError(f"no rows with split '{args.split}' (there are: {', '.join(sorted(set(data['split'])))})")
-    weight = files.read_json(args.tuned)["reward_weight"] if args.tuned else args.reward_weight
+    weight = files.read_tuned(args.tuned, args.model)["reward_weight"] if args.tuned else args.reward_weight
     settings = {name: getattr(args, name) for name in (
         "policy", "dtype", "split", "limit", "num_candidates", "max_new_tokens", "batch_size", "do_sample", "temperature",
         "seed",
     )}  # fmt: skip
     key = files.stage_key(
         {"stage": "decode", "reward_weight": weight, **settings},
-        {"data": content_hash(rows), "model": files.sha256(args.model)},
+        {"data": content_hash(rows), "model": files.sha256(args.model), "policy": files.identity(args.policy)},
     )
     if done := files.finished(args.out, key):
         return {**done, "already_done": True}

@@ -33,12 +33,16 @@ def run(args: argparse.Namespace) -> dict:
 
     rows = of_split(load_data(args), args.split)
     inputs = {"data": content_hash(rows), "model": files.sha256(args.model), "tuned": files.sha256(args.tuned)}
+    inputs["policy"] = files.identity(args.policy)
+    stems = [Path(file).stem for file in args.generations]
+    if len(set(stems)) < len(stems):
+        raise PyargsError(f"two --generations files are called {max(stems, key=stems.count)}: give them different names")
     inputs |= {Path(file).name: files.sha256(file) for file in args.generations}
     key = files.stage_key({"stage": "evaluate", "policy": args.policy, "dtype": args.dtype, "split": args.split}, inputs)
     if done := files.finished(args.out, key):
         return {**done, "already_done": True}
 
-    tuned = files.read_json(args.tuned)
+    tuned = files.read_tuned(args.tuned, args.model)
     policy, model = load_pair(args.policy, args.model, dtype=args.dtype)
     scores = pair_scores(model, policy, rows)
     accuracy = policy_accuracy(scores, tuned["reward_weight"], centre=tuned["centre"])

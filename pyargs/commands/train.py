@@ -16,7 +16,12 @@ def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
     parser.add_argument("--out", required=True, help="folder for the reward model")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, with sizes, and stop")
     add_data(parser)
-    name = next((word for word in words if not word.startswith("-")), None)
+    # A first look at the words tells the method, whose fields are the other flags.
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("method", nargs="?")
+    for flag in ("--out", "--data", "--source", "--data-seed"):
+        first.add_argument(flag)
+    name = first.parse_known_args(words)[0].method
     if name:
         from pyargs.fit import method
 
@@ -34,15 +39,16 @@ def run(args: argparse.Namespace) -> dict:
     config = from_args(recipe.Config, args)
     data = load_data(args)
     rows = of_split(data, "train")
-    key = files.stage_key({"stage": "train", "method": args.method, **asdict(config)}, {"data": content_hash(data)})
-    epochs = config.epochs or (20 if config.freeze_backbone else 2)
+    key = files.stage_key({"stage": "train", "method": args.method, **asdict(config)}, {
+        "data": content_hash(data), "backbone": files.identity(config.backbone), "method": files.identity(args.method),
+    })  # fmt: skip
     plan = {
         "method": args.method,
         "backbone": config.backbone,
         "frozen": config.freeze_backbone,
         "pairs": len(rows),
         "users": len(set(rows["user_id"])),
-        "steps": round(epochs * -(-len(rows) // config.batch_size)),
+        "steps": round(fit.epochs(config) * -(-len(rows) // config.batch_size)),
         "out": args.out,
     }
     if args.dry_run:

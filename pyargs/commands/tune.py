@@ -31,11 +31,11 @@ def run(args: argparse.Namespace) -> dict:
     rows = of_split(load_data(args), "train_test")
     key = files.stage_key(
         {"stage": "tune", "policy": args.policy, "dtype": args.dtype, **asdict(config)},
-        {"data": content_hash(rows), "model": files.sha256(args.model)},
+        {"data": content_hash(rows), "model": files.sha256(args.model), "policy": files.identity(args.policy)},
     )
     if done := files.finished(args.out, key):
         return {**done, "already_done": True}
     policy, model = load_pair(args.policy, args.model, dtype=args.dtype)
-    chosen = tune(model, policy, rows, config)
+    chosen = {"model": files.weights_hash(args.model), **tune(model, policy, rows, config)}
     files.write_json(args.out, chosen)
     return files.record(args.out, key, **chosen, provenance=files.provenance(config.seed))

@@ -6,6 +6,7 @@ import importlib
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -104,7 +105,7 @@ class RewardModel(nn.Module):
 
         The backbone itself is not copied: its name and the hash of its weights are.
         """
-        with writing(folder) as out:
+        with writing(folder, ("adapter_config.json", "adapter_model.safetensors")) as out:
             out.mkdir()
             adapter = self.adapter()
             if adapter:
@@ -115,7 +116,7 @@ class RewardModel(nn.Module):
             kind = type(self.head).__module__.rpartition(".")[2]
             write_json(out / "config.json", {
                 "pyargs": __version__, **self.about, "pool": self.pool, "step_reward": self.step_reward,
-                "head": {"kind": kind, **self.head.config()}, "lora": bool(adapter),
+                "head": {"kind": kind, **self.head.config()}, "lora": bool(adapter), "users": _shapes(self.users),
             })  # fmt: skip
             card = CARD.format(
                 backbone=self.about.get("backbone"), method=self.about.get("method"), users=len(self.users) or "all",
@@ -155,10 +156,13 @@ class RewardModel(nn.Module):
         head = dict(config.pop("head"))
         kind = head.pop("kind")
         head = importlib.import_module(f"pyargs.heads.{kind}").Head(users=Users.load(folder), **head)
+        found, expected = _shapes(head.users), config.pop("users")
+        if found != expected:
+            raise PyargsError(f"{folder}/users.safetensors does not fit: it holds {found}, the head needs {expected}")
         for known in ("lora", "pyargs"):
             config.pop(known)
         model = cls(backbone, tokenizer, head, pool=config.pop("pool"), step_reward=config.pop("step_reward"), about=config)
-        shared = load_file(folder / "head.safetensors")
+        shared = _load(folder / "head.safetensors")
         _same_keys(set(model._shared()), set(shared), folder / "head.safetensors")
         head.load_state_dict({**head.state_dict(), **shared})
         return model.to(device or default_device()).eval()
@@ -187,6 +191,10 @@ def add_lora(backbone: nn.Module, *, rank: int, alpha: float, rslora: bool, targ
     )  # fmt: skip
     inject_adapter_in_model(config, backbone)
     backbone.peft_config = {"default": config}
+    _lora_in_float32(backbone)
+
+
+def _lora_in_float32(backbone: nn.Module) -> None:
     for name, parameter in backbone.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()
@@ -198,9 +206,21 @@ def _load_adapter(backbone: nn.Module, folder: Path) -> None:
     config = LoraConfig.from_pretrained(folder)
     inject_adapter_in_model(config, backbone)
     backbone.peft_config = {"default": config}
-    saved = load_file(folder / "adapter_model.safetensors")
+    _lora_in_float32(backbone)
+    saved = _load(folder / "adapter_model.safetensors")
     _same_keys(set(get_peft_model_state_dict(backbone)), set(saved), folder / "adapter_model.safetensors")
     set_peft_model_state_dict(backbone, saved)
+
+
+def _shapes(users: Users) -> dict[str, list[int]]:
+    return {name: list(value.shape[1:]) for name, value in users.vectors.items()}
+
+
+def _load(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise PyargsError(f"{file} is missing or damaged ({error}): save the model again") from error
 
 
 def _same_keys(expected: set[str], found: set[str], file: Path) -> None:
