@@ -22,20 +22,34 @@ def groups(tokenizer, dataset, max_length: int | None):
 
     Returns groups and, for each pair, the numbers (group, chosen, rejected) of its responses within the group.
     """
-    prompts, responses, pairs = {}, [], []
+    texts: dict[str, list[int]] = {}
+    whole: dict[str, list[int]] = {}
+    numbers: dict[tuple, int] = {}
+    encoded: list[tuple[list[int], list[list[int]]]] = []
+    places: list[dict[str, int]] = []
+    pairs = []
     for row in dataset:
         key = row["prompt"] if isinstance(row["prompt"], str) else json.dumps(row["prompt"])
-        if key not in prompts:
-            prompts[key] = (len(responses), row["prompt"])
-            responses.append({})
-        group = prompts[key][0]
-        chosen, rejected = (responses[group].setdefault(row[side], len(responses[group])) for side in ("chosen", "rejected"))
-        pairs.append((group, chosen, rejected))
-    encoded = []
-    for number, prompt in prompts.values():
-        several = [encode_response(tokenizer, text) for text in responses[number]]
-        room = None if max_length is None else max_length - max(map(len, several))
-        encoded.append((encode_prompt(tokenizer, prompt, room), several))
+        sides = (row["chosen"], row["rejected"])
+        for text in sides:
+            if text not in texts:
+                texts[text] = encode_response(tokenizer, text)
+        if key not in whole:
+            whole[key] = encode_prompt(tokenizer, row["prompt"])
+        # A prompt that must be cut is cut for its own pair, so that no other row changes what this one looks like.
+        room = None if max_length is None else max_length - max(len(texts[text]) for text in sides)
+        if room is not None and len(whole[key]) <= room:
+            room = None
+        if (key, room) not in numbers:
+            numbers[key, room] = len(encoded)
+            encoded.append((whole[key] if room is None else encode_prompt(tokenizer, row["prompt"], room), []))
+            places.append({})
+        group = numbers[key, room]
+        for text in sides:
+            if text not in places[group]:
+                places[group][text] = len(encoded[group][1])
+                encoded[group][1].append(texts[text])
+        pairs.append((group, *(places[group][text] for text in sides)))
     return encoded, pairs
 
 

@@ -34,7 +34,7 @@ def sha256(path: str | Path) -> str:
 
 
 def identity(name: str) -> str:
-    """What a model's or method's name stands for now: the hash of the local folder or file or embedded model, else the name."""
+    """What a model's or method's name stands for now: hash of the local folder, file or embedded model, else the name."""
     from pyargs.lm.hub import MODELS
 
     if name in MODELS:

@@ -140,3 +140,95 @@ def test_the_demo_runs_on_any_model_and_says_what_it_found(stages, capsys, tmp_p
     page = (tmp_path / "demo/report.html").read_text()
     assert page.count("data:image/png;base64,") == 2 and "One model, 4 users" in page
     assert f"For {result['moved']} of 4 users" in page
+
+
+def test_full_training_keeps_stdout_for_json(stages, capsys, tmp_path):
+    folder, _ = stages
+    words = [
+        "train",
+        "--data",
+        "synthetic",
+        "lore",
+        "--backbone",
+        str(folder / "lm"),
+        "--epochs",
+        "0.2",
+        "--out",
+        str(tmp_path / "rm"),
+    ]
+    assert call(capsys, words)["method"] == "lore"  # call() parses all of stdout; the method may stand anywhere
+
+
+def test_a_failed_stage_does_not_block_its_output(stages, capsys, tmp_path):
+    folder, _ = stages
+    words = ["train", "lore", "--data", "synthetic", "--freeze-backbone", "--epochs", "1", "--out", str(tmp_path / "rm")]
+    assert "cannot load the model" in call(capsys, [*words, "--backbone", "no/such"], expect=1)
+    assert call(capsys, [*words, "--backbone", str(folder / "lm")])["finished"]
+    assert "epochs must be > 0" in call(capsys, [*words[:-1], str(tmp_path / "x"), "--epochs", "0"], expect=1)
+
+
+def test_other_weights_under_the_same_name_are_another_stage(stages, capsys, tmp_path):
+    _, _ = stages
+    lm = str(synthetic.tiny_lm(tmp_path / "lm", seed=1))
+    words = [
+        "train",
+        "lore",
+        "--data",
+        "synthetic",
+        "--freeze-backbone",
+        "--epochs",
+        "1",
+        "--backbone",
+        lm,
+        "--out",
+        str(tmp_path / "rm"),
+    ]
+    assert not call(capsys, words).get("already_done")
+    assert call(capsys, words)["already_done"]
+    synthetic.tiny_lm(tmp_path / "lm", seed=2)
+    assert "other settings or inputs" in call(capsys, words, expect=1)
+
+
+def test_a_weight_tuned_for_another_model_is_refused(stages, capsys, tmp_path):
+    folder, steps = stages
+    call(capsys, steps["train"])
+    other = tmp_path / "tune.json"
+    files.write_json(other, {"reward_weight": 1.0, "centre": 0.0, "model": "someone else's"})
+    words = [str(other) if word == str(folder / "tune.json") else word for word in steps["decode"]]
+    words[words.index("--out") + 1] = str(tmp_path / "answers.jsonl")
+    assert "tuned for another model" in call(capsys, words, expect=1)
+    files.write_json(other, {})
+    assert "no file of `pyargs tune`" in call(capsys, words, expect=1)
+
+
+def test_nothing_foreign_is_ever_deleted(tmp_path, monkeypatch):
+    (tmp_path / "rm").mkdir()
+    (tmp_path / "rm/thesis.tex").write_text("precious")
+
+    def save(path):
+        with files.writing(path) as out:
+            out.mkdir()
+            (out / "config.json").write_text("{}")
+
+    with pytest.raises(PyargsError, match="thesis.tex"):
+        save(tmp_path / "rm")
+    monkeypatch.chdir(tmp_path / "rm")
+    for path in (".", "/", "..", str(tmp_path / "rm")):
+        with pytest.raises(PyargsError):
+            save(path)
+    assert [p.name for p in (tmp_path / "rm").iterdir()] == ["thesis.tex"]
+    save(tmp_path / "new")
+    save(tmp_path / "new")
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["config.json"]
+
+
+def test_tuning_and_adaptation_read_their_own_split_only(stages, capsys):
+    from pyargs.data import content_hash, load, of_split
+
+    folder, steps = stages
+    for verb in ("train", "adapt", "tune"):
+        call(capsys, steps[verb])
+    data = load("synthetic")
+    for file, split in (("model", "support"), ("tune.json", "train_test")):
+        record = files.read_json(folder / f"{file}.stage.json")
+        assert record["inputs"]["data"] == content_hash(of_split(data, split))

@@ -294,7 +294,7 @@ def test_generate_of_transformers_gives_the_same_tokens(sample):
     own = guided(policy, model, rows, USERS, do_sample=sample, reward_weight=[1.0, 2.0, 0.0])
     got = policy.generate(
         input_ids=ids, attention_mask=mask, max_new_tokens=12, do_sample=sample, **({"temperature": 0.7} if sample else {}),
-        custom_generate=pyargs.args(model, users=USERS, reward_weight=[1.0, 2.0, 0.0], num_candidates=5),
+        custom_generate=pyargs.args(model, users=USERS, reward_weight=[1.0, 2.0, 0.0], num_candidates=5, seed=0),
     )  # fmt: skip
     assert got[:, : ids.shape[1]].tolist() == ids.tolist()
     assert got[:, ids.shape[1] :].tolist() == own.tokens.tolist()
@@ -371,3 +371,33 @@ def test_tokenizers_are_compared_by_their_ids():
     guided(policy, model, prompts([4], vocab=30), ["ann"], tokenizer=Words(30))
     with pytest.raises(PyargsError, match="different tokenizers"):
         guided(policy, model, prompts([4], vocab=30), ["ann"], tokenizer=Words(30, shift=1))
+
+
+def test_samples_do_not_depend_on_the_batch_and_the_seed_matters():
+    policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
+    rows = prompts([4]) * 4
+    changes = dict(do_sample=True, reward_weight=0.3, temperature=2.0, eos_token_id=[])
+    one = guided(policy, model, rows, ["ann"] * 4, seed=[1, 2, 3, 1], **changes).tokens.tolist()
+    assert one[0] == one[3] and one[0] != one[1] and one[1] != one[2]
+    assert guided(policy, model, rows[:1], ["ann"], seed=[3], **changes).tokens.tolist() == [one[2]]
+    fixed = lambda seed: guided(policy, model, rows, ["ann"] * 4, seed=seed, **changes).tokens.tolist()  # noqa: E731
+    assert fixed(5) == fixed(5) != fixed(6)
+    torch.manual_seed(0)
+    first = fixed(None)
+    assert first != fixed(None)
+    torch.manual_seed(0)
+    assert fixed(None) == first
+    with pytest.raises(PyargsError, match="seeds for 4 rows"):
+        fixed([1, 2])
+
+
+def test_a_policy_of_unknown_tokenizer_is_named():
+    policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
+    model.tokenizer = Words(30)
+    policy.config._name_or_path = policy.name_or_path = "someone/else"
+    ids, mask = left_pad(prompts([4], vocab=30), pad_id=1)
+    with pytest.warns(UserWarning, match="pass tokenizer="):
+        pyargs.generate(policy, model, ids, mask, ["ann"], **arguments())
+    policy.tokenizer = Words(30, shift=1)
+    with pytest.raises(PyargsError, match="different tokenizers"):
+        pyargs.generate(policy, model, ids, mask, ["ann"], **arguments())

@@ -224,3 +224,36 @@ def test_a_method_can_be_a_file(tmp_path, lm_folder, pairs):
     file.write_text(open(global_rm.__file__).read())
     model = fit.train(str(file), pairs, fit.method(str(file)).Config(backbone=lm_folder, freeze_backbone=True, epochs=1))
     assert model.about["method"] == str(file)
+
+
+def test_lore_alt_reads_every_minibatch_twice_in_full_training(lm_folder, pairs, monkeypatch):
+    passes = []
+    forward = RewardModel.forward
+    monkeypatch.setattr(RewardModel, "forward", lambda self, **inputs: passes.append(1) or forward(self, **inputs))
+    counts = {}
+    for alternate in (False, True):
+        passes.clear()
+        config = lore.Config(backbone=lm_folder, epochs=0.5, batch_size=32, alternate=alternate)
+        model = fit.train("lore", pairs, config)
+        counts[alternate] = len(passes)
+    assert counts[True] == 2 * counts[False] > 0
+    assert model.users.vectors["mixture"].isfinite().all()
+
+
+def test_what_a_pair_looks_like_does_not_depend_on_other_rows(lm_folder):
+    from pyargs.features import groups
+
+    _, tokenizer = load_lm(lm_folder)
+    row = {"user_id": "u", "prompt": "word " * 100, "chosen": "a b", "rejected": "c"}
+    long = {**row, "chosen": "a longer answer than the other one " * 3}
+    alone, _ = groups(tokenizer, Dataset.from_list([row]), 80)
+    both, numbers = groups(tokenizer, Dataset.from_list([long, row]), 80)
+    assert both[numbers[1][0]][0] == alone[0][0]
+    assert all(len(prompt) + max(map(len, several)) <= 80 for prompt, several in both)
+
+
+def test_impossible_settings_raise(lm_folder, pairs):
+    with pytest.raises(PyargsError, match="accumulation=64"):
+        fit.train("lore", pairs, lore.Config(backbone=lm_folder, accumulation=64))
+    with pytest.raises(PyargsError, match="no method file"):
+        fit.train("./nofile.py", pairs)

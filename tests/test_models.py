@@ -245,3 +245,33 @@ def test_names_on_the_hub(on_disk, tmp_path, monkeypatch):
     assert asked == ["someone/their-model"] and list(model.users.ids) == ["ann", "bob"]
     with pytest.raises(PyargsError, match="cannot load the model 'someone/no-such-model'"):
         load_lm("someone/no-such-model")
+
+
+def test_lora_beside_a_bfloat16_backbone_survives_saving(on_disk, tmp_path):
+    folder, *_ = on_disk
+    lm, tokenizer = load_lm(folder, dtype="bfloat16")
+    model = make(folder, lm, tokenizer)
+    model.about["dtype"] = "bfloat16"
+    model.save_pretrained(tmp_path / "rm")
+    again = RewardModel.from_pretrained(tmp_path / "rm")
+    assert torch.equal(some_batch(model).hidden, some_batch(again).hidden)
+    assert all(p.dtype == torch.float32 for name, p in again.backbone.named_parameters() if "lora_" in name)
+
+
+def test_user_vectors_must_fit_the_head(on_disk, tmp_path):
+    make(*on_disk, lora=False).save_pretrained(tmp_path / "rm")
+    file = tmp_path / "rm/users.safetensors"
+    for broken in (
+        {"mixture": torch.zeros(2, 4)},
+        {"other": torch.zeros(2, 3)},
+        {"mixture": torch.zeros(2, 3), "x": torch.zeros(2, 1)},
+    ):
+        save_file(broken, file)
+        with pytest.raises(PyargsError, match="does not fit"):
+            RewardModel.from_pretrained(tmp_path / "rm")
+    file.write_bytes(b"not a safetensors file")
+    with pytest.raises(PyargsError, match="missing or damaged"):
+        RewardModel.from_pretrained(tmp_path / "rm")
+    file.unlink()
+    with pytest.raises(PyargsError, match="missing or damaged"):
+        RewardModel.from_pretrained(tmp_path / "rm")

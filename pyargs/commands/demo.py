@@ -1,4 +1,4 @@
-"""Train on the embedded users, adapt two new ones, and answer prompts for four users beside the unguided model."""
+"""Train on the embedded users, adapt new ones, and answer prompts for four of them beside the unguided model."""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
 """The embedded set: 160 everyday prompts, four sampled answers of SmolLM2-135M to each, and users with a known taste.
 
+Eight answers were sampled to a prompt, two under each of four hidden style instructions, and the four kept that differ most in
+word length and first-person rate. New users share tastes with trained ones: the set shows adaptation, not new tastes.
+
 A user's taste is an attribute that can be measured on a text, and a sign, for example longer words or shorter ones. Of
 the four answers to a prompt the two that are furthest apart in the attribute make the pair, and the sign says which one
 is chosen. Nothing is judged by a model. `experiments/make_demo_set.py` made the answers; `demo/made.json` has its

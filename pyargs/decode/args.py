@@ -30,7 +30,7 @@ def generate(
     policy, reward_model: RewardModel, input_ids: Tensor, attention_mask: Tensor | None, users: Sequence[str], *,
     reward_weight: float | Sequence[float] | Tensor = 1.0, num_candidates: int = 10, max_new_tokens: int = 64,
     eos_token_id: int | Sequence[int] | None = None, pad_token_id: int | None = None, do_sample: bool = False,
-    temperature: float = 0.7, seed: int = 0, eos_reward: str = "before", tokenizer=None,
+    temperature: float = 0.7, seed: int | Sequence[int] | None = None, eos_reward: str = "before", tokenizer=None,
     token_callback: Callable[[Tensor], None] | None = None,
 ) -> Decoded:  # fmt: skip
     """Reward-guided decoding for a batch of different users.
@@ -40,10 +40,11 @@ def generate(
     reward_weight: w of eq. 1 in raw units, one or one per row; 0 is exactly the policy's greedy choice.
     num_candidates: k (default 10, the example value of ARGS; the paper is silent). max_new_tokens: 64 suits titles.
     eos_token_id, pad_token_id: those of the policy's generation config by default.
-    do_sample: sample over the k from softmax(score / temperature) instead of the argmax (0.7 as in ARGS), by `seed`.
+    do_sample: sample over the k from softmax(score / temperature) instead of the argmax (0.7 as in ARGS).
+    seed: of the sampling, one or one per row; without it torch's own generator goes on, as in `generate` of transformers.
     eos_reward: what a stop token earns; "before": the reward of the text so far, since a head is never trained on the state
     after a stop token; "state": the reward of that state.
-    tokenizer: the policy's; given, it is compared with the reward model's.
+    tokenizer: the policy's, compared with the reward model's (models of `pyargs.load_lm` bring it with them).
     token_callback: called after each step with the tokens [B] (pad_token_id where a row has finished), for streaming.
 
     Returns a Decoded on the CPU. Raises PyargsError on wrong input (UnknownUser for a user without parameters), and within 8

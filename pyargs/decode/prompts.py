@@ -14,7 +14,6 @@ from pyargs.models.reward_model import RewardModel
 def load_pair(policy: str, model: str, *, dtype: str = "float32"):
     """A policy and a reward model; where both rest on the same weights and no LoRA changes them, they are loaded once."""
     lm, tokenizer = load_lm(policy, dtype=dtype)
-    lm.tokenizer = tokenizer
     config = read_json(f"{model}/config.json")
     if config["backbone"] == policy and config["dtype"] == dtype and not config["lora"]:
         return lm, RewardModel.from_pretrained(model, backbone=lm.get_decoder(), tokenizer=tokenizer, device=lm.device)
@@ -24,13 +23,14 @@ def load_pair(policy: str, model: str, *, dtype: str = "float32"):
 def decode_prompts(policy, model: RewardModel, prompts, users, *, batch_size: int = 8, progress: str = "decode", **more):
     """Guided answers to any number of prompts, batch by batch of similar length, in the order given.
 
-    prompts: str or messages; users: one id each; reward_weight: one for all, or a list with one for each; the rest as for
-    `generate`. Yields (numbers of the prompts, their ids, Decoded).
+    prompts: str or messages; users: one id each; reward_weight: one for all, or a list with one for each; seed: each prompt
+    samples by this and its number, whatever batch it is in; the rest as for `generate`.
+    Yields (numbers of the prompts, their ids, Decoded).
     """
     tokenizer = model.tokenizer
     room = model.about.get("max_length")
     encoded = [encode_prompt(tokenizer, prompt, room) for prompt in prompts]
-    weight = more.pop("reward_weight")
+    weight, seed = more.pop("reward_weight"), more.pop("seed", 0)
     weights = list(weight) if isinstance(weight, (list, tuple)) else [weight] * len(encoded)
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     with tqdm(total=len(order), desc=progress, unit="prompt") as bar:
@@ -39,6 +39,6 @@ def decode_prompts(policy, model: RewardModel, prompts, users, *, batch_size: in
             ids, mask = left_pad([encoded[i] for i in take], pad_id=0)
             yield take, [encoded[i] for i in take], generate(
                 policy, model, ids, mask, [users[i] for i in take],
-                reward_weight=[weights[i] for i in take], tokenizer=getattr(policy, "tokenizer", None), **more,
+                reward_weight=[weights[i] for i in take], seed=[seed * 1_000_003 + i for i in take], **more,
             )  # fmt: skip
             bar.update(len(take))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -49,7 +50,8 @@ class Request:
 def check(
     policy, reward_model: RewardModel, input_ids: Tensor, attention_mask: Tensor | None, users: Sequence[str], *,
     reward_weight: float | Sequence[float] | Tensor, num_candidates: int, max_new_tokens: int,
-    eos_token_id: int | Sequence[int] | None, pad_token_id: int | None, do_sample: bool, temperature: float, seed: int,
+    eos_token_id: int | Sequence[int] | None, pad_token_id: int | None, do_sample: bool, temperature: float,
+    seed: int | Sequence[int] | None,
     eos_reward: str, tokenizer, token_callback,
 ) -> Request:  # fmt: skip
     """The arguments of `pyargs.generate` as a Request. Raises PyargsError naming what is wrong and how to mend it."""
@@ -79,7 +81,13 @@ def check(
     if max_new_tokens < 1:
         raise PyargsError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
 
+    tokenizer = tokenizer if tokenizer is not None else getattr(policy, "tokenizer", None)  # `load_lm` leaves it there
     theirs = reward_model.tokenizer
+    if tokenizer is None and theirs is not None and policy.name_or_path != reward_model.backbone.name_or_path:
+        warnings.warn(
+            "whether policy and reward model have the same tokenizer is not known: pass tokenizer= (the policy's) to check it",
+            stacklevel=3,
+        )
     if tokenizer is not None and theirs is not None and not same_tokenizer(tokenizer, theirs):
         raise PyargsError(
             "policy and reward model have different tokenizers, so candidates can not go from one to the other as ids: "
@@ -98,8 +106,7 @@ def check(
     eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     pad = next(i for i in (pad_token_id, defaults.pad_token_id, *eos, 0) if i is not None)
     device = reward_model.device
-    generator = torch.Generator().manual_seed(seed)
-    uniform = torch.rand(rows, max_new_tokens, generator=generator).T.contiguous() if do_sample else None
+    uniform = _noise(seed, rows, max_new_tokens).T.contiguous() if do_sample else None
     return Request(
         input_ids=input_ids.to(policy.device), attention_mask=attention_mask.to(policy.device),
         user=reward_model.users.rows(users).to(device), weight=weight.expand(rows).contiguous().to(device),
@@ -108,6 +115,16 @@ def check(
         prefix_mean=reward_model.step_reward == "prefix_mean", temperature=temperature,
         uniform=None if uniform is None else uniform.to(device), token_callback=token_callback,
     )  # fmt: skip
+
+
+def _noise(seed: int | Sequence[int] | None, rows: int, steps: int) -> Tensor:
+    """Uniform noise [rows, steps]. One seed per row makes a row's answer independent of the batch it is in."""
+    if seed is None or isinstance(seed, int):
+        return torch.rand(rows, steps, generator=None if seed is None else torch.Generator().manual_seed(seed))
+    if len(seed) != rows:
+        raise PyargsError(f"{len(seed)} seeds for {rows} rows: give one, or one for each row")
+    each = [torch.rand(steps, generator=torch.Generator().manual_seed(one)) for one in seed]
+    return torch.stack(each) if each else torch.zeros(0, steps)
 
 
 class Output:

@@ -13,7 +13,8 @@ from pyargs.errors import PyargsError
 
 def args(
     reward_model, users: Sequence[str], *, reward_weight: float | Sequence[float] | Tensor = 1.0, num_candidates: int = 10,
-    eos_reward: str = "before", seed: int = 0, tokenizer=None, token_callback: Callable[[Tensor], None] | None = None,
+    eos_reward: str = "before",
+    seed: int | Sequence[int] | None = None, tokenizer=None, token_callback: Callable[[Tensor], None] | None = None,
 ):  # fmt: skip
     """A callable for the `custom_generate` argument of `generate`; the arguments are those of `pyargs.generate`.
 

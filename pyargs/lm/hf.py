@@ -33,6 +33,7 @@ def load_lm(name: str, *, dtype: torch.dtype | str = torch.float32, device: str 
             f"cannot load the model '{name}': give a local folder, the embedded 'smollm2-135m', or a hub name with the "
             f"hub within reach ({str(error).splitlines()[0]})"
         ) from error
+    model.tokenizer = tokenizer  # so that a decoder can compare it with the reward model's
     return model.to(device or default_device()).eval(), tokenizer
 
 
@@ -54,8 +55,11 @@ def additive(mask: Tensor, model: nn.Module) -> Tensor:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Hash of the names and values of all weights (a second for 135M parameters): a cached feature is valid for these only."""
+    """Hash of all weights and of what the architecture does with them (a second for 135M parameters)."""
+    config = model.config.get_text_config(decoder=True)
     digest = hashlib.blake2b(digest_size=16)
+    for name in ("model_type", "rms_norm_eps", "layer_norm_eps", "rope_parameters", "num_attention_heads", "hidden_act"):
+        digest.update(f"{name}={getattr(config, name, None)} ".encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
