@@ -2,8 +2,8 @@
 
     python benchmarks/bench_decode.py [--json FILE] [--quick] [--dtype bfloat16] [--threads N]
 
-Policy: SmolLM2-135M. Reward model: the same backbone with random LoRA (r=8 on q and v) and a linear head of rank 8; every
-row of a batch is another user. k = 10. The weight is such that rewards really steer: `top-1` is the share of steps in which
+Policy: SmolLM2-135M. Reward model: the same backbone with random LoRA (r=8 on q and v, merged) and a linear head of rank 8;
+every row of a batch is another user. k = 10. The weight is such that rewards really steer: `top-1` is the share of steps in which
 the policy's favourite won (a benchmark in which it always wins could skip the reward model). Prefill is not counted: a step
 is the time between two tokens. The three take turns in short runs; ratios are medians of the ratios of a turn.
 """
@@ -52,7 +52,7 @@ def models(dtype: torch.dtype):
     dim = policy.config.hidden_size
     users = Users(USERS, mixture=torch.randn(len(USERS), 8) * 2)
     head = linear.Head(dim, 8, users, softmax=True, divisor=dim**0.5)
-    return policy, tokenizer, RewardModel(backbone, tokenizer, head).to(policy.device).eval()
+    return policy, tokenizer, RewardModel(backbone, tokenizer, head).to(policy.device).eval().merge()
 
 
 def prompts(tokenizer, rows: int, length: int) -> Tensor:

@@ -275,3 +275,13 @@ def test_user_vectors_must_fit_the_head(on_disk, tmp_path):
     file.unlink()
     with pytest.raises(PyargsError, match="missing or damaged"):
         RewardModel.from_pretrained(tmp_path / "rm")
+
+
+def test_merged_lora_gives_the_same_rewards_and_can_still_be_saved(on_disk, tmp_path):
+    model = make(*on_disk)
+    before = some_batch(model).hidden
+    after = some_batch(model.merge()).hidden
+    torch.testing.assert_close(before, after, atol=2e-5, rtol=2e-5)
+    model.save_pretrained(tmp_path / "rm")
+    again = RewardModel.from_pretrained(tmp_path / "rm")
+    torch.testing.assert_close(some_batch(again).hidden, before, atol=2e-5, rtol=2e-5)

@@ -17,7 +17,7 @@ def load_pair(policy: str, model: str, *, dtype: str = "float32"):
     config = read_json(f"{model}/config.json")
     if config["backbone"] == policy and config["dtype"] == dtype and not config["lora"]:
         return lm, RewardModel.from_pretrained(model, backbone=lm.get_decoder(), tokenizer=tokenizer, device=lm.device)
-    return lm, RewardModel.from_pretrained(model)
+    return lm, RewardModel.from_pretrained(model).merge()
 
 
 def decode_prompts(policy, model: RewardModel, prompts, users, *, batch_size: int = 8, progress: str = "decode", **more):

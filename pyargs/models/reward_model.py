@@ -98,6 +98,19 @@ class RewardModel(nn.Module):
             return rewards.sum(-1) / length
         return rewards.gather(-1, length.unsqueeze(-1) - 1).squeeze(-1)
 
+    def merge(self) -> RewardModel:
+        """Adds LoRA to the float32 backbone's weights, so that a pass costs no more than the backbone alone; returns self.
+
+        For decoding, not for training on. `save_pretrained` still writes the adapter. A bfloat16 backbone is left as it is:
+        its weights are too coarse for the small change.
+        """
+        from peft.tuners.lora import LoraLayer
+
+        for layer in self.backbone.modules():
+            if isinstance(layer, LoraLayer) and layer.get_base_layer().weight.dtype == torch.float32:
+                layer.merge()
+        return self
+
     # -- files ---------------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path) -> None:
