@@ -3,9 +3,9 @@
     python benchmarks/bench_decode.py [--json FILE] [--quick] [--dtype bfloat16] [--threads N]
 
 Policy: SmolLM2-135M. Reward model: the same backbone with random LoRA (r=8 on q and v, merged) and a linear head of rank 8;
-every row of a batch is another user. k = 10. The weight is such that rewards really steer: `top-1` is the share of steps in which
-the policy's favourite won (a benchmark in which it always wins could skip the reward model). Prefill is not counted: a step
-is the time between two tokens. The three take turns in short runs; ratios are medians of the ratios of a turn.
+every row of a batch is another user. k = 10. The weight is such that rewards really steer: `top-1` is the share of steps in
+which the policy's favourite won (a benchmark in which it always wins could skip the reward model). Prefill is not counted: a
+step is the time between two tokens. The three take turns in short runs; ratios are medians of the ratios of a turn.
 """
 
 from __future__ import annotations
