@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
+
+with contextlib.suppress(ImportError):  # before anything imports the standard distutils, which setuptools replaces
+    import setuptools  # noqa: F401
 
 import pytest
 import torch
