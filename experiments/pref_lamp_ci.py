@@ -21,16 +21,14 @@ def main(folder: Path) -> dict:
     }
     for method in ("global_rm", "lore"):
         result = read_json(folder / f"{method}-result.json")
-        tuned = read_json(folder / f"{method}-tune.json")
+        tuned, trained = read_json(folder / f"{method}-tune.json"), read_json(folder / f"{method}-train.json")
         found["methods"][method] = {
-            "train": {
-                k: v for k, v in read_json(folder / f"{method}-train.json").items() if k not in ("inputs", "config", "out")
-            },
+            "train": {k: trained[k] for k in ("pairs", "users", "steps", "trained_parameters", "config")},
             "tune": tuned,
             "result": result["values"],
             "inputs": result["inputs"],
         }
-        found["provenance"] = result["provenance"]
+        found["provenance"] = {name: value for name, value in result["provenance"].items() if name != "command"}
     for file in sorted(folder.glob("*.jsonl")):
         found["generations"][file.stem] = [{k: row[k] for k in ("user_id", "pair_id", "text")} for row in read_jsonl(file)]
     return found
