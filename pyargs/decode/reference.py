@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from pyargs.decode.request import Output, Request
+from pyargs.lm.cache import PrefixLayer
 from pyargs.models.reward_model import RewardModel
 from pyargs.types import Decoded
 
@@ -32,7 +33,7 @@ def decode(policy, reward_model: RewardModel, request: Request) -> Decoded:
     total = torch.zeros_like(so_far)
     # Row b * k + j holds candidate j of row b, behind its own copy of the prefix.
     first_row = torch.arange(rows, device=device) * k
-    reward_cache.reorder_cache(torch.arange(rows, device=device).repeat_interleave(k))
+    _branch(reward_cache, torch.arange(rows, device=device).repeat_interleave(k), request.max_new_tokens)
     finished = torch.zeros(rows, dtype=torch.bool, device=device)
     output = Output(request)
 
@@ -76,12 +77,23 @@ def decode(policy, reward_model: RewardModel, request: Request) -> Decoded:
     return output.decoded(finished)
 
 
+def _branch(cache, row: Tensor, room: int) -> None:
+    """Makes copies of the rows; row int64 [B * k] is what each copy holds. `room` tokens will be added."""
+    cache.reorder_cache(row)
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:  # it would copy all its keys and values at every token
+            cache.layers[i] = PrefixLayer(layer.get_seq_length() + room)
+            cache.layers[i].update(layer.keys, layer.values)
+            cache.layers[i].length = layer.get_seq_length()
+
+
 def _follow(cache, winner: Tensor) -> None:
     """All copies go on from their row's winner; winner int64 [B * k] is the copy that each one continues."""
     for layer in cache.layers:
-        if type(layer) is DynamicLayer:  # the copies differ in their newest place only
+        if type(layer) is PrefixLayer:  # the copies differ in their newest place only
             for states in (layer.keys, layer.values):
-                states[:, :, -1] = states[winner, :, -1]
+                states[:, :, layer.length] = states[winner, :, layer.length]
+            layer.length += 1
         else:
             layer.reorder_cache(winner)
 
