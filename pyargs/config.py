@@ -47,6 +47,13 @@ def _kind(hint) -> tuple[type, bool]:
     return hint, False
 
 
+def positive(word: str) -> int:
+    """An argparse type: a whole number of at least 1."""
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {word}")
+    return int(word)
+
+
 def add_data(parser: argparse.ArgumentParser) -> None:
     """The flags that say which data a command reads."""
     parser.add_argument("--data", required=True, help="demo, synthetic, pref_lamp, or a .jsonl[.gz] or .parquet file")

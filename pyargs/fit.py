@@ -106,6 +106,8 @@ def train(name: str, dataset, config=None) -> RewardModel:
     rows = of_split(dataset, "train") if "split" in dataset.column_names else dataset
     if not len(rows):
         raise PyargsError("no rows with split 'train': there is nothing to train on")
+    if config.batch_size < 1 or config.accumulation < 1:
+        raise PyargsError("batch_size and accumulation must be at least 1")
     set_seed(config.seed)
     lm, tokenizer = load_lm(config.backbone, dtype=config.dtype)
     decoder = lm.get_decoder()

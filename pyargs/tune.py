@@ -51,6 +51,8 @@ def tune(model: RewardModel, policy, rows, config: Tuning) -> dict:
     """
     if not len(rows):
         raise PyargsError("no rows with split 'train_test': the weight may only be chosen on seen users' held-out pairs")
+    if min(config.prompts, config.batch_size, config.max_new_tokens) < 1 or not config.grid:
+        raise PyargsError("prompts, batch_size and max_new_tokens must be at least 1, and the grid must hold a weight")
     first: dict[str, dict] = {}
     for row in rows.shuffle(seed=config.seed):
         first.setdefault(str(row["prompt"]), row)

@@ -36,6 +36,7 @@ def test_a_wrong_verb_or_flag_is_usage():
     assert "unrecognized arguments" in run("adapt", "model", "--out", "x", "--data", "demo", "--wieght", "1", expect=2).stderr
     assert "Did you mean: lore" in run("train", "lor", "--out", "x", "--data", "demo", expect=1).stderr
     assert "Did you mean: demo" in run("train", "lore", "--out", "x", "--data", "dem", expect=1).stderr
+    assert "at least 1" in run("decode", "m", "--policy", "p", "--out", "x", "--limit", "-3", expect=2).stderr
     assert run(expect=2).stdout.startswith("usage: pyargs")
     assert run("--version").stdout.strip()
 

@@ -6,7 +6,7 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
-    from pyargs.config import add_data
+    from pyargs.config import add_data, positive
 
     parser.add_argument("model", help="folder of `pyargs train` or `pyargs adapt`")
     parser.add_argument("--policy", required=True, help="embedded name, local folder or hub name")
@@ -15,10 +15,10 @@ def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
     weight.add_argument("--tuned", help="file of `pyargs tune`: its reward_weight is used")
     weight.add_argument("--reward-weight", type=float, help="raw w of eq. 1; 0 is the policy alone in the same loop")
     parser.add_argument("--split", default="query", help="whose prompts (default: query)")
-    parser.add_argument("--limit", type=int, help="only the first N prompts")
-    parser.add_argument("--num-candidates", type=int, default=10, help="k of ARGS (default 10)")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="length of an answer (default 64)")
-    parser.add_argument("--batch-size", type=int, default=8, help="prompts decoded together (default 8)")
+    parser.add_argument("--limit", type=positive, help="only the first N prompts")
+    parser.add_argument("--num-candidates", type=positive, default=10, help="k of ARGS (default 10)")
+    parser.add_argument("--max-new-tokens", type=positive, default=64, help="length of an answer (default 64)")
+    parser.add_argument("--batch-size", type=positive, default=8, help="prompts decoded together (default 8)")
     parser.add_argument("--do-sample", action="store_true", help="sample over the k candidates instead of the argmax")
     parser.add_argument("--temperature", type=float, default=0.7, help="of --do-sample (default 0.7, as in ARGS)")
     parser.add_argument("--seed", type=int, default=0, help="of --do-sample")
