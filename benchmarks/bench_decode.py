@@ -11,7 +11,6 @@ step is the time between two tokens. The three take turns in short runs; ratios 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -27,6 +26,7 @@ from transformers import StoppingCriteria
 import pyargs
 from pyargs.decode import reference
 from pyargs.decode.request import check
+from pyargs.files import write_json
 from pyargs.heads import linear
 from pyargs.models.reward_model import RewardModel, add_lora
 from pyargs.types import Users
@@ -153,8 +153,7 @@ def main() -> None:
             ratios[f"reference_to_hf_{where}"] = round(row["reference/HF"], 3)
             ratios[f"decoder_to_hf_{where}"] = round(row["pyargs/HF"], 3)
         result = {"hardware": info, "dtype": options.dtype, "reward_weight": WEIGHT, **ratios, "rows": rows}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(options.json, result)
 
 
 if __name__ == "__main__":

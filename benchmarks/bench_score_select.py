@@ -9,7 +9,7 @@ gather the users' biases, add, relu, matmul with the last layer, combine, argmax
 from __future__ import annotations
 
 import torch
-from timing import interleaved, main
+from timing import against_torch, interleaved, main
 
 from pyargs.ops import score_select
 
@@ -71,12 +71,8 @@ def compare(family: str, hidden: int, batch: int, dtype: torch.dtype, rate: floa
         "mlp": lambda: torch_mlp(features, weight, user, reward_weight, logprobs, ids, bias),
     }
     seconds = interleaved({"ours": ours[family], "torch": theirs[family]}, repeats)
-    read = features.numel() * features.element_size() / seconds["ours"] / 1e9
-    return {
-        "family": family, "H": hidden, "B": batch, "dtype": str(dtype).removeprefix("torch."),
-        "ours us": round(seconds["ours"] * 1e6, 1), "torch us": round(seconds["torch"] * 1e6, 1),
-        "ratio": round(seconds["torch"] / seconds["ours"], 2), "GB/s": round(read, 2), "of stream": round(read / rate, 2),
-    }  # fmt: skip
+    shape = {"family": family, "H": hidden, "B": batch, "dtype": str(dtype).removeprefix("torch.")}
+    return shape | against_torch(seconds, features, rate)
 
 
 def test_score_select_linear(benchmark):

@@ -9,7 +9,7 @@ were in a cache, where those of a real language model's head also are.
 from __future__ import annotations
 
 import torch
-from timing import interleaved, main
+from timing import against_torch, interleaved, main
 
 from pyargs.ops import topk_logprobs
 
@@ -35,12 +35,8 @@ def compare(vocab: int, batch: int, dtype: torch.dtype, k: int, rate: float, rep
         },
         repeats,
     )
-    read = logits.numel() * logits.element_size() / seconds["ours"] / 1e9
-    return {
-        "V": vocab, "B": batch, "k": k, "dtype": str(dtype).removeprefix("torch."),
-        "ours us": round(seconds["ours"] * 1e6, 1), "torch us": round(seconds["torch"] * 1e6, 1),
-        "ratio": round(seconds["torch"] / seconds["ours"], 2), "GB/s": round(read, 1), "of stream": round(read / rate, 2),
-    }  # fmt: skip
+    shape = {"V": vocab, "B": batch, "k": k, "dtype": str(dtype).removeprefix("torch.")}
+    return shape | against_torch(seconds, logits, rate)
 
 
 def test_topk_logprobs(benchmark):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -12,6 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
+from pyargs.files import cpu_name, write_json
 
 
 def interleaved(fns: dict[str, Callable[[], object]], repeats: int = 30, warmup: int = 3) -> dict[str, float]:
@@ -60,7 +62,7 @@ def hardware() -> dict:
     except ImportError:
         capability = None
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
@@ -87,6 +89,15 @@ def table(rows: list[dict], columns: list[str]) -> str:
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
 
 
+def against_torch(seconds: dict[str, float], read: Tensor, rate: float) -> dict:
+    """The columns that every op's row ends with: both times, their ratio, and how fast the op reads the tensor `read`."""
+    speed = read.numel() * read.element_size() / seconds["ours"] / 1e9
+    return {
+        "ours us": round(seconds["ours"] * 1e6, 1), "torch us": round(seconds["torch"] * 1e6, 1),
+        "ratio": round(seconds["torch"] / seconds["ours"], 2), "GB/s": round(speed, 2), "of stream": round(speed / rate, 2),
+    }  # fmt: skip
+
+
 def main(description: str | None, measure: Callable[[bool, float], list[dict]], columns: list[str]) -> None:
     """Command line of a benchmark: `measure(quick, streaming rate)` gives the rows."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -101,23 +112,11 @@ def main(description: str | None, measure: Callable[[bool, float], list[dict]], 
     rows = measure(options.quick, rate)
     print(table(rows, columns))
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        result = {"hardware": info, "streaming_gb_s": round(rate, 1), "rows": rows}
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(options.json, {"hardware": info, "streaming_gb_s": round(rate, 1), "rows": rows})
 
 
 def _cell(value: object) -> str:
     return f"{value:#.3g}".rstrip(".") if isinstance(value, float) else str(value)
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _sync() -> None:

@@ -61,6 +61,12 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-seed", type=int, help="seed of the held-out prompts (default 0)")
 
 
+def add_policy(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which language model answers."""
+    parser.add_argument("--policy", required=True, help="embedded name, local folder or hub name")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the policy (default float32)")
+
+
 def load_data(args: argparse.Namespace):
     from pyargs import data
 

@@ -19,7 +19,6 @@ from pyargs.data import of_split
 from pyargs.decode import args, reference
 from pyargs.decode.prompts import load_pair
 from pyargs.decode.request import check
-from pyargs.features import features
 from pyargs.files import writing
 from pyargs.lm.encode import encode_prompt, left_pad
 from pyargs.methods import global_rm, lore
@@ -91,7 +90,7 @@ def run(out: Path, shown: dict[str, str], *, backbone: str, prompts: int) -> dic
     result = {
         "method": "lore", "backbone": backbone, "trained_users": trained, "new_users": new, "shown": users,
         "accuracy": _accuracies(model, shared, policy, part("train_test"), part("query"), tuned),
-        "tuned": tuned, "unguided_perplexity": plain, "weight_0": _weight_0(policy, model, asked, list(shown)[0], unguided),
+        "tuned": tuned, "unguided_perplexity": plain, "weight_0": _weight_0(policy, unguided),
         "speed": _speed(policy, model, asked[:4], list(shown), tuned["reward_weight"]),
         "answers": {str(user or "unguided"): dict(zip(asked, found["texts"], strict=True)) for user, found in answers.items()},
         "moved": sum(user["moved"] for user in users.values()),
@@ -109,8 +108,6 @@ def _answer(policy, model, asked: list[str], users: list[str], weight: float) ->
     rows = [user or users[0] for user in groups for _ in asked]
     weights = [0.0 if user is None else weight for user in groups for _ in asked]
     grown = [[] for _ in groups]
-    stop = policy.generation_config.eos_token_id
-    stop = stop if isinstance(stop, list) else [stop]
 
     def table() -> Table:
         shown = Table(title=asked[0], title_justify="left", show_lines=True)
@@ -125,8 +122,7 @@ def _answer(policy, model, asked: list[str], users: list[str], weight: float) ->
 
         def stream(tokens) -> None:
             for group, token in enumerate(tokens[:: len(asked)].tolist()):
-                if token not in stop:
-                    grown[group].append(token)
+                grown[group].append(token)  # stop tokens and padding are special tokens, which the table leaves out
             live.update(table())
 
         decoded = args.generate(
@@ -161,33 +157,31 @@ def _accuracies(model, shared, policy, seen, query, tuned) -> dict:
     found = {}
     for name, rows in (("seen users, held-out prompts", seen), ("new users, query prompts", query)):
         scores = pair_scores(model, policy, rows)
-        states = features(shared.backbone, shared.tokenizer, rows)
-        with torch.no_grad():
-            everyone = shared.rewards(states.batch(shared.users.rows(states.users), last=False))
+        ranked = rm_accuracy(scores.reward, scores.users)
+        everyone = pair_scores(shared, policy, rows).reward
         guided = policy_accuracy(scores, tuned["reward_weight"], centre=tuned["centre"])
         found[name] = {
             "pairs": len(rows),
-            "rm_accuracy": rm_accuracy(scores.reward, scores.users)["accuracy"],
+            "rm_accuracy": ranked["accuracy"],
             "rm_accuracy_global": rm_accuracy(everyone, scores.users)["accuracy"],
             "policy_accuracy_base": guided["base"]["accuracy"],
             "policy_accuracy_personal": guided["paper"]["accuracy"],
             "policy_accuracy_personal_centred": guided["centred"]["accuracy"],
             "policy_accuracy_personal_all": guided["all"]["accuracy"],
-            "tie_rate": rm_accuracy(scores.reward, scores.users)["tie_rate"],
+            "tie_rate": ranked["tie_rate"],
         }
     return found
 
 
-def _weight_0(policy, model, asked, user, unguided) -> dict:
+def _weight_0(policy, unguided: dict) -> dict:
     """The control: transformers' own greedy generate must give the tokens of the weight 0 rows."""
-    encoded = [encode_prompt(model.tokenizer, prompt) for prompt in asked]
-    ids, mask = left_pad(encoded, pad_id=0)
+    ids, mask = left_pad(unguided["prompts"], pad_id=0)
     with torch.no_grad():
         own = policy.generate(input_ids=ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False)[
             :, ids.shape[1] :
         ]
     same = sum(row[: len(tokens)] == tokens for row, tokens in zip(own.tolist(), unguided["tokens"], strict=True))
-    return {"prompts": len(asked), "same_as_greedy_generate": same}
+    return {"prompts": len(ids), "same_as_greedy_generate": same}
 
 
 def _speed(policy, model, asked, users, weight) -> dict:
@@ -288,7 +282,13 @@ def _plots(result: dict) -> dict[str, str]:
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), constrained_layout=True)
     relative = [point["relative"] for point in grid]
     axes[0].plot(relative, [point["perplexity"] for point in grid], marker="o", color="#377")
-    axes[0].axhline(1.5 * result["tuned"]["unguided_perplexity"], color="#b33", linestyle="--", linewidth=1, label="bound")
+    axes[0].axhline(
+        result["tuned"]["max_perplexity"] * result["tuned"]["unguided_perplexity"],
+        color="#b33",
+        linestyle="--",
+        linewidth=1,
+        label="bound",
+    )
     axes[0].set_ylabel("perplexity of the answers")
     axes[0].legend()
     for name, colour in (("paper", "#377"), ("centred", "#b83"), ("all", "#75a")):

@@ -6,11 +6,11 @@ import hashlib
 import json
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pyargs.errors import PyargsError
-from pyargs.files import writing
+from pyargs.files import read_tensors, writing
 from pyargs.lm.encode import encode_prompt, encode_response
 from pyargs.lm.hf import fingerprint, response_logprobs, response_states
 from pyargs.lm.hub import cache_dir
@@ -91,7 +91,7 @@ def _cached(kind: str, model, inputs, compute) -> dict[str, Tensor]:
     key = hashlib.blake2b(json.dumps([fingerprint(model), inputs]).encode(), digest_size=16).hexdigest()
     file = cache_dir() / kind / f"{key}.safetensors"
     if file.exists():
-        return load_file(file)
+        return read_tensors(file)
     values = compute()
     with writing(file) as temporary:
         save_file(values, temporary)

@@ -20,16 +20,17 @@ from pyargs.errors import PyargsError
 
 
 def sha256(path: str | Path) -> str:
-    """Hash of a file, or of a folder's files with their names."""
+    """SHA-256 of a file; of a folder, the hash of its files' names and hashes."""
     path, digest = Path(path), hashlib.sha256()
     if not path.exists():
         raise PyargsError(f"{path} does not exist")
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    for file in files:
-        digest.update(file.relative_to(path).as_posix().encode())
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
+    if path.is_dir():
+        for file in sorted(p for p in path.rglob("*") if p.is_file()):
+            digest.update(f"{file.relative_to(path).as_posix()} {sha256(file)}\n".encode())
+        return digest.hexdigest()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
     return digest.hexdigest()
 
 
@@ -89,6 +90,17 @@ def read_jsonl(path: str | Path) -> Iterator[dict]:
                 yield json.loads(line)
             except json.JSONDecodeError as error:
                 raise PyargsError(f"{path}, line {number} is not JSON: {error}") from error
+
+
+def read_tensors(file: str | Path) -> dict:
+    """The tensors of a safetensors file, by name. Raises PyargsError if it is missing or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise PyargsError(f"{file} is missing or damaged ({error}): make it again; a file of the cache, remove") from error
 
 
 @contextmanager

@@ -240,7 +240,7 @@ def _train_all(recipe, model: RewardModel, rows, config) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
             scratch,
-            per_device_train_batch_size=max(1, config.batch_size // config.accumulation),
+            per_device_train_batch_size=config.batch_size // config.accumulation,
             gradient_accumulation_steps=config.accumulation,
             num_train_epochs=epochs(config),
             lr_scheduler_type="cosine",

@@ -109,7 +109,8 @@ def tune(model: RewardModel, policy, rows, config: Tuning) -> dict:
         point["value"] = value(point)
     best = max(points, key=lambda point: point["value"])  # the first of equals, which is the smaller weight
     return {
-        "objective": config.objective, "reward_std": unit, "centre": centre, "unguided_perplexity": plain,
+        "objective": config.objective, "max_perplexity": config.max_perplexity, "reward_std": unit, "centre": centre,
+        "unguided_perplexity": plain,
         "reward_weight": best["reward_weight"], "relative": best["relative"], "prompts": len(sample), "pairs": len(rows),
         "grid": points,
     }  # fmt: skip

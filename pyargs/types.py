@@ -8,12 +8,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pyargs.errors import PyargsError, UnknownUser, did_you_mean
-from pyargs.files import read_json, write_json
+from pyargs.files import read_json, read_tensors, write_json
 
 
 class Users(nn.Module):
@@ -77,11 +76,7 @@ class Users(nn.Module):
     @classmethod
     def load(cls, folder: str | Path) -> Users:
         folder = Path(folder)
-        try:
-            vectors = load_file(folder / "users.safetensors")
-        except (OSError, SafetensorError) as error:
-            raise PyargsError(f"{folder}/users.safetensors is missing or damaged ({error}): save the users again") from error
-        return cls(read_json(folder / "users.json"), **vectors)
+        return cls(read_json(folder / "users.json"), **read_tensors(folder / "users.safetensors"))
 
 
 @dataclass

@@ -6,11 +6,10 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
-    from pyargs.config import add_data, positive
+    from pyargs.config import add_data, add_policy, positive
 
     parser.add_argument("model", help="folder of `pyargs train` or `pyargs adapt`")
-    parser.add_argument("--policy", required=True, help="embedded name, local folder or hub name")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the policy (default float32)")
+    add_policy(parser)
     weight = parser.add_mutually_exclusive_group(required=True)
     weight.add_argument("--tuned", help="file of `pyargs tune`: its reward_weight is used")
     weight.add_argument("--reward-weight", type=float, help="raw w of eq. 1; 0 is the policy alone in the same loop")

@@ -6,11 +6,10 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
-    from pyargs.config import add_data
+    from pyargs.config import add_data, add_policy
 
     parser.add_argument("model", help="folder of `pyargs adapt` (or of `pyargs train` with --split train_test)")
-    parser.add_argument("--policy", required=True, help="embedded name, local folder or hub name")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the policy (default float32)")
+    add_policy(parser)
     parser.add_argument("--split", default="query", help="which pairs (default: query, those of the new users)")
     parser.add_argument("--tuned", required=True, help="file of `pyargs tune`: the weight, and the centre of the rewards")
     parser.add_argument("--generations", nargs="*", default=[], help="files of `pyargs decode` to score with ROUGE")

@@ -6,12 +6,11 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
-    from pyargs.config import add_data, add_options
+    from pyargs.config import add_data, add_options, add_policy
     from pyargs.tune import Tuning
 
     parser.add_argument("model", help="folder of `pyargs train` or `pyargs adapt`")
-    parser.add_argument("--policy", required=True, help="embedded name, local folder or hub name")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the policy (default float32)")
+    add_policy(parser)
     parser.add_argument("--out", required=True, help="JSON file for the grid and the chosen weight")
     add_options(parser, Tuning)
     add_data(parser)

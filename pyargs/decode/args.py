@@ -73,7 +73,6 @@ def decode(policy, reward_model: RewardModel, request: Request) -> Decoded:
     rows, length = request.input_ids.shape
     k, device = request.num_candidates, reward_model.device
     backbone, folded = reward_model.backbone, reward_model.head.fold()
-    project = {name: folded[name] for name in ("project", "second", "inner_bias", "activation") if name in folded}
     epilogue = {name: folded[name] for name in ("bias", "activation") if name in folded}
 
     policy_cache = PrefixCache(policy.config.get_text_config(decoder=True), length + request.max_new_tokens)
@@ -120,7 +119,7 @@ def decode(policy, reward_model: RewardModel, request: Request) -> Decoded:
             position_ids=(reward_position + step).expand(rows, k), past_key_values=reward_cache, use_cache=True,
         ).last_hidden_state  # fmt: skip
         token, slot, reward, finished = score_select(
-            features(project, _float(hidden), request.user), folded["weight"], request.user, request.step_weight(step),
+            features(folded, _float(hidden), request.user), folded["weight"], request.user, request.step_weight(step),
             logprobs, candidates, finished, **epilogue,
             stop=request.stop, stop_reward=so_far if request.eos_reward == "before" else None, pad_id=request.pad_id,
             temperature=request.temperature, uniform=None if request.uniform is None else request.uniform[step],

@@ -6,16 +6,13 @@ keys and values, or look through a window, since it asks of a cache only that it
 
 from __future__ import annotations
 
-import inspect
-from functools import cache as once
-
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from pyargs.decode.request import Output, Request
-from pyargs.lm.cache import PrefixLayer
+from pyargs.lm.cache import PrefixLayer, parameters
 from pyargs.models.reward_model import RewardModel
 from pyargs.types import Decoded
 
@@ -109,14 +106,9 @@ def _topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return top, ids.gather(1, order)
 
 
-@once
-def _parameters(kind: type) -> frozenset[str]:
-    return frozenset(inspect.signature(kind.forward).parameters)
-
-
 def _forward(model, ids: Tensor, mask: Tensor, cache, padded: bool, **more):
     """One pass over new tokens; returns the output and the cache, whatever the model calls it."""
-    known = _parameters(type(model))
+    known = parameters(type(model))
     name = "past_key_values" if "past_key_values" in known else "cache_params"
     cache = DynamicCache(config=model.config.get_text_config(decoder=True)) if cache is None else cache
     inputs = {"input_ids": ids, name: cache, "use_cache": True, **more}

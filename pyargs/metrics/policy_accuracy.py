@@ -56,11 +56,7 @@ def pair_scores(model, policy, dataset) -> PairScores:
     from pyargs.features import features, groups, policy_logprobs
 
     length = model.about.get("max_length")
-    encoded, pairs = groups(model.tokenizer, dataset, length)
-    first = [0]
-    for _, several in encoded:
-        first.append(first[-1] + len(several))
-    index = torch.tensor([[first[group] + chosen, first[group] + rejected] for group, chosen, rejected in pairs])
+    encoded, _ = groups(model.tokenizer, dataset, length)
     logprob = torch.tensor([part.double().sum().item() for part in policy_logprobs(policy, encoded)], dtype=torch.float64)
 
     states = features(model.backbone, model.tokenizer, dataset, max_length=length)
@@ -72,4 +68,5 @@ def pair_scores(model, policy, dataset) -> PairScores:
             reward.append(model.rewards(batch).cpu())
             step_reward.append(model.step_rewards(batch).double().sum(-1).cpu())
             tokens.append(batch.mask.sum(-1).cpu())
-    return PairScores(logprob[index], torch.cat(step_reward), torch.cat(tokens), torch.cat(reward), states.users)
+    response = torch.stack([states.chosen, states.rejected], dim=1)
+    return PairScores(logprob[response], torch.cat(step_reward), torch.cat(tokens), torch.cat(reward), states.users)

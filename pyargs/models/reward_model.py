@@ -6,13 +6,12 @@ import importlib
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pyargs import __version__
 from pyargs.errors import PyargsError
-from pyargs.files import read_json, write_json, writing
+from pyargs.files import read_json, read_tensors, write_json, writing
 from pyargs.lm.encode import Packed
 from pyargs.lm.hf import default_device, fingerprint, load_lm, packed_states, spans
 from pyargs.types import Batch, Users
@@ -175,7 +174,7 @@ class RewardModel(nn.Module):
         for known in ("lora", "pyargs"):
             config.pop(known)
         model = cls(backbone, tokenizer, head, pool=config.pop("pool"), step_reward=config.pop("step_reward"), about=config)
-        shared = _load(folder / "head.safetensors")
+        shared = read_tensors(folder / "head.safetensors")
         _same_keys(set(model._shared()), set(shared), folder / "head.safetensors")
         head.load_state_dict({**head.state_dict(), **shared})
         return model.to(device or default_device()).eval()
@@ -220,20 +219,13 @@ def _load_adapter(backbone: nn.Module, folder: Path) -> None:
     inject_adapter_in_model(config, backbone)
     backbone.peft_config = {"default": config}
     _lora_in_float32(backbone)
-    saved = _load(folder / "adapter_model.safetensors")
+    saved = read_tensors(folder / "adapter_model.safetensors")
     _same_keys(set(get_peft_model_state_dict(backbone)), set(saved), folder / "adapter_model.safetensors")
     set_peft_model_state_dict(backbone, saved)
 
 
 def _shapes(users: Users) -> dict[str, list[int]]:
     return {name: list(value.shape[1:]) for name, value in users.vectors.items()}
-
-
-def _load(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise PyargsError(f"{file} is missing or damaged ({error}): save the model again") from error
 
 
 def _same_keys(expected: set[str], found: set[str], file: Path) -> None:
