@@ -18,6 +18,7 @@ _HOME = {
     "adapt": "pyargs.fit",
     "topk_logprobs": "pyargs.ops",
     "score_select": "pyargs.ops",
+    "user_mlp": "pyargs.ops",
     "PyargsError": "pyargs.errors",
 }
 

@@ -6,5 +6,14 @@ from __future__ import annotations
 from pyargs.ops.library import native
 from pyargs.ops.score_select import score_select, score_select_reference
 from pyargs.ops.topk_logprobs import topk_logprobs, topk_logprobs_reference
+from pyargs.ops.user_mlp import user_mlp, user_mlp_reference
 
-__all__ = ["native", "score_select", "score_select_reference", "topk_logprobs", "topk_logprobs_reference"]
+__all__ = [
+    "native",
+    "score_select",
+    "score_select_reference",
+    "topk_logprobs",
+    "topk_logprobs_reference",
+    "user_mlp",
+    "user_mlp_reference",
+]
