@@ -28,7 +28,8 @@ from pyargs.decode import reference
 from pyargs.decode.request import check
 from pyargs.files import write_json
 from pyargs.heads import linear
-from pyargs.models.reward_model import RewardModel, add_lora
+from pyargs.lm import lora
+from pyargs.models.reward_model import RewardModel
 from pyargs.types import Users
 
 WEIGHT = 1.8  # of the random rewards below: the policy's favourite then wins in about half of the steps
@@ -45,7 +46,7 @@ def models(dtype: torch.dtype):
     policy.generation_config.eos_token_id = None  # every run has the length asked for
     backbone = pyargs.load_lm("smollm2-135m", dtype=dtype)[0].get_decoder()
     torch.manual_seed(0)
-    add_lora(backbone, rank=8, alpha=16, rslora=True, target_modules=["q_proj", "v_proj"])
+    lora.add(backbone, rank=8, alpha=16, rslora=True, target_modules=["q_proj", "v_proj"])
     for name, parameter in backbone.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.01)

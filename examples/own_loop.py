@@ -21,7 +21,7 @@ def decode(policy, model, input_ids, attention_mask, users, weight: float, stop:
     """Tokens int64 [B, steps or less], the same as those of pyargs.generate; the head must be a linear one."""
     batch, device = len(input_ids), input_ids.device
     user = model.users.rows(users).to(device)
-    directions = model.head.fold()["weight"]  # [users, D]: what score_select reads of a linear head
+    directions = model.head.fold().weight  # [users, D]: what score_select reads of a linear head
     weights, stop = torch.full((batch,), weight, device=device), torch.tensor(stop, device=device)
     finished = torch.zeros(batch, dtype=torch.bool, device=device)
     copies = torch.arange(batch, device=device).repeat_interleave(k)  # the row of each candidate

@@ -14,6 +14,7 @@ _HOME = {
     "args": "pyargs.integrations.transformers",
     "generate": "pyargs.decode.args",
     "load_lm": "pyargs.lm.hf",
+    "load_model": "pyargs.models",
     "train": "pyargs.fit",
     "adapt": "pyargs.fit",
     "topk_logprobs": "pyargs.ops",

@@ -63,7 +63,7 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 
 def add_policy(parser: argparse.ArgumentParser) -> None:
     """The flags that say which language model answers."""
-    parser.add_argument("--policy", required=True, help="embedded name, local folder or hub name")
+    parser.add_argument("--policy", help="embedded name, local folder or hub name; not for models that answer by themselves")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the policy (default float32)")
 
 

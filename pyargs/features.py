@@ -17,32 +17,40 @@ from pyargs.lm.hub import cache_dir
 from pyargs.types import Features
 
 
-def groups(tokenizer, dataset, max_length: int | None):
+def groups(tokenizer, dataset, max_length: int | None, *, stop: bool = False, apart: bool = False, render=None):
     """The dataset's pairs as (prompt ids, [response ids]) with every distinct prompt and response once.
 
+    stop: responses end with the tokenizer's end token, for models that learn to stop. apart: the prompt is no prefix but
+    stands first among the responses, each of which then sees only itself. render(prompt, user, max_tokens): prompt ids
+    that depend on the user (demonstrations); without it `encode_prompt`.
     Returns groups and, for each pair, the numbers (group, chosen, rejected) of its responses within the group.
     """
     texts: dict[str, list[int]] = {}
-    whole: dict[str, list[int]] = {}
+    whole: dict[tuple, list[int]] = {}
     numbers: dict[tuple, int] = {}
     encoded: list[tuple[list[int], list[list[int]]]] = []
     places: list[dict[str, int]] = []
     pairs = []
+    end = [tokenizer.eos_token_id] if stop else []
+
+    def prompt_ids(row: dict, room: int | None = None) -> list[int]:
+        return render(row["prompt"], row["user_id"], room) if render else encode_prompt(tokenizer, row["prompt"], room)
+
     for row in dataset:
-        key = row["prompt"] if isinstance(row["prompt"], str) else json.dumps(row["prompt"])
+        key = (row["prompt"] if isinstance(row["prompt"], str) else json.dumps(row["prompt"]), render and row["user_id"])
         sides = (row["chosen"], row["rejected"])
         for text in sides:
             if text not in texts:
-                texts[text] = encode_response(tokenizer, text)
+                texts[text] = encode_response(tokenizer, text) + end
         if key not in whole:
-            whole[key] = encode_prompt(tokenizer, row["prompt"])
+            whole[key] = prompt_ids(row)
         # A prompt that must be cut is cut for its own pair, so that no other row changes what this one looks like.
         room = None if max_length is None else max_length - max(len(texts[text]) for text in sides)
         if room is not None and len(whole[key]) <= room:
             room = None
         if (key, room) not in numbers:
             numbers[key, room] = len(encoded)
-            encoded.append((whole[key] if room is None else encode_prompt(tokenizer, row["prompt"], room), []))
+            encoded.append((whole[key] if room is None else prompt_ids(row, room), []))
             places.append({})
         group = numbers[key, room]
         for text in sides:
@@ -50,27 +58,49 @@ def groups(tokenizer, dataset, max_length: int | None):
                 places[group][text] = len(encoded[group][1])
                 encoded[group][1].append(texts[text])
         pairs.append((group, *(places[group][text] for text in sides)))
+    if apart:
+        return [([], [prompt, *several]) for prompt, several in encoded], [(g, c + 1, r + 1) for g, c, r in pairs]
     return encoded, pairs
 
 
-def features(decoder, tokenizer, dataset, *, max_length: int | None = 512, last: bool = False, cache: bool = True) -> Features:
+def features(
+    decoder, tokenizer, dataset, *, max_length: int | None = 512, last: bool = False, apart: bool = False, cache: bool = True
+) -> Features:
     """Hidden states of all responses of a dataset under a frozen backbone.
 
     They are kept in the user's cache under a hash of the weights and of the token ids, so the same pairs are computed
-    once. last: only the last token of each response. A backbone with LoRA is never cached: its weights are one experiment's.
+    once. last: only the last token of each response; apart: as in `groups`. A backbone with LoRA is never cached: its
+    weights are one experiment's.
     """
     if not len(dataset):
         raise PyargsError("no pairs to compute features of: the split is empty")
-    encoded, pairs = groups(tokenizer, dataset, max_length)
+    encoded, pairs = groups(tokenizer, dataset, max_length, apart=apart)
 
     def compute() -> dict[str, Tensor]:
         states = [state[-1:] if last else state for several in response_states(decoder, encoded) for state in several]
         return {"hidden": torch.cat(states), "offsets": torch.tensor([0, *map(len, states)]).cumsum(0)}
 
     stored = _cached("features", decoder, [encoded, last], compute) if cache else compute()
+    first, chosen, rejected = _numbered(encoded, pairs)
+    prompt = torch.tensor([first[group] for group, *_ in pairs]) if apart else None
+    return Features(stored["hidden"], stored["offsets"], chosen, rejected, list(dataset["user_id"]), prompt)
+
+
+def _numbered(encoded, pairs) -> tuple[list[int], Tensor, Tensor]:
+    """Number of each group's first response when all responses are counted, and those of the pairs' responses [N]."""
     first = torch.tensor([0, *(len(several) for _, several in encoded)]).cumsum(0).tolist()
     chosen, rejected = (torch.tensor([first[group] + pair[side] for group, *pair in pairs]) for side in (0, 1))
-    return Features(stored["hidden"], stored["offsets"], chosen, rejected, list(dataset["user_id"]))
+    return first, chosen, rejected
+
+
+def pair_logprobs(policy, encoded, pairs) -> tuple[Tensor, Tensor]:
+    """Sums of log pi over the tokens of each pair's responses, float64 [N, 2], and their lengths int64 [N, 2]."""
+    values = policy_logprobs(policy, encoded)
+    total = torch.tensor([value.double().sum().item() for value in values], dtype=torch.float64)
+    length = torch.tensor([len(value) for value in values])
+    _, chosen, rejected = _numbered(encoded, pairs)
+    response = torch.stack([chosen, rejected], dim=1)
+    return total[response], length[response]
 
 
 def policy_logprobs(policy, encoded) -> list[Tensor]:
@@ -86,7 +116,7 @@ def policy_logprobs(policy, encoded) -> list[Tensor]:
 
 def _cached(kind: str, model, inputs, compute) -> dict[str, Tensor]:
     """compute(), or what it gave before for the same weights and inputs. A model with LoRA is one experiment's: not kept."""
-    if hasattr(model, "peft_config"):
+    if hasattr(model, "peft_config") or (hasattr(model, "get_decoder") and hasattr(model.get_decoder(), "peft_config")):
         return compute()
     key = hashlib.blake2b(json.dumps([fingerprint(model), inputs]).encode(), digest_size=16).hexdigest()
     file = cache_dir() / kind / f"{key}.safetensors"

@@ -44,9 +44,9 @@ def identity(name: str) -> str:
 
 
 def weights_hash(folder: str | Path) -> str:
-    """Hash of what all users of a reward model share, so that adding users does not change it."""
+    """Hash of what all users of a model share, so that adding users does not change it."""
     folder, digest = Path(folder), hashlib.sha256()
-    for name in ("head.safetensors", "adapter_model.safetensors"):
+    for name in ("shared.safetensors", "adapter_model.safetensors"):
         if (folder / name).exists():
             digest.update(sha256(folder / name).encode())
     return digest.hexdigest()
@@ -205,5 +205,15 @@ def record(out: str | Path, key: dict, /, **values) -> dict:
     return done
 
 
+def beside(out: str | Path, name: str) -> Path:
+    """A path next to an output, for what belongs to the stage but not to its result."""
+    return Path(out).with_name(f"{Path(out).name}.{name}")
+
+
+def short_hash(value) -> str:
+    """A few characters that tell JSON values apart."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
 def _record(out: Path) -> Path:
-    return out.with_name(out.name + ".stage.json")
+    return beside(out, "stage.json")

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import importlib.util
 import pkgutil
+import shutil
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import trange
@@ -20,24 +23,32 @@ from tqdm import trange
 from pyargs.config import option
 from pyargs.data import of_split
 from pyargs.errors import PyargsError, did_you_mean
-from pyargs.features import features, groups
+from pyargs.files import read_tensors
+from pyargs.lm import lora
 from pyargs.lm.cache import can_branch
 from pyargs.lm.encode import pack
 from pyargs.lm.hf import fingerprint, load_lm
-from pyargs.models.reward_model import RewardModel, add_lora
+from pyargs.models.reward_model import RewardModel
 from pyargs.types import Batch, Features, Users
 
 
 @dataclass
-class FitConfig:
-    """What every method shares. A method's own Config adds its fields and may change a default."""
+class ModelConfig:
+    """What every method has."""
 
-    backbone: str = option("smollm2-135m", "model under the head: embedded name, local folder or hub name")
+    backbone: str = option("smollm2-135m", "the language model: embedded name, local folder or hub name")
     dtype: str = option(
-        "float32", "of the backbone; heads and losses are float32 always: bf16 ties would count as errors",
+        "float32", "of the backbone; heads, rewards and losses are float32 always: bf16 ties would count as errors",
         choices=["float32", "bfloat16"],
     )  # fmt: skip
-    freeze_backbone: bool = option(False, "train the head alone on features that are computed once and cached")
+    max_length: int = option(512, "tokens of prompt + response; the prompt's content is cut, never template or response")
+    seed: int = option(0, "of initialisation and order; the paper has 3 seeds")
+
+
+@dataclass
+class FitConfig(ModelConfig):
+    """What every method that trains the language model has. A method's own Config adds its fields and may change a default."""
+
     lora_rank: int = option(8, "LoRA rank (paper)")
     lora_alpha: float = option(16.0, "LoRA alpha (paper)")
     rslora: bool = option(True, "scale LoRA by alpha / sqrt(rank) (paper)")
@@ -51,17 +62,23 @@ class FitConfig:
     )  # fmt: skip
     batch_size: int = option(32, "pairs per step (most of the methods' own codes; paper silent)")
     accumulation: int = option(1, "steps whose gradients are added up: batch_size is divided by it, memory falls with it")
-    max_length: int = option(512, "tokens of prompt + response; the prompt's content is cut, never template or response")
     warmup: float = option(0.03, "share of the steps with rising learning rate, then cosine (VPL, P-DPO; paper silent)")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
-    seed: int = option(0, "of initialisation and order; the paper has 3 seeds")
+    checkpoint_steps: int = option(100, "steps between checkpoints of full training, from which a killed one goes on")
+
+
+@dataclass
+class HeadConfig(FitConfig):
+    """What every method with a reward head has."""
+
+    freeze_backbone: bool = option(False, "train the head alone on features that are computed once and cached")
     adapt_steps: int = option(500, "full-batch Adam steps for new users (LoRE's code; paper silent)")
 
 
 def epochs(config: FitConfig) -> float:
     """Passes over the train pairs; the default depends on whether the backbone is frozen."""
     if config.epochs is None:
-        return 20.0 if config.freeze_backbone else 2.0
+        return 20.0 if getattr(config, "freeze_backbone", False) else 2.0
     if config.epochs <= 0:
         raise PyargsError(f"epochs must be > 0, got {config.epochs}")
     return config.epochs
@@ -88,68 +105,100 @@ def method(name: str):
 
 
 def bradley_terry(model: RewardModel, batch: Batch) -> Tensor:
-    """-log sigma(R_u(x, y_w) - R_u(x, y_l)), mean over the pairs."""
+    """-log sigma(R_u(x, y_w) - R_u(x, y_l)) of each pair, [N]."""
     chosen, rejected = model.rewards(batch).unbind(1)
-    return -F.logsigmoid(chosen - rejected).mean()
+    return -F.logsigmoid(chosen - rejected)
 
 
-def train(name: str, dataset, config=None) -> RewardModel:
+def train(name: str, dataset, config=None, *, checkpoints: str | Path | None = None):
     """Trains method `name` on the rows of `dataset` with split "train"; returns the model in eval mode.
 
     dataset: columns user_id, prompt, chosen, rejected, split. config: the method's Config (its defaults without).
-    Raises PyargsError on an unknown method, without train rows, and on a loss that is not finite.
+    checkpoints: a folder from which full training goes on where it was killed, and that is removed when it is done.
+    Returns a RewardModel, TokenReward or UserPolicy. Raises PyargsError on an unknown method, without train rows, and on a
+    loss that is not finite.
     """
     from transformers import set_seed
 
     recipe = method(name)
     config = config or recipe.Config()
     rows = of_split(dataset, "train") if "split" in dataset.column_names else dataset
+    set_seed(config.seed)
+    lm, tokenizer = load_lm(config.backbone, dtype=config.dtype)
+    decoder = lm.get_decoder()
+    model = recipe.build(lm, tokenizer, list(dict.fromkeys(rows["user_id"])), config)
+    model.about = {
+        "method": name, "fields": asdict(config), "backbone": config.backbone, "dtype": config.dtype,
+        "fingerprint": fingerprint(decoder), "max_length": config.max_length,
+    }  # fmt: skip
+    model.to(lm.device)
+    if not hasattr(recipe, "loss"):
+        return model.eval()
+
     if not len(rows):
         raise PyargsError("no rows with split 'train': there is nothing to train on")
     if config.batch_size < 1 or config.accumulation < 1:
         raise PyargsError("batch_size and accumulation must be at least 1")
-    set_seed(config.seed)
-    lm, tokenizer = load_lm(config.backbone, dtype=config.dtype)
-    decoder = lm.get_decoder()
-    about = {
-        "method": name, "fields": asdict(config), "backbone": config.backbone, "dtype": config.dtype,
-        "fingerprint": fingerprint(decoder), "max_length": config.max_length,
-    }  # fmt: skip
-    users = list(dict.fromkeys(rows["user_id"]))
-    model = recipe.build(decoder, tokenizer, users, config)
-    model.about = about
-    model.to(lm.device)
-    decoder.requires_grad_(False)
-    if config.freeze_backbone:
-        train_head(
-            recipe,
-            model,
-            features(decoder, tokenizer, rows, max_length=config.max_length, last=model.pool == "last"),
-            config,
-        )
+    lm.requires_grad_(False)
+    if hasattr(recipe, "warm_start"):
+        recipe.warm_start(model, rows, config)
+    set_seed(config.seed)  # what a warm start draws depends on the data
+    if getattr(config, "freeze_backbone", False):
+        train_head(recipe, model, model.read(rows), config)
     else:
-        add_lora(
+        lora.add(
             decoder,
             rank=config.lora_rank,
             alpha=config.lora_alpha,
             rslora=config.rslora,
             target_modules=config.target_modules,
         )
-        _train_all(recipe, model, rows, config)
+        _train_all(recipe, model, rows, config, checkpoints)
+    if hasattr(recipe, "finish"):
+        recipe.finish(model, config)
     return model.eval()
 
 
-def _optimizer(recipe, model: RewardModel, config) -> torch.optim.Optimizer:
-    """AdamW over the recipe's `groups`, or over head and users at head_lr and LoRA at lora_lr, without weight decay."""
+class Together(torch.optim.Optimizer):
+    """Several optimisers as one, for schedulers and the Trainer; the parameter groups stay theirs."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer):
+        self.optimizers = optimizers
+        super().__init__([group for one in optimizers for group in one.param_groups], {})
+
+    def step(self, closure=None) -> None:
+        for one in self.optimizers:
+            one.step()
+
+    def state_dict(self) -> dict:
+        return {str(number): one.state_dict() for number, one in enumerate(self.optimizers)}
+
+    def load_state_dict(self, state: dict) -> None:
+        for number, one in enumerate(self.optimizers):
+            one.load_state_dict(state[str(number)])  # which replaces its groups
+        self.param_groups = [group for one in self.optimizers for group in one.param_groups]
+
+
+def _optimizer(recipe, model, config) -> torch.optim.Optimizer:
+    """AdamW over the recipe's `groups` (else head and users at head_lr) and LoRA at lora_lr; decay where a group has it.
+
+    A group with "sparse" goes to SparseAdam: rows of absent users then keep their values and moments, where Adam would move
+    them on by momentum.
+    """
     if hasattr(recipe, "groups"):
         groups = recipe.groups(model, config)
     else:
-        parts = ((model.head, config.head_lr), (model.backbone, config.lora_lr))
-        groups = [{"params": [p for p in part.parameters() if p.requires_grad], "lr": lr} for part, lr in parts]
-    return torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.999), weight_decay=0.0)
+        groups = [{"params": model.head.parameters(), "lr": config.head_lr}] if hasattr(model, "head") else []
+    groups = [*groups, {"params": model.backbone.parameters(), "lr": getattr(config, "lora_lr", 0.0)}]
+    groups = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
+    dense = [group for group in groups if group["params"] and not group.get("sparse")]
+    sparse = [group for group in groups if group["params"] and group.pop("sparse", False)]
+    found = [torch.optim.AdamW(dense, betas=(0.9, 0.999), weight_decay=0.0)] if dense else []
+    found += [torch.optim.SparseAdam(sparse, betas=(0.9, 0.999))] if sparse else []
+    return found[0] if len(found) == 1 else Together(*found)
 
 
-def _turns(recipe, model: RewardModel, config) -> list[set]:
+def _turns(recipe, model, config) -> list[set]:
     """The parameter sets that a minibatch updates in turn, each after a forward pass of its own; one set for most methods."""
     everything = {p for p in model.parameters() if p.requires_grad}
     return recipe.turns(model, config) if hasattr(recipe, "turns") else [everything]
@@ -171,7 +220,8 @@ def train_head(recipe, model: RewardModel, data: Features, config) -> None:
         for step in bar:
             if step % per_epoch == 0:
                 shuffled = torch.randperm(len(data), generator=order).split(config.batch_size)
-            batch = data.batch(rows, shuffled[step % per_epoch], last=model.pool == "last").to(model.device)
+            batch = data.batch(rows, shuffled[step % per_epoch], last=not model.whole).to(model.device)
+            batch.step = step
             for active in turns:
                 optimizer.zero_grad()
                 loss = recipe.loss(model, batch, config)
@@ -182,33 +232,42 @@ def train_head(recipe, model: RewardModel, data: Features, config) -> None:
             schedule.step()
             if step % 20 == 0:
                 bar.set_postfix(loss=f"{loss.item():.4f}")
+    model.head.eval()
 
 
-def _train_all(recipe, model: RewardModel, rows, config) -> None:
+def _collate(examples: list[dict], share: bool) -> dict[str, Tensor]:
+    """Pairs as one Packed, each behind its prompt, with the numbers of their responses, users and pairs."""
+    packed = pack([e["prompt"] for e in examples], [e["responses"] for e in examples], share=share)
+    several = len(examples[0]["responses"])  # 2, or 3 where the prompt stands among them
+    rejected = torch.arange(several - 1, several * len(examples), several)
+    number = {name: torch.tensor([e[name] for e in examples]) for name in ("user", "pair")}
+    return {**vars(packed), "chosen": rejected - 1, "rejected": rejected, **number}
+
+
+def _train_all(recipe, model, rows, config, checkpoints: str | Path | None) -> None:
     """LoRA and head together through transformers.Trainer, so that accelerate, several devices and mixed precision work."""
     from transformers import Trainer, TrainingArguments
+    from transformers.trainer_utils import get_last_checkpoint
 
-    encoded, pairs = groups(model.tokenizer, rows, config.max_length)
+    encoded, pairs = model.encode(rows)
     user = model.users.rows(rows["user_id"]).tolist()
+    apart = getattr(model, "apart", False)
     examples = [
-        {"prompt": encoded[g][0], "pair": (encoded[g][1][c], encoded[g][1][r]), "user": u}
-        for (g, c, r), u in zip(pairs, user, strict=True)
+        {
+            "prompt": encoded[g][0],
+            "responses": [encoded[g][1][i] for i in ((0, c, r) if apart else (c, r))],
+            "user": u,
+            "pair": n,
+        }
+        for n, ((g, c, r), u) in enumerate(zip(pairs, user, strict=True))
     ]
     share = can_branch(model.backbone)
-
-    def collate(batch: list[dict]) -> dict[str, Tensor]:
-        packed = pack([e["prompt"] for e in batch], [e["pair"] for e in batch], share=share)
-        chosen = torch.arange(0, 2 * len(batch), 2)
-        return {
-            **vars(packed),
-            "chosen": chosen,
-            "rejected": chosen + 1,
-            "user": torch.tensor([e["user"] for e in batch]),
-        }
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     class PairTrainer(Trainer):
         def compute_loss(self, wrapped, inputs, return_outputs=False, **_):
             batch = wrapped(**inputs)
+            batch.step = self.state.global_step
             loss = recipe.loss(self.accelerator.unwrap_model(wrapped), batch, config)
             _check_finite(loss, self.state.global_step)
             return (loss, batch) if return_outputs else loss
@@ -229,17 +288,32 @@ def _train_all(recipe, model: RewardModel, rows, config) -> None:
             _drop_others(model, last)
             return loss
 
+        def _get_grad_norm(self, *_, **__):
+            """Nobody asked for it, and sparse gradients have none."""
+
+        # A checkpoint holds what is trained, not the frozen backbone.
+        def _save(self, output_dir=None, state_dict=None):
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            save_file({name: p.detach().contiguous() for name, p in trained.items()}, Path(output_dir) / "trained.safetensors")
+
+        def _load_from_checkpoint(self, folder, model=None):
+            for name, value in read_tensors(Path(folder) / "trained.safetensors").items():
+                trained[name].data.copy_(value)
+
     if config.accumulation > config.batch_size:
         raise PyargsError(f"accumulation={config.accumulation} splits a batch of {config.batch_size}: it can be at most that")
     if config.accumulation > 1 and len(_turns(recipe, model, config)) > 1:
         raise PyargsError("alternating updates need whole minibatches: use accumulation=1")
+    if config.checkpoint_steps < 1:
+        raise PyargsError("checkpoint_steps must be at least 1")
     if config.gradient_checkpointing:
         model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
         model.backbone.enable_input_require_grads()
     steps_per_epoch = -(-len(examples) // config.batch_size)
-    with tempfile.TemporaryDirectory() as scratch:
+    with contextlib.ExitStack() as stack:
+        folder = checkpoints or stack.enter_context(tempfile.TemporaryDirectory())
         arguments = TrainingArguments(
-            scratch,
+            str(folder),
             per_device_train_batch_size=config.batch_size // config.accumulation,
             gradient_accumulation_steps=config.accumulation,
             num_train_epochs=epochs(config),
@@ -247,18 +321,26 @@ def _train_all(recipe, model: RewardModel, rows, config) -> None:
             warmup_steps=round(config.warmup * steps_per_epoch * epochs(config)),
             max_grad_norm=0.0,
             seed=config.seed,
-            save_strategy="no",
+            save_strategy="steps" if checkpoints else "no",
+            save_steps=config.checkpoint_steps,
+            save_total_limit=1,
             report_to="none",
             logging_strategy="no",
             remove_unused_columns=False,
             label_names=["chosen"],
             dataloader_pin_memory=torch.cuda.is_available(),
         )
-        with contextlib.redirect_stdout(sys.stderr):  # the Trainer prints its log; stdout is for results
-            PairTrainer(model, arguments, data_collator=collate, train_dataset=examples).train()
+        last = get_last_checkpoint(str(checkpoints)) if checkpoints and Path(checkpoints).is_dir() else None
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # the Trainer prints its log; stdout is for results
+        trainer = PairTrainer(model, arguments, data_collator=lambda some: _collate(some, share), train_dataset=examples)
+        trainer.train(resume_from_checkpoint=last)
+    if config.gradient_checkpointing:
+        model.backbone.gradient_checkpointing_disable()
+    if checkpoints:
+        shutil.rmtree(checkpoints, ignore_errors=True)
 
 
-def _drop_others(model: RewardModel, active: set) -> None:
+def _drop_others(model, active: set) -> None:
     for parameter in model.parameters():
         if parameter.grad is not None and parameter not in active:
             parameter.grad = None
@@ -272,23 +354,25 @@ def _check_finite(loss: Tensor, step: int) -> None:
 # -- new users ---------------------------------------------------------------------------------------------------------
 
 
-def adapt(model: RewardModel, dataset, *, steps: int | None = None) -> list[str]:
+def adapt(model, dataset, *, steps: int | None = None) -> list[str]:
     """Adds the users of the rows with split "support" to the model; returns their ids.
 
     Backbone, LoRA and shared head parameters stay as they are; rows of other splits are not looked at, so the query set
-    can not reach the result. A model without user vectors needs no adaptation and is left alone.
+    can not reach the result. A method without users needs no adaptation and is left alone. The same model, rows and seed
+    give the same result.
     """
     rows = of_split(dataset, "support")
     if not len(rows):
         raise PyargsError("no rows with split 'support': there is nothing to adapt to")
     ids = list(dict.fromkeys(rows["user_id"]))
     recipe = method(model.about["method"])
-    if not model.users.personal:
+    if not hasattr(recipe, "adapt"):
         return ids
     config = recipe.Config(**model.about["fields"])
-    if steps is not None:
+    if steps is not None and hasattr(config, "adapt_steps"):
         config.adapt_steps = steps
-    support = features(model.backbone, model.tokenizer, rows, max_length=config.max_length, last=model.pool == "last")
+    torch.manual_seed(config.seed)
+    support = recipe.support(model, rows) if hasattr(recipe, "support") else model.read(rows)
     model.users.append(ids, **recipe.adapt(model, support, ids, config))
     model.to(model.device)
     return ids
@@ -303,29 +387,43 @@ def fit_users(
     steps: int,
     lr: float,
     weight_decay: float = 0.0,
+    loss: Callable = bradley_terry,
 ) -> dict[str, Tensor]:
-    """Fits vectors of new users by Bradley-Terry on their support pairs, all users in one full batch, the rest frozen.
+    """Fits vectors of new users on their support pairs by Adam, all users in one full batch, the rest frozen.
 
-    initial: start rows [n, ...] for each kind of vector. The loss is the sum over users of each one's mean, so that no
-    user's result depends on who else is adapted. Raises PyargsError for a user without a pair.
+    initial: start rows [n, ...] for each kind of vector; weight_decay: L2, as a term of the gradient; loss(model, batch) ->
+    [N], one for each pair. The sum over users of each one's mean is minimised, so that no user's result depends on who else
+    is adapted. Raises PyargsError for a user without a pair.
     """
     users = Users(ids, **initial)
     rows = users.rows(support.users)
+    weight = shares(rows, users)
+    head = copy.deepcopy(model.head, {id(model.users): users}).requires_grad_(False).eval()  # with these users for its own
+    users.requires_grad_(True)
+    probe = RewardModel(
+        model.backbone, model.tokenizer, head.to(model.device), pool=model.pool, whole=model.whole, apart=model.apart
+    )
+    batch = support.batch(rows, last=not model.whole).to(model.device)
+    optimizer = torch.optim.Adam(users.parameters(), lr=lr, weight_decay=weight_decay)
+    with torch.enable_grad():
+        for step in range(steps):
+            optimizer.zero_grad()
+            total = (loss(probe, batch) * weight.to(model.device)).sum()
+            _check_finite(total, step)
+            total.backward()
+            optimizer.step()
+    return {name: value.detach() for name, value in users.vectors.items()}
+
+
+def randn_rows(ids: Iterable[str], *shape: int, seed: int) -> Tensor:
+    """Normal start values [n, *shape] that depend on the seed and each user's own id: not on who else is adapted."""
+    numbers = [int(hashlib.sha256(f"{seed} {user}".encode()).hexdigest()[:15], 16) for user in ids]
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(number)) for number in numbers])
+
+
+def shares(rows: Tensor, users: Users) -> Tensor:
+    """1 / (pairs of the user) for each pair [N], from its user's row. Raises PyargsError for a user without a pair."""
     count = torch.bincount(rows, minlength=len(users))
     if (count == 0).any():
         raise PyargsError(f"user '{list(users.ids)[int((count == 0).nonzero()[0])]}' has no support pair")
-    head = copy.deepcopy(model.head).requires_grad_(False)
-    head.users = users
-    probe = RewardModel(model.backbone, model.tokenizer, head.to(model.device), pool=model.pool)
-    batch = support.batch(rows, last=model.pool == "last").to(model.device)
-    weight = (1.0 / count.to(batch.user.device))[batch.user]
-    optimizer = torch.optim.Adam(users.parameters(), lr=lr, weight_decay=weight_decay)
-    with torch.enable_grad():
-        for _ in range(steps):
-            optimizer.zero_grad()
-            chosen, rejected = probe.rewards(batch).unbind(1)
-            loss = -(F.logsigmoid(chosen - rejected) * weight).sum()
-            _check_finite(loss, _)
-            loss.backward()
-            optimizer.step()
-    return {name: value.detach() for name, value in users.vectors.items()}
+    return 1.0 / count[rows]

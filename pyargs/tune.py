@@ -12,7 +12,6 @@ from pyargs.errors import PyargsError
 from pyargs.metrics.overlap import rouge
 from pyargs.metrics.perplexity import perplexity
 from pyargs.metrics.policy_accuracy import pair_scores, policy_accuracy
-from pyargs.models.reward_model import RewardModel
 from pyargs.types import Decoded
 
 
@@ -43,12 +42,14 @@ def reward_std(outputs: list[Decoded]) -> float:
     return squares.double().mean().sqrt().item() if len(squares) else 0.0
 
 
-def tune(model: RewardModel, policy, rows, config: Tuning) -> dict:
+def tune(model, policy, rows, config: Tuning) -> dict:
     """reward_std, the grid with what was measured at each point, and the chosen raw `reward_weight`.
 
     rows: pairs of seen users that were held out (split "train_test"). Ties go to the smaller weight. Raises PyargsError
     without rows or when the reward does not tell candidates apart (reward_std is 0).
     """
+    if not hasattr(model, "pair_scores"):
+        raise PyargsError(f"{model.about.get('method')} answers by itself: it has no weight to choose")
     if not len(rows):
         raise PyargsError("no rows with split 'train_test': the weight may only be chosen on seen users' held-out pairs")
     if min(config.prompts, config.batch_size, config.max_new_tokens) < 1 or not config.grid:

@@ -1,4 +1,4 @@
-"""The nouns that the rest of the package passes around: Users, Features, Batch, Decoded, Result."""
+"""The nouns that the rest of the package passes around: Users, Batch, Features, LogProbs, Decoded, Result."""
 
 from __future__ import annotations
 
@@ -81,21 +81,25 @@ class Users(nn.Module):
 
 @dataclass
 class Batch:
-    """Hidden states of N pairs. Index 0 of the second dimension is the chosen response, 1 the rejected one.
+    """Hidden states of N pairs, as a loss sees them. Index 0 of the second dimension is the chosen response, 1 the rejected.
 
-    hidden float [N, 2, T, D]; mask bool [N, 2, T], true on response tokens (T = 1 where only the last one is kept);
-    user int64 [N], rows of the user table.
+    hidden float32 [N, 2, T, D]; mask bool [N, 2, T], true on response tokens (T = 1 where only the last one is kept);
+    user int64 [N], rows of the user table; pair int64 [N], numbers of the pairs among the train rows; prompt float32 [N, D],
+    the last state of the prompt by itself, for models that encode it apart; step: minibatches before this one.
     """
 
     hidden: Tensor
     mask: Tensor
     user: Tensor
+    pair: Tensor | None = None
+    prompt: Tensor | None = None
+    step: int = 0
 
     def __len__(self) -> int:
         return len(self.user)
 
     def to(self, device) -> Batch:
-        return Batch(self.hidden.to(device), self.mask.to(device), self.user.to(device))
+        return Batch(**{name: v.to(device) if isinstance(v, Tensor) else v for name, v in vars(self).items()})
 
 
 @dataclass
@@ -103,7 +107,8 @@ class Features:
     """Hidden states of a frozen backbone for a set of pairs. A response that several pairs use is stored once.
 
     hidden float32 [M, D]: states of the response tokens, one response after the other; offsets int64 [S + 1]: where each
-    of the S responses starts; chosen, rejected int64 [N]: responses of each pair; users: N ids.
+    of the S responses starts; chosen, rejected int64 [N]: responses of each pair; users: N ids; prompt int64 [N]: where a
+    model encodes prompts apart, the number of each pair's prompt, stored like a response.
     """
 
     hidden: Tensor
@@ -111,6 +116,7 @@ class Features:
     chosen: Tensor
     rejected: Tensor
     users: list[str]
+    prompt: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.users)
@@ -119,27 +125,46 @@ class Features:
         """The pairs with these numbers; hidden states are shared, not copied."""
         keep = torch.as_tensor(list(keep), dtype=torch.long)
         users = [self.users[i] for i in keep.tolist()]
-        return Features(self.hidden, self.offsets, self.chosen[keep], self.rejected[keep], users)
+        prompt = None if self.prompt is None else self.prompt[keep]
+        return Features(self.hidden, self.offsets, self.chosen[keep], self.rejected[keep], users, prompt)
+
+    def last(self) -> Tensor:
+        """States [N, 2, D] of the last tokens."""
+        return self.hidden[self.offsets[torch.stack([self.chosen, self.rejected], dim=1) + 1] - 1]
 
     def batch(self, user_rows: Tensor, index: Tensor | None = None, *, last: bool) -> Batch:
         """Pairs `index` (all by default) as a Batch; user_rows int64 [N] is `users.rows(self.users)`.
 
-        last: only the last token of each response, which is all that a model with pool="last" trains on.
+        last: only the last token of each response, for models that read no other.
         """
         index = torch.arange(len(self)) if index is None else index
         response = torch.stack([self.chosen[index], self.rejected[index]], dim=1)  # [n, 2]
         start, end = self.offsets[response], self.offsets[response + 1]
-        if last:
-            return Batch(
-                self.hidden[end - 1].unsqueeze(2),
-                torch.ones_like(end, dtype=torch.bool).unsqueeze(2),
-                user_rows[index],
-            )
+        start = end - 1 if last else start
         length = end - start
         position = torch.arange(int(length.max()) if len(index) else 1)
         mask = position < length.unsqueeze(-1)  # [n, 2, T]
         token = (start.unsqueeze(-1) + position).clamp(max=len(self.hidden) - 1)
-        return Batch(self.hidden[token] * mask.unsqueeze(-1), mask, user_rows[index])
+        prompt = None if self.prompt is None else self.hidden[self.offsets[self.prompt[index] + 1] - 1]
+        return Batch(self.hidden[token] * mask.unsqueeze(-1), mask, user_rows[index], pair=index, prompt=prompt)
+
+
+@dataclass
+class LogProbs:
+    """Log-probs of N pairs under a language model, each summed over the response and its stop token.
+
+    own float32 [N, 2] (chosen, rejected); generic float32 [N, 2]: the same for the user without a vector, where the model
+    has user vectors; user, pair int64 [N] as in Batch; step: minibatches before this one.
+    """
+
+    own: Tensor
+    generic: Tensor | None
+    user: Tensor
+    pair: Tensor
+    step: int = 0
+
+    def __len__(self) -> int:
+        return len(self.user)
 
 
 @dataclass

@@ -25,6 +25,9 @@ class Backbone(torch.nn.Module):
         super().__init__()
         self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=dim))
 
+    def get_decoder(self):
+        return self
+
 
 def as_features(planted, keep, names) -> Features:
     n = len(planted.user)

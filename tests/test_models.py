@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from pyargs.data.synthetic import tiny_lm as saved_lm
 from pyargs.errors import PyargsError, UnknownUser
-from pyargs.heads import features, linear, mlp
+from pyargs.heads import linear, mlp
+from pyargs.lm import lora
 from pyargs.lm.encode import encode_prompt, encode_response, pack
 from pyargs.lm.hf import load_lm, packed_states, response_logprobs, response_states, spans
-from pyargs.models.reward_model import RewardModel, add_lora
+from pyargs.models.reward_model import RewardModel
 from pyargs.ops import score_select
 from pyargs.types import Batch, Users
 
@@ -30,9 +31,9 @@ def test_a_folded_head_gives_the_same_rewards(kind, rows, k, seed):
     hidden, user = torch.randn(rows, k, 32), torch.randint(0, 3, (rows,))
     folded = head.fold()
     _, _, reward, _ = score_select(
-        features(folded, hidden, user), folded["weight"], user, torch.ones(rows), torch.zeros(rows, k),
+        folded.features(hidden, user), folded.weight, user, torch.ones(rows), torch.zeros(rows, k),
         torch.arange(k).expand(rows, k), torch.zeros(rows, dtype=torch.bool),
-        **{name: folded[name] for name in ("bias", "activation") if name in folded},
+        bias=folded.bias, activation=folded.activation,
     )  # fmt: skip
     torch.testing.assert_close(reward, head(hidden, user.unsqueeze(1).expand(rows, k)), atol=2e-5, rtol=2e-5)
 
@@ -131,7 +132,7 @@ def on_disk(tmp_path):
     return str(folder), lm, tokenizer
 
 
-def make(folder, lm, tokenizer, kind="linear", lora=True):
+def make(folder, lm, tokenizer, kind="linear", with_lora=True):
     from pyargs.lm.hf import fingerprint
 
     backbone, dim = lm.get_decoder(), lm.config.hidden_size
@@ -140,8 +141,8 @@ def make(folder, lm, tokenizer, kind="linear", lora=True):
     head = linear.Head(dim, 3, users, softmax=True, divisor=100.0) if kind == "linear" else mlp.Head(dim, 6, users, second=4)
     config = {"method": "lore", "backbone": folder, "dtype": "float32", "fingerprint": fingerprint(backbone), "fields": {}}
     model = RewardModel(backbone, tokenizer, head, pool="last" if kind == "linear" else "mean", about=config)
-    if lora:
-        add_lora(backbone, rank=4, alpha=8, rslora=True, target_modules=None)
+    if with_lora:
+        lora.add(backbone, rank=4, alpha=8, rslora=True, target_modules=None)
         for name, parameter in backbone.named_parameters():
             if "lora_" in name:
                 torch.nn.init.normal_(parameter, std=0.3)
@@ -155,9 +156,9 @@ def some_batch(model) -> Batch:
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
-@pytest.mark.parametrize("lora", [False, True])
-def test_save_and_load_give_the_same_rewards(on_disk, tmp_path, kind, lora):
-    model = make(*on_disk, kind=kind, lora=lora)
+@pytest.mark.parametrize("with_lora", [False, True])
+def test_save_and_load_give_the_same_rewards(on_disk, tmp_path, kind, with_lora):
+    model = make(*on_disk, kind=kind, with_lora=with_lora)
     model.save_pretrained(tmp_path / "rm")
     again = RewardModel.from_pretrained(tmp_path / "rm")
     one, two = some_batch(model), some_batch(again)
@@ -165,13 +166,13 @@ def test_save_and_load_give_the_same_rewards(on_disk, tmp_path, kind, lora):
     assert again.about == model.about and again.pool == model.pool and again.users.ids == model.users.ids
     assert (tmp_path / "rm/README.md").read_text().startswith("---\nlibrary_name: pyargs")
     assert not list((tmp_path / "rm").glob("*.bin")) and not list((tmp_path / "rm").glob("*.pt"))
-    if not lora:
+    if not with_lora:
         lm, tokenizer = load_lm(on_disk[0])
         shared = RewardModel.from_pretrained(tmp_path / "rm", backbone=lm.get_decoder(), tokenizer=tokenizer)
         assert shared.backbone is lm.get_decoder() and torch.equal(shared.rewards(some_batch(shared)), model.rewards(one))
 
 
-@pytest.mark.parametrize("file", ["head.safetensors", "adapter_model.safetensors"])
+@pytest.mark.parametrize("file", ["shared.safetensors", "adapter_model.safetensors"])
 @pytest.mark.parametrize("change", ["missing", "unexpected"])
 def test_a_missing_or_unexpected_key_raises(on_disk, tmp_path, file, change):
     make(*on_disk).save_pretrained(tmp_path / "rm")
@@ -188,7 +189,7 @@ def test_a_missing_or_unexpected_key_raises(on_disk, tmp_path, file, change):
 def test_another_backbone_is_refused(on_disk, tmp_path):
     make(*on_disk).save_pretrained(tmp_path / "rm")
     saved_lm(tmp_path / "lm", seed=2)  # same place and shape, other weights
-    with pytest.raises(PyargsError, match="not those that this reward model was trained on"):
+    with pytest.raises(PyargsError, match="not those that this model was trained on"):
         RewardModel.from_pretrained(tmp_path / "rm")
     with pytest.raises(PyargsError, match="LoRA"):
         RewardModel.from_pretrained(tmp_path / "rm", backbone=on_disk[1].get_decoder())
@@ -259,7 +260,7 @@ def test_lora_beside_a_bfloat16_backbone_survives_saving(on_disk, tmp_path):
 
 
 def test_user_vectors_must_fit_the_head(on_disk, tmp_path):
-    make(*on_disk, lora=False).save_pretrained(tmp_path / "rm")
+    make(*on_disk, with_lora=False).save_pretrained(tmp_path / "rm")
     file = tmp_path / "rm/users.safetensors"
     for broken in (
         {"mixture": torch.zeros(2, 4)},

@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> dict:
     from pyargs import files, fit
     from pyargs.config import load_data
     from pyargs.data import content_hash, of_split
-    from pyargs.models.reward_model import RewardModel
+    from pyargs.models import load_model
 
     rows = of_split(load_data(args), "support")
     key = files.stage_key(
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> dict:
         return plan
     if done := files.finished(args.out, key):
         return {**done, "already_done": True}
-    model = RewardModel.from_pretrained(args.model)
+    model = load_model(args.model)
     fit.adapt(model, rows, steps=args.adapt_steps)
     model.save_pretrained(args.out)
     return files.record(

@@ -10,15 +10,17 @@ def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
 
     parser.add_argument("model", help="folder of `pyargs train` or `pyargs adapt`")
     add_policy(parser)
-    weight = parser.add_mutually_exclusive_group(required=True)
+    weight = parser.add_mutually_exclusive_group()
     weight.add_argument("--tuned", help="file of `pyargs tune`: its reward_weight is used")
     weight.add_argument("--reward-weight", type=float, help="raw w of eq. 1; 0 is the policy alone in the same loop")
     parser.add_argument("--split", default="query", help="whose prompts (default: query)")
     parser.add_argument("--limit", type=positive, help="only the first N prompts")
     parser.add_argument("--num-candidates", type=positive, default=10, help="k of ARGS (default 10)")
+    parser.add_argument("--whole-vocabulary", action="store_true", help="GenARM's own rule instead of the k candidates")
+    parser.add_argument("--best-of", type=positive, metavar="N", help="best of N samples instead of guidance")
     parser.add_argument("--max-new-tokens", type=positive, default=64, help="length of an answer (default 64)")
     parser.add_argument("--batch-size", type=positive, default=8, help="prompts decoded together (default 8)")
-    parser.add_argument("--do-sample", action="store_true", help="sample over the k candidates instead of the argmax")
+    parser.add_argument("--do-sample", action="store_true", help="sample instead of the argmax")
     parser.add_argument("--temperature", type=float, default=0.7, help="of --do-sample (default 0.7, as in ARGS)")
     parser.add_argument("--seed", type=int, default=0, help="of --do-sample")
     parser.add_argument("--out", required=True, help="JSONL file, one answer a line")
@@ -32,23 +34,27 @@ def run(args: argparse.Namespace) -> dict:
     from pyargs.config import load_data
     from pyargs.data import content_hash, of_split
     from pyargs.decode.prompts import decode_prompts, load_pair
+    from pyargs.errors import PyargsError
 
     data = load_data(args)
     rows = of_split(data, args.split)
     unique = {(row["user_id"], str(row["prompt"])): row for row in rows}
     items = list(unique.values())[: args.limit]
     if not items:
-        from pyargs.errors import PyargsError
-
         raise PyargsError(f"no rows with split '{args.split}' (there are: {', '.join(sorted(set(data['split'])))})")
     weight = files.read_tuned(args.tuned, args.model)["reward_weight"] if args.tuned else args.reward_weight
+    if (weight is None) != bool(args.best_of or args.policy is None):
+        raise PyargsError(
+            "give --tuned or --reward-weight for a model that guides the policy's steps, and neither for --best-of or a model "
+            "that answers by itself"
+        )
     settings = {name: getattr(args, name) for name in (
         "policy", "dtype", "split", "limit", "num_candidates", "max_new_tokens", "batch_size", "do_sample", "temperature",
-        "seed",
+        "seed", "whole_vocabulary", "best_of",
     )}  # fmt: skip
     key = files.stage_key(
         {"stage": "decode", "reward_weight": weight, **settings},
-        {"data": content_hash(rows), "model": files.sha256(args.model), "policy": files.identity(args.policy)},
+        {"data": content_hash(rows), "model": files.sha256(args.model), "policy": files.identity(args.policy or "")},
     )
     if done := files.finished(args.out, key):
         return {**done, "already_done": True}
@@ -57,8 +63,9 @@ def run(args: argparse.Namespace) -> dict:
     lines, started = {}, time.perf_counter()
     for numbers, _, decoded in decode_prompts(
         policy, model, [row["prompt"] for row in items], [row["user_id"] for row in items], reward_weight=weight,
-        batch_size=args.batch_size, num_candidates=args.num_candidates, max_new_tokens=args.max_new_tokens,
-        do_sample=args.do_sample, temperature=args.temperature, seed=args.seed,
+        batch_size=args.batch_size, num_candidates=None if args.whole_vocabulary else args.num_candidates,
+        max_new_tokens=args.max_new_tokens, do_sample=args.do_sample, temperature=args.temperature, seed=args.seed,
+        best_of=args.best_of or 0,
     ):  # fmt: skip
         texts = decoded.texts(model.tokenizer)
         for row, (i, text, tokens) in enumerate(zip(numbers, texts, decoded.answers(), strict=True)):

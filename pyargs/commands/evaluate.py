@@ -11,7 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
     parser.add_argument("model", help="folder of `pyargs adapt` (or of `pyargs train` with --split train_test)")
     add_policy(parser)
     parser.add_argument("--split", default="query", help="which pairs (default: query, those of the new users)")
-    parser.add_argument("--tuned", required=True, help="file of `pyargs tune`: the weight, and the centre of the rewards")
+    parser.add_argument("--tuned", help="file of `pyargs tune`; without it and --policy: RM accuracy")
     parser.add_argument("--generations", nargs="*", default=[], help="files of `pyargs decode` to score with ROUGE")
     parser.add_argument("--out", required=True, help="JSON file for the result")
     add_data(parser)
@@ -26,13 +26,18 @@ def run(args: argparse.Namespace) -> dict:
     from pyargs.decode.prompts import load_pair
     from pyargs.errors import PyargsError
     from pyargs.metrics.overlap import rouge
-    from pyargs.metrics.policy_accuracy import pair_scores, policy_accuracy
     from pyargs.metrics.rm_accuracy import rm_accuracy
+    from pyargs.models import load_model
+    from pyargs.models.folder import locate, read_config
     from pyargs.types import Result
 
     rows = of_split(load_data(args), args.split)
-    inputs = {"data": content_hash(rows), "model": files.sha256(args.model), "tuned": files.sha256(args.tuned)}
-    inputs["policy"] = files.identity(args.policy)
+    tuned = files.read_tuned(args.tuned, args.model) if args.tuned else None
+    if (tuned is None) != (args.policy is None):
+        raise PyargsError("give both --policy and --tuned (the weight chosen for it), or neither")
+    inputs = {"data": content_hash(rows), "model": files.sha256(args.model), "policy": files.identity(args.policy or "")}
+    if args.tuned:
+        inputs["tuned"] = files.sha256(args.tuned)
     stems = [Path(file).stem for file in args.generations]
     if len(set(stems)) < len(stems):
         raise PyargsError(f"two --generations files are called {max(stems, key=stems.count)}: give them different names")
@@ -41,20 +46,12 @@ def run(args: argparse.Namespace) -> dict:
     if done := files.finished(args.out, key):
         return {**done, "already_done": True}
 
-    tuned = files.read_tuned(args.tuned, args.model)
-    policy, model = load_pair(args.policy, args.model, dtype=args.dtype)
-    scores = pair_scores(model, policy, rows)
-    accuracy = policy_accuracy(scores, tuned["reward_weight"], centre=tuned["centre"])
-    kind = "personal" if model.users.personal else "global"
-    values = {
-        "rm_accuracy": rm_accuracy(scores.reward, scores.users),
-        "policy_accuracy": {
-            "base": accuracy.pop("base"),
-            kind: accuracy,
-            "weight_0": {name: v for name, v in policy_accuracy(scores, 0.0).items() if name in ("paper", "all")},
-        },
-        "reward_weight": tuned["reward_weight"],
-    }
+    if read_config(locate(args.model))["kind"] != "user_policy" and args.policy is None:
+        model = load_model(args.model)
+        values = {"rm_accuracy": rm_accuracy(model.pair_scores(rows)[1], rows["user_id"])}
+    else:
+        policy, model = load_pair(args.policy, args.model, dtype=args.dtype)
+        values = _policy(model, rows) if args.policy is None else _guide(model, policy, rows, tuned)
     written = {(row["user_id"], row["pair_id"]): row["chosen"] for row in rows}
     for file in args.generations:
         lines = list(files.read_jsonl(file))
@@ -71,3 +68,33 @@ def run(args: argparse.Namespace) -> dict:
     files.write_json(args.out, result)
     files.record(args.out, key)
     return result
+
+
+def _guide(model, policy, rows, tuned: dict) -> dict:
+    """What a RewardModel or TokenReward is worth by itself and, with its weight, to the policy's score."""
+    from pyargs.metrics.policy_accuracy import pair_scores, policy_accuracy
+    from pyargs.metrics.rm_accuracy import rm_accuracy
+
+    scores = pair_scores(model, policy, rows)
+    accuracy = policy_accuracy(scores, tuned["reward_weight"], centre=tuned["centre"])
+    return {
+        "rm_accuracy": rm_accuracy(scores.reward, scores.users),
+        "policy_accuracy": {
+            "base": accuracy.pop("base"),
+            "personal" if model.users.personal else "global": accuracy,
+            "weight_0": {name: v for name, v in policy_accuracy(scores, 0.0).items() if name in ("paper", "all")},
+        },
+        "reward_weight": tuned["reward_weight"],
+    }
+
+
+def _policy(model, rows) -> dict:
+    """How a policy ranks its user's pairs: by mean log-prob (eq. 7), by the sum, and by the margin over its untrained self."""
+    from pyargs.metrics.rm_accuracy import rm_accuracy
+
+    users = list(rows["user_id"])
+    logprob, length = model.pair_logprobs(rows)
+    ranked = {"mean": logprob / length, "sum": logprob}
+    if model.soft is not None:
+        ranked["margin"] = logprob - model.untrained(rows, stop=False)
+    return {"policy_accuracy": {"personal": {name: rm_accuracy(score, users) for name, score in ranked.items()}}}

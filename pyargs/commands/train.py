@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
 
     known = [module.name for module in pkgutil.iter_modules(methods.__path__)]
     parser.add_argument("method", help=f"one of {', '.join(known)}, or a path to a .py file; its flags follow from it")
-    parser.add_argument("--out", required=True, help="folder for the reward model")
+    parser.add_argument("--out", required=True, help="folder for the model; a killed full training goes on where it was")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, with sizes, and stop")
     add_data(parser)
     # A first look at the words tells the method, whose fields are the other flags.
@@ -45,17 +45,19 @@ def run(args: argparse.Namespace) -> dict:
     plan = {
         "method": args.method,
         "backbone": config.backbone,
-        "frozen": config.freeze_backbone,
+        "frozen": getattr(config, "freeze_backbone", False),
         "pairs": len(rows),
         "users": len(set(rows["user_id"])),
-        "steps": round(fit.epochs(config) * -(-len(rows) // config.batch_size)),
+        "steps": round(fit.epochs(config) * -(-len(rows) // config.batch_size)) if hasattr(recipe, "loss") else 0,
         "out": args.out,
     }
     if args.dry_run:
         return plan
     if done := files.finished(args.out, key):
         return {**done, "already_done": True}
-    model = fit.train(args.method, data, config)
+    # Its name holds the stage's key: a checkpoint of other settings or data is never gone on from.
+    checkpoints = files.beside(args.out, f"checkpoints-{files.short_hash(key)}")
+    model = fit.train(args.method, data, config, checkpoints=checkpoints)
     model.save_pretrained(args.out)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return files.record(args.out, key, **plan, trained_parameters=trained, provenance=files.provenance(config.seed))

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> dict:
     rows = of_split(load_data(args), "train_test")
     key = files.stage_key(
         {"stage": "tune", "policy": args.policy, "dtype": args.dtype, **asdict(config)},
-        {"data": content_hash(rows), "model": files.sha256(args.model), "policy": files.identity(args.policy)},
+        {"data": content_hash(rows), "model": files.sha256(args.model), "policy": files.identity(args.policy or "")},
     )
     if done := files.finished(args.out, key):
         return {**done, "already_done": True}

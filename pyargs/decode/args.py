@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from pyargs.decode import reference
-from pyargs.decode.request import Output, Request, check
-from pyargs.heads import features
+from pyargs.decode.request import Output, Request, as_float, check
 from pyargs.lm.cache import PrefixCache, can_branch
 from pyargs.lm.hf import additive
 from pyargs.models.reward_model import RewardModel
@@ -73,7 +72,6 @@ def decode(policy, reward_model: RewardModel, request: Request) -> Decoded:
     rows, length = request.input_ids.shape
     k, device = request.num_candidates, reward_model.device
     backbone, folded = reward_model.backbone, reward_model.head.fold()
-    epilogue = {name: folded[name] for name in ("bias", "activation") if name in folded}
 
     policy_cache = PrefixCache(policy.config.get_text_config(decoder=True), length + request.max_new_tokens)
     reward_cache = PrefixCache(backbone.config.get_text_config(decoder=True), length + request.max_new_tokens + k)
@@ -110,7 +108,7 @@ def decode(policy, reward_model: RewardModel, request: Request) -> Decoded:
     itself = torch.eye(k, dtype=torch.bool, device=device).expand(rows, 1, k, k)
 
     for step in range(request.max_new_tokens):
-        logprobs, candidates, _ = topk_logprobs(_float(logits)[:, : request.vocabulary], k)
+        logprobs, candidates, _ = topk_logprobs(as_float(logits)[:, : request.vocabulary], k)
         logprobs, candidates = logprobs.to(device), candidates.to(device)
 
         prefix = reward_valid[:, None, None, : length + step].expand(rows, 1, k, length + step)
@@ -119,8 +117,8 @@ def decode(policy, reward_model: RewardModel, request: Request) -> Decoded:
             position_ids=(reward_position + step).expand(rows, k), past_key_values=reward_cache, use_cache=True,
         ).last_hidden_state  # fmt: skip
         token, slot, reward, finished = score_select(
-            features(folded, _float(hidden), request.user), folded["weight"], request.user, request.step_weight(step),
-            logprobs, candidates, finished, **epilogue,
+            folded.features(as_float(hidden), request.user), folded.weight, request.user, request.step_weight(step),
+            logprobs, candidates, finished, bias=folded.bias, activation=folded.activation,
             stop=request.stop, stop_reward=so_far if request.eos_reward == "before" else None, pad_id=request.pad_id,
             temperature=request.temperature, uniform=None if request.uniform is None else request.uniform[step],
         )  # fmt: skip
@@ -138,8 +136,3 @@ def decode(policy, reward_model: RewardModel, request: Request) -> Decoded:
         ).logits[:, -1]  # fmt: skip
         policy_cache.advance(1)
     return output.decoded(finished)
-
-
-def _float(x: Tensor) -> Tensor:
-    """float64 models (tests) are rounded to float32, which the ops take; other types pass as they are."""
-    return x.float() if x.dtype == torch.float64 else x

@@ -1,44 +1,79 @@
-"""Text at the edge of the decoder: a policy with its reward model, and answers to any number of prompts."""
+"""Text at the edge of the decoders: models as they are decoded with, and answers to any number of prompts."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from tqdm import tqdm
 
-from pyargs.decode.args import generate
-from pyargs.files import read_json
+from pyargs.decode import args, best_of_n, plain, tokenwise
+from pyargs.errors import PyargsError
 from pyargs.lm.encode import encode_prompt, left_pad
 from pyargs.lm.hf import load_lm
-from pyargs.models.reward_model import RewardModel
+from pyargs.models import load_model
+from pyargs.models.folder import locate, read_config
+from pyargs.models.token_reward import TokenReward
+from pyargs.models.user_policy import UserPolicy
+from pyargs.types import Decoded
 
 
-def load_pair(policy: str, model: str, *, dtype: str = "float32"):
-    """A policy and a reward model; where both rest on the same weights and no LoRA changes them, they are loaded once."""
+def load_pair(policy: str | None, model: str, *, dtype: str = "float32"):
+    """A policy and the model that guides it; weights that both rest on are loaded once, unless LoRA changes them.
+
+    A UserPolicy answers by itself: it takes no policy, and its own language model stands in the place of one.
+    """
+    config = read_config(locate(model))
+    if config["kind"] == "user_policy":
+        if policy is not None:
+            raise PyargsError(f"{model} is a policy itself ({config['method']}): leave --policy out")
+        own = load_model(model).merge()
+        return own.lm, own
+    if policy is None:
+        raise PyargsError(
+            f"{model} is a {config['kind'].replace('_', ' ')} ({config['method']}): name the --policy that it guides"
+        )
     lm, tokenizer = load_lm(policy, dtype=dtype)
-    config = read_json(f"{model}/config.json")
-    if config["backbone"] == policy and config["dtype"] == dtype and not config["lora"]:
-        return lm, RewardModel.from_pretrained(model, backbone=lm.get_decoder(), tokenizer=tokenizer, device=lm.device)
-    return lm, RewardModel.from_pretrained(model).merge()
+    same = config["backbone"] == policy and config["dtype"] == dtype and not config["lora"]
+    if same and config["kind"] == "reward_model":
+        return lm, load_model(model, backbone=lm.get_decoder(), tokenizer=tokenizer, device=lm.device)
+    return lm, load_model(model).merge()
 
 
-def decode_prompts(policy, model: RewardModel, prompts, users, *, batch_size: int = 8, progress: str = "decode", **more):
-    """Guided answers to any number of prompts, batch by batch of similar length, in the order given.
+def decode_prompts(
+    policy, model, prompts, users, *, batch_size: int = 8, best_of: int = 0, progress: str = "decode", **more
+) -> Iterator[tuple[list[int], list[list[int]], Decoded]]:
+    """Answers to any number of prompts, batch by batch of similar length, each for its user, in any order.
 
-    prompts: str or messages; users: one id each; reward_weight: one for all, or a list with one for each; seed: each prompt
-    samples by this and its number, whatever batch it is in; the rest as for `generate`.
+    A RewardModel guides through `args`, or picks the best of `best_of` samples; a TokenReward likewise through `tokenwise`; a
+    UserPolicy answers by itself. prompts: str or messages; users: one id each; reward_weight: one for all, or a list with one
+    for each; seed: each prompt samples by this and its number, whatever batch it is in; the rest as for `pyargs.generate`.
     Yields (numbers of the prompts, their ids, Decoded).
     """
-    tokenizer = model.tokenizer
-    room = model.about.get("max_length")
-    encoded = [encode_prompt(tokenizer, prompt, room) for prompt in prompts]
-    weight, seed = more.pop("reward_weight"), more.pop("seed", 0)
+    tokenizer, room = model.tokenizer, model.about.get("max_length")
+    own = isinstance(model, UserPolicy)
+    encoded = [
+        model.prompt_ids(prompt, user, room) if own else encode_prompt(tokenizer, prompt, room)
+        for prompt, user in zip(prompts, users, strict=True)
+    ]
+    weight, seed = more.pop("reward_weight", None), more.pop("seed", 0)
     weights = list(weight) if isinstance(weight, (list, tuple)) else [weight] * len(encoded)
+    sampled = own and more.get("do_sample")
+    batch_size = 1 if best_of or sampled else batch_size  # transformers samples a whole batch by one seed
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     with tqdm(total=len(order), desc=progress, unit="prompt") as bar:
         for start in range(0, len(order), batch_size):
             take = order[start : start + batch_size]
-            ids, mask = left_pad([encoded[i] for i in take], pad_id=0)
-            yield take, [encoded[i] for i in take], generate(
-                policy, model, ids, mask, [users[i] for i in take],
-                reward_weight=[weights[i] for i in take], seed=[seed * 1_000_003 + i for i in take], **more,
-            )  # fmt: skip
+            some, their, seeds = [encoded[i] for i in take], [users[i] for i in take], [seed * 1_000_003 + i for i in take]
+            length = {name: more[name] for name in ("max_new_tokens", "temperature") if name in more}
+            if best_of:
+                (decoded,), _ = best_of_n.generate(policy, model, some, their, n=best_of, seed=seeds, **length)
+            elif own:
+                decoded = plain.generate(model, some, their, do_sample=bool(sampled), seed=seeds[0], **length)
+            else:
+                generate = tokenwise.generate if isinstance(model, TokenReward) else args.generate
+                ids, mask = left_pad(some, pad_id=0)
+                decoded = generate(
+                    policy, model, ids, mask, their, reward_weight=[weights[i] for i in take], seed=seeds, **more
+                )
+            yield take, some, decoded
             bar.update(len(take))

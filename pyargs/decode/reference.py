@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from pyargs.decode.request import Output, Request
-from pyargs.lm.cache import PrefixLayer, parameters
+from pyargs.lm.cache import PrefixLayer
+from pyargs.lm.hf import forward_step
 from pyargs.models.reward_model import RewardModel
 from pyargs.types import Decoded
 
@@ -24,8 +24,8 @@ def decode(policy, reward_model: RewardModel, request: Request) -> Decoded:
     mask = request.attention_mask
     padded = not bool(mask.all())
 
-    policy_out, policy_cache = _forward(policy, request.input_ids, mask, None, padded, logits_to_keep=1)
-    reward_out, reward_cache = _forward(backbone, request.input_ids.to(device), mask.to(device), None, padded)
+    policy_out, policy_cache = forward_step(policy, request.input_ids, mask, None, padded, logits_to_keep=1)
+    reward_out, reward_cache = forward_step(backbone, request.input_ids.to(device), mask.to(device), None, padded)
     so_far = reward_model.head(reward_out.last_hidden_state[:, -1], request.user)
     total = torch.zeros_like(so_far)
     # Row b * k + j holds candidate j of row b, behind its own copy of the prefix.
@@ -39,7 +39,7 @@ def decode(policy, reward_model: RewardModel, request: Request) -> Decoded:
         logprobs, ids = _topk(logprobs, k)
 
         mask = torch.cat([mask, mask.new_ones(rows, 1)], dim=1)
-        reward_out, reward_cache = _forward(
+        reward_out, reward_cache = forward_step(
             backbone, ids.reshape(-1, 1), mask.to(device).repeat_interleave(k, dim=0), reward_cache, padded
         )
         hidden = reward_out.last_hidden_state.reshape(rows, k, -1)
@@ -68,7 +68,7 @@ def decode(policy, reward_model: RewardModel, request: Request) -> Decoded:
             break
 
         _follow(reward_cache, (first_row + slot).repeat_interleave(k))
-        policy_out, policy_cache = _forward(
+        policy_out, policy_cache = forward_step(
             policy, token.unsqueeze(1).to(policy.device), mask, policy_cache, padded, logits_to_keep=1
         )
     return output.decoded(finished)
@@ -104,18 +104,3 @@ def _topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     ids, order = ids.sort(dim=1)
     top, order = top.gather(1, order).sort(dim=1, descending=True, stable=True)
     return top, ids.gather(1, order)
-
-
-def _forward(model, ids: Tensor, mask: Tensor, cache, padded: bool, **more):
-    """One pass over new tokens; returns the output and the cache, whatever the model calls it."""
-    known = parameters(type(model))
-    name = "past_key_values" if "past_key_values" in known else "cache_params"
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True)) if cache is None else cache
-    inputs = {"input_ids": ids, name: cache, "use_cache": True, **more}
-    # A state-space model has seen the padding once it is past it. Without padding a mask only costs time.
-    if padded and ("position_ids" in known or mask.shape == ids.shape):
-        inputs["attention_mask"] = mask
-    if "position_ids" in known:
-        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    output = model(**{key: value for key, value in inputs.items() if key in known})
-    return output, output[name]

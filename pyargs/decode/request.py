@@ -11,7 +11,6 @@ from torch import Tensor
 
 from pyargs.errors import PyargsError
 from pyargs.lm.hf import same_tokenizer
-from pyargs.models.reward_model import RewardModel
 from pyargs.types import Decoded
 
 
@@ -20,7 +19,7 @@ class Request:
     """B rows to decode. Tensors lie on the reward model's device, where the choice is made; the prompt on the policy's.
 
     input_ids, attention_mask int64 [B, T], padded on the left; user int64 [B]; weight float32 [B]; stop int64 [E];
-    uniform float32 [max_new_tokens, B] for sampling, or None for greedy choice.
+    uniform float32 [max_new_tokens, B] for sampling, or None for greedy choice; num_candidates: None is all tokens.
     """
 
     input_ids: Tensor
@@ -29,7 +28,7 @@ class Request:
     weight: Tensor
     stop: Tensor
     pad_id: int
-    num_candidates: int
+    num_candidates: int | None
     max_new_tokens: int
     vocabulary: int
     eos_reward: str
@@ -48,8 +47,8 @@ class Request:
 
 
 def check(
-    policy, reward_model: RewardModel, input_ids: Tensor, attention_mask: Tensor | None, users: Sequence[str], *,
-    reward_weight: float | Sequence[float] | Tensor, num_candidates: int, max_new_tokens: int,
+    policy, reward_model, input_ids: Tensor, attention_mask: Tensor | None, users: Sequence[str], *,
+    reward_weight: float | Sequence[float] | Tensor, num_candidates: int | None, max_new_tokens: int,
     eos_token_id: int | Sequence[int] | None, pad_token_id: int | None, do_sample: bool, temperature: float,
     seed: int | Sequence[int] | None,
     eos_reward: str, tokenizer, token_callback,
@@ -95,7 +94,7 @@ def check(
         )
     config = policy.config.get_text_config(decoder=True)
     vocabulary = min(config.vocab_size, len(tokenizer or theirs) if (tokenizer or theirs) is not None else config.vocab_size)
-    if not 1 <= num_candidates <= min(64, vocabulary):
+    if num_candidates is not None and not 1 <= num_candidates <= min(64, vocabulary):
         raise PyargsError(f"num_candidates must be in 1..{min(64, vocabulary)}, got {num_candidates}")
     room = getattr(config, "max_position_embeddings", None)
     if room and length + max_new_tokens > room:
@@ -171,3 +170,8 @@ class Output:
         steps = int((self.lengths + finished).max()) if len(self.lengths) else 0
         parts = (self.tokens[:, :steps], self.rewards[:, :steps], self.slots[:, :steps], self.spreads[:, :steps], self.lengths)
         return Decoded(*(part.cpu() for part in parts))
+
+
+def as_float(x: Tensor) -> Tensor:
+    """float64 models (tests) are rounded to float32, which the ops take; other types pass as they are."""
+    return x.float() if x.dtype == torch.float64 else x

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pyargs.heads import Folded
 from pyargs.types import Users
 
 
@@ -38,7 +39,7 @@ class Head(nn.Module):
     def forward(self, hidden: Tensor, user: Tensor) -> Tensor:
         return ((hidden.float() @ self.directions.T) * self.weights(user)).sum(-1) / self.divisor
 
-    def fold(self) -> dict:
-        """What `score_select` reads: every user's own direction [U, D], the divisor included."""
+    def fold(self) -> Folded:
+        """Every user's own direction [U, D], the divisor included."""
         everyone = torch.arange(max(len(self.users), 1), device=self.directions.device)
-        return {"weight": self.weights(everyone) @ self.directions / self.divisor}
+        return Folded(lambda hidden, user: hidden, self.weights(everyone) @ self.directions / self.divisor)

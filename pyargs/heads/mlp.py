@@ -1,9 +1,11 @@
-"""Shared multi-layer head: reward = w3 . phi(W2 phi(W1 h + c_u)), W2 optional (family F3: Global RM, VPL)."""
+"""Shared multi-layer head: reward = w3 . phi(W2 phi(W1 h + c_u)), W2 optional (family F3: Global RM)."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
+from pyargs.heads import Folded
 from pyargs.ops.score_select import ACTIVATIONS
 from pyargs.types import Users
 
@@ -42,16 +44,22 @@ class Head(nn.Module):
             x = phi(self.second(x))
         return self.last(x).squeeze(-1)
 
-    def fold(self) -> dict:
-        """What the decoder reads: `project` maps states to features [..., H], then `score_select` applies the rest."""
+    def fold(self) -> Folded:
         bias = self.users.vectors["bias"] if self.users.personal else self.first.bias.unsqueeze(0)
-        folded = {"weight": self.last.weight, "activation": self.activation}
-        if self.second is None:
-            return {**folded, "project": self.first.weight, "bias": bias}
-        return {
-            **folded,
-            "project": self.first.weight,
-            "inner_bias": bias,
-            "second": self.second.weight,
-            "bias": self.second.bias.unsqueeze(0),
-        }
+        return fold(self.first.weight, bias, self.second, self.last.weight, self.activation)
+
+
+def fold(first: Tensor, bias: Tensor, second: nn.Linear | None, last: Tensor, activation: str) -> Folded:
+    """The formula above from its parts: first [H, D], bias [U or 1, H], last [1, H or H2]."""
+    phi = ACTIVATIONS[activation]
+
+    def project(hidden: Tensor, user: Tensor) -> Tensor:
+        return torch.matmul(hidden.to(first.dtype), first.T)
+
+    def through_second(hidden: Tensor, user: Tensor) -> Tensor:
+        x = phi(project(hidden, user) + (bias if len(bias) == 1 else bias[user]).unsqueeze(1))
+        return torch.matmul(x, second.weight.T)
+
+    if second is None:
+        return Folded(project, last, bias, activation)
+    return Folded(through_second, last, second.bias.unsqueeze(0), activation)

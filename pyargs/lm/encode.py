@@ -112,7 +112,7 @@ def pack(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[Sequence
     spans = []
     for r, (prompt, several) in enumerate(zip(prompts, responses, strict=True)):
         n = len(prompt)
-        ids[r, :n], position[r, :n] = torch.tensor(prompt), torch.arange(n)
+        ids[r, :n], position[r, :n] = torch.tensor(prompt, dtype=torch.long), torch.arange(n)
         mask[r, 0, :n, :n] = torch.ones(n, n).tril().bool()
         start = n
         for response in several:

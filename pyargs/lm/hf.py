@@ -7,10 +7,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+from transformers import DynamicCache
 
 from pyargs.errors import PyargsError
-from pyargs.lm.cache import can_branch
+from pyargs.lm.cache import can_branch, parameters
 from pyargs.lm.encode import Packed, pack
 from pyargs.lm.hub import resolve
 
@@ -66,12 +68,16 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def packed_states(decoder: nn.Module, packed: Packed) -> Tensor:
-    """Last-layer hidden states [R, L, D] of a packed batch; `decoder` is a model without its output layer."""
+def packed_states(decoder: nn.Module, packed: Packed, inputs_embeds: Tensor | None = None) -> Tensor:
+    """Last-layer hidden states [R, L, D] of a packed batch; `decoder` is a model without its output layer.
+
+    inputs_embeds [R, L, D]: what stands in the place of the ids' embeddings (soft prompts).
+    """
+    inputs = {"input_ids": packed.input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
     if not can_branch(decoder):  # one response a row, padding on the right: a plain causal pass never sees the padding
-        return decoder(input_ids=packed.input_ids, use_cache=False).last_hidden_state
+        return decoder(**inputs, use_cache=False).last_hidden_state
     return decoder(
-        input_ids=packed.input_ids,
+        **inputs,
         attention_mask=additive(packed.attention_mask, decoder),
         position_ids=packed.position_ids,
         use_cache=False,
@@ -128,30 +134,65 @@ def response_states(decoder: nn.Module, groups: Sequences, *, max_tokens: int = 
     return found
 
 
-@torch.no_grad()
-def response_logprobs(model: nn.Module, groups: Sequences, *, max_tokens: int = 4096, progress: str = "policy"):
-    """log pi(y_t | x, y_<t) of every response: for each group a list of float32 tensors [T].
+def token_logprobs(model: nn.Module, packed: Packed, inputs_embeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """log pi(y_t | x, y_<t) of packed responses, float32 [S, T] with 0 where the mask [S, T] is false.
 
-    The output layer is applied to the positions that predict a response token only, 512 at a time, so no [T, V] tensor of
-    a whole sequence ever exists.
+    The output layer is applied to the positions that predict a response token only, 512 at a time, and with gradients each
+    such part is computed again in the backward pass: no [T, V] tensor of a whole batch ever exists.
     """
-    decoder, output = model.get_decoder(), model.get_output_embeddings()
-    probe = torch.tensor([list(groups[0][0])[:8]], device=model.device)
-    if not torch.allclose(model(probe).logits, output(decoder(probe).last_hidden_state), atol=1e-3, rtol=1e-3):
+    states, mask = spans(packed_states(model.get_decoder(), packed, inputs_embeds), packed, predicting=True)
+    tokens, _ = spans(packed.input_ids, packed)
+    output = model.get_output_embeddings()
+
+    def part(states: Tensor, ids: Tensor) -> Tensor:
+        return output(states).float().log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+
+    scores = [
+        checkpoint(part, one, ids, use_reentrant=False) if one.requires_grad else part(one, ids)
+        for one, ids in zip(states[mask].split(512), tokens[mask].split(512), strict=True)
+    ]
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, torch.cat(scores)), mask
+
+
+def check_output_layer(model: nn.Module) -> None:
+    """Raises PyargsError for models whose logits are not just output layer times last state (soft caps, scales)."""
+    probe = torch.zeros(1, 4, dtype=torch.long, device=model.device)
+    with torch.no_grad():
+        plain = model.get_output_embeddings()(model.get_decoder()(probe).last_hidden_state)
+        same = torch.allclose(model(probe).logits, plain, atol=1e-3, rtol=1e-3)
+    if not same:
         raise PyargsError(
             f"{model.config.model_type} changes the logits after its output layer (soft cap or scale): not supported here yet"
         )
-    device = next(decoder.parameters()).device
+
+
+@torch.no_grad()
+def response_logprobs(model: nn.Module, groups: Sequences, *, max_tokens: int = 4096, progress: str = "policy"):
+    """log pi(y_t | x, y_<t) of every response: for each group a list of float32 tensors [T]."""
+    check_output_layer(model)
+    device = next(model.get_decoder().parameters()).device
     found: list[list[Tensor]] = [[] for _ in groups]
-    for numbers, packed in batches(groups, decoder, max_tokens, progress):
-        packed = packed.to(device)
-        states, mask = spans(packed_states(decoder, packed), packed, predicting=True)
-        tokens, _ = spans(packed.input_ids, packed)
-        scores = [
-            output(part).float().log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-            for part, ids in zip(states[mask].split(512), tokens[mask].split(512), strict=True)
-        ]
-        parts = iter(torch.cat(scores).cpu().split(mask.sum(1).tolist()))
+    for numbers, packed in batches(groups, model.get_decoder(), max_tokens, progress):
+        scores, mask = token_logprobs(model, packed.to(device))
+        parts = iter([row[:length] for row, length in zip(scores.cpu(), mask.sum(1).tolist(), strict=True)])
         for number in numbers:
             found[number] = [next(parts) for _ in groups[number][1]]
     return found
+
+
+def forward_step(model, ids: Tensor, mask: Tensor, cache, padded: bool, **more):
+    """One pass over new tokens [B, n] behind a cache (None at first); returns the output and the cache.
+
+    mask [B, all tokens so far]; padded: whether it has zeros. For any model of transformers, whatever it calls its cache.
+    """
+    known = parameters(type(model))
+    name = "past_key_values" if "past_key_values" in known else "cache_params"
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True)) if cache is None else cache
+    inputs = {"input_ids": ids, name: cache, "use_cache": True, **more}
+    # A state-space model has seen the padding once it is past it. Without padding a mask only costs time.
+    if padded and ("position_ids" in known or mask.shape == ids.shape):
+        inputs["attention_mask"] = mask
+    if "position_ids" in known:
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    output = model(**{key: value for key, value in inputs.items() if key in known})
+    return output, output[name]

@@ -1,1 +1,2 @@
-"""One file per method: `Config`, `build`, `loss`, and where the method needs them `adapt`, `groups`, `turns`."""
+"""One file per method: `Config`, `build`, `loss`, and where the method needs them `warm_start`, `groups`, `turns`, `finish`,
+`support`, `adapt`."""

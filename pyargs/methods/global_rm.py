@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pyargs.config import option
-from pyargs.fit import FitConfig, bradley_terry
+from pyargs.fit import HeadConfig, bradley_terry
 from pyargs.heads import linear, mlp
 from pyargs.models.reward_model import RewardModel
 from pyargs.types import Batch, Users
 
 
 @dataclass
-class Config(FitConfig):
+class Config(HeadConfig):
     hidden: int = option(64, "width of the reward MLP, 0 for a linear head (paper silent; 64 as in MPU, its per-user copy)")
     head_lr: float = option(1e-4, "learning rate of the MLP (paper)")
     pool: str = option("last", "last: v1, the last token's reward; mean: v2, the mean over tokens (paper)",
@@ -25,12 +25,12 @@ class Config(FitConfig):
     )  # fmt: skip
 
 
-def build(backbone, tokenizer, users: list[str], config: Config) -> RewardModel:
-    dim = backbone.config.get_text_config().hidden_size
+def build(lm, tokenizer, users: list[str], config: Config) -> RewardModel:
+    dim = lm.config.get_text_config().hidden_size
     nobody = Users()
     head = mlp.Head(dim, config.hidden, nobody) if config.hidden else linear.Head(dim, 1, nobody)
-    return RewardModel(backbone, tokenizer, head, pool=config.pool, step_reward=config.step_reward)
+    return RewardModel(lm.get_decoder(), tokenizer, head, pool=config.pool, step_reward=config.step_reward)
 
 
 def loss(model: RewardModel, batch: Batch, config: Config) -> Tensor:
-    return bradley_terry(model, batch)
+    return bradley_terry(model, batch).mean()

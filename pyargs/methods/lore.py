@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from pyargs.config import option
-from pyargs.fit import FitConfig, bradley_terry, fit_users
+from pyargs.fit import HeadConfig, bradley_terry, fit_users, randn_rows
 from pyargs.heads import linear
 from pyargs.models.reward_model import RewardModel
 from pyargs.types import Batch, Features, Users
 
 
 @dataclass
-class Config(FitConfig):
+class Config(HeadConfig):
     rank: int = option(8, "K directions (paper: 2 on TLDR, 8 on PRISM and Pref-LaMP; LoRE-Alt: 20)")
     head_lr: float = option(0.5, "learning rate of directions and mixtures (paper)")
     pool: str = option(
@@ -31,15 +31,15 @@ class Config(FitConfig):
     )  # fmt: skip
 
 
-def build(backbone, tokenizer, users: list[str], config: Config) -> RewardModel:
-    dim = backbone.config.get_text_config().hidden_size
+def build(lm, tokenizer, users: list[str], config: Config) -> RewardModel:
+    dim = lm.config.get_text_config().hidden_size
     mixture = torch.randn(len(users), config.rank)
     head = linear.Head(dim, config.rank, Users(users, mixture=mixture), softmax=True, divisor=config.divisor)
-    return RewardModel(backbone, tokenizer, head, pool=config.pool)
+    return RewardModel(lm.get_decoder(), tokenizer, head, pool=config.pool)
 
 
 def loss(model: RewardModel, batch: Batch, config: Config) -> Tensor:
-    return bradley_terry(model, batch)
+    return bradley_terry(model, batch).mean()
 
 
 def turns(model: RewardModel, config: Config) -> list[set]:
@@ -50,8 +50,6 @@ def turns(model: RewardModel, config: Config) -> list[set]:
 
 
 def adapt(model: RewardModel, support: Features, ids: list[str], config: Config) -> dict[str, Tensor]:
-    start = torch.randn if config.adapt_init == "randn" else torch.zeros
-    if config.adapt_init == "randn":
-        torch.manual_seed(config.seed)
-    initial = {"mixture": start(len(ids), model.head.directions.shape[0])}
-    return fit_users(model, support, ids, initial, steps=config.adapt_steps, lr=config.adapt_lr)
+    rank = len(model.head.directions)
+    start = randn_rows(ids, rank, seed=config.seed) if config.adapt_init == "randn" else torch.zeros(len(ids), rank)
+    return fit_users(model, support, ids, {"mixture": start}, steps=config.adapt_steps, lr=config.adapt_lr)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from pyargs.metrics.rm_accuracy import compare
@@ -49,24 +48,12 @@ def policy_accuracy(scores: PairScores, weight: float, *, centre: float = 0.0) -
 
 
 def pair_scores(model, policy, dataset) -> PairScores:
-    """PairScores of a dataset's rows under a reward model and a policy of the same tokenizer.
+    """PairScores of a dataset's rows under a RewardModel or TokenReward and a policy of the same tokenizer.
 
     Log-probs of the policy are computed once for the same weights and texts and kept in the user's cache.
     """
-    from pyargs.features import features, groups, policy_logprobs
+    from pyargs.features import groups, pair_logprobs
 
-    length = model.about.get("max_length")
-    encoded, _ = groups(model.tokenizer, dataset, length)
-    logprob = torch.tensor([part.double().sum().item() for part in policy_logprobs(policy, encoded)], dtype=torch.float64)
-
-    states = features(model.backbone, model.tokenizer, dataset, max_length=length)
-    rows = model.users.rows(states.users)
-    reward, step_reward, tokens = [], [], []
-    with torch.no_grad():
-        for part in torch.arange(len(states)).split(256):
-            batch = states.batch(rows, part, last=False).to(model.device)
-            reward.append(model.rewards(batch).cpu())
-            step_reward.append(model.step_rewards(batch).double().sum(-1).cpu())
-            tokens.append(batch.mask.sum(-1).cpu())
-    response = torch.stack([states.chosen, states.rejected], dim=1)
-    return PairScores(logprob[response], torch.cat(step_reward), torch.cat(tokens), torch.cat(reward), states.users)
+    logprob, length = pair_logprobs(policy, *groups(model.tokenizer, dataset, model.about.get("max_length")))
+    step_reward, reward = model.pair_scores(dataset)
+    return PairScores(logprob, step_reward, length, reward, list(dataset["user_id"]))

@@ -1,1 +1,16 @@
-"""What is trained, saved and decoded with."""
+"""What methods make: one file per kind of artefact, each saved as a folder and loaded by `load_model`."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+
+def load_model(folder: str | Path, **more):
+    """The RewardModel, TokenReward or UserPolicy in a local folder or on the hub; `more` as for its `from_pretrained`."""
+    from pyargs.models.folder import locate, read_config
+
+    folder = locate(folder)
+    kind = read_config(folder)["kind"]
+    made = getattr(importlib.import_module(f"pyargs.models.{kind}"), "".join(word.capitalize() for word in kind.split("_")))
+    return made.from_pretrained(folder, **more)

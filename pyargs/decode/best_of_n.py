@@ -1,0 +1,47 @@
+"""Best-of-N: N whole answers are sampled from the policy, and the reward model keeps the best. For every reward model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyargs.decode import plain
+from pyargs.errors import PyargsError
+from pyargs.types import Decoded
+
+
+@torch.no_grad()
+def generate(
+    policy, model, prompts: Sequence[Sequence[int]], users: Sequence[str], *, n: int = 16, max_new_tokens: int = 64,
+    temperature: float = 1.0, seed: int | Sequence[int] = 0,
+) -> tuple[list[Decoded], Tensor]:  # fmt: skip
+    """argmax over N samples y ~ pi(. | x) of R_u(x, y).
+
+    policy: a model of transformers; model: a RewardModel or TokenReward of the same tokenizer; prompts as ids, one user each;
+    n: samples (default 16; the paper discusses Best-of-N without a number), from the whole vocabulary at `temperature`
+    (1.0). seed: one for all prompts, each then with its number, or one per prompt; a prompt's answer does not depend on the
+    others. An empty sample has no tokens to reward and only wins among empty ones.
+    Returns one Decoded (of one row) per prompt and the rewards float32 [B, N] of all samples, -inf for empty ones.
+    """
+    if n < 1:
+        raise PyargsError(f"n must be at least 1, got {n}")
+    if len(prompts) != len(users):
+        raise PyargsError(f"{len(prompts)} prompts but {len(users)} users: name one user for each row")
+    model.users.rows(users)  # an unknown user raises before anything is sampled
+    seeds = [seed * 1_000_003 + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
+    best, rewards = [], torch.full((len(prompts), n), -torch.inf)
+    for row, (prompt, user, own) in enumerate(zip(prompts, users, seeds, strict=True)):
+        drawn = plain.generate(
+            policy, [prompt] * n, max_new_tokens=max_new_tokens, do_sample=True, temperature=temperature, seed=own
+        )
+        answers = drawn.answers()
+        kept = [i for i, answer in enumerate(answers) if answer]
+        if kept:
+            rewards[row, kept] = model.score([(list(prompt), [answers[i] for i in kept])], [user])[0].float()
+        if rewards[row].isnan().any():
+            raise PyargsError(f"the rewards of prompt {row} are not numbers: check the model's weights")
+        winner = int(rewards[row].argmax())
+        best.append(Decoded(*(value[winner : winner + 1] for value in vars(drawn).values())))
+    return best, rewards

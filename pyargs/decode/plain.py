@@ -1,0 +1,62 @@
+"""Decoding of a language model by itself, or of a UserPolicy: `generate` of transformers with no other rule than asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyargs.lm.encode import left_pad, pack
+from pyargs.models.user_policy import UserPolicy
+from pyargs.types import Decoded
+
+
+@torch.no_grad()
+def generate(
+    policy, prompts: Sequence[Sequence[int]], users: Sequence[str] | None = None, *, max_new_tokens: int = 64,
+    do_sample: bool = False, temperature: float = 1.0, seed: int | None = None,
+) -> Decoded:  # fmt: skip
+    """Answers to prompts given as ids, greedy or sampled from the whole vocabulary (temperature 1, top-p 1 by default).
+
+    policy: a UserPolicy, whose `prompt_ids` made the prompts and which is told the users, or a model of transformers. The
+    checkpoint's own generation settings (repetition penalties and the like) are not applied: only its stop tokens are.
+    seed: of the sampling of the whole batch. In the result rewards, slots and spreads are 0.
+    Raises UnknownUser for a user without a soft prompt.
+    """
+    from transformers import GenerationConfig
+
+    lm = policy.lm if isinstance(policy, UserPolicy) else policy
+    if not len(prompts):
+        return _decoded(torch.zeros(0, 0, dtype=torch.long), [], 0)
+    ids, mask = (x.to(lm.device) for x in left_pad(prompts, 0))
+    inputs = {"input_ids": ids}
+    if isinstance(policy, UserPolicy) and policy.soft is not None:
+        user = policy.users.rows(users).to(lm.device)
+        parts = [
+            policy.embed(pack([p], [[[0]]]).to(lm.device), u.view(1))[1][0, :-1] for p, u in zip(prompts, user, strict=True)
+        ]
+        longest = max(map(len, parts))
+        inputs = {"inputs_embeds": torch.stack([torch.cat([p.new_zeros(longest - len(p), p.shape[1]), p]) for p in parts])}
+        mask = torch.stack([torch.arange(longest) >= longest - len(p) for p in parts]).long().to(lm.device)
+    eos = lm.generation_config.eos_token_id
+    eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    pad = lm.generation_config.pad_token_id
+    pad = pad if pad is not None else eos[0] if eos else 0
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=do_sample, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0,
+        eos_token_id=eos or None, pad_token_id=pad, **(dict(temperature=temperature, top_k=0, top_p=1.0) if do_sample else {}),
+    )  # fmt: skip
+    with torch.random.fork_rng(enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        found = lm.generate(**inputs, attention_mask=mask, generation_config=config)
+    return _decoded(found[:, ids.shape[1] :] if "input_ids" in inputs else found, eos, pad)
+
+
+def _decoded(tokens: Tensor, stop: list[int], pad: int) -> Decoded:
+    tokens = tokens.cpu()
+    is_stop = torch.isin(tokens, torch.tensor(stop, dtype=torch.long))
+    length = torch.where(is_stop.any(1), is_stop.int().argmax(1), tokens.shape[1]) if tokens.shape[1] else tokens.new_zeros(0)
+    nothing = torch.zeros(tokens.shape)
+    return Decoded(tokens, nothing, torch.zeros_like(tokens), nothing.clone(), length)

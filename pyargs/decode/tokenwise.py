@@ -1,0 +1,97 @@
+"""Guided decoding with a TokenReward (GenARM): its log-probs reward every token at once, so no candidate is ever tried.
+
+score(v) = log pi(v | x, y_<t) + w log pi_r(v | x, y_<t). Over the policy's top k the best one is taken, as in ARGS; over the
+whole vocabulary (num_candidates=None) with do_sample this is GenARM's own rule, which samples from softmax(score).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from pyargs.decode.request import Output, Request, as_float, check
+from pyargs.errors import PyargsError
+from pyargs.lm.hf import forward_step
+from pyargs.models.token_reward import TokenReward
+from pyargs.ops import score_select, topk_logprobs
+from pyargs.types import Decoded
+
+
+@torch.no_grad()
+def generate(
+    policy, token_reward: TokenReward, input_ids: Tensor, attention_mask: Tensor | None = None, users: Sequence[str] = (), *,
+    reward_weight: float | Sequence[float] | Tensor = 1.0, num_candidates: int | None = 10, max_new_tokens: int = 64,
+    eos_token_id: int | Sequence[int] | None = None, pad_token_id: int | None = None, do_sample: bool = False,
+    temperature: float = 1.0, seed: int | Sequence[int] | None = None, tokenizer=None,
+    token_callback: Callable[[Tensor], None] | None = None,
+) -> Decoded:  # fmt: skip
+    """Arguments and result as for `pyargs.generate`; the rewards are the same for all users, who need not be named.
+
+    num_candidates: k of the policy, or None for the whole vocabulary. A stop token has its own reward: a TokenReward learns
+    to stop. Raises PyargsError on wrong input, and within 8 steps when logits are NaN.
+    """
+    request = check(
+        policy, token_reward, input_ids, attention_mask, list(users) or [""] * len(input_ids), reward_weight=reward_weight,
+        num_candidates=num_candidates, max_new_tokens=max_new_tokens, eos_token_id=eos_token_id, pad_token_id=pad_token_id,
+        do_sample=do_sample, temperature=temperature, seed=seed, eos_reward="state", tokenizer=tokenizer,
+        token_callback=token_callback,
+    )  # fmt: skip
+    if token_reward.lm.get_output_embeddings().weight.shape[0] < request.vocabulary:
+        raise PyargsError("the token reward's output layer has fewer rows than the tokenizer has tokens")
+    output, device = Output(request), token_reward.device
+    finished = torch.zeros(len(input_ids), dtype=torch.bool, device=device)
+    if not len(input_ids):
+        return output.decoded(finished)
+
+    mask = request.attention_mask
+    padded = not bool(mask.all())
+    ids, caches = request.input_ids, [None, None]
+    for step in range(request.max_new_tokens):
+        logits = []
+        for i, lm in enumerate((policy, token_reward.lm)):
+            out, caches[i] = forward_step(lm, ids.to(lm.device), mask.to(lm.device), caches[i], padded, logits_to_keep=1)
+            logits.append(as_float(out.logits[:, -1])[:, : request.vocabulary].to(device))
+        if request.num_candidates is None:
+            token, rank, reward, finished = _among_all(*logits, request, step, finished)
+            output.add(step, token, rank.clamp(max=0), reward, finished)
+            output.slots[:, step] = rank
+        else:
+            token, slot, reward, finished = _among_candidates(*logits, request, step, finished)
+            output.add(step, token, slot, reward, finished)
+        if output.stop(step, finished):
+            break
+        ids, mask = token.unsqueeze(1), torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+    return output.decoded(finished)
+
+
+def _among_candidates(policy: Tensor, reward: Tensor, request: Request, step: int, finished: Tensor):
+    logprobs, ids, _ = topk_logprobs(policy, request.num_candidates)
+    reward = reward.float()
+    rewards = reward.gather(1, ids) - reward.logsumexp(1, keepdim=True)
+    return score_select(
+        rewards.unsqueeze(-1), rewards.new_ones(1, 1), request.user, request.weight, logprobs, ids, finished,
+        stop=request.stop, pad_id=request.pad_id, temperature=request.temperature,
+        uniform=None if request.uniform is None else request.uniform[step],
+    )  # fmt: skip
+
+
+def _among_all(policy: Tensor, reward: Tensor, request: Request, step: int, finished: Tensor):
+    """The same over all tokens: the choice, its rank under the policy (-1: not a number), its reward [B, 1], and finished."""
+    logprobs, rewards = policy.float().log_softmax(1), reward.float().log_softmax(1)
+    weight = request.weight.unsqueeze(1)
+    score = torch.where(weight == 0, logprobs, logprobs + weight * rewards)
+    bad = score.isnan().any(1) & ~finished
+    if request.uniform is None:
+        token = score.argmax(1)
+    else:
+        cumulative = (score.double() / request.temperature).softmax(1).cumsum(1)
+        passed = cumulative > request.uniform[step].double().unsqueeze(1) * cumulative[:, -1:]
+        token = passed.int().argmax(1)
+    chosen = token.unsqueeze(1)
+    rank = (logprobs > logprobs.gather(1, chosen)).sum(1)
+    value = rewards.gather(1, chosen).masked_fill(finished.unsqueeze(1), 0.0)
+    stopped = torch.isin(token, request.stop)
+    token = token.masked_fill(finished | bad, request.pad_id)
+    return token, rank.masked_fill(finished, 0).masked_fill(bad, -1), value, finished | stopped | bad

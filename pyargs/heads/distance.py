@@ -1,0 +1,67 @@
+"""Ideal point: reward = -|f(h) - q_u|, where q_u = f(mixture of prototypes) (family F5: PAL-A)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pyargs.heads import Folded
+from pyargs.types import Users
+
+
+class Projector(nn.Module):
+    """Three linear layers D -> P -> P -> P. PAL-A: relu, with the first layer's output added after the second (residual);
+    PAL-B: gelu without."""
+
+    def __init__(self, dim: int, width: int, *, activation: str, residual: bool):
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(dim, width), nn.Linear(width, width), nn.Linear(width, width)
+        self.phi, self.residual = {"relu": F.relu, "gelu": F.gelu}[activation], residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.phi(self.first(x))
+        y = self.phi(self.second(x))
+        return self.third(y + x if self.residual else y)
+
+
+class Head(nn.Module):
+    """`forward(hidden [..., D], user [...]) -> reward [...]` in float32.
+
+    prototypes [K, D], unit rows; the users' vector "mixture" [U, K] holds logits: the ideal point of user u is
+    q_u = f(softmax(mixture_u)^T prototypes) [P].
+    """
+
+    def __init__(self, dim: int, width: int, rank: int, users: Users):
+        super().__init__()
+        self.project = Projector(dim, width, activation="relu", residual=True)
+        # Seed 42 whatever the seed of the run is, as in PAL's code.
+        start = torch.randn(rank, dim, generator=torch.Generator().manual_seed(42))
+        self.prototypes = nn.Parameter(F.normalize(start, dim=1))
+        self.users = users
+
+    def config(self) -> dict:
+        rank, dim = self.prototypes.shape
+        return {"dim": dim, "width": self.project.first.out_features, "rank": rank}
+
+    def ideal(self) -> Tensor:
+        """q [U, P]."""
+        return self.project(self.users.vectors["mixture"].softmax(-1) @ self.prototypes)
+
+    def forward(self, hidden: Tensor, user: Tensor) -> Tensor:
+        return -_distance(self.project(hidden.float()), self.ideal()[user])
+
+    def fold(self) -> Folded:
+        """The distance is the one feature; `score_select` takes it with weight -1."""
+        ideal = self.ideal()
+        weight = -ideal.new_ones(1, 1)
+
+        def features(hidden: Tensor, user: Tensor) -> Tensor:
+            return _distance(self.project(hidden.to(ideal.dtype)), ideal[user].unsqueeze(1)).unsqueeze(-1)
+
+        return Folded(features, weight)
+
+
+def _distance(a: Tensor, b: Tensor) -> Tensor:
+    """Euclidean distance over the last dimension; the small term keeps the gradient finite where the points meet."""
+    return ((a - b).square().sum(-1) + 1e-12).sqrt()

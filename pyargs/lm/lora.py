@@ -1,0 +1,102 @@
+"""LoRA in a decoder, through PEFT: put in, merged, switched off, saved, loaded. The base weights are never written to."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pyargs.errors import PyargsError
+from pyargs.files import read_tensors
+
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def add(decoder: nn.Module, *, rank: int, alpha: float, rslora: bool, target_modules, dropout: float = 0.0) -> None:
+    """Puts LoRA layers into the decoder, in place; only they are trainable. float32 weights even beside a bf16 base."""
+    from peft import LoraConfig
+
+    _inject(decoder, LoraConfig(
+        r=rank, lora_alpha=alpha, use_rslora=rslora, lora_dropout=dropout,
+        target_modules=list(target_modules) if target_modules else None,
+        base_model_name_or_path=decoder.config.name_or_path or None,
+    ))  # fmt: skip
+
+
+def _inject(decoder: nn.Module, config) -> None:
+    from peft import inject_adapter_in_model
+
+    inject_adapter_in_model(config, decoder)
+    decoder.peft_config = {"default": config}
+    for name, parameter in decoder.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+
+
+def weights(decoder: nn.Module) -> dict[str, Tensor]:
+    """The LoRA weights under PEFT's names; empty without LoRA."""
+    if not hasattr(decoder, "peft_config"):
+        return {}
+    from peft import get_peft_model_state_dict
+
+    return {name: value.detach().contiguous() for name, value in get_peft_model_state_dict(decoder).items()}
+
+
+def save(decoder: nn.Module, folder: Path) -> bool:
+    """Writes PEFT's adapter files; False (and nothing written) without LoRA."""
+    found = weights(decoder)
+    if found:
+        decoder.peft_config["default"].save_pretrained(folder)
+        save_file(found, folder / FILES[1])
+    return bool(found)
+
+
+def load(decoder: nn.Module, folder: Path) -> None:
+    """Puts the adapter of a folder into the decoder. Raises PyargsError when a weight is missing or too many."""
+    from peft import LoraConfig, set_peft_model_state_dict
+
+    _inject(decoder, LoraConfig.from_pretrained(folder))
+    saved = read_tensors(folder / FILES[1])
+    same_keys(set(weights(decoder)), set(saved), folder / FILES[1])
+    set_peft_model_state_dict(decoder, saved)
+
+
+def same_keys(expected: set[str], found: set[str], file: Path) -> None:
+    if expected != found:
+        raise PyargsError(
+            f"{file} does not fit: missing {sorted(expected - found)[:5]}, unexpected {sorted(found - expected)[:5]}"
+        )
+
+
+def merge(decoder: nn.Module) -> None:
+    """Adds LoRA to the float32 weights, so that a pass costs no more than the base model's; for decoding, not for training.
+
+    What is saved is the adapter still. A bfloat16 base is left as it is: its weights are too coarse for the small change.
+    """
+    for layer in _layers(decoder):
+        if layer.get_base_layer().weight.dtype == torch.float32:
+            layer.merge()
+
+
+@contextmanager
+def disabled(decoder: nn.Module):
+    """Within it the decoder is the base model, as before training."""
+    layers = _layers(decoder)
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def _layers(decoder: nn.Module) -> list:
+    if not hasattr(decoder, "peft_config"):
+        return []
+    from peft.tuners.lora import LoraLayer
+
+    return [layer for layer in decoder.modules() if isinstance(layer, LoraLayer)]

@@ -1,0 +1,30 @@
+"""GenARM: an autoregressive reward model, whose log-probs are the rewards of all next tokens (arXiv 2410.08193). No users."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from pyargs.config import option
+from pyargs.fit import FitConfig
+from pyargs.models.token_reward import TokenReward
+from pyargs.types import LogProbs
+
+
+@dataclass
+class Config(FitConfig):
+    beta: float = option(0.05, "scale of the log-probs in the loss (GenARM's code; paper silent)")
+    gamma: float = option(0.0, "margin (GenARM's code)")
+    lora_lr: float = option(5e-4, "learning rate of LoRA (GenARM's code; this paper's 5e-5 for the others)")
+
+
+def build(lm, tokenizer, users: list[str], config: Config) -> TokenReward:
+    return TokenReward(lm, tokenizer)
+
+
+def loss(model: TokenReward, batch: LogProbs, config: Config) -> Tensor:
+    """Sums over the tokens, without a reference and without dividing by the length."""
+    chosen, rejected = batch.own.unbind(1)
+    return -F.logsigmoid(config.beta * (chosen - rejected) - config.gamma).mean()

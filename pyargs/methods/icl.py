@@ -1,0 +1,53 @@
+"""ICL: nothing is trained; the user's support pairs stand in the prompt, at random (ICL) or by similarity (ICL-RAG).
+
+With no shots this is the zero-shot baseline: the policy as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pyargs.config import option
+from pyargs.errors import PyargsError
+from pyargs.fit import ModelConfig
+from pyargs.lm.demonstrations import Demonstrations, last_user_text
+from pyargs.models.user_policy import UserPolicy
+
+
+@dataclass
+class Config(ModelConfig):
+    shots: int = option(8, "demonstrations in the prompt (paper); 0 is zero-shot")
+    retrieve: str = option(
+        "random", "random: the same seeded choice for all prompts of a user (ICL); minilm or another sentence encoder: the "
+        "pairs with the nearest prompts (ICL-RAG; the paper does not name its retriever)",
+    )  # fmt: skip
+    show: str = option("pair", "pair: both responses of a demonstration; chosen: the preferred one (paper silent)",
+                       choices=["pair", "chosen"])  # fmt: skip
+    content_tokens: int = option(200, "longest prompt shown in a demonstration (paper silent)")
+    instruction: str = option("", "text that all prompts begin with, to be said once before the demonstrations")
+    max_length: int = option(2048, "tokens of prompt + response; what is longer loses its farthest demonstrations first")
+
+
+def build(lm, tokenizer, users: list[str], config: Config) -> UserPolicy:
+    if config.shots < 0:
+        raise PyargsError(f"shots must be 0 or more, got {config.shots}")
+    shown = Demonstrations(
+        shots=config.shots, retrieve=config.retrieve, show=config.show, content_tokens=config.content_tokens,
+        instruction=config.instruction, seed=config.seed,
+    )  # fmt: skip
+    return UserPolicy(lm, tokenizer, demonstrations=shown if config.shots else None)
+
+
+def support(model: UserPolicy, rows) -> list[dict]:
+    return list(rows)
+
+
+def adapt(model: UserPolicy, support: list[dict], ids: list[str], config: Config) -> dict[str, Tensor]:
+    """The support pairs become what may be shown; there are no vectors."""
+    if model.demonstrations is not None:
+        for row in support:
+            shown = {"prompt": last_user_text(row["prompt"]), "chosen": row["chosen"], "rejected": row["rejected"]}
+            model.demonstrations.of_user.setdefault(row["user_id"], []).append(shown)
+    return {}

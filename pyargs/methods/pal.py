@@ -1,0 +1,104 @@
+"""PAL: users as mixtures of prototypes (arXiv 2406.08469). A: distance to an ideal point; B: cosine to a query."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pyargs.config import option
+from pyargs.fit import HeadConfig, fit_users, randn_rows
+from pyargs.heads import cosine, distance
+from pyargs.models.reward_model import RewardModel
+from pyargs.types import Batch, Features, Users
+
+
+@dataclass
+class Config(HeadConfig):
+    variant: str = option(
+        "B", "A: ideal point, decodes; B: prompt-conditioned, RM accuracy only (B is what the paper's words point to)",
+        choices=["A", "B"],
+    )  # fmt: skip
+    rank: int = option(8, "prototypes (A) or prompt projectors (B) (paper: 2 on TLDR, 8 on PRISM and Pref-LaMP)")
+    width: int = option(0, "P of the projectors D -> P -> P -> P; 0: P = D (all of PAL's configurations; paper silent)")
+    weighting: str = option(
+        "cumulative", "how tokens count, from the first that differs to the longer response's end: in proportion to their "
+        "position (PAL's code), all alike, or only the last", choices=["cumulative", "mean", "last"],
+    )  # fmt: skip
+    projector_lr: float = option(1e-4, "learning rate of the projectors (paper)")
+    projector_decay: float = option(0.01, "weight decay of the projectors (paper)")
+    user_lr: float = option(5e-3, "learning rate of the users' mixtures, in training and for new users (paper)")
+    prototype_lr: float = option(5e-3, "learning rate of A's prototypes (PAL's code)")
+    scale_lr: float = option(0.1, "learning rate of B's logit scale (PAL's code)")
+
+
+def build(lm, tokenizer, users: list[str], config: Config) -> RewardModel:
+    dim = lm.config.get_text_config().hidden_size
+    kind = distance if config.variant == "A" else cosine
+    mixture = torch.randn(len(users), config.rank)
+    head = kind.Head(dim, config.width or dim, config.rank, Users(users, mixture=mixture))
+    return RewardModel(lm.get_decoder(), tokenizer, head, whole=config.weighting != "last", apart=config.variant == "B")
+
+
+def groups(model: RewardModel, config: Config) -> list[dict]:
+    head = model.head
+    projectors = [head.project, head.queries] if config.variant == "B" else [head.project]
+    own = {"params": [head.logit_scale], "lr": config.scale_lr} if config.variant == "B" else {
+        "params": [head.prototypes], "lr": config.prototype_lr}  # fmt: skip
+    return [
+        {
+            "params": [p for part in projectors for p in part.parameters()],
+            "lr": config.projector_lr,
+            "weight_decay": config.projector_decay,
+        },
+        {"params": model.users.parameters(), "lr": config.user_lr},
+        own,
+    ]
+
+
+def token_weights(batch: Batch, weighting: str) -> Tensor:
+    """Weights [N, T] that sum to 1 over the compared positions: from the first differing token to the longer one's end.
+
+    Two states after the same tokens differ by rounding only, so differing tokens show in the states.
+    """
+    longer = batch.mask.any(1)
+    position = torch.arange(longer.shape[1], device=longer.device)
+    size = batch.hidden.abs().amax((1, 2, 3), keepdim=True).squeeze(1)
+    differ = (batch.hidden[:, 0] - batch.hidden[:, 1]).abs().amax(-1) > 1e-3 * size.squeeze(-1)
+    differ = differ | (batch.mask[:, 0] != batch.mask[:, 1])
+    first = torch.where(differ.any(1), differ.int().argmax(1), longer.sum(1) - 1).unsqueeze(1)
+    index = (position - first + 1).clamp(min=0) * longer  # 1, 2, ... from the first differing token
+    if weighting == "mean":
+        index = (index > 0).int()
+    elif weighting == "last":
+        index = (index == index.amax(1, keepdim=True)).int()
+    return index / index.sum(1, keepdim=True)
+
+
+def pair_losses(model: RewardModel, batch: Batch, config: Config) -> Tensor:
+    """[N]. Position t of one response is compared with t of the other; past its end a response keeps its last state."""
+    last = (batch.mask.sum(-1, keepdim=True) - 1).unsqueeze(-1)  # [N, 2, 1, 1]
+    ends = batch.hidden.gather(2, last.expand(-1, -1, -1, batch.hidden.shape[-1]))
+    hidden = torch.where(batch.mask.unsqueeze(-1), batch.hidden, ends)
+    user = batch.user[:, None, None].expand(batch.mask.shape)
+    prompt = () if batch.prompt is None else (batch.prompt[:, None, None],)
+    chosen, rejected = model.head(hidden, user, *prompt).unbind(1)
+    if config.variant == "A":  # rewards are negative distances: hinge at a margin of 1
+        each = F.relu(1 - (chosen - rejected))
+    else:  # cross-entropy of the two similarities
+        each = -F.logsigmoid(chosen - rejected)
+    return (each * token_weights(batch, config.weighting)).sum(1)
+
+
+def loss(model: RewardModel, batch: Batch, config: Config) -> Tensor:
+    return pair_losses(model, batch, config).mean()
+
+
+def adapt(model: RewardModel, support: Features, ids: list[str], config: Config) -> dict[str, Tensor]:
+    initial = {"mixture": randn_rows(ids, config.rank, seed=config.seed)}
+    return fit_users(
+        model, support, ids, initial, steps=config.adapt_steps, lr=config.user_lr,
+        loss=lambda probe, batch: pair_losses(probe, batch, config),
+    )  # fmt: skip

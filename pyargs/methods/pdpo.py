@@ -1,0 +1,120 @@
+"""P-DPO: direct preference optimisation of a policy with a soft prompt for each user (arXiv 2402.05133)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import trange
+
+from pyargs.config import option
+from pyargs.errors import PyargsError
+from pyargs.fit import FitConfig, shares
+from pyargs.lm.encode import pack
+from pyargs.models.user_policy import SoftPrompt, UserPolicy, random_embeddings
+from pyargs.types import LogProbs, Users
+
+
+@dataclass
+class Config(FitConfig):
+    soft_tokens: int = option(8, "length of a soft prompt (paper)")
+    clusters: int = option(0, "0: a soft prompt of each user's own on top of a generic one; C: mixtures of C shared ones")
+    beta: float = option(0.5, "of DPO (P-DPO's code; paper silent)")
+    alpha: float = option(0.5, "share of the user's own loss, the rest is the generic user's (P-DPO's code; paper silent)")
+    soft_lr: float = option(1e-3, "learning rate of soft prompts (paper silent; 5e-5 hardly moves an embedding in an epoch)")
+    init: str = option(
+        "words", "soft prompts begin as embeddings of random tokens, or uniform in (-0.5, 0.5) (both P-DPO's code)",
+        choices=["words", "uniform"],
+    )  # fmt: skip
+    adapt_lr: float = option(1e-3, "learning rate for new users (the training's; paper silent)")
+    adapt_steps: int = option(200, "full-batch Adam steps for new users (paper silent)")
+
+
+def build(lm, tokenizer, users: list[str], config: Config) -> UserPolicy:
+    dim = lm.get_input_embeddings().weight.shape[1]
+
+    def begin(*shape: int) -> Tensor:
+        return random_embeddings(lm, *shape) if config.init == "words" else torch.rand(*shape, dim) - 0.5
+
+    if config.clusters:
+        soft = SoftPrompt(
+            begin(config.clusters, config.soft_tokens), Users(users, mixture=torch.randn(len(users), config.clusters))
+        )
+    else:
+        soft = SoftPrompt(begin(1, config.soft_tokens), Users(users, offset=begin(len(users), config.soft_tokens)))
+    return UserPolicy(lm, tokenizer, soft=soft)
+
+
+def warm_start(model: UserPolicy, rows, config: Config) -> None:
+    """Log-probs of the train pairs under the reference, which is the model before training and without soft prompts."""
+    model.reference = model.untrained(rows).to(model.device)
+
+
+def finish(model: UserPolicy, config: Config) -> None:
+    del model.reference
+
+
+def groups(model: UserPolicy, config: Config) -> list[dict]:
+    return [{"params": model.soft.parameters(), "lr": config.soft_lr}]
+
+
+def dpo(logprobs: Tensor, reference: Tensor, beta: float) -> Tensor:
+    """-log sigma(beta (m_w - m_l)) of each pair [N], m = log pi - log pi_ref; both arguments [N, 2], summed over tokens."""
+    margin = logprobs - reference
+    return -F.logsigmoid(beta * (margin[:, 0] - margin[:, 1]))
+
+
+def loss(model: UserPolicy, batch: LogProbs, config: Config) -> Tensor:
+    """Every pair counts twice: for its user and for the generic one."""
+    reference = model.reference[batch.pair]
+    own, generic = dpo(batch.own, reference, config.beta), dpo(batch.generic, reference, config.beta)
+    return (config.alpha * own + (1 - config.alpha) * generic).mean()
+
+
+class Support(NamedTuple):
+    """Support pairs as ids, with the reference's log-probs [N, 2]."""
+
+    encoded: list
+    pairs: list
+    users: list[str]
+    reference: Tensor
+
+
+def support(model: UserPolicy, rows) -> Support:
+    return Support(*model.encode(rows), list(rows["user_id"]), model.untrained(rows))
+
+
+def adapt(model: UserPolicy, support: Support, ids: list[str], config: Config) -> dict[str, Tensor]:
+    """New users' vectors by Adam, all support pairs at every step. LoRA and the generic prompt, where they begin, stay."""
+    centres = model.soft.centres.detach()
+    if config.clusters:
+        users = Users(ids, mixture=torch.zeros(len(ids), config.clusters))
+    else:
+        users = Users(ids, offset=torch.zeros(len(ids), *centres.shape[1:]))
+    users.to(model.device)
+    rows = users.rows(support.users)
+    weight = shares(rows, users)
+    probe = UserPolicy(model.lm, model.tokenizer, soft=SoftPrompt(centres, users)).eval()
+    probe.soft.centres.requires_grad_(False)
+    probe.lm.requires_grad_(False)
+    optimizer = torch.optim.Adam(users.parameters(), lr=config.adapt_lr)
+    parts = []
+    for take in torch.arange(len(rows)).split(16):
+        some = [support.pairs[i] for i in take.tolist()]
+        packed = pack([support.encoded[g][0] for g, *_ in some], [[support.encoded[g][1][i] for i in two] for g, *two in some])
+        parts.append((take, packed.to(model.device)))
+    with torch.enable_grad():
+        for step in trange(config.adapt_steps, desc="adapt", unit="step"):
+            optimizer.zero_grad()
+            for take, packed in parts:  # the batch in parts, whose gradients add up
+                values = probe.logprobs(packed, rows[take].repeat_interleave(2).to(model.device))[0].sum(1).view(-1, 2)
+                each = dpo(values, support.reference[take].to(model.device), config.beta)
+                total = (each * weight[take].to(model.device)).sum()
+                if not torch.isfinite(total):
+                    raise PyargsError(f"the loss is {total.item()} at step {step}: lower adapt_lr or look for broken rows")
+                total.backward()
+            optimizer.step()
+    return {name: value.detach() for name, value in users.vectors.items()}

@@ -1,0 +1,123 @@
+"""A trained model as a folder: config.json, shared weights, users, LoRA adapter, card. Never the backbone itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pyargs import __version__
+from pyargs.errors import PyargsError
+from pyargs.files import read_json, read_tensors, write_json, writing
+from pyargs.lm import lora
+from pyargs.lm.hf import default_device, fingerprint, load_lm
+from pyargs.types import Users
+
+CARD = """---
+library_name: pyargs
+base_model: {backbone}
+tags: [{kind}, personalization]
+---
+# Personalized {kind}: {method}
+
+{users} users on the backbone `{backbone}`{lora}. Made with pyargs {version}; load it with
+`pyargs.load_model(folder)`.{scale}
+"""
+
+
+def save(
+    folder: str | Path, kind: str, model, shared: dict[str, Tensor], users: Users, *, extra: dict | None = None, **config
+) -> None:
+    """Writes a model whole or not at all.
+
+    kind: the module of `pyargs.models`; model: has `about` and `backbone` (a decoder, whose LoRA is saved); shared: tensors
+    that all users share; extra: more JSON files by name; config: what `kind` needs to build the model again.
+    """
+    with writing(folder, (*lora.FILES, "demonstrations.json")) as out:
+        out.mkdir()
+        adapted = lora.save(model.backbone, out)
+        save_file(shared, out / "shared.safetensors")
+        users.save(out)
+        for name, value in (extra or {}).items():
+            write_json(out / name, value)
+        write_json(out / "config.json", {
+            "pyargs": __version__, "kind": kind, **model.about, **config, "lora": adapted, "users": _shapes(users),
+        })  # fmt: skip
+        card = CARD.format(
+            backbone=model.about.get("backbone"), method=model.about.get("method"), users=len(users) or "all",
+            kind=kind.replace("_", " "), lora=" with a LoRA adapter" if adapted else "", version=__version__,
+            scale="" if kind == "user_policy" else " Rewards compare responses to one prompt; their scale means nothing else.",
+        )  # fmt: skip
+        (out / "README.md").write_text(card, encoding="utf-8")
+
+
+def locate(folder: str | Path) -> Path:
+    """The folder itself, or where a hub name was downloaded to."""
+    if Path(folder).is_dir():
+        return Path(folder)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(folder)))
+    except Exception as error:
+        raise PyargsError(f"'{folder}' is neither a local folder nor within reach on the hub: {error}") from error
+
+
+def read_config(folder: Path, kind: str | None = None) -> dict:
+    """config.json of a saved model. Raises PyargsError when it is another kind of model than asked for."""
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict) or "kind" not in config:
+        raise PyargsError(f"{folder} is no model of pyargs (its config.json has no 'kind')")
+    if kind is not None and config["kind"] != kind:
+        raise PyargsError(f"{folder} holds a {config['kind']}, not a {kind}: use pyargs.load_model")
+    return config
+
+
+def load_backbone(folder: Path, config: dict, *, lm=None, backbone: nn.Module | None = None, tokenizer=None, device=None):
+    """(language model or None, decoder, tokenizer) of a saved model, its adapter put in.
+
+    lm, backbone: in memory already, to save loading it twice; not with LoRA, which would change the other owner's model.
+    Raises PyargsError when the weights are not the ones of the training.
+    """
+    given = backbone if lm is None else lm.get_decoder()
+    if given is not None and config["lora"]:
+        raise PyargsError("this model has a LoRA adapter, which would change the shared backbone: leave the backbone out")
+    if given is None:
+        lm, tokenizer = load_lm(config["backbone"], dtype=config["dtype"], device=device)
+        given = lm.get_decoder()
+    if "fingerprint" in config and fingerprint(given) != config["fingerprint"]:
+        raise PyargsError(
+            f"the weights of '{config['backbone']}' are not those that this model was trained on: "
+            "load the backbone of the training (same revision, same dtype)"
+        )
+    if config["lora"]:
+        lora.load(given, folder)
+    return lm, given, tokenizer
+
+
+def load_users(folder: Path, config: dict) -> Users:
+    users = Users.load(folder)
+    if (found := _shapes(users)) != config["users"]:
+        raise PyargsError(f"{folder}/users.safetensors does not fit: it holds {found}, the model needs {config['users']}")
+    return users
+
+
+def load_shared(folder: Path, expected: set[str]) -> dict[str, Tensor]:
+    shared = read_tensors(folder / "shared.safetensors")
+    lora.same_keys(expected, set(shared), folder / "shared.safetensors")
+    return shared
+
+
+def about(config: dict, *used: str) -> dict:
+    """The free facts of a config: all but what describes the files and what `used` names."""
+    return {name: value for name, value in config.items() if name not in ("pyargs", "kind", "lora", "users", *used)}
+
+
+def device_or_default(device) -> torch.device:
+    return torch.device(device) if device is not None else default_device()
+
+
+def _shapes(users: Users) -> dict[str, list[int]]:
+    return {name: list(value.shape[1:]) for name, value in users.vectors.items()}

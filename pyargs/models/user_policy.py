@@ -1,0 +1,183 @@
+"""UserPolicy: a language model that answers each user by itself, through a soft prompt (P-DPO) or demonstrations (ICL)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pyargs.errors import PyargsError
+from pyargs.features import groups, pair_logprobs
+from pyargs.files import read_json
+from pyargs.lm import lora
+from pyargs.lm.demonstrations import Demonstrations
+from pyargs.lm.encode import Packed, encode_prompt
+from pyargs.lm.hf import check_output_layer, token_logprobs
+from pyargs.models import folder as folders
+from pyargs.types import LogProbs, Users
+
+GENERIC = -1
+"""The user row of somebody without a vector."""
+
+
+class SoftPrompt(nn.Module):
+    """`forward(user int64 [N]) -> [N, tokens, d]`, embeddings that stand before the prompt; GENERIC is nobody in particular.
+
+    generic e_0 [tokens, d], and the users' vector "offset" [U, tokens, d]: e_u = e_0 + o_u. With clusters: centres
+    [C, tokens, d], and the users' vector "mixture" [U, C]: e_u = sum_c softmax(mixture_u)_c centre_c; generic is their mean.
+    """
+
+    def __init__(self, centres: Tensor, users: Users):
+        super().__init__()
+        self.centres = nn.Parameter(centres)  # [1, tokens, d] without clusters: e_0
+        self.users = users
+
+    def forward(self, user: Tensor) -> Tensor:
+        known = (user != GENERIC)[:, None, None]
+        row = user.clamp(min=0)
+        generic = self.centres.mean(0).expand(len(user), -1, -1)
+        if len(self.users) == 0:
+            return generic
+        if "offset" in self.users.vectors:
+            return generic + self.users.vectors["offset"][row] * known
+        mixed = torch.einsum("nc,ctd->ntd", self.users.vectors["mixture"][row].softmax(-1), self.centres)
+        return torch.where(known, mixed, generic)
+
+
+class UserPolicy(nn.Module):
+    """pi_u(y | x): lm with a soft prompt of the user, or with demonstrations in the prompt, or (neither) as it is.
+
+    Its own decoding is plain: no reward model, no candidates.
+    """
+
+    def __init__(
+        self, lm: nn.Module, tokenizer, *, soft: SoftPrompt | None = None, demonstrations: Demonstrations | None = None,
+        about: dict | None = None,
+    ):  # fmt: skip
+        super().__init__()
+        self.lm, self.tokenizer, self.soft, self.demonstrations = lm, tokenizer, soft, demonstrations
+        self.nobody = Users()
+        self.about = dict(about or {})
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.lm.get_decoder()
+
+    @property
+    def users(self) -> Users:
+        return self.nobody if self.soft is None else self.soft.users
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm.device
+
+    def prompt_ids(self, prompt, user: str, max_tokens: int | None = None) -> list[int]:
+        """Ids of a prompt for a user: demonstrations and template included, the soft prompt not. The same for all uses."""
+        if self.demonstrations is None:
+            return encode_prompt(self.tokenizer, prompt, max_tokens)
+        return self.demonstrations.prompt_ids(self.tokenizer, prompt, user, max_tokens)
+
+    def encode(self, rows, *, stop: bool = True):
+        """A dataset's pairs as token ids (`features.groups`). stop: with end tokens, for training."""
+        length = self.about.get("max_length")
+        render = None if self.demonstrations is None else self.prompt_ids
+        return groups(self.tokenizer, rows, length, stop=stop, render=render)
+
+    def embed(self, packed: Packed, user: Tensor) -> tuple[Packed, Tensor]:
+        """Room for the soft prompt before each row of `packed`, and the embeddings [R, T + L, d]; user int64 [R]."""
+        soft = self.soft(user)
+        n, dtype = soft.shape[1], next(self.backbone.parameters()).dtype
+        rows, length = packed.input_ids.shape
+        embeds = torch.cat([soft.to(dtype), self.lm.get_input_embeddings()(packed.input_ids)], dim=1)
+        mask = packed.attention_mask.new_zeros(rows, 1, n + length, n + length)
+        mask[..., :n, :n] = torch.ones(n, n, dtype=torch.bool, device=mask.device).tril()
+        mask[..., n:, n:] = packed.attention_mask
+        mask[..., n:, :n] = True
+        first = torch.arange(n, device=soft.device).expand(rows, n)
+        return Packed(
+            torch.cat([packed.input_ids.new_zeros(rows, n), packed.input_ids], dim=1),
+            torch.cat([first, packed.position_ids + n], dim=1), mask,
+            packed.row, packed.prompt_end + n, packed.start + n, packed.end + n,
+        ), embeds  # fmt: skip
+
+    def logprobs(self, packed: Packed, user: Tensor) -> tuple[Tensor, Tensor]:
+        """log pi_u(y_t | x, y_<t) of packed responses [S, T] and their mask; user int64 [S], one per response."""
+        if self.soft is None:
+            return token_logprobs(self.lm, packed)
+        row_user = torch.full((len(packed.input_ids),), GENERIC, device=user.device)
+        row_user[packed.row] = user  # all responses of a row are for one user
+        return token_logprobs(self.lm, *self.embed(packed, row_user))
+
+    def forward(
+        self, chosen: Tensor, rejected: Tensor, user: Tensor, pair: Tensor | None = None, **packed: Tensor
+    ) -> LogProbs:
+        """Log-probs of pairs for their users and for the generic one; the fields of a Packed with the pairs side by side."""
+        inputs, both = Packed(**packed), torch.stack([chosen, rejected], dim=1)
+        each = user.new_empty(len(inputs.row))
+        each[both] = user.unsqueeze(1)
+        own = self.logprobs(inputs, each)[0].sum(1)[both]
+        generic = self.logprobs(inputs, torch.full_like(each, GENERIC))[0].sum(1)[both]
+        return LogProbs(own, generic, user, pair)
+
+    def untrained(self, rows, *, stop: bool = True) -> Tensor:
+        """Log-probs float32 [N, 2] of a dataset's pairs under the model without LoRA and soft prompt: DPO's reference."""
+        with lora.disabled(self.backbone):
+            return pair_logprobs(self.lm, *self.encode(rows, stop=stop))[0].float()
+
+    @torch.no_grad()
+    def pair_logprobs(self, rows) -> tuple[Tensor, Tensor]:
+        """Log-probs of a dataset's pairs for their users, float64 [N, 2], and lengths int64 [N, 2]; no end tokens."""
+        from pyargs.lm.encode import pack
+
+        encoded, pairs = self.encode(rows, stop=False)
+        if self.soft is None:
+            return pair_logprobs(self.lm, encoded, pairs)
+        check_output_layer(self.lm)
+        users = self.users.rows(rows["user_id"]).to(self.device)
+        total, length = torch.empty(len(pairs), 2, dtype=torch.float64), torch.empty(len(pairs), 2, dtype=torch.long)
+        for take in torch.arange(len(pairs)).split(16):
+            some = [pairs[i] for i in take.tolist()]
+            packed = pack([encoded[g][0] for g, *_ in some], [[encoded[g][1][i] for i in two] for g, *two in some])
+            values, mask = self.logprobs(packed.to(self.device), users[take].repeat_interleave(2))
+            total[take], length[take] = values.double().sum(1).view(-1, 2).cpu(), mask.sum(1).view(-1, 2).cpu()
+        return total, length
+
+    def merge(self) -> UserPolicy:
+        """LoRA added to the weights for decoding (`lora.merge`); returns self."""
+        lora.merge(self.backbone)
+        return self
+
+    # -- files ---------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes a folder (`models/folder.py`); demonstrations.json holds users' texts where there are demonstrations."""
+        shared = {} if self.soft is None else {"centres": self.soft.centres.detach().contiguous()}
+        shown = None if self.demonstrations is None else self.demonstrations.config()
+        extra = {"demonstrations.json": self.demonstrations.of_user} if shown else {}
+        folders.save(
+            folder, "user_policy", self, shared, self.users, extra=extra, soft=self.soft is not None, demonstrations=shown
+        )
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, lm: nn.Module | None = None, tokenizer=None, device=None) -> UserPolicy:
+        """Loads what `save_pretrained` wrote. lm, tokenizer: a model in memory already, to save loading it twice."""
+        folder = folders.locate(folder)
+        config = folders.read_config(folder, "user_policy")
+        lm, _, tokenizer = folders.load_backbone(folder, config, lm=lm, tokenizer=tokenizer, device=device)
+        shared = folders.load_shared(folder, {"centres"} if config["soft"] else set())
+        soft = SoftPrompt(shared["centres"], folders.load_users(folder, config)) if config["soft"] else None
+        shown = config["demonstrations"]
+        if shown is not None:
+            shown = Demonstrations(**shown, of_user=read_json(folder / "demonstrations.json"))
+        model = cls(lm, tokenizer, soft=soft, demonstrations=shown, about=folders.about(config, "soft", "demonstrations"))
+        return model.to(folders.device_or_default(device)).eval()
+
+
+def random_embeddings(lm: nn.Module, *shape: int) -> Tensor:
+    """Embeddings [*shape, d] of random tokens, float32: where P-DPO's soft prompts begin."""
+    table = lm.get_input_embeddings().weight.detach()
+    count = torch.Size(shape).numel()
+    if count < 1:
+        raise PyargsError("a soft prompt needs at least one token")
+    return table[torch.randint(len(table), (count,), device=table.device)].float().view(*shape, -1).clone()
