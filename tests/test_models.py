@@ -286,3 +286,21 @@ def test_merged_lora_gives_the_same_rewards_and_can_still_be_saved(on_disk, tmp_
     model.save_pretrained(tmp_path / "rm")
     again = RewardModel.from_pretrained(tmp_path / "rm")
     torch.testing.assert_close(some_batch(again).hidden, before, atol=2e-5, rtol=2e-5)
+
+
+def test_many_responses_to_one_prompt_go_to_several_rows(monkeypatch):
+    """The prompt is repeated where a row would get too long, pairs stay together, and nothing changes."""
+    from pyargs.lm import hf
+
+    lm = tiny_lm()
+    groups = [([5, 6, 7], [[n, n + 1, 3] for n in range(8)]), ([9] * 20, [[4, 4], [5]]), ([], [[1, 2], [3]])]
+    whole, logs = response_states(lm.get_decoder(), groups), response_logprobs(lm, groups[:2])
+    monkeypatch.setattr(hf, "ROW", 12)
+    rows = [len(packed.input_ids) for _, packed in hf.batches(groups, lm.get_decoder(), 1, "rows")]
+    assert rows == [1] * 5  # 8 responses of 3 tokens in rows of three, behind a prompt of 3; each of the others in one
+    for one, two in zip(whole, response_states(lm.get_decoder(), groups), strict=True):
+        for a, b in zip(one, two, strict=True):
+            torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-5)
+    for one, two in zip(logs, response_logprobs(lm, groups[:2]), strict=True):
+        for a, b in zip(one, two, strict=True):
+            torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-5)

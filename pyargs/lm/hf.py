@@ -102,20 +102,40 @@ def spans(states: Tensor, packed: Packed, *, predicting: bool = False) -> tuple[
 Sequences = Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]
 
 
-def batches(groups: Sequences, decoder: nn.Module, max_tokens: int, progress: str) -> Iterator[tuple[list[int], Packed]]:
-    """Prompts with their responses in packed batches of similar length; yields the numbers of the groups with each.
+ROW = 512
+"""Tokens of a packed row beyond which further responses to the same prompt go to another row with the prompt repeated: the
+attention mask grows with the square of the row."""
 
-    At most `max_tokens` padded tokens make a batch (one group at least), which bounds the memory of a pass.
+
+def batches(
+    groups: Sequences, decoder: nn.Module, max_tokens: int, progress: str
+) -> Iterator[tuple[list[tuple[int, int]], Packed]]:
+    """Prompts with their responses in packed batches of similar length.
+
+    At most `max_tokens` padded tokens make a batch (one row at least), which bounds the memory of a pass. Yields (group,
+    response) for each response of the batch, and the batch.
     """
-    size = [len(prompt) + sum(map(len, several)) for prompt, several in groups]
-    order = sorted(range(len(groups)), key=size.__getitem__)
+    rows: list[tuple[int, list[int]]] = []  # a group and some of its responses
+    size: list[int] = []
+    for group, (prompt, several) in enumerate(groups):
+        for number, response in enumerate(several):
+            if number == 0 or size[-1] + len(response) > max(ROW, len(prompt) + len(several[number - 1]) + len(response)):
+                rows.append((group, []))
+                size.append(len(prompt))
+            rows[-1][1].append(number)
+            size[-1] += len(response)
+    order = sorted(range(len(rows)), key=size.__getitem__)
     share = can_branch(decoder)
-    with tqdm(total=len(groups), desc=progress, unit="prompt", disable=len(groups) < 32) as bar:
+    with tqdm(total=len(rows), desc=progress, unit="row", disable=len(rows) < 32) as bar:
         while order:
             take = [order.pop()]
             while order and size[take[0]] * (len(take) + 1) <= max_tokens:
                 take.append(order.pop())
-            yield take, pack([groups[i][0] for i in take], [groups[i][1] for i in take], share=share)
+            some = [rows[i] for i in take]
+            packed = pack(
+                [groups[g][0] for g, _ in some], [[groups[g][1][n] for n in numbers] for g, numbers in some], share=share
+            )
+            yield [(g, n) for g, numbers in some for n in numbers], packed
             bar.update(len(take))
 
 
@@ -123,14 +143,11 @@ def batches(groups: Sequences, decoder: nn.Module, max_tokens: int, progress: st
 def response_states(decoder: nn.Module, groups: Sequences, *, max_tokens: int = 4096, progress: str = "features"):
     """Hidden states of every response: for each group a list of float32 tensors [T, D], one for each of its responses."""
     device = next(decoder.parameters()).device
-    found: list[list[Tensor]] = [[] for _ in groups]
+    found: list[list[Tensor]] = [[torch.empty(0)] * len(several) for _, several in groups]
     for numbers, packed in batches(groups, decoder, max_tokens, progress):
         states, mask = spans(packed_states(decoder, packed.to(device)), packed.to(device))
-        response = 0
-        for number in numbers:
-            for _ in groups[number][1]:
-                found[number].append(states[response][mask[response]].float().cpu())
-                response += 1
+        for (group, response), state, seen in zip(numbers, states, mask, strict=True):
+            found[group][response] = state[seen].float().cpu()
     return found
 
 
@@ -171,12 +188,11 @@ def response_logprobs(model: nn.Module, groups: Sequences, *, max_tokens: int = 
     """log pi(y_t | x, y_<t) of every response: for each group a list of float32 tensors [T]."""
     check_output_layer(model)
     device = next(model.get_decoder().parameters()).device
-    found: list[list[Tensor]] = [[] for _ in groups]
+    found: list[list[Tensor]] = [[torch.empty(0)] * len(several) for _, several in groups]
     for numbers, packed in batches(groups, model.get_decoder(), max_tokens, progress):
         scores, mask = token_logprobs(model, packed.to(device))
-        parts = iter([row[:length] for row, length in zip(scores.cpu(), mask.sum(1).tolist(), strict=True)])
-        for number in numbers:
-            found[number] = [next(parts) for _ in groups[number][1]]
+        for (group, response), score, seen in zip(numbers, scores.cpu(), mask.cpu(), strict=True):
+            found[group][response] = score[seen]
     return found
 
 
