@@ -47,6 +47,12 @@ def _kind(hint) -> tuple[type, bool]:
     return hint, False
 
 
+PROFILES = {
+    # What `--profile` presets: every method on planted users and a tiny random model, in seconds.
+    "smoke": {"data": "synthetic", "backbone": "tiny-random", "epochs": 1.0, "adapt_steps": 20},
+}
+
+
 def positive(word: str) -> int:
     """An argparse type: a whole number of at least 1."""
     if not word.isdecimal() or int(word) < 1:
@@ -54,9 +60,9 @@ def positive(word: str) -> int:
     return int(word)
 
 
-def add_data(parser: argparse.ArgumentParser) -> None:
+def add_data(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """The flags that say which data a command reads."""
-    parser.add_argument("--data", required=True, help="demo, synthetic, pref_lamp, or a .jsonl[.gz] or .parquet file")
+    parser.add_argument("--data", required=required, help="demo, synthetic, pref_lamp, or a .jsonl[.gz] or .parquet file")
     parser.add_argument("--source", help="the file or folder of data that the package does not carry (pref_lamp)")
     parser.add_argument("--data-seed", type=int, help="seed of the held-out prompts (default 0)")
 

@@ -3,29 +3,41 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
     import pkgutil
+    from dataclasses import fields
 
     from pyargs import methods
-    from pyargs.config import add_data, add_options
+    from pyargs.config import PROFILES, add_data, add_options
+
+    # A first look at the words tells the method, whose fields are the other flags, and the profile, which presets some.
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("method", nargs="?")
+    first.add_argument("--profile", choices=PROFILES)
+    for flag in ("--out", "--data", "--source", "--data-seed"):
+        first.add_argument(flag)
+    known_words = first.parse_known_args(words)[0]
+    name, preset = known_words.method, PROFILES.get(known_words.profile, {})
 
     known = [module.name for module in pkgutil.iter_modules(methods.__path__)]
     parser.add_argument("method", help=f"one of {', '.join(known)}, or a path to a .py file; its flags follow from it")
-    parser.add_argument("--out", required=True, help="folder for the model; a killed full training goes on where it was")
+    parser.add_argument("--out", required=not preset, help="folder for the model; a killed full training goes on where it was")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, with sizes, and stop")
-    add_data(parser)
-    # A first look at the words tells the method, whose fields are the other flags.
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("method", nargs="?")
-    for flag in ("--out", "--data", "--source", "--data-seed"):
-        first.add_argument(flag)
-    name = first.parse_known_args(words)[0].method
+    parser.add_argument(
+        "--profile", choices=PROFILES, help="smoke: planted users, a tiny random model and few steps, in output/smoke"
+    )
+    add_data(parser, required=not preset)
     if name:
         from pyargs.fit import method
 
-        add_options(parser.add_argument_group(f"method {name}"), method(name).Config)
+        config = method(name).Config
+        add_options(parser.add_argument_group(f"method {name}"), config)
+        own = {field.name for field in fields(config)} | {"data"}
+        out = f"output/{known_words.profile}/{Path(name).stem}"
+        parser.set_defaults(**{key: value for key, value in preset.items() if key in own}, **({"out": out} if preset else {}))
 
 
 def run(args: argparse.Namespace) -> dict:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyargs.errors import PyargsError, did_you_mean
-from pyargs.files import sha256
+from pyargs.files import sha256, writing
 
 MANIFEST = "pyargs-manifest.json"
 RECIPE = 1  # raised when a folder is made differently; folders of another recipe are made again
@@ -79,11 +79,24 @@ def resolve(name: str | os.PathLike) -> Path | str:
 
     `smollm2-135m` and `minilm` become folders of the cache and are fetched if they are missing or damaged. An existing
     folder comes back as a Path, everything else unchanged: transformers takes it for a name on the hub. For a folder
-    of yours that is called `minilm`, write `./minilm`.
+    of yours that is called `minilm`, write `./minilm`. `tiny-random` is a language model of 0.6 MB with random weights,
+    always the same, for trying things out in seconds.
     """
     if str(name) in MODELS:
         return fetch(str(name))
+    if name == "tiny-random":
+        return _tiny_random()
     return Path(name) if Path(name).is_dir() else name
+
+
+def _tiny_random() -> Path:
+    from pyargs.data.synthetic import tiny_lm
+
+    target = model_dir("tiny-random")
+    if not target.exists():
+        with writing(target) as folder:
+            tiny_lm(folder)
+    return target
 
 
 def fetch(name: str, *, force: bool = False) -> Path:
