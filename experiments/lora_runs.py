@@ -2,7 +2,7 @@
 
     python experiments/lora_runs.py [--only ROW ...]
 
-Six users with 16 pairs each to train on and two new ones (16 support, 16 query pairs) of
+Six users with 12 pairs each to train on and two new ones (12 support, 12 query pairs) of
 ../shared/data/persona_statements: far too few for an accuracy that means anything. Each run trains, adapts, saves, loads,
 compares the scores of both, and answers a prompt for both new users. A run is written when done, and not done twice.
 """
@@ -25,7 +25,7 @@ from pyargs.decode.prompts import decode_prompts, load_pair
 from pyargs.metrics.rm_accuracy import rm_accuracy
 
 OUT = HERE / "results/lora_runs.json"
-PAIRS = 16
+PAIRS = 12
 METHODS = {  # row: (method, fields that are not its defaults)
     "Global RM v1": ("global_rm", {}),
     "LoRE": ("lore", {}),
@@ -64,7 +64,7 @@ def run(name: str, data) -> dict:
         seconds[what] = round(time.perf_counter() - started - sum(seconds.values()), 1)
 
     recipe = fit.method(method)
-    fields = {**fields, **({"epochs": 2.0, "batch_size": 16} if hasattr(recipe, "loss") else {})}
+    fields = {**fields, **({"epochs": 1.0, "batch_size": 8} if hasattr(recipe, "loss") else {})}
     losses = []
     if hasattr(recipe, "loss"):
         plain = recipe.loss

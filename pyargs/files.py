@@ -34,15 +34,6 @@ def sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def identity(name: str) -> str:
-    """What a model's or method's name stands for now: hash of the local folder, file or embedded model, else the name."""
-    from pyargs.lm.hub import MODELS
-
-    if name in MODELS:
-        return MODELS[name].sha256
-    return sha256(name) if Path(name).exists() else name
-
-
 def weights_hash(folder: str | Path) -> str:
     """Hash of what all users of a model share, so that adding users does not change it."""
     folder, digest = Path(folder), hashlib.sha256()

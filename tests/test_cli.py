@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import pkgutil
 import subprocess
 import sys
 import time
 
 import pytest
 
-from pyargs import cli, files
+from pyargs import cli, files, methods
 from pyargs.data import synthetic
 from pyargs.errors import PyargsError
+
+METHODS = [module.name for module in pkgutil.iter_modules(methods.__path__)]
 
 
 def run(*words: str, expect: int = 0):
@@ -46,11 +49,11 @@ def test_every_option_of_a_method_explains_itself():
     assert "--freeze-backbone" in text and "--rank" in text
     from dataclasses import fields
 
-    from pyargs.methods import global_rm, lore
+    from pyargs import fit
     from pyargs.tune import Tuning
 
-    for config in (global_rm.Config, lore.Config, Tuning):
-        assert all(len(field.metadata.get("help", "")) > 5 for field in fields(config))
+    for config in (*(fit.method(name).Config for name in METHODS), Tuning):
+        assert all(len(field.metadata.get("help", "")) > 5 for field in fields(config)), config
 
 
 @pytest.fixture(scope="module")
@@ -233,3 +236,42 @@ def test_tuning_and_adaptation_read_their_own_split_only(stages, capsys):
     for file, split in (("model", "support"), ("tune.json", "train_test")):
         record = files.read_json(folder / f"{file}.stage.json")
         assert record["inputs"]["data"] == content_hash(of_split(data, split))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_smoke_profile_presets_what_it_says_and_flags_win(name, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    plan = call(capsys, ["train", name, "--profile", "smoke", "--dry-run"])
+    assert plan["backbone"] == "tiny-random" and plan["out"] == f"output/smoke/{name}" and plan["pairs"] > 0
+    assert plan["steps"] == (0 if name == "icl" else 12)
+    plan = call(capsys, ["train", name, "--profile", "smoke", "--out", "else", "--backbone", "other", "--dry-run"])
+    assert plan["out"] == "else" and plan["backbone"] == "other"
+    assert not any(tmp_path.iterdir())
+
+
+def test_models_that_answer_by_themselves_take_no_policy_and_no_weight(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = ["--data", "synthetic"]
+    call(capsys, ["train", "icl", "--profile", "smoke", "--shots", "2"])
+    call(capsys, ["adapt", "output/smoke/icl", *data, "--out", "icl"])
+    few = [*data, "--limit", "2", "--max-new-tokens", "4"]
+    assert "neither for" in call(capsys, ["decode", "icl", *few, "--reward-weight", "1", "--out", "a.jsonl"], expect=1)
+    call(capsys, ["decode", "icl", *few, "--out", "a.jsonl"])
+    assert len(list(files.read_jsonl("a.jsonl"))) == 2
+    assert "leave --policy out" in call(
+        capsys, ["decode", "icl", *few, "--policy", "tiny-random", "--reward-weight", "1", "--out", "b.jsonl"], expect=1
+    )
+    assert "no weight to choose" in call(capsys, ["tune", "icl", *data, "--out", "t.json"], expect=1)
+    values = call(capsys, ["evaluate", "icl", *data, "--generations", "a.jsonl", "--out", "r.json"])["values"]
+    assert set(values["policy_accuracy"]["personal"]) == {"mean", "sum"} and values["rouge"]["a"]["n"] == 2
+    # A reward model without its policy: what it can say alone, and no more.
+    call(capsys, ["train", "pal", "--profile", "smoke", "--freeze-backbone"])
+    call(capsys, ["adapt", "output/smoke/pal", *data, "--out", "pal"])
+    assert set(call(capsys, ["evaluate", "pal", *data, "--out", "p.json"])["values"]) == {"rm_accuracy"}
+    alone = ["evaluate", "pal", *data, "--policy", "tiny-random", "--out", "q.json"]
+    assert "give both --policy and --tuned" in call(capsys, alone, expect=1)
+    assert "name the --policy" in call(capsys, ["decode", "pal", *few, "--best-of", "2", "--out", "c.jsonl"], expect=1)
+    both = ["--policy", "tiny-random", *few]
+    assert "PAL-B" in call(capsys, ["decode", "pal", *both, "--reward-weight", "1", "--out", "c.jsonl"], expect=1)
+    call(capsys, ["decode", "pal", *both, "--best-of", "3", "--out", "c.jsonl"])
+    assert len(list(files.read_jsonl("c.jsonl"))) == 2

@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> dict:
     from pyargs.data import content_hash, of_split
     from pyargs.decode.prompts import decode_prompts, load_pair
     from pyargs.errors import PyargsError
+    from pyargs.lm import hub
 
     data = load_data(args)
     rows = of_split(data, args.split)
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> dict:
     )}  # fmt: skip
     key = files.stage_key(
         {"stage": "decode", "reward_weight": weight, **settings},
-        {"data": content_hash(rows), "model": files.sha256(args.model), "policy": files.identity(args.policy or "")},
+        {"data": content_hash(rows), "model": files.sha256(args.model), "policy": hub.identity(args.policy)},
     )
     if done := files.finished(args.out, key):
         return {**done, "already_done": True}

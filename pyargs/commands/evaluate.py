@@ -25,6 +25,7 @@ def run(args: argparse.Namespace) -> dict:
     from pyargs.data import content_hash, of_split
     from pyargs.decode.prompts import load_pair
     from pyargs.errors import PyargsError
+    from pyargs.lm import hub
     from pyargs.metrics.overlap import rouge
     from pyargs.metrics.rm_accuracy import rm_accuracy
     from pyargs.models import load_model
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> dict:
     tuned = files.read_tuned(args.tuned, args.model) if args.tuned else None
     if (tuned is None) != (args.policy is None):
         raise PyargsError("give both --policy and --tuned (the weight chosen for it), or neither")
-    inputs = {"data": content_hash(rows), "model": files.sha256(args.model), "policy": files.identity(args.policy or "")}
+    inputs = {"data": content_hash(rows), "model": files.sha256(args.model), "policy": hub.identity(args.policy)}
     if args.tuned:
         inputs["tuned"] = files.sha256(args.tuned)
     stems = [Path(file).stem for file in args.generations]

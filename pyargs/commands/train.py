@@ -46,13 +46,14 @@ def run(args: argparse.Namespace) -> dict:
     from pyargs import files, fit
     from pyargs.config import from_args, load_data
     from pyargs.data import content_hash, of_split
+    from pyargs.lm import hub
 
     recipe = fit.method(args.method)
     config = from_args(recipe.Config, args)
     data = load_data(args)
     rows = of_split(data, "train")
     key = files.stage_key({"stage": "train", "method": args.method, **asdict(config)}, {
-        "data": content_hash(data), "backbone": files.identity(config.backbone), "method": files.identity(args.method),
+        "data": content_hash(data), "backbone": hub.identity(config.backbone), "method": hub.identity(args.method),
     })  # fmt: skip
     plan = {
         "method": args.method,

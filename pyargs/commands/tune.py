@@ -23,6 +23,7 @@ def run(args: argparse.Namespace) -> dict:
     from pyargs.config import from_args, load_data
     from pyargs.data import content_hash, of_split
     from pyargs.decode.prompts import load_pair
+    from pyargs.lm import hub
     from pyargs.tune import Tuning, tune
 
     config = from_args(Tuning, args)
@@ -30,7 +31,7 @@ def run(args: argparse.Namespace) -> dict:
     rows = of_split(load_data(args), "train_test")
     key = files.stage_key(
         {"stage": "tune", "policy": args.policy, "dtype": args.dtype, **asdict(config)},
-        {"data": content_hash(rows), "model": files.sha256(args.model), "policy": files.identity(args.policy or "")},
+        {"data": content_hash(rows), "model": files.sha256(args.model), "policy": hub.identity(args.policy)},
     )
     if done := files.finished(args.out, key):
         return {**done, "already_done": True}

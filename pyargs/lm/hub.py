@@ -89,6 +89,15 @@ def resolve(name: str | os.PathLike) -> Path | str:
     return Path(name) if Path(name).is_dir() else name
 
 
+def identity(name: str | None) -> str | None:
+    """What a model's or method's name stands for now: hash of the local folder, file or embedded model, else the name."""
+    if name is None:
+        return None
+    if name in MODELS:
+        return MODELS[name].sha256
+    return sha256(name) if Path(name).exists() else name
+
+
 def _tiny_random() -> Path:
     from pyargs.data.synthetic import tiny_lm
 
