@@ -460,7 +460,7 @@ def rows() -> Dataset:
 
 SMALL = {
     "lore": dict(rank=3), "pref": dict(rank=3), "pal": dict(variant="A", rank=2, width=16), "vpl": dict(latent=16),
-    "mpu": dict(hidden=8), "pdpo": dict(soft_tokens=3, adapt_steps=5, adapt_lr=1e-2), "icl": dict(shots=3, max_length=512),
+    "mpu": dict(hidden=8), "pdpo": dict(soft_tokens=3, adapt_steps=5, adapt_lr=1e-2), "icl": dict(shots=3, max_length=768),
 }  # fmt: skip
 VARIANTS = [(name, {}) for name in METHODS] + [
     ("pal", {"variant": "B"}), ("mpu", {"pool": "mean"}), ("global_rm", {"pool": "mean", "step_reward": "prefix_mean"}),
@@ -751,7 +751,7 @@ def test_what_is_scored_is_what_is_generated_from(shown, rows):
     query = of_split(rows, "query").select(range(3))
     encoded, pairs = model.encode(query, stop=False)
     for row, (group, chosen, _) in zip(query, pairs, strict=True):
-        assert encoded[group][0] == model.prompt_ids(row["prompt"], row["user_id"], 512)
+        assert encoded[group][0] == model.prompt_ids(row["prompt"], row["user_id"])
         ids = torch.tensor([encoded[group][0] + encoded[group][1][chosen]])
         with torch.no_grad():
             logs = model.lm(ids).logits[0].log_softmax(-1)
@@ -767,13 +767,26 @@ def test_too_long_prompts_lose_the_farthest_demonstrations_first(shown):
     examples = lambda ids: re.sub(r"Example \d+\n", "", model.tokenizer.decode(ids))  # noqa: E731
     text = examples(full)
     for room in range(len(full) - 1, 40, -7):
-        cut = model.prompt_ids("tell me about the old one", "new_00", room)
+        model.demonstrations.max_tokens = room
+        cut = model.prompt_ids("tell me about the old one", "new_00")
         left = examples(cut)
         assert len(cut) <= room and "tell me about" in left
         if "Prompt:" in left:  # the last demonstrations, in order, are those that stay
             assert left[left.index("Prompt:") :] in text
+    model.demonstrations.max_tokens = 4
     with pytest.raises(PyargsError, match="no room"):
-        model.prompt_ids("tell me about the old one", "new_00", 4)
+        model.prompt_ids("tell me about the old one", "new_00")
+
+
+def test_a_cut_prompt_is_the_same_for_every_response(shown, rows):
+    """However long the response to be scored is: the demonstrations that fit do not depend on it."""
+    model = shown()
+    whole = len(model.prompt_ids("tell me", "new_00"))
+    model.demonstrations.max_tokens = whole - 5
+    query = of_split(rows, "query").select(range(2)).map(lambda row: {"prompt": "tell me", "user_id": "new_00"})
+    long = query.map(lambda row: {"chosen": row["chosen"] * 30})
+    (one, _), (two, _) = model.encode(query), model.encode(long)
+    assert one[0][0] == two[0][0] == model.prompt_ids("tell me", "new_00") and len(one[0][0]) <= whole - 5
 
 
 def test_retrieval_puts_the_most_similar_last(shown, monkeypatch):
@@ -850,6 +863,16 @@ def test_tokenwise_decoding_against_its_formula(lm_folder, rows, whole):
     both = tokenwise.generate(policy, model, ids, mask, seed=[3, 4], **options).answers()
     alone = tokenwise.generate(policy, model, torch.tensor([prompts[1]]), None, seed=[4], **options).answers()
     assert both[1] == alone[0] and both == tokenwise.generate(policy, model, ids, mask, seed=[3, 4], **options).answers()
+
+
+def test_a_model_without_a_head_is_sent_to_its_own_decoder(lm_folder, rows):
+    from pyargs import generate
+
+    policy, _ = load_lm(lm_folder)
+    for name, decoder in (("genarm", "tokenwise"), ("icl", "plain")):
+        model = fit.train(name, rows, config_of(name, lm_folder, **({"epochs": 0.1} if name == "genarm" else {})))
+        with pytest.raises(PyargsError, match=decoder):
+            generate(policy, model, torch.tensor([[5, 6]]), None, ["user_00"])
 
 
 def test_genarms_own_sampling_follows_its_distribution(lm_folder, rows):

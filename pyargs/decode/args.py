@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyargs.decode import reference
 from pyargs.decode.request import Output, Request, as_float, check
+from pyargs.errors import PyargsError
 from pyargs.lm.cache import PrefixCache, can_branch
 from pyargs.lm.hf import additive
 from pyargs.models.reward_model import RewardModel
@@ -49,6 +50,11 @@ def generate(
     Returns a Decoded on the CPU. Raises PyargsError on wrong input (UnknownUser for a user without parameters), and within 8
     steps when logits or rewards are NaN. Nothing in a step waits for the device.
     """
+    if not isinstance(reward_model, RewardModel):
+        raise PyargsError(
+            f"a {type(reward_model).__name__} has no head to score candidates with: decode a TokenReward through "
+            "pyargs.decode.tokenwise, a UserPolicy through pyargs.decode.plain"
+        )
     request = check(
         policy, reward_model, input_ids, attention_mask, users, reward_weight=reward_weight, num_candidates=num_candidates,
         max_new_tokens=max_new_tokens, eos_token_id=eos_token_id, pad_token_id=pad_token_id, do_sample=do_sample,

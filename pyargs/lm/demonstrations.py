@@ -20,20 +20,21 @@ class Demonstrations:
     of_user: user -> [{"prompt", "chosen", "rejected"}]. retrieve: "random", seeded by `seed` and the user, the same for all
     prompts of the user; else the name of an embedding model: the pairs whose prompts are nearest by cosine, the most
     similar last. show: "pair" or "chosen". content_tokens: longest prompt shown of a pair. instruction: a text that all
-    prompts begin with, said once at the beginning instead.
+    prompts begin with, said once at the beginning instead. max_tokens: length of a prompt with all that it shows, the same
+    whether a response is to be scored or generated.
     """
 
     def __init__(
-        self, *, shots: int, retrieve: str, show: str, content_tokens: int, instruction: str, seed: int,
-        of_user: dict[str, list[dict]] | None = None,
+        self, *, shots: int, retrieve: str, show: str, content_tokens: int, instruction: str, max_tokens: int,
+        seed: int,         of_user: dict[str, list[dict]] | None = None,
     ):  # fmt: skip
         self.shots, self.retrieve, self.show, self.content_tokens = shots, retrieve, show, content_tokens
-        self.instruction, self.seed = instruction, seed
+        self.instruction, self.max_tokens, self.seed = instruction, max_tokens, seed
         self.of_user = dict(of_user or {})
         self._embed = lru_cache(maxsize=None)(lambda text: embed(self.retrieve, [text])[0])
 
     def config(self) -> dict:
-        names = ("shots", "retrieve", "show", "content_tokens", "instruction", "seed")
+        names = ("shots", "retrieve", "show", "content_tokens", "instruction", "max_tokens", "seed")
         return {name: getattr(self, name) for name in names}
 
     def choose(self, prompt: str, user: str) -> list[dict]:
@@ -49,7 +50,7 @@ class Demonstrations:
         nearest = similar.argsort(descending=True, stable=True)[: self.shots].flip(0)
         return [pairs[i] for i in nearest.tolist()]
 
-    def prompt_ids(self, tokenizer, prompt, user: str, max_tokens: int | None = None) -> list[int]:
+    def prompt_ids(self, tokenizer, prompt, user: str) -> list[int]:
         """Ids of the prompt with its demonstrations, in the model's template.
 
         What is longer than max_tokens loses demonstrations, the farthest first, then the end of its last content; template,
@@ -63,16 +64,16 @@ class Demonstrations:
             return encode_prompt(tokenizer, [*history, {"role": "user", "content": self._layout(tokenizer, shown, asked)}])
 
         found = ids(shown, asked)
-        while max_tokens is not None and len(found) > max_tokens and shown:
+        while len(found) > self.max_tokens and shown:
             shown = shown[1:]
             found = ids(shown, asked)
-        if max_tokens is not None and len(found) > max_tokens:
+        if len(found) > self.max_tokens:
             content = tokenizer(asked, add_special_tokens=False)["input_ids"]
             keep = len(content)
-            while len(found) > max_tokens:
-                keep -= len(found) - max_tokens
+            while len(found) > self.max_tokens:
+                keep -= len(found) - self.max_tokens
                 if keep <= 0:
-                    raise PyargsError(f"max_tokens={max_tokens} leaves no room for the prompt: raise it")
+                    raise PyargsError(f"{self.max_tokens} tokens leave no room for the prompt: raise max_length")
                 found = ids([], tokenizer.decode(content[:keep]))
         return found
 

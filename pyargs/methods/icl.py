@@ -28,6 +28,7 @@ class Config(ModelConfig):
     content_tokens: int = option(200, "longest prompt shown in a demonstration (paper silent)")
     instruction: str = option("", "text that all prompts begin with, to be said once before the demonstrations")
     max_length: int = option(2048, "tokens of prompt + response; what is longer loses its farthest demonstrations first")
+    response_tokens: int = option(256, "of these kept for the response, so that scoring and generation see the same prompt")
 
 
 def build(lm, tokenizer, users: list[str], config: Config) -> UserPolicy:
@@ -35,7 +36,7 @@ def build(lm, tokenizer, users: list[str], config: Config) -> UserPolicy:
         raise PyargsError(f"shots must be 0 or more, got {config.shots}")
     shown = Demonstrations(
         shots=config.shots, retrieve=config.retrieve, show=config.show, content_tokens=config.content_tokens,
-        instruction=config.instruction, seed=config.seed,
+        instruction=config.instruction, max_tokens=config.max_length - config.response_tokens, seed=config.seed,
     )  # fmt: skip
     return UserPolicy(lm, tokenizer, demonstrations=shown if config.shots else None)
 

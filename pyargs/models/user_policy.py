@@ -73,10 +73,13 @@ class UserPolicy(nn.Module):
         return self.lm.device
 
     def prompt_ids(self, prompt, user: str, max_tokens: int | None = None) -> list[int]:
-        """Ids of a prompt for a user: demonstrations and template included, the soft prompt not. The same for all uses."""
+        """Ids of a prompt for a user: demonstrations and template included, the soft prompt not.
+
+        With demonstrations their own limit holds instead of max_tokens, so that a prompt is the same for every response.
+        """
         if self.demonstrations is None:
             return encode_prompt(self.tokenizer, prompt, max_tokens)
-        return self.demonstrations.prompt_ids(self.tokenizer, prompt, user, max_tokens)
+        return self.demonstrations.prompt_ids(self.tokenizer, prompt, user)
 
     def encode(self, rows, *, stop: bool = True):
         """A dataset's pairs as token ids (`features.groups`). stop: with end tokens, for training."""
