@@ -26,7 +26,7 @@ class Demonstrations:
 
     def __init__(
         self, *, shots: int, retrieve: str, show: str, content_tokens: int, instruction: str, max_tokens: int,
-        seed: int,         of_user: dict[str, list[dict]] | None = None,
+        seed: int, of_user: dict[str, list[dict]] | None = None,
     ):  # fmt: skip
         self.shots, self.retrieve, self.show, self.content_tokens = shots, retrieve, show, content_tokens
         self.instruction, self.max_tokens, self.seed = instruction, max_tokens, seed
