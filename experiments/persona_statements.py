@@ -5,7 +5,7 @@
 60 train users and 20 new ones each have a sign for each of ten attributes; a pair sets a statement with the attribute against
 one without. A scorer that does not know the user can do no better than to guess each attribute's sign: `blind best` is the
 best such guess for the query pairs themselves, which no method can know. Each cell (method, seed) is written when it is done
-and not done twice; the table is made from the cells. Needs ../shared/data/persona_statements/prefs.jsonl.gz.
+and not done twice, unless its settings or the data are others; the table is made from the cells. Needs ../shared/data/persona_statements/prefs.jsonl.gz.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ BLIND = {"Global RM v1", "Global RM v2", "zero-shot", "GenARM"}  # rows that do 
 PERSONAL = [name for name in METHODS if name not in BLIND]
 
 
-def cell(name: str, seed: int, data) -> dict:
+def cell(name: str, seed: int, data, data_hash: str) -> dict:
     """Trains and adapts one method; per-user accuracies on the new users' query pairs."""
     method, fields = METHODS[name]
     started = time.perf_counter()
@@ -71,7 +71,7 @@ def cell(name: str, seed: int, data) -> dict:
         "each": {user: round(100 * sum(values) / len(values), 2) for user, values in right.items()},
         "seconds": round(time.perf_counter() - started, 1),
         "warnings": sorted({str(w.message) for w in caught if "PReF" in str(w.message)}),
-        "fields": fields, "provenance": files.provenance(seed),
+        "fields": fields, "data": data_hash, "provenance": files.provenance(seed),
     }  # fmt: skip
 
 
@@ -107,22 +107,23 @@ def table(result: dict) -> str:
         "# Users with known tastes: RM accuracy on the query pairs of 20 new users", "",
         f"`python experiments/persona_statements.py`; {result['pairs']} pairs of {result['users']} users to train on, "
         f"{result['support']} support and {result['query']} query pairs of the new ones. SmolLM2-135M, its backbone frozen "
-        "(GenARM and P-DPO: LoRA on a quarter of an epoch). Mean over the new users with the 95% interval over them "
+        "(GenARM, P-DPO: LoRA). Settings are those that are not the methods' defaults. Mean over the new users with the 95% interval over them "
         "(bootstrap), accuracies of the users averaged over the seeds first; in brackets the seeds.", "",
-        "| row | accuracy | 95% interval | seeds | knows the user | beats every blind scorer |", "|---|---|---|---|---|---|",
+        "| row | settings | accuracy | 95% interval | seeds | knows the user | beats every blind scorer |", "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for name, value in result["bounds"].items():
-        lines.append(f"| *{name}* | {value:.1f} | | | no | |")
+        lines.append(f"| *{name}* | | {value:.1f} | | | no | |")
     for name in METHODS:
         cells = [result["cells"][key] for key in sorted(result["cells"]) if key.rpartition(" / ")[0] == name]
+        settings = ", ".join(f"{k}={v}" for k, v in METHODS[name][1].items() if k != "freeze_backbone")
         if not cells:
-            lines.append(f"| {name} | not run | | | | |")
+            lines.append(f"| {name} | {settings} | not run | | | | |")
             continue
         mean, low, high = interval(cells)
         seeds = ", ".join(f"{c['accuracy']:.1f}" for c in cells)
         beats = "" if name in BLIND else "**yes**" if low > best else "no"
         knows = "no" if name in BLIND else "yes"
-        lines.append(f"| {name} | {mean:.1f} | {low:.1f} to {high:.1f} | {seeds} | {knows} | {beats} |")
+        lines.append(f"| {name} | {settings} | {mean:.1f} | {low:.1f} to {high:.1f} | {seeds} | {knows} | {beats} |")
     lines += [
         "",
         f"`blind best` ({best:.1f}%) is the most that any scorer that ignores the user, yet knows the attribute, can get on "
@@ -148,8 +149,9 @@ def main() -> None:
     }  # fmt: skip
     for name in options.only:
         for seed in options.seeds:
-            if f"{name} / {seed}" not in result["cells"]:
-                result["cells"][f"{name} / {seed}"] = cell(name, seed, data)
+            old = result["cells"].get(f"{name} / {seed}")
+            if old is None or old["fields"] != METHODS[name][1] or old["data"] != result["data"]:
+                result["cells"][f"{name} / {seed}"] = cell(name, seed, data, result["data"])
                 found = result["cells"][f"{name} / {seed}"]
                 print(f"{name}, seed {seed}: {found['accuracy']:.1f} in {found['seconds']} s", flush=True)
                 files.write_json(OUT, result)

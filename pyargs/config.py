@@ -7,12 +7,24 @@ import dataclasses
 import types
 import typing
 
+from pyargs.errors import PyargsError
+
 
 def option(default, help: str, **more):
     """A dataclass field with its help text (which cites where the default comes from)."""
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata={"help": help, **more})
     return dataclasses.field(default=default, metadata={"help": help, **more})
+
+
+def check(config) -> None:
+    """Raises PyargsError for a value that is not among a field's `choices` or below its `least`."""
+    for field in dataclasses.fields(config):
+        value, choices, least = getattr(config, field.name), field.metadata.get("choices"), field.metadata.get("least")
+        if choices is not None and value not in choices:
+            raise PyargsError(f"{field.name} is one of {', '.join(choices)}, not {value!r}")
+        if least is not None and value is not None and value < least:
+            raise PyargsError(f"{field.name} must be at least {least}, got {value}")
 
 
 def add_options(parser: argparse.ArgumentParser, config: type) -> None:

@@ -6,12 +6,13 @@ import contextlib
 import copy
 import hashlib
 import importlib.util
+import math
 import pkgutil
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import trange
 
-from pyargs.config import option
+from pyargs.config import check, option
 from pyargs.data import of_split
 from pyargs.errors import PyargsError, did_you_mean
 from pyargs.files import read_tensors
@@ -41,16 +42,23 @@ class ModelConfig:
         "float32", "of the backbone; heads, rewards and losses are float32 always: bf16 ties would count as errors",
         choices=["float32", "bfloat16"],
     )  # fmt: skip
-    max_length: int = option(512, "tokens of prompt + response; the prompt's content is cut, never template or response")
+    max_length: int = option(
+        512, "tokens of prompt + response; the prompt's content is cut, never template or response (PAL's code; paper silent)",
+        least=1,
+    )  # fmt: skip
     seed: int = option(0, "of initialisation and order; the paper has 3 seeds")
+
+    def __post_init__(self):
+        check(self)
 
 
 @dataclass
 class FitConfig(ModelConfig):
     """What every method that trains the language model has. A method's own Config adds its fields and may change a default."""
 
-    lora_rank: int = option(8, "LoRA rank (paper)")
+    lora_rank: int = option(8, "LoRA rank (paper)", least=1)
     lora_alpha: float = option(16.0, "LoRA alpha (paper)")
+    lora_dropout: float = option(0.0, "dropout before LoRA (paper silent; 0, as it names none)", least=0)
     rslora: bool = option(True, "scale LoRA by alpha / sqrt(rank) (paper)")
     lora_lr: float = option(5e-5, "learning rate of LoRA (paper)")
     target_modules: list[str] | None = option(
@@ -60,19 +68,27 @@ class FitConfig(ModelConfig):
         None, "passes over the train pairs (default: 2 in full as for PRISM and Pref-LaMP, 20 with a frozen backbone, where "
         "a pass takes a second and only the head must move; paper silent)"
     )  # fmt: skip
-    batch_size: int = option(32, "pairs per step (most of the methods' own codes; paper silent)")
-    accumulation: int = option(1, "steps whose gradients are added up: batch_size is divided by it, memory falls with it")
-    warmup: float = option(0.03, "share of the steps with rising learning rate, then cosine (VPL, P-DPO; paper silent)")
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
-    checkpoint_steps: int = option(100, "steps between checkpoints of full training, from which a killed one goes on")
+    batch_size: int = option(32, "pairs per step (most of the methods' own codes; paper silent)", least=1)
+    accumulation: int = option(1, "parts of a batch whose gradients are added up, to save memory (paper silent)", least=1)
+    warmup: float = option(0.03, "share of the steps with rising rate, then cosine (VPL, P-DPO; paper silent)", least=0)
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass, to save memory (paper silent)")
+    checkpoint_steps: int = option(
+        100, "steps between checkpoints of full training, from which a killed one goes on (paper silent)", least=1
+    )
 
 
 @dataclass
 class HeadConfig(FitConfig):
     """What every method with a reward head has."""
 
-    freeze_backbone: bool = option(False, "train the head alone on features that are computed once and cached")
-    adapt_steps: int = option(500, "full-batch Adam steps for new users (LoRE's code; paper silent)")
+    freeze_backbone: bool = option(False, "train the head alone on features that are computed once and cached (not the paper)")
+
+
+@dataclass
+class AdaptConfig(HeadConfig):
+    """What every method with vectors that are fitted to new users has."""
+
+    adapt_steps: int = option(500, "full-batch Adam steps for new users (LoRE's code; paper silent)", least=0)
 
 
 def epochs(config: FitConfig) -> float:
@@ -114,7 +130,7 @@ def train(name: str, dataset, config=None, *, checkpoints: str | Path | None = N
     """Trains method `name` on the rows of `dataset` with split "train"; returns the model in eval mode.
 
     dataset: columns user_id, prompt, chosen, rejected, split. config: the method's Config (its defaults without).
-    checkpoints: a folder from which full training goes on where it was killed, and that is removed when it is done.
+    checkpoints: a folder from which full training goes on where it was killed; the caller removes it when the model is safe.
     Returns a RewardModel, TokenReward or UserPolicy. Raises PyargsError on an unknown method, without train rows, and on a
     loss that is not finite.
     """
@@ -137,8 +153,6 @@ def train(name: str, dataset, config=None, *, checkpoints: str | Path | None = N
 
     if not len(rows):
         raise PyargsError("no rows with split 'train': there is nothing to train on")
-    if config.batch_size < 1 or config.accumulation < 1:
-        raise PyargsError("batch_size and accumulation must be at least 1")
     lm.requires_grad_(False)
     if hasattr(recipe, "warm_start"):
         recipe.warm_start(model, rows, config)
@@ -152,6 +166,7 @@ def train(name: str, dataset, config=None, *, checkpoints: str | Path | None = N
             alpha=config.lora_alpha,
             rslora=config.rslora,
             target_modules=config.target_modules,
+            dropout=config.lora_dropout,
         )
         _train_all(recipe, model, rows, config, checkpoints)
     if hasattr(recipe, "finish"):
@@ -211,7 +226,7 @@ def train_head(recipe, model: RewardModel, data: Features, config) -> None:
     rows = model.users.rows(data.users)
     optimizer = _optimizer(recipe, model, config)
     per_epoch = -(-len(data) // config.batch_size)
-    steps = round(epochs(config) * per_epoch)
+    steps = math.ceil(epochs(config) * per_epoch)  # as the Trainer counts
     schedule = get_cosine_schedule_with_warmup(optimizer, round(config.warmup * steps), steps)
     order = torch.Generator().manual_seed(config.seed)
     turns = _turns(recipe, model, config)
@@ -245,9 +260,8 @@ def _collate(examples: list[dict], share: bool) -> dict[str, Tensor]:
 
 
 def _train_all(recipe, model, rows, config, checkpoints: str | Path | None) -> None:
-    """LoRA and head together through transformers.Trainer, so that accelerate, several devices and mixed precision work."""
+    """LoRA and head together through transformers.Trainer, so that accelerate and its settings work."""
     from transformers import Trainer, TrainingArguments
-    from transformers.trainer_utils import get_last_checkpoint
 
     encoded, pairs = model.encode(rows)
     user = model.users.rows(rows["user_id"]).tolist()
@@ -296,6 +310,10 @@ def _train_all(recipe, model, rows, config, checkpoints: str | Path | None) -> N
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             save_file({name: p.detach().contiguous() for name, p in trained.items()}, Path(output_dir) / "trained.safetensors")
 
+        def _save_checkpoint(self, *arguments):
+            super()._save_checkpoint(*arguments)
+            (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / COMPLETE).touch()
+
         def _load_from_checkpoint(self, folder, model=None):
             for name, value in read_tensors(Path(folder) / "trained.safetensors").items():
                 trained[name].data.copy_(value)
@@ -304,8 +322,6 @@ def _train_all(recipe, model, rows, config, checkpoints: str | Path | None) -> N
         raise PyargsError(f"accumulation={config.accumulation} splits a batch of {config.batch_size}: it can be at most that")
     if config.accumulation > 1 and len(_turns(recipe, model, config)) > 1:
         raise PyargsError("alternating updates need whole minibatches: use accumulation=1")
-    if config.checkpoint_steps < 1:
-        raise PyargsError("checkpoint_steps must be at least 1")
     if config.gradient_checkpointing:
         model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
         model.backbone.enable_input_require_grads()
@@ -323,21 +339,34 @@ def _train_all(recipe, model, rows, config, checkpoints: str | Path | None) -> N
             seed=config.seed,
             save_strategy="steps" if checkpoints else "no",
             save_steps=config.checkpoint_steps,
-            save_total_limit=1,
+            save_total_limit=2,  # the older one stays until the newer one is complete
             report_to="none",
             logging_strategy="no",
             remove_unused_columns=False,
             label_names=["chosen"],
             dataloader_pin_memory=torch.cuda.is_available(),
         )
-        last = get_last_checkpoint(str(checkpoints)) if checkpoints and Path(checkpoints).is_dir() else None
+        last = _last_checkpoint(Path(checkpoints)) if checkpoints else None
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # the Trainer prints its log; stdout is for results
         trainer = PairTrainer(model, arguments, data_collator=lambda some: _collate(some, share), train_dataset=examples)
         trainer.train(resume_from_checkpoint=last)
     if config.gradient_checkpointing:
         model.backbone.gradient_checkpointing_disable()
-    if checkpoints:
-        shutil.rmtree(checkpoints, ignore_errors=True)
+
+
+COMPLETE = "complete"
+"""File that is written last into a checkpoint."""
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end; others, of a run killed while it wrote, are removed."""
+    complete = []
+    for one in folder.glob("checkpoint-*"):
+        if (one / COMPLETE).exists():
+            complete.append(one)
+        else:
+            shutil.rmtree(one)
+    return str(max(complete, key=lambda one: int(one.name.rpartition("-")[2]))) if complete else None
 
 
 def _drop_others(model, active: set) -> None:
@@ -366,11 +395,16 @@ def adapt(model, dataset, *, steps: int | None = None) -> list[str]:
         raise PyargsError("no rows with split 'support': there is nothing to adapt to")
     ids = list(dict.fromkeys(rows["user_id"]))
     recipe = method(model.about["method"])
+    config = recipe.Config(**model.about["fields"])
+    if steps is not None:
+        if not hasattr(config, "adapt_steps"):
+            raise PyargsError(f"{model.about['method']} takes no steps to adapt: leave adapt_steps out")
+        config = replace(config, adapt_steps=steps)
     if not hasattr(recipe, "adapt"):
         return ids
-    config = recipe.Config(**model.about["fields"])
-    if steps is not None and hasattr(config, "adapt_steps"):
-        config.adapt_steps = steps
+    known = [user for user in ids if user in model.known_users]
+    if known:
+        raise PyargsError(f"user '{known[0]}' is there already: new users need new ids")
     torch.manual_seed(config.seed)
     support = recipe.support(model, rows) if hasattr(recipe, "support") else model.read(rows)
     model.users.append(ids, **recipe.adapt(model, support, ids, config))
@@ -400,9 +434,7 @@ def fit_users(
     weight = shares(rows, users)
     head = copy.deepcopy(model.head, {id(model.users): users}).requires_grad_(False).eval()  # with these users for its own
     users.requires_grad_(True)
-    probe = RewardModel(
-        model.backbone, model.tokenizer, head.to(model.device), pool=model.pool, whole=model.whole, apart=model.apart
-    )
+    probe = RewardModel(model.backbone, model.tokenizer, head.to(model.device), pool=model.pool, whole=model.whole)
     batch = support.batch(rows, last=not model.whole).to(model.device)
     optimizer = torch.optim.Adam(users.parameters(), lr=lr, weight_decay=weight_decay)
     with torch.enable_grad():

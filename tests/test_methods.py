@@ -613,7 +613,7 @@ def test_a_killed_training_goes_on_where_it_was(name, rows, lm_folder, tmp_path,
         with monkeypatch.context() as patch:
             patch.setattr(recipe, "loss", lambda m, b, c: steps.append(b.step) or plain(m, b, c))
             again = fit.train(name, rows, config, checkpoints=folder)
-    assert steps[0] == 4 and not folder.exists()
+    assert steps[0] == 4
     for key, value in whole.state_dict().items():
         torch.testing.assert_close(value, again.state_dict()[key], atol=1e-6, rtol=1e-5, msg=key)
 

@@ -33,6 +33,8 @@ def run(args: argparse.Namespace) -> dict:
     model = load_model(args.model)
     fit.adapt(model, rows, steps=args.adapt_steps)
     model.save_pretrained(args.out)
+    if not model.known_users:
+        plan["new_users"] = 0  # the same for everyone: nobody had to be added
     return files.record(
-        args.out, key, **plan, users=len(model.users), provenance=files.provenance(model.about["fields"]["seed"])
+        args.out, key, **plan, users=len(model.known_users), provenance=files.provenance(model.about["fields"]["seed"])
     )

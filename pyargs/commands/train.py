@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
 
 
 def run(args: argparse.Namespace) -> dict:
+    import shutil
     from dataclasses import asdict
 
     from pyargs import files, fit
@@ -73,4 +74,6 @@ def run(args: argparse.Namespace) -> dict:
     model = fit.train(args.method, data, config, checkpoints=checkpoints)
     model.save_pretrained(args.out)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return files.record(args.out, key, **plan, trained_parameters=trained, provenance=files.provenance(config.seed))
+    done = files.record(args.out, key, **plan, trained_parameters=trained, provenance=files.provenance(config.seed))
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return done

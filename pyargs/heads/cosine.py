@@ -32,10 +32,17 @@ class Head(nn.Module):
         return {"dim": first.in_features, "width": first.out_features, "rank": len(self.queries)}
 
     def forward(self, hidden: Tensor, user: Tensor, prompt: Tensor) -> Tensor:
+        return self.compare(self.project(hidden.float()), user, self.project_prompt(prompt))
+
+    def project_prompt(self, prompt: Tensor) -> Tensor:
+        """g_1 .. g_K of the prompts' states: [..., K, P]."""
+        return torch.stack([query(prompt.float()) for query in self.queries], dim=-2)
+
+    def compare(self, projected: Tensor, user: Tensor, queries: Tensor) -> Tensor:
+        """The reward from f(h) [..., P] and `project_prompt`, neither of which depends on the user."""
         mixture = self.users.vectors["mixture"][user].softmax(-1)
-        queries = torch.stack([query(prompt.float()) for query in self.queries], dim=-2)  # [..., K, P]
         query = (mixture.unsqueeze(-1) * queries).sum(-2)
-        return self.logit_scale.exp().clamp(max=100) * F.cosine_similarity(self.project(hidden.float()), query, dim=-1)
+        return self.logit_scale.exp().clamp(max=100) * F.cosine_similarity(projected, query, dim=-1)
 
     def fold(self) -> Folded:
         raise PyargsError("PAL-B ranks whole responses and guides no decoder: use variant A, or Best-of-N")

@@ -49,7 +49,11 @@ class Head(nn.Module):
         return self.project(self.users.vectors["mixture"].softmax(-1) @ self.prototypes)
 
     def forward(self, hidden: Tensor, user: Tensor) -> Tensor:
-        return -_distance(self.project(hidden.float()), self.ideal()[user])
+        return self.compare(self.project(hidden.float()), user)
+
+    def compare(self, projected: Tensor, user: Tensor) -> Tensor:
+        """The reward from f(h) [..., P], which does not depend on the user."""
+        return -_distance(projected, self.ideal()[user])
 
     def fold(self) -> Folded:
         """The distance is the one feature; `score_select` takes it with weight -1."""

@@ -15,7 +15,7 @@ from pyargs.types import Batch, Users
 
 @dataclass
 class Config(HeadConfig):
-    hidden: int = option(64, "width of the reward MLP, 0 for a linear head (paper silent; 64 as in MPU, its per-user copy)")
+    hidden: int = option(64, "width of the reward MLP, 0: linear (paper silent; 64 as in MPU, its per-user copy)", least=0)
     head_lr: float = option(1e-4, "learning rate of the MLP (paper)")
     pool: str = option("last", "last: v1, the last token's reward; mean: v2, the mean over tokens (paper)",
                        choices=["last", "mean"])  # fmt: skip

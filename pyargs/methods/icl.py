@@ -18,22 +18,26 @@ from pyargs.models.user_policy import UserPolicy
 
 @dataclass
 class Config(ModelConfig):
-    shots: int = option(8, "demonstrations in the prompt (paper); 0 is zero-shot")
+    shots: int = option(8, "demonstrations in the prompt (paper); 0 is zero-shot", least=0)
     retrieve: str = option(
         "random", "random: the same seeded choice for all prompts of a user (ICL); minilm or another sentence encoder: the "
         "pairs with the nearest prompts (ICL-RAG; the paper does not name its retriever)",
     )  # fmt: skip
     show: str = option("pair", "pair: both responses of a demonstration; chosen: the preferred one (paper silent)",
                        choices=["pair", "chosen"])  # fmt: skip
-    content_tokens: int = option(200, "longest prompt shown in a demonstration (paper silent)")
-    instruction: str = option("", "text that all prompts begin with, to be said once before the demonstrations")
-    max_length: int = option(2048, "tokens of prompt + response; what is longer loses its farthest demonstrations first")
-    response_tokens: int = option(256, "of these kept for the response, so that scoring and generation see the same prompt")
+    content_tokens: int = option(200, "longest prompt shown in a demonstration (paper silent)", least=1)
+    instruction: str = option("", "text that all prompts begin with, to be said once before the demonstrations (paper silent)")
+    max_length: int = option(
+        2048, "tokens of prompt + response; what is longer loses its farthest demonstrations first (paper silent)"
+    )
+    response_tokens: int = option(
+        256, "of these kept for the response, so that scoring and generation see the same prompt (paper silent)"
+    )
 
 
 def build(lm, tokenizer, users: list[str], config: Config) -> UserPolicy:
-    if config.shots < 0:
-        raise PyargsError(f"shots must be 0 or more, got {config.shots}")
+    if config.response_tokens >= config.max_length:
+        raise PyargsError(f"response_tokens={config.response_tokens} leaves nothing of max_length={config.max_length}")
     shown = Demonstrations(
         shots=config.shots, retrieve=config.retrieve, show=config.show, content_tokens=config.content_tokens,
         instruction=config.instruction, max_tokens=config.max_length - config.response_tokens, seed=config.seed,

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from pyargs.config import option
-from pyargs.fit import HeadConfig, bradley_terry, fit_users, randn_rows
+from pyargs.fit import AdaptConfig, bradley_terry, fit_users, randn_rows
 from pyargs.heads import linear
 from pyargs.models.reward_model import RewardModel
 from pyargs.types import Batch, Features, Users
 
 
 @dataclass
-class Config(HeadConfig):
-    rank: int = option(8, "K directions (paper: 2 on TLDR, 8 on PRISM and Pref-LaMP; LoRE-Alt: 20)")
+class Config(AdaptConfig):
+    rank: int = option(8, "K directions (paper: 2 on TLDR, 8 on PRISM and Pref-LaMP; LoRE-Alt: 20)", least=1)
     head_lr: float = option(0.5, "learning rate of directions and mixtures (paper)")
     pool: str = option(
         "last", "last: the last token's reward (paper); mean: the mean over tokens, as Global v2",

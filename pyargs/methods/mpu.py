@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pyargs.config import option
-from pyargs.fit import HeadConfig, bradley_terry, fit_users
+from pyargs.fit import AdaptConfig, bradley_terry, fit_users
 from pyargs.heads import user_mlp
 from pyargs.models.reward_model import RewardModel
 from pyargs.types import Batch, Features
 
 
 @dataclass
-class Config(HeadConfig):
-    hidden: int = option(64, "width of each user's MLP (paper silent; 64 is 37k to 131k parameters a user)")
+class Config(AdaptConfig):
+    hidden: int = option(64, "width of each user's MLP (paper silent; 64 is 37k to 131k parameters a user)", least=1)
     head_lr: float = option(1e-3, "learning rate of the MLPs (paper)")
     pool: str = option(
         "last", "last: MPU; mean: MPU-Avg, the mean over tokens as in Global v2 (inferred from the paper's appendix F); "

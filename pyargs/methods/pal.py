@@ -1,34 +1,38 @@
-"""PAL: users as mixtures of prototypes (arXiv 2406.08469). A: distance to an ideal point; B: cosine to a query."""
+"""PAL: users as mixtures of prototypes (arXiv 2406.08469). A: distance to an ideal point; B: cosine to a query.
+
+B's query is read from the prompt's last token, in training as afterwards. PAL's code pairs position t of the prompt with
+position t of the response while it trains, and takes the last token when it is used.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from pyargs.config import option
-from pyargs.fit import HeadConfig, fit_users, randn_rows
+from pyargs.fit import AdaptConfig, fit_users, randn_rows
 from pyargs.heads import cosine, distance
 from pyargs.models.reward_model import RewardModel
 from pyargs.types import Batch, Features, Users
 
 
 @dataclass
-class Config(HeadConfig):
+class Config(AdaptConfig):
     variant: str = option(
         "B", "A: ideal point, decodes; B: prompt-conditioned, RM accuracy only (B is what the paper's words point to)",
         choices=["A", "B"],
     )  # fmt: skip
-    rank: int = option(8, "prototypes (A) or prompt projectors (B) (paper: 2 on TLDR, 8 on PRISM and Pref-LaMP)")
-    width: int = option(0, "P of the projectors D -> P -> P -> P; 0: P = D (all of PAL's configurations; paper silent)")
+    rank: int = option(8, "prototypes (A) or prompt projectors (B) (paper: 2 on TLDR, 8 on PRISM and Pref-LaMP)", least=1)
+    width: int = option(0, "P of the projectors D -> P -> P -> P; 0: P = D (PAL's configurations; paper silent)", least=0)
     weighting: str = option(
         "cumulative", "how tokens count, from the first that differs to the longer response's end: in proportion to their "
         "position (PAL's code), all alike, or only the last", choices=["cumulative", "mean", "last"],
     )  # fmt: skip
     projector_lr: float = option(1e-4, "learning rate of the projectors (paper)")
-    projector_decay: float = option(0.01, "weight decay of the projectors (paper)")
+    projector_decay: float = option(0.01, "weight decay of the projectors (paper; AdamW's, where PAL's code has Adam with L2)")
     user_lr: float = option(5e-3, "learning rate of the users' mixtures, in training and for new users (paper)")
     prototype_lr: float = option(5e-3, "learning rate of A's prototypes (PAL's code)")
     scale_lr: float = option(0.1, "learning rate of B's logit scale (PAL's code)")
@@ -77,14 +81,15 @@ def token_weights(batch: Batch, weighting: str) -> Tensor:
     return index / index.sum(1, keepdim=True)
 
 
-def pair_losses(model: RewardModel, batch: Batch, config: Config) -> Tensor:
-    """[N]. Position t of one response is compared with t of the other; past its end a response keeps its last state."""
+def pair_losses(rewards, batch: Batch, config: Config) -> Tensor:
+    """[N], from rewards(states [N, 2, T, D], users [N, 2, T]) of each token.
+
+    Position t of one response is compared with t of the other; past its end a response keeps its last state.
+    """
     last = (batch.mask.sum(-1, keepdim=True) - 1).unsqueeze(-1)  # [N, 2, 1, 1]
     ends = batch.hidden.gather(2, last.expand(-1, -1, -1, batch.hidden.shape[-1]))
     hidden = torch.where(batch.mask.unsqueeze(-1), batch.hidden, ends)
-    user = batch.user[:, None, None].expand(batch.mask.shape)
-    prompt = () if batch.prompt is None else (batch.prompt[:, None, None],)
-    chosen, rejected = model.head(hidden, user, *prompt).unbind(1)
+    chosen, rejected = rewards(hidden, batch.user[:, None, None].expand(batch.mask.shape)).unbind(1)
     if config.variant == "A":  # rewards are negative distances: hinge at a margin of 1
         each = F.relu(1 - (chosen - rejected))
     else:  # cross-entropy of the two similarities
@@ -93,12 +98,21 @@ def pair_losses(model: RewardModel, batch: Batch, config: Config) -> Tensor:
 
 
 def loss(model: RewardModel, batch: Batch, config: Config) -> Tensor:
-    return pair_losses(model, batch, config).mean()
+    prompt = () if batch.prompt is None else (batch.prompt[:, None, None],)
+    return pair_losses(lambda hidden, user: model.head(hidden, user, *prompt), batch, config).mean()
 
 
 def adapt(model: RewardModel, support: Features, ids: list[str], config: Config) -> dict[str, Tensor]:
-    initial = {"mixture": randn_rows(ids, config.rank, seed=config.seed)}
+    """The states are projected once: only the mixtures move."""
+    with torch.no_grad():
+        projected = [model.head.project(part.to(model.device)).cpu() for part in support.hidden.split(8192)]
+        states = replace(support, hidden=torch.cat(projected), prompt=None)
+        queries = ()
+        if support.prompt is not None:
+            prompt = support.hidden[support.offsets[support.prompt + 1] - 1].to(model.device)
+            queries = (model.head.project_prompt(prompt)[:, None, None],)
     return fit_users(
-        model, support, ids, initial, steps=config.adapt_steps, lr=config.user_lr,
-        loss=lambda probe, batch: pair_losses(probe, batch, config),
+        model, states, ids, {"mixture": randn_rows(ids, config.rank, seed=config.seed)}, steps=config.adapt_steps,
+        lr=config.user_lr,
+        loss=lambda probe, batch: pair_losses(lambda h, user: probe.head.compare(h, user, *queries), batch, config),
     )  # fmt: skip

@@ -20,8 +20,10 @@ from pyargs.types import LogProbs, Users
 
 @dataclass
 class Config(FitConfig):
-    soft_tokens: int = option(8, "length of a soft prompt (paper)")
-    clusters: int = option(0, "0: a soft prompt of each user's own on top of a generic one; C: mixtures of C shared ones")
+    soft_tokens: int = option(8, "length of a soft prompt (paper)", least=1)
+    clusters: int = option(
+        0, "0: a soft prompt of each user's own on top of a generic one; C: mixtures of C shared ones (P-DPO)", least=0
+    )
     beta: float = option(0.5, "of DPO (P-DPO's code; paper silent)")
     alpha: float = option(0.5, "share of the user's own loss, the rest is the generic user's (P-DPO's code; paper silent)")
     soft_lr: float = option(1e-3, "learning rate of soft prompts (paper silent; 5e-5 hardly moves an embedding in an epoch)")
@@ -30,7 +32,7 @@ class Config(FitConfig):
         choices=["words", "uniform"],
     )  # fmt: skip
     adapt_lr: float = option(1e-3, "learning rate for new users (the training's; paper silent)")
-    adapt_steps: int = option(200, "full-batch Adam steps for new users (paper silent)")
+    adapt_steps: int = option(200, "full-batch Adam steps for new users (paper silent)", least=0)
 
 
 def build(lm, tokenizer, users: list[str], config: Config) -> UserPolicy:

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from pyargs.config import option
-from pyargs.fit import HeadConfig, bradley_terry, fit_users
+from pyargs.fit import AdaptConfig, bradley_terry, fit_users, randn_rows
 from pyargs.heads import linear
 from pyargs.models.reward_model import RewardModel
 from pyargs.types import Batch, Features, Users
 
 
 @dataclass
-class Config(HeadConfig):
-    rank: int = option(8, "K reward features (paper: 2 on TLDR, 8 on PRISM and Pref-LaMP)")
+class Config(AdaptConfig):
+    rank: int = option(8, "K reward features (paper: 2 on TLDR, 8 on PRISM and Pref-LaMP)", least=1)
     head_lr: float = option(1e-3, "learning rate of features and user vectors (paper)")
     reg: str = option(
         "weight_decay", "what the strength 0.02 is of: weight_decay of both (the paper's words), or feature_l2, a penalty on "
@@ -26,6 +26,11 @@ class Config(HeadConfig):
     strength: float = option(0.02, "of the regularisation (paper)")
     init: str = option("svd", "svd: warm start from the factorised preferences (PReF); random", choices=["svd", "random"])
     svd_rounds: int = option(10, "times that missing preferences are filled in with the low-rank ones (PReF's code)")
+    svd_noise: float = option(0.1, "size of the start of users and features that the factorisation leaves at 0 (paper silent)")
+    adapt_init: str = option(
+        "mean", "start of a new user: the mean of the trained users (paper silent), or randn as in PReF's code",
+        choices=["mean", "randn"],
+    )  # fmt: skip
     adapt_lr: float = option(1e-2, "learning rate for new users (PReF's code; Adam instead of its SGD; paper silent)")
     adapt_l2: float = option(0.02, "L2 on new users' vectors (the training's; paper silent)")
 
@@ -69,9 +74,10 @@ def start(model: RewardModel, data: Features, config: Config) -> None:
         filled = torch.where(known, observed, (features @ vectors.T).clamp(-1, 1))
     features, vectors = _factorise(filled, config.rank)
 
-    zero = vectors.norm(dim=1) < 1e-6
+    zero, dead = vectors.norm(dim=1) < 1e-6, vectors.norm(dim=0) < 1e-6
     model.about["warm_start"] = {
         "pairs": len(pairs), "raters_per_pair": known.sum().item() / len(pairs), "zero_users": zero.float().mean().item(),
+        "empty_features": int(dead.sum()),
     }  # fmt: skip
     if zero.any():
         warnings.warn(
@@ -80,7 +86,9 @@ def start(model: RewardModel, data: Features, config: Config) -> None:
             "--init random starts all users alike.",
             stacklevel=2,
         )
-        vectors[zero] = 0.1 * torch.randn(int(zero.sum()), config.rank, dtype=torch.float64)
+    # Where user and feature are both 0 neither would ever get a gradient.
+    empty = zero.unsqueeze(1) | dead
+    vectors = torch.where(empty, config.svd_noise * torch.randn(vectors.shape, dtype=torch.float64), vectors)
 
     hidden = data.hidden[data.offsets[pairs + 1] - 1].double()
     change = hidden[:, 0] - hidden[:, 1]  # [P, D]
@@ -117,7 +125,10 @@ def loss(model: RewardModel, batch: Batch, config: Config) -> Tensor:
 
 
 def adapt(model: RewardModel, support: Features, ids: list[str], config: Config) -> dict[str, Tensor]:
-    mean = model.users.vectors["mixture"].detach().mean(0).repeat(len(ids), 1)
+    if config.adapt_init == "randn":
+        initial = randn_rows(ids, config.rank, seed=config.seed)
+    else:
+        initial = model.users.vectors["mixture"].detach().mean(0).repeat(len(ids), 1)
     return fit_users(
-        model, support, ids, {"mixture": mean}, steps=config.adapt_steps, lr=config.adapt_lr, weight_decay=config.adapt_l2
+        model, support, ids, {"mixture": initial}, steps=config.adapt_steps, lr=config.adapt_lr, weight_decay=config.adapt_l2
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyargs.config import option
+from pyargs.errors import PyargsError
 from pyargs.fit import HeadConfig, shares
 from pyargs.heads import latent
 from pyargs.lm import lora
@@ -20,22 +21,24 @@ from pyargs.types import Batch, Features, Users
 
 @dataclass
 class Config(HeadConfig):
-    latent: int = option(512, "Z, the latent's size, and the width of all layers (VPL's code; paper silent)")
+    latent: int = option(512, "Z, the latent's size, and the width of all layers (VPL's code; paper silent)", least=1)
     vae_lr: float = option(1e-4, "learning rate of the encoder (paper)")
     head_lr: float = option(1e-4, "learning rate of score layer and decoder (paper)")
     head_decay: float = option(1e-3, "weight decay of score layer and decoder (paper)")
     kl: float = option(3e-6, "weight of the KL term (VPL's code for four kinds of users; paper silent)")
     kl_period: int = option(
-        10_000, "steps in which the KL term rises from a tenth to all of its weight, then again (VPL's code)"
+        10_000, "steps in which the KL term rises from a tenth to all of its weight, then again (VPL's code)", least=1
     )
-    min_context: int = option(2, "fewest other pairs of the user that the encoder sees in training (VPL's code)")
-    max_context: int = option(8, "most of them, and the size of the chunks that a user is inferred from (VPL's code)")
+    min_context: int = option(2, "fewest other pairs of the user that the encoder sees in training (VPL's code)", least=1)
+    max_context: int = option(
+        8, "most of them, and of the pairs in a chunk that a user is inferred from (VPL's code)", least=1
+    )
     eval_z: str = option(
         "normalized", "a user's latent: the mean scaled to the length sqrt(Z) of all training latents, or mu, the mean as it "
         "is (VPL's code)", choices=["normalized", "mu"],
     )  # fmt: skip
     adapt_pairs: str = option(
-        "chunks", "chunks: the mean over chunks of --max-context support pairs; all: one pass over all of them (paper silent)",
+        "chunks", "chunks: the mean over chunks of at most --max-context pairs; all: one pass over all of them (paper silent)",
         choices=["chunks", "all"],
     )  # fmt: skip
 
@@ -51,6 +54,8 @@ class Context(NamedTuple):
 
 
 def build(lm, tokenizer, users: list[str], config: Config) -> RewardModel:
+    if config.min_context > config.max_context:
+        raise PyargsError(f"min_context={config.min_context} is above max_context={config.max_context}")
     dim = lm.config.get_text_config().hidden_size
     latents = torch.zeros(len(users), config.latent)  # `finish` infers them
     head = latent.Head(dim, config.latent, Users(users, latent=latents), normalized=config.eval_z == "normalized")
@@ -125,7 +130,9 @@ def infer(model: RewardModel, context: Context, config: Config) -> Tensor:
     found = []
     for numbers in context.of_user:
         states = context.states[numbers[numbers >= 0]]
-        chunks = states.split(config.max_context) if config.adapt_pairs == "chunks" else [states]
+        chunks = [states]
+        if config.adapt_pairs == "chunks":  # of nearly the same size: none counts for more than it holds
+            chunks = states.tensor_split(math.ceil(len(states) / config.max_context))
         means = [
             model.head.encoder(c.unsqueeze(0), torch.ones(1, len(c), dtype=torch.bool, device=c.device))[0] for c in chunks
         ]

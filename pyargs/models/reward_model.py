@@ -58,6 +58,10 @@ class RewardModel(nn.Module):
         return self.head.users
 
     @property
+    def known_users(self) -> dict:
+        return self.users.ids
+
+    @property
     def device(self) -> torch.device:
         return next(self.head.parameters()).device
 

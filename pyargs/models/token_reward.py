@@ -35,6 +35,10 @@ class TokenReward(nn.Module):
         return self.lm.get_decoder()
 
     @property
+    def known_users(self) -> dict:
+        return {}
+
+    @property
     def device(self) -> torch.device:
         return self.lm.device
 

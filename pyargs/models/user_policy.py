@@ -12,7 +12,7 @@ from pyargs.features import groups, pair_logprobs
 from pyargs.files import read_json
 from pyargs.lm import lora
 from pyargs.lm.demonstrations import Demonstrations
-from pyargs.lm.encode import Packed, encode_prompt
+from pyargs.lm.encode import Packed, encode_prompt, pack
 from pyargs.lm.hf import check_output_layer, token_logprobs
 from pyargs.models import folder as folders
 from pyargs.types import LogProbs, Users
@@ -67,6 +67,10 @@ class UserPolicy(nn.Module):
     @property
     def users(self) -> Users:
         return self.nobody if self.soft is None else self.soft.users
+
+    @property
+    def known_users(self) -> dict:
+        return self.users.ids if self.demonstrations is None else self.demonstrations.of_user
 
     @property
     def device(self) -> torch.device:
@@ -131,8 +135,6 @@ class UserPolicy(nn.Module):
     @torch.no_grad()
     def pair_logprobs(self, rows) -> tuple[Tensor, Tensor]:
         """Log-probs of a dataset's pairs for their users, float64 [N, 2], and lengths int64 [N, 2]; no end tokens."""
-        from pyargs.lm.encode import pack
-
         encoded, pairs = self.encode(rows, stop=False)
         if self.soft is None:
             return pair_logprobs(self.lm, encoded, pairs)
@@ -144,6 +146,8 @@ class UserPolicy(nn.Module):
             packed = pack([encoded[g][0] for g, *_ in some], [[encoded[g][1][i] for i in two] for g, *two in some])
             values, mask = self.logprobs(packed.to(self.device), users[take].repeat_interleave(2))
             total[take], length[take] = values.double().sum(1).view(-1, 2).cpu(), mask.sum(1).view(-1, 2).cpu()
+        same = torch.tensor([chosen == rejected for _, chosen, rejected in pairs])
+        total[same, 1] = total[same, 0]  # one response twice is a tie, whatever its two places in a pass round to
         return total, length
 
     def merge(self) -> UserPolicy:
