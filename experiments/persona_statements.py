@@ -4,8 +4,9 @@
 
 60 train users and 20 new ones each have a sign for each of ten attributes; a pair sets a statement with the attribute against
 one without. A scorer that does not know the user can do no better than to guess each attribute's sign: `blind best` is the
-best such guess for the query pairs themselves, which no method can know. Each cell (method, seed) is written when it is done
-and not done twice, unless its settings or the data are others; the table is made from the cells. Needs ../shared/data/persona_statements/prefs.jsonl.gz.
+best such guess for the query pairs themselves, which no method can know. A cell (method, seed) is written when it is done and
+not done twice, unless its settings or the data are others; the table is made from the cells. Needs
+../shared/data/persona_statements/prefs.jsonl.gz.
 """
 
 from __future__ import annotations
@@ -107,9 +108,11 @@ def table(result: dict) -> str:
         "# Users with known tastes: RM accuracy on the query pairs of 20 new users", "",
         f"`python experiments/persona_statements.py`; {result['pairs']} pairs of {result['users']} users to train on, "
         f"{result['support']} support and {result['query']} query pairs of the new ones. SmolLM2-135M, its backbone frozen "
-        "(GenARM, P-DPO: LoRA). Settings are those that are not the methods' defaults. Mean over the new users with the 95% interval over them "
-        "(bootstrap), accuracies of the users averaged over the seeds first; in brackets the seeds.", "",
-        "| row | settings | accuracy | 95% interval | seeds | knows the user | beats every blind scorer |", "|---|---|---|---|---|---|---|",
+        "(GenARM, P-DPO: LoRA). Settings are those that are not the methods' defaults. Mean over the new users with the 95% "
+        "interval over them (bootstrap), accuracies of the users averaged over the seeds first; then each seed's.",
+        "",
+        "| row | settings | accuracy | 95% interval | seeds | knows the user | beats every blind scorer |",
+        "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for name, value in result["bounds"].items():
         lines.append(f"| *{name}* | | {value:.1f} | | | no | |")

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Every stage of every method once, with a tiny random language model on planted users: train, adapt, tune, decode, evaluate.
+# Every method trained, adapted and evaluated once, and every kind of model decoded, with a tiny
+# random language model on planted users.
 #   runs/smoke.sh [FOLDER]        (default: a temporary folder). Under two minutes on two cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -44,8 +45,14 @@ chain() { # NAME METHOD FLAGS
       run decode "$model" "${policy[@]}" "${data[@]}" --tuned "$out/$name-tune.json" "${few[@]}" --out "$out/$name.jsonl"
       run evaluate "$model" "${policy[@]}" "${data[@]}" --tuned "$out/$name-tune.json" --generations "$out/$name.jsonl" \
         --out "$out/$name-result.json"
+      [ $name = genarm ] && run decode "$model" "${policy[@]}" "${data[@]}" --reward-weight 1 --whole-vocabulary --do-sample \
+        "${few[@]}" --out "$out/$name-own.jsonl"
       ;;
-    *) # another head, the same way: RM accuracy only
+    pal-b) # ranks whole responses only
+      run decode "$model" "${policy[@]}" "${data[@]}" --best-of 2 "${few[@]}" --out "$out/$name.jsonl"
+      run evaluate "$model" "${data[@]}" --out "$out/$name-result.json"
+      ;;
+    *) # another head, decoded the same way: RM accuracy
       run evaluate "$model" "${data[@]}" --out "$out/$name-result.json"
       ;;
   esac

@@ -19,7 +19,7 @@ from pyargs.errors import PyargsError, UnknownUser
 from pyargs.heads import latent
 from pyargs.lm.encode import left_pad
 from pyargs.lm.hf import load_lm
-from pyargs.methods import genarm, lore, mpu, pal, pdpo, pref, vpl
+from pyargs.methods import genarm, icl, lore, mpu, pal, pdpo, pref, vpl
 from pyargs.models.reward_model import RewardModel
 from pyargs.types import Batch, Features, LogProbs, Users
 
@@ -269,6 +269,124 @@ def test_the_order_within_a_pair_is_its_label():
 def test_annealing():
     assert vpl.annealing(0, 100) == pytest.approx(0.1) and vpl.annealing(50, 100) == pytest.approx(0.55)
     assert vpl.annealing(100, 100) == pytest.approx(0.1) and vpl.annealing(99, 100) > 0.99
+
+
+# What methods.md and the paper say, held apart from the code.
+DEFAULTS = {
+    "global_rm": dict(hidden=64, head_lr=1e-4, lora_lr=5e-5, lora_rank=8, lora_alpha=16, rslora=True, pool="last",
+                      step_reward="token", dtype="float32", max_length=512, batch_size=32, warmup=0.03, lora_dropout=0.0),
+    "lore": dict(rank=8, head_lr=0.5, divisor=100, adapt_lr=0.1, adapt_steps=500, adapt_init="zeros", pool="last"),
+    "pref": dict(rank=8, head_lr=1e-3, strength=0.02, reg="weight_decay", svd_rounds=10, svd_noise=0.1, adapt_lr=1e-2,
+                 adapt_steps=500, adapt_l2=0.02, adapt_init="mean", init="svd"),
+    "pal": dict(variant="B", rank=8, width=0, weighting="cumulative", projector_lr=1e-4, projector_decay=0.01, user_lr=5e-3,
+                prototype_lr=5e-3, scale_lr=0.1),
+    "vpl": dict(latent=512, vae_lr=1e-4, head_lr=1e-4, head_decay=1e-3, kl=3e-6, kl_period=10_000, min_context=2,
+                max_context=8, eval_z="normalized", adapt_pairs="chunks"),
+    "mpu": dict(hidden=64, head_lr=1e-3, pool="last", adapt_lr=1e-3, adapt_l2=0.01, adapt_steps=500, adapt_init="initial"),
+    "genarm": dict(beta=0.05, gamma=0.0, lora_lr=5e-4),
+    "pdpo": dict(soft_tokens=8, clusters=0, beta=0.5, alpha=0.5, soft_lr=1e-3, lora_lr=5e-5, init="words", adapt_lr=1e-3,
+                 adapt_steps=200),
+    "icl": dict(shots=8, retrieve="random", show="pair", content_tokens=200),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_defaults_are_the_papers_or_those_of_its_sources(name):
+    config = fit.method(name).Config()
+    assert {key: getattr(config, key) for key in DEFAULTS[name]} == DEFAULTS[name]
+
+
+GROUPS = {  # (learning rate, weight decay, sparse) of every trained part; LoRA apart
+    "global_rm": {"first": (1e-4, 0, False), "last": (1e-4, 0, False)},
+    "lore": {"directions": (0.5, 0, False), "users": (0.5, 0, False)},
+    "pref": {"directions": (1e-3, 0.02, False), "users": (1e-3, 0.02, False)},
+    "pal": {"project": (1e-4, 0.01, False), "queries": (1e-4, 0.01, False), "logit_scale": (0.1, 0, False),
+            "users": (5e-3, 0, False)},
+    "vpl": {"encoder": (1e-4, 0, False), "score": (1e-4, 1e-3, False), "first": (1e-4, 1e-3, False),
+            "second": (1e-4, 1e-3, False), "last": (1e-4, 1e-3, False), "users": None},
+    "mpu": {"users": (1e-3, 0, True)},
+}  # fmt: skip
+
+
+def optimized(model, name: str, config) -> dict:
+    optimizer = fit._optimizer(fit.method(name), model, config)
+    return {
+        parameter: (group["lr"], group.get("weight_decay", 0), isinstance(one, torch.optim.SparseAdam))
+        for one in getattr(optimizer, "optimizers", [optimizer])
+        for group in one.param_groups
+        for parameter in group["params"]
+    }
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_every_part_has_its_learning_rate_and_decay(name):
+    config = fit.method(name).Config()
+    model = fit.method(name).build(planted.Backbone(), None, USERS, config)
+    found = optimized(model, name, config)
+    for key, parameter in model.head.named_parameters():
+        assert found.get(parameter) == GROUPS[name][key.split(".")[0]], key
+
+
+def test_pal_a_has_a_rate_for_prototypes():
+    config = pal.Config(variant="A", prototype_lr=7e-3)
+    model = pal.build(planted.Backbone(), None, USERS, config)
+    assert optimized(model, "pal", config)[model.head.prototypes] == (7e-3, 0, False)
+    assert optimized(model, "pal", config)[model.head.project.first.weight] == (1e-4, 0.01, False)
+
+
+def test_settings_out_of_range_raise():
+    for make in (lambda: mpu.Config(hidden=0), lambda: vpl.Config(max_context=0), lambda: lore.Config(rank=0),
+                 lambda: icl.Config(show="both"), lambda: pref.Config(adapt_steps=-3), lambda: pal.Config(variant="C"),
+                 lambda: genarm.Config(batch_size=0)):  # fmt: skip
+        with pytest.raises(PyargsError, match="must be at least|is one of"):
+            make()
+    with pytest.raises(PyargsError, match="above max_context"):
+        vpl.build(planted.Backbone(), None, USERS, vpl.Config(min_context=9))
+
+
+@pytest.mark.parametrize("count", [1, 8, 9, 20])
+def test_vpl_infers_users_from_chunks_of_nearly_the_same_size(count, monkeypatch):
+    model = vpl.build(planted.Backbone(), None, ["a"], vpl.Config(latent=6))
+    sizes = []
+    forward = latent.Encoder.forward
+    monkeypatch.setattr(latent.Encoder, "forward", lambda s, p, m: sizes.append(p.shape[1]) or forward(s, p, m))
+    context = vpl.Context(torch.randn(count, 2, planted.DIM), torch.arange(count).unsqueeze(0))
+    found = vpl.infer(model, context, vpl.Config(latent=6))
+    assert sum(sizes) == count and len(sizes) == math.ceil(count / 8) and max(sizes) - min(sizes) <= 1
+    whole = vpl.infer(model, context, vpl.Config(latent=6, adapt_pairs="all"))
+    assert sizes[-1] == count and (torch.equal(found, whole) == (count <= 8))
+
+
+def test_vpl_latents_have_the_length_of_the_trainings():
+    for normalized in (True, False):
+        users = Users(["a", "b"], latent=torch.randn(2, 6))
+        head = latent.Head(planted.DIM, 6, users, normalized=normalized)
+        length = head.user_latents().norm(dim=-1)
+        assert torch.allclose(length, torch.full((2,), math.sqrt(6))) == normalized
+        assert torch.equal(head.user_latents(), users.vectors["latent"]) == (not normalized)
+
+
+def test_training_counts_its_steps_and_adaptation_keeps_the_pool(monkeypatch):
+    data = planted.pairs("types")
+    steps, plain = [], vpl.loss
+    monkeypatch.setattr(vpl, "loss", lambda m, b, c: steps.append(b.step) or plain(m, b, c))
+    trained("vpl", type(data)(**{**vars(data), "train": data.train.select(range(64))}), latent=8, epochs=2)
+    assert steps == [0, 1, 2, 3]
+    pools = []
+    rewards = RewardModel.rewards
+    monkeypatch.setattr(RewardModel, "rewards", lambda self, batch: pools.append(self.pool) or rewards(self, batch))
+    model, config = trained("mpu", data, hidden=4, epochs=0.1, pool="mean", adapt_steps=3)
+    pools.clear()
+    vectors("mpu", model, data.support, config)
+    assert pools == ["mean"] * 3
+
+
+def test_fewer_users_than_features_leave_none_dead():
+    data = planted.pairs("low_rank")
+    few = data.train.select([i for i, user in enumerate(data.train.users) if user in ("user0", "user1")])
+    model, _ = trained("pref", type(data)(**{**vars(data), "train": few}), rank=6, epochs=2)
+    assert model.about["warm_start"]["empty_features"] == 4
+    assert (model.head.directions.norm(dim=1) > 0).all() and (model.users.vectors["mixture"].norm(dim=0) > 0).all()
 
 
 # -- loss and gradient against formulas in float64 ---------------------------------------------------------------------
@@ -778,6 +896,24 @@ def test_too_long_prompts_lose_the_farthest_demonstrations_first(shown):
         model.prompt_ids("tell me about the old one", "new_00")
 
 
+def test_contents_are_cut_and_the_instruction_is_said_once(shown):
+    model = shown(content_tokens=2, instruction="tell me ")
+    model.demonstrations.of_user["new_00"] = [{"prompt": "tell me one two old new", "chosen": "cat", "rejected": "saw"}]
+    text = model.tokenizer.decode(model.prompt_ids("tell me about it", "new_00"))
+    assert "Prompt: one two\nPreferred: cat" in text and "Prompt: about it\n" in text and text.count("tell me") == 1
+
+
+def test_conversations_lose_their_oldest_turns_and_contents_must_be_text(shown):
+    model = shown()
+    turns = [{"role": role, "content": f"old {n} please " * 5} for n in range(20) for role in ("user", "assistant")]
+    prompt = [*turns, {"role": "user", "content": "tell me"}]
+    model.demonstrations.max_tokens = 200
+    cut = model.tokenizer.decode(model.prompt_ids(prompt, "new_00"))
+    assert "tell me" in cut and "old 0 " not in cut
+    with pytest.raises(PyargsError, match="must be a str"):
+        model.prompt_ids([{"role": "user", "content": ["tell me"]}], "new_00")
+
+
 def test_a_cut_prompt_is_the_same_for_every_response(shown, rows):
     """However long the response to be scored is: the demonstrations that fit do not depend on it."""
     model = shown()
@@ -838,6 +974,142 @@ def test_a_soft_prompt_is_embeddings_before_the_prompt(lm_folder, rows):
         for n in range(len(answer)):
             embeds = torch.cat([soft, model.lm.get_input_embeddings()(torch.tensor([prompt + answer[:n]]))], dim=1)
             assert model.lm(inputs_embeds=embeds).logits[0, -1].argmax().item() == answer[n]
+
+
+def test_p_dpo_scores_against_plain_passes(lm_folder, rows):
+    """Soft prompt, prompt and response as one causal sequence: the same log-probs; the reference is the base model."""
+    model = fit.train("pdpo", rows, config_of("pdpo", lm_folder, epochs=0.5))
+    base, _ = load_lm(lm_folder)
+    query = of_split(rows, "train").select(range(3))
+    total, _ = model.pair_logprobs(query)
+    untrained = model.untrained(query, stop=False)
+    words = model.lm.get_input_embeddings()
+    for n, row in enumerate(query):
+        prompt = model.prompt_ids(row["prompt"], row["user_id"])
+        soft = model.soft(model.users.rows([row["user_id"]]))
+        for side, text in enumerate((row["chosen"], row["rejected"])):
+            response = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids = torch.tensor([prompt + response])
+            picked = torch.tensor(response).unsqueeze(1)
+            with torch.no_grad():
+                logs = model.lm(inputs_embeds=torch.cat([soft, words(ids)], dim=1)).logits[0].log_softmax(-1)
+                plain = base(ids).logits[0].log_softmax(-1)
+            start = soft.shape[1] + len(prompt) - 1
+            assert total[n, side].item() == pytest.approx(logs[start:-1].gather(1, picked).sum().item(), abs=1e-3)
+            assert untrained[n, side].item() == pytest.approx(
+                plain[len(prompt) - 1 : -1].gather(1, picked).sum().item(), abs=1e-3
+            )
+
+
+def test_p_dpo_starts_from_embeddings_of_tokens(lm_folder, rows):
+    lm, tokenizer = load_lm(lm_folder)
+    model = pdpo.build(lm, tokenizer, USERS, pdpo.Config())
+    table = lm.get_input_embeddings().weight.detach()
+    for start in (*model.users.vectors["offset"], model.soft.centres[0]):
+        assert all((table == token).all(1).any() for token in start.detach())
+    user = torch.tensor([0, 2, -1])
+    want = model.soft.centres + torch.stack([*model.users.vectors["offset"][[0, 2]], torch.zeros(8, table.shape[1])])
+    torch.testing.assert_close(model.soft(user), want)
+    same = of_split(rows, "train").select([0]).map(lambda row: {"rejected": row["chosen"], "user_id": "a"})
+    total, _ = model.pair_logprobs(same)
+    assert total[0, 0] == total[0, 1]  # one text twice is a tie
+
+
+def test_vpl_adapts_on_states_of_the_untrained_backbone(lm_folder, rows):
+    model = fit.train("vpl", rows, config_of("vpl", lm_folder))
+    base = fit.train("lore", rows, config_of("lore", lm_folder, freeze_backbone=True))
+    support = of_split(rows, "support")
+    torch.testing.assert_close(vpl.support(model, support).hidden, base.read(support).hidden, atol=2e-5, rtol=2e-5)
+    assert not torch.allclose(model.read(support).hidden, base.read(support).hidden, atol=1e-3)
+
+
+def test_lore_alt_moves_in_turn_in_full_training(lm_folder, rows, monkeypatch):
+    moved = []
+    plain = lore.loss
+
+    def loss(model, batch, config):
+        moved.append((model.users.vectors["mixture"].detach().clone(), model.head.directions.detach().clone()))
+        return plain(model, batch, config)
+
+    monkeypatch.setattr(lore, "loss", loss)
+    fit.train("lore", rows, config_of("lore", lm_folder, alternate=True, epochs=0.5, warmup=0.0))
+    for number, (one, two) in enumerate(zip(moved, moved[1:], strict=False)):
+        mixtures, directions = (not torch.equal(a, b) for a, b in zip(one, two, strict=True))
+        assert (mixtures, directions) == ((True, False) if number % 2 == 0 else (False, True)), number
+
+
+@pytest.mark.parametrize("name, rate", [("lore", 5e-5), ("genarm", 5e-4), ("pdpo", 5e-5)])
+def test_lora_has_its_own_learning_rate(name, rate, lm_folder):
+    from pyargs.lm import lora
+
+    lm, tokenizer = load_lm(lm_folder)
+    config = fit.method(name).Config(backbone=lm_folder)
+    model = fit.method(name).build(lm, tokenizer, USERS, config)
+    lm.requires_grad_(False)
+    lora.add(lm.get_decoder(), rank=8, alpha=16, rslora=True, target_modules=None)
+    found = optimized(model, name, config)
+    adapter = [p for key, p in model.named_parameters() if "lora_" in key]
+    assert adapter and all(found[p] == (rate, 0, False) for p in adapter)
+    assert not any(
+        p in found for key, p in model.named_parameters() if key.startswith(("backbone.", "lm.")) and "lora_" not in key
+    )
+    if name == "pdpo":
+        assert all(found[p] == (1e-3, 0, False) for p in model.soft.parameters())
+
+
+def test_half_written_checkpoints_are_passed_over(tmp_path):
+    for number, complete in ((2, True), (4, True), (10, False)):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+        if complete:
+            (tmp_path / f"checkpoint-{number}" / fit.COMPLETE).touch()
+    assert fit._last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    assert not (tmp_path / "checkpoint-10").exists()
+    assert fit._last_checkpoint(tmp_path / "none") is None
+
+
+def test_known_users_and_useless_steps_raise_before_any_work(lm_folder, rows, monkeypatch):
+    for name in ("icl", "vpl", "lore"):
+        model = fit.train(name, rows, config_of(name, lm_folder, **({} if name == "icl" else {"epochs": 0.1})))
+        fit.adapt(model, rows)
+        monkeypatch.setattr(type(model), "read", lambda *_: pytest.fail("work before the check"), raising=False)
+        with pytest.raises(PyargsError, match="there already"):
+            fit.adapt(model, rows)
+        monkeypatch.undo()
+        if name != "lore":
+            with pytest.raises(PyargsError, match="takes no steps"):
+                fit.adapt(model, rows, steps=3)
+
+
+def test_impossible_ways_to_decode_raise(lm_folder, rows, monkeypatch):
+    from pyargs.decode import plain
+
+    policy, _ = load_lm(lm_folder)
+    lore_model = fit.train("lore", rows, config_of("lore", lm_folder, freeze_backbone=True))
+    self_answering = fit.train("icl", rows, config_of("icl", lm_folder, shots=0))
+    ask = lambda model, **more: answers(policy, model, ["tell me"], ["user_00"], reward_weight=1.0, **more)  # noqa: E731
+    with pytest.raises(PyargsError, match="answers by itself"):
+        ask(self_answering, best_of=2)
+    with pytest.raises(PyargsError, match="whole vocabulary"):
+        ask(lore_model, num_candidates=None)
+    with pytest.raises(PyargsError, match="samples anyway"):
+        ask(lore_model, best_of=2, do_sample=True)
+    temperatures = []
+    generate = plain.generate
+    monkeypatch.setattr(plain, "generate", lambda *a, **k: temperatures.append(k["temperature"]) or generate(*a, **k))
+    ask(lore_model, best_of=2, temperature=None)
+    assert temperatures == [1.0]
+    with pytest.raises(PyargsError, match="positions"):
+        generate(policy, [[5, 6]], max_new_tokens=5000)
+
+
+def test_rows_of_the_logits_that_are_no_tokens_are_never_drawn(lm_folder):
+    from pyargs.decode import plain
+
+    policy, tokenizer = load_lm(lm_folder)
+    policy.resize_token_embeddings(len(tokenizer) + 64)
+    policy.get_output_embeddings().weight.data[-64:] = 3 * policy.get_output_embeddings().weight.data[:64]
+    drawn = plain.generate(policy, [[5, 6, 7]] * 64, max_new_tokens=4, do_sample=True, seed=0).tokens
+    assert drawn.max() < len(tokenizer)
 
 
 @pytest.mark.parametrize("whole", [False, True])

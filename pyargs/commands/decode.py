@@ -16,13 +16,14 @@ def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
     parser.add_argument("--split", default="query", help="whose prompts (default: query)")
     parser.add_argument("--limit", type=positive, help="only the first N prompts")
     parser.add_argument("--num-candidates", type=positive, default=10, help="k of ARGS (default 10)")
-    parser.add_argument("--whole-vocabulary", action="store_true", help="GenARM's own rule instead of the k candidates")
+    parser.add_argument("--whole-vocabulary", action="store_true", help="GenARM: all tokens instead of the k candidates; with "
+                        "--do-sample its own rule")  # fmt: skip
     parser.add_argument("--best-of", type=positive, metavar="N", help="best of N samples instead of guidance")
     parser.add_argument("--max-new-tokens", type=positive, default=64, help="length of an answer (default 64)")
     parser.add_argument("--batch-size", type=positive, default=8, help="prompts decoded together (default 8)")
     parser.add_argument("--do-sample", action="store_true", help="sample instead of the argmax")
-    parser.add_argument("--temperature", type=float, default=0.7, help="of --do-sample (default 0.7, as in ARGS)")
-    parser.add_argument("--seed", type=int, default=0, help="of --do-sample")
+    parser.add_argument("--temperature", type=float, help="of sampling (default: 0.7 among ARGS' candidates, else 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling")
     parser.add_argument("--out", required=True, help="JSONL file, one answer a line")
     add_data(parser)
 
@@ -72,9 +73,11 @@ def run(args: argparse.Namespace) -> dict:
         for row, (i, text, tokens) in enumerate(zip(numbers, texts, decoded.answers(), strict=True)):
             lines[i] = {
                 "user_id": items[i]["user_id"], "pair_id": items[i].get("pair_id"), "text": text, "tokens": tokens,
-                "reward_weight": weight, "rewards": [round(r, 5) for r in decoded.rewards[row, : len(tokens)].tolist()],
-                "slots": decoded.slots[row, : len(tokens)].tolist(),
+                "reward_weight": weight,
             }  # fmt: skip
+            if weight is not None:  # what guided each step
+                lines[i]["rewards"] = [round(r, 5) for r in decoded.rewards[row, : len(tokens)].tolist()]
+                lines[i]["slots"] = decoded.slots[row, : len(tokens)].tolist()
     seconds = time.perf_counter() - started
     files.write_jsonl(args.out, [lines[i] for i in sorted(lines)])
     tokens = sum(len(line["tokens"]) for line in lines.values())

@@ -98,4 +98,5 @@ def _policy(model, rows) -> dict:
     ranked = {"mean": logprob / length, "sum": logprob}
     if model.soft is not None:
         ranked["margin"] = logprob - model.untrained(rows, stop=False)
-    return {"policy_accuracy": {"personal": {name: rm_accuracy(score, users) for name, score in ranked.items()}}}
+    kind = "base" if model.soft is None and model.demonstrations is None else "personal"
+    return {"policy_accuracy": {kind: {name: rm_accuracy(score, users) for name, score in ranked.items()}}}

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyargs.lm.encode import left_pad, pack
+from pyargs.errors import PyargsError
+from pyargs.lm.encode import left_pad
 from pyargs.models.user_policy import UserPolicy
 from pyargs.types import Decoded
 
@@ -22,7 +23,7 @@ def generate(
     policy: a UserPolicy, whose `prompt_ids` made the prompts and which is told the users, or a model of transformers. The
     checkpoint's own generation settings (repetition penalties and the like) are not applied: only its stop tokens are.
     seed: of the sampling of the whole batch. In the result rewards, slots and spreads are 0.
-    Raises UnknownUser for a user without a soft prompt.
+    Raises UnknownUser for a user without a soft prompt, PyargsError where the model's positions do not suffice.
     """
     from transformers import GenerationConfig
 
@@ -33,19 +34,26 @@ def generate(
     inputs = {"input_ids": ids}
     if isinstance(policy, UserPolicy) and policy.soft is not None:
         user = policy.users.rows(users).to(lm.device)
-        parts = [
-            policy.embed(pack([p], [[[0]]]).to(lm.device), u.view(1))[1][0, :-1] for p, u in zip(prompts, user, strict=True)
-        ]
+        table = lm.get_input_embeddings()
+        words = [table(torch.tensor(prompt, device=lm.device)) for prompt in prompts]
+        parts = [torch.cat([soft.to(word), word]) for soft, word in zip(policy.soft(user), words, strict=True)]
         longest = max(map(len, parts))
         inputs = {"inputs_embeds": torch.stack([torch.cat([p.new_zeros(longest - len(p), p.shape[1]), p]) for p in parts])}
         mask = torch.stack([torch.arange(longest) >= longest - len(p) for p in parts]).long().to(lm.device)
+    text = lm.config.get_text_config(decoder=True)
+    room, length = getattr(text, "max_position_embeddings", None), mask.shape[1]
+    if room and length + max_new_tokens > room:
+        raise PyargsError(f"{length} prompt + {max_new_tokens} new tokens exceed the model's {room} positions")
+    tokenizer = policy.tokenizer if isinstance(policy, UserPolicy) else getattr(policy, "tokenizer", None)
+    padding = range(len(tokenizer), text.vocab_size) if tokenizer is not None else ()  # rows of the logits that are no token
     eos = lm.generation_config.eos_token_id
     eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     pad = lm.generation_config.pad_token_id
     pad = pad if pad is not None else eos[0] if eos else 0
+    sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if do_sample else {}
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=do_sample, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0,
-        eos_token_id=eos or None, pad_token_id=pad, **(dict(temperature=temperature, top_k=0, top_p=1.0) if do_sample else {}),
+        eos_token_id=eos or None, pad_token_id=pad, suppress_tokens=list(padding) or None, **sampling,
     )  # fmt: skip
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:

@@ -55,6 +55,15 @@ def decode_prompts(
         model.prompt_ids(prompt, user, room) if own else encode_prompt(tokenizer, prompt, room)
         for prompt, user in zip(prompts, users, strict=True)
     ]
+    token_reward, everything = isinstance(model, TokenReward), more.get("num_candidates", 0) is None
+    if best_of and own:
+        raise PyargsError("best_of needs a reward model to pick with: this model answers by itself")
+    if best_of and more.get("do_sample"):
+        raise PyargsError("best_of samples anyway: leave do_sample out")
+    if everything and not (token_reward and not best_of):
+        raise PyargsError("only a TokenReward (GenARM) that guides has rewards for the whole vocabulary: leave it out")
+    if more.get("temperature", 0.0) is None:
+        del more["temperature"]  # each decoder's own
     weight, seed = more.pop("reward_weight", None), more.pop("seed", 0)
     weights = list(weight) if isinstance(weight, (list, tuple)) else [weight] * len(encoded)
     sampled = own and more.get("do_sample")
@@ -70,7 +79,7 @@ def decode_prompts(
             elif own:
                 decoded = plain.generate(model, some, their, do_sample=bool(sampled), seed=seeds[0], **length)
             else:
-                generate = tokenwise.generate if isinstance(model, TokenReward) else args.generate
+                generate = tokenwise.generate if token_reward else args.generate
                 ids, mask = left_pad(some, pad_id=0)
                 decoded = generate(
                     policy, model, ids, mask, their, reward_weight=[weights[i] for i in take], seed=seeds, **more

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyargs.errors import PyargsError, UnknownUser, did_you_mean
-from pyargs.lm.encode import encode_prompt
+from pyargs.lm.encode import check_messages, encode_prompt
 
 TASK = "Below are examples of what one user prefers. Answer the last prompt as this user would prefer."
 
@@ -53,32 +53,28 @@ class Demonstrations:
     def prompt_ids(self, tokenizer, prompt, user: str) -> list[int]:
         """Ids of the prompt with its demonstrations, in the model's template.
 
-        What is longer than max_tokens loses demonstrations, the farthest first, then the end of its last content; template,
-        task and layout are never cut. Earlier turns of a conversation stay before.
+        What is longer than max_tokens loses demonstrations, the farthest first, then what `encode_prompt` cuts: the oldest
+        turns, which stand before, and the end of the last content.
         """
-        *history, last = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        check_messages(messages)
+        *history, last = messages
         asked = last["content"].removeprefix(self.instruction)
         shown = self.choose(last["content"], user)
 
-        def ids(shown: list[dict], asked: str) -> list[int]:
-            return encode_prompt(tokenizer, [*history, {"role": "user", "content": self._layout(tokenizer, shown, asked)}])
+        def ids(room: int | None = None) -> list[int]:
+            turn = {"role": "user", "content": self._layout(tokenizer, shown, asked)}
+            return encode_prompt(tokenizer, [*history, turn], room)
 
-        found = ids(shown, asked)
-        while len(found) > self.max_tokens and shown:
+        while len(found := ids()) > self.max_tokens and shown:
             shown = shown[1:]
-            found = ids(shown, asked)
-        if len(found) > self.max_tokens:
-            content = tokenizer(asked, add_special_tokens=False)["input_ids"]
-            keep = len(content)
-            while len(found) > self.max_tokens:
-                keep -= len(found) - self.max_tokens
-                if keep <= 0:
-                    raise PyargsError(f"{self.max_tokens} tokens leave no room for the prompt: raise max_length")
-                found = ids([], tokenizer.decode(content[:keep]))
-        return found
+        # Without demonstrations nothing of the layout can be lost: the rest is cut as any prompt is.
+        return found if len(found) <= self.max_tokens else ids(self.max_tokens)
 
     def _layout(self, tokenizer, shown: list[dict], asked: str) -> str:
-        parts = [self.instruction.strip() or TASK] if shown or self.instruction else []
+        if not shown:
+            return self.instruction + asked
+        parts = [self.instruction.strip() or TASK]
         for number, pair in enumerate(shown, 1):
             content = tokenizer(pair["prompt"].removeprefix(self.instruction), add_special_tokens=False)["input_ids"]
             lines = [
@@ -89,7 +85,7 @@ class Demonstrations:
             if self.show == "pair":
                 lines.append(f"Not preferred: {pair['rejected'].strip()}")
             parts.append("\n".join(lines))
-        parts.append(f"Prompt: {asked.strip()}\nPreferred:" if shown else asked)
+        parts.append(f"Prompt: {asked.strip()}\nPreferred:")
         return "\n\n".join(parts)
 
 

@@ -19,7 +19,7 @@ def encode_prompt(tokenizer, prompt: str | list[dict], max_tokens: int | None = 
     content is cut. Template and instruction are never cut, so a too small max_tokens raises PyargsError.
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-    _check(messages)
+    check_messages(messages)
     ids = _template(tokenizer, messages)
     if max_tokens is None or len(ids) <= max_tokens:
         return ids
@@ -49,7 +49,8 @@ def encode_response(tokenizer, text: str) -> list[int]:
     return ids
 
 
-def _check(messages: list[dict]) -> None:
+def check_messages(messages: list[dict]) -> None:
+    """Raises PyargsError for a conversation without turns or a content that is not a str."""
     if not messages:
         raise PyargsError("the prompt has no messages")
     for message in messages:
