@@ -45,8 +45,10 @@ chain() { # NAME METHOD FLAGS
       run decode "$model" "${policy[@]}" "${data[@]}" --tuned "$out/$name-tune.json" "${few[@]}" --out "$out/$name.jsonl"
       run evaluate "$model" "${policy[@]}" "${data[@]}" --tuned "$out/$name-tune.json" --generations "$out/$name.jsonl" \
         --out "$out/$name-result.json"
-      [ $name = genarm ] && run decode "$model" "${policy[@]}" "${data[@]}" --reward-weight 1 --whole-vocabulary --do-sample \
-        "${few[@]}" --out "$out/$name-own.jsonl"
+      if [ "$name" = genarm ]; then
+        run decode "$model" "${policy[@]}" "${data[@]}" --reward-weight 1 --whole-vocabulary --do-sample "${few[@]}" \
+          --out "$out/$name-own.jsonl"
+      fi
       ;;
     pal-b) # ranks whole responses only
       run decode "$model" "${policy[@]}" "${data[@]}" --best-of 2 "${few[@]}" --out "$out/$name.jsonl"

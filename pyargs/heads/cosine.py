@@ -31,18 +31,19 @@ class Head(nn.Module):
         first = self.project.first
         return {"dim": first.in_features, "width": first.out_features, "rank": len(self.queries)}
 
-    def forward(self, hidden: Tensor, user: Tensor, prompt: Tensor) -> Tensor:
-        return self.compare(self.project(hidden.float()), user, self.project_prompt(prompt))
-
     def project_prompt(self, prompt: Tensor) -> Tensor:
         """g_1 .. g_K of the prompts' states: [..., K, P]."""
         return torch.stack([query(prompt.float()) for query in self.queries], dim=-2)
 
-    def compare(self, projected: Tensor, user: Tensor, queries: Tensor) -> Tensor:
-        """The reward from f(h) [..., P] and `project_prompt`, neither of which depends on the user."""
-        mixture = self.users.vectors["mixture"][user].softmax(-1)
-        query = (mixture.unsqueeze(-1) * queries).sum(-2)
-        return self.logit_scale.exp().clamp(max=100) * F.cosine_similarity(projected, query, dim=-1)
+    def target(self, user: Tensor, projected_prompt: Tensor) -> Tensor:
+        """What f(h) is compared with: q [..., P]."""
+        return (self.users.vectors["mixture"][user].softmax(-1).unsqueeze(-1) * projected_prompt).sum(-2)
+
+    def compare(self, projected: Tensor, target: Tensor) -> Tensor:
+        return self.logit_scale.exp().clamp(max=100) * F.cosine_similarity(projected, target, dim=-1)
+
+    def forward(self, hidden: Tensor, user: Tensor, prompt: Tensor) -> Tensor:
+        return self.compare(self.project(hidden.float()), self.target(user, self.project_prompt(prompt)))
 
     def fold(self) -> Folded:
         raise PyargsError("PAL-B ranks whole responses and guides no decoder: use variant A, or Best-of-N")

@@ -48,12 +48,16 @@ class Head(nn.Module):
         """q [U, P]."""
         return self.project(self.users.vectors["mixture"].softmax(-1) @ self.prototypes)
 
-    def forward(self, hidden: Tensor, user: Tensor) -> Tensor:
-        return self.compare(self.project(hidden.float()), user)
+    def target(self, user: Tensor) -> Tensor:
+        """What f(h) is compared with: q_u [..., P]."""
+        return self.ideal()[user]
 
-    def compare(self, projected: Tensor, user: Tensor) -> Tensor:
-        """The reward from f(h) [..., P], which does not depend on the user."""
-        return -_distance(projected, self.ideal()[user])
+    @staticmethod
+    def compare(projected: Tensor, target: Tensor) -> Tensor:
+        return -_distance(projected, target)
+
+    def forward(self, hidden: Tensor, user: Tensor) -> Tensor:
+        return self.compare(self.project(hidden.float()), self.target(user))
 
     def fold(self) -> Folded:
         """The distance is the one feature; `score_select` takes it with weight -1."""

@@ -6,7 +6,8 @@ position t of the response while it trains, and takes the last token when it is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,38 +82,53 @@ def token_weights(batch: Batch, weighting: str) -> Tensor:
     return index / index.sum(1, keepdim=True)
 
 
-def pair_losses(rewards, batch: Batch, config: Config) -> Tensor:
-    """[N], from rewards(states [N, 2, T, D], users [N, 2, T]) of each token.
+class Tokens(NamedTuple):
+    """The M compared positions of a batch: states [M, 2, D] of both responses, the pair of each int64 [M], its weight [M]."""
 
-    Position t of one response is compared with t of the other; past its end a response keeps its last state.
-    """
-    last = (batch.mask.sum(-1, keepdim=True) - 1).unsqueeze(-1)  # [N, 2, 1, 1]
-    ends = batch.hidden.gather(2, last.expand(-1, -1, -1, batch.hidden.shape[-1]))
-    hidden = torch.where(batch.mask.unsqueeze(-1), batch.hidden, ends)
-    chosen, rejected = rewards(hidden, batch.user[:, None, None].expand(batch.mask.shape)).unbind(1)
+    states: Tensor
+    pair: Tensor
+    weight: Tensor
+
+
+def compared_tokens(batch: Batch, config: Config) -> Tokens:
+    """Position t of one response is compared with t of the other; past its end a response keeps its last state."""
+    weight = token_weights(batch, config.weighting)
+    pair, place = weight.nonzero(as_tuple=True)
+    last = batch.mask.sum(-1)[pair] - 1
+    sides = torch.arange(2, device=pair.device)
+    states = batch.hidden[pair.unsqueeze(1), sides, torch.minimum(place.unsqueeze(1), last)]
+    return Tokens(states, pair, weight[pair, place])
+
+
+def pair_losses(head, projected: Tensor, target: Tensor, tokens: Tokens, config: Config) -> Tensor:
+    """[N], from f of the tokens' states [M, 2, P] and what they are compared with, target [N, P]."""
+    chosen, rejected = head.compare(projected, target[tokens.pair].unsqueeze(1)).unbind(1)
     if config.variant == "A":  # rewards are negative distances: hinge at a margin of 1
         each = F.relu(1 - (chosen - rejected))
     else:  # cross-entropy of the two similarities
         each = -F.logsigmoid(chosen - rejected)
-    return (each * token_weights(batch, config.weighting)).sum(1)
+    return each.new_zeros(len(target)).index_add(0, tokens.pair, each * tokens.weight)
 
 
 def loss(model: RewardModel, batch: Batch, config: Config) -> Tensor:
-    prompt = () if batch.prompt is None else (batch.prompt[:, None, None],)
-    return pair_losses(lambda hidden, user: model.head(hidden, user, *prompt), batch, config).mean()
+    head, tokens = model.head, compared_tokens(batch, config)
+    prompt = () if batch.prompt is None else (head.project_prompt(batch.prompt),)
+    return pair_losses(head, head.project(tokens.states), head.target(batch.user, *prompt), tokens, config).mean()
 
 
 def adapt(model: RewardModel, support: Features, ids: list[str], config: Config) -> dict[str, Tensor]:
-    """The states are projected once: only the mixtures move."""
-    with torch.no_grad():
-        projected = [model.head.project(part.to(model.device)).cpu() for part in support.hidden.split(8192)]
-        states = replace(support, hidden=torch.cat(projected), prompt=None)
-        queries = ()
-        if support.prompt is not None:
-            prompt = support.hidden[support.offsets[support.prompt + 1] - 1].to(model.device)
-            queries = (model.head.project_prompt(prompt)[:, None, None],)
-    return fit_users(
-        model, states, ids, {"mixture": randn_rows(ids, config.rank, seed=config.seed)}, steps=config.adapt_steps,
-        lr=config.user_lr,
-        loss=lambda probe, batch: pair_losses(lambda h, user: probe.head.compare(h, user, *queries), batch, config),
-    )  # fmt: skip
+    """Only the mixtures move, so tokens and prompts are projected once."""
+    fixed = []
+
+    def losses(probe: RewardModel, batch: Batch) -> Tensor:
+        if not fixed:
+            with torch.no_grad():
+                tokens = compared_tokens(batch, config)
+                projected = torch.cat([probe.head.project(part) for part in tokens.states.split(4096)])
+                prompt = () if batch.prompt is None else (probe.head.project_prompt(batch.prompt),)
+                fixed.extend((tokens._replace(states=None), projected, prompt))
+        tokens, projected, prompt = fixed
+        return pair_losses(probe.head, projected, probe.head.target(batch.user, *prompt), tokens, config)
+
+    start = {"mixture": randn_rows(ids, config.rank, seed=config.seed)}
+    return fit_users(model, support, ids, start, steps=config.adapt_steps, lr=config.user_lr, loss=losses)
