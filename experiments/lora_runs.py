@@ -38,7 +38,6 @@ METHODS = {  # row: (method, fields that are not its defaults)
     "MPU-Avg": ("mpu", {"pool": "mean"}),
     "GenARM": ("genarm", {}),
     "P-DPO": ("pdpo", {"adapt_steps": 5}),
-    "ICL": ("icl", {"shots": 4}),
 }
 
 
@@ -83,8 +82,7 @@ def run(name: str, data) -> dict:
         model.save_pretrained(f"{folder}/model")
         same = torch.equal(scores, _scores(load_model(f"{folder}/model"), query))
         lap("score, save, load, score")
-        own = method in ("pdpo", "icl")
-        policy, loaded = load_pair(None if own else "smollm2-135m", f"{folder}/model")
+        policy, loaded = load_pair(None if method == "pdpo" else "smollm2-135m", f"{folder}/model")
         users = list(dict.fromkeys(query["user_id"]))
         texts = None
         if name != "PAL-B":
