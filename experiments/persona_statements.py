@@ -43,8 +43,8 @@ METHODS = {  # row: (method, fields that are not its defaults)
     "zero-shot": ("icl", {"shots": 0}),
     "ICL": ("icl", {}),
     "ICL-RAG": ("icl", {"retrieve": "minilm"}),
-    "GenARM": ("genarm", {"epochs": 0.25}),
-    "P-DPO": ("pdpo", {"epochs": 0.25, "adapt_steps": 5}),
+    "GenARM": ("genarm", {"epochs": 0.1}),
+    "P-DPO": ("pdpo", {"epochs": 0.1, "adapt_steps": 5}),
 }
 BLIND = {"Global RM v1", "Global RM v2", "zero-shot", "GenARM"}  # rows that do not know the user
 PERSONAL = [name for name in METHODS if name not in BLIND]
