@@ -41,8 +41,8 @@ METHODS = {  # row: (method, fields that are not its defaults)
     "MPU": ("mpu", FROZEN),
     "MPU-Avg": ("mpu", {**FROZEN, "pool": "mean"}),
     "zero-shot": ("icl", {"shots": 0}),
-    "ICL": ("icl", {}),
-    "ICL-RAG": ("icl", {"retrieve": "minilm"}),
+    "ICL": ("icl", {"shots": 2}),
+    "ICL-RAG": ("icl", {"shots": 2, "retrieve": "minilm"}),
     "GenARM": ("genarm", {"epochs": 0.1}),
     "P-DPO": ("pdpo", {"epochs": 0.1, "adapt_steps": 5}),
 }
