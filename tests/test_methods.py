@@ -1001,6 +1001,20 @@ def test_p_dpo_scores_against_plain_passes(lm_folder, rows):
             )
 
 
+def test_p_dpo_scores_with_a_model_that_cannot_branch(rows):
+    """Layers that follow no mask get a row for each response: the second one must not see the first."""
+    from conftest import tiny_lm
+
+    from pyargs.models.user_policy import SoftPrompt, UserPolicy
+
+    tokenizer = synthetic.tiny_tokenizer()
+    lm = tiny_lm("mistral", vocab=len(tokenizer), dtype=torch.float32)
+    model = UserPolicy(lm, tokenizer, soft=SoftPrompt(torch.randn(1, 3, 32), Users(["user_00"], offset=torch.randn(1, 3, 32))))
+    query = of_split(rows, "train").filter(lambda row: row["user_id"] == "user_00").select(range(3))
+    swapped = query.map(lambda row: {"chosen": row["rejected"], "rejected": row["chosen"]})
+    torch.testing.assert_close(model.pair_logprobs(query)[0], model.pair_logprobs(swapped)[0].flip(1))
+
+
 def test_p_dpo_starts_from_embeddings_of_tokens(lm_folder, rows):
     lm, tokenizer = load_lm(lm_folder)
     model = pdpo.build(lm, tokenizer, USERS, pdpo.Config())

@@ -13,7 +13,6 @@ from tqdm import trange
 from pyargs.config import option
 from pyargs.errors import PyargsError
 from pyargs.fit import FitConfig, shares
-from pyargs.lm.encode import pack
 from pyargs.models.user_policy import SoftPrompt, UserPolicy, random_embeddings
 from pyargs.types import LogProbs, Users
 
@@ -103,11 +102,7 @@ def adapt(model: UserPolicy, support: Support, ids: list[str], config: Config) -
     probe.soft.centres.requires_grad_(False)
     probe.lm.requires_grad_(False)
     optimizer = torch.optim.Adam(users.parameters(), lr=config.adapt_lr)
-    parts = []
-    for take in torch.arange(len(rows)).split(16):
-        some = [support.pairs[i] for i in take.tolist()]
-        packed = pack([support.encoded[g][0] for g, *_ in some], [[support.encoded[g][1][i] for i in two] for g, *two in some])
-        parts.append((take, packed.to(model.device)))
+    parts = list(probe.packed_pairs(support.encoded, support.pairs))
     with torch.enable_grad():
         for step in trange(config.adapt_steps, desc="adapt", unit="step"):
             optimizer.zero_grad()

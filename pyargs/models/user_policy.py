@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from pyargs.errors import PyargsError
 from pyargs.features import groups, pair_logprobs
 from pyargs.files import read_json
 from pyargs.lm import lora
+from pyargs.lm.cache import can_branch
 from pyargs.lm.demonstrations import Demonstrations
 from pyargs.lm.encode import Packed, encode_prompt, pack
 from pyargs.lm.hf import check_output_layer, token_logprobs
@@ -132,6 +134,14 @@ class UserPolicy(nn.Module):
         with lora.disabled(self.backbone):
             return pair_logprobs(self.lm, *self.encode(rows, stop=stop))[0].float()
 
+    def packed_pairs(self, encoded, pairs, size: int = 16) -> Iterator[tuple[Tensor, Packed]]:
+        """The pairs of `encode` a few at a time: their numbers, and chosen and rejected of each side by side."""
+        share = can_branch(self.backbone)
+        for take in torch.arange(len(pairs)).split(size):
+            some = [pairs[i] for i in take.tolist()]
+            responses = [[encoded[g][1][i] for i in two] for g, *two in some]
+            yield take, pack([encoded[g][0] for g, *_ in some], responses, share=share).to(self.device)
+
     @torch.no_grad()
     def pair_logprobs(self, rows) -> tuple[Tensor, Tensor]:
         """Log-probs of a dataset's pairs for their users, float64 [N, 2], and lengths int64 [N, 2]; no end tokens."""
@@ -141,10 +151,8 @@ class UserPolicy(nn.Module):
         check_output_layer(self.lm)
         users = self.users.rows(rows["user_id"]).to(self.device)
         total, length = torch.empty(len(pairs), 2, dtype=torch.float64), torch.empty(len(pairs), 2, dtype=torch.long)
-        for take in torch.arange(len(pairs)).split(16):
-            some = [pairs[i] for i in take.tolist()]
-            packed = pack([encoded[g][0] for g, *_ in some], [[encoded[g][1][i] for i in two] for g, *two in some])
-            values, mask = self.logprobs(packed.to(self.device), users[take].repeat_interleave(2))
+        for take, packed in self.packed_pairs(encoded, pairs):
+            values, mask = self.logprobs(packed, users[take].repeat_interleave(2))
             total[take], length[take] = values.double().sum(1).view(-1, 2).cpu(), mask.sum(1).view(-1, 2).cpu()
         same = torch.tensor([chosen == rejected for _, chosen, rejected in pairs])
         total[same, 1] = total[same, 0]  # one response twice is a tie, whatever its two places in a pass round to
