@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyargs.errors import PyargsError
+from pyargs.decode.request import check_room, stop_and_pad
 from pyargs.lm.encode import left_pad
 from pyargs.models.user_policy import UserPolicy
 from pyargs.types import Decoded
@@ -40,16 +40,12 @@ def generate(
         longest = max(map(len, parts))
         inputs = {"inputs_embeds": torch.stack([torch.cat([p.new_zeros(longest - len(p), p.shape[1]), p]) for p in parts])}
         mask = torch.stack([torch.arange(longest) >= longest - len(p) for p in parts]).long().to(lm.device)
-    text = lm.config.get_text_config(decoder=True)
-    room, length = getattr(text, "max_position_embeddings", None), mask.shape[1]
-    if room and length + max_new_tokens > room:
-        raise PyargsError(f"{length} prompt + {max_new_tokens} new tokens exceed the model's {room} positions")
+    check_room(lm, mask.shape[1], max_new_tokens)
     tokenizer = policy.tokenizer if isinstance(policy, UserPolicy) else getattr(policy, "tokenizer", None)
-    padding = range(len(tokenizer), text.vocab_size) if tokenizer is not None else ()  # rows of the logits that are no token
-    eos = lm.generation_config.eos_token_id
-    eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-    pad = lm.generation_config.pad_token_id
-    pad = pad if pad is not None else eos[0] if eos else 0
+    # rows of the logits that are no token
+    rows = lm.config.get_text_config(decoder=True).vocab_size
+    padding = range(len(tokenizer), rows) if tokenizer is not None else ()
+    eos, pad = stop_and_pad(lm)
     sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if do_sample else {}
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=do_sample, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0,

@@ -96,14 +96,8 @@ def check(
     vocabulary = min(config.vocab_size, len(tokenizer or theirs) if (tokenizer or theirs) is not None else config.vocab_size)
     if num_candidates is not None and not 1 <= num_candidates <= min(64, vocabulary):
         raise PyargsError(f"num_candidates must be in 1..{min(64, vocabulary)}, got {num_candidates}")
-    room = getattr(config, "max_position_embeddings", None)
-    if room and length + max_new_tokens > room:
-        raise PyargsError(f"{length} prompt + {max_new_tokens} new tokens exceed the model's {room} positions")
-
-    defaults = policy.generation_config
-    eos = defaults.eos_token_id if eos_token_id is None else eos_token_id
-    eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-    pad = next(i for i in (pad_token_id, defaults.pad_token_id, *eos, 0) if i is not None)
+    check_room(policy, length, max_new_tokens)
+    eos, pad = stop_and_pad(policy, eos_token_id, pad_token_id)
     device = reward_model.device
     uniform = _noise(seed, rows, max_new_tokens).T.contiguous() if do_sample else None
     return Request(
@@ -114,6 +108,20 @@ def check(
         prefix_mean=reward_model.step_reward == "prefix_mean", temperature=temperature,
         uniform=None if uniform is None else uniform.to(device), token_callback=token_callback,
     )  # fmt: skip
+
+
+def check_room(lm, length: int, new: int) -> None:
+    """Raises PyargsError where prompt and new tokens exceed the model's positions."""
+    room = getattr(lm.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if room and length + new > room:
+        raise PyargsError(f"{length} prompt + {new} new tokens exceed the model's {room} positions")
+
+
+def stop_and_pad(lm, eos: int | Sequence[int] | None = None, pad: int | None = None) -> tuple[list[int], int]:
+    """Stop tokens and the padding token: what is given, else the model's own."""
+    eos = lm.generation_config.eos_token_id if eos is None else eos
+    eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    return eos, next(i for i in (pad, lm.generation_config.pad_token_id, *eos, 0) if i is not None)
 
 
 def _noise(seed: int | Sequence[int] | None, rows: int, steps: int) -> Tensor:
