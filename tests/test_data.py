@@ -1,20 +1,25 @@
-"""Data sets: reading, refusing, splitting; the LaMP-5 format; planted users; the embedded set."""
+"""Data sets by name: loading, building from their sources, checking. Real data where ../shared/data is there."""
 
 from __future__ import annotations
 
 import gzip
+import http.server
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rows import comparison, lamp, prism, row, write
 
 from pyargs import data
-from pyargs.data import demo, pref_lamp, preferences, synthetic
+from pyargs.data import hh_rlhf_users, persona_statements, pref_lamp, preferences, synthetic, tldr
+from pyargs.data import prism as prism_set
+from pyargs.data.tools import check, mining, simulate, sources
 from pyargs.errors import PyargsError
 
 SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
@@ -22,168 +27,20 @@ CI = SHARED / "pref_lamp_like" / "ci"
 needs_shared = pytest.mark.skipif(not CI.is_dir(), reason="the data pack ../shared/data is not here")
 
 
-def row(**changes) -> dict:
-    base = {"user": "u1", "split": "train", "role": "train", "prompt": "p", "chosen": "good", "rejected": "bad"}
-    return {name: value for name, value in (base | changes).items() if value is not ...}
-
-
-def write(path: Path, rows: list[dict]) -> Path:
-    text = "".join(json.dumps(r) + "\n" for r in rows)
-    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
-    return path
-
-
-# ---- preference files ----
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
-def test_reads_every_format(tmp_path, name):
-    rows = [row(prompt=f"p{i}", pair_id=f"x{i}") for i in range(10)] + [
-        row(user="u2", split="adapt", role=role, prompt="q", pair_id=f"y{role}") for role in ("support", "query")
-    ]
-    if name.endswith("parquet"):
-        import pyarrow
-        import pyarrow.parquet
-
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / name)
-    else:
-        write(tmp_path / name, rows)
-    dataset = data.load(tmp_path / name)
-    assert tuple(dataset.column_names) == data.COLUMNS
-    assert dataset["user_id"][:] == ["u1"] * 10 + ["u2"] * 2
-    assert sorted(dataset["split"]) == ["query", "support"] + ["train"] * 8 + ["train_test"] * 2
-    assert data.content_hash(dataset) == data.content_hash(data.load("preferences", str(tmp_path / name)))
-
-
-def test_all_counts_as_train_and_own_train_test_is_kept():
-    rows = preferences.check([row(role="all", split="all", prompt=f"p{i}") for i in range(5)])
-    assert {r["split"] for r in rows} == {"train"}
-    rows = preferences.check([row(prompt=f"p{i}", role="train_test" if i == 3 else "train") for i in range(5)])
-    assert preferences.carve(rows) == rows
-
-
-def test_split_serves_where_role_is_missing_or_null():
-    assert preferences.check([row(role=..., split="query")])[0]["split"] == "query"
-    assert preferences.check([row(role=None, split="support")])[0]["split"] == "support"
-
-
-def test_chat_prompts_and_conversational_responses():
-    chat = [{"role": "user", "content": "hi", "name": "x"}]
-    said = [{"role": "assistant", "content": "good"}]
-    dataset = preferences.to_dataset(preferences.check([row(prompt=chat, chosen=said)]))
-    assert dataset[0]["prompt"] == [{"role": "user", "content": "hi"}] and dataset[0]["chosen"] == "good"
-
-
-def test_pair_id_does_not_depend_on_the_label():
-    one, two = preferences.check([row(), row(user="u2", chosen="bad", rejected="good")])
-    assert one["pair_id"] == two["pair_id"] != preferences.check([row(prompt="other")])[0]["pair_id"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"chosen": 3}, "row 1: chosen is int, not a string"),
-        ({"prompt": None}, "prompt is NoneType"),
-        ({"prompt": "  "}, "prompt is empty"),
-        ({"rejected": ""}, "rejected is empty"),
-        ({"rejected": "good"}, "chosen and rejected are the same"),
-        ({"chosen": ..., "chossen": "x"}, "no column 'chosen'.*chossen"),
-        ({"user": ..., "user_ids": "x"}, "no column 'user'.*user_ids"),
-        ({"user": 7}, "user_id is int"),
-        ({"role": "test"}, "unknown split 'test'"),
-        ({"role": ..., "split": ...}, "no column 'split'"),
-        ({"role": ..., "split": "adapt"}, "needs a column 'role'"),
-        ({"prompt": []}, "prompt is empty"),
-        ({"prompt": [{"role": "user"}]}, "without 'role' and 'content'"),
-        ({"prompt": [{"role": "user", "content": ["hi"]}]}, "content is list"),
-        ({"chosen": [{"role": "user", "content": "x"}]}, "one assistant message"),
-    ],
-)
-def test_refuses(changes, message):
-    with pytest.raises(PyargsError, match=message):
-        preferences.check([row(**changes)])
-
-
-def test_refuses_mixtures():
-    with pytest.raises(PyargsError, match="row 2: user 'u1' is of the adapt users here"):
-        preferences.check([row(), row(role="query")])
-    with pytest.raises(PyargsError, match="row 2: prompts must be all"):
-        preferences.check([row(), row(prompt=[{"role": "user", "content": "x"}])])
-    with pytest.raises(PyargsError, match="no rows"):
-        preferences.check([])
-
-
-def test_damaged_files(tmp_path):
-    whole = write(tmp_path / "a.jsonl.gz", [row(prompt=f"p{i}") for i in range(500)]).read_bytes()
-    (tmp_path / "cut.jsonl.gz").write_bytes(whole[:-20])
-    (tmp_path / "plain.jsonl.gz").write_text("{}")
-    (tmp_path / "bad.jsonl").write_text(json.dumps(row()) + "\n{oops\n")
-    (tmp_path / "list.jsonl").write_text("[1]\n")
-    (tmp_path / "a.csv").write_text("x")
-    for name, message in {
-        "cut.jsonl.gz": "damaged",
-        "plain.jsonl.gz": "damaged",
-        "bad.jsonl": "line 2: not JSON",
-        "list.jsonl": "line 1: not a JSON object",
-        "a.csv": "is .jsonl, .jsonl.gz or .parquet",
-        "none.jsonl": "No file",
-    }.items():
-        with pytest.raises(PyargsError, match=message):
-            preferences.load(tmp_path / name)
-
-
-# ---- carving ----
-
-USERS = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 15)), min_size=1, max_size=80)
-
-
-@settings(max_examples=60, deadline=None)
-@given(USERS, st.floats(0, 0.9), st.integers(0, 3), st.randoms(use_true_random=False))
-def test_carving(pairs, share, seed, rng):
-    rows = preferences.check(
-        [row(user=u, prompt=f"prompt {p}", rejected=f"bad {i}", pair_id=str(i)) for i, (u, p) in enumerate(pairs)]
-    )
-    done = preferences.carve(rows, train_test=share, seed=seed)
-    assert [r | {"split": "train"} for r in done] == rows  # nothing but the split changes, not even the order
-    for user in {u for u, _ in pairs}:
-        of = {s: {r["prompt"] for r in done if r["user_id"] == user and r["split"] == s} for s in ("train", "train_test")}
-        every = len(of["train"] | of["train_test"])
-        assert not of["train"] & of["train_test"] and of["train"]
-        assert len(of["train_test"]) == min(int(share * every + 0.5), every - 1)
-    assert preferences.carve(rows, train_test=share, seed=seed) == done
-    shuffled = rows[:]
-    rng.shuffle(shuffled)
-    key = {r["pair_id"]: r["split"] for r in done}
-    assert {r["pair_id"]: r["split"] for r in preferences.carve(shuffled, train_test=share, seed=seed)} == key
-
-
-def test_carving_depends_on_the_seed_and_leaves_adapt_users_alone():
-    rows = preferences.check([row(prompt=f"p{i}") for i in range(50)] + [row(user="n", role="query", prompt="p")])
-    first, second = (preferences.carve(rows, seed=seed) for seed in (0, 1))
-    assert first != second and first[-1]["split"] == "query"
-    with pytest.raises(PyargsError, match="share"):
-        preferences.carve(rows, train_test=1.0)
-    with pytest.raises(PyargsError, match="'prompt' or 'pair'"):
-        preferences.carve(rows, by="user")
-
-
-def test_carving_by_pair():
-    rows = preferences.check([row(pair_id=str(i), rejected=f"bad {i}") for i in range(10)])
-    assert {r["split"] for r in preferences.carve(rows)} == {"train"}  # one prompt, and it stays in train
-    assert sum(r["split"] == "train_test" for r in preferences.carve(rows, by="pair")) == 2
-
-
 # ---- load by name ----
 
 
 def test_load_by_name(tmp_path):
-    assert {"demo", "synthetic", "preferences", "pref_lamp"} <= set(data.names())
+    assert {"demo", "synthetic", "preferences", "pref_lamp", "tldr", "prism"} <= set(data.names())
+    assert data.builders() == ["pref_lamp", "preferences", "prism", "tldr"]
     for call, message in [
         (lambda: data.load("dmeo"), "No data set and no file 'dmeo'. Did you mean: demo"),
         (lambda: data.load("pref_lamp"), "needs a source"),
         (lambda: data.load("demo", "somewhere"), "takes no source"),
         (lambda: data.load("synthetic", usres=3), "no option 'usres'. Did you mean: users"),
-        (lambda: data.load(write(tmp_path / "a.jsonl", [row()]), "other"), "is a file already"),
+        (lambda: data.load(write(tmp_path / "a.jsonl", [row()]), "other"), "is a file or folder already"),
+        (lambda: data.load("tldr", tmp_path), "pyargs data build tldr"),
+        (lambda: data.build("demo", tmp_path, tmp_path / "out"), "'demo' is not built"),
     ]:
         with pytest.raises(PyargsError, match=message):
             call()
@@ -200,23 +57,329 @@ def test_show_command(tmp_path):
     assert subprocess.run(command, capture_output=True).returncode == 2
 
 
+# ---- sources ----
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl.gz", "a.parquet"])
+def test_rows_name_their_place(tmp_path, name):
+    if name.endswith("parquet"):
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.table({"x": [1, 2]}), tmp_path / name)
+    else:
+        write(tmp_path / name, [{"x": 1}, {"x": 2}])
+    places, found = zip(*sources.rows(tmp_path / name), strict=True)
+    assert found == ({"x": 1}, {"x": 2}) and places[1] == f"{name}, {'row' if name.endswith('parquet') else 'line'} 2"
+
+
+def test_damaged_sources_name_the_file_and_the_row(tmp_path):
+    whole = write(tmp_path / "a.jsonl.gz", [{"x": "y" * i} for i in range(3000)]).read_bytes()
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "mixed.jsonl.gz").write_bytes(whole[:100] + b"\0" * 50 + whole[150:])
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 no")
+    for name, message in {
+        "cut.jsonl.gz": r"cut.jsonl.gz is damaged after line \d+",
+        "mixed.jsonl.gz": "mixed.jsonl.gz",
+        "a.parquet": "a.parquet is damaged",
+    }.items():
+        with pytest.raises(PyargsError, match=message):
+            list(sources.rows(tmp_path / name))
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A web server over a folder; `server.cut` breaks the next answer off after so many bytes; `server.ranges` = False."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            path = folder / self.path.lstrip("/")
+            if not path.is_file():
+                return self.send_error(404)
+            content, asked = path.read_bytes(), self.headers.get("Range")
+            start = int(asked[len("bytes=") :].rstrip("-")) if asked and web.ranges else 0
+            web.asked.append(asked)
+            if start >= len(content):
+                return self.send_error(416)
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(content) - start))
+            self.end_headers()
+            self.wfile.write(content[start:][: web.cut])
+            web.cut = None
+
+        def log_message(self, *_):
+            pass
+
+    web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    web.cut, web.ranges, web.asked, web.folder = None, True, [], folder
+    web.address = f"http://127.0.0.1:{web.server_address[1]}"
+    threading.Thread(target=web.serve_forever, daemon=True).start()
+    yield web
+    web.shutdown()
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_downloads_go_on_where_they_broke_off(server, ranges):
+    content = bytes(range(256)) * 20000
+    (server.folder / "file.json").write_bytes(content)
+    server.cut, server.ranges = 3_000_000, ranges
+    with pytest.raises(PyargsError, match="run the command again"):
+        sources.download(f"{server.address}/file.json", "set/file.json")
+    path = sources.download(f"{server.address}/file.json", "set/file.json")
+    assert path.read_bytes() == content and server.asked[1].startswith("bytes=") and server.asked[1] != "bytes=0-"
+    assert sources.download("http://127.0.0.1:1/nowhere", "set/file.json") == path  # it is here
+    path.write_bytes(content[:-1])
+    with pytest.raises(PyargsError, match="not what was downloaded"):
+        sources.download(f"{server.address}/file.json", "set/file.json")
+
+
+def test_a_download_that_was_complete_but_not_noted(server):
+    (server.folder / "file.json").write_bytes(b"whole")
+    part = sources.cache_dir() / "data" / "set" / "file.json.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"whole")
+    assert sources.download(f"{server.address}/file.json", "set/file.json").read_bytes() == b"whole"
+    with pytest.raises(PyargsError, match="404"):
+        sources.download(f"{server.address}/other.json", "set/other.json")
+
+
+def test_a_hub_that_cannot_be_reached():
+    with pytest.raises(PyargsError, match="huggingface.co/datasets/openai/summarize_from_feedback"):
+        data.build("tldr", "hub", "out")
+
+
+def test_lamp_from_its_server(server, tmp_path, monkeypatch, encoder):
+    served = lamp(tmp_path / "lamp", {"1": ("train", 4), "2": ("train", 4), "3": ("dev", 4), "4": ("dev", 4)})
+    for path in served.iterdir():
+        target = server.folder / path.name.split("_")[0] / path.name
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    monkeypatch.setattr(pref_lamp, "ADDRESS", server.address)
+    found = data.build("pref_lamp", "hub", tmp_path / "out", pref_lamp.Config(embedder=encoder, k=2, near=1.1))
+    assert found["counts"]["papers"] == 20 and set(found["sources"]) == {path.name for path in served.iterdir()}
+
+
+# ---- TL;DR ----
+
+
+def tldr_source(folder: Path) -> Path:
+    """30 train rows of each train worker, 6 validation rows of every worker, and rows that must go."""
+    rows = [comparison(w, texts=(f" {w} {i} long", f" {i}"), number=i) for w in tldr.TRAIN_WORKERS for i in range(30)]
+    rows += [
+        comparison(w, split="valid1" if i % 2 else "valid2", number=100 + i)
+        for w in (*tldr.TRAIN_WORKERS, *tldr.NEW_WORKERS)
+        for i in range(6)
+    ]
+    rows += [comparison(tldr.TRAIN_WORKERS[0], policy=policy) for policy in ("sup4_ppo_rm3", "ref", "sup_cnn")]
+    rows += [comparison(tldr.TRAIN_WORKERS[0], texts=(" same", " size"), number=7), comparison("somebody else")]
+    rows.append(comparison(tldr.TRAIN_WORKERS[1], post=None))
+    for number, part in enumerate((rows[:200], rows[200:]), 3):
+        write(folder / "comparisons" / f"batch{number}.json", part)
+    (folder / "axis_evals").mkdir()
+    (folder / "axis_evals" / "other.json").write_text("no comparison")
+    return folder
+
+
+def test_tldr(tmp_path):
+    out = tmp_path / "out"
+    found = data.build("tldr", tldr_source(tmp_path / "source"), out, tldr.Config(support=4, embedder="none"))
+    counts = found["counts"]
+    assert counts["train rows"] == 306 and counts["train rows kept"] == 303 and counts["rows without a post"] == 1
+    assert counts["rows of the ten workers"] == 301 and counts["validation rows of the ten workers"] == 60
+    dataset = data.load(out)
+    splits = {split: data.of_split(dataset, split) for split in data.SPLITS}
+    assert counts["train pairs before equal lengths are dropped"] == 270  # 301 * 0.9, rounded down
+    assert len(splits["train"]) + len(splits["train_test"]) == 300  # one pair has equal lengths
+    assert set(splits["train"]["user_id"]) == set(tldr.TRAIN_WORKERS)
+    assert set(splits["query"]["user_id"]) == set(splits["support"]["user_id"]) == set(tldr.NEW_WORKERS)
+    assert len(splits["support"]) == 31 * 4 and len(splits["query"]) == 31 * 2
+    for r in dataset:
+        longer = len(r["chosen"]) > len(r["rejected"])
+        assert longer == (r["user_id"] not in tldr.SHORTER) == (r["user_type"] == "longer")
+        assert r["prompt"].startswith(tldr.INSTRUCTION) and r["chosen"] == r["chosen"].strip()
+    assert len(tldr.SHORTER) == 12 and not set(tldr.TRAIN_WORKERS) & set(tldr.NEW_WORKERS)
+    assert len(list(sources.rows(out / "seen_test.parquet"))) == 60 and found["check"]["problems"] == {}
+
+
+@pytest.mark.parametrize("layout", ["list of structs", "struct of lists"])
+def test_tldr_parquet(tmp_path, layout):
+    import pyarrow
+    import pyarrow.parquet
+
+    source = tldr_source(tmp_path / "source")
+    rows = [r for path in sorted((source / "comparisons").iterdir()) for _, r in sources.rows(path)]
+    if layout == "struct of lists":
+        for r in rows:
+            r["summaries"] = {name: [s[name] for s in r["summaries"]] for name in ("text", "policy", "note")}
+    (tmp_path / "hub" / "comparisons" / "train").mkdir(parents=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "hub" / "comparisons" / "train" / "0000.parquet")
+    config = tldr.Config(support=4, embedder="none")
+    one, two = (data.build("tldr", s, tmp_path / f"out-{s.name}", config) for s in (source, tmp_path / "hub"))
+    assert one["statistics"]["sha256"] == two["statistics"]["sha256"] and one["counts"] == two["counts"]
+
+
+def test_tldr_asserts_the_published_counts(tmp_path, monkeypatch):
+    source, config = tldr_source(tmp_path / "source"), tldr.Config(support=4, embedder="none")
+    monkeypatch.setattr(tldr, "FULL", {"train rows": 306, "validation rows": 246})
+    with pytest.raises(PyargsError, match="303.*38487"):
+        data.build("tldr", source, tmp_path / "out", config)
+    assert not (tmp_path / "out").exists()
+    known = {
+        "train rows kept": 303, "validation rows kept": 246, "rows of the ten workers": 301,
+        "validation rows of the ten workers": 60, "train pairs before equal lengths are dropped": 270,
+    }  # fmt: skip
+    assert list(known) == list(tldr.EXPECTED)
+    monkeypatch.setattr(tldr, "EXPECTED", known)
+    data.build("tldr", source, tmp_path / "out", config)
+    monkeypatch.setattr(tldr, "TRAIN_WORKERS", tldr.TRAIN_WORKERS[::-1])  # not the order by count
+    with pytest.raises(PyargsError, match="another version"):
+        data.build("tldr", source, tmp_path / "other", config)
+
+
+def test_tldr_refuses(tmp_path):
+    for rows, message in [
+        ([{"info": {}}], r"a.json, line 1: not a comparison"),
+        ([comparison("w", texts=(3, " x"))], "line 1: a summary's text or policy is not a string"),
+        ([comparison("w", texts=("one",))], "line 1: not a comparison"),
+        ([comparison("w")], "cannot be split 90/10"),
+    ]:
+        with pytest.raises(PyargsError, match=message):
+            data.build("tldr", write(tmp_path / "a.json", rows), tmp_path / "out")
+    with pytest.raises(PyargsError, match="holds no .json"):
+        data.build("tldr", tmp_path / "cache", tmp_path / "out") if (tmp_path / "cache").mkdir() is None else None
+    with pytest.raises(PyargsError, match="6 validation rows.*smaller --support"):
+        data.build("tldr", tldr_source(tmp_path / "source"), tmp_path / "out", tldr.Config(support=6))
+
+
+@needs_shared
+def test_tldr_in_the_original_layout(tmp_path):
+    source = SHARED / "fixtures_synthetic" / "tldr"
+    found = data.build("tldr", source, tmp_path / "out", tldr.Config(support=4, embedder="none"))
+    kept = found["counts"]["train rows kept"] + found["counts"]["validation rows kept"]
+    assert kept == 870 and found["counts"]["train rows"] + found["counts"]["validation rows"] - kept == 64
+    assert found["statistics"]["users"] == 41 and found["check"]["problems"] == {}
+
+
+# ---- PRISM ----
+
+DIALOGUES = {f"user{i}": 1 + i % 6 for i in range(40)}
+
+
+def test_prism(tmp_path):
+    out = tmp_path / "out"
+    found = data.build("prism", prism(tmp_path / "source", DIALOGUES), out, prism_set.Config(embedder="none"))
+    rows = [r for split in data.SPLITS for _, r in sources.rows(out / f"{split}.parquet")]
+    splits = {}
+    for r in rows:
+        splits.setdefault(r["dialogue"], set()).add(r["split"])
+        assert r["user_id"] == r["dialogue"].split("-")[0] and r["chosen"].startswith(f"{r['dialogue']} reply {r['turn']}-0")
+        assert r["prompt"][-1]["role"] == "user" and all(isinstance(m["content"], str) for m in r["prompt"])
+        # The history holds the chosen replies.
+        assert [m["content"] for m in r["prompt"][1::2]] == [f"{r['dialogue']} reply {t}-0" for t in range(r["turn"])]
+    assert all(len(s) == 1 for s in splits.values())  # no dialogue in two splits
+    assert sum(r["turn"] == 0 for r in rows) == 2 * len(splits) and sum(r["turn"] == 1 for r in rows) == len(splits)
+    of = {s: {r["user_id"] for r in rows if r["split"] == s} for s in data.SPLITS}
+    assert of["train"] == of["train_test"] and of["support"] == of["query"] and not of["train"] & of["query"]
+    assert len(of["query"]) <= 4 and not any(DIALOGUES[user] == 1 for user in of["train"] | of["query"])
+    for user in of["train"]:
+        assert sum(d.startswith(f"{user}-") and s == {"train"} for d, s in splits.items()) == int(0.9 * DIALOGUES[user])
+    for user in of["query"]:
+        halves = [sum(d.startswith(f"{user}-") and s == {name} for d, s in splits.items()) for name in ("support", "query")]
+        assert sum(halves) == DIALOGUES[user] and halves[0] - halves[1] in (0, 1)
+    marked = [r["user_id"] for r in rows if r["subset"] == "one_per_user"]
+    assert sorted(marked) == sorted(of["query"])
+    assert set(data.load(out)["subset"]) == {None, "one_per_user"} and found["check"]["problems"] == {}
+    assert found["statistics"]["users_per_pair"]["max"] == 1
+    assert "users per pair: mean 1" in (out / "README.md").read_text()
+
+
+def test_prism_leaves_out_what_is_no_pair(tmp_path):
+    def change(survey, conversations):
+        long, empty, silent = conversations[-1], conversations[-2], conversations[-3]
+        long["conversation_history"][1]["content"] = "x" * 2300  # the chosen reply of turn 0
+        empty["conversation_history"][2]["content"] = " "
+        for item in silent["conversation_history"]:
+            item["if_chosen"] = False
+
+    found = data.build("prism", prism(tmp_path / "s", DIALOGUES, change), tmp_path / "out", prism_set.Config(embedder="none"))
+    assert found["counts"]["pairs that are too long"] == 2 and found["counts"]["pairs of the same or of empty texts"] == 1
+    assert any("Dialogues without a usable turn: 1 (user39-1)" in note for note in found["notes"])
+
+
+def test_prism_split_is_that_of_the_notebook():
+    """Users, then each train user's dialogues, from one legacy stream of numpy with seed 123."""
+    dialogues = {user: [f"{user}-{i}" for i in range(count)] for user, count in DIALOGUES.items()}
+    np.random.seed(123)
+    order = np.array(list(dialogues))
+    np.random.shuffle(order)
+    expected = {}
+    for user in order[:36]:
+        own = np.array(dialogues[user])
+        np.random.shuffle(own)
+        if len(own) > 1:
+            cut = int(0.9 * len(own))
+            expected |= dict.fromkeys(own[:cut], "train") | dict.fromkeys(own[cut:], "train_test")
+    counts, found = prism_set._split(dialogues, seed=0)
+    assert {d: s for d, s in found.items() if s.startswith("train")} == expected
+    assert counts["train users drawn"] == len({d.split("-")[0] for d in expected})
+
+
+def test_prism_refuses(tmp_path):
+    def twice(survey, conversations):
+        conversations.append(conversations[0])
+
+    def stranger(survey, conversations):
+        conversations[4]["user_id"] = "nobody"
+
+    def a_list(survey, conversations):
+        conversations[2]["conversation_history"][1]["content"] = ["a", "b"]
+
+    def two_users(survey, conversations):
+        survey.append(survey[0])
+
+    def no_history(survey, conversations):
+        del conversations[1]["conversation_history"]
+
+    for number, (change, message) in enumerate([
+        (twice, "conversations.jsonl, line .*user0-0 is there twice"),
+        (stranger, "line 5: user nobody is not in survey.jsonl"),
+        (a_list, "line 3: a content in turn 0 is list, not a string"),
+        (two_users, "survey.jsonl, line .*user0 is there twice"),
+        (no_history, "line 2: not a conversation"),
+    ]):  # fmt: skip
+        with pytest.raises(PyargsError, match=message):
+            data.build("prism", prism(tmp_path / str(number), DIALOGUES, change), tmp_path / "out")
+    (tmp_path / "0" / "survey.jsonl").unlink()
+    with pytest.raises(PyargsError, match="survey.jsonl.*is missing"):
+        data.build("prism", tmp_path / "0", tmp_path / "out")
+
+
+@needs_shared
+def test_prism_in_the_original_layout(tmp_path):
+    found = data.build("prism", SHARED / "fixtures_synthetic" / "prism", tmp_path / "out", prism_set.Config(embedder="none"))
+    assert found["counts"]["conversations"] == 155 and found["counts"]["users with conversations"] == 40
+    rows = [r for split in data.SPLITS for _, r in sources.rows(tmp_path / "out" / f"{split}.parquet")]
+    owners = {
+        c["conversation_id"]: c["user_id"] for _, c in sources.rows(SHARED / "fixtures_synthetic/prism/conversations.jsonl")
+    }
+    assert all(owners[r["dialogue"]] == r["user_id"] for r in rows) and found["check"]["problems"] == {}
+    utterances = {}
+    for _, u in sources.rows(SHARED / "fixtures_synthetic/prism/utterances.jsonl"):
+        utterances.setdefault((u["conversation_id"], u["turn"], u["if_chosen"]), set()).add(u["model_response"])
+    for r in rows:  # another file of the source says the same
+        assert r["chosen"] in utterances[r["dialogue"], r["turn"], True]
+        assert r["rejected"] in utterances[r["dialogue"], r["turn"], False]
+
+
 # ---- LaMP-5 ----
 
 
-def lamp(folder: Path, *, gz: bool = False) -> Path:
-    """Two train users and one adapt user, each with one profile paper and a question."""
-
-    def question(user: str) -> dict:
-        paper = {"id": f"{user}0", "title": f"Title {user}0", "abstract": f"About {user}0.", "date": 2019}
-        return {"id": user, "input": f"{pref_lamp.INSTRUCTION}About {user}.", "profile": [paper]}
-
-    for stem, users in (("train", ["1", "2"]), ("dev", ["3"])):
-        golds = {"task": "LaMP_5", "golds": [{"id": user, "output": f"Title {user}"} for user in users]}
-        for name, content in (("questions", [question(user) for user in users]), ("outputs", golds)):
-            text = json.dumps(content).encode()
-            path = folder / f"{stem}_{name}.json{'.gz' if gz else ''}"
-            path.write_bytes(gzip.compress(text) if gz else text)
-    return folder
+@pytest.fixture
+def encoder(tmp_path) -> str:
+    """A sentence encoder of random weights: similar words, similar vectors."""
+    return str(synthetic.tiny_lm(tmp_path / "encoder"))
 
 
 @pytest.mark.parametrize("gz", [False, True])
@@ -226,7 +389,7 @@ def test_lamp_items(tmp_path, gz):
     assert found["title"][:] == [f"Title {item}" for item in found["item_id"]]
     assert found["user_split"][:] == ["train"] * 4 + ["adapt"] * 2
     assert found[0]["prompt"] == "Generate a title for the following abstract of a paper: About 10."
-    assert (found[0]["date"], found[0]["role"], found[1]["date"], found[1]["role"]) == (2019, "profile", None, "question")
+    assert (found[0]["date"], found[0]["role"], found[1]["date"], found[1]["role"]) == (2010, "profile", None, "question")
 
 
 def test_lamp_pairs_are_checked_against_the_papers(tmp_path):
@@ -235,7 +398,7 @@ def test_lamp_pairs_are_checked_against_the_papers(tmp_path):
         return {"user": item[0], "role": role, "pair_id": item} | text | changes
 
     folder = lamp(tmp_path)
-    with pytest.raises(PyargsError, match="found preference files none"):
+    with pytest.raises(PyargsError, match="found preference files none.*pyargs data build"):
         pref_lamp.load(folder)
     prefs = write(folder / "prefs.jsonl", [pair("10", "train"), pair("1", "train"), pair("30", "support"), pair("3", "query")])
     assert pref_lamp.load(folder)["split"][:] == data.load("pref_lamp", prefs)["split"][:]
@@ -244,17 +407,355 @@ def test_lamp_pairs_are_checked_against_the_papers(tmp_path):
         pref_lamp.load(folder)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q, g: q[1]["profile"][0].update(title=" "), r"question 2 \(id 2\), profile entry 1: title is empty"),
+        (lambda q, g: q[1]["profile"][0].update(abstract=None), "profile entry 1: abstract is NoneType"),
+        (lambda q, g: q[0]["profile"].append(q[0]["profile"][0]), "question 1 .* profile entry 2: the id 10 is there twice"),
+        (lambda q, g: q.append(q[0]), "train_questions.json, question 3: the id 1 is there twice"),
+        (lambda q, g: g.append(g[0]), "train_outputs.json, gold 3: the id 1 is there twice"),
+        (lambda q, g: g.pop(), "question 2 .*train_outputs.json has no output"),
+        (lambda q, g: g[1].update(output=""), r"train_outputs.json, gold 2 \(id 2\): output is empty"),
+        (lambda q, g: q[1].update(profile=[]), "train_questions.json: user 2 has a single paper"),
+        (lambda q, g: q[0].update(input="Write a tweet"), "not LaMP-5"),
+        (lambda q, g: q[0].update(input=pref_lamp.INSTRUCTION), "abstract is empty"),
+        (lambda q, g: q.insert(0, "x"), "not an array of objects"),
+    ],
+)
+def test_lamp_names_what_is_wrong(tmp_path, change, message):
+    with pytest.raises(PyargsError, match=message):
+        data.build("pref_lamp", lamp(tmp_path / "lamp", change=change), tmp_path / "out")
+
+
 def test_lamp_refuses_other_data(tmp_path):
     with pytest.raises(PyargsError, match="no train_questions.json"):
-        pref_lamp.items(tmp_path)
-    (tmp_path / "train_questions.json").write_text('[{"id": "1", "input": "Write a tweet", "profile": []}]')
-    with pytest.raises(PyargsError, match="not LaMP-5"):
         pref_lamp.items(tmp_path)
     (tmp_path / "train_questions.json").write_text("[{")
     with pytest.raises(PyargsError, match="damaged or not JSON"):
         pref_lamp.items(tmp_path)
+    (tmp_path / "train_questions.json").unlink()
+    whole = gzip.compress(json.dumps([{"id": i} for i in range(2000)]).encode())
+    (tmp_path / "train_questions.json.gz").write_bytes(whole[:-50])
+    with pytest.raises(PyargsError, match="train_questions.json.gz is damaged"):
+        pref_lamp.items(tmp_path)
     with pytest.raises(PyargsError, match="No file or folder"):
         pref_lamp.load(tmp_path / "nowhere")
+    folder = lamp(tmp_path / "lamp")
+    (folder / "dev_outputs.json").unlink()
+    with pytest.raises(PyargsError, match="dev_outputs.json .*is missing"):
+        data.build("pref_lamp", folder, tmp_path / "out")
+
+
+def test_pref_lamp(tmp_path, encoder):
+    users = {"1": ("train", 9), "2": ("train", 14), "3": ("train", 4), "7": ("dev", 9), "8": ("dev", 4)}
+    source, out = lamp(tmp_path / "lamp", users), tmp_path / "out"
+    config = pref_lamp.Config(embedder=encoder, k=3, near=1.1)
+    found = data.build("pref_lamp", source, out, config)
+    rows = [r for split in data.SPLITS for _, r in sources.rows(out / f"{split}.parquet")]
+    papers = {p["item_id"]: p for p in pref_lamp.items(source)}
+    assert len(rows) == len(papers) == 45 and found["check"]["problems"] == {}
+    for r in rows:
+        mine, other = papers[r["pair_id"]], papers[r["similar"]]
+        assert (r["user_id"], r["prompt"], r["chosen"]) == (mine["user_id"], mine["prompt"], mine["title"])
+        assert r["rejected"] == other["title"] and other["user_id"] != r["user_id"]
+        assert other["user_split"] == mine["user_split"]
+    for user, (kind, count) in users.items():
+        own = [r for r in rows if r["user_id"] == user]
+        held = [r for r in own if r["split"] in ("train_test", "query")]
+        assert len(held) == int(0.2 * (count + 1) + 0.5)
+        if kind == "dev":  # the newest, and the question
+            dates = {s: [r["date"] for r in own if r["split"] == s and r["date"]] for s in ("support", "query")}
+            assert user in {r["pair_id"] for r in held} and max(dates["support"]) <= min(dates["query"], default=3000)
+    again = data.build("pref_lamp", source, tmp_path / "again", config)
+    assert again["statistics"]["sha256"] == found["statistics"]["sha256"] and again["files"] == found["files"]
+    other = data.build("pref_lamp", source, tmp_path / "other", pref_lamp.Config(embedder=encoder, k=3, near=1.1, seed=1))
+    assert other["statistics"]["sha256"] != found["statistics"]["sha256"]
+    from datasets import load_dataset
+
+    assert {name: len(part) for name, part in load_dataset(str(out)).items()} == {
+        name: s["pairs"] for name, s in found["statistics"]["splits"].items()
+    }
+
+
+def test_pref_lamp_draws_users(tmp_path, encoder):
+    users = {str(i): ("train" if i < 14 else "dev", 3) for i in range(10, 22)}
+    config = pref_lamp.Config(embedder=encoder, k=2, near=1.1, users=10)
+    found = data.build("pref_lamp", lamp(tmp_path / "lamp", users), tmp_path / "out", config)
+    splits = found["statistics"]["splits"]
+    assert splits["train"]["users"] == 8 and splits["query"]["users"] == 2
+    with pytest.raises(PyargsError, match="users=13, but the source has 12"):
+        data.build("pref_lamp", tmp_path / "lamp", tmp_path / "x", pref_lamp.Config(embedder=encoder, users=13))
+
+
+def test_ids_of_items_that_several_users_have_are_told_apart(tmp_path, encoder):
+    source = lamp(tmp_path / "lamp", {str(i): ("train" if i < 3 else "dev", 3) for i in range(1, 5)}, change=lambda q, g: [
+        paper.update(id=str(number)) for question in q for number, paper in enumerate(question["profile"], 100)
+    ])  # fmt: skip
+    found = data.build("pref_lamp", source, tmp_path / "out", pref_lamp.Config(embedder=encoder, k=2, near=1.1))
+    assert found["statistics"]["pair_ids"] == 16
+
+
+def test_pref_lamp_against_the_policys_own_titles(tmp_path):
+    users = {"1": ("train", 4), "7": ("dev", 4)}
+    config = pref_lamp.Config(negatives="policy", policy="tiny-random", embedder="none", max_new_tokens=5)
+    found = data.build("pref_lamp", lamp(tmp_path / "lamp", users), tmp_path / "out", config)
+    dataset = data.load(tmp_path / "out")
+    assert (
+        len(dataset) + found["counts"]["titles of the policy that are empty"] == 10 > found["counts"]["that are the author's"]
+    )
+    assert all("\n" not in r["rejected"] and r["rejected"] == pref_lamp.clean_title(r["rejected"]) for r in dataset)
+    again = data.build("pref_lamp", tmp_path / "lamp", tmp_path / "again", config)  # from the kept answers
+    assert again["statistics"]["sha256"] == found["statistics"]["sha256"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "title"),
+    [
+        ("A Plain Title", "A Plain Title"),
+        ('\n"Quoted: A Title"\nand more', "Quoted: A Title"),
+        ("**Title: A Marked One**\n\nIt says", "A Marked One"),
+        ("# Title:\nBelow", "Below"),
+        ("“Curly”", "Curly"),
+        (" \n**\n", ""),
+    ],
+)
+def test_clean_title(answer, title):
+    assert pref_lamp.clean_title(answer) == title
+
+
+# ---- hard negatives ----
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 5), st.integers(2, 8), st.integers(1, 4))
+def test_negatives_are_near_and_another_users(seed, users, each, k):
+    rng = np.random.default_rng(seed)
+    names = [str(u) for u in range(users) for _ in range(each)]
+    vectors = rng.standard_normal((len(names), 6)).astype(np.float32)
+    titles = [f"title {i}" for i in range(len(names))]
+    for row_, other in zip(rng.integers(0, len(names), 2), rng.integers(0, len(names), 2), strict=True):
+        titles[row_], vectors[row_] = titles[other].upper() + "!", vectors[other]  # a paper of two users, or one twice
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    try:
+        found = mining.hard_negatives(names, titles, vectors, k=k, near=0.999, seed=seed)
+    except PyargsError as error:
+        assert "are left" in str(error)
+        return
+    cosines = vectors @ vectors.T
+    for i, negative in enumerate(found):
+        own = {mining.plain(t) for t, u in zip(titles, names, strict=True) if u == names[i]}
+        assert mining.plain(titles[negative.row]) not in own and cosines[i, negative.row] < 0.9991
+        better = {
+            mining.plain(t) for j, t in enumerate(titles)
+            if mining.plain(t) not in own and cosines[i, negative.row] + 1e-5 < cosines[i, j] < 0.9989
+        }  # fmt: skip
+        assert len(better) <= negative.rank < k
+
+
+def test_a_draw_depends_on_user_and_key_alone():
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((40, 5)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    users, keys = [str(i % 8) for i in range(40)], [str(i) for i in range(40)]
+    titles = [f"t{i}" for i in range(40)]
+    order = rng.permutation(40)
+    one = mining.hard_negatives(users, titles, vectors, k=4, keys=keys)
+    two = mining.hard_negatives(*([x[i] for i in order] for x in (users, titles)), vectors[order], k=4,
+                                keys=[keys[i] for i in order])  # fmt: skip
+    assert [titles[one[i].row] for i in order] == [titles[order[n.row]] for n in two]
+    assert len({n.rank for n in one}) == 4  # not always the nearest
+    with pytest.raises(PyargsError, match="0 of 4 similar texts"):
+        mining.hard_negatives(["a"] * 40, titles, vectors, k=4)
+
+
+@needs_shared
+def test_neighbours_of_the_real_set():
+    """The pack's own neighbours (cosine of float16 vectors) are found, but for near-duplicates and near ties."""
+    stored = np.load(CI / "abstract_embeddings_minilm.npz")
+    papers = {p["item_id"]: p for p in pref_lamp.items(CI)}
+    ids = stored["item_id"].tolist()
+    vectors = stored["embedding"].astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    known = {r["item_id"]: dict(r["neighbours"]) for _, r in sources.rows(CI / "neighbours_minilm.jsonl.gz")}
+    for kind in ("train", "adapt"):
+        rows = [i for i, item in enumerate(ids) if papers[item]["user_split"] == kind]
+        found = mining.hard_negatives(
+            [papers[ids[i]]["user_id"] for i in rows], [papers[ids[i]]["title"] for i in rows], vectors[rows], k=10
+        )
+        for i, negative in zip(rows, found, strict=True):
+            cosines = known[ids[i]]
+            item = ids[rows[negative.row]]
+            assert item in cosines or negative.cosine >= min(cosines.values()) - 2e-3, (ids[i], item)
+
+
+# ---- simulated users over any file ----
+
+
+def pairs_file(folder: Path, train: int = 60, new: int = 30) -> Path:
+    words = "I you we my your tremendously little cat observed running over seas".split()
+    rng = np.random.default_rng(0)
+    text = lambda: " ".join(rng.choice(words, rng.integers(3, 12))) + "."  # noqa: E731
+    rows = [row(user=f"real{i % 5}", prompt=f"p{i}", chosen=text(), rejected=text() + " x") for i in range(train)]
+    rows += [row(user=f"new{i % 3}", role=("support", "query")[i % 2], prompt=f"q{i}", chosen=text(), rejected=text() + " x")
+             for i in range(new)]  # fmt: skip
+    return write(folder / "pairs.jsonl", rows)
+
+
+def test_dense_overlap(tmp_path):
+    config = preferences.Config(
+        simulated_users=30, simulated_new_users=6, labels_per_pair=10, simulated_pairs=40, embedder="none"
+    )
+    found = data.build("preferences", pairs_file(tmp_path), tmp_path / "out", config)
+    dataset = data.load(tmp_path / "out")
+    train = data.of_split(dataset, "train", "train_test")
+    labels = {}
+    for r in train:
+        labels.setdefault(r["pair_id"], []).append((r["user_id"], r["chosen"]))
+    assert len(labels) == 40 and all(len({user for user, _ in several}) >= 9 for several in labels.values())
+    assert len(train) <= 400 == 40 * config.labels_per_pair and set(dataset["user_id"]) <= {
+        *(f"sim_{i:02d}" for i in range(30)), *(f"new_sim_{i}" for i in range(6))
+    }  # fmt: skip
+    assert sum(len({chosen for _, chosen in several}) == 2 for several in labels.values()) > 20  # tastes differ
+    support, query = (set(data.of_split(dataset, s)["pair_id"]) for s in ("support", "query"))
+    assert support and query and not support & query and not (support | query) & set(labels)
+    assert found["check"]["problems"] == {} and found["statistics"]["users_per_pair"]["mean"] > 6
+
+
+def test_simulated_users_are_consistent():
+    """Each user's labels follow one weight vector: a logistic regression on the attributes separates them."""
+    from sklearn.linear_model import LogisticRegression
+
+    rng = np.random.default_rng(0)
+    words = "I you we my your tremendously little cat observed running over seas . !".split()
+    pairs = [{"prompt": "p", "pair_id": str(i), "chosen": " ".join(rng.choice(words, rng.integers(3, 30))),
+              "rejected": " ".join(rng.choice(words, rng.integers(3, 30)))} for i in range(200)]  # fmt: skip
+    rows = simulate.label_densely(pairs, users=3, labels_per_pair=3, splits={"train": 1.0})
+    for user in {r["user_id"] for r in rows}:
+        own = [r for r in rows if r["user_id"] == user]
+        x = np.array([[f(r["chosen"]) - f(r["rejected"]) for f in simulate.TASTES.values()] for r in own])
+        x /= x.std(0)
+        x, y = np.concatenate([x, -x]), np.repeat([1, 0], len(x))
+        assert LogisticRegression(C=1e4, fit_intercept=False, max_iter=1000).fit(x, y).score(x, y) > 0.98
+    assert len({tuple(r["chosen"] for r in rows if r["user_id"] == u) for u in ("sim_0", "sim_1", "sim_2")}) == 3
+    with pytest.raises(PyargsError, match="10 labels per pair"):
+        simulate.label_densely(pairs, users=3, labels_per_pair=10, splits={"train": 1.0})
+
+
+def test_hybrid_keeps_the_real_users(tmp_path):
+    source = pairs_file(tmp_path)
+    config = preferences.Config(simulated_users=12, labels_per_pair=5, hybrid=True, embedder="none")
+    data.build("preferences", source, tmp_path / "out", config)
+    dataset = data.load(tmp_path / "out")
+    real = [r for r in dataset if not r["user_id"].startswith("sim")]
+    plain = {(r["user_id"], r["prompt"], r["chosen"], r["rejected"]) for r in data.load(source)}
+    assert {(r["user_id"], r["prompt"], r["chosen"], r["rejected"]) for r in real} == plain
+    sides = [set(data.of_split(dataset, s)["prompt"]) for s in ("train", "train_test")]
+    assert sides[0] and sides[1] and not sides[0] & sides[1]
+    with pytest.raises(PyargsError, match="no rows of support or query"):
+        rows = write(tmp_path / "train.jsonl", [row(prompt=f"p{i}") for i in range(5)])
+        data.build("preferences", rows, tmp_path / "x", preferences.Config(simulated_new_users=3, embedder="none"))
+
+
+# ---- the check ----
+
+
+def report(rows: list[dict]) -> dict:
+    return check.check(((f"f, line {number}", r) for number, r in enumerate(rows, 1)), embedder=None)
+
+
+def test_a_clean_set_has_no_problems():
+    rows = [row(user=f"u{i % 4}", prompt=f"p{i}", chosen=f"good {i}", rejected=f"bad {i}") for i in range(40)]
+    assert report(rows)["problems"] == report(rows)["notes"] == {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows"),
+    [
+        ("rows that cannot be used", [row(chosen=["a"]), row()]),
+        ("rows that cannot be used", [row(chosen="bad"), row()]),
+        ("rows that cannot be used", [row(role="test"), row()]),
+        ("users trained on and adapted to", [row(), row(role="query", prompt="q")]),
+        ("one pair in two splits of a user", [row(role="support"), row(role="query")]),
+        ("one pair in two splits of a user", [row(), row(role="train_test", chosen="bad", rejected="good")]),
+        ("pairs of train users among the adapt users'", [row(), row(user="u2", role="query")]),
+        ("template markers in a text", [row(prompt="<|im_start|>user\nhi<|im_end|>")]),
+        ("template markers in a text", [row(chosen="fine</s>")]),
+        ("a printed list instead of its texts", [row(rejected="['one', \"it's\"]")]),
+        ("a form that one side has", [row(prompt=f"p{i}", chosen=f" good {i}") for i in range(20)]),
+        ("a form that one side has", [row(prompt=f"p{i}", rejected=f"Title: bad {i}") for i in range(20)]),
+    ],
+)
+def test_the_check_finds(kind, rows):
+    assert list(report(rows)["problems"]) == [kind]
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows"),
+    [
+        ("prompts in query and support", [row(role="support"), row(role="query", chosen="other")]),
+        ("pairs that a user has more than once", [row(), row()]),
+        ("pairs that a user decides both ways", [row(), row(chosen="bad", rejected="good")]),
+        ("pairs of one user's train in another's train_test", [row(), row(user="u2", role="train_test")]),
+        ("turns written into a prompt's text instead of messages", [row(prompt="Human: hi\n\nAssistant: yes\n\nHuman: x")]),
+    ],
+)
+def test_the_check_notes(kind, rows):
+    found = report(rows)
+    assert kind in found["notes"] and not found["problems"]
+
+
+def test_check_command(tmp_path):
+    command = [sys.executable, "-m", "pyargs.cli", "data", "check", "--embedder", "none"]
+    bad = write(tmp_path / "bad.jsonl", [row(role="support"), row(role="query")])
+    ran = subprocess.run([*command, bad], capture_output=True, text=True)
+    assert ran.returncode == 1 and "one pair in two splits of a user: 1" in ran.stderr
+    assert json.loads(ran.stdout)["problems"]["one pair in two splits of a user"]["first"] == [
+        "u1: bad.jsonl, line 1, bad.jsonl, line 2"
+    ]
+    ran = subprocess.run([*command, "demo"], capture_output=True, text=True)
+    assert ran.returncode == 0 and json.loads(ran.stdout)["problems"] == {}
+    ran = subprocess.run([*command, tmp_path / "none.jsonl"], capture_output=True, text=True)
+    assert ran.returncode == 1 and "No file" in ran.stderr
+
+
+def test_build_command(tmp_path):
+    command = [sys.executable, "-m", "pyargs.cli", "data", "build", "tldr", "--source", str(tldr_source(tmp_path / "source"))]
+    command += ["--out", str(tmp_path / "out"), "--support", "4", "--embedder", "none"]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout)["counts"]["train rows"] == 306 and (tmp_path / "out.stage.json").is_file()
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert json.loads(again.stdout)["already_done"]
+    other = subprocess.run([*command[:-4], "--embedder", "none"], capture_output=True, text=True)
+    assert other.returncode == 1 and "other settings" in other.stderr
+    wrong = subprocess.run([*command, "--k", "3"], capture_output=True, text=True)
+    assert wrong.returncode == 2
+
+
+@needs_shared
+@pytest.mark.parametrize("file", ["hh_rlhf_users/length_prefs", "hh_rlhf_users/two_types_prefs", "persona_statements/prefs",
+                                  "pandalm_annotators/prefs", "pref_lamp_like/ci/prefs_minilm"])  # fmt: skip
+def test_real_files_have_no_problems(file):
+    found = check.check(preferences.read(SHARED / f"{file}.jsonl.gz"), embedder=None)
+    assert found["problems"] == {}
+
+
+@needs_shared
+def test_word_overlap_decides_the_real_titles():
+    found = check.check(preferences.read(CI / "prefs_minilm.jsonl.gz"), embedder=None)
+    assert found["blind"]["word_overlap"]["accuracy"] > 95 and found["blind"]["words"]["accuracy"] < 50
+
+
+# ---- the other sets ----
+
+
+def test_turns_of_a_dialogue():
+    found = hh_rlhf_users.messages("Human: Hi\nthere\n\nAssistant: Yes?\n\nHuman: One\n\nHuman: Two")
+    assert found == [{"role": "user", "content": "Hi\nthere"}, {"role": "assistant", "content": "Yes?"},
+                     {"role": "user", "content": "One\n\nTwo"}]  # fmt: skip
+    assert hh_rlhf_users.messages("no mark") == [{"role": "user", "content": "no mark"}]
+    assert hh_rlhf_users.messages("Human: a\n\nAssistant: \n\nHuman: b") == [{"role": "user", "content": "a\n\nb"}]
 
 
 @needs_shared
@@ -263,142 +764,45 @@ def test_real_titles():
     assert len(papers) == len(pairs) == 1291 and papers.filter(lambda p: p["role"] == "question").num_rows == 40
     counts = {split: pairs["split"][:].count(split) for split in data.SPLITS}
     assert counts["train"] + counts["train_test"] == 960 and counts["support"] + counts["query"] == 331
-    assert counts["train_test"] == 30 * 6  # 20% of 32 papers per user
-    assert len(set(pairs["user_id"])) == 40
+    assert abs(counts["train_test"] - 30 * 6) <= 3 and len(set(pairs["user_id"])) == 40
 
 
 @needs_shared
 @pytest.mark.parametrize(
-    ("file", "pairs", "users"),
+    ("name", "options", "pairs", "splits"),
     [
-        ("hh_rlhf_users/two_types_prefs", 3200, 60),
-        ("persona_statements/prefs", 4800, 80),
-        ("pandalm_annotators/prefs", 2489, 3),
+        ("hh_rlhf_users", {}, 6100, {"train": 10, "train_test": 10, "support": 31, "query": 31}),
+        ("hh_rlhf_users", {"users": "two_types"}, 3198, {"train": 40, "train_test": 40, "support": 20, "query": 20}),
+        ("persona_statements", {}, 4800, {"train": 60, "train_test": 60, "support": 20, "query": 20}),
+        ("pandalm_annotators", {}, 2489, {"train": 3, "train_test": 3}),
+        ("pandalm_annotators", {"new_user": "annotator1"}, None, {"train": 2, "train_test": 2, "support": 1, "query": 1}),
     ],
 )
-def test_real_preference_files(file, pairs, users):
-    dataset = data.load(SHARED / f"{file}.jsonl.gz")
-    assert len(dataset) == pairs and len(set(dataset["user_id"])) == users
+def test_other_real_sets(name, options, pairs, splits):
+    dataset = data.load(name, SHARED / name, **options)
+    assert pairs is None or len(dataset) == pairs
+    found = {s: set(data.of_split(dataset, s)["user_id"]) for s in data.SPLITS}
+    assert {s: len(users) for s, users in found.items() if users} == splits
+    chat = [r["prompt"] for r in dataset if isinstance(r["prompt"], list)]
+    assert all(p[-1]["role"] == "user" and all(a["role"] != b["role"] for a, b in zip(p, p[1:], strict=False)) for p in chat)
+    assert bool(chat) == (name == "hh_rlhf_users")
+    told = check.check(((str(i), r) for i, r in enumerate(dataset)), embedder=None)
+    assert told["problems"] == {}
 
 
-# ---- planted users ----
+@needs_shared
+def test_signs_of_the_simulated_people():
+    signs = persona_statements.signs(SHARED / "persona_statements")
+    assert len(signs) == 80 and all(len(of) == 10 and set(of.values()) <= {1, -1} for of in signs.values())
+    dataset = data.load("persona_statements", SHARED / "persona_statements")
+    assert set(dataset["user_id"]) == set(signs) and set(dataset["attribute"]) == set(next(iter(signs.values())))
 
 
-def test_synthetic_follows_its_rule():
-    dataset = synthetic.load(users=8, pairs=30, new_users=4, support=5, query=6, rank=2)
-    assert len(dataset) == 8 * 30 + 4 * 11
-    for r in dataset:
-        number = int(r["user_id"][-2:])
-        direction, sign = synthetic.rule(number, 2)
-        assert sign * (synthetic.score(r["chosen"], direction) - synthetic.score(r["rejected"], direction)) >= 5
-        assert len(r["chosen"].split()) == len(r["rejected"].split()) == 10
-        assert {*r["prompt"].split(), *r["chosen"].split(), *r["rejected"].split()} <= set(synthetic.WORDS)
-    assert len(set(dataset["attribute"])) == 4 and {"+animals-tools", "-animals+tools"} <= set(dataset["attribute"])
-    assert {r["split"] for r in dataset if r["user_id"].startswith("new")} == {"support", "query"}
-
-
-def test_synthetic_is_seeded_and_users_do_not_depend_on_each_other():
-    few, many, other = (synthetic.load(users=n, seed=s) for n, s in ((2, 0), (4, 0), (2, 1)))
-    assert data.content_hash(few) == data.content_hash(synthetic.load(users=2))
-    assert data.content_hash(few) != data.content_hash(other)
-    assert few["chosen"][:60] == many["chosen"][:60]
-    for wrong in ({"rank": 4}, {"gap": 11}):
-        with pytest.raises(PyargsError):
-            synthetic.load(**wrong)
-
-
-def test_planted_features():
-    planted = synthetic.planted_features(dim=16, users=5, pairs=40, rank=3, seed=1)
-    assert planted.chosen.shape == planted.rejected.shape == (200, 16) and planted.chosen.dtype == torch.float32
-    torch.testing.assert_close(planted.directions @ planted.directions.T, torch.eye(3))
-    torch.testing.assert_close(planted.mixtures.sum(-1), torch.ones(5))
-    margin = (planted.heads[planted.user] * (planted.chosen - planted.rejected)).sum(-1)
-    assert (margin > 0).all() and planted.user.bincount().tolist() == [40] * 5
-    noisy = synthetic.planted_features(dim=16, users=5, pairs=400, rank=3, scale=1.0)
-    margin = (noisy.heads[noisy.user] * (noisy.chosen - noisy.rejected)).sum(-1)
-    # Bradley-Terry: the share of correct labels is the mean of sigmoid(|margin|).
-    assert abs((margin > 0).float().mean() - margin.abs().sigmoid().mean()) < 0.04
-    for one, two in zip(planted, synthetic.planted_features(dim=16, users=5, pairs=40, rank=3, seed=1), strict=True):
-        assert torch.equal(one, two)
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_tiny_lm(tmp_path, family):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    before = torch.random.get_rng_state()
-    folder = synthetic.tiny_lm(tmp_path / "lm", family=family, seed=3)
-    assert torch.equal(before, torch.random.get_rng_state())
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
-    assert tokenizer.pad_token_id == tokenizer.eos_token_id == model.config.eos_token_id == 2
-    assert all(len(tokenizer(form).input_ids) == 1 for w in synthetic.WORDS for form in (w, f" {w}"))
-    text = "tell me about the café's cat: 42\n\nnew lines"
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
-    assert chat == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
-    ids = tokenizer(chat, add_special_tokens=False).input_ids
-    assert tokenizer.decode(ids) == chat and max(ids) < len(tokenizer) == model.config.vocab_size
-    again = AutoModelForCausalLM.from_pretrained(synthetic.tiny_lm(tmp_path / "again", family=family, seed=3))
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
-
-
-def test_tiny_lm_shows_the_rule(tmp_path):
-    """A linear head on the last state finds the planted direction: what the smoke run relies on."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(synthetic.tiny_lm(tmp_path)).model
-    tokenizer = synthetic.tiny_tokenizer()
-    rows = [r for r in synthetic.load(users=4, pairs=150, new_users=0) if r["attribute"].endswith("animals-tools")]
-    rows += [r for r in synthetic.load(users=4, pairs=150, new_users=0, seed=1) if "animals-tools" in r["attribute"]]
-
-    def last(name: str):
-        texts = [f"<|im_start|>user\n{r['prompt']}<|im_end|>\n<|im_start|>assistant\n{r[name]}" for r in rows]
-        with torch.no_grad():
-            return model(torch.tensor(tokenizer(texts, add_special_tokens=False).input_ids)).last_hidden_state[:, -1]
-
-    delta = last("chosen") - last("rejected")
-    train = torch.tensor([r["split"] == "train" for r in rows])
-    head = torch.zeros(delta.shape[1], requires_grad=True)
-    optimizer = torch.optim.Adam([head], lr=0.05)
-    for _ in range(300):
-        optimizer.zero_grad()
-        (torch.nn.functional.softplus(-delta[train] @ head).mean() + 3e-3 * head.square().sum()).backward()
-        optimizer.step()
-    assert (delta[~train] @ head > 0).float().mean() > 0.85
-
-
-# ---- the embedded set ----
-
-
-def test_attributes():
-    text = "I don't know, my friend. You can, and WE’LL see your cat: 42 times!"
-    assert demo.attribute("first_person", text) == pytest.approx(100 * 3 / 13)
-    assert demo.attribute("second_person", text) == pytest.approx(100 * 2 / 13)
-    assert demo.attribute("sentence_length", text) == 6.5
-    assert demo.attribute("sentence_length", "One two three\nfour") == 2
-    assert demo.attribute("word_length", "I don't see café") == pytest.approx((1 + 4 + 3 + 4) / 4)
-    for name in demo.ATTRIBUTES:
-        assert demo.attribute(name, "") == demo.attribute(name, "... 42") == 0
-    with pytest.raises(PyargsError, match="Did you mean: word_length"):
-        demo.attribute("word_lenght", text)
-
-
-def test_demo_set():
-    lines = demo.prompts()
-    assert len(lines) == len(set(lines)) == 160 and sum(len(demo.prompts(split)) for split in demo.RANGES) == 160
-    assert len(demo.answers()) == 160 and all(len(set(four)) == 4 for four in demo.answers())
-    dataset = data.load("demo")
-    assert set(dataset["user_id"]) == set(demo.users())
-    split_of = {line: split for split in demo.RANGES for line in demo.prompts(split)}
-    pairs = {}
-    for r in dataset:
-        name, sign = demo.users()[r["user_id"]]
-        assert r["split"] == split_of[r["prompt"]] and r["attribute"] == f"{'+' if sign > 0 else '-'}{name}"
-        gap = sign * (demo.attribute(name, r["chosen"]) - demo.attribute(name, r["rejected"]))
-        assert gap >= demo.ATTRIBUTES[name][1]
-        assert pairs.setdefault(r["pair_id"], {r["chosen"], r["rejected"]}) == {r["chosen"], r["rejected"]}
-    for user in demo.users("new"):
-        counts = [r["split"] for r in dataset if r["user_id"] == user]
-        assert counts.count("support") >= 8 and counts.count("query") >= 15
-    assert not set(demo.users("new")) & set(demo.users("train"))
-    assert sum(path.stat().st_size for path in demo.FOLDER.iterdir()) < 1_000_000
-    assert len(data.load("demo", max_pairs=5)) <= 5 * 2 * len(demo.users())
+def test_pandalm_needs_a_known_annotator(tmp_path):
+    rows = [row(user=f"annotator{i % 3}", role="all", prompt=f"p{i // 3}") for i in range(60)]
+    path = write(tmp_path / "prefs.jsonl", rows)
+    with pytest.raises(PyargsError, match="No annotator 'annotator7'. Did you mean"):
+        data.load("pandalm_annotators", path, new_user="annotator7")
+    dataset = data.load("pandalm_annotators", path, new_user="annotator1")
+    new = {r["prompt"] for r in dataset if r["user_id"] == "annotator1"}
+    assert new and not new & {r["prompt"] for r in dataset if r["user_id"] != "annotator1"}

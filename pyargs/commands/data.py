@@ -1,4 +1,4 @@
-"""Show what a data set or a preference file holds: users, pairs, splits, lengths, hash."""
+"""Build data sets from their sources, check them, and show what they hold: users, pairs, splits, lengths, hash."""
 
 from __future__ import annotations
 
@@ -7,52 +7,94 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    which = "demo, synthetic, ... (see `list`), or the path of a .jsonl[.gz] or .parquet file or of a built folder"
     show = actions.add_parser("show", help="counts, lengths and hash of one data set")
-    show.add_argument("name", help="demo, synthetic, pref_lamp, preferences, or the path of a .jsonl[.gz] or .parquet file")
+    show.add_argument("name", help=which)
     show.add_argument("--source", help="the file or folder, for data that the package does not carry")
     show.add_argument("--train-test", type=float, help="share of each train user's prompts to set aside (default 0.2)")
     show.add_argument("--seed", type=int, help="seed of that choice, or of the data themselves for synthetic (default 0)")
+    check = actions.add_parser(
+        "check", help="find leaks, wrong types and artefacts, and what needs no user; exit code 1 if bad"
+    )
+    check.add_argument("name", help=which)
+    check.add_argument("--source", help="the file or folder, for data that the package does not carry")
+    check.add_argument(
+        "--embedder", default="minilm", help="sentence encoder of the cosine; none leaves it out (default minilm)"
+    )
+    build = actions.add_parser("build", help="make a data set from its source: parquet, a card, counts and hashes")
+    _add_build(build, words)
     actions.add_parser("list", help="the data sets by name")
+
+
+def _add_build(parser: argparse.ArgumentParser, words: list[str]) -> None:
+    from pyargs import data
+    from pyargs.config import add_options
+
+    if words[:1] != ["build"]:
+        return
+    first = argparse.ArgumentParser(add_help=False)  # a first look: the name may stand behind flags, whose values are not it
+    for word in ("name", "--source", "--out"):
+        first.add_argument(word, nargs="?")
+    name = first.parse_known_args(words[1:])[0].name
+    parser.add_argument("name", choices=data.builders(), help="the data set, whose flags follow from it")
+    parser.add_argument("--source", required=True, help="local file or folder, or 'hub': the set's official place")
+    parser.add_argument("--out", required=True, help="folder for the built set")
+    if name in data.builders():
+        add_options(parser.add_argument_group(name), data.config(name))
 
 
 def run(args: argparse.Namespace) -> dict:
     from pyargs import data
+    from pyargs.data.tools.statistics import statistics
 
     if args.action == "list":
-        return {"data_sets": data.names()}
+        return {"data_sets": data.names(), "built_from_a_source": data.builders()}
+    if args.action == "build":
+        return _build(args)
+    if args.action == "check":
+        return _check(args)
     options = {name: value for name in ("train_test", "seed") if (value := getattr(args, name)) is not None}
     dataset = data.load(args.name, args.source, **options)
-    return {"name": args.name, "source": args.source, **options} | summary(dataset)
+    return {"name": args.name, "source": args.source, **options} | statistics(dataset)
 
 
-def summary(dataset) -> dict:
-    """Counts of a Dataset with the common columns; lengths are in words (split at white space)."""
-    from statistics import mean, median
+def _build(args: argparse.Namespace) -> dict:
+    from dataclasses import asdict
+    from pathlib import Path
+
+    from pyargs import data, files
+    from pyargs.config import from_args
+
+    config = from_args(data.config(args.name), args)
+    source = Path(args.source)
+    key = files.stage_key(
+        {"stage": "data", "name": args.name, **asdict(config)},
+        {"source": files.sha256(source) if args.source != "hub" and source.exists() else args.source},
+    )
+    if done := files.finished(args.out, key):
+        return {**done, "already_done": True}
+    found = data.build(args.name, args.source, args.out, config)
+    return files.record(args.out, key, **{name: value for name, value in found.items() if name not in ("how", "name")})
+
+
+def _check(args: argparse.Namespace) -> dict:
+    import json
+    from pathlib import Path
 
     from pyargs import data
+    from pyargs.data import preferences
+    from pyargs.data.tools.check import check
+    from pyargs.errors import PyargsError
 
-    def words(value) -> int:
-        texts = [value] if isinstance(value, str) else [message["content"] for message in value]
-        return sum(len(text.split()) for text in texts)
-
-    def spread(values: list) -> dict:
-        return {"min": min(values), "median": median(values), "mean": round(mean(values), 2), "max": max(values)}
-
-    table = {name: dataset[name][:] for name in dataset.column_names}
-    splits = {}
-    for split in data.SPLITS:
-        users = [user for user, s in zip(table["user_id"], table["split"], strict=True) if s == split]
-        if users:
-            counts = [users.count(user) for user in dict.fromkeys(users)]
-            splits[split] = {"pairs": len(users), "users": len(counts), "pairs_per_user": spread(counts)}
-    prompts = {str(prompt): prompt for prompt in table["prompt"]}
-    return {
-        "pairs": len(dataset),
-        "users": len(set(table["user_id"])),
-        "prompts": len(prompts),
-        "pair_ids": len(set(table["pair_id"])),
-        "columns": dataset.column_names,
-        "splits": splits,
-        "words": {name: spread([words(value) for value in table[name]]) for name in ("prompt", "chosen", "rejected")},
-        "sha256": data.content_hash(dataset),
-    }
+    if args.name in data.names():
+        rows = ((f"{args.name}, row {number}", row) for number, row in enumerate(data.load(args.name, args.source), 1))
+    elif args.source is not None:
+        raise PyargsError(f"No data set '{args.name}'. For a file of your own, give its path alone.")
+    else:
+        rows = preferences.read(Path(args.name))
+    report = check(rows, embedder=None if args.embedder == "none" else args.embedder)
+    if report["problems"]:
+        print(json.dumps(report, indent=1), flush=True)
+        listed = "; ".join(f"{name}: {found['count']}" for name, found in report["problems"].items())
+        raise PyargsError(f"{args.name} has problems: {listed}. The report on stdout names the first rows of each.")
+    return report

@@ -7,7 +7,10 @@ rejected  str
 split     "train" and "train_test" for the users to train on; "support" and "query" for the users to adapt to
 pair_id   str; the same pair may be shown to several users
 
-and sometimes more (`user_type`, `attribute`). It is TRL's preference format with a user.
+and sometimes more (`user_type`, `attribute`, `subset`). It is TRL's preference format with a user.
+
+Sets that are made from a source have `build` as well (`pyargs data build NAME`), which writes a folder that loads as any file
+does. What builders share is in `tools`.
 """
 
 from __future__ import annotations
@@ -35,19 +38,21 @@ def names() -> list[str]:
 
 
 def load(name: str | Path, source: str | Path | None = None, **options) -> Dataset:
-    """Preference pairs of a data set (`demo`, `synthetic`, `pref_lamp`, `preferences`) or of a file.
+    """Preference pairs of a data set (`demo`, `synthetic`, `pref_lamp` ...), of a file or of a built folder.
 
-    `name` is a module of this folder or the path of a JSONL or parquet file (then read by `preferences`); `source`
-    is the file or folder for data that the package does not carry. `options` go to that module's `load`. Raises
+    `name` is a module of this folder or the path of a JSONL or parquet file or a built set (then read by `preferences`);
+    `source` is the file or folder for data that the package does not carry. `options` go to that module's `load`. Raises
     PyargsError: unknown name, missing source, unknown option, or what the data are refused for.
     """
-    if name not in names() and Path(name).is_file():
+    if name not in names() and Path(name).exists():
         if source is not None:
-            raise PyargsError(f"{name} is a file already; leave out the source {source}.")
+            raise PyargsError(f"{name} is a file or folder already; leave out the source {source}.")
         name, source = "preferences", name
-    if name not in names():
-        raise PyargsError(f"No data set and no file '{name}'.{did_you_mean(str(name), names())}")
-    function = importlib.import_module(f"pyargs.data.{name}").load
+    function = getattr(_module(str(name)), "load", None)
+    if function is None:
+        raise PyargsError(
+            f"'{name}' has to be built first: pyargs data build {name} --source SOURCE --out FOLDER; then give the folder."
+        )
     known = inspect.signature(function).parameters
     wants_source = next(iter(known), None) == "source"
     for option in options:
@@ -58,6 +63,45 @@ def load(name: str | Path, source: str | Path | None = None, **options) -> Datas
     if not wants_source and source is not None:
         raise PyargsError(f"Data set '{name}' takes no source. For a file of your own, give its path alone.")
     return function(source, **options) if wants_source else function(**options)
+
+
+def build(name: str, source: str | Path, out: str | Path, settings=None) -> dict:
+    """Makes a data set from its source in a folder: parquet files, a card, and dataset.json, which is returned.
+
+    `name` is a module with `build` (`tldr`, `prism`, `pref_lamp`, `preferences`), `source` a local path or "hub", `settings`
+    the module's `Config` (default: its defaults). Nothing is written unless everything could be. Raises PyargsError.
+    """
+    from dataclasses import asdict
+
+    from pyargs.config import check
+    from pyargs.data.tools import folder
+
+    settings = config(name)() if settings is None else settings
+    check(settings)
+    module = _module(name)
+    built = module.build(str(source), settings)
+    embedder = None if settings.embedder == "none" else settings.embedder
+    about = (module.__doc__ or "").strip()
+    how = {"source": str(source), **asdict(settings)}
+    return folder.write(out, built, title=name, about=about, licence=module.LICENCE, how=how, embedder=embedder)
+
+
+def config(name: str) -> type:
+    """The dataclass of a built set's options. Raises PyargsError for a set that is not built."""
+    if not hasattr(_module(name), "build"):
+        raise PyargsError(f"'{name}' is not built: load it. With a source to build from: {', '.join(builders())}.")
+    return _module(name).Config
+
+
+def builders() -> list[str]:
+    """The data sets that are made from a source."""
+    return [name for name in names() if hasattr(_module(name), "build")]
+
+
+def _module(name: str):
+    if name not in names():
+        raise PyargsError(f"No data set and no file '{name}'.{did_you_mean(name, names())}")
+    return importlib.import_module(f"pyargs.data.{name}")
 
 
 def of_split(dataset: Dataset, *splits: str) -> Dataset:

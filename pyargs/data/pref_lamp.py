@@ -3,24 +3,47 @@
 A folder holds `train_questions.json` and `dev_questions.json` (plain or .gz), each an array of `{"id", "input",
 "profile": [{"id", "title", "abstract", "date"}]}`, and `*_outputs.json` with `{"task": "LaMP_5", "golds": [{"id",
 "output"}]}`. One question is one user: the authors of `train` are trained on, those of `dev` adapted to. LaMP:
-Salemi et al. 2023 (arXiv 2304.11406). Preference pairs come from a file in the common schema beside them.
+Salemi et al. 2023 (arXiv 2304.11406). `build` makes pairs of them: the author's title against that of a similar paper.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
+import random
+from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pyargs.config import option
 from pyargs.data import preferences
+from pyargs.data.tools import sources
+from pyargs.data.tools.folder import Built
+from pyargs.data.tools.mining import hard_negatives, plain
 from pyargs.errors import PyargsError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 INSTRUCTION = "Generate a title for the following abstract of a paper: "
+LICENCE = "LaMP: CC BY-NC-SA 4.0; a folder of your own: that of its texts"
+ADDRESS = "https://ciir.cs.umass.edu/downloads/LaMP/LaMP_5"
 FILES = {"train": "train", "dev": "adapt"}  # name of the file -> kind of its users
+NEW_USERS = 126 / 611  # share of the paper's users who are adapted to
+
+
+@dataclass
+class Config:
+    negatives: str = option("neighbours", "neighbours: the title of a similar abstract of another user (paper); policy: the "
+                            "policy's own title of the same abstract", choices=["neighbours", "policy"])  # fmt: skip
+    embedder: str = option("Qwen/Qwen3-Embedding-0.6B", "sentence encoder of abstracts (paper); minilm needs no hub")
+    k: int = option(10, "neighbours of which one is drawn (paper silent)", least=1)
+    near: float = option(0.95, "cosine from which two abstracts are one paper (paper silent)")
+    policy: str = option("smollm2-135m", "negatives=policy: the language model that writes the titles, greedily")
+    dtype: str = option("float32", "negatives=policy: of the policy", choices=["float32", "bfloat16"])
+    max_new_tokens: int = option(32, "negatives=policy: longest title of the policy", least=1)
+    users: int | None = option(None, "draw so many users of both files, 126/611 of them to adapt to (paper: 611)", least=2)
+    train_test: float = option(0.2, "share of each train user's papers to hold out (default)")
+    seed: int = option(0, "of all draws")
 
 
 def load(source: str | Path, *, train_test: float = 0.2, seed: int = 0) -> Dataset:
@@ -30,16 +53,17 @@ def load(source: str | Path, *, train_test: float = 0.2, seed: int = 0) -> Datas
     own support and query rows. In a folder with questions, every pair is checked against its paper: prompt and
     chosen title must be the item's. Raises PyargsError.
     """
-    source = Path(source)
+    source = sources.local(source)
     found = [source] if source.is_file() else sorted([*source.glob("prefs*.jsonl"), *source.glob("prefs*.jsonl.gz")])
-    if not source.exists():
-        raise PyargsError(f"No file or folder {source}.")
     if len(found) != 1:
         what = ", ".join(path.name for path in found) or "none"
-        raise PyargsError(f"{source}: found preference files {what}; give the path of one as the source.")
+        raise PyargsError(
+            f"{source}: found preference files {what}; give the path of one as the source, or make pairs with "
+            "`pyargs data build pref_lamp` and give the built folder as --data."
+        )
     pairs = preferences.load(found[0], train_test=train_test, seed=seed)
     folder = found[0].parent
-    if _file(folder, "train_questions") or _file(folder, "dev_questions"):
+    if any(_is_there(folder, f"{stem}_questions") for stem in FILES):
         papers = {item["item_id"]: item for item in items(folder)}
         for pair in pairs:
             paper = papers.get(pair["pair_id"])
@@ -55,55 +79,236 @@ def load(source: str | Path, *, train_test: float = 0.2, seed: int = 0) -> Datas
 def items(source: str | Path) -> Dataset:
     """Every paper of every user: `user_id, item_id, prompt, title, date (year, may be null), role, user_split`.
 
-    `role` is "question" or "profile", `user_split` "train" or "adapt". The title of a question without an output
+    `role` is "question" or "profile", `user_split` "train" or "adapt". The title of a question without an outputs file
     (the test files of LaMP) is null. Order: the files' own, each user's profile first and then the question.
+    Raises PyargsError, naming file and row: not LaMP-5, a user or a user's paper twice, an empty title or abstract.
     """
     from datasets import Dataset
 
-    folder, rows = Path(source), []
-    for stem, user_split in FILES.items():
-        questions = _file(folder, f"{stem}_questions")
-        if questions is None:
-            continue
-        outputs = _file(folder, f"{stem}_outputs")
-        golds = {gold["id"]: gold["output"] for gold in _json(outputs)["golds"]} if outputs else {}
-        for question in _json(questions):
-            user, common = str(question["id"]), {"user_id": str(question["id"]), "user_split": user_split}
-            if not question["input"].startswith(INSTRUCTION):
-                raise PyargsError(f"{questions.name}: question {user} does not begin with '{INSTRUCTION}': not LaMP-5.")
-            for paper in question["profile"]:
-                rows.append(
-                    common
-                    | {
-                        "item_id": str(paper["id"]),
-                        "prompt": INSTRUCTION + paper["abstract"],
-                        "title": paper["title"],
-                        "date": paper.get("date"),
-                        "role": "profile",
-                    }
-                )
-            rows.append(
-                common
-                | {
-                    "item_id": user,
-                    "prompt": question["input"],
-                    "title": golds.get(question["id"]),
-                    "date": question.get("date"),
-                    "role": "question",
-                }
-            )
+    folder, rows, users = sources.local(source), [], set()
+    for stem, kind in FILES.items():
+        if _is_there(folder, f"{stem}_questions"):
+            path = sources.one_of(folder, f"{stem}_questions", ".json")
+            golds = _golds(folder, stem)
+            for number, question in enumerate(_list(path, sources.read_json(path)), 1):
+                place = f"{path.name}, question {number}"
+                papers = _papers(place, question, golds, f"{stem}_outputs.json", kind)
+                if papers[0]["user_id"] in users:
+                    raise PyargsError(f"{place}: the id {papers[0]['user_id']} is there twice.")
+                users.add(papers[0]["user_id"])
+                rows += papers
     if not rows:
         raise PyargsError(f"{folder}: no train_questions.json or dev_questions.json (plain or .gz).")
     return Dataset.from_list(rows)
 
 
-def _file(folder: Path, stem: str) -> Path | None:
-    return next((path for path in (folder / f"{stem}.json", folder / f"{stem}.json.gz") if path.is_file()), None)
+def _is_there(folder: Path, stem: str) -> bool:
+    return any((folder / f"{stem}{suffix}").is_file() for suffix in (".json", ".json.gz"))
 
 
-def _json(path: Path):
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except (ValueError, EOFError, gzip.BadGzipFile) as error:
-        raise PyargsError(f"{path.name} is damaged or not JSON: {error}") from None
+def _list(path: Path, value) -> list:
+    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+        raise PyargsError(f"{path.name}: not an array of objects: not LaMP-5.")
+    return value
+
+
+def _golds(folder: Path, stem: str) -> dict[str, str] | None:
+    if not _is_there(folder, f"{stem}_outputs"):
+        return None
+    path = sources.one_of(folder, f"{stem}_outputs", ".json")
+    value = sources.read_json(path)
+    golds: dict[str, str] = {}
+    for number, gold in enumerate(_list(path, value.get("golds") if isinstance(value, dict) else None), 1):
+        key = str(gold.get("id"))
+        if key in golds:
+            raise PyargsError(f"{path.name}, gold {number}: the id {key} is there twice.")
+        golds[key] = _text(gold.get("output"), f"{path.name}, gold {number} (id {key})", "output")
+    return golds
+
+
+def _papers(place: str, question: dict, golds: dict[str, str] | None, outputs: str, kind: str) -> list[dict]:
+    """A user's profile, then the question."""
+    user = str(question.get("id"))
+    place = f"{place} (id {user})"
+    prompt = _text(question.get("input"), place, "input")
+    if not prompt.startswith(INSTRUCTION):
+        raise PyargsError(f"{place} does not begin with '{INSTRUCTION}': not LaMP-5.")
+    _text(prompt.removeprefix(INSTRUCTION), place, "abstract")
+    if golds is not None and user not in golds:
+        raise PyargsError(f"{place}: {outputs} has no output for it.")
+    rows, seen = [], {user}
+    for number, paper in enumerate(question.get("profile") or [], 1):
+        entry = f"{place}, profile entry {number}"
+        if not isinstance(paper, dict):
+            raise PyargsError(f"{entry}: not a JSON object.")
+        item = str(paper.get("id"))
+        if item in seen:
+            raise PyargsError(f"{entry}: the id {item} is there twice.")
+        seen.add(item)
+        rows.append({
+            "user_id": user, "item_id": item, "prompt": INSTRUCTION + _text(paper.get("abstract"), entry, "abstract"),
+            "title": _text(paper.get("title"), entry, "title"), "date": paper.get("date"), "role": "profile",
+            "user_split": kind,
+        })  # fmt: skip
+    title = None if golds is None else golds[user]
+    rows.append({
+        "user_id": user, "item_id": user, "prompt": prompt, "title": title, "date": question.get("date"), "role": "question",
+        "user_split": kind,
+    })  # fmt: skip
+    return rows
+
+
+def _text(value, place: str, name: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        what = "empty" if isinstance(value, str) else f"{type(value).__name__}, not a string"
+        raise PyargsError(f"{place}: {name} is {what}.")
+    return value
+
+
+def build(source: str, config: Config) -> Built:
+    """One pair for each paper: prompt = instruction + abstract, chosen = the author's title, rejected by `negatives`.
+
+    source: a folder with LaMP's files, or "hub" (LaMP's own server). Neighbours are sought among the papers of other users of
+    the same kind (train or adapt); the user's own titles and near-duplicates are left out. A new user's oldest 80% of papers
+    are support, the newest 20% with the question query; where dates are missing, they are drawn. Further columns: date,
+    similar (id of the neighbour), cosine. Raises PyargsError, naming file and row; also for a user with one paper.
+    """
+    if source == "hub":
+        for stem in FILES:
+            for kind in ("questions", "outputs"):
+                path = sources.download(f"{ADDRESS}/{stem}/{stem}_{kind}.json", f"lamp_5/{stem}_{kind}.json")
+        source = path.parent
+    folder = sources.local(source)
+    for stem in FILES:
+        for kind in ("questions", "outputs"):
+            sources.one_of(folder, f"{stem}_{kind}", ".json")  # both kinds of users and their titles are needed
+    papers = _drawn(items(folder).to_list(), config)
+    of_user = defaultdict(list)
+    for paper in papers:
+        of_user[paper["user_id"]].append(paper)
+    for user, own in of_user.items():
+        if len(own) < 2:
+            stem = next(stem for stem, kind in FILES.items() if kind == own[0]["user_split"])
+            raise PyargsError(
+                f"{stem}_questions.json: user {user} has a single paper (an empty profile): nothing to hold out."
+            )
+    _id_pairs(papers)
+    undated = sum(_split_by_date(own, config.seed) for own in of_user.values() if own[0]["user_split"] == "adapt")
+    counts = {"papers": len(papers), "users": len(of_user), "new users without dates (query drawn at random)": undated}
+    if config.negatives == "neighbours":
+        rows, notes = _neighbours(papers, config)
+        counts |= {"different abstracts": len({paper["prompt"] for paper in papers})}
+    else:
+        rows, dropped, notes = _of_policy(papers, config)
+        counts |= dropped
+    rows = preferences.carve(rows, train_test=config.train_test, seed=config.seed)
+    files = [sources.one_of(folder, f"{stem}_{kind}", ".json") for stem in FILES for kind in ("questions", "outputs")]
+    return Built(rows, counts, notes, files)
+
+
+def _drawn(papers: list[dict], config: Config) -> list[dict]:
+    """All papers, or those of `users` users drawn from both files, of whom the paper's share is to be adapted to."""
+    if config.users is None:
+        return papers
+    users = sorted({paper["user_id"] for paper in papers})
+    if config.users > len(users):
+        raise PyargsError(f"users={config.users}, but the source has {len(users)}.")
+    drawn = random.Random(f"{config.seed} users").sample(users, config.users)
+    new = set(drawn[: max(1, round(config.users * NEW_USERS))])
+    kept = set(drawn)
+    return [paper | {"user_split": "adapt" if paper["user_id"] in new else "train"}
+            for paper in papers if paper["user_id"] in kept]  # fmt: skip
+
+
+def _id_pairs(papers: list[dict]) -> None:
+    """Pair ids are the items' own; where two users have items of one id, with the user's id in front."""
+    ids = [paper["item_id"] for paper in papers]
+    several = len(set(ids)) < len(ids)
+    for paper in papers:
+        paper["pair_id"] = f"{paper['user_id']}-{paper['item_id']}" if several else paper["item_id"]
+
+
+def _split_by_date(own: list[dict], seed: int) -> bool:
+    """Marks a new user's papers as support or query; True if dates were missing, so that they had to be drawn."""
+
+    def drawn(paper: dict) -> float:
+        return random.Random(f"{seed} date {paper['pair_id']}").random()
+
+    *profile, question = own
+    undated = any(paper["date"] is None for paper in profile)
+    # Years tie often: papers of one year come in a drawn order.
+    profile = sorted(profile, key=drawn if undated else lambda paper: (str(paper["date"]), drawn(paper)))
+    query = max(1, int(0.2 * len(own) + 0.5))
+    for i, paper in enumerate([*profile, question]):
+        paper["split"] = "query" if i >= len(own) - query else "support"
+    return undated
+
+
+def _row(paper: dict, rejected: str, **more) -> dict:
+    return {
+        "user_id": paper["user_id"], "prompt": paper["prompt"], "chosen": paper["title"], "rejected": rejected,
+        "split": paper.get("split", "train"), "pair_id": paper["pair_id"], "date": paper["date"], **more,
+    }  # fmt: skip
+
+
+def _neighbours(papers: list[dict], config: Config) -> tuple[list[dict], list[str]]:
+    from functools import partial
+
+    from tqdm.auto import tqdm
+
+    from pyargs.lm.embed import embed
+
+    rows = []
+    for kind in FILES.values():
+        own = [paper for paper in papers if paper["user_split"] == kind]
+        if not own:
+            continue
+        vectors = embed(config.embedder, [paper["prompt"].removeprefix(INSTRUCTION) for paper in own], progress=True)
+        found = hard_negatives(
+            [paper["user_id"] for paper in own], [paper["title"] for paper in own], vectors, k=config.k, near=config.near,
+            seed=config.seed, keys=[paper["item_id"] for paper in own], progress=partial(tqdm, desc=f"{kind} negatives"),
+        )  # fmt: skip
+        rows += [
+            _row(paper, own[negative.row]["title"], similar=own[negative.row]["pair_id"], cosine=round(negative.cosine, 4))
+            for paper, negative in zip(own, found, strict=True)
+        ]
+    mean = sum(row["cosine"] for row in rows) / len(rows)
+    return rows, [
+        f"Cosine between the abstracts of a pair's two titles: {mean:.3f} on average ({config.embedder}).",
+        "The rejected title belongs to another paper, so that content decides most pairs without knowing the user: see what "
+        "word_overlap reaches above, and build --negatives policy for pairs where it cannot.",
+    ]
+
+
+def _of_policy(papers: list[dict], config: Config) -> tuple[list[dict], dict, list[str]]:
+    from pyargs.decode.prompts import greedy_answers
+
+    prompts = [paper["prompt"] for paper in papers]
+    titles = greedy_answers(config.policy, prompts, dtype=config.dtype, max_new_tokens=config.max_new_tokens)
+    rows, empty, same = [], 0, 0
+    for paper, answer in zip(papers, titles, strict=True):
+        title = clean_title(answer)
+        if not plain(title):
+            empty += 1
+        elif plain(title) == plain(paper["title"]):
+            same += 1
+        else:
+            rows.append(_row(paper, title))
+    return rows, {"titles of the policy that are empty": empty, "that are the author's": same}, [
+        f"The rejected title is what {config.policy} writes for the same abstract (greedy, {config.max_new_tokens} tokens, "
+        "first line, without quotes and a leading 'Title:'). Both titles fit the abstract: what tells them apart is the "
+        "author's style, but also the traces of a model.",
+        "An extra set: not one of the paper's, whose authors reject negatives written by a model because probes detect them.",
+    ]  # fmt: skip
+
+
+def clean_title(answer: str) -> str:
+    """A model's answer as a title: its first line that says something, without a label, quotes and markdown around it."""
+    for line in answer.splitlines():
+        line = line.strip().strip("*#").strip()
+        if line.casefold().startswith("title:"):
+            line = line[len("title:") :]
+        line = line.strip(" *\"'“”‘’")
+        if line:
+            return line
+    return ""

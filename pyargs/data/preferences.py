@@ -7,24 +7,43 @@ Columns read: `user_id` (or `user`), `prompt`, `chosen`, `rejected`, `role` or `
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
+import random
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pyargs.config import option
 from pyargs.data import COLUMNS, SPLITS
+from pyargs.data.tools import sources
 from pyargs.errors import PyargsError, did_you_mean
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-OPTIONAL = ("user_type", "attribute")
+    from pyargs.data.tools.folder import Built
+
+LICENCE = "that of the source"
+OPTIONAL = ("user_type", "attribute", "subset")
+
+
+@dataclass
+class Config:
+    train_test: float = option(0.2, "share of each train user's prompts to hold out, unless the source does (default)")
+    by: str = option("prompt", "pair: hold out pairs instead, where a few prompts serve all", choices=["prompt", "pair"])
+    simulated_users: int = option(0, "users with random tastes who label the source's train pairs (PReF: 1200)", least=0)
+    simulated_new_users: int = option(0, "such users to adapt to, who label the pairs of support and query", least=0)
+    labels_per_pair: int = option(50, "simulated users who label a pair (PReF)", least=1)
+    simulated_pairs: int | None = option(None, "draw so many train pairs for them (PReF: 1809; default: all)", least=1)
+    hybrid: bool = option(False, "keep the source's own users beside the simulated ones")
+    seed: int = option(0, "of all draws")
+    embedder: str = option("minilm", "sentence encoder of the cosine on the card; none leaves it out")
 
 
 def load(source: str | Path, *, train_test: float = 0.2, by: str = "prompt", seed: int = 0) -> Dataset:
-    """The pairs of a `.jsonl`, `.jsonl.gz` or `.parquet` file, in file order; columns as in `pyargs.data`.
+    """The pairs of a `.jsonl`, `.jsonl.gz` or `.parquet` file or of a built set's folder, in order; columns: `pyargs.data`.
 
     If no row is "train_test", this share of each train user's prompts is set aside as such (see `carve`). Raises
     PyargsError with file and row: missing column, text that is not a string or empty, chosen == rejected, unknown
@@ -34,62 +53,31 @@ def load(source: str | Path, *, train_test: float = 0.2, by: str = "prompt", see
     return to_dataset(carve(check(read(source), where=source.name), train_test=train_test, by=by, seed=seed))
 
 
-def read(source: Path) -> list[dict]:
-    """The rows of a file as dictionaries, unchecked."""
-    if not source.is_file():
-        raise PyargsError(f"No file {source}.")
-    suffixes = source.suffixes[-2:] if source.suffix == ".gz" else source.suffixes[-1:]
-    if suffixes == [".parquet"]:
-        import pyarrow.parquet
-
-        return pyarrow.parquet.read_table(source).to_pylist()
-    if suffixes not in ([".jsonl"], [".jsonl", ".gz"]):
-        raise PyargsError(f"{source.name}: a preference file is .jsonl, .jsonl.gz or .parquet.")
-    rows = []
-    try:
-        with gzip.open(source, "rt", encoding="utf-8") if source.suffix == ".gz" else open(source, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    rows.append(json.loads(line))
-                    if not isinstance(rows[-1], dict):
-                        raise PyargsError(f"{source.name}, line {number}: not a JSON object.")
-    except json.JSONDecodeError as error:
-        raise PyargsError(f"{source.name}, line {number}: not JSON ({error.msg}).") from None
-    except (EOFError, gzip.BadGzipFile, UnicodeDecodeError) as error:
-        raise PyargsError(f"{source.name} is damaged or not what its name says: {error}") from None
-    return rows
+def read(source: str | Path) -> Iterator[tuple[str, dict]]:
+    """(place, row) of a file of rows or of the folder of a built set, unchecked; the place names file and row."""
+    source = Path(source)
+    if not source.is_dir():
+        yield from sources.rows(source)
+        return
+    files = [source / f"{split}.parquet" for split in SPLITS if (source / f"{split}.parquet").is_file()]
+    if not files:
+        raise PyargsError(f"{source} holds no {SPLITS[0]}.parquet, {SPLITS[2]}.parquet or the like: not a built set.")
+    for file in files:
+        yield from sources.rows(file)
 
 
-def check(rows: Iterable[dict], *, where: str = "rows") -> list[dict]:
+def check(rows: Iterable[dict] | Iterable[tuple[str, dict]], *, where: str = "rows") -> list[dict]:
     """Rows with the common columns, checked; nothing is repaired or dropped. `where` names the origin in messages."""
     checked: list[dict] = []
-    kinds: dict[str, tuple[str, int]] = {}
+    kinds: dict[str, tuple[str, str]] = {}
     for number, row in enumerate(rows, 1):
-        place = f"{where}, row {number}"
-        split = _column(row, place, "role", "split", nullable=True)
-        if split == "adapt":
-            raise PyargsError(f"{place}: a row of an adapt user needs a column 'role', 'support' or 'query'.")
-        split = "train" if split == "all" else split
-        if split not in SPLITS:
-            raise PyargsError(f"{place}: unknown split '{split}'; known: all, {', '.join(SPLITS)}.")
-        user = _column(row, place, "user_id", "user")
-        out = {
-            "user_id": _text(user, place, "user_id"),
-            "prompt": _prompt(_column(row, place, "prompt"), place),
-            "chosen": _response(_column(row, place, "chosen"), place, "chosen"),
-            "rejected": _response(_column(row, place, "rejected"), place, "rejected"),
-            "split": split,
-        }
-        if out["chosen"] == out["rejected"]:
-            raise PyargsError(f"{place}: chosen and rejected are the same text.")
-        pair_id = row.get("pair_id")
-        out["pair_id"] = _pair_id(out) if pair_id is None else _text(pair_id, place, "pair_id")
-        out |= {name: None if row[name] is None else str(row[name]) for name in OPTIONAL if name in row}
-        kind = "train" if split in ("train", "train_test") else "adapt"
-        first_kind, first = kinds.setdefault(out["user_id"], (kind, number))
+        place, row = row if isinstance(row, tuple) else (f"{where}, row {number}", row)
+        out = check_row(row, place)
+        kind = "train" if out["split"] in ("train", "train_test") else "adapt"
+        first_kind, first = kinds.setdefault(out["user_id"], (kind, place))
         if kind != first_kind:
             raise PyargsError(
-                f"{place}: user '{out['user_id']}' is of the {kind} users here, of the {first_kind} users in row {first}. "
+                f"{place}: user '{out['user_id']}' is of the {kind} users here, of the {first_kind} users in {first}. "
                 "A user is either trained on (train, train_test) or adapted to (support, query)."
             )
         if checked and isinstance(checked[0]["prompt"], str) != isinstance(out["prompt"], str):
@@ -100,13 +88,35 @@ def check(rows: Iterable[dict], *, where: str = "rows") -> list[dict]:
     return checked
 
 
+def check_row(row: dict, place: str) -> dict:
+    """The common columns of one row, checked by itself. Raises PyargsError, which begins with `place`."""
+    split = _column(row, place, "role", "split", nullable=True)
+    if split == "adapt":
+        raise PyargsError(f"{place}: a row of an adapt user needs a column 'role', 'support' or 'query'.")
+    split = "train" if split == "all" else split
+    if split not in SPLITS:
+        raise PyargsError(f"{place}: unknown split '{split}'; known: all, {', '.join(SPLITS)}.")
+    out = {
+        "user_id": _text(_column(row, place, "user_id", "user"), place, "user_id"),
+        "prompt": _prompt(_column(row, place, "prompt"), place),
+        "chosen": _response(_column(row, place, "chosen"), place, "chosen"),
+        "rejected": _response(_column(row, place, "rejected"), place, "rejected"),
+        "split": split,
+    }
+    if out["chosen"] == out["rejected"]:
+        raise PyargsError(f"{place}: chosen and rejected are the same text.")
+    pair_id = row.get("pair_id")
+    out["pair_id"] = text_id(out) if pair_id is None else _text(pair_id, place, "pair_id")
+    return out | {name: None if row[name] is None else str(row[name]) for name in OPTIONAL if name in row}
+
+
 def carve(rows: list[dict], *, train_test: float = 0.2, by: str = "prompt", seed: int = 0) -> list[dict]:
     """Sets `split` to "train_test" for this share of each train user's prompts, unless a row has it already.
 
-    Whole prompts are set aside (`by="prompt"`), so that no prompt of a user is in both; `by="pair"` is for files
-    where a few prompts serve all pairs. Prompts are ordered by a seeded hash, the same for all users: the outcome
-    does not depend on the order of rows, and a prompt that users share falls on the same side for most of them. The
-    count is rounded to the nearest; at least one prompt stays in train.
+    Whole prompts are set aside, for all users at once: no prompt of anybody's train is in anybody's train_test.
+    `by="pair"` is for files where a few prompts serve all pairs. Of the prompts that users share the share is set aside;
+    each user's own make up the rest of theirs (rounded to the nearest; at least one prompt stays in train). Prompts are taken
+    by a seeded hash: the outcome does not depend on the order of rows.
     """
     if not 0 <= train_test < 1:
         raise PyargsError(f"train_test is a share from 0 to below 1, not {train_test}.")
@@ -119,17 +129,61 @@ def carve(rows: list[dict], *, train_test: float = 0.2, by: str = "prompt", seed
         what = row["pair_id"] if by == "pair" else json.dumps(row["prompt"], sort_keys=True)
         return hashlib.sha256(f"{seed}\0{what}".encode()).hexdigest()
 
-    keys: dict[str, set[str]] = {}
-    for row in rows:
-        if row["split"] == "train":
-            keys.setdefault(row["user_id"], set()).add(key(row))
-    aside = {}
-    for user, found in keys.items():
-        count = min(int(train_test * len(found) + 0.5), len(found) - 1)
-        aside[user] = set(sorted(found)[:count])
-    return [
-        row | {"split": "train_test"} if row["split"] == "train" and key(row) in aside[row["user_id"]] else row for row in rows
-    ]
+    keys = [key(row) if row["split"] == "train" else "" for row in rows]
+    of_user: dict[str, set[str]] = {}
+    users_of: dict[str, set[str]] = {}
+    for row, found in zip(rows, keys, strict=True):
+        if found:
+            of_user.setdefault(row["user_id"], set()).add(found)
+            users_of.setdefault(found, set()).add(row["user_id"])
+    shared = sorted(found for found, users in users_of.items() if len(users) > 1)
+    aside = set(shared[: int(train_test * len(shared) + 0.5)])
+    aside -= {max(found) for found in of_user.values() if found <= aside}  # or nothing would be left to train this user on
+    for found in of_user.values():
+        count = min(int(train_test * len(found) + 0.5), len(found) - 1) - len(found & aside)
+        aside.update(sorted(found - set(shared))[: max(0, count)])
+    return [row | {"split": "train_test"} if found in aside else row for row, found in zip(rows, keys, strict=True)]
+
+
+def build(source: str, config: Config) -> Built:
+    """Any preference file as a built set; or its pairs labelled by simulated users, alone or beside its own (hybrid).
+
+    Real users hardly ever judge the same pair, and methods that factor a matrix of users by pairs (PReF) need that: here
+    `labels_per_pair` simulated users judge each pair (`tools.simulate`). Simulated users are users of their own, named
+    sim_... and new_sim_.... Raises PyargsError: bad rows, simulated new users for a source without support and query.
+    """
+    from pyargs.data.tools.folder import Built
+    from pyargs.data.tools.simulate import label_densely
+
+    own = check(read(source), where=Path(source).name)
+    path = Path(source)
+    files = [path] if path.is_file() else sorted(path.glob("*.parquet"))
+    rows, counts, notes = own, {"rows of the source": len(own)}, []
+    if config.simulated_users or config.simulated_new_users:
+        rows = list(own) if config.hybrid else []
+        for name, users, splits, limit in (
+            ("sim", config.simulated_users, {"train": 1.0}, config.simulated_pairs),
+            ("new_sim", config.simulated_new_users, {"support": 0.5, "query": 0.5}, None),
+        ):
+            if not users:
+                continue
+            kept = ("train",) if name == "sim" else ("support", "query")
+            pairs = {text_id(row): row | {"pair_id": text_id(row)} for row in own if row["split"] in kept}
+            if not pairs:
+                raise PyargsError(f"{path.name} has no rows of {' or '.join(kept)} for simulated users to label.")
+            some = list(pairs.values())
+            if limit is not None:
+                some = random.Random(f"{config.seed} pairs").sample(some, min(limit, len(some)))
+            labels = config.labels_per_pair if name == "sim" else min(config.labels_per_pair, users)
+            made = label_densely(some, users=users, labels_per_pair=labels, splits=splits, name=name, seed=config.seed)
+            counts |= {f"pairs labelled by {name} users": len(some), f"labels of {name} users": len(made)}
+            rows += made
+        notes.append(
+            "Simulated users want a random mixture of measurable attributes (length, word length, first and second person, "
+            "sentence length); their labels have no noise. PReF's own set was labelled by a language model with personas."
+        )
+    rows = carve(rows, train_test=config.train_test, by=config.by, seed=config.seed)
+    return Built(rows, counts, notes, files)
 
 
 def to_dataset(rows: list[dict]) -> Dataset:
@@ -181,7 +235,7 @@ def _response(value, place: str, name: str) -> str:
     return messages[0]["content"]
 
 
-def _pair_id(row: dict) -> str:
+def text_id(row: dict) -> str:
     """An id from the texts, the same whichever response is preferred."""
     parts = [row["prompt"], *sorted((row["chosen"], row["rejected"]))]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from tqdm import tqdm
 
 from pyargs.decode import args, best_of_n, plain, tokenwise
 from pyargs.errors import PyargsError
+from pyargs.files import short_hash
+from pyargs.lm import hub
 from pyargs.lm.encode import encode_prompt, left_pad
 from pyargs.lm.hf import load_lm
 from pyargs.models import load_model
 from pyargs.models.folder import locate, read_config
 from pyargs.models.token_reward import TokenReward
 from pyargs.models.user_policy import UserPolicy
+from pyargs.store import Store
 from pyargs.types import Decoded
 
 
@@ -86,3 +89,29 @@ def decode_prompts(
                 )
             yield take, some, decoded
             bar.update(len(take))
+
+
+def greedy_answers(
+    policy: str, prompts: Sequence[str], *, dtype: str = "float32", max_new_tokens: int = 64, max_tokens: int = 512,
+    batch_size: int = 8,
+) -> list[str]:  # fmt: skip
+    """The policy's own greedy answer to each prompt, kept in `$PYARGS_CACHE/answers`: a killed run goes on where it was.
+
+    policy: embedded name, local folder or hub name; max_tokens: longest prompt, cut as `encode_prompt` does.
+    """
+    settings = {"policy": hub.identity(policy), "dtype": dtype, "max_new_tokens": max_new_tokens, "max_tokens": max_tokens}
+    with Store(hub.cache_dir() / "answers" / f"{short_hash(settings)}.sqlite") as store:
+        found = store.get(prompts)
+        missing = sorted(set(prompts) - found.keys(), key=lambda prompt: (len(prompt), prompt))
+        if missing:
+            lm, tokenizer = load_lm(policy, dtype=dtype)
+            with tqdm(total=len(missing), desc="answers of the policy", unit="prompt") as bar:
+                for start in range(0, len(missing), batch_size):
+                    part = missing[start : start + batch_size]
+                    encoded = [encode_prompt(tokenizer, prompt, max_tokens) for prompt in part]
+                    texts = plain.generate(lm, encoded, max_new_tokens=max_new_tokens).texts(tokenizer)
+                    new = {prompt: text.encode() for prompt, text in zip(part, texts, strict=True)}
+                    store.put(new)
+                    found |= new
+                    bar.update(len(part))
+    return [found[prompt].decode() for prompt in prompts]

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import random
-from functools import lru_cache
 
-import torch
-from torch import Tensor
-
-from pyargs.errors import PyargsError, UnknownUser, did_you_mean
+from pyargs.errors import UnknownUser, did_you_mean
+from pyargs.lm.embed import embed
 from pyargs.lm.encode import check_messages, encode_prompt
 
 TASK = "Below are examples of what one user prefers. Answer the last prompt as this user would prefer."
@@ -18,23 +15,26 @@ class Demonstrations:
     """The pairs that may be shown to a model, by user, and how `shots` of them are chosen and laid out.
 
     of_user: user -> [{"prompt", "chosen", "rejected"}]. retrieve: "random", seeded by `seed` and the user, the same for all
-    prompts of the user; else the name of an embedding model: the pairs whose prompts are nearest by cosine, the most
-    similar last. show: "pair" or "chosen". content_tokens: longest prompt shown of a pair. instruction: a text that all
-    prompts begin with, said once at the beginning instead. max_tokens: length of a prompt with all that it shows, the same
-    whether a response is to be scored or generated.
+    prompts of the user; "bm25", or the name of an embedding model: the pairs whose prompts are nearest by shared words or by
+    cosine, the most similar last. show: "pair" or "chosen". content_tokens: longest prompt shown of a pair. instruction: a
+    text that all prompts begin with, said once at the beginning instead. prompt_name, response_name: what the fields are
+    called, such as Abstract and title. max_tokens: length of a prompt with all that it shows, the same whether a response is
+    to be scored or generated.
     """
 
     def __init__(
         self, *, shots: int, retrieve: str, show: str, content_tokens: int, instruction: str, max_tokens: int,
-        seed: int, of_user: dict[str, list[dict]] | None = None,
+        seed: int, prompt_name: str = "Prompt", response_name: str = "", of_user: dict[str, list[dict]] | None = None,
     ):  # fmt: skip
         self.shots, self.retrieve, self.show, self.content_tokens = shots, retrieve, show, content_tokens
         self.instruction, self.max_tokens, self.seed = instruction, max_tokens, seed
+        self.prompt_name, self.response_name = prompt_name, response_name
         self.of_user = dict(of_user or {})
-        self._embed = lru_cache(maxsize=None)(lambda text: embed(self.retrieve, [text])[0])
+        self._vectors: dict[str, object] = {}  # of the texts embedded so far
 
     def config(self) -> dict:
-        names = ("shots", "retrieve", "show", "content_tokens", "instruction", "max_tokens", "seed")
+        names = ("shots", "retrieve", "show", "content_tokens", "instruction", "max_tokens", "seed", "prompt_name",
+                 "response_name")  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
     def choose(self, prompt: str, user: str) -> list[dict]:
@@ -46,9 +46,18 @@ class Demonstrations:
         pairs = self.of_user[user]
         if self.retrieve == "random":
             return random.Random(f"{self.seed} {user}").sample(pairs, min(self.shots, len(pairs)))
-        similar = torch.stack([self._embed(pair["prompt"]) for pair in pairs]) @ self._embed(prompt)
-        nearest = similar.argsort(descending=True, stable=True)[: self.shots].flip(0)
-        return [pairs[i] for i in nearest.tolist()]
+        similar = self._similar(prompt, [pair["prompt"] for pair in pairs])
+        nearest = sorted(range(len(pairs)), key=lambda i: (-similar[i], i))[: self.shots]
+        return [pairs[i] for i in reversed(nearest)]
+
+    def _similar(self, prompt: str, shown: list[str]) -> list[float]:
+        """Of the contents: what all prompts begin with would make them alike."""
+        query, *texts = [text.removeprefix(self.instruction) for text in (prompt, *shown)]
+        if self.retrieve == "bm25":
+            return bm25(query, texts)
+        new = [text for text in dict.fromkeys((query, *texts)) if text not in self._vectors]
+        self._vectors |= dict(zip(new, embed(self.retrieve, new), strict=True))
+        return [float(self._vectors[text] @ self._vectors[query]) for text in texts]
 
     def prompt_ids(self, tokenizer, prompt, user: str) -> list[int]:
         """Ids of the prompt with its demonstrations, in the model's template.
@@ -75,43 +84,34 @@ class Demonstrations:
         if not shown:
             return self.instruction + asked
         parts = [self.instruction.strip() or TASK]
+        preferred = f"Preferred {self.response_name}".strip()
         for number, pair in enumerate(shown, 1):
             content = tokenizer(pair["prompt"].removeprefix(self.instruction), add_special_tokens=False)["input_ids"]
             lines = [
                 f"Example {number}",
-                f"Prompt: {tokenizer.decode(content[: self.content_tokens]).strip()}",
-                f"Preferred: {pair['chosen'].strip()}",
+                f"{self.prompt_name}: {tokenizer.decode(content[: self.content_tokens]).strip()}",
+                f"{preferred}: {pair['chosen'].strip()}",
             ]
             if self.show == "pair":
-                lines.append(f"Not preferred: {pair['rejected'].strip()}")
+                lines.append(f"Not {preferred.lower()}: {pair['rejected'].strip()}")
             parts.append("\n".join(lines))
-        parts.append(f"Prompt: {asked.strip()}\nPreferred:")
+        parts.append(f"{self.prompt_name}: {asked.strip()}\n{preferred}:")
         return "\n\n".join(parts)
+
+
+def bm25(query: str, texts: list[str]) -> list[float]:
+    """Okapi BM25 of the query in each of the texts; English stop words do not count."""
+    import bm25s
+
+    asked, *words = bm25s.tokenize([query, *texts], return_ids=False, show_progress=False)
+    known = [word for word in asked if any(word in found for found in words)]
+    if not known:
+        return [0.0] * len(texts)
+    index = bm25s.BM25()
+    index.index(words, show_progress=False)
+    return index.get_scores(known).tolist()
 
 
 def last_user_text(prompt) -> str:
     """The prompt itself, or the content of a conversation's last turn."""
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
-
-
-@lru_cache(maxsize=1)
-def _embedder(name: str):
-    from transformers import AutoModel, AutoTokenizer
-
-    from pyargs.lm.hub import resolve
-
-    path = resolve(name)
-    try:
-        return AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path).eval()
-    except OSError as error:
-        raise PyargsError(f"cannot load the embedding model '{name}': {str(error).splitlines()[0]}") from error
-
-
-@torch.no_grad()
-def embed(name: str, texts: list[str]) -> Tensor:
-    """Unit embeddings float32 [n, d]: mean over the tokens' last states of "minilm" or another sentence encoder."""
-    tokenizer, model = _embedder(name)
-    inputs = tokenizer(texts, padding=True, truncation=True, max_length=256, return_tensors="pt")
-    mask = inputs["attention_mask"].unsqueeze(-1).float()
-    states = (model(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1)
-    return torch.nn.functional.normalize(states.float(), dim=-1)

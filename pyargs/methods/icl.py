@@ -20,13 +20,15 @@ from pyargs.models.user_policy import UserPolicy
 class Config(ModelConfig):
     shots: int = option(8, "demonstrations in the prompt (paper); 0 is zero-shot", least=0)
     retrieve: str = option(
-        "random", "random: the same seeded choice for all prompts of a user (ICL); minilm or another sentence encoder: the "
-        "pairs with the nearest prompts (ICL-RAG; the paper does not name its retriever)",
+        "random", "random: the same seeded choice for all prompts of a user (ICL); bm25, minilm or any model of "
+        "sentence-transformers: the pairs with the nearest prompts (ICL-RAG; the paper does not name its retriever)",
     )  # fmt: skip
     show: str = option("pair", "pair: both responses of a demonstration; chosen: the preferred one (paper silent)",
                        choices=["pair", "chosen"])  # fmt: skip
     content_tokens: int = option(200, "longest prompt shown in a demonstration (paper silent)", least=1)
     instruction: str = option("", "text that all prompts begin with, to be said once before the demonstrations (paper silent)")
+    prompt_name: str = option("Prompt", "what a prompt is called in the demonstrations: Post, Abstract ... (paper silent)")
+    response_name: str = option("", "what a response is called: summary, title, reply ... (paper silent)")
     max_length: int = option(
         2048, "tokens of prompt + response; what is longer loses its farthest demonstrations first (paper silent)"
     )
@@ -41,6 +43,7 @@ def build(lm, tokenizer, users: list[str], config: Config) -> UserPolicy:
     shown = Demonstrations(
         shots=config.shots, retrieve=config.retrieve, show=config.show, content_tokens=config.content_tokens,
         instruction=config.instruction, max_tokens=config.max_length - config.response_tokens, seed=config.seed,
+        prompt_name=config.prompt_name, response_name=config.response_name,
     )  # fmt: skip
     return UserPolicy(lm, tokenizer, demonstrations=shown if config.shots else None)
 

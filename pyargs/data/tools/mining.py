@@ -1,0 +1,71 @@
+"""Hard negatives: to each text a similar text of another user."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from pyargs.errors import PyargsError
+
+SPARE = 50  # neighbours looked at beyond those that may be the user's own: near-duplicates among them
+
+
+class Negative(NamedTuple):
+    row: int  # of the similar text
+    cosine: float
+    rank: int  # 0 is the nearest that was allowed
+
+
+def plain(text: str) -> str:
+    """A text without case, punctuation and spacing: what two versions of one title have in common."""
+    return re.sub(r"[\W_]+", " ", text).strip().casefold()
+
+
+def hard_negatives(
+    users: Sequence[str], titles: Sequence[str], vectors: np.ndarray, *, k: int = 10, near: float = 0.95, seed: int = 0,
+    keys: Sequence[str] | None = None, progress: Callable = iter,
+) -> list[Negative]:  # fmt: skip
+    """For each of N texts, one of the k nearest texts of other users, drawn by a hash of seed, user and key.
+
+    users, titles: N each; vectors: unit vectors float32 [N, d]; keys: N ids (default: the row numbers), so that a draw does
+    not depend on the other rows. Left out: everything that has a title of the user's own (also in another user's hands), and
+    what is nearer than `near` in cosine, which is the same text again (default 0.95). Ties go to the lower row.
+    Raises PyargsError where nothing is left for a text.
+    """
+    from sklearn.neighbors import NearestNeighbors
+
+    names = [plain(title) for title in titles]
+    # Users may share a text: it stands in the pool once.
+    first: dict[tuple[str, bytes], int] = {}
+    for row, (name, vector) in enumerate(zip(names, vectors, strict=True)):
+        first.setdefault((name, vector.tobytes()), row)
+    pool = np.array(list(first.values()))
+    place = {row: i for i, row in enumerate(pool.tolist())}
+    own: dict[str, set[str]] = {}
+    for user, name in zip(users, names, strict=True):
+        own.setdefault(user, set()).add(name)
+    count = min(len(pool), k + max(map(len, own.values())) + SPARE)
+    search = NearestNeighbors(n_neighbors=count, metric="cosine", algorithm="brute").fit(vectors[pool])
+    distances, neighbours = search.kneighbors(vectors[pool])
+
+    found = []
+    for row in progress(range(len(names))):
+        i = place[first[names[row], vectors[row].tobytes()]]
+        allowed = []
+        for distance, j in sorted(zip(distances[i].tolist(), pool[neighbours[i]].tolist(), strict=True)):
+            if names[j] not in own[users[row]] and 1 - distance < near:
+                allowed.append(Negative(j, 1 - distance, len(allowed)))
+                if len(allowed) == k:
+                    break
+        if not allowed or (len(allowed) < k and count < len(pool)):
+            raise PyargsError(
+                f"'{titles[row][:60]}' of user {users[row]}: {len(allowed)} of {k} similar texts of others are left after "
+                "the user's own and near-duplicates. Fix: more users, a smaller k, or a higher limit of nearness."
+            )
+        key = keys[row] if keys is not None else row
+        found.append(random.Random(f"{seed} {users[row]} {key}").choice(allowed))
+    return found

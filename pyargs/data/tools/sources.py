@@ -1,0 +1,159 @@
+"""Where the rows of a data set come from: local files in the original layout, downloads that resume, and the hub.
+
+`source="hub"` means the official place of a set; anything else is a local file or folder.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from pyargs.errors import PyargsError
+from pyargs.files import sha256
+from pyargs.lm.hub import cache_dir
+
+BLOCK = 1 << 20
+DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError)
+
+
+def local(source: str | Path) -> Path:
+    """The source as a path. Raises PyargsError if nothing is there."""
+    path = Path(source)
+    if not path.exists():
+        raise PyargsError(f"No file or folder {path}. A source is a local path, or 'hub' for the set's official place.")
+    return path
+
+
+def one_of(folder: Path, stem: str, *suffixes: str) -> Path:
+    """The file `stem` + one of the suffixes, plain or gzipped. Raises PyargsError, naming what was looked for."""
+    names = [stem + suffix + gz for suffix in suffixes for gz in ("", ".gz")]
+    found = [folder / name for name in names if (folder / name).is_file()]
+    if len(found) != 1:
+        what = "is missing" if not found else f"is there more than once: {', '.join(path.name for path in found)}"
+        raise PyargsError(f"{folder}: {names[0]} (or {', '.join(names[1:])}) {what}.")
+    return found[0]
+
+
+def read_json(path: Path):
+    """The value of a .json or .json.gz file. Raises PyargsError, naming the file, if it is damaged."""
+    try:
+        with _open(path) as file:
+            return json.load(file)
+    except (json.JSONDecodeError, *DAMAGED) as error:
+        raise PyargsError(f"{path.name} is damaged or not JSON: {error}") from None
+
+
+def rows(path: Path) -> Iterator[tuple[str, dict]]:
+    """(place, row) of a JSON Lines file (.jsonl or .json, plain or .gz) or of parquet; the place names file and row.
+
+    Raises PyargsError, naming file and row: not JSON, not an object, a truncated file, another kind of file.
+    """
+    if not path.is_file():
+        raise PyargsError(f"No file {path}.")
+    kind = path.suffixes[-2] if path.suffix == ".gz" and len(path.suffixes) > 1 else path.suffix
+    if kind == ".parquet":
+        yield from _parquet(path)
+        return
+    if kind not in (".jsonl", ".json"):
+        raise PyargsError(f"{path.name}: a file of rows is .jsonl, .json (one object a line), either with .gz, or .parquet.")
+    number = 0
+    try:
+        with _open(path) as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise PyargsError(f"{path.name}, line {number}: not a JSON object.")
+                yield f"{path.name}, line {number}", row
+    except json.JSONDecodeError as error:
+        raise PyargsError(f"{path.name}, line {number}: not JSON ({error.msg}).") from None
+    except DAMAGED as error:
+        raise PyargsError(f"{path.name} is damaged after line {number}, or not what its name says: {error}") from None
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, dict]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path.name}, row {number}", row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise PyargsError(f"{path.name} is damaged after row {number}, or no parquet: {error}") from None
+
+
+def _open(path: Path):
+    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")
+
+
+def from_hub(repo: str, patterns: list[str], *, revision: str | None = None) -> Path:
+    """A data set of the hub as a local folder; huggingface_hub resumes, checks and shows progress. Raises PyargsError."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=patterns))
+    except OSError as error:
+        raise PyargsError(
+            f"The hub's data set {repo} cannot be reached ({str(error).splitlines()[0]}). Fix: check the network or "
+            f"HF_ENDPOINT, or get {', '.join(patterns)} of https://huggingface.co/datasets/{repo} elsewhere and give the "
+            "folder as --source."
+        ) from None
+
+
+def download(url: str, name: str) -> Path:
+    """A file of the web in `$PYARGS_CACHE/data/NAME`, fetched once; a download that broke off goes on where it was.
+
+    Its SHA-256 is noted beside it at the first download and compared at every use. Raises PyargsError: no connection, an
+    answer that is not the file, a file that has changed since.
+    """
+    path = cache_dir() / "data" / name
+    noted = path.with_name(path.name + ".sha256")
+    if not (path.is_file() and noted.is_file()):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        _fetch(url, part)
+        noted.write_text(sha256(part) + "\n")
+        part.replace(path)
+    if sha256(path) != noted.read_text().strip():
+        raise PyargsError(
+            f"{path} is not what was downloaded (its SHA-256 differs from {noted.name}). Fix: remove both files."
+        )
+    return path
+
+
+def _fetch(url: str, part: Path) -> None:
+    import requests
+    from tqdm.auto import tqdm
+
+    have = part.stat().st_size if part.exists() else 0
+    try:
+        # As it is: a compressed answer would have another length than the file.
+        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+        with requests.get(url, headers=headers, stream=True, timeout=60) as answer:
+            if answer.status_code == 416:  # nothing is left to send
+                return
+            answer.raise_for_status()
+            have = have if answer.status_code == 206 else 0  # a server without ranges sends all of it again
+            total = have + int(answer.headers.get("Content-Length", 0)) or None
+            with (
+                open(part, "ab" if have else "wb") as file,
+                tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.stem, file=sys.stderr) as bar,
+            ):
+                for block in answer.iter_content(BLOCK):
+                    file.write(block)
+                    bar.update(len(block))
+        if total is not None and part.stat().st_size != total:
+            raise OSError(f"{part.stat().st_size} of {total} bytes came")
+    except (requests.RequestException, OSError) as error:
+        raise PyargsError(
+            f"{url} cannot be fetched ({error}). Fix: check the network and run the command again, which goes on where it "
+            "was; or get the file elsewhere and give its folder as --source."
+        ) from None

@@ -1,0 +1,45 @@
+"""What was computed from a text, kept in the user's cache by the text's content: SQLite, so that a killed run loses little."""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from collections.abc import Iterable
+from pathlib import Path
+
+AT_ONCE = 500  # variables of one query; SQLite's least limit is 999
+
+
+class Store:
+    """Text -> bytes in one file, made when it is missing. Processes may read and write it at once."""
+
+    def __init__(self, path: str | Path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        self._database = sqlite3.connect(path, timeout=60)
+        self._database.execute("CREATE TABLE IF NOT EXISTS kept (text BLOB PRIMARY KEY, value BLOB NOT NULL)")
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._database.close()
+
+    def get(self, texts: Iterable[str]) -> dict[str, bytes]:
+        """The values that are there; other texts are left out."""
+        keys = {_key(text): text for text in texts}
+        found, wanted = {}, list(keys)
+        for start in range(0, len(wanted), AT_ONCE):
+            part = wanted[start : start + AT_ONCE]
+            rows = self._database.execute(f"SELECT text, value FROM kept WHERE text IN ({','.join('?' * len(part))})", part)
+            found |= {keys[key]: value for key, value in rows}
+        return found
+
+    def put(self, values: dict[str, bytes]) -> None:
+        """Keeps all of them or, if killed, none."""
+        with self._database:
+            rows = [(_key(text), value) for text, value in values.items()]
+            self._database.executemany("INSERT OR REPLACE INTO kept VALUES (?, ?)", rows)
+
+
+def _key(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()

@@ -1,0 +1,169 @@
+"""Preference files: reading, refusing, holding out."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rows import row, write
+
+from pyargs import data
+from pyargs.data import preferences
+from pyargs.errors import PyargsError
+
+# ---- preference files ----
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
+def test_reads_every_format(tmp_path, name):
+    rows = [row(prompt=f"p{i}", pair_id=f"x{i}") for i in range(10)] + [
+        row(user="u2", split="adapt", role=role, prompt="q", pair_id=f"y{role}") for role in ("support", "query")
+    ]
+    if name.endswith("parquet"):
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / name)
+    else:
+        write(tmp_path / name, rows)
+    dataset = data.load(tmp_path / name)
+    assert tuple(dataset.column_names) == data.COLUMNS
+    assert dataset["user_id"][:] == ["u1"] * 10 + ["u2"] * 2
+    assert sorted(dataset["split"]) == ["query", "support"] + ["train"] * 8 + ["train_test"] * 2
+    assert data.content_hash(dataset) == data.content_hash(data.load("preferences", str(tmp_path / name)))
+
+
+def test_all_counts_as_train_and_own_train_test_is_kept():
+    rows = preferences.check([row(role="all", split="all", prompt=f"p{i}") for i in range(5)])
+    assert {r["split"] for r in rows} == {"train"}
+    rows = preferences.check([row(prompt=f"p{i}", role="train_test" if i == 3 else "train") for i in range(5)])
+    assert preferences.carve(rows) == rows
+
+
+def test_split_serves_where_role_is_missing_or_null():
+    assert preferences.check([row(role=..., split="query")])[0]["split"] == "query"
+    assert preferences.check([row(role=None, split="support")])[0]["split"] == "support"
+
+
+def test_chat_prompts_and_conversational_responses():
+    chat = [{"role": "user", "content": "hi", "name": "x"}]
+    said = [{"role": "assistant", "content": "good"}]
+    dataset = preferences.to_dataset(preferences.check([row(prompt=chat, chosen=said)]))
+    assert dataset[0]["prompt"] == [{"role": "user", "content": "hi"}] and dataset[0]["chosen"] == "good"
+
+
+def test_pair_id_does_not_depend_on_the_label():
+    one, two = preferences.check([row(), row(user="u2", chosen="bad", rejected="good")])
+    assert one["pair_id"] == two["pair_id"] != preferences.check([row(prompt="other")])[0]["pair_id"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"chosen": 3}, "row 1: chosen is int, not a string"),
+        ({"prompt": None}, "prompt is NoneType"),
+        ({"prompt": "  "}, "prompt is empty"),
+        ({"rejected": ""}, "rejected is empty"),
+        ({"rejected": "good"}, "chosen and rejected are the same"),
+        ({"chosen": ..., "chossen": "x"}, "no column 'chosen'.*chossen"),
+        ({"user": ..., "user_ids": "x"}, "no column 'user'.*user_ids"),
+        ({"user": 7}, "user_id is int"),
+        ({"role": "test"}, "unknown split 'test'"),
+        ({"role": ..., "split": ...}, "no column 'split'"),
+        ({"role": ..., "split": "adapt"}, "needs a column 'role'"),
+        ({"prompt": []}, "prompt is empty"),
+        ({"prompt": [{"role": "user"}]}, "without 'role' and 'content'"),
+        ({"prompt": [{"role": "user", "content": ["hi"]}]}, "content is list"),
+        ({"chosen": [{"role": "user", "content": "x"}]}, "one assistant message"),
+    ],
+)
+def test_refuses(changes, message):
+    with pytest.raises(PyargsError, match=message):
+        preferences.check([row(**changes)])
+
+
+def test_refuses_mixtures():
+    with pytest.raises(PyargsError, match="row 2: user 'u1' is of the adapt users here"):
+        preferences.check([row(), row(role="query")])
+    with pytest.raises(PyargsError, match="row 2: prompts must be all"):
+        preferences.check([row(), row(prompt=[{"role": "user", "content": "x"}])])
+    with pytest.raises(PyargsError, match="no rows"):
+        preferences.check([])
+
+
+def test_damaged_files(tmp_path):
+    whole = write(tmp_path / "a.jsonl.gz", [row(prompt=f"p{i}") for i in range(500)]).read_bytes()
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[:-20])
+    (tmp_path / "plain.jsonl.gz").write_text("{}")
+    (tmp_path / "bad.jsonl").write_text(json.dumps(row()) + "\n{oops\n")
+    (tmp_path / "list.jsonl").write_text("[1]\n")
+    (tmp_path / "a.csv").write_text("x")
+    for name, message in {
+        "cut.jsonl.gz": "damaged",
+        "plain.jsonl.gz": "damaged",
+        "bad.jsonl": "line 2: not JSON",
+        "list.jsonl": "line 1: not a JSON object",
+        "a.csv": "is .jsonl, .json",
+        "none.jsonl": "No file",
+    }.items():
+        with pytest.raises(PyargsError, match=message):
+            preferences.load(tmp_path / name)
+
+
+# ---- carving ----
+
+USERS = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 15)), min_size=1, max_size=80)
+
+
+@settings(max_examples=200, deadline=None)
+@given(USERS, st.floats(0, 0.9), st.integers(0, 3), st.randoms(use_true_random=False))
+def test_carving(pairs, share, seed, rng):
+    rows = preferences.check(
+        [row(user=u, prompt=f"prompt {p}", rejected=f"bad {i}", pair_id=str(i)) for i, (u, p) in enumerate(pairs)]
+    )
+    done = preferences.carve(rows, train_test=share, seed=seed)
+    assert [r | {"split": "train"} for r in done] == rows  # nothing but the split changes, not even the order
+    sides = {split: {r["prompt"] for r in done if r["split"] == split} for split in ("train", "train_test")}
+    assert not sides["train"] & sides["train_test"]  # of anybody
+    users_of = {p: {u for u, q in pairs if q == p} for _, p in pairs}
+    for user in {u for u, _ in pairs}:
+        prompts = {p for u, p in pairs if u == user}
+        aside = {p for p in prompts if f"prompt {p}" in sides["train_test"]}
+        assert aside < prompts  # something is left to train on
+        wanted = min(int(share * len(prompts) + 0.5), len(prompts) - 1)
+        own = {p for p in prompts if len(users_of[p]) == 1}
+        if aside & own:  # own prompts only make up what the shared ones leave
+            assert len(aside) == wanted
+        elif own:
+            assert len(aside) >= wanted
+    shared = {p for p, users in users_of.items() if len(users) > 1}
+    assert len({p for p in shared if f"prompt {p}" in sides["train_test"]}) <= int(share * len(shared) + 0.5)
+    assert preferences.carve(rows, train_test=share, seed=seed) == done
+    shuffled = rows[:]
+    rng.shuffle(shuffled)
+    key = {r["pair_id"]: r["split"] for r in done}
+    assert {r["pair_id"]: r["split"] for r in preferences.carve(shuffled, train_test=share, seed=seed)} == key
+
+
+def test_carving_is_exact_where_nothing_is_shared():
+    rows = preferences.check([row(user=u, prompt=f"{u} {i}") for u, n in (("a", 10), ("b", 49), ("c", 1)) for i in range(n)])
+    done = preferences.carve(rows)
+    assert [sum(r["split"] == "train_test" for r in done if r["user_id"] == u) for u in "abc"] == [2, 10, 0]
+
+
+def test_carving_depends_on_the_seed_and_leaves_adapt_users_alone():
+    rows = preferences.check([row(prompt=f"p{i}") for i in range(50)] + [row(user="n", role="query", prompt="p")])
+    first, second = (preferences.carve(rows, seed=seed) for seed in (0, 1))
+    assert first != second and first[-1]["split"] == "query"
+    with pytest.raises(PyargsError, match="share"):
+        preferences.carve(rows, train_test=1.0)
+    with pytest.raises(PyargsError, match="'prompt' or 'pair'"):
+        preferences.carve(rows, by="user")
+
+
+def test_carving_by_pair():
+    rows = preferences.check([row(pair_id=str(i), rejected=f"bad {i}") for i in range(10)])
+    assert {r["split"] for r in preferences.carve(rows)} == {"train"}  # one prompt, and it stays in train
+    assert sum(r["split"] == "train_test" for r in preferences.carve(rows, by="pair")) == 2
