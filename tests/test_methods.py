@@ -11,6 +11,8 @@ import planted
 import pytest
 import torch
 from datasets import Dataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from pyargs import fit, load_model, methods
@@ -934,6 +936,53 @@ def test_retrieval_puts_the_most_similar_last(shown, monkeypatch):
     pairs = model.demonstrations.of_user["new_00"]
     vectors |= {pairs[2]["prompt"]: [0.9, 0.1], pairs[5]["prompt"]: [0.5, 0.5]}
     assert model.demonstrations.choose("tell me", "new_00") == [pairs[5], pairs[2]]
+
+
+def test_retrieval_by_words_and_without_the_instruction(shown):
+    """BM25 over contents: the instruction, which all prompts begin with, says nothing about what is similar."""
+    model = shown(retrieve="bm25", shots=2, instruction="cat cat cat cat: ")
+    texts = ["red dog near hill", "cat", "blue fox", "blue fox near hill", "rain"]
+    pairs = [{"prompt": f"cat cat cat cat: {text}", "chosen": "a", "rejected": "b"} for text in texts]
+    model.demonstrations.of_user["new_00"] = pairs
+    assert model.demonstrations.choose("cat cat cat cat: fox on a hill blue", "new_00") == [pairs[2], pairs[3]]
+    # Nothing in common: the user's first pairs, not an error.
+    assert model.demonstrations.choose("cat cat cat cat: zzz", "new_00") == [pairs[1], pairs[0]]
+
+
+def test_retrieval_by_any_sentence_encoder(shown, lm_folder, rows):
+    model = shown(retrieve=str(lm_folder), shots=3)
+    row = of_split(rows, "query")[0]
+    chosen = model.demonstrations.choose(row["prompt"], row["user_id"])
+    own = model.demonstrations.of_user[row["user_id"]]
+    from pyargs.lm.embed import embed
+
+    query, *vectors = embed(str(lm_folder), [row["prompt"], *(pair["prompt"] for pair in own)])
+    order = sorted(range(len(own)), key=lambda i: vectors[i] @ query)[-3:]
+    assert chosen == [own[i] for i in order]
+
+
+def test_fields_are_called_as_the_data_call_them(shown):
+    model = shown(shots=1, prompt_name="Abstract", response_name="title", instruction="tell me ")
+    model.demonstrations.of_user["new_00"] = [{"prompt": "tell me one", "chosen": "cat", "rejected": "saw"}]
+    text = model.tokenizer.decode(model.prompt_ids("tell me two", "new_00"))
+    assert "Abstract: one\nPreferred title: cat\nNot preferred title: saw\n\nAbstract: two\nPreferred title:<|im_end|>" in text
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(30, 400), st.integers(1, 80), st.integers(0, 6), st.sampled_from(["random", "bm25"]))
+def test_template_and_instruction_are_never_cut(shown, room, length, count, retrieve):
+    model = shown(instruction="say that: ", shots=5, retrieve=retrieve)
+    words = "old new one two red blue".split()
+    model.demonstrations.of_user["new_00"] = [
+        {"prompt": f"say that: {words[i % 6]} hill " + "lake " * i, "chosen": "cat", "rejected": "saw"} for i in range(count)
+    ]
+    model.demonstrations.max_tokens = room
+    ids = model.prompt_ids("say that: " + " ".join(words[i % 6] for i in range(length)), "new_00")
+    text = model.tokenizer.decode(ids)
+    assert len(ids) <= room and text.count("say that:") == 1
+    assert text.startswith("<|im_start|>user\nsay that:") and text.endswith("<|im_end|>\n<|im_start|>assistant\n")
+    shown_now = text.count("Example ")
+    assert shown_now <= min(5, count) and ("old" in text.split("Example")[-1] or length == 0)
 
 
 def test_zero_shots_is_the_policy_as_it_is(shown, lm_folder):

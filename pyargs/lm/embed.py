@@ -34,24 +34,36 @@ def embed(name: str, texts: Sequence[str], *, progress: bool = False) -> np.ndar
     if not len(texts):
         return np.zeros((0, 0), dtype=np.float32)
     # Another model under the same name has another identity, and so another file.
-    identity = hashlib.sha256(f"{hub.identity(name)} {MAX_TOKENS}".encode()).hexdigest()[:12]
+    identity = _identity(name, _stamp(name))
     file = f"{re.sub(r'[^A-Za-z0-9.-]+', '-', Path(name).name)}-{identity}.sqlite"
     with Store(hub.cache_dir() / "embeddings" / file) as store:
         found = store.get(texts)
         # Longest first: texts of one batch are about as long, and a batch that does not fit fails at once.
         missing = sorted(set(texts) - found.keys(), key=lambda text: (-len(text), text))
         if missing:
-            found |= _compute(name, missing, store, progress)
+            found |= _compute(_encoder(name, identity), missing, store, progress)
     return np.stack([np.frombuffer(found[text], dtype=np.float32) for text in texts])
 
 
-def _compute(name: str, texts: list[str], store: Store, progress: bool) -> dict[str, bytes]:
+def _stamp(name: str) -> tuple:
+    """Changes with the files of a local folder; an embedded model or a name on the hub has none."""
+    if name in hub.MODELS or not Path(name).is_dir():
+        return ()
+    return tuple(sorted((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in Path(name).rglob("*")))
+
+
+@lru_cache(maxsize=8)
+def _identity(name: str, stamp: tuple) -> str:
+    return hashlib.sha256(f"{hub.identity(name)} {MAX_TOKENS}".encode()).hexdigest()[:12]
+
+
+def _compute(encoder, texts: list[str], store: Store, progress: bool) -> dict[str, bytes]:
     from tqdm.auto import tqdm
 
-    encoder, found = _encoder(name), {}
+    found = {}
     # Small batches: on a CPU they are as fast as large ones, and less of them is padding.
     size = 8 if encoder.device.type == "cpu" else 64
-    with tqdm(total=len(texts), desc=f"embedding with {Path(name).name}", file=sys.stderr, disable=not progress) as bar:
+    with tqdm(total=len(texts), desc="embedding", unit="text", file=sys.stderr, disable=not progress) as bar:
         for start in range(0, len(texts), CHUNK):
             part = texts[start : start + CHUNK]
             vectors = encoder.encode(part, batch_size=size, normalize_embeddings=True, show_progress_bar=False)
@@ -63,7 +75,7 @@ def _compute(name: str, texts: list[str], store: Store, progress: bool) -> dict[
 
 
 @lru_cache(maxsize=1)
-def _encoder(name: str):
+def _encoder(name: str, identity: str):
     from huggingface_hub import snapshot_download
     from sentence_transformers import SentenceTransformer
 
