@@ -74,8 +74,8 @@ def positive(word: str) -> int:
 
 def add_data(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """The flags that say which data a command reads."""
-    parser.add_argument("--data", required=required, help="demo, synthetic, pref_lamp, or a .jsonl[.gz] or .parquet file")
-    parser.add_argument("--source", help="the file or folder of data that the package does not carry (pref_lamp)")
+    parser.add_argument("--data", required=required, help="a data set by name (pyargs data list), a file, or a built folder")
+    parser.add_argument("--source", help="the file or folder of a named set that the package does not carry")
     parser.add_argument("--data-seed", type=int, help="seed of the held-out prompts (default 0)")
 
 

@@ -58,12 +58,17 @@ def blind(
         scores = torch.tensor([[float(scorer(p, c)), float(scorer(p, r))] for p, c, r in pairs])
         found[name] = _both(scores, users)
     if embedder is not None:
-        take = sorted(random.Random(seed).sample(range(len(texts)), min(SAMPLE, len(texts))))
+        take = sample(len(texts), seed)
         vectors = embed(embedder, [column[i] for column in (texts, chosen, rejected) for i in take], progress=True)
         prompt, good, bad = vectors.reshape(3, len(take), -1)
         scores = np.stack([(prompt * good).sum(1), (prompt * bad).sum(1)], 1)
         found[f"{embedder}_cosine"] = _both(torch.from_numpy(scores), [users[i] for i in take])
     return found
+
+
+def sample(count: int, seed: int = 0) -> list[int]:
+    """The rows whose texts are embedded, in order: all of few, a seeded choice of many."""
+    return sorted(random.Random(seed).sample(range(count), min(SAMPLE, count)))
 
 
 def _both(scores: torch.Tensor, users: Sequence[str]) -> dict:
