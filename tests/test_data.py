@@ -150,6 +150,24 @@ def test_a_hub_that_cannot_be_reached():
         data.build("tldr", "hub", "out")
 
 
+def test_sets_of_the_hub(tmp_path, monkeypatch):
+    """What is asked of the hub, and that the folder which comes back is read like a local one."""
+    import huggingface_hub
+
+    served = {
+        "openai/summarize_from_feedback": (tldr_source(tmp_path / "tldr"), "refs/convert/parquet", tldr.Config(support=4)),
+        "HannahRoseKirk/prism-alignment": (prism(tmp_path / "prism", DIALOGUES), None, prism_set.Config()),
+    }
+
+    def snapshot_download(repo, *, repo_type, revision, allow_patterns):
+        assert repo_type == "dataset" and revision == served[repo][1]
+        return str(served[repo][0])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    for module, (source, _, config) in zip((tldr, prism_set), served.values(), strict=True):
+        assert module.build("hub", config) == module.build(str(source), config)
+
+
 def test_lamp_from_its_server(server, tmp_path, monkeypatch, encoder):
     served = lamp(tmp_path / "lamp", {"1": ("train", 4), "2": ("train", 4), "3": ("dev", 4), "4": ("dev", 4)})
     for path in served.iterdir():

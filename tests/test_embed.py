@@ -80,6 +80,15 @@ def test_another_model_of_the_same_name_has_other_vectors(tmp_path):
     assert np.abs(one - embed(str(folder), TEXTS)).max() > 1e-3
 
 
+def test_a_name_on_the_hub(encoder, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name: asked.append(name) or encoder)
+    np.testing.assert_array_equal(embed("Qwen/Qwen3-Embedding-0.6B", TEXTS), embed(encoder, TEXTS))
+    assert asked == ["Qwen/Qwen3-Embedding-0.6B"]
+
+
 def test_refuses(tmp_path, encoder):
     with pytest.raises(PyargsError, match="text 1 to embed is list"):
         embed(encoder, ["a", ["b"]])

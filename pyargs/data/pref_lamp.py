@@ -40,7 +40,7 @@ class Config:
     near: float = option(0.95, "cosine from which two abstracts are one paper (paper silent)")
     policy: str = option("smollm2-135m", "negatives=policy: the language model that writes the titles, greedily")
     dtype: str = option("float32", "negatives=policy: of the policy", choices=["float32", "bfloat16"])
-    max_new_tokens: int = option(32, "negatives=policy: longest title of the policy", least=1)
+    max_new_tokens: int = option(64, "negatives=policy: longest title of the policy (paper: its limit of generation)", least=1)
     users: int | None = option(None, "draw so many users of both files, 126/611 of them to adapt to (paper: 611)", least=2)
     train_test: float = option(0.2, "share of each train user's papers to hold out (default)")
     seed: int = option(0, "of all draws")
