@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import emulated
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,8 +18,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 INF, NAN = math.inf, math.nan
 
 
-def agree(logits: torch.Tensor, k: int, atol: float = 2e-5) -> None:
-    got, expected = topk_logprobs(logits, k), topk_logprobs_reference(logits, k)
+def agree(logits: torch.Tensor, k: int, atol: float = 2e-5, op=topk_logprobs) -> None:
+    got, expected = op(logits, k), topk_logprobs_reference(logits, k)
     assert [t.dtype for t in got] == [torch.float32, torch.int64, torch.float32]
     assert torch.equal(got[1], expected[1])
     torch.testing.assert_close(got[0], expected[0], atol=atol, rtol=0, equal_nan=True)
@@ -32,6 +33,19 @@ def random_logits(batch: int, vocab: int, dtype: torch.dtype, seed: int = 0, spr
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_like_the_reference(data):
+    drawn(data, topk_logprobs)
+
+
+@emulated.needed
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+def test_the_cuda_kernel_emulated(data):
+    emulated.order(data.draw(st.integers(0, 99), "order of threads and blocks"))
+    drawn(data, emulated.topk_logprobs)
+
+
+def drawn(data, op) -> None:
+    """Any shape, dtype, place in memory, and kind of row."""
     vocab = data.draw(st.one_of(st.integers(1, 1100), st.sampled_from([8191, 8192, 8193, 16897, 50257])), "vocab")
     batch = data.draw(st.integers(0, 5), "batch")
     k = data.draw(st.integers(1, min(64, vocab)), "k")
@@ -50,7 +64,7 @@ def test_like_the_reference(data):
         x = x.masked_fill(x < 0, -INF)
     wide = torch.full((batch, vocab + padding), 1e4, dtype=dtype)
     wide[:, offset : offset + vocab] = x.to(dtype)
-    agree(wide[:, offset : offset + vocab], k)
+    agree(wide[:, offset : offset + vocab], k, op=op)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -76,21 +90,35 @@ def test_precision(size):
     assert (logsumexp - torch.logsumexp(logits.double(), -1)).abs().max() < 2e-5
 
 
+SPECIAL = [
+    [1.0, NAN, 2.0, NAN], [NAN] * 4, [INF, 1.0, INF, 0.0], [INF, NAN, 1.0, INF], [-INF] * 4, [-INF, 0.0, -INF, -INF],
+    [-NAN, -INF, INF, 3.0], [0.0, -0.0, 0.0, -0.0],
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    "row",
-    [[1.0, NAN, 2.0, NAN], [NAN] * 4, [INF, 1.0, INF, 0.0], [INF, NAN, 1.0, INF], [-INF] * 4, [-INF, 0.0, -INF, -INF],
-     [-NAN, -INF, INF, 3.0], [0.0, -0.0, 0.0, -0.0]],
-)  # fmt: skip
+@pytest.mark.parametrize("row", SPECIAL)
 @pytest.mark.parametrize("at", [600, 8189])
 def test_special_values(capability, dtype, row, at):
+    special(topk_logprobs, dtype, row, at)
+
+
+@emulated.needed
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("row", SPECIAL)
+def test_special_values_emulated(dtype, row):
+    emulated.order(1)
+    special(emulated.topk_logprobs, dtype, row, 8189)
+
+
+def special(op, dtype, row, at) -> None:
     alone = torch.tensor([row], dtype=dtype)
-    agree(alone, 4)
-    agree(alone, 2)
+    agree(alone, 4, op=op)
+    agree(alone, 2, op=op)
     logits = random_logits(2, 20004, dtype)
     logits[1, at : at + 4] = alone
-    agree(logits, 10)
-    agree(logits.masked_fill(logits.isfinite(), -INF), 10)
+    agree(logits, 10, op=op)
+    agree(logits.masked_fill(logits.isfinite(), -INF), 10, op=op)
 
 
 def test_nan_with_payload(capability):
@@ -109,6 +137,21 @@ def test_bitwise_the_same_in_any_batch_and_with_any_threads(capability, with_thr
         alone = with_threads(2, lambda: topk_logprobs(logits[row : row + 1].clone(), 40))  # noqa: B023
         for got, expected in zip(alone, first, strict=True):
             assert torch.equal(got[0], expected[row])
+
+
+@emulated.needed
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bitwise_the_same_in_any_order_of_threads_and_batch(dtype):
+    logits = random_logits(3, 20011, dtype)
+    emulated.order(0)
+    first = emulated.topk_logprobs(logits, 40)
+    for seed in (1, 2, 3):
+        emulated.order(seed)
+        for got, expected in zip(emulated.topk_logprobs(logits, 40), first, strict=True):
+            assert torch.equal(got, expected)
+        for row in range(3):
+            for got, expected in zip(emulated.topk_logprobs(logits[row : row + 1].clone(), 40), first, strict=True):
+                assert torch.equal(got[0], expected[row])
 
 
 def test_strides():
