@@ -6,27 +6,9 @@
 #include <cmath>
 
 #include "cpu.h"
+#include "rows.h"
 
 namespace pyargs {
-
-enum class Activation : int { kIdentity = 0, kRelu = 1, kGelu = 2, kLeakyRelu = 3 };
-
-struct ScoreRows {
-  const void *features, *weight, *bias;  // [B, k, H], [W, H], [U, H] or null
-  Dtype features_dtype, weight_dtype, bias_dtype;
-  int64_t features_stride_b, features_stride_k, weight_stride, bias_stride;
-  int64_t k, hidden, weight_rows, bias_rows;
-  const int64_t *user, *ids, *stop;  // [B], [B, k], [stops]
-  const float *reward_weight, *logprobs, *stop_reward, *uniform;
-  const bool* finished;
-  int64_t stops, pad_id;
-  Activation activation;
-  float scale;
-  double temperature;  // of sampling, where uniform is given
-  int64_t *token, *slot;
-  float* reward;
-  bool* finished_out;
-};
 
 namespace PYARGS_CPU {
 namespace {
@@ -219,14 +201,38 @@ void score_rows(const ScoreRows&, int64_t, int64_t);
 #ifdef PYARGS_HOST  // the op: schema, checks, threads
 
 #include "tensor.h"
+#ifdef PYARGS_CUDA_ARCHS
+#include "cuda/launch.h"
+#endif
 
 namespace pyargs {
 namespace {
 
 using Handle = AtenTensorHandle;
 
+using Run = void (*)(const ScoreRows&, int64_t batch, const Array& like);
+
+void run_on_cpu(const ScoreRows& rows, int64_t batch, const Array&) {
+  const int64_t row_work = rows.k * rows.hidden * (rows.activation == Activation::kGelu ? 8 : 1);
+  const int64_t grain = 1 + 65536 / row_work;  // about 10 us: less is not worth waiting for a thread that sleeps
+  if (batch <= grain) {
+    PYARGS_DISPATCH(score_rows, rows, 0, batch);
+  } else {
+    torch::stable::parallel_for(0, batch, grain,
+                                [&rows](int64_t begin, int64_t end) { PYARGS_DISPATCH(score_rows, rows, begin, end); });
+  }
+}
+
+#ifdef PYARGS_CUDA_ARCHS
+void run_on_cuda(const ScoreRows& rows, int64_t batch, const Array& like) {
+  check(rows.k <= kMaxTopK, "k must be at most 64 on CUDA");
+  check_launch(cuda::score_select(rows, batch, like.device_index(), cuda_stream(like)));
+}
+#endif
+
 // The handles are ours: boxed arguments come owned, and results are given away.
-std::tuple<StableIValue, StableIValue, StableIValue, StableIValue> score_select_cpu(
+template <Run run>
+std::tuple<StableIValue, StableIValue, StableIValue, StableIValue> score_select(
     Handle features_handle, Handle weight_handle, Handle user_handle, Handle reward_weight_handle,
     Handle logprobs_handle, Handle ids_handle, Handle finished_handle, std::optional<Handle> bias_handle,
     int64_t activation, double scale, std::optional<Handle> stop_handle, std::optional<Handle> stop_reward_handle,
@@ -235,6 +241,13 @@ std::tuple<StableIValue, StableIValue, StableIValue, StableIValue> score_select_
       logprobs(logprobs_handle), ids(ids_handle), finished(finished_handle);
   std::optional<Array> bias = array_or_none(bias_handle), stop = array_or_none(stop_handle),
                        stop_reward = array_or_none(stop_reward_handle), uniform = array_or_none(uniform_handle);
+#ifdef PYARGS_CUDA_ARCHS
+  if (run == run_on_cuda) {
+    const auto given = [](std::optional<Array>& array) { return array ? &*array : nullptr; };
+    check_one_device({&features, &weight, &user, &reward_weight, &logprobs, &ids, &finished, given(bias), given(stop),
+                      given(stop_reward), given(uniform)});
+  }
+#endif
   const int32_t int64 = aoti_torch_dtype_int64(), float32 = aoti_torch_dtype_float32(), bool8 = aoti_torch_dtype_bool();
 
   ScoreRows rows{};
@@ -306,14 +319,7 @@ std::tuple<StableIValue, StableIValue, StableIValue, StableIValue> score_select_
   rows.reward = reward.data<float>();
   rows.finished_out = finished_out.data<bool>();
 
-  const int64_t row_work = rows.k * rows.hidden * (rows.activation == Activation::kGelu ? 8 : 1);
-  const int64_t grain = 1 + 65536 / row_work;  // about 10 us: less is not worth waiting for a thread that sleeps
-  if (batch <= grain) {
-    PYARGS_DISPATCH(score_rows, rows, 0, batch);
-  } else {
-    torch::stable::parallel_for(0, batch, grain,
-                                [&rows](int64_t begin, int64_t end) { PYARGS_DISPATCH(score_rows, rows, begin, end); });
-  }
+  if (batch > 0) run(rows, batch, features);
   return {token.release(), slot.release(), reward.release(), finished_out.release()};
 }
 
@@ -329,6 +335,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyargs, m) {
       "(Tensor, Tensor, Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(pyargs, CPU, m) { m.impl("score_select", TORCH_BOX(&pyargs::score_select_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(pyargs, CPU, m) {
+  m.impl("score_select", TORCH_BOX(&pyargs::score_select<pyargs::run_on_cpu>));
+}
+
+#ifdef PYARGS_CUDA_ARCHS
+STABLE_TORCH_LIBRARY_IMPL(pyargs, CUDA, m) {
+  m.impl("score_select", TORCH_BOX(&pyargs::score_select<pyargs::run_on_cuda>));
+}
+#endif
 
 #endif  // PYARGS_HOST

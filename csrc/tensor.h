@@ -12,6 +12,11 @@
 
 #include "common.h"
 
+#ifdef PYARGS_CUDA_ARCHS
+// Part of the stable C interface in builds of torch with CUDA; null elsewhere.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+#endif
+
 namespace pyargs {
 
 // The Python wrapper turns a failed check into ValueError or TypeError with the fix named (pyargs/ops/*.py: check);
@@ -114,6 +119,28 @@ class Array {
   const int64_t *sizes_ = nullptr, *strides_ = nullptr;
   int32_t dtype_ = 0;
 };
+
+#ifdef PYARGS_CUDA_ARCHS
+// The stream on which torch queues work of the array's device now.
+inline void* cuda_stream(const Array& array) {
+  check(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
+  void* stream = nullptr;
+  check(aoti_torch_get_current_cuda_stream(array.device_index(), &stream) == 0, "no CUDA stream");
+  return stream;
+}
+
+// A launch returns null or the text of an error.
+inline void check_launch(const char* error) { check(error == nullptr, error ? error : ""); }
+
+// One argument on CUDA is enough for the dispatcher to choose the CUDA kernel. Arrays that are not given are null.
+inline void check_one_device(std::initializer_list<const Array*> arrays) {
+  const Array& first = **arrays.begin();
+  for (const Array* array : arrays) {
+    check(!array || (array->device_type() == first.device_type() && array->device_index() == first.device_index()),
+          "all tensors must be on one device");
+  }
+}
+#endif
 
 // A new dense tensor, uninitialised, that a kernel returns.
 class Result {

@@ -244,9 +244,6 @@ void topk_merge(const TopkRows&, int64_t);
 
 #ifdef PYARGS_CUDA_ARCHS
 #include "cuda/launch.h"
-
-// Part of the stable C interface in builds of torch with CUDA; null elsewhere.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 #endif
 
 namespace pyargs {
@@ -312,15 +309,11 @@ Results topk_logprobs_cuda(AtenTensorHandle handle, int64_t k) {
   Result ids({batch, k}, aoti_torch_dtype_int64(), logits);
   Result logsumexp({batch}, aoti_torch_dtype_float32(), logits);
   if (batch > 0) {
-    check(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
-    void* stream = nullptr;
-    check(aoti_torch_get_current_cuda_stream(logits.device_index(), &stream) == 0, "no CUDA stream");
     const int64_t bytes = static_cast<int64_t>(cuda::topk_workspace_bytes(batch, vocab));
     Result workspace({bytes}, aoti_torch_dtype_uint8(), logits);
-    const char* error = cuda::topk_logprobs(logits.data(), dtype, batch, vocab, logits.stride(0), static_cast<int>(k),
-                                            logprobs.data<float>(), ids.data<int64_t>(), logsumexp.data<float>(),
-                                            workspace.data(), logits.device_index(), stream);
-    check(error == nullptr, error ? error : "");
+    check_launch(cuda::topk_logprobs(logits.data(), dtype, batch, vocab, logits.stride(0), static_cast<int>(k),
+                                     logprobs.data<float>(), ids.data<int64_t>(), logsumexp.data<float>(),
+                                     workspace.data(), logits.device_index(), cuda_stream(logits)));
   }
   return {logprobs.release(), ids.release(), logsumexp.release()};
 }

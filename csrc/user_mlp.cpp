@@ -10,17 +10,9 @@
 #include <type_traits>
 
 #include "cpu.h"
+#include "rows.h"
 
 namespace pyargs {
-
-struct UserMlpRows {
-  const void *hidden, *bank;  // [B, k, D], [U, H, D]
-  Dtype hidden_dtype, bank_dtype;
-  int64_t hidden_stride_b, hidden_stride_k, bank_stride_u, bank_stride_h;
-  int64_t k, dim, units, users;
-  const int64_t* user;  // [B]
-  float* out;           // [B, k, H]
-};
 
 constexpr int kUnits = 4;  // of one block
 
@@ -237,13 +229,39 @@ void user_mlp_blocks(const UserMlpRows&, int64_t, int64_t);
 #ifdef PYARGS_HOST  // the op: schema, checks, threads
 
 #include "tensor.h"
+#ifdef PYARGS_CUDA_ARCHS
+#include "cuda/launch.h"
+#endif
 
 namespace pyargs {
 namespace {
 
+using Run = void (*)(const UserMlpRows&, int64_t batch, const Array& like);
+
+void run_on_cpu(const UserMlpRows& rows, int64_t batch, const Array&) {
+  const int64_t blocks = batch * ((rows.units + kUnits - 1) / kUnits);
+  const int64_t grain = 1 + (1 << 18) / (rows.k * rows.dim * kUnits);  // less is not worth waking a thread
+  if (blocks <= grain) {
+    PYARGS_DISPATCH(user_mlp_blocks, rows, 0, blocks);
+  } else {
+    torch::stable::parallel_for(
+        0, blocks, grain, [&rows](int64_t begin, int64_t end) { PYARGS_DISPATCH(user_mlp_blocks, rows, begin, end); });
+  }
+}
+
+#ifdef PYARGS_CUDA_ARCHS
+void run_on_cuda(const UserMlpRows& rows, int64_t batch, const Array& like) {
+  check_launch(cuda::user_mlp(rows, batch, like.device_index(), cuda_stream(like)));
+}
+#endif
+
 // The handles are ours: boxed arguments come owned, and results are given away.
-StableIValue user_mlp_cpu(AtenTensorHandle hidden_handle, AtenTensorHandle bank_handle, AtenTensorHandle user_handle) {
+template <Run run>
+StableIValue user_mlp(AtenTensorHandle hidden_handle, AtenTensorHandle bank_handle, AtenTensorHandle user_handle) {
   Array hidden(hidden_handle), bank(bank_handle), user(user_handle);
+#ifdef PYARGS_CUDA_ARCHS
+  if (run == run_on_cuda) check_one_device({&hidden, &bank, &user});
+#endif
   check(hidden.dim() == 3 && hidden.size(1) >= 1 && hidden.size(2) >= 1, "hidden must be [B, k, D], k and D >= 1");
   UserMlpRows rows{};
   const int64_t batch = hidden.size(0);
@@ -269,14 +287,7 @@ StableIValue user_mlp_cpu(AtenTensorHandle hidden_handle, AtenTensorHandle bank_
   Result out({batch, rows.k, rows.units}, aoti_torch_dtype_float32(), hidden);
   rows.out = out.data<float>();
 
-  const int64_t blocks = batch * ((rows.units + kUnits - 1) / kUnits);
-  const int64_t grain = 1 + (1 << 18) / (rows.k * rows.dim * kUnits);  // less is not worth waking a thread
-  if (blocks <= grain) {
-    PYARGS_DISPATCH(user_mlp_blocks, rows, 0, blocks);
-  } else {
-    torch::stable::parallel_for(
-        0, blocks, grain, [&rows](int64_t begin, int64_t end) { PYARGS_DISPATCH(user_mlp_blocks, rows, begin, end); });
-  }
+  if (batch > 0) run(rows, batch, hidden);
   return out.release();
 }
 
@@ -285,6 +296,10 @@ StableIValue user_mlp_cpu(AtenTensorHandle hidden_handle, AtenTensorHandle bank_
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pyargs, m) { m.def("user_mlp(Tensor hidden, Tensor bank, Tensor user) -> Tensor"); }
 
-STABLE_TORCH_LIBRARY_IMPL(pyargs, CPU, m) { m.impl("user_mlp", TORCH_BOX(&pyargs::user_mlp_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(pyargs, CPU, m) { m.impl("user_mlp", TORCH_BOX(&pyargs::user_mlp<pyargs::run_on_cpu>)); }
+
+#ifdef PYARGS_CUDA_ARCHS
+STABLE_TORCH_LIBRARY_IMPL(pyargs, CUDA, m) { m.impl("user_mlp", TORCH_BOX(&pyargs::user_mlp<pyargs::run_on_cuda>)); }
+#endif
 
 #endif  // PYARGS_HOST

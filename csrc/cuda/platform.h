@@ -54,4 +54,28 @@ __device__ __forceinline__ T load_fresh(const T* address) {
 #endif
 }
 
+// Makes a device current while it lives, and puts the former one back.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    error_ = cudaGetDevice(&before_);
+    if (error_ == cudaSuccess && before_ != device) error_ = cudaSetDevice(device);
+    changed_ = error_ == cudaSuccess && before_ != device;
+  }
+  ~OnDevice() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+  cudaError_t error() const { return error_; }
+
+ private:
+  cudaError_t error_;
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+// Null, or the text of the error.
+inline const char* text_of(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+
 }  // namespace pyargs::cuda

@@ -26,10 +26,8 @@ const char* topk_logprobs(const void* logits, Dtype dtype, int64_t batch, int64_
                           float* logprobs, int64_t* ids, float* logsumexp, void* workspace, int device, void* stream) {
   const int64_t parts = batch * chunks_of(vocab);
   if (parts > INT32_MAX) return "too many rows for one launch";
-  int before = 0;
-  cudaError_t error = cudaGetDevice(&before);
-  if (error == cudaSuccess && before != device) error = cudaSetDevice(device);
-  if (error != cudaSuccess) return cudaGetErrorString(error);
+  const OnDevice current(device);
+  if (current.error() != cudaSuccess) return text_of(current.error());
 
   TopkWorkspace work;
   work.keys = static_cast<uint64_t*>(workspace);
@@ -39,7 +37,7 @@ const char* topk_logprobs(const void* logits, Dtype dtype, int64_t batch, int64_
   work.tickets = reinterpret_cast<uint32_t*>(work.counts + parts);
   const cudaStream_t queue = static_cast<cudaStream_t>(stream);
   // A call owns its workspace, so that streams cannot meet in it; a CUDA graph replays this node too.
-  error = cudaMemsetAsync(work.tickets, 0, batch * sizeof(uint32_t), queue);
+  cudaError_t error = cudaMemsetAsync(work.tickets, 0, batch * sizeof(uint32_t), queue);
   if (error == cudaSuccess) {
     switch (dtype) {
       case Dtype::kFloat32:
@@ -54,8 +52,7 @@ const char* topk_logprobs(const void* logits, Dtype dtype, int64_t batch, int64_
     }
     error = cudaGetLastError();
   }
-  if (before != device) cudaSetDevice(before);
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return text_of(error);
 }
 
 }  // namespace pyargs::cuda

@@ -171,4 +171,45 @@ const char* pyargs_emulate_topk_logprobs(const void* logits, int64_t dtype, int6
                                      static_cast<int>(k), logprobs, ids, logsumexp, workspace.data(), 0, nullptr);
 }
 
+const char* pyargs_emulate_score_select(const void* features, const void* weight, const void* bias,
+                                        int64_t features_dtype, int64_t weight_dtype, int64_t bias_dtype,
+                                        int64_t features_stride_b, int64_t features_stride_k, int64_t weight_stride,
+                                        int64_t bias_stride, int64_t batch, int64_t k, int64_t hidden,
+                                        int64_t weight_rows, int64_t bias_rows, const int64_t* user, const int64_t* ids,
+                                        const int64_t* stop, int64_t stops, const float* reward_weight,
+                                        const float* logprobs, const float* stop_reward, const float* uniform,
+                                        const bool* finished, int64_t pad_id, int64_t activation, double scale,
+                                        double temperature, int64_t* token, int64_t* slot, float* reward,
+                                        bool* finished_out) {
+  pyargs::ScoreRows rows{};
+  rows.features = features, rows.weight = weight, rows.bias = bias;
+  rows.features_dtype = static_cast<pyargs::Dtype>(features_dtype);
+  rows.weight_dtype = static_cast<pyargs::Dtype>(weight_dtype);
+  rows.bias_dtype = static_cast<pyargs::Dtype>(bias_dtype);
+  rows.features_stride_b = features_stride_b, rows.features_stride_k = features_stride_k;
+  rows.weight_stride = weight_stride, rows.bias_stride = bias_stride;
+  rows.k = k, rows.hidden = hidden, rows.weight_rows = weight_rows, rows.bias_rows = bias_rows;
+  rows.user = user, rows.ids = ids, rows.stop = stop, rows.stops = stops;
+  rows.reward_weight = reward_weight, rows.logprobs = logprobs, rows.stop_reward = stop_reward, rows.uniform = uniform;
+  rows.finished = finished, rows.pad_id = pad_id;
+  rows.activation = static_cast<pyargs::Activation>(activation);
+  rows.scale = static_cast<float>(scale), rows.temperature = temperature;
+  rows.token = token, rows.slot = slot, rows.reward = reward, rows.finished_out = finished_out;
+  return pyargs::cuda::score_select(rows, batch, 0, nullptr);
+}
+
+const char* pyargs_emulate_user_mlp(const void* hidden, const void* bank, int64_t hidden_dtype, int64_t bank_dtype,
+                                    int64_t hidden_stride_b, int64_t hidden_stride_k, int64_t bank_stride_u,
+                                    int64_t bank_stride_h, int64_t batch, int64_t k, int64_t dim, int64_t units,
+                                    int64_t users, const int64_t* user, float* out) {
+  pyargs::UserMlpRows rows{};
+  rows.hidden = hidden, rows.bank = bank;
+  rows.hidden_dtype = static_cast<pyargs::Dtype>(hidden_dtype);
+  rows.bank_dtype = static_cast<pyargs::Dtype>(bank_dtype);
+  rows.hidden_stride_b = hidden_stride_b, rows.hidden_stride_k = hidden_stride_k;
+  rows.bank_stride_u = bank_stride_u, rows.bank_stride_h = bank_stride_h;
+  rows.k = k, rows.dim = dim, rows.units = units, rows.users = users, rows.user = user, rows.out = out;
+  return pyargs::cuda::user_mlp(rows, batch, 0, nullptr);
+}
+
 }  // extern "C"

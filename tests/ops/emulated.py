@@ -24,7 +24,7 @@ needed = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compi
 @cache
 def library() -> ctypes.CDLL:
     """Compiled once for each state of the sources, whichever test process comes first."""
-    sources = [*sorted(CSRC.glob("cuda/*")), *sorted(CSRC.glob("emulate/*")), CSRC / "common.h"]
+    sources = [*sorted(CSRC.glob("cuda/*")), *sorted(CSRC.glob("emulate/*")), *CSRC.glob("*.h")]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / "pyargs-emulated"
     folder.mkdir(exist_ok=True)
@@ -53,7 +53,7 @@ def library() -> ctypes.CDLL:
             subprocess.run(command, check=True)
             Path(f"{target}.part").rename(target)
     found = ctypes.CDLL(str(target))
-    for name in ("topk_logprobs",):
+    for name in ("topk_logprobs", "score_select", "user_mlp"):
         getattr(found, f"pyargs_emulate_{name}").restype = ctypes.c_char_p
     return found
 
@@ -73,10 +73,51 @@ def call(name: str, *arguments) -> None:
         raise RuntimeError(error.decode())
 
 
+def dense(tensor: Tensor) -> Tensor:
+    """What the op's checks do: the last dimension side by side, the others as they are."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
 def topk_logprobs(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    logits = logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
+    logits = dense(logits)
     batch, vocab = logits.shape
     out = torch.full((batch, k), torch.nan), torch.full((batch, k), -1, dtype=torch.int64), torch.full((batch,), torch.nan)
     if batch:
         call("topk_logprobs", logits, DTYPES[logits.dtype], batch, vocab, logits.stride(0), k, *out)
+    return out
+
+
+def score_select(
+    features, weight, user, reward_weight, logprobs, ids, finished, *, bias=None, activation="identity", scale=1.0,
+    stop=None, stop_reward=None, pad_id=0, temperature=None, uniform=None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    from pyargs.ops.score_select import ACTIVATIONS
+
+    features, weight = dense(features), dense(weight)
+    bias = None if bias is None else dense(bias)
+    batch, k, hidden = features.shape
+    others = [None if t is None else t.contiguous() for t in (user, ids, stop, reward_weight, logprobs, stop_reward, uniform)]
+    user, ids, stop, reward_weight, logprobs, stop_reward, uniform = others
+    token, slot = torch.full((2, batch), -7, dtype=torch.int64)
+    reward, finished_out = torch.full((batch, k), torch.nan), torch.zeros(batch, dtype=torch.bool)
+    if batch:
+        call(
+            "score_select", features, weight, bias, DTYPES[features.dtype], DTYPES[weight.dtype],
+            0 if bias is None else DTYPES[bias.dtype], features.stride(0), features.stride(1), weight.stride(0),
+            0 if bias is None else bias.stride(0), batch, k, hidden, len(weight), 1 if bias is None else len(bias), user, ids,
+            stop, 0 if stop is None else len(stop), reward_weight, logprobs, stop_reward, uniform, finished.contiguous(),
+            pad_id, list(ACTIVATIONS).index(activation), float(scale), float(temperature or 0.0), token, slot, reward,
+            finished_out,
+        )  # fmt: skip
+    return token, slot, reward, finished_out
+
+
+def user_mlp(hidden: Tensor, bank: Tensor, user: Tensor) -> Tensor:
+    hidden, bank, user = dense(hidden), dense(bank), user.contiguous()
+    out = torch.full((*hidden.shape[:2], bank.shape[1]), -7.0)
+    if len(hidden):
+        call(
+            "user_mlp", hidden, bank, DTYPES[hidden.dtype], DTYPES[bank.dtype], hidden.stride(0), hidden.stride(1),
+            bank.stride(0), bank.stride(1), *hidden.shape, bank.shape[1], bank.shape[0], user, out,
+        )  # fmt: skip
     return out

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import emulated
 import pytest
 import torch
 from hypothesis import given, settings
@@ -28,7 +29,7 @@ def problem(batch=3, k=4, hidden=8, users=5, seed=0, dtype=torch.float32, bias=F
         "user": torch.randint(0, users, (batch,), generator=g),
         "reward_weight": grid((batch,), g),
         "logprobs": grid((batch, k), g).sort(-1, descending=True).values,
-        "ids": torch.stack([torch.randperm(50, generator=g)[:k] for _ in range(batch)]) if batch else torch.empty(0, k).long(),
+        "ids": torch.stack([torch.randperm(80, generator=g)[:k] for _ in range(batch)]) if batch else torch.empty(0, k).long(),
         "finished": torch.rand(batch, generator=g) < 0.2,
     }
     if bias:
@@ -38,8 +39,8 @@ def problem(batch=3, k=4, hidden=8, users=5, seed=0, dtype=torch.float32, bias=F
     return args
 
 
-def agree(args: dict, atol: float = 2e-5) -> tuple[torch.Tensor, ...]:
-    got, expected = score_select(**args), score_select_reference(**args)
+def agree(args: dict, atol: float = 2e-5, op=score_select) -> tuple[torch.Tensor, ...]:
+    got, expected = op(**args), score_select_reference(**args)
     assert [t.dtype for t in got] == [torch.int64, torch.int64, torch.float32, torch.bool]
     assert torch.equal(got[0], expected[0])
     assert torch.equal(got[1], expected[1])
@@ -51,11 +52,23 @@ def agree(args: dict, atol: float = 2e-5) -> tuple[torch.Tensor, ...]:
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_like_the_reference(data):
+    drawn(data, score_select)
+
+
+@emulated.needed
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_the_cuda_kernel_emulated(data):
+    emulated.order(data.draw(st.integers(0, 99), "order of threads and blocks"))
+    drawn(data, emulated.score_select)
+
+
+def drawn(data, op) -> None:
     draw = lambda strategy, label: data.draw(strategy, label)  # noqa: E731
     activation = draw(st.sampled_from(["identity", "relu"]), "activation")  # exact on the grid
     args = problem(
         batch=draw(st.integers(0, 5), "batch"),
-        k=draw(st.integers(1, 40), "k"),
+        k=draw(st.integers(1, 64), "k"),
         hidden=draw(st.one_of(st.integers(1, 70), st.sampled_from([576, 1023, 1024, 1025, 2100])), "hidden"),
         users=draw(st.integers(1, 6), "users"),
         seed=draw(st.integers(0, 99), "seed"),
@@ -76,7 +89,43 @@ def test_like_the_reference(data):
         args["uniform"] = torch.rand(batch, generator=torch.Generator().manual_seed(5))
     if batch and draw(st.booleans(), "bad user"):
         args["user"][0] = draw(st.sampled_from([-1, 6, 2**40]), "which")
-    agree(args)
+    if draw(st.booleans(), "rows at any address"):
+        flat = torch.full((3 + args["features"].numel(),), NAN, dtype=args["features"].dtype)
+        args["features"] = flat[3:].view(args["features"].shape).copy_(args["features"])
+    agree(args, op=op)
+
+
+@emulated.needed
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_activations_and_orders_emulated(dtype, activation):
+    """Values that no sum is exact for: within 2e-5, bitwise the same in any order of threads and any batch."""
+    args = problem(batch=3, k=10, hidden=2100, dtype=dtype, bias=True)
+    args["features"] = (torch.randn(3, 10, 2100, generator=torch.Generator().manual_seed(0)) * 2).to(dtype)
+    args |= {"activation": activation, "scale": 0.01, "reward_weight": torch.full((3,), 0.37)}
+    args["logprobs"] = torch.linspace(0, -2, 10).repeat(3, 1) ** 3
+    emulated.order(0)
+    first = agree(args, op=emulated.score_select)
+    for seed in (1, 2):
+        emulated.order(seed)
+        for got, expected in zip(emulated.score_select(**args), first, strict=True):
+            assert torch.equal(got, expected)
+        for row in range(3):
+            names = ("features", "user", "reward_weight", "logprobs", "ids", "finished")
+            alone = emulated.score_select(**args | {name: args[name][row : row + 1].clone() for name in names})
+            for got, expected in zip(alone, first, strict=True):
+                assert torch.equal(got[0], expected[row])
+
+
+@emulated.needed
+def test_special_scores_emulated():
+    special_scores(emulated.score_select)
+
+
+@emulated.needed
+def test_more_than_64_candidates_are_refused_by_the_cuda_kernel():
+    with pytest.raises(RuntimeError, match="k must be at most 64"):
+        emulated.score_select(**problem(k=65) | {"ids": torch.zeros(3, 65, dtype=torch.int64)})
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -122,13 +171,17 @@ def test_ties_go_to_the_lower_slot():
 
 
 def test_special_scores(capability):
+    special_scores(score_select)
+
+
+def special_scores(op) -> None:
     rows = [[NAN, 0, 1], [0, NAN, 1], [-INF, -INF, -INF], [-INF, 0, INF], [INF, INF, 0], [-INF, -INF, -3]]
     args = problem(batch=6, k=3)
     args |= {"features": torch.zeros(6, 3, 8), "logprobs": torch.tensor(rows), "finished": torch.zeros(6).bool(), "pad_id": 49}
-    token, slot, _, finished = agree(args)
+    token, slot, _, finished = agree(args, op=op)
     assert slot.tolist() == [-1, -1, 0, 2, 0, 2]
     assert token[:2].tolist() == [49, 49] and finished.tolist() == [True, True, False, False, False, False]
-    sampled = agree(args | {"temperature": 1.0, "uniform": torch.full((6,), 0.9)})[1]
+    sampled = agree(args | {"temperature": 1.0, "uniform": torch.full((6,), 0.9)}, op=op)[1]
     assert sampled.tolist() == [-1, -1, 0, -1, -1, 2]
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import emulated
 import pytest
 import torch
 from hypothesis import given, settings
@@ -31,9 +32,9 @@ def problem(batch=3, k=4, dim=8, units=6, users=5, seed=0, dtype=torch.float32, 
     }
 
 
-def agree(args: dict) -> torch.Tensor:
+def agree(args: dict, op=user_mlp) -> torch.Tensor:
     """Bitwise: only for values of the grid, inf and NaN."""
-    got, expected = user_mlp(**args), user_mlp_reference(**args)
+    got, expected = op(**args), user_mlp_reference(**args)
     assert got.dtype == torch.float32 and got.is_contiguous()
     torch.testing.assert_close(got, expected, atol=0, rtol=0, equal_nan=True)
     return got
@@ -62,12 +63,41 @@ def layout(data, x: torch.Tensor, name: str) -> torch.Tensor:
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_like_the_reference(data):
+    drawn(data, user_mlp)
+
+
+@emulated.needed
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_the_cuda_kernel_emulated(data):
+    emulated.order(data.draw(st.integers(0, 99), "order of threads and blocks"))
+    drawn(data, emulated.user_mlp)
+
+
+@emulated.needed
+def test_bitwise_the_same_in_any_order_of_threads_and_batch():
+    generator = torch.Generator().manual_seed(0)
+    hidden, bank = torch.randn(3, 26, 577, generator=generator), torch.randn(4, 37, 577, generator=generator)
+    user = torch.tensor([3, 0, 3])
+    emulated.order(0)
+    first = emulated.user_mlp(hidden, bank, user)
+    torch.testing.assert_close(first, user_mlp_reference(hidden, bank, user), atol=2e-4, rtol=2e-5)
+    for seed in (1, 2):
+        emulated.order(seed)
+        assert torch.equal(emulated.user_mlp(hidden, bank, user), first)
+        for row in range(3):
+            alone = emulated.user_mlp(hidden[row : row + 1].clone(), bank, user[row : row + 1])
+            assert torch.equal(alone[0], first[row])
+            assert torch.equal(emulated.user_mlp(hidden[row : row + 1, 7:9], bank, user[row : row + 1])[0], first[row, 7:9])
+
+
+def drawn(data, op) -> None:
     draw = lambda strategy, label: data.draw(strategy, label)  # noqa: E731
     args = problem(
         batch=draw(st.integers(0, 5), "batch"),
         k=draw(st.one_of(st.integers(1, 13), st.sampled_from([24, 25, 40, 64])), "k"),
         dim=draw(st.one_of(st.integers(1, 70), st.sampled_from([576, 1023, 1024, 1025, 2100])), "dim"),
-        units=draw(st.integers(1, 20), "units"),
+        units=draw(st.one_of(st.integers(1, 20), st.sampled_from([32, 33, 70])), "units"),
         users=draw(st.integers(1, 6), "users"),
         seed=draw(st.integers(0, 99), "seed"),
         dtype=draw(st.sampled_from(DTYPES), "dtype"),
@@ -77,7 +107,7 @@ def test_like_the_reference(data):
     args["bank"] = layout(data, args["bank"], "bank")
     if len(args["user"]) and draw(st.booleans(), "bad user"):
         args["user"][0] = draw(st.sampled_from([-1, 6, 2**40]), "which")
-    agree(args)
+    agree(args, op=op)
 
 
 @pytest.mark.parametrize("bank_dtype", DTYPES)

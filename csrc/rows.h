@@ -1,0 +1,36 @@
+// What the kernels of an op are told, on the CPU and on CUDA: pointers, sizes, strides in elements.
+#pragma once
+
+#include "common.h"
+
+namespace pyargs {
+
+enum class Activation : int { kIdentity = 0, kRelu = 1, kGelu = 2, kLeakyRelu = 3 };
+
+struct ScoreRows {
+  const void *features, *weight, *bias;  // [B, k, H], [W, H], [U, H] or null
+  Dtype features_dtype, weight_dtype, bias_dtype;
+  int64_t features_stride_b, features_stride_k, weight_stride, bias_stride;
+  int64_t k, hidden, weight_rows, bias_rows;
+  const int64_t *user, *ids, *stop;  // [B], [B, k], [stops]
+  const float *reward_weight, *logprobs, *stop_reward, *uniform;
+  const bool* finished;
+  int64_t stops, pad_id;
+  Activation activation;
+  float scale;
+  double temperature;  // of sampling, where uniform is given
+  int64_t *token, *slot;
+  float* reward;
+  bool* finished_out;
+};
+
+struct UserMlpRows {
+  const void *hidden, *bank;  // [B, k, D], [U, H, D]
+  Dtype hidden_dtype, bank_dtype;
+  int64_t hidden_stride_b, hidden_stride_k, bank_stride_u, bank_stride_h;
+  int64_t k, dim, units, users;
+  const int64_t* user;  // [B]
+  float* out;           // [B, k, H]
+};
+
+}  // namespace pyargs
