@@ -588,6 +588,14 @@ def test_a_draw_depends_on_user_and_key_alone():
 
 
 @needs_shared
+def test_items_of_the_full_set():
+    papers = pref_lamp.items(SHARED / "pref_lamp_like")
+    kinds, users = papers["user_split"][:], papers["user_id"][:]
+    assert (kinds.count("train"), kinds.count("adapt")) == (24111, 6247)
+    assert len({u for u, k in zip(users, kinds, strict=True) if k == "train"}) == 485 and len(set(users)) == 611
+
+
+@needs_shared
 def test_neighbours_of_the_real_set():
     """The pack's own neighbours (cosine of float16 vectors) are found, but for near-duplicates and near ties."""
     stored = np.load(CI / "abstract_embeddings_minilm.npz")
