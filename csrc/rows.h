@@ -33,4 +33,13 @@ struct UserMlpRows {
   float* out;           // [B, k, H]
 };
 
+constexpr int kMaxCommitted = 256;  // tensors: keys and values of 128 layers
+
+struct CommitRows {
+  void* states[kMaxCommitted];  // each [B, heads, capacity, head_dim], all alike
+  int64_t count, batch, heads;
+  int64_t stride_b, stride_h, stride_t, bytes;  // in bytes; of one place of one head
+  const int64_t *slot, *length;                 // [B], one number
+};
+
 }  // namespace pyargs

@@ -18,5 +18,6 @@ const char* topk_logprobs(const void* logits, Dtype dtype, int64_t batch, int64_
 // These need no workspace. k <= 64 for score_select.
 const char* score_select(const ScoreRows& rows, int64_t batch, int device, void* stream);
 const char* user_mlp(const UserMlpRows& rows, int64_t batch, int device, void* stream);
+const char* commit(const CommitRows& rows, int64_t capacity, int device, void* stream);
 
 }  // namespace pyargs::cuda

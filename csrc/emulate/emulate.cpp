@@ -212,4 +212,16 @@ const char* pyargs_emulate_user_mlp(const void* hidden, const void* bank, int64_
   return pyargs::cuda::user_mlp(rows, batch, 0, nullptr);
 }
 
+// states: the addresses of `count` tensors.
+const char* pyargs_emulate_commit(const int64_t* states, int64_t count, int64_t batch, int64_t heads, int64_t capacity,
+                                  int64_t stride_b, int64_t stride_h, int64_t stride_t, int64_t bytes,
+                                  const int64_t* slot, const int64_t* length) {
+  pyargs::CommitRows rows{};
+  for (; rows.count < count; ++rows.count) rows.states[rows.count] = reinterpret_cast<void*>(states[rows.count]);
+  rows.batch = batch, rows.heads = heads;
+  rows.stride_b = stride_b, rows.stride_h = stride_h, rows.stride_t = stride_t, rows.bytes = bytes;
+  rows.slot = slot, rows.length = length;
+  return pyargs::cuda::commit(rows, capacity, 0, nullptr);
+}
+
 }  // extern "C"

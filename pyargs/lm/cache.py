@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
+from pyargs.ops.commit import MOST, commit
+
 
 class PrefixLayer(CacheLayerMixin):
     """Keys and values [B, heads, capacity, head_dim] of one layer, of which the first `length` places are the prefix.
@@ -60,12 +62,15 @@ class PrefixCache(Cache):
 
     def commit(self, slot: Tensor) -> None:
         """Of the branches written behind the prefix, the one at slot [B] becomes its next token; the others are dropped."""
-        rows = torch.arange(len(slot), device=slot.device)
+        alike: dict[tuple, list[Tensor]] = {}  # one call for all layers, where they are on one device and of one shape
         for layer in self.layers:
-            place = layer.length + slot
             for states in (layer.keys, layer.values):
-                states[:, :, layer.length] = states[rows, :, place]
-            layer.length += 1
+                alike.setdefault((states.device, states.shape, states.stride(), states.dtype), []).append(states)
+        for (device, *_), several in alike.items():
+            length = torch.full((), self.layers[0].length, device=device)
+            for start in range(0, len(several), MOST):
+                commit(several[start : start + MOST], slot.to(device), length)
+        self.advance(1)
 
 
 def can_branch(model) -> bool:

@@ -3,12 +3,15 @@ kernel. The extension `pyargs._C` makes them fast; without it the references ser
 
 from __future__ import annotations
 
+from pyargs.ops.commit import commit, commit_reference
 from pyargs.ops.library import native
 from pyargs.ops.score_select import score_select, score_select_reference
 from pyargs.ops.topk_logprobs import topk_logprobs, topk_logprobs_reference
 from pyargs.ops.user_mlp import user_mlp, user_mlp_reference
 
 __all__ = [
+    "commit",
+    "commit_reference",
     "native",
     "score_select",
     "score_select_reference",

@@ -34,19 +34,19 @@ def _load_extension() -> bool:
 _has_extension = _load_extension()
 
 
-def define(name: str, default: Callable, fake: Callable) -> tuple[Callable, Callable]:
+def define(name: str, default: Callable, fake: Callable, mutates: tuple[str, ...] = ()) -> tuple[Callable, Callable]:
     """The op `pyargs::name`; its schema is in csrc/name.cpp and in the annotations of `default`.
 
     Returns the op, for compiled code, and the same without the Python frame around it, which takes a tenth of a small call.
 
     `default` serves devices without a native kernel; `fake` gives shapes and dtypes. Neither has keyword-only arguments:
-    looking keywords up costs more than a small kernel.
+    looking keywords up costs more than a small kernel. `mutates` names the arguments that it changes.
     """
     qualified = f"pyargs::{name}"
     if _has_extension and torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CPU"):
         native.add(name)
     else:
-        torch.library.define(qualified, torch.library.infer_schema(default, mutates_args=()))
+        torch.library.define(qualified, torch.library.infer_schema(default, mutates_args=mutates))
     torch.library.impl(qualified, "default", default)
     torch.library.register_fake(qualified, fake)
     op = getattr(torch.ops.pyargs, name).default

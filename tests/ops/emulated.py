@@ -53,7 +53,7 @@ def library() -> ctypes.CDLL:
             subprocess.run(command, check=True)
             Path(f"{target}.part").rename(target)
     found = ctypes.CDLL(str(target))
-    for name in ("topk_logprobs", "score_select", "user_mlp"):
+    for name in ("topk_logprobs", "score_select", "user_mlp", "commit"):
         getattr(found, f"pyargs_emulate_{name}").restype = ctypes.c_char_p
     return found
 
@@ -121,3 +121,12 @@ def user_mlp(hidden: Tensor, bank: Tensor, user: Tensor) -> Tensor:
             bank.stride(0), bank.stride(1), *hidden.shape, bank.shape[1], bank.shape[0], user, out,
         )  # fmt: skip
     return out
+
+
+def commit(states: list[Tensor], slot: Tensor, length: Tensor) -> None:
+    batch, heads, capacity, dim = states[0].shape
+    size = states[0].element_size()
+    strides = [size * stride for stride in states[0].stride()[:3]]
+    if batch * heads:
+        addresses = torch.tensor([tensor.data_ptr() for tensor in states])
+        call("commit", addresses, len(states), batch, heads, capacity, *strides, dim * size, slot.contiguous(), length)

@@ -1,0 +1,111 @@
+// commit: of the branches that stand behind every row's prefix, the chosen one becomes the prefix's next token, in the
+// keys and values of all layers at once. See pyargs/ops/commit.py for the contract.
+
+#include "rows.h"
+
+namespace pyargs {
+namespace PYARGS_CPU {
+
+// Rows begin ... end - 1 of batch * heads, in all tensors.
+void commit_rows(const CommitRows& rows, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t b = i / rows.heads, h = i % rows.heads, slot = rows.slot[b];
+    if (slot <= 0) continue;
+    const int64_t to = b * rows.stride_b + h * rows.stride_h + *rows.length * rows.stride_t;
+    for (int64_t t = 0; t < rows.count; ++t) {
+      char* states = static_cast<char*>(rows.states[t]);
+      std::memcpy(states + to, states + to + slot * rows.stride_t, rows.bytes);
+    }
+  }
+}
+
+}  // namespace PYARGS_CPU
+
+#ifdef PYARGS_X86
+namespace avx2 {
+void commit_rows(const CommitRows&, int64_t, int64_t);
+}
+namespace avx512 {
+void commit_rows(const CommitRows&, int64_t, int64_t);
+}
+#endif
+
+}  // namespace pyargs
+
+#ifdef PYARGS_HOST  // the op: schema, checks
+
+#include <vector>
+
+#include "tensor.h"
+#ifdef PYARGS_CUDA_ARCHS
+#include "cuda/launch.h"
+#endif
+
+namespace pyargs {
+namespace {
+
+using Run = void (*)(const CommitRows&, int64_t capacity, const Array& like);
+
+void run_on_cpu(const CommitRows& rows, int64_t capacity, const Array&) {
+  check(*rows.length >= 0 && *rows.length < capacity, "length must be a place of the states");
+  for (int64_t b = 0; b < rows.batch; ++b) {
+    check(rows.slot[b] < capacity - *rows.length, "a slot lies behind the states");
+  }
+  PYARGS_DISPATCH(commit_rows, rows, 0, rows.batch * rows.heads);
+}
+
+#ifdef PYARGS_CUDA_ARCHS
+void run_on_cuda(const CommitRows& rows, int64_t capacity, const Array& like) {
+  check_launch(cuda::commit(rows, capacity, like.device_index(), cuda_stream(like)));
+}
+#endif
+
+template <Run run>
+void commit(std::vector<torch::stable::Tensor> states, AtenTensorHandle slot_handle, AtenTensorHandle length_handle) {
+  Array slot(slot_handle), length(length_handle);
+  check(!states.empty(), "states must hold at least one tensor");
+  check(states.size() <= kMaxCommitted, "at most 256 tensors of states");
+  CommitRows rows{};
+  const torch::stable::Tensor& first = states[0];
+  check(first.dim() == 4, "states must be [B, heads, capacity, head_dim]");
+  const int64_t size = static_cast<int64_t>(first.element_size());
+  rows.batch = first.size(0);
+  rows.heads = first.size(1);
+  rows.stride_b = first.stride(0) * size;
+  rows.stride_h = first.stride(1) * size;
+  rows.stride_t = first.stride(2) * size;
+  rows.bytes = first.size(3) * size;
+  check(first.stride(3) == 1 || first.size(3) == 1, "the last dimension of states must be dense");
+  for (const torch::stable::Tensor& tensor : states) {
+    bool alike = tensor.dim() == 4 && tensor.scalar_type() == first.scalar_type();
+    for (int64_t d = 0; alike && d < 4; ++d)
+      alike = tensor.size(d) == first.size(d) && tensor.stride(d) == first.stride(d);
+    check(alike, "all states must have one shape, layout and dtype");
+    check(tensor.get_device_index() == first.get_device_index(), "all tensors must be on one device");
+    rows.states[rows.count++] = tensor.data_ptr();
+  }
+  slot.require({rows.batch}, aoti_torch_dtype_int64(), "slot must be [B] int64");
+  check(length.dtype() == aoti_torch_dtype_int64() && length.dim() == 0, "length must be a single int64");
+#ifdef PYARGS_CUDA_ARCHS
+  if (run == run_on_cuda) {
+    check_one_device({&slot, &length});
+    check(slot.device_index() == first.get_device_index(), "all tensors must be on one device");
+  }
+#endif
+  rows.slot = slot.data<int64_t>();
+  rows.length = length.data<int64_t>();
+  if (rows.batch > 0 && rows.heads > 0) run(rows, first.size(2), slot);
+}
+
+}  // namespace
+}  // namespace pyargs
+
+STABLE_TORCH_LIBRARY_FRAGMENT(pyargs, m) { m.def("commit(Tensor(a0!)[] states, Tensor slot, Tensor length) -> ()"); }
+
+STABLE_TORCH_LIBRARY_IMPL(pyargs, CPU, m) { m.impl("commit", TORCH_BOX(&pyargs::commit<pyargs::run_on_cpu>)); }
+
+#ifdef PYARGS_CUDA_ARCHS
+STABLE_TORCH_LIBRARY_IMPL(pyargs, CUDA, m) { m.impl("commit", TORCH_BOX(&pyargs::commit<pyargs::run_on_cuda>)); }
+#endif
+
+#endif  // PYARGS_HOST

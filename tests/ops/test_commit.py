@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import emulated
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyargs import ops
+from pyargs.ops import commit, commit_reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def agree(states, slot, length, op=commit) -> None:
+    got, expected = ([tensor.clone() for tensor in states] for _ in range(2))
+    if not states[0].is_contiguous():  # clone makes them dense: keep the layout
+        got = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).copy_(t) for t in states]
+    op(got, slot, length)
+    commit_reference(expected, slot, length)
+    for one, two in zip(got, expected, strict=True):
+        assert torch.equal(one, two)
+
+
+def drawn(data, op) -> None:
+    draw = lambda strategy, label: data.draw(strategy, label)  # noqa: E731
+    batch, heads = draw(st.integers(0, 4), "batch"), draw(st.integers(1, 3), "heads")
+    k, dim = draw(st.integers(1, 12), "k"), draw(st.sampled_from([1, 3, 8, 16, 33, 64]), "head_dim")
+    length = draw(st.integers(0, 9), "length")
+    capacity = length + k + draw(st.integers(0, 3), "room")
+    dtype = draw(st.sampled_from(DTYPES), "dtype")
+    turned = draw(st.booleans(), "heads inside tokens, as some models have it")
+    shape = (batch, capacity, heads, dim) if turned else (batch, heads, capacity, dim)
+    states = [torch.randn(shape).to(dtype) for _ in range(draw(st.integers(1, 6), "tensors"))]
+    states = [tensor.transpose(1, 2) for tensor in states] if turned else states
+    slot = torch.randint(-1, k, (batch,), generator=torch.Generator().manual_seed(draw(st.integers(0, 99), "seed")))
+    agree(states, slot, torch.tensor(length), op=op)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_like_the_reference(data):
+    drawn(data, commit)
+
+
+@emulated.needed
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_the_cuda_kernel_emulated(data):
+    emulated.order(data.draw(st.integers(0, 99), "order of threads and blocks"))
+    drawn(data, emulated.commit)
+
+
+def test_every_capability(capability):
+    states = [torch.randn(3, 2, 20, 16) for _ in range(60)]
+    agree(states, torch.tensor([0, 4, 9]), torch.tensor(10))
+
+
+def test_nothing_but_the_place_behind_the_prefix_changes():
+    states = [torch.randn(2, 2, 9, 4)]
+    before = states[0].clone()
+    commit(states, torch.tensor([3, -1]), torch.tensor(5))
+    assert torch.equal(states[0][0, :, 5], before[0, :, 8]) and torch.equal(states[0][1], before[1])
+    keep = [t for t in range(9) if t != 5]
+    assert torch.equal(states[0][:, :, keep], before[:, :, keep])
+
+
+@emulated.needed
+def test_what_lies_behind_the_states_is_left_alone_on_a_device():
+    states = [torch.randn(2, 1, 6, 4)]
+    before = states[0].clone()
+    emulated.commit(states, torch.tensor([2, 1]), torch.tensor(4))
+    assert torch.equal(states[0][0], before[0]) and torch.equal(states[0][1, :, 4], before[1, :, 5])
+
+
+@pytest.mark.parametrize("function", [commit, commit_reference])
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"states": []}, ValueError, "1 to 256"),
+        ({"states": [torch.zeros(2, 2, 6, 4)] * 257}, ValueError, "1 to 256"),
+        ({"states": [torch.zeros(2, 6, 4)]}, ValueError, r"\[B, heads, capacity, head_dim\]"),
+        ({"states": [torch.zeros(2, 2, 6, 4), torch.zeros(2, 2, 7, 4)]}, ValueError, r"states\[1\]"),
+        ({"states": [torch.zeros(2, 2, 6, 4), torch.zeros(2, 2, 6, 4).bfloat16()]}, ValueError, r"states\[1\]"),
+        ({"states": [torch.zeros(2, 2, 4, 6).transpose(2, 3)]}, ValueError, "dense"),
+        ({"slot": torch.zeros(3, dtype=torch.int64)}, ValueError, r"slot must have shape \[2\]"),
+        ({"slot": torch.zeros(2)}, TypeError, "int64"),
+        ({"length": torch.zeros(1, dtype=torch.int64)}, ValueError, "length none"),
+        ({"length": 3}, TypeError, "torch.Tensor"),
+    ],
+)
+def test_errors_name_the_fix(function, change, error, says):
+    given = {
+        "states": [torch.zeros(2, 2, 6, 4)],
+        "slot": torch.zeros(2, dtype=torch.int64),
+        "length": torch.tensor(3),
+    } | change
+    with pytest.raises(error, match=says):
+        function(**given)
+
+
+@pytest.mark.parametrize(("slot", "length"), [([0, 3], 3), ([0, 0], 6), ([0, 0], -1)])
+def test_beyond_the_capacity(slot, length):
+    with pytest.raises(RuntimeError, match="length must be|lies behind"):
+        commit([torch.zeros(2, 2, 6, 4)], torch.tensor(slot), torch.tensor(length))
+
+
+def test_opcheck_and_schema():
+    given = [torch.randn(2, 2, 6, 4), torch.randn(2, 2, 6, 4)], torch.tensor([1, 0]), torch.tensor(3)
+    torch.library.opcheck(torch.ops.pyargs.commit.default, given)
+    inferred = torch.library.infer_schema(commit_reference, mutates_args=("states",))
+    assert str(torch.ops.pyargs.commit.default._schema) == f"pyargs::commit{inferred}"
+
+
+def test_compile():
+    def step(states, slot, length):
+        commit(states, slot, length)
+        return states[0] + 1
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    one, two = ([torch.arange(48.0).view(2, 1, 6, 4)] for _ in range(2))
+    assert torch.equal(compiled(one, torch.tensor([1, 2]), torch.tensor(3)), step(two, torch.tensor([1, 2]), torch.tensor(3)))
+
+
+def test_native_here():
+    pytest.importorskip("pyargs._C")
+    assert "commit" in ops.native
