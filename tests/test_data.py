@@ -147,7 +147,7 @@ def test_a_download_that_was_complete_but_not_noted(server):
 
 def test_a_hub_that_cannot_be_reached():
     with pytest.raises(PyargsError, match="huggingface.co/datasets/openai/summarize_from_feedback"):
-        data.build("tldr", "hub", "out")
+        tldr.build("hub", tldr.Config())
 
 
 def test_sets_of_the_hub(tmp_path, monkeypatch):
@@ -217,8 +217,45 @@ def test_tldr(tmp_path):
         longer = len(r["chosen"]) > len(r["rejected"])
         assert longer == (r["user_id"] not in tldr.SHORTER) == (r["user_type"] == "longer")
         assert r["prompt"].startswith(tldr.INSTRUCTION) and r["chosen"] == r["chosen"].strip()
-    assert len(tldr.SHORTER) == 12 and not set(tldr.TRAIN_WORKERS) & set(tldr.NEW_WORKERS)
+    shorter = [*tldr.TRAIN_WORKERS[3:6], *tldr.NEW_WORKERS[22:]]  # methods.md 6.1
+    assert tldr.SHORTER == set(shorter) and len(shorter) == 12 and not set(tldr.TRAIN_WORKERS) & set(tldr.NEW_WORKERS)
     assert len(list(sources.rows(out / "seen_test.parquet"))) == 60 and found["check"]["problems"] == {}
+
+
+def test_tldr_splits_are_those_of_scikit_learn(tmp_path):
+    """PAL: stratified 90/10 of the ten workers' rows, and 100 (here 4) of each new worker's, seed 42."""
+    from sklearn.model_selection import train_test_split
+
+    source = tldr_source(tmp_path / "source")
+    rows = [r for name in ("batch3", "batch4") for _, r in sources.rows(source / "comparisons" / f"{name}.json")]
+    rows = [r for r in rows if "sup2" in r["summaries"][0]["policy"] and r["info"]["post"]]
+    seen = [r for r in rows if r["split"] == "train" and r["worker"] in tldr.TRAIN_WORKERS]
+    train, _ = train_test_split(seen, test_size=0.1, random_state=42, stratify=[r["worker"] for r in seen])
+    data.build("tldr", source, tmp_path / "out", tldr.Config(support=4, embedder="none"))
+    built = data.load(tmp_path / "out")
+    expected = [tldr.INSTRUCTION + r["info"]["post"] for r in train if r["summaries"][0]["text"] != " same"]
+    assert data.of_split(built, "train")["prompt"][:] == expected
+    worker = tldr.NEW_WORKERS[5]
+    own, _ = train_test_split(
+        [r for r in rows if r["worker"] == worker and r["split"] != "train"], train_size=4, random_state=42
+    )
+    support = [r["prompt"] for r in data.of_split(built, "support") if r["user_id"] == worker]
+    assert support == [tldr.INSTRUCTION + r["info"]["post"] for r in own]
+
+
+def test_tldr_files_in_order_and_once(tmp_path):
+    folder = tldr_source(tmp_path / "source") / "comparisons"
+    (folder / "._batch3.json").write_bytes(b"\x00hidden")
+    write(folder / "batch10.json", [comparison("somebody else")])
+    assert [path.name for path in tldr._paths(folder.parent)] == ["batch3.json", "batch4.json", "batch10.json"]
+    write(folder / "batch3.json.gz", [])
+    with pytest.raises(PyargsError, match="batch3 is there in two forms"):
+        tldr.build(str(folder.parent), tldr.Config())
+    (folder / "batch3.json.gz").unlink()
+    write(folder / "batch11.json", [comparison("somebody else")])
+    found = data.build("tldr", folder.parent, tmp_path / "out", tldr.Config(support=4, embedder="none"))
+    assert found["counts"]["rows that are there before (the same worker, post and summaries)"] >= 1
+    assert any("Not the full source" in note for note in found["notes"])
 
 
 @pytest.mark.parametrize("layout", ["list of structs", "struct of lists"])
@@ -260,15 +297,19 @@ def test_tldr_refuses(tmp_path):
     for rows, message in [
         ([{"info": {}}], r"a.json, line 1: not a comparison"),
         ([comparison("w", texts=(3, " x"))], "line 1: a summary's text or policy is not a string"),
-        ([comparison("w", texts=("one",))], "line 1: not a comparison"),
+        ([comparison("w", texts=("one",))], "line 1: not a comparison.*Leave it out"),
+        ([comparison("w", post=["a"])], "line 1: the worker or the post is not a string"),
+        ([comparison(["w"])], "line 1: the worker or the post is not a string"),
+        ([comparison("w", split="test")], "line 1: not a comparison"),
         ([comparison("w")], "cannot be split 90/10"),
     ]:
         with pytest.raises(PyargsError, match=message):
-            data.build("tldr", write(tmp_path / "a.json", rows), tmp_path / "out")
+            tldr.build(str(write(tmp_path / "a.json", rows)), tldr.Config())
+    (tmp_path / "empty").mkdir()
     with pytest.raises(PyargsError, match="holds no .json"):
-        data.build("tldr", tmp_path / "cache", tmp_path / "out") if (tmp_path / "cache").mkdir() is None else None
+        tldr.build(str(tmp_path / "empty"), tldr.Config())
     with pytest.raises(PyargsError, match="6 validation rows.*smaller --support"):
-        data.build("tldr", tldr_source(tmp_path / "source"), tmp_path / "out", tldr.Config(support=6))
+        tldr.build(str(tldr_source(tmp_path / "source")), tldr.Config(support=6))
 
 
 @needs_shared
@@ -307,7 +348,7 @@ def test_prism(tmp_path):
         halves = [sum(d.startswith(f"{user}-") and s == {name} for d, s in splits.items()) for name in ("support", "query")]
         assert sum(halves) == DIALOGUES[user] and halves[0] - halves[1] in (0, 1)
     marked = [r["user_id"] for r in rows if r["subset"] == "one_per_user"]
-    assert sorted(marked) == sorted(of["query"])
+    assert sorted(marked) == sorted(of["query"]) and found["counts"]["query pairs marked one_per_user"] == len(marked)
     assert set(data.load(out)["subset"]) == {None, "one_per_user"} and found["check"]["problems"] == {}
     assert found["statistics"]["users_per_pair"]["max"] == 1
     assert "users per pair: mean 1" in (out / "README.md").read_text()
@@ -316,14 +357,16 @@ def test_prism(tmp_path):
 def test_prism_leaves_out_what_is_no_pair(tmp_path):
     def change(survey, conversations):
         long, empty, silent = conversations[-1], conversations[-2], conversations[-3]
-        long["conversation_history"][1]["content"] = "x" * 2300  # the chosen reply of turn 0
+        asked = len(long["conversation_history"][0]["content"])
+        long["conversation_history"][1]["content"] = "x" * (2301 - asked)  # the chosen reply of turn 0
+        conversations[-4]["conversation_history"][1]["content"] = "x" * (2300 - len("user39-2 asks 0"))  # just short enough
         empty["conversation_history"][2]["content"] = " "
         for item in silent["conversation_history"]:
             item["if_chosen"] = False
 
     found = data.build("prism", prism(tmp_path / "s", DIALOGUES, change), tmp_path / "out", prism_set.Config(embedder="none"))
     assert found["counts"]["pairs that are too long"] == 2 and found["counts"]["pairs of the same or of empty texts"] == 1
-    assert any("Dialogues without a usable turn: 1 (user39-1)" in note for note in found["notes"])
+    assert any("Dialogues without a usable turn: user39-1" in note for note in found["notes"])
 
 
 def test_prism_split_is_that_of_the_notebook():
@@ -357,6 +400,15 @@ def test_prism_refuses(tmp_path):
     def two_users(survey, conversations):
         survey.append(survey[0])
 
+    def a_system_turn(survey, conversations):
+        conversations[0]["conversation_history"][0]["role"] = "system"
+
+    def a_word_for_a_choice(survey, conversations):
+        conversations[0]["conversation_history"][2]["if_chosen"] = "False"
+
+    def a_number(survey, conversations):
+        conversations[1]["conversation_id"] = 5
+
     def no_history(survey, conversations):
         del conversations[1]["conversation_history"]
 
@@ -366,12 +418,15 @@ def test_prism_refuses(tmp_path):
         (a_list, "line 3: a content in turn 0 is list, not a string"),
         (two_users, "survey.jsonl, line .*user0 is there twice"),
         (no_history, "line 2: not a conversation"),
+        (a_system_turn, "line 1: turn 0 has a role"),
+        (a_word_for_a_choice, "line 1: turn 0 has a role or an if_chosen"),
+        (a_number, "line 2: conversation_id or user_id is not a string"),
     ]):  # fmt: skip
         with pytest.raises(PyargsError, match=message):
-            data.build("prism", prism(tmp_path / str(number), DIALOGUES, change), tmp_path / "out")
+            prism_set.build(str(prism(tmp_path / str(number), DIALOGUES, change)), prism_set.Config())
     (tmp_path / "0" / "survey.jsonl").unlink()
     with pytest.raises(PyargsError, match="survey.jsonl.*is missing"):
-        data.build("prism", tmp_path / "0", tmp_path / "out")
+        prism_set.build(str(tmp_path / "0"), prism_set.Config())
 
 
 @needs_shared
@@ -407,7 +462,7 @@ def test_lamp_items(tmp_path, gz):
     assert found["title"][:] == [f"Title {item}" for item in found["item_id"]]
     assert found["user_split"][:] == ["train"] * 4 + ["adapt"] * 2
     assert found[0]["prompt"] == "Generate a title for the following abstract of a paper: About 10."
-    assert (found[0]["date"], found[0]["role"], found[1]["date"], found[1]["role"]) == (2010, "profile", None, "question")
+    assert (found[0]["date"], found[0]["role"], found[1]["date"], found[1]["role"]) == ("2010", "profile", None, "question")
 
 
 def test_lamp_pairs_are_checked_against_the_papers(tmp_path):
@@ -439,11 +494,16 @@ def test_lamp_pairs_are_checked_against_the_papers(tmp_path):
         (lambda q, g: q[0].update(input="Write a tweet"), "not LaMP-5"),
         (lambda q, g: q[0].update(input=pref_lamp.INSTRUCTION), "abstract is empty"),
         (lambda q, g: q.insert(0, "x"), "not an array of objects"),
+        (lambda q, g: q[1]["profile"][0].update(title="\u200b..."), "without a letter or digit"),
+        (lambda q, g: q[1]["profile"][0].update(id=None), "profile entry 1: the id is None"),
+        (lambda q, g: q[1]["profile"][0].update(date=[2010]), r"profile entry 1: date is \[2010\]"),
+        (lambda q, g: q[1]["profile"][0].update(date=True), "date is True"),
+        (lambda q, g: (q.clear(), g.clear()), "train_questions.json: no users to train on"),
     ],
 )
 def test_lamp_names_what_is_wrong(tmp_path, change, message):
     with pytest.raises(PyargsError, match=message):
-        data.build("pref_lamp", lamp(tmp_path / "lamp", change=change), tmp_path / "out")
+        pref_lamp.build(str(lamp(tmp_path / "lamp", change=change)), pref_lamp.Config())
 
 
 def test_lamp_refuses_other_data(tmp_path):
@@ -462,7 +522,7 @@ def test_lamp_refuses_other_data(tmp_path):
     folder = lamp(tmp_path / "lamp")
     (folder / "dev_outputs.json").unlink()
     with pytest.raises(PyargsError, match="dev_outputs.json .*is missing"):
-        data.build("pref_lamp", folder, tmp_path / "out")
+        pref_lamp.build(str(folder), pref_lamp.Config())
 
 
 def test_pref_lamp(tmp_path, encoder):
@@ -484,7 +544,7 @@ def test_pref_lamp(tmp_path, encoder):
         assert len(held) == int(0.2 * (count + 1) + 0.5)
         if kind == "dev":  # the newest, and the question
             dates = {s: [r["date"] for r in own if r["split"] == s and r["date"]] for s in ("support", "query")}
-            assert user in {r["pair_id"] for r in held} and max(dates["support"]) <= min(dates["query"], default=3000)
+            assert user in {r["pair_id"] for r in held} and max(dates["support"]) <= min(dates["query"], default="3000")
     again = data.build("pref_lamp", source, tmp_path / "again", config)
     assert again["statistics"]["sha256"] == found["statistics"]["sha256"] and again["files"] == found["files"]
     other = data.build("pref_lamp", source, tmp_path / "other", pref_lamp.Config(embedder=encoder, k=3, near=1.1, seed=1))
@@ -503,7 +563,56 @@ def test_pref_lamp_draws_users(tmp_path, encoder):
     splits = found["statistics"]["splits"]
     assert splits["train"]["users"] == 8 and splits["query"]["users"] == 2
     with pytest.raises(PyargsError, match="users=13, but the source has 12"):
-        data.build("pref_lamp", tmp_path / "lamp", tmp_path / "x", pref_lamp.Config(embedder=encoder, users=13))
+        pref_lamp.build(str(tmp_path / "lamp"), pref_lamp.Config(embedder=encoder, users=13))
+
+
+def test_a_paper_is_there_once(tmp_path, encoder):
+    """Neither twice in a profile, nor with a train user and a new one: its title would be known from another split."""
+
+    def change(questions, golds):
+        first, second = questions
+        first["profile"][1] |= {"title": "TITLE 10!", "abstract": "The same title again."}
+        second["profile"][0] |= {"title": "Title 30", "abstract": "A paper of user 3, too."}
+
+    users = {"1": ("train", 5), "2": ("train", 5), "3": ("dev", 4), "4": ("dev", 4)}
+    config = pref_lamp.Config(embedder=encoder, k=2, near=1.1)
+    found = data.build("pref_lamp", lamp(tmp_path / "lamp", users, change=change), tmp_path / "out", config)
+    assert found["counts"]["papers that a user has twice, dropped"] == 1
+    assert found["counts"]["papers of train users that new users have, dropped"] == 1
+    titles = data.load(tmp_path / "out")["chosen"][:]
+    assert titles.count("Title 30") == 1 and sum(t.casefold().startswith("title 10") for t in titles) == 1
+    assert found["check"]["problems"] == {}
+
+
+def test_years_and_dates_of_any_kind(tmp_path, encoder):
+    def change(questions, golds):
+        for number, paper in enumerate(questions[0]["profile"]):
+            paper["date"] = ["2011-05-06", 2012, "2013", 10**30][number % 4]
+
+    users = {"1": ("train", 5), "2": ("train", 5), "3": ("dev", 4), "4": ("dev", 4)}
+    config = pref_lamp.Config(embedder=encoder, k=2, near=1.1)
+    data.build("pref_lamp", lamp(tmp_path / "lamp", users, change=change), tmp_path / "out", config)
+    assert len(data.load(tmp_path / "out")) == 22
+
+
+def test_options_that_cannot_be(tmp_path):
+    source = lamp(tmp_path / "lamp")
+    for config, message in [
+        (pref_lamp.Config(embedder="none"), "neighbours need an embedder"),
+        (pref_lamp.Config(near=0.0), "near is a cosine above 0"),
+        (pref_lamp.Config(near=float("nan")), "near is a cosine above 0"),
+    ]:
+        if config.near != 0.95:
+            config.embedder = "minilm"
+        with pytest.raises(PyargsError, match=message):
+            pref_lamp.build(str(source), config) if config.near != 0.95 else data.build(
+                "pref_lamp", source, tmp_path / "o", config
+            )
+    late = pref_lamp.Config(negatives="policy", embedder="nobody/nothing", policy="nobody/else")
+    with pytest.raises(PyargsError, match="cannot load the embedding model"):  # before a title is written
+        data.build("pref_lamp", source, tmp_path / "out", late)
+    with pytest.raises(PyargsError, match="no official place"):
+        data.build("preferences", "hub", tmp_path / "out", preferences.Config(embedder="none"))
 
 
 def test_ids_of_items_that_several_users_have_are_told_apart(tmp_path, encoder):
@@ -520,7 +629,9 @@ def test_pref_lamp_against_the_policys_own_titles(tmp_path):
     found = data.build("pref_lamp", lamp(tmp_path / "lamp", users), tmp_path / "out", config)
     dataset = data.load(tmp_path / "out")
     assert (
-        len(dataset) + found["counts"]["titles of the policy that are empty"] == 10 > found["counts"]["that are the author's"]
+        len(dataset) + found["counts"]["titles of the policy that are empty, dropped"]
+        == 10
+        > found["counts"]["titles of the policy that are the author's, dropped"]
     )
     assert all("\n" not in r["rejected"] and r["rejected"] == pref_lamp.clean_title(r["rejected"]) for r in dataset)
     again = data.build("pref_lamp", tmp_path / "lamp", tmp_path / "again", config)  # from the kept answers
@@ -583,6 +694,9 @@ def test_a_draw_depends_on_user_and_key_alone():
                                 keys=[keys[i] for i in order])  # fmt: skip
     assert [titles[one[i].row] for i in order] == [titles[order[n.row]] for n in two]
     assert len({n.rank for n in one}) == 4  # not always the nearest
+    limit = 0.3
+    far = mining.hard_negatives(users, titles, vectors, k=2, keys=keys, near=limit)
+    assert all(n.cosine < limit for n in far) and max(n.cosine for n in one) > limit
     with pytest.raises(PyargsError, match="0 of 4 similar texts"):
         mining.hard_negatives(["a"] * 40, titles, vectors, k=4)
 
@@ -656,16 +770,20 @@ def test_simulated_users_are_consistent():
     words = "I you we my your tremendously little cat observed running over seas . !".split()
     pairs = [{"prompt": "p", "pair_id": str(i), "chosen": " ".join(rng.choice(words, rng.integers(3, 30))),
               "rejected": " ".join(rng.choice(words, rng.integers(3, 30)))} for i in range(200)]  # fmt: skip
-    rows = simulate.label_densely(pairs, users=3, labels_per_pair=3, splits={"train": 1.0})
+    pairs = [pair | {"split": "train"} for pair in pairs]
+    rows = simulate.label_densely(pairs, users=3, labels_per_pair=3)
     for user in {r["user_id"] for r in rows}:
         own = [r for r in rows if r["user_id"] == user]
         x = np.array([[f(r["chosen"]) - f(r["rejected"]) for f in simulate.TASTES.values()] for r in own])
         x /= x.std(0)
         x, y = np.concatenate([x, -x]), np.repeat([1, 0], len(x))
-        assert LogisticRegression(C=1e4, fit_intercept=False, max_iter=1000).fit(x, y).score(x, y) > 0.98
+        fitted = LogisticRegression(C=1e4, fit_intercept=False, max_iter=1000).fit(x, y)
+        assert fitted.score(x, y) > 0.98
+        sign, name = own[0]["attribute"][0], own[0]["attribute"][1:]
+        assert (fitted.coef_[0, list(simulate.TASTES).index(name)] > 0) == (sign == "+")
     assert len({tuple(r["chosen"] for r in rows if r["user_id"] == u) for u in ("sim_0", "sim_1", "sim_2")}) == 3
     with pytest.raises(PyargsError, match="10 labels per pair"):
-        simulate.label_densely(pairs, users=3, labels_per_pair=10, splits={"train": 1.0})
+        simulate.label_densely(pairs, users=3, labels_per_pair=10)
 
 
 def test_hybrid_keeps_the_real_users(tmp_path):
@@ -678,6 +796,11 @@ def test_hybrid_keeps_the_real_users(tmp_path):
     assert {(r["user_id"], r["prompt"], r["chosen"], r["rejected"]) for r in real} == plain
     sides = [set(data.of_split(dataset, s)["prompt"]) for s in ("train", "train_test")]
     assert sides[0] and sides[1] and not sides[0] & sides[1]
+    built = preferences.Config(simulated_users=12, labels_per_pair=5, hybrid=True, embedder="none")
+    data.build("preferences", tmp_path / "out", tmp_path / "again", built)  # over a set with its own train_test
+    again = data.load(tmp_path / "again")
+    sides = [set(data.of_split(again, s)["prompt"]) for s in ("train", "train_test")]
+    assert not sides[0] & sides[1] and any(u.startswith("sim") for u in data.of_split(again, "train_test")["user_id"])
     with pytest.raises(PyargsError, match="no rows of support or query"):
         rows = write(tmp_path / "train.jsonl", [row(prompt=f"p{i}") for i in range(5)])
         data.build("preferences", rows, tmp_path / "x", preferences.Config(simulated_new_users=3, embedder="none"))
@@ -691,7 +814,7 @@ def report(rows: list[dict]) -> dict:
 
 
 def test_a_clean_set_has_no_problems():
-    rows = [row(user=f"u{i % 4}", prompt=f"p{i}", chosen=f"good {i}", rejected=f"bad {i}") for i in range(40)]
+    rows = [row(user=f"u{i % 4}", prompt=f"p{i}", chosen=f"good {i}", rejected=f"evil {i}") for i in range(40)]
     assert report(rows)["problems"] == report(rows)["notes"] == {}
 
 
@@ -707,19 +830,42 @@ def test_a_clean_set_has_no_problems():
         ("pairs of train users among the adapt users'", [row(), row(user="u2", role="query")]),
         ("template markers in a text", [row(prompt="<|im_start|>user\nhi<|im_end|>")]),
         ("template markers in a text", [row(chosen="fine</s>")]),
+        ("template markers in a text", [row(chosen="<|reserved_special_token_0|> fine")]),
+        ("one answer to a prompt in two splits of a user", [row(role="support"), row(role="query", rejected="other")]),
+        ("one answer to a prompt in two splits of a user", [row(), row(role="train_test", chosen="good ", rejected="other")]),
+        (
+            "answers of train users that are an adapt user's, to the same prompt",
+            [row(), row(user="b", role="query", rejected="x")],
+        ),
+        ("one pair_id for different pairs", [row(pair_id="a"), row(pair_id="a", prompt="q")]),
+        ("prompts of both kinds, texts and messages", [row(), row(prompt=[{"role": "user", "content": "x"}])]),
+        (
+            "prompts that do not end with a user's turn, or have unknown roles",
+            [row(prompt=[{"role": "assistant", "content": "x"}])],
+        ),
+        (
+            "prompts that do not end with a user's turn, or have unknown roles",
+            [row(prompt=[{"role": "human", "content": "x"}])],
+        ),
+        ("a printed list instead of its texts", [row(rejected="[{'role': 'assistant', 'content': 'x'}]")]),
+        ("rows that cannot be used", [row(chosen="\ud800"), row()]),
         ("a printed list instead of its texts", [row(rejected="['one', \"it's\"]")]),
         ("a form that one side has", [row(prompt=f"p{i}", chosen=f" good {i}") for i in range(20)]),
         ("a form that one side has", [row(prompt=f"p{i}", rejected=f"Title: bad {i}") for i in range(20)]),
     ],
 )
 def test_the_check_finds(kind, rows):
-    assert list(report(rows)["problems"]) == [kind]
+    assert kind in report(rows)["problems"]
 
 
 @pytest.mark.parametrize(
     ("kind", "rows"),
     [
         ("prompts in query and support", [row(role="support"), row(role="query", chosen="other")]),
+        ("users with query pairs and no support pairs", [row(role="query")]),
+        ("users with support pairs and no query pairs", [row(role="support")]),
+        ("responses that differ in white space or case alone", [row(chosen="Good", rejected="good ")]),
+        ("a form that decides", [row(prompt=f"p{i}", chosen="a longer text") for i in range(4)]),
         ("pairs that a user has more than once", [row(), row()]),
         ("pairs that a user decides both ways", [row(), row(chosen="bad", rejected="good")]),
         ("pairs of one user's train in another's train_test", [row(), row(user="u2", role="train_test")]),
@@ -729,6 +875,45 @@ def test_the_check_finds(kind, rows):
 def test_the_check_notes(kind, rows):
     found = report(rows)
     assert kind in found["notes"] and not found["problems"]
+
+
+def test_what_is_no_artefact():
+    texts = ["['a','b'] is the list ['c']", "[1, 2]", "a <s>struck</s> word", "[sic]", "x < y | z > w"]
+    rows = [row(prompt=f"p{i}", chosen=text, rejected="another") for i, text in enumerate(texts)]
+    assert report(rows)["problems"] == {}
+
+
+def test_a_form_that_one_side_has_counts_from_five_points():
+    def found(quoted: int) -> bool:
+        rows = [row(prompt=f"p{i}", chosen=f"'good {i}'" if i < quoted else f"good {i}") for i in range(100)]
+        return "a form that one side has" in report(rows)["problems"]
+
+    assert found(6) and not found(5)
+
+
+def test_blind_scorers():
+    from pyargs.metrics.blind import blind, contents, overlap
+
+    instruct = "Name it: "
+    prompts = [f"{instruct}red fox", f"{instruct}blue owl", f"{instruct}old hen"]
+    found = blind(prompts, ["red fox.", "an owl it is", "hen"], ["a cow", "owl", "the name"], ["a", "a", "b"], embedder=None)
+    assert {n: (f["accuracy"], f["reversed"], f["tie_rate"]) for n, f in found.items()} == {
+        "words": (33.33, 33.33, 33.33), "characters": (66.67, 33.33, 0.0), "lines": (0.0, 0.0, 100.0),
+        "terminator": (33.33, 0.0, 66.67), "brackets": (0.0, 0.0, 100.0), "word_overlap": (66.67, 33.33, 0.0),
+    }  # fmt: skip
+    assert contents(prompts) == ["red fox", "blue owl", "old hen"]
+    assert contents([[{"role": "user", "content": "x"}, {"role": "user", "content": "last"}]]) == ["last"]
+    assert overlap("The red-fox, 12", "FOX fox 12 cow") == pytest.approx(2 / 3) and overlap("a", "...") == 0
+
+
+def test_blind_cosine(encoder):
+    from pyargs.lm.embed import embed
+    from pyargs.metrics.blind import blind
+
+    prompts, chosen, rejected = ["red fox", "blue owl"], ["red", "cow hen"], ["rain", "blue"]
+    found = blind(prompts, chosen, rejected, ["a", "b"], embedder=encoder)[f"{encoder}_cosine"]
+    one, two, three = (embed(encoder, texts) for texts in (prompts, chosen, rejected))
+    assert found["accuracy"] == 50 * sum((one * two).sum(1) > (one * three).sum(1)) and found["n"] == 2
 
 
 def test_check_command(tmp_path):
@@ -757,6 +942,10 @@ def test_build_command(tmp_path):
     assert other.returncode == 1 and "other settings" in other.stderr
     wrong = subprocess.run([*command, "--k", "3"], capture_output=True, text=True)
     assert wrong.returncode == 2
+    inside = subprocess.run([*command[:-5], str(tmp_path / "source" / "out")], capture_output=True, text=True)
+    assert inside.returncode == 1 and "inside the source" in inside.stderr
+    failed = subprocess.run([*command[:-6], "--out", str(tmp_path / "new"), "--support", "6"], capture_output=True, text=True)
+    assert failed.returncode == 1 and not (tmp_path / "new.stage.json").exists()
 
 
 @needs_shared

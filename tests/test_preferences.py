@@ -134,10 +134,8 @@ def test_carving(pairs, share, seed, rng):
         assert aside < prompts  # something is left to train on
         wanted = min(int(share * len(prompts) + 0.5), len(prompts) - 1)
         own = {p for p in prompts if len(users_of[p]) == 1}
-        if aside & own:  # own prompts only make up what the shared ones leave
-            assert len(aside) == wanted
-        elif own:
-            assert len(aside) >= wanted
+        common = len(aside - own)  # own prompts make up what the shared ones leave, as far as there are any
+        assert len(aside) == max(common, min(wanted, common + len(own)))
     shared = {p for p, users in users_of.items() if len(users) > 1}
     assert len({p for p in shared if f"prompt {p}" in sides["train_test"]}) <= int(share * len(shared) + 0.5)
     assert preferences.carve(rows, train_test=share, seed=seed) == done
@@ -161,6 +159,17 @@ def test_carving_depends_on_the_seed_and_leaves_adapt_users_alone():
         preferences.carve(rows, train_test=1.0)
     with pytest.raises(PyargsError, match="'prompt' or 'pair'"):
         preferences.carve(rows, by="user")
+
+
+def test_carving_by_pair_goes_by_the_texts():
+    """The same pair under two ids, preferred the other way round, is on one side."""
+    rows = preferences.check(
+        [row(pair_id=f"a{i}", chosen="good", rejected=f"bad {i}") for i in range(20)]
+        + [row(user="u2", pair_id=f"b{i}", chosen=f"bad {i}", rejected="good") for i in range(20)]
+    )
+    done = preferences.carve(rows, by="pair")
+    sides = [{preferences.text_id(r) for r in done if r["split"] == split} for split in ("train", "train_test")]
+    assert len(sides[1]) == 4 and not sides[0] & sides[1]
 
 
 def test_carving_by_pair():

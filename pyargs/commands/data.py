@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 
 def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
@@ -64,16 +65,27 @@ def _build(args: argparse.Namespace) -> dict:
 
     from pyargs import data, files
     from pyargs.config import from_args
+    from pyargs.errors import PyargsError
 
     config = from_args(data.config(args.name), args)
     source = Path(args.source)
+    if args.source != "hub" and source.is_dir() and source.resolve() in Path(args.out).resolve().parents:
+        raise PyargsError(f"--out {args.out} lies inside the source {source}: choose another folder.")
     key = files.stage_key(
         {"stage": "data", "name": args.name, **asdict(config)},
         {"source": files.sha256(source) if args.source != "hub" and source.exists() else args.source},
     )
     if done := files.finished(args.out, key):
         return {**done, "already_done": True}
-    found = data.build(args.name, args.source, args.out, config)
+    try:
+        found = data.build(args.name, args.source, args.out, config)
+    except PyargsError:
+        files.beside(args.out, "stage.json").unlink(missing_ok=True)  # nothing was begun that could be gone on with
+        raise
+    for problem, rows in found["check"]["problems"].items():
+        print(
+            f"pyargs data: {args.out} has a problem: {problem}: {rows['count']}, such as {rows['first'][0]}", file=sys.stderr
+        )
     return files.record(args.out, key, **{name: value for name, value in found.items() if name not in ("how", "name")})
 
 

@@ -75,12 +75,15 @@ def build(name: str, source: str | Path, out: str | Path, settings=None) -> dict
 
     from pyargs.config import check
     from pyargs.data.tools import folder
+    from pyargs.lm.embed import embed
 
     settings = config(name)() if settings is None else settings
     check(settings)
     module = _module(name)
-    built = module.build(str(source), settings)
     embedder = None if settings.embedder == "none" else settings.embedder
+    if embedder is not None:
+        embed(embedder, ["."])  # one that cannot be loaded is known now, not when everything else is done
+    built = module.build(str(source), settings)
     about = (module.__doc__ or "").strip()
     how = {"source": str(source), **asdict(settings)}
     return folder.write(out, built, title=name, about=about, licence=module.LICENCE, how=how, embedder=embedder)

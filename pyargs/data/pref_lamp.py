@@ -77,10 +77,11 @@ def load(source: str | Path, *, train_test: float = 0.2, seed: int = 0) -> Datas
 
 
 def items(source: str | Path) -> Dataset:
-    """Every paper of every user: `user_id, item_id, prompt, title, date (year, may be null), role, user_split`.
+    """Every paper of every user: `user_id, item_id, prompt, title, date (str or null), role, user_split`.
 
-    `role` is "question" or "profile", `user_split` "train" or "adapt". The title of a question without an outputs file
-    (the test files of LaMP) is null. Order: the files' own, each user's profile first and then the question.
+    `date` is a year or an ISO date. `role` is "question" or "profile", `user_split` "train" or "adapt". The title of a
+    question without an outputs file (the test files of LaMP) is null. Order: the files' own, each user's profile first and
+    then the question.
     Raises PyargsError, naming file and row: not LaMP-5, a user or a user's paper twice, an empty title or abstract.
     """
     from datasets import Dataset
@@ -122,13 +123,13 @@ def _golds(folder: Path, stem: str) -> dict[str, str] | None:
         key = str(gold.get("id"))
         if key in golds:
             raise PyargsError(f"{path.name}, gold {number}: the id {key} is there twice.")
-        golds[key] = _text(gold.get("output"), f"{path.name}, gold {number} (id {key})", "output")
+        golds[key] = _title(gold.get("output"), f"{path.name}, gold {number} (id {key})", "output")
     return golds
 
 
 def _papers(place: str, question: dict, golds: dict[str, str] | None, outputs: str, kind: str) -> list[dict]:
     """A user's profile, then the question."""
-    user = str(question.get("id"))
+    user = _id(question, place)
     place = f"{place} (id {user})"
     prompt = _text(question.get("input"), place, "input")
     if not prompt.startswith(INSTRUCTION):
@@ -141,18 +142,19 @@ def _papers(place: str, question: dict, golds: dict[str, str] | None, outputs: s
         entry = f"{place}, profile entry {number}"
         if not isinstance(paper, dict):
             raise PyargsError(f"{entry}: not a JSON object.")
-        item = str(paper.get("id"))
+        item = _id(paper, entry)
         if item in seen:
             raise PyargsError(f"{entry}: the id {item} is there twice.")
         seen.add(item)
         rows.append({
             "user_id": user, "item_id": item, "prompt": INSTRUCTION + _text(paper.get("abstract"), entry, "abstract"),
-            "title": _text(paper.get("title"), entry, "title"), "date": paper.get("date"), "role": "profile",
+            "title": _title(paper.get("title"), entry, "title"), "date": _date(paper.get("date"), entry), "role": "profile",
             "user_split": kind,
         })  # fmt: skip
     title = None if golds is None else golds[user]
     rows.append({
-        "user_id": user, "item_id": user, "prompt": prompt, "title": title, "date": question.get("date"), "role": "question",
+        "user_id": user, "item_id": user, "prompt": prompt, "title": title, "date": _date(question.get("date"), place),
+        "role": "question",
         "user_split": kind,
     })  # fmt: skip
     return rows
@@ -165,13 +167,33 @@ def _text(value, place: str, name: str) -> str:
     return value
 
 
+def _title(value, place: str, name: str) -> str:
+    if not plain(_text(value, place, name)):
+        raise PyargsError(f"{place}: {name} is {value!r}, without a letter or digit.")
+    return value
+
+
+def _id(row: dict, place: str) -> str:
+    if not isinstance(row.get("id"), (str, int)):
+        raise PyargsError(f"{place}: the id is {row.get('id')!r}, not a string or a number.")
+    return str(row["id"])
+
+
+def _date(value, place: str) -> str | None:
+    """A year or an ISO date, which sort as texts."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (str, int))):
+        raise PyargsError(f"{place}: date is {value!r}, not a year or a string.")
+    return None if value is None else str(value)
+
+
 def build(source: str, config: Config) -> Built:
     """One pair for each paper: prompt = instruction + abstract, chosen = the author's title, rejected by `negatives`.
 
     source: a folder with LaMP's files, or "hub" (LaMP's own server). Neighbours are sought among the papers of other users of
     the same kind (train or adapt); the user's own titles and near-duplicates are left out. A new user's oldest 80% of papers
-    are support, the newest 20% with the question query; where dates are missing, they are drawn. Further columns: date,
-    similar (id of the neighbour), cosine. Raises PyargsError, naming file and row; also for a user with one paper.
+    are support, the newest 20% with the question query; papers of one year, and all where dates are missing, are
+    drawn. A user's paper is there once, and no train user has a paper of a new user. Further columns: date, similar (id of
+    the neighbour), cosine. Raises PyargsError, naming file and row; also for a user with one paper.
     """
     if source == "hub":
         for stem in FILES:
@@ -182,10 +204,17 @@ def build(source: str, config: Config) -> Built:
     for stem in FILES:
         for kind in ("questions", "outputs"):
             sources.one_of(folder, f"{stem}_{kind}", ".json")  # both kinds of users and their titles are needed
-    papers = _drawn(items(folder).to_list(), config)
+    if not config.near > 0:
+        raise PyargsError(f"near is a cosine above 0 (above 1: no limit), not {config.near}.")
+    if config.negatives == "neighbours" and config.embedder == "none":
+        raise PyargsError("neighbours need an embedder, such as minilm; none serves negatives=policy alone.")
+    papers, dropped = _once(_drawn(items(folder).to_list(), config))
     of_user = defaultdict(list)
     for paper in papers:
         of_user[paper["user_id"]].append(paper)
+    for stem, kind in FILES.items():
+        if not any(own[0]["user_split"] == kind for own in of_user.values()):
+            raise PyargsError(f"{stem}_questions.json: no users to {'train on' if kind == 'train' else 'adapt to'}.")
     for user, own in of_user.items():
         if len(own) < 2:
             stem = next(stem for stem, kind in FILES.items() if kind == own[0]["user_split"])
@@ -194,13 +223,15 @@ def build(source: str, config: Config) -> Built:
             )
     _id_pairs(papers)
     undated = sum(_split_by_date(own, config.seed) for own in of_user.values() if own[0]["user_split"] == "adapt")
-    counts = {"papers": len(papers), "users": len(of_user), "new users without dates (query drawn at random)": undated}
+    counts = {"papers": len(papers), "users": len(of_user), **dropped,
+              "new users without dates (query drawn at random)": undated,
+              "new users with papers of one year in support and query": sum(map(_same_year, of_user.values()))}  # fmt: skip
     if config.negatives == "neighbours":
         rows, notes = _neighbours(papers, config)
         counts |= {"different abstracts": len({paper["prompt"] for paper in papers})}
     else:
-        rows, dropped, notes = _of_policy(papers, config)
-        counts |= dropped
+        rows, lost, notes = _of_policy(papers, config)
+        counts |= lost
     rows = preferences.carve(rows, train_test=config.train_test, seed=config.seed)
     files = [sources.one_of(folder, f"{stem}_{kind}", ".json") for stem in FILES for kind in ("questions", "outputs")]
     return Built(rows, counts, notes, files)
@@ -220,6 +251,35 @@ def _drawn(papers: list[dict], config: Config) -> list[dict]:
             for paper in papers if paper["user_id"] in kept]  # fmt: skip
 
 
+def _once(papers: list[dict]) -> tuple[list[dict], dict[str, int]]:
+    """Without papers that a user has twice (the question stays) and, of train users, those that a new user has, too.
+
+    Users write together, and where users are drawn across the files a paper of a train user could be a new user's query.
+    """
+    new = {key for paper in papers if paper["user_split"] == "adapt" for key in _keys(paper)}
+    kept, seen = [], defaultdict(set)
+    twice = shared = 0
+    for paper in reversed(papers):  # a user's question comes last
+        if seen[paper["user_id"]].intersection(_keys(paper)):
+            twice += 1
+        elif paper["user_split"] == "train" and new.intersection(_keys(paper)):
+            shared += 1
+        else:
+            seen[paper["user_id"]].update(_keys(paper))
+            kept.append(paper)
+    counts = {"papers that a user has twice, dropped": twice, "papers of train users that new users have, dropped": shared}
+    return kept[::-1], counts
+
+
+def _keys(paper: dict) -> tuple:
+    return ("title", plain(paper["title"])), ("abstract", plain(paper["prompt"]))
+
+
+def _same_year(own: list[dict]) -> bool:
+    dates = {split: {paper["date"] for paper in own if paper.get("split") == split} for split in ("support", "query")}
+    return bool((dates["support"] & dates["query"]) - {None})
+
+
 def _id_pairs(papers: list[dict]) -> None:
     """Pair ids are the items' own; where two users have items of one id, with the user's id in front."""
     ids = [paper["item_id"] for paper in papers]
@@ -237,7 +297,7 @@ def _split_by_date(own: list[dict], seed: int) -> bool:
     *profile, question = own
     undated = any(paper["date"] is None for paper in profile)
     # Years tie often: papers of one year come in a drawn order.
-    profile = sorted(profile, key=drawn if undated else lambda paper: (str(paper["date"]), drawn(paper)))
+    profile = sorted(profile, key=drawn if undated else lambda paper: (paper["date"], drawn(paper)))
     query = max(1, int(0.2 * len(own) + 0.5))
     for i, paper in enumerate([*profile, question]):
         paper["split"] = "query" if i >= len(own) - query else "support"
@@ -269,7 +329,7 @@ def _neighbours(papers: list[dict], config: Config) -> tuple[list[dict], list[st
             seed=config.seed, keys=[paper["item_id"] for paper in own], progress=partial(tqdm, desc=f"{kind} negatives"),
         )  # fmt: skip
         rows += [
-            _row(paper, own[negative.row]["title"], similar=own[negative.row]["pair_id"], cosine=round(negative.cosine, 4))
+            _row(paper, own[negative.row]["title"], similar=own[negative.row]["pair_id"], cosine=round(negative.cosine, 3))
             for paper, negative in zip(own, found, strict=True)
         ]
     mean = sum(row["cosine"] for row in rows) / len(rows)
@@ -294,7 +354,11 @@ def _of_policy(papers: list[dict], config: Config) -> tuple[list[dict], dict, li
             same += 1
         else:
             rows.append(_row(paper, title))
-    return rows, {"titles of the policy that are empty": empty, "that are the author's": same}, [
+    counts = {
+        "titles of the policy that are empty, dropped": empty,
+        "titles of the policy that are the author's, dropped": same,
+    }
+    return rows, counts, [
         f"The rejected title is what {config.policy} writes for the same abstract (greedy, {config.max_new_tokens} tokens, "
         "first line, without quotes and a leading 'Title:'). Both titles fit the abstract: what tells them apart is the "
         "author's style, but also the traces of a model.",

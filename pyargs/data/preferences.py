@@ -35,7 +35,7 @@ class Config:
     by: str = option("prompt", "pair: hold out pairs instead, where a few prompts serve all", choices=["prompt", "pair"])
     simulated_users: int = option(0, "users with random tastes who label the source's train pairs (PReF: 1200)", least=0)
     simulated_new_users: int = option(0, "such users to adapt to, who label the pairs of support and query", least=0)
-    labels_per_pair: int = option(50, "simulated users who label a pair (PReF)", least=1)
+    labels_per_pair: int = option(50, "simulated users who label a pair; all of them where they are fewer (PReF)", least=1)
     simulated_pairs: int | None = option(None, "draw so many train pairs for them (PReF: 1809; default: all)", least=1)
     hybrid: bool = option(False, "keep the source's own users beside the simulated ones")
     seed: int = option(0, "of all draws")
@@ -126,7 +126,8 @@ def carve(rows: list[dict], *, train_test: float = 0.2, by: str = "prompt", seed
         return rows
 
     def key(row: dict) -> str:
-        what = row["pair_id"] if by == "pair" else json.dumps(row["prompt"], sort_keys=True)
+        # By its texts, since files may number the same pair differently.
+        what = text_id(row) if by == "pair" else json.dumps(row["prompt"], sort_keys=True)
         return hashlib.sha256(f"{seed}\0{what}".encode()).hexdigest()
 
     keys = [key(row) if row["split"] == "train" else "" for row in rows]
@@ -155,27 +156,37 @@ def build(source: str, config: Config) -> Built:
     from pyargs.data.tools.folder import Built
     from pyargs.data.tools.simulate import label_densely
 
+    if source == "hub":
+        raise PyargsError("preferences have no official place: give --source a file, or a built folder.")
     own = check(read(source), where=Path(source).name)
     path = Path(source)
     files = [path] if path.is_file() else sorted(path.glob("*.parquet"))
     rows, counts, notes = own, {"rows of the source": len(own)}, []
     if config.simulated_users or config.simulated_new_users:
         rows = list(own) if config.hybrid else []
-        for name, users, splits, limit in (
-            ("sim", config.simulated_users, {"train": 1.0}, config.simulated_pairs),
-            ("new_sim", config.simulated_new_users, {"support": 0.5, "query": 0.5}, None),
+        splits: dict[str, set[str]] = {}
+        pairs: dict[str, dict] = {}
+        for row in own:
+            splits.setdefault(text_id(row), set()).add(row["split"])
+            pairs.setdefault(text_id(row), row | {"pair_id": text_id(row)})
+        rng = random.Random(f"{config.seed} pairs")
+        for name, users, of in (
+            ("sim", config.simulated_users, ("train", "train_test")),
+            ("new_sim", config.simulated_new_users, ("support", "query")),
         ):
             if not users:
                 continue
-            kept = ("train",) if name == "sim" else ("support", "query")
-            pairs = {text_id(row): row | {"pair_id": text_id(row)} for row in own if row["split"] in kept}
-            if not pairs:
-                raise PyargsError(f"{path.name} has no rows of {' or '.join(kept)} for simulated users to label.")
-            some = list(pairs.values())
-            if limit is not None:
-                some = random.Random(f"{config.seed} pairs").sample(some, min(limit, len(some)))
-            labels = config.labels_per_pair if name == "sim" else min(config.labels_per_pair, users)
-            made = label_densely(some, users=users, labels_per_pair=labels, splits=splits, name=name, seed=config.seed)
+            if name == "sim":  # as the source has split them; a pair that it has on both sides is left out
+                some = [pair | {"split": split} for split in of for key, pair in pairs.items() if splits[key] == {split}]
+                some = rng.sample(some, min(config.simulated_pairs or len(some), len(some)))
+            else:  # its users are others, and no pair may be in both halves
+                some = [pair for key, pair in pairs.items() if splits[key] <= set(of)]
+                order = rng.sample(range(len(some)), len(some))
+                some = [some[i] | {"split": of[n % 2]} for n, i in enumerate(order)]
+            if not some:
+                raise PyargsError(f"{path.name} has no rows of {' or '.join(of)} for simulated users to label.")
+            labels = min(config.labels_per_pair, users)
+            made = label_densely(some, users=users, labels_per_pair=labels, name=name, seed=config.seed)
             counts |= {f"pairs labelled by {name} users": len(some), f"labels of {name} users": len(made)}
             rows += made
         notes.append(
@@ -207,6 +218,10 @@ def _text(value, place: str, name: str) -> str:
         raise PyargsError(f"{place}: {name} is {type(value).__name__}, not a string.")
     if not value.strip():
         raise PyargsError(f"{place}: {name} is empty.")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise PyargsError(f"{place}: {name} holds half a character (a lone surrogate): it is not text.") from None
     return value
 
 

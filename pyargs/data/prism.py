@@ -66,19 +66,22 @@ def build(source: str, config: Config) -> Built:
     of_user = {user: found for user, found in users.items() if found}
     drawn, split_of = _split(of_user, config.seed)
     counts.update({"conversations": len(dialogues), "users with conversations": len(set(dialogues.values())), **drawn})
-    if all(counts[name] == count for name, count in FULL.items()):
+    full = all(counts[name] == count for name, count in FULL.items())
+    if full:
         found = {"dialogues without a usable turn": sorted(unusable)} | {name: counts[name] for name in list(EXPECTED)[1:]}
         if found != EXPECTED:
             raise PyargsError(f"The source has as many rows as the published one, but {found} comes out, not {EXPECTED}.")
     rows = [pair | {"split": split_of[dialogue]} for dialogue in split_of for pair in pairs[dialogue]]
     rows, lost = _whole(rows)
     counts["users dropped because a split of theirs has no pair"] = lost
-    _mark_one_per_user(rows, config.seed)
+    counts["query pairs marked one_per_user"] = _mark_one_per_user(rows, config.seed)
     notes = [
         "Paper: 1,232 train users with 22.1 pairs and 139 new ones with 14.5 (support). Its main text rests on one query pair "
         "for each new user (subset one_per_user), where the standard error of an accuracy is about 4 points.",
-        f"Dialogues without a usable turn: {len(unusable)} ({', '.join(sorted(unusable)[:3])}).",
+        f"Dialogues without a usable turn: {', '.join(sorted(unusable)[:10]) or 'none'}.",
     ]
+    if not full:
+        notes.append(f"Not the full source ({FULL['conversations']} conversations): nothing could be asserted.")
     return Built(rows, dict(counts), notes, files)
 
 
@@ -105,8 +108,12 @@ def _conversation(place: str, row: dict) -> tuple[str, str, list[dict]]:
                 raise PyargsError(
                     f"{place}: a content in turn {item['turn']} is {type(item['content']).__name__}, not a string."
                 )
+            if item["role"] not in ("user", "model") or (item["role"] == "model" and type(item["if_chosen"]) is not bool):
+                raise PyargsError(f"{place}: turn {item['turn']} has a role or an if_chosen that PRISM does not know.")
             kind = "user" if item["role"] == "user" else "chosen" if item["if_chosen"] else "rejected"
             turns[item["turn"]][kind].append(item["content"])
+        if not isinstance(row["conversation_id"], str) or not isinstance(row["user_id"], str):
+            raise PyargsError(f"{place}: conversation_id or user_id is not a string.")
         return row["conversation_id"], row["user_id"], [turns[number] for number in sorted(turns)]
     except (KeyError, TypeError) as error:
         raise PyargsError(f"{place}: not a conversation of PRISM ({type(error).__name__}: {error}).") from None
@@ -180,10 +187,11 @@ def _whole(rows: list[dict]) -> tuple[list[dict], int]:
     return [row for row in rows if row["user_id"] in keep], len(splits) - len(keep)
 
 
-def _mark_one_per_user(rows: list[dict], seed: int) -> None:
+def _mark_one_per_user(rows: list[dict], seed: int) -> int:
     queries = defaultdict(list)
     for row in rows:
         if row["split"] == "query":
             queries[row["user_id"]].append(row)
     for user, own in queries.items():
         random.Random(f"{seed} one {user}").choice(own)["subset"] = "one_per_user"
+    return len(queries)

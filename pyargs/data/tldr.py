@@ -7,6 +7,7 @@ the shorter (Li et al. 2024; Chen et al. 2024), and so do 22 and 9 of the 31 wor
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,7 @@ NEW_WORKERS = (
     "sC4a4UNRMSYCGopXr3K8znnyna6TVh"
 ).split()
 SHORTER = {*TRAIN_WORKERS[3:6], *NEW_WORKERS[22:]}
+PARTS = {"train": "train", "valid1": "validation", "valid2": "validation", "validation": "validation"}  # of `split`
 FULL = {"train rows": 92858, "validation rows": 86086}  # printed by public notebooks; then these must come out, too
 EXPECTED = {
     "train rows kept": 38487, "validation rows kept": 16294, "rows of the ten workers": 23299,
@@ -69,10 +71,14 @@ def build(source: str, config: Config) -> Built:
     counts: Counter[str] = Counter()
     kept: dict[str, list[dict]] = {"train": [], "validation": []}
     workers: Counter[str] = Counter()
+    before: set[str] = set()
     for path in paths:
         for place, row in sources.rows(path):
             part, row = _row(place, row)
             counts[f"{part} rows"] += 1
+            content = repr(row)
+            counts["rows that are there before (the same worker, post and summaries)"] += content in before
+            before.add(content)
             policies = [summary["policy"] for summary in row["summaries"]]
             if not all("sup" in policy and "ppo" not in policy and "cnn" not in policy for policy in policies):
                 continue
@@ -89,7 +95,8 @@ def build(source: str, config: Config) -> Built:
     counts["rows of the ten workers"] = len(train) + len(train_test)
     counts["validation rows of the ten workers"] = len(seen_test)
     counts["train pairs before equal lengths are dropped"] = len(train)
-    if all(counts[name] == count for name, count in FULL.items()):
+    full = all(counts[name] == count for name, count in FULL.items())
+    if full:
         _expect({name: counts[name] for name in EXPECTED}, EXPECTED)
         _expect([worker for worker, _ in workers.most_common(10)], TRAIN_WORKERS)
     splits = {"train": train, "train_test": train_test, "support": [], "query": [], "seen_test": seen_test}
@@ -109,6 +116,10 @@ def build(source: str, config: Config) -> Built:
         "Several workers judge the same pairs of summaries, so that train and train_test share posts (PAL splits by row).",
         f"Prompt: '{INSTRUCTION}' and the post. seen_test holds the ten workers' rows of the validation files.",
     ]
+    if not full:
+        notes.append(
+            f"Not the full source ({FULL['train rows']} + {FULL['validation rows']} rows): nothing could be asserted."
+        )
     extra = {"seen_test": made.pop("seen_test")}
     return Built([row for rows in made.values() for row in rows], dict(counts), notes, paths, extra)
 
@@ -117,11 +128,15 @@ def _paths(source: Path) -> list[Path]:
     if source.is_file():
         return [source]
     folder = source / "comparisons" if (source / "comparisons").is_dir() else source
-    found = sorted(path for pattern in ("*.json", "*.json.gz", "*.jsonl", "*.jsonl.gz", "*.parquet")
-                   for path in folder.rglob(pattern))  # fmt: skip
+    found = [path for pattern in ("*.json", "*.json.gz", "*.jsonl", "*.jsonl.gz", "*.parquet")
+             for path in folder.rglob(pattern) if not path.name.startswith(".")]  # fmt: skip
     if not found:
         raise PyargsError(f"{folder} holds no .json, .jsonl (either with .gz) or .parquet file of comparisons.")
-    return found
+    stems = [str(path.parent / path.name.split(".")[0]) for path in found]
+    if len(set(stems)) < len(stems):
+        raise PyargsError(f"{max(stems, key=stems.count)} is there in two forms (such as .json and .json.gz): remove one.")
+    # batch3 before batch10: the seeded draws depend on the order of rows.
+    return sorted(found, key=lambda path: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path))])
 
 
 def _row(place: str, row: dict) -> tuple[str, dict]:
@@ -134,10 +149,15 @@ def _row(place: str, row: dict) -> tuple[str, dict]:
         for summary in (first, second):
             if not isinstance(summary["text"], str) or not isinstance(summary["policy"], str):
                 raise PyargsError(f"{place}: a summary's text or policy is not a string.")
-        part = "train" if row["split"] == "train" else "validation"
-        return part, {"worker": row["worker"], "post": row["info"].get("post"), "summaries": (first, second)}
+        worker, post = row["worker"], row["info"].get("post")
+        if not isinstance(worker, str) or not isinstance(post, (str, type(None))):
+            raise PyargsError(f"{place}: the worker or the post is not a string.")
+        return PARTS[row["split"]], {"worker": worker, "post": post, "summaries": (first, second)}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise PyargsError(f"{place}: not a comparison of {REPOSITORY} ({type(error).__name__}: {error}).") from None
+        raise PyargsError(
+            f"{place}: not a comparison of {REPOSITORY} ({type(error).__name__}: {error}). A file of something else? Leave it "
+            "out, or give the folder `comparisons` as --source."
+        ) from None
 
 
 def _stratified(rows: list[dict]) -> tuple[list[dict], list[dict]]:

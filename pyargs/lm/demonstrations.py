@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from pyargs.errors import UnknownUser, did_you_mean
+from pyargs.errors import PyargsError, UnknownUser, did_you_mean
 from pyargs.lm.embed import embed
 from pyargs.lm.encode import check_messages, encode_prompt
 
@@ -63,7 +63,7 @@ class Demonstrations:
         """Ids of the prompt with its demonstrations, in the model's template.
 
         What is longer than max_tokens loses demonstrations, the farthest first, then what `encode_prompt` cuts: the oldest
-        turns, which stand before, and the end of the last content.
+        turns, which stand before, and the end of the last content. Template and instruction are never cut: PyargsError.
         """
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         check_messages(messages)
@@ -77,8 +77,12 @@ class Demonstrations:
 
         while len(found := ids()) > self.max_tokens and shown:
             shown = shown[1:]
-        # Without demonstrations nothing of the layout can be lost: the rest is cut as any prompt is.
-        return found if len(found) <= self.max_tokens else ids(self.max_tokens)
+        if len(found) <= self.max_tokens:
+            return found
+        # Without demonstrations nothing of the layout can be lost: the rest is cut as any prompt is, from its end.
+        if len(encode_prompt(tokenizer, self.instruction)) >= self.max_tokens and asked != last["content"]:
+            raise PyargsError(f"max_tokens={self.max_tokens} leaves no room behind the instruction: raise it")
+        return ids(self.max_tokens)
 
     def _layout(self, tokenizer, shown: list[dict], asked: str) -> str:
         if not shown:

@@ -86,8 +86,8 @@ def _encoder(name: str, identity: str):
         encoder = SentenceTransformer(str(folder))
     except (OSError, ValueError) as error:
         raise PyargsError(
-            f"cannot load the embedding model '{name}': {str(error).splitlines()[0]}. Fix: name a local folder, check the "
-            "network, or take 'minilm', which needs no hub."
+            f"cannot load the embedding model '{name}': {str(error).splitlines()[0].rstrip('.')}. Fix: name a local folder, "
+            "check the network, or take 'minilm', which needs no hub."
         ) from error
     encoder.max_seq_length = min(encoder.max_seq_length or MAX_TOKENS, MAX_TOKENS)
     return encoder

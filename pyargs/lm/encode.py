@@ -16,7 +16,7 @@ def encode_prompt(tokenizer, prompt: str | list[dict], max_tokens: int | None = 
 
     prompt: one user turn as a str, or messages {"role", "content"} that end with a user turn. What is longer than
     max_tokens is shortened before templating: first the oldest turns go (a system turn stays), then the end of the last
-    content is cut. Template and instruction are never cut, so a too small max_tokens raises PyargsError.
+    content is cut. The template is never cut, so a too small max_tokens raises PyargsError.
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
     check_messages(messages)

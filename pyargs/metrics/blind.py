@@ -31,7 +31,7 @@ def overlap(prompt: str, response: str) -> float:
     return len(found & set(words(prompt))) / max(1, len(found))
 
 
-SCORERS = {
+SCORERS = {  # the last one compares with the prompt, the others see nothing but form
     "words": lambda prompt, response: len(response.split()),
     "characters": lambda prompt, response: len(response),
     "lines": lambda prompt, response: response.strip().count("\n"),
@@ -39,6 +39,7 @@ SCORERS = {
     "brackets": lambda prompt, response: sum(response.count(mark) for mark in '()[]{}<>"“”:*#'),
     "word_overlap": overlap,
 }
+FORM = [name for name in SCORERS if name != "word_overlap"]
 
 
 def blind(

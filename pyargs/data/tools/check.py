@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections import defaultdict
@@ -13,12 +14,10 @@ from pyargs.errors import PyargsError
 
 FIRST = 3  # rows named for each finding
 ONE_SIDED = 5.0  # points between the two sides from which a matter of form counts as an artefact
-# What belongs to a template or to Python's way of printing, never to a text.
-ARTEFACTS = {
-    "template markers in a text": re.compile(r"<\|[a-z_]+\|>|</?s>|\[/?INST\]|<<SYS>>|<(start|end)_of_turn>"),
-    "a printed list instead of its texts": re.compile(r"^\s*\[\s*['\"].*['\"]\s*\]\s*$", re.DOTALL),
-}
-TURNS = re.compile(r"^(Human|Assistant|User):", re.MULTILINE)
+DECIDED = 75.0  # percent from which a scorer of form alone is worth a note
+# What belongs to a template, never to a text.
+MARKERS = re.compile(r"<[|｜][^|｜\s<>]{1,40}[|｜]>|^\s*<s>|</s>\s*$|\[/?INST\]|<<SYS>>|<(start|end)_of_turn>")
+TURNS = re.compile(r"^(### ?)?(Human|Assistant|User|Instruction|Response):", re.MULTILINE)
 FORM = {
     "white space at the beginning": lambda text: text != text.lstrip(),
     "white space at the end": lambda text: text != text.rstrip(),
@@ -30,12 +29,12 @@ FORM = {
 def check(rows: Iterable[tuple[str, dict]], *, embedder: str | None = "minilm") -> dict:
     """A report on rows with the columns of `pyargs.data`; (place, row) as `sources.rows` gives them.
 
-    problems: what makes results wrong: rows that cannot be read, a user who is both trained on and adapted to, a pair in
-    two splits of one user, a pair of train users among the adapt users', artefacts of form. notes: what a reader of results
-    must know: prompts and pairs that splits share otherwise, repetitions, contradictions. blind: accuracies of
-    `metrics.blind`. Each finding has a count and the first rows; an empty `problems` is a clean set.
-    Raises PyargsError without a single readable row.
+    problems: what makes results wrong: rows that cannot be used, users who are both trained on and adapted to, an answer that
+    is known from another split, artefacts of form. notes: what a reader of results must know: prompts and pairs that splits
+    share otherwise, repetitions, contradictions, a form that decides. blind: accuracies of `metrics.blind`. Each finding has
+    a count and the first rows; an empty `problems` is a clean set. Raises PyargsError without a single readable row.
     """
+    from pyargs.metrics.blind import FORM as FORMS
     from pyargs.metrics.blind import blind
 
     problems, notes, good = defaultdict(list), defaultdict(list), []
@@ -49,32 +48,58 @@ def check(rows: Iterable[tuple[str, dict]], *, embedder: str | None = "minilm") 
     _form(good, problems, notes)
     _leaks(good, problems, notes)
     table = {name: [row[name] for _, row in good] for name in ("user_id", "prompt", "chosen", "rejected", "split")}
-    splits = {}
+    splits, of_split = {}, {}
     for split in preferences.SPLITS:
         users = [user for user, s in zip(table["user_id"], table["split"], strict=True) if s == split]
+        of_split[split] = set(users)
         if users:
-            splits[split] = {"pairs": len(users), "users": len(set(users))}
+            splits[split] = {"pairs": len(users), "users": len(of_split[split])}
+    for one, other in (("query", "support"), ("support", "query"), ("train_test", "train")):
+        notes[f"users with {one} pairs and no {other} pairs"] += sorted(of_split[one] - of_split[other])
+    found = blind(table["prompt"], table["chosen"], table["rejected"], table["user_id"], embedder=embedder)
+    for name in FORMS:
+        if (reached := max(found[name]["accuracy"], found[name]["reversed"])) >= DECIDED:
+            notes["a form that decides"].append(f"{name}: {reached}% of the pairs")
     return {
-        "rows": len(good) + len(problems.get("rows that cannot be used", ())),
-        "splits": splits,
-        "problems": _shortened(problems),
-        "notes": _shortened(notes),
-        "blind": blind(table["prompt"], table["chosen"], table["rejected"], table["user_id"], embedder=embedder),
-    }
+        "rows": len(good) + len(problems.get("rows that cannot be used", ())), "splits": splits,
+        "problems": _shortened(problems), "notes": _shortened(notes), "blind": found,
+    }  # fmt: skip
 
 
 def _shortened(found: dict[str, list[str]]) -> dict[str, dict]:
     return {name: {"count": len(places), "first": places[:FIRST]} for name, places in found.items() if places}
 
 
+def _printed(text: str) -> bool:
+    """Whether a text is how Python prints a list: what becomes of replies or messages that were taken for one text."""
+    if not (text.strip().startswith("[") and text.strip().endswith("]")):
+        return False
+    try:
+        value = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return False
+    return isinstance(value, list) and bool(value) and all(isinstance(part, (str, dict)) for part in value)
+
+
 def _form(good, problems, notes) -> None:
+    kinds = {isinstance(row["prompt"], str) for _, row in good}
+    if len(kinds) > 1:
+        problems["prompts of both kinds, texts and messages"].append(f"{good[0][0]} is the one, another row the other")
     for place, row in good:
         turns = [row["prompt"]] if isinstance(row["prompt"], str) else [message["content"] for message in row["prompt"]]
-        for name, pattern in ARTEFACTS.items():
-            if any(pattern.search(text) for text in (*turns, row["chosen"], row["rejected"])):
-                problems[name].append(place)
+        texts = (*turns, row["chosen"], row["rejected"])
+        if any(MARKERS.search(text) for text in texts):
+            problems["template markers in a text"].append(place)
+        if any(_printed(text) for text in texts):
+            problems["a printed list instead of its texts"].append(place)
         if any(TURNS.search(text) for text in turns):
             notes["turns written into a prompt's text instead of messages"].append(place)
+        if not isinstance(row["prompt"], str):
+            roles = [message["role"] for message in row["prompt"]]
+            if roles[-1] != "user" or set(roles) - {"system", "user", "assistant"}:
+                problems["prompts that do not end with a user's turn, or have unknown roles"].append(place)
+        if row["chosen"].strip().casefold() == row["rejected"].strip().casefold():
+            notes["responses that differ in white space or case alone"].append(place)
     for name, test in FORM.items():
         shares = [100 * sum(test(row[side]) for _, row in good) / len(good) for side in ("chosen", "rejected")]
         if len(good) >= 20 and abs(shares[0] - shares[1]) > ONE_SIDED:
@@ -83,22 +108,44 @@ def _form(good, problems, notes) -> None:
 
 
 def _leaks(good, problems, notes) -> None:
-    kinds, of_pair, of_prompt = defaultdict(dict), defaultdict(list), defaultdict(list)
+    kinds, of_pair, of_prompt, of_answer = defaultdict(dict), defaultdict(list), defaultdict(list), defaultdict(list)
+    numbered = defaultdict(dict)
     for place, row in good:
-        kind = "train" if row["split"] in ("train", "train_test") else "adapt"
-        kinds[row["user_id"]].setdefault(kind, place)
+        kinds[row["user_id"]].setdefault(_kind(row), place)
         prompt = json.dumps(row["prompt"])
-        of_pair[(prompt, *sorted((row["chosen"], row["rejected"])))].append((place, row))
+        texts = (prompt, *sorted((row["chosen"].strip(), row["rejected"].strip())))
+        of_pair[texts].append((place, row))
         of_prompt[prompt].append(row)
+        of_answer[prompt, row["chosen"].strip()].append((place, row))
+        numbered[row["pair_id"]].setdefault(texts, place)
     for user, places in kinds.items():
         if len(places) == 2:
             problems["users trained on and adapted to"].append(f"{user}: {places['train']}, {places['adapt']}")
+    for pair_id, places in numbered.items():
+        if len(places) > 1:
+            problems["one pair_id for different pairs"].append(f"{pair_id}: {', '.join(places.values())}")
     for same in of_pair.values():
         if len(same) > 1:
             _same_pair(same, problems, notes)
+    # With few prompts for many pairs an answer stands in several pairs; else it is what would have to be guessed.
+    known = notes if len(of_prompt) < len(of_pair) / 2 else problems
+    for same in of_answer.values():
+        for user in {row["user_id"] for _, row in same} if len(same) > 1 else ():
+            own = [(place, row["split"]) for place, row in same if row["user_id"] == user]
+            if len({split for _, split in own}) > 1:
+                places = f"{user}: " + ", ".join(place for place, _ in own)
+                known["one answer to a prompt in two splits of a user"].append(places)
     for prompt, several in of_prompt.items():
         for one, other in combinations(sorted({row["split"] for row in several}), 2):
             notes[f"prompts in {one} and {other}"].append(prompt[:80])
+    for same in of_answer.values():
+        if {_kind(row) for _, row in same} == {"train", "adapt"}:
+            places = ", ".join(place for place, _ in same)
+            known["answers of train users that are an adapt user's, to the same prompt"].append(places)
+
+
+def _kind(row: dict) -> str:
+    return "train" if row["split"] in ("train", "train_test") else "adapt"
 
 
 def _same_pair(same: list[tuple[str, dict]], problems, notes) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -38,11 +39,12 @@ def write(out: str | Path, built: Built, *, title: str, about: str, licence: str
     dataset = preferences.to_dataset(preferences.check(built.rows, where=title))
     splits = {split: [row for row in built.rows if row["split"] == split] for split in data.SPLITS} | built.extra
     splits = {split: rows for split, rows in splits.items() if rows}
+    base = Path(os.path.commonpath([path.parent for path in built.sources]))
     places = ((f"{split}.parquet, row {number}", row) for split in data.SPLITS
               for number, row in enumerate(splits.get(split, ()), 1))  # fmt: skip
     found = {
         "name": title, "how": how, "counts": built.counts, "notes": built.notes,
-        "sources": {path.name: files.sha256(path) for path in built.sources},
+        "sources": {path.relative_to(base).as_posix(): files.sha256(path) for path in built.sources},
         "statistics": statistics(dataset), "check": check(places, embedder=embedder),
     }  # fmt: skip
     with files.writing(out) as folder:
@@ -67,6 +69,9 @@ def _parquet(path: Path, rows: list[dict]) -> None:
 def card(found: dict, about: str, licence: str, splits: Iterable[str]) -> str:
     """The README.md of a built set: its header makes the folder a data set of the hub."""
     numbers, checked = found["statistics"], found["check"]
+    extra = [
+        f"`{split}` is a further split, which pyargs does not load." for split in splits if split not in numbers["splits"]
+    ]
     of_split = [
         [split, s["pairs"], s["users"], *(s["pairs_per_user"][key] for key in ("min", "median", "mean", "max"))]
         for split, s in numbers["splits"].items()
@@ -81,6 +86,7 @@ def card(found: dict, about: str, licence: str, splits: Iterable[str]) -> str:
         *(f"  - split: {split}\n    path: {split}.parquet" for split in splits), "---", "",
         f"# {found['name']}", "", about, "", f"Licence: {licence}", "",
         "## Splits", "", *_table(["split", "pairs", "users", "min per user", "median", "mean", "max"], of_split), "",
+        *extra, "",
         f"{numbers['different_pairs']} different pairs (prompt and two responses) of {numbers['prompts']} prompts; users per "
         f"pair: mean {numbers['users_per_pair']['mean']}, at most {numbers['users_per_pair']['max']}.", "",
         *_table(["words", "min", "median", "mean", "max"], lengths), "",

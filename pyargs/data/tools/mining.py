@@ -34,7 +34,7 @@ def hard_negatives(
     users, titles: N each; vectors: unit vectors float32 [N, d]; keys: N ids (default: the row numbers), so that a draw does
     not depend on the other rows. Left out: everything that has a title of the user's own (also in another user's hands), and
     what is nearer than `near` in cosine, which is the same text again (default 0.95). Ties go to the lower row.
-    Raises PyargsError where nothing is left for a text.
+    Raises PyargsError where fewer than k are left for a text.
     """
     from sklearn.neighbors import NearestNeighbors
 
@@ -56,15 +56,16 @@ def hard_negatives(
     for row in progress(range(len(names))):
         i = place[first[names[row], vectors[row].tobytes()]]
         allowed = []
-        for distance, j in sorted(zip(distances[i].tolist(), pool[neighbours[i]].tolist(), strict=True)):
+        # Six digits: the seventh depends on the batch in which a text was embedded.
+        for distance, j in sorted(zip(distances[i].round(6).tolist(), pool[neighbours[i]].tolist(), strict=True)):
             if names[j] not in own[users[row]] and 1 - distance < near:
                 allowed.append(Negative(j, 1 - distance, len(allowed)))
                 if len(allowed) == k:
                     break
-        if not allowed or (len(allowed) < k and count < len(pool)):
+        if len(allowed) < k:
             raise PyargsError(
                 f"'{titles[row][:60]}' of user {users[row]}: {len(allowed)} of {k} similar texts of others are left after "
-                "the user's own and near-duplicates. Fix: more users, a smaller k, or a higher limit of nearness."
+                "the user's own and near-duplicates. Fix: more users, a smaller k, or a higher limit of nearness (near)."
             )
         key = keys[row] if keys is not None else row
         found.append(random.Random(f"{seed} {users[row]} {key}").choice(allowed))

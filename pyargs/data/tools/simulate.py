@@ -17,15 +17,12 @@ TASTES: dict[str, Callable[[str], float]] = {
 }
 
 
-def label_densely(
-    pairs: Sequence[dict], *, users: int, labels_per_pair: int, splits: dict[str, float], name: str = "sim", seed: int = 0
-) -> list[dict]:  # fmt: skip
+def label_densely(pairs: Sequence[dict], *, users: int, labels_per_pair: int, name: str = "sim", seed: int = 0) -> list[dict]:
     """`labels_per_pair` of `users` simulated users judge every pair; each wants a random mixture of measurable attributes.
 
-    pairs: rows with prompt, chosen, rejected, pair_id, whose own label does not count. A user's reward of a response is the
-    inner product of standard normal weights with its attributes, standardized over all responses; the label is the larger
-    one, without noise. splits: name -> share of the pairs (not of the labels), so that no pair is in two splits.
-    Raises PyargsError for more labels per pair than users.
+    pairs: rows with prompt, chosen, rejected, pair_id and split, whose own label does not count. A user's reward of a
+    response is the inner product of standard normal weights with its attributes, standardized over all responses; the label
+    is the larger one, without noise. Raises PyargsError for more labels per pair than users.
     """
     if labels_per_pair > users:
         raise PyargsError(f"{labels_per_pair} labels per pair need at least as many simulated users, not {users}.")
@@ -36,7 +33,6 @@ def label_densely(
     scale = values.std(0)
     values = (values - values.mean(0)) / np.where(scale > 0, scale, 1.0)
     difference = values[0::2] - values[1::2]
-    of_pair = _assign(len(pairs), splits, rng)
     width = len(str(users - 1))
     rows = []
     for number, pair in enumerate(pairs):
@@ -48,17 +44,7 @@ def label_densely(
             top = max(range(len(TASTES)), key=lambda i: abs(weights[user, i]))
             rows.append({
                 "user_id": f"{name}_{user:0{width}d}", "prompt": pair["prompt"], "chosen": pair[sides[0]],
-                "rejected": pair[sides[1]], "split": of_pair[number], "pair_id": pair["pair_id"],
+                "rejected": pair[sides[1]], "split": pair["split"], "pair_id": pair["pair_id"],
                 "attribute": f"{'+' if weights[user, top] > 0 else '-'}{list(TASTES)[top]}",
             })  # fmt: skip
     return rows
-
-
-def _assign(count: int, splits: dict[str, float], rng: random.Random) -> list[str]:
-    order = rng.sample(range(count), count)
-    found, start = [""] * count, 0.0
-    for name, share in splits.items():
-        for i in order[round(start * count) : round((start + share) * count)]:
-            found[i] = name
-        start += share
-    return found

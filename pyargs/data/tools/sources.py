@@ -17,7 +17,7 @@ from pyargs.files import sha256
 from pyargs.lm.hub import cache_dir
 
 BLOCK = 1 << 20
-DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError)
+DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError, RecursionError)
 
 
 def local(source: str | Path) -> Path:
@@ -91,7 +91,9 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def _open(path: Path):
-    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")
+    # -sig: a byte order mark, as some editors write one, is no part of the first line.
+    opener = gzip.open if path.suffix == ".gz" else open
+    return opener(path, "rt", encoding="utf-8-sig")
 
 
 def from_hub(repo: str, patterns: list[str], *, revision: str | None = None) -> Path:
