@@ -387,6 +387,11 @@ def test_prism_split_is_that_of_the_notebook():
     assert counts["train users drawn"] == len({d.split("-")[0] for d in expected})
 
 
+def test_prism_drops_users_with_one_dialogue():
+    counts, found = prism_set._split({f"user{i}": [f"c{i}"] for i in range(20)}, seed=0)
+    assert found == {} and counts["users with a single dialogue dropped"] == 20
+
+
 def test_prism_refuses(tmp_path):
     def twice(survey, conversations):
         conversations.append(conversations[0])
@@ -699,6 +704,18 @@ def test_a_draw_depends_on_user_and_key_alone():
     assert all(n.cosine < limit for n in far) and max(n.cosine for n in one) > limit
     with pytest.raises(PyargsError, match="0 of 4 similar texts"):
         mining.hard_negatives(["a"] * 40, titles, vectors, k=4)
+
+
+def test_a_users_own_papers_do_not_use_up_the_neighbours(monkeypatch):
+    """However many of the nearest are the user's own: the k nearest of others are found."""
+    monkeypatch.setattr(mining, "SPARE", 0)
+    rng = np.random.default_rng(0)
+    close = np.array([1.0, 0, 0, 0, 0]) + 0.1 * rng.standard_normal((30, 5))  # all of one user
+    vectors = np.concatenate([close, rng.standard_normal((10, 5))]).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    users, titles = ["a"] * 30 + ["b"] * 10, [f"t{i}" for i in range(40)]
+    found = mining.hard_negatives(users, titles, vectors, k=5, near=1.1)
+    assert all(negative.row >= 30 for negative in found[:30])
 
 
 @needs_shared
