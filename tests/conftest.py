@@ -121,3 +121,47 @@ def with_threads():
             torch.set_num_threads(before)
 
     return call
+
+
+@pytest.fixture
+def encoder(tmp_path) -> str:
+    """A sentence encoder of random weights: similar words, similar vectors."""
+    from pyargs.data import synthetic
+
+    return str(synthetic.tiny_lm(tmp_path / "encoder"))
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A web server over a folder; `server.cut` breaks the next answer off after so many bytes; `server.ranges` = False."""
+    import http.server
+    import threading
+
+    folder = tmp_path / "served"
+    folder.mkdir()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            path = folder / self.path.lstrip("/")
+            if not path.is_file():
+                return self.send_error(404)
+            content, asked = path.read_bytes(), self.headers.get("Range")
+            start = int(asked[len("bytes=") :].rstrip("-")) if asked and web.ranges else 0
+            web.asked.append(asked)
+            if start >= len(content):
+                return self.send_error(416)
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(content) - start))
+            self.end_headers()
+            self.wfile.write(content[start:][: web.cut])
+            web.cut = None
+
+        def log_message(self, *_):
+            pass
+
+    web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    web.cut, web.ranges, web.asked, web.folder = None, True, [], folder
+    web.address = f"http://127.0.0.1:{web.server_address[1]}"
+    threading.Thread(target=web.serve_forever, daemon=True).start()
+    yield web
+    web.shutdown()

@@ -14,11 +14,6 @@ from pyargs.store import Store
 TEXTS = ["red dog near hill", "cat", "blue fox under snow and rain", "cat"]
 
 
-@pytest.fixture
-def encoder(tmp_path) -> str:
-    return str(synthetic.tiny_lm(tmp_path / "encoder"))
-
-
 def test_vectors_are_unit_and_those_of_sentence_transformers(encoder):
     from sentence_transformers import SentenceTransformer
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,7 +153,7 @@ def build(source: str, config: Config) -> Built:
     sim_... and new_sim_.... Raises PyargsError: bad rows, simulated new users for a source without support and query.
     """
     from pyargs.data.tools.folder import Built
-    from pyargs.data.tools.simulate import label_densely
+    from pyargs.data.tools.simulate import simulate
 
     if source == "hub":
         raise PyargsError("preferences have no official place: give --source a file, or a built folder.")
@@ -163,32 +162,11 @@ def build(source: str, config: Config) -> Built:
     files = [path] if path.is_file() else sorted(path.glob("*.parquet"))
     rows, counts, notes = own, {"rows of the source": len(own)}, []
     if config.simulated_users or config.simulated_new_users:
-        rows = list(own) if config.hybrid else []
-        splits: dict[str, set[str]] = {}
-        pairs: dict[str, dict] = {}
-        for row in own:
-            splits.setdefault(text_id(row), set()).add(row["split"])
-            pairs.setdefault(text_id(row), row | {"pair_id": text_id(row)})
-        rng = random.Random(f"{config.seed} pairs")
-        for name, users, of in (
-            ("sim", config.simulated_users, ("train", "train_test")),
-            ("new_sim", config.simulated_new_users, ("support", "query")),
-        ):
-            if not users:
-                continue
-            if name == "sim":  # as the source has split them; a pair that it has on both sides is left out
-                some = [pair | {"split": split} for split in of for key, pair in pairs.items() if splits[key] == {split}]
-                some = rng.sample(some, min(config.simulated_pairs or len(some), len(some)))
-            else:  # its users are others, and no pair may be in both halves
-                some = [pair for key, pair in pairs.items() if splits[key] <= set(of)]
-                order = rng.sample(range(len(some)), len(some))
-                some = [some[i] | {"split": of[n % 2]} for n, i in enumerate(order)]
-            if not some:
-                raise PyargsError(f"{path.name} has no rows of {' or '.join(of)} for simulated users to label.")
-            labels = min(config.labels_per_pair, users)
-            made = label_densely(some, users=users, labels_per_pair=labels, name=name, seed=config.seed)
-            counts |= {f"pairs labelled by {name} users": len(some), f"labels of {name} users": len(made)}
-            rows += made
+        made, more = simulate(
+            own, users=config.simulated_users, new_users=config.simulated_new_users, labels_per_pair=config.labels_per_pair,
+            max_pairs=config.simulated_pairs, seed=config.seed,
+        )  # fmt: skip
+        rows, counts = [*(own if config.hybrid else []), *made], counts | more
         notes.append(
             "Simulated users want a random mixture of measurable attributes (length, word length, first and second person, "
             "sentence length); their labels have no noise. PReF's own set was labelled by a language model with personas."

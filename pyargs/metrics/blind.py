@@ -39,7 +39,7 @@ SCORERS = {  # the last one compares with the prompt, the others see nothing but
     "brackets": lambda prompt, response: sum(response.count(mark) for mark in '()[]{}<>"“”:*#'),
     "word_overlap": overlap,
 }
-FORM = [name for name in SCORERS if name != "word_overlap"]
+FORM_SCORERS = [name for name in SCORERS if name != "word_overlap"]
 
 
 def blind(

@@ -34,8 +34,7 @@ def check(rows: Iterable[tuple[str, dict]], *, embedder: str | None = "minilm") 
     share otherwise, repetitions, contradictions, a form that decides. blind: accuracies of `metrics.blind`. Each finding has
     a count and the first rows; an empty `problems` is a clean set. Raises PyargsError without a single readable row.
     """
-    from pyargs.metrics.blind import FORM as FORMS
-    from pyargs.metrics.blind import blind
+    from pyargs.metrics.blind import FORM_SCORERS, blind
 
     problems, notes, good = defaultdict(list), defaultdict(list), []
     for place, raw in rows:
@@ -57,7 +56,7 @@ def check(rows: Iterable[tuple[str, dict]], *, embedder: str | None = "minilm") 
     for one, other in (("query", "support"), ("support", "query"), ("train_test", "train")):
         notes[f"users with {one} pairs and no {other} pairs"] += sorted(of_split[one] - of_split[other])
     found = blind(table["prompt"], table["chosen"], table["rejected"], table["user_id"], embedder=embedder)
-    for name in FORMS:
+    for name in FORM_SCORERS:
         if (reached := max(found[name]["accuracy"], found[name]["reversed"])) >= DECIDED:
             notes["a form that decides"].append(f"{name}: {reached}% of the pairs")
     return {

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from pyargs.data import preferences
 from pyargs.data.demo import ATTRIBUTES
 from pyargs.errors import PyargsError
 
@@ -15,6 +16,38 @@ TASTES: dict[str, Callable[[str], float]] = {
     "length": lambda text: len(text.split()),
     **{name: function for name, (function, *_) in ATTRIBUTES.items()},
 }
+
+
+def simulate(
+    rows: Sequence[dict], *, users: int, new_users: int, labels_per_pair: int, max_pairs: int | None = None, seed: int = 0
+) -> tuple[list[dict], dict[str, int]]:  # fmt: skip
+    """Simulated users over the pairs of checked rows: rows of users sim_... and new_sim_..., and counts.
+
+    `users` label the pairs of train and train_test as they are split (one that is in both is left out, max_pairs drawn);
+    `new_users` label those of support and query, each pair in one half. Raises PyargsError where there are no such pairs.
+    """
+    splits: dict[str, set[str]] = {}
+    pairs: dict[str, dict] = {}
+    for row in rows:
+        key = preferences.text_id(row)
+        splits.setdefault(key, set()).add(row["split"])
+        pairs.setdefault(key, row | {"pair_id": key})
+    rng = random.Random(f"{seed} pairs")
+    old, new = ("train", "train_test"), ("support", "query")
+    trained = [pair | {"split": split} for split in old for key, pair in pairs.items() if splits[key] == {split}]
+    trained = rng.sample(trained, min(max_pairs or len(trained), len(trained)))
+    adapted = [pair for key, pair in pairs.items() if splits[key] <= set(new)]
+    adapted = [pair | {"split": new[i % 2]} for i, pair in enumerate(rng.sample(adapted, len(adapted)))]
+    made, counts = [], {}
+    for name, count, some, of in (("sim", users, trained, old), ("new_sim", new_users, adapted, new)):
+        if not count:
+            continue
+        if not some:
+            raise PyargsError(f"the source has no rows of {' or '.join(of)} for simulated users to label.")
+        labels = label_densely(some, users=count, labels_per_pair=min(labels_per_pair, count), name=name, seed=seed)
+        counts |= {f"pairs labelled by {name} users": len(some), f"labels of {name} users": len(labels)}
+        made += labels
+    return made, counts
 
 
 def label_densely(pairs: Sequence[dict], *, users: int, labels_per_pair: int, name: str = "sim", seed: int = 0) -> list[dict]:
