@@ -896,7 +896,10 @@ def test_too_long_prompts_lose_the_farthest_demonstrations_first(shown):
     model.demonstrations.max_tokens = 4
     with pytest.raises(PyargsError, match="no room"):
         model.prompt_ids("tell me about the old one", "new_00")
-    model.demonstrations.instruction, model.demonstrations.max_tokens = "tell me about the ", 14
+    from pyargs.lm.encode import encode_prompt
+
+    model.demonstrations.instruction = "tell me about the "
+    model.demonstrations.max_tokens = len(encode_prompt(model.tokenizer, model.demonstrations.instruction))
     with pytest.raises(PyargsError, match="no room behind the instruction"):
         model.prompt_ids("tell me about the old one " + "old " * 20, "new_00")
 

@@ -11,6 +11,7 @@ from rows import row, write
 
 from pyargs import data
 from pyargs.data import preferences
+from pyargs.data.tools import schema
 from pyargs.errors import PyargsError
 
 # ---- preference files ----
@@ -36,27 +37,27 @@ def test_reads_every_format(tmp_path, name):
 
 
 def test_all_counts_as_train_and_own_train_test_is_kept():
-    rows = preferences.check([row(role="all", split="all", prompt=f"p{i}") for i in range(5)])
+    rows = schema.check([row(role="all", split="all", prompt=f"p{i}") for i in range(5)])
     assert {r["split"] for r in rows} == {"train"}
-    rows = preferences.check([row(prompt=f"p{i}", role="train_test" if i == 3 else "train") for i in range(5)])
-    assert preferences.carve(rows) == rows
+    rows = schema.check([row(prompt=f"p{i}", role="train_test" if i == 3 else "train") for i in range(5)])
+    assert schema.carve(rows) == rows
 
 
 def test_split_serves_where_role_is_missing_or_null():
-    assert preferences.check([row(role=..., split="query")])[0]["split"] == "query"
-    assert preferences.check([row(role=None, split="support")])[0]["split"] == "support"
+    assert schema.check([row(role=..., split="query")])[0]["split"] == "query"
+    assert schema.check([row(role=None, split="support")])[0]["split"] == "support"
 
 
 def test_chat_prompts_and_conversational_responses():
     chat = [{"role": "user", "content": "hi", "name": "x"}]
     said = [{"role": "assistant", "content": "good"}]
-    dataset = preferences.to_dataset(preferences.check([row(prompt=chat, chosen=said)]))
+    dataset = schema.to_dataset(schema.check([row(prompt=chat, chosen=said)]))
     assert dataset[0]["prompt"] == [{"role": "user", "content": "hi"}] and dataset[0]["chosen"] == "good"
 
 
 def test_pair_id_does_not_depend_on_the_label():
-    one, two = preferences.check([row(), row(user="u2", chosen="bad", rejected="good")])
-    assert one["pair_id"] == two["pair_id"] != preferences.check([row(prompt="other")])[0]["pair_id"]
+    one, two = schema.check([row(), row(user="u2", chosen="bad", rejected="good")])
+    assert one["pair_id"] == two["pair_id"] != schema.check([row(prompt="other")])[0]["pair_id"]
 
 
 @pytest.mark.parametrize(
@@ -81,16 +82,16 @@ def test_pair_id_does_not_depend_on_the_label():
 )
 def test_refuses(changes, message):
     with pytest.raises(PyargsError, match=message):
-        preferences.check([row(**changes)])
+        schema.check([row(**changes)])
 
 
 def test_refuses_mixtures():
     with pytest.raises(PyargsError, match="row 2: user 'u1' is of the adapt users here"):
-        preferences.check([row(), row(role="query")])
+        schema.check([row(), row(role="query")])
     with pytest.raises(PyargsError, match="row 2: prompts must be all"):
-        preferences.check([row(), row(prompt=[{"role": "user", "content": "x"}])])
+        schema.check([row(), row(prompt=[{"role": "user", "content": "x"}])])
     with pytest.raises(PyargsError, match="no rows"):
-        preferences.check([])
+        schema.check([])
 
 
 def test_damaged_files(tmp_path):
@@ -120,10 +121,10 @@ USERS = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 15)), min_size
 @settings(max_examples=200, deadline=None)
 @given(USERS, st.floats(0, 0.9), st.integers(0, 3), st.randoms(use_true_random=False))
 def test_carving(pairs, share, seed, rng):
-    rows = preferences.check(
+    rows = schema.check(
         [row(user=u, prompt=f"prompt {p}", rejected=f"bad {i}", pair_id=str(i)) for i, (u, p) in enumerate(pairs)]
     )
-    done = preferences.carve(rows, train_test=share, seed=seed)
+    done = schema.carve(rows, train_test=share, seed=seed)
     assert [r | {"split": "train"} for r in done] == rows  # nothing but the split changes, not even the order
     sides = {split: {r["prompt"] for r in done if r["split"] == split} for split in ("train", "train_test")}
     assert not sides["train"] & sides["train_test"]  # of anybody
@@ -138,41 +139,41 @@ def test_carving(pairs, share, seed, rng):
         assert len(aside) == max(common, min(wanted, common + len(own)))
     shared = {p for p, users in users_of.items() if len(users) > 1}
     assert len({p for p in shared if f"prompt {p}" in sides["train_test"]}) <= int(share * len(shared) + 0.5)
-    assert preferences.carve(rows, train_test=share, seed=seed) == done
+    assert schema.carve(rows, train_test=share, seed=seed) == done
     shuffled = rows[:]
     rng.shuffle(shuffled)
     key = {r["pair_id"]: r["split"] for r in done}
-    assert {r["pair_id"]: r["split"] for r in preferences.carve(shuffled, train_test=share, seed=seed)} == key
+    assert {r["pair_id"]: r["split"] for r in schema.carve(shuffled, train_test=share, seed=seed)} == key
 
 
 def test_carving_is_exact_where_nothing_is_shared():
-    rows = preferences.check([row(user=u, prompt=f"{u} {i}") for u, n in (("a", 10), ("b", 49), ("c", 1)) for i in range(n)])
-    done = preferences.carve(rows)
+    rows = schema.check([row(user=u, prompt=f"{u} {i}") for u, n in (("a", 10), ("b", 49), ("c", 1)) for i in range(n)])
+    done = schema.carve(rows)
     assert [sum(r["split"] == "train_test" for r in done if r["user_id"] == u) for u in "abc"] == [2, 10, 0]
 
 
 def test_carving_depends_on_the_seed_and_leaves_adapt_users_alone():
-    rows = preferences.check([row(prompt=f"p{i}") for i in range(50)] + [row(user="n", role="query", prompt="p")])
-    first, second = (preferences.carve(rows, seed=seed) for seed in (0, 1))
+    rows = schema.check([row(prompt=f"p{i}") for i in range(50)] + [row(user="n", role="query", prompt="p")])
+    first, second = (schema.carve(rows, seed=seed) for seed in (0, 1))
     assert first != second and first[-1]["split"] == "query"
     with pytest.raises(PyargsError, match="share"):
-        preferences.carve(rows, train_test=1.0)
+        schema.carve(rows, train_test=1.0)
     with pytest.raises(PyargsError, match="'prompt' or 'pair'"):
-        preferences.carve(rows, by="user")
+        schema.carve(rows, by="user")
 
 
 def test_carving_by_pair_goes_by_the_texts():
     """The same pair under two ids, preferred the other way round, is on one side."""
-    rows = preferences.check(
+    rows = schema.check(
         [row(pair_id=f"a{i}", chosen="good", rejected=f"bad {i}") for i in range(20)]
         + [row(user="u2", pair_id=f"b{i}", chosen=f"bad {i}", rejected="good") for i in range(20)]
     )
-    done = preferences.carve(rows, by="pair")
-    sides = [{preferences.text_id(r) for r in done if r["split"] == split} for split in ("train", "train_test")]
+    done = schema.carve(rows, by="pair")
+    sides = [{schema.text_id(r) for r in done if r["split"] == split} for split in ("train", "train_test")]
     assert len(sides[1]) == 4 and not sides[0] & sides[1]
 
 
 def test_carving_by_pair():
-    rows = preferences.check([row(pair_id=str(i), rejected=f"bad {i}") for i in range(10)])
-    assert {r["split"] for r in preferences.carve(rows)} == {"train"}  # one prompt, and it stays in train
-    assert sum(r["split"] == "train_test" for r in preferences.carve(rows, by="pair")) == 2
+    rows = schema.check([row(pair_id=str(i), rejected=f"bad {i}") for i in range(10)])
+    assert {r["split"] for r in schema.carve(rows)} == {"train"}  # one prompt, and it stays in train
+    assert sum(r["split"] == "train_test" for r in schema.carve(rows, by="pair")) == 2

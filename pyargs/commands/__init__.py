@@ -1,1 +1,32 @@
 """One module per verb of the command line."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def positive(word: str) -> int:
+    """An argparse type: a whole number of at least 1."""
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {word}")
+    return int(word)
+
+
+def add_data(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """The flags that say which data a command reads."""
+    parser.add_argument("--data", required=required, help="a data set by name (pyargs data list), a file, or a built folder")
+    parser.add_argument("--source", help="the file or folder of a named set that the package does not carry")
+    parser.add_argument("--data-seed", type=int, help="seed of the held-out prompts (default 0)")
+
+
+def add_policy(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which language model answers."""
+    parser.add_argument("--policy", help="embedded name, local folder or hub name; not for models that answer by themselves")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the policy (default float32)")
+
+
+def load_data(args: argparse.Namespace):
+    from pyargs import data
+
+    options = {} if args.data_seed is None else {"seed": args.data_seed}
+    return data.load(args.data, args.source, **options)

@@ -6,7 +6,7 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
-    from pyargs.config import add_data
+    from pyargs.commands import add_data
 
     parser.add_argument("model", help="folder of `pyargs train`")
     parser.add_argument("--out", required=True, help="folder for the model with the new users")
@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     from pyargs import files, fit
-    from pyargs.config import load_data
+    from pyargs.commands import load_data
     from pyargs.data import content_hash, of_split
     from pyargs.models import load_model
 

@@ -6,7 +6,7 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
-    from pyargs.config import add_data, add_policy, positive
+    from pyargs.commands import add_data, add_policy, positive
 
     parser.add_argument("model", help="folder of `pyargs train` or `pyargs adapt`")
     add_policy(parser)
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> dict:
     import time
 
     from pyargs import files
-    from pyargs.config import load_data
+    from pyargs.commands import load_data
     from pyargs.data import content_hash, of_split
     from pyargs.decode.prompts import decode_prompts, load_pair
     from pyargs.errors import PyargsError

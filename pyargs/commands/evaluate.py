@@ -6,7 +6,7 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
-    from pyargs.config import add_data, add_policy
+    from pyargs.commands import add_data, add_policy
 
     parser.add_argument("model", help="folder of `pyargs adapt` (or of `pyargs train` with --split train_test)")
     add_policy(parser)
@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> dict:
     from pathlib import Path
 
     from pyargs import files
-    from pyargs.config import load_data
+    from pyargs.commands import load_data
     from pyargs.data import content_hash, of_split
     from pyargs.decode.prompts import load_pair
     from pyargs.errors import PyargsError

@@ -11,7 +11,8 @@ def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
     from dataclasses import fields
 
     from pyargs import methods
-    from pyargs.config import PROFILES, add_data, add_options
+    from pyargs.commands import add_data
+    from pyargs.config import PROFILES, add_options
 
     # A first look at the words tells the method, whose fields are the other flags, and the profile, which presets some.
     first = argparse.ArgumentParser(add_help=False)
@@ -45,7 +46,8 @@ def run(args: argparse.Namespace) -> dict:
     from dataclasses import asdict
 
     from pyargs import files, fit
-    from pyargs.config import from_args, load_data
+    from pyargs.commands import load_data
+    from pyargs.config import from_args
     from pyargs.data import content_hash, of_split
     from pyargs.lm import hub
 

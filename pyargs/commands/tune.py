@@ -6,7 +6,8 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
-    from pyargs.config import add_data, add_options, add_policy
+    from pyargs.commands import add_data, add_policy
+    from pyargs.config import add_options
     from pyargs.tune import Tuning
 
     parser.add_argument("model", help="folder of `pyargs train` or `pyargs adapt`")
@@ -20,7 +21,8 @@ def run(args: argparse.Namespace) -> dict:
     from dataclasses import asdict
 
     from pyargs import files
-    from pyargs.config import from_args, load_data
+    from pyargs.commands import load_data
+    from pyargs.config import from_args
     from pyargs.data import content_hash, of_split
     from pyargs.decode.prompts import load_pair
     from pyargs.lm import hub

@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pyargs.data import preferences
+from pyargs.data.tools import schema
 from pyargs.errors import PyargsError, did_you_mean
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def load(*, max_pairs: int | None = None) -> Dataset:
                         "attribute": f"{'+' if sign > 0 else '-'}{name}",
                     }
                 )
-    return preferences.to_dataset(preferences.check(rows, where="demo"))
+    return schema.to_dataset(schema.check(rows, where="demo"))
 
 
 def _pair(number: int, name: str) -> tuple[int, int] | None:

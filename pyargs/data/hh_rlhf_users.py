@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyargs.data import preferences
-from pyargs.data.tools import sources
+from pyargs.data.tools import schema, sources
 from pyargs.errors import PyargsError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def load(source: str | Path, *, users: str = "length", train_test: float = 0.2, 
         prompt = messages(row["prompt"]) if isinstance(row.get("prompt"), str) else row.get("prompt")
         if not isinstance(prompt, list) or prompt[-1]["role"] == "user":
             rows.append((place, row | {"prompt": prompt}))
-    return preferences.to_dataset(preferences.carve(preferences.check(rows), train_test=train_test, seed=seed))
+    return schema.to_dataset(schema.carve(schema.check(rows), train_test=train_test, seed=seed))
 
 
 def messages(text: str) -> list[dict]:

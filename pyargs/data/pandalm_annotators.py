@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyargs.data import preferences
-from pyargs.data.tools import sources
+from pyargs.data.tools import schema, sources
 from pyargs.errors import PyargsError, did_you_mean
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def load(source: str | Path, *, new_user: str | None = None, train_test: float =
     """
     path = sources.local(source)
     path = sources.one_of(path, "prefs", ".jsonl") if path.is_dir() else path
-    rows = preferences.check(preferences.read(path))
+    rows = schema.check(preferences.read(path))
     if new_user is not None:
         users = {row["user_id"] for row in rows}
         if new_user not in users:
@@ -39,4 +39,4 @@ def load(source: str | Path, *, new_user: str | None = None, train_test: float =
         splits = {row["user_id"]: {2: "support", 3: "query"} if row["user_id"] == new_user else {0: "train", 1: "train"}
                   for row in rows}  # fmt: skip
         rows = [row | {"split": splits[row["user_id"]][part(row)]} for row in rows if part(row) in splits[row["user_id"]]]
-    return preferences.to_dataset(preferences.carve(rows, train_test=train_test, seed=seed))
+    return schema.to_dataset(schema.carve(rows, train_test=train_test, seed=seed))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from pyargs.config import option
 from pyargs.data import preferences
-from pyargs.data.tools import sources
+from pyargs.data.tools import schema, sources
 from pyargs.data.tools.folder import Built
 from pyargs.data.tools.mining import hard_negatives, plain
 from pyargs.errors import PyargsError
@@ -232,7 +232,7 @@ def build(source: str, config: Config) -> Built:
     else:
         rows, lost, notes = _of_policy(papers, config)
         counts |= lost
-    rows = preferences.carve(rows, train_test=config.train_test, seed=config.seed)
+    rows = schema.carve(rows, train_test=config.train_test, seed=config.seed)
     files = [sources.one_of(folder, f"{stem}_{kind}", ".json") for stem in FILES for kind in ("questions", "outputs")]
     return Built(rows, counts, notes, files)
 

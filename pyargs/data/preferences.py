@@ -7,25 +7,22 @@ Columns read: `user_id` (or `user`), `prompt`, `chosen`, `rejected`, `role` or `
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyargs.config import option
-from pyargs.data import COLUMNS, SPLITS
-from pyargs.data.tools import sources
-from pyargs.errors import PyargsError, did_you_mean
+from pyargs.data import SPLITS
+from pyargs.data.tools import schema, sources
+from pyargs.data.tools.folder import Built
+from pyargs.data.tools.simulate import simulate
+from pyargs.errors import PyargsError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from pyargs.data.tools.folder import Built
-
 LICENCE = "that of the source"
-OPTIONAL = ("user_type", "attribute", "subset")
 
 
 @dataclass
@@ -49,7 +46,9 @@ def load(source: str | Path, *, train_test: float = 0.2, by: str = "prompt", see
     split.
     """
     source = Path(source)
-    return to_dataset(carve(check(read(source), where=source.name), train_test=train_test, by=by, seed=seed))
+    return schema.to_dataset(
+        schema.carve(schema.check(read(source), where=source.name), train_test=train_test, by=by, seed=seed)
+    )
 
 
 def read(source: str | Path) -> Iterator[tuple[str, dict]]:
@@ -65,86 +64,6 @@ def read(source: str | Path) -> Iterator[tuple[str, dict]]:
         yield from sources.rows(file)
 
 
-def check(rows: Iterable[dict] | Iterable[tuple[str, dict]], *, where: str = "rows") -> list[dict]:
-    """Rows with the common columns, checked; nothing is repaired or dropped. `where` names the origin in messages."""
-    checked: list[dict] = []
-    kinds: dict[str, tuple[str, str]] = {}
-    for number, row in enumerate(rows, 1):
-        place, row = row if isinstance(row, tuple) else (f"{where}, row {number}", row)
-        out = check_row(row, place)
-        kind = "train" if out["split"] in ("train", "train_test") else "adapt"
-        first_kind, first = kinds.setdefault(out["user_id"], (kind, place))
-        if kind != first_kind:
-            raise PyargsError(
-                f"{place}: user '{out['user_id']}' is of the {kind} users here, of the {first_kind} users in {first}. "
-                "A user is either trained on (train, train_test) or adapted to (support, query)."
-            )
-        if checked and isinstance(checked[0]["prompt"], str) != isinstance(out["prompt"], str):
-            raise PyargsError(f"{place}: prompts must be all strings or all lists of messages; row 1 is the other kind.")
-        checked.append(out)
-    if not checked:
-        raise PyargsError(f"{where}: no rows.")
-    return checked
-
-
-def check_row(row: dict, place: str) -> dict:
-    """The common columns of one row, checked by itself. Raises PyargsError, which begins with `place`."""
-    split = _column(row, place, "role", "split", nullable=True)
-    if split == "adapt":
-        raise PyargsError(f"{place}: a row of an adapt user needs a column 'role', 'support' or 'query'.")
-    split = "train" if split == "all" else split
-    if split not in SPLITS:
-        raise PyargsError(f"{place}: unknown split '{split}'; known: all, {', '.join(SPLITS)}.")
-    out = {
-        "user_id": _text(_column(row, place, "user_id", "user"), place, "user_id"),
-        "prompt": _prompt(_column(row, place, "prompt"), place),
-        "chosen": _response(_column(row, place, "chosen"), place, "chosen"),
-        "rejected": _response(_column(row, place, "rejected"), place, "rejected"),
-        "split": split,
-    }
-    if out["chosen"] == out["rejected"]:
-        raise PyargsError(f"{place}: chosen and rejected are the same text.")
-    pair_id = row.get("pair_id")
-    out["pair_id"] = text_id(out) if pair_id is None else _text(pair_id, place, "pair_id")
-    return out | {name: None if row[name] is None else str(row[name]) for name in OPTIONAL if name in row}
-
-
-def carve(rows: list[dict], *, train_test: float = 0.2, by: str = "prompt", seed: int = 0) -> list[dict]:
-    """Sets `split` to "train_test" for this share of each train user's prompts, unless a row has it already.
-
-    Whole prompts are set aside, for all users at once: no prompt of anybody's train is in anybody's train_test.
-    `by="pair"` is for files where a few prompts serve all pairs. Of the prompts that users share the share is set aside;
-    each user's own make up the rest of theirs (rounded to the nearest; at least one prompt stays in train). Prompts are taken
-    by a seeded hash: the outcome does not depend on the order of rows.
-    """
-    if not 0 <= train_test < 1:
-        raise PyargsError(f"train_test is a share from 0 to below 1, not {train_test}.")
-    if by not in ("prompt", "pair"):
-        raise PyargsError(f"by is 'prompt' or 'pair', not '{by}'.")
-    if train_test == 0 or any(row["split"] == "train_test" for row in rows):
-        return rows
-
-    def key(row: dict) -> str:
-        # By its texts, since files may number the same pair differently.
-        what = text_id(row) if by == "pair" else json.dumps(row["prompt"], sort_keys=True)
-        return hashlib.sha256(f"{seed}\0{what}".encode()).hexdigest()
-
-    keys = [key(row) if row["split"] == "train" else "" for row in rows]
-    of_user: dict[str, set[str]] = {}
-    users_of: dict[str, set[str]] = {}
-    for row, found in zip(rows, keys, strict=True):
-        if found:
-            of_user.setdefault(row["user_id"], set()).add(found)
-            users_of.setdefault(found, set()).add(row["user_id"])
-    shared = sorted(found for found, users in users_of.items() if len(users) > 1)
-    aside = set(shared[: int(train_test * len(shared) + 0.5)])
-    aside -= {max(found) for found in of_user.values() if found <= aside}  # or nothing would be left to train this user on
-    for found in of_user.values():
-        count = min(int(train_test * len(found) + 0.5), len(found) - 1) - len(found & aside)
-        aside.update(sorted(found - set(shared))[: max(0, count)])
-    return [row | {"split": "train_test"} if found in aside else row for row, found in zip(rows, keys, strict=True)]
-
-
 def build(source: str, config: Config) -> Built:
     """Any preference file as a built set; or its pairs labelled by simulated users, alone or beside its own (hybrid).
 
@@ -152,12 +71,9 @@ def build(source: str, config: Config) -> Built:
     `labels_per_pair` simulated users judge each pair (`tools.simulate`). Simulated users are users of their own, named
     sim_... and new_sim_.... Raises PyargsError: bad rows, simulated new users for a source without support and query.
     """
-    from pyargs.data.tools.folder import Built
-    from pyargs.data.tools.simulate import simulate
-
     if source == "hub":
         raise PyargsError("preferences have no official place: give --source a file, or a built folder.")
-    own = check(read(source), where=Path(source).name)
+    own = schema.check(read(source), where=Path(source).name)
     path = Path(source)
     files = [path] if path.is_file() else sorted(path.glob("*.parquet"))
     rows, counts, notes = own, {"rows of the source": len(own)}, []
@@ -171,64 +87,5 @@ def build(source: str, config: Config) -> Built:
             "Simulated users want a random mixture of measurable attributes (length, word length, first and second person, "
             "sentence length); their labels have no noise. PReF's own set was labelled by a language model with personas."
         )
-    rows = carve(rows, train_test=config.train_test, by=config.by, seed=config.seed)
+    rows = schema.carve(rows, train_test=config.train_test, by=config.by, seed=config.seed)
     return Built(rows, counts, notes, files)
-
-
-def to_dataset(rows: list[dict]) -> Dataset:
-    """Checked rows as a Dataset; optional columns that no row fills are left out."""
-    from datasets import Dataset
-
-    extra = [name for name in OPTIONAL if any(row.get(name) is not None for row in rows)]
-    return Dataset.from_dict({name: [row.get(name) for row in rows] for name in (*COLUMNS, *extra)})
-
-
-def _column(row: dict, place: str, *names: str, nullable: bool = False):
-    """The first of the columns that the row has (and, if `nullable`, has a value)."""
-    for name in names:
-        if name in row and not (nullable and row[name] is None):
-            return row[name]
-    raise PyargsError(f"{place}: no column '{names[-1]}'.{did_you_mean(names[-1], row)}")
-
-
-def _text(value, place: str, name: str) -> str:
-    if not isinstance(value, str):
-        raise PyargsError(f"{place}: {name} is {type(value).__name__}, not a string.")
-    if not value.strip():
-        raise PyargsError(f"{place}: {name} is empty.")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise PyargsError(f"{place}: {name} holds half a character (a lone surrogate): it is not text.") from None
-    return value
-
-
-def _messages(value, place: str, name: str) -> Iterator[dict]:
-    for message in value:
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise PyargsError(f"{place}: {name} has a message without 'role' and 'content'.")
-        yield {part: _text(message[part], place, f"{name}'s {part}") for part in ("role", "content")}
-
-
-def _prompt(value, place: str) -> str | list[dict]:
-    if not isinstance(value, list):
-        return _text(value, place, "prompt")
-    if not value:
-        raise PyargsError(f"{place}: prompt is empty.")
-    return list(_messages(value, place, "prompt"))
-
-
-def _response(value, place: str, name: str) -> str:
-    """A string, or TRL's conversational form of one: a list with a single assistant message."""
-    if not isinstance(value, list):
-        return _text(value, place, name)
-    messages = list(_messages(value, place, name))
-    if len(messages) != 1 or messages[0]["role"] != "assistant":
-        raise PyargsError(f"{place}: {name} must be a string or a list of one assistant message.")
-    return messages[0]["content"]
-
-
-def text_id(row: dict) -> str:
-    """An id from the texts, the same whichever response is preferred."""
-    parts = [row["prompt"], *sorted((row["chosen"], row["rejected"]))]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -13,8 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pyargs.config import option
-from pyargs.data import preferences
-from pyargs.data.tools import sources
+from pyargs.data.tools import schema, sources
 from pyargs.data.tools.folder import Built
 from pyargs.errors import PyargsError
 
@@ -143,7 +142,7 @@ def _pairs(dialogue: str, user: str, turns: list[dict], longest: int, counts: Co
                     "user_id": user, "prompt": [*history, asked], "chosen": chosen, "rejected": rejected, "subset": None,
                     "dialogue": dialogue, "turn": number,
                 }  # fmt: skip
-                yield pair | {"pair_id": preferences.text_id(pair)}
+                yield pair | {"pair_id": schema.text_id(pair)}
         if asked["content"].strip() and chosen.strip():
             history = [*history, asked, {"role": "assistant", "content": chosen}]
 

@@ -16,7 +16,7 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from pyargs.data import preferences
+from pyargs.data.tools import schema
 from pyargs.errors import PyargsError
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def load(
                         "attribute": ("+{}-{}" if sign > 0 else "-{}+{}").format(*direction),
                     }
                 )
-    return preferences.to_dataset(preferences.carve(preferences.check(rows), train_test=train_test, seed=seed))
+    return schema.to_dataset(schema.carve(schema.check(rows), train_test=train_test, seed=seed))
 
 
 def _two(rng: random.Random, rank: int, direction: tuple[str, str], words: int, gap: int) -> tuple[str, str]:

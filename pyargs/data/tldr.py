@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyargs.config import option
-from pyargs.data import preferences
-from pyargs.data.tools import sources
+from pyargs.data.tools import schema, sources
 from pyargs.data.tools.folder import Built
 from pyargs.errors import PyargsError
 
@@ -193,7 +192,7 @@ def _pair(row: dict, split: str) -> dict | None:
         "rejected": rejected["text"].strip(), "split": split,
         "user_type": "shorter" if row["worker"] in SHORTER else "longer",
     }  # fmt: skip
-    return pair | {"pair_id": preferences.text_id(pair)}
+    return pair | {"pair_id": schema.text_id(pair)}
 
 
 def _expect(found, expected) -> None:

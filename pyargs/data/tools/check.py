@@ -9,7 +9,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from itertools import combinations
 
-from pyargs.data import preferences
+from pyargs.data import SPLITS
+from pyargs.data.tools import schema
 from pyargs.errors import PyargsError
 
 FIRST = 3  # rows named for each finding
@@ -39,7 +40,7 @@ def check(rows: Iterable[tuple[str, dict]], *, embedder: str | None = "minilm") 
     problems, notes, good = defaultdict(list), defaultdict(list), []
     for place, raw in rows:
         try:
-            good.append((place, preferences.check_row(raw, place)))
+            good.append((place, schema.check_row(raw, place)))
         except PyargsError as error:
             problems["rows that cannot be used"].append(str(error))
     if not good:
@@ -48,7 +49,7 @@ def check(rows: Iterable[tuple[str, dict]], *, embedder: str | None = "minilm") 
     _leaks(good, problems, notes)
     table = {name: [row[name] for _, row in good] for name in ("user_id", "prompt", "chosen", "rejected", "split")}
     splits, of_split = {}, {}
-    for split in preferences.SPLITS:
+    for split in SPLITS:
         users = [user for user, s in zip(table["user_id"], table["split"], strict=True) if s == split]
         of_split[split] = set(users)
         if users:

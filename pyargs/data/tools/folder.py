@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pyargs import data, files
-from pyargs.data import preferences
+from pyargs.data.tools import schema
 from pyargs.data.tools.check import check
 from pyargs.data.tools.statistics import statistics
 
@@ -34,9 +34,9 @@ def write(out: str | Path, built: Built, *, title: str, about: str, licence: str
     """Writes the folder, whole or not at all, and returns what dataset.json holds. Rows are checked once more.
 
     title, about, licence: for the card; how: the settings of the build; embedder: of the blind cosine, None leaves it out.
-    Raises PyargsError for rows that `preferences.check` refuses.
+    Raises PyargsError for rows that `schema.check` refuses.
     """
-    dataset = preferences.to_dataset(preferences.check(built.rows, where=title))
+    dataset = schema.to_dataset(schema.check(built.rows, where=title))
     splits = {split: [row for row in built.rows if row["split"] == split] for split in data.SPLITS} | built.extra
     splits = {split: rows for split, rows in splits.items() if rows}
     base = Path(os.path.commonpath([path.parent for path in built.sources]))

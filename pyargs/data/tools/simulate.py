@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from pyargs.data import preferences
 from pyargs.data.demo import ATTRIBUTES
+from pyargs.data.tools import schema
 from pyargs.errors import PyargsError
 
 # What a simulated user may care about: what can be measured on a response.
@@ -29,7 +29,7 @@ def simulate(
     splits: dict[str, set[str]] = {}
     pairs: dict[str, dict] = {}
     for row in rows:
-        key = preferences.text_id(row)
+        key = schema.text_id(row)
         splits.setdefault(key, set()).add(row["split"])
         pairs.setdefault(key, row | {"pair_id": key})
     rng = random.Random(f"{seed} pairs")
