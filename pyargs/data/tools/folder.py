@@ -86,7 +86,7 @@ def card(found: dict, about: str, licence: str, splits: Iterable[str]) -> str:
         *(f"  - split: {split}\n    path: {split}.parquet" for split in splits), "---", "",
         f"# {found['name']}", "", about, "", f"Licence: {licence}", "",
         "## Splits", "", *_table(["split", "pairs", "users", "min per user", "median", "mean", "max"], of_split), "",
-        *extra, "",
+        *([*extra, ""] if extra else []),
         f"{numbers['different_pairs']} different pairs (prompt and two responses) of {numbers['prompts']} prompts; users per "
         f"pair: mean {numbers['users_per_pair']['mean']}, at most {numbers['users_per_pair']['max']}.", "",
         *_table(["words", "min", "median", "mean", "max"], lengths), "",
