@@ -92,6 +92,7 @@ def test_refuses(tmp_path, encoder):
     (tmp_path / "empty").mkdir()
     with pytest.raises(PyargsError, match="cannot load the embedding model"):
         embed(str(tmp_path / "empty"), ["a"])
+    assert not list(tmp_path.glob("cache/embeddings/empty*"))
 
 
 def test_a_store_that_cannot_be_used_says_so(tmp_path):

@@ -36,7 +36,10 @@ def embed(name: str, texts: Sequence[str], *, progress: bool = False) -> np.ndar
     # Another model under the same name has another identity, and so another file.
     identity = _identity(name, _stamp(name))
     file = f"{re.sub(r'[^A-Za-z0-9.-]+', '-', Path(name).name)}-{identity}.sqlite"
-    with Store(hub.cache_dir() / "embeddings" / file) as store:
+    path = hub.cache_dir() / "embeddings" / file
+    if not path.exists():
+        _encoder(name, identity)  # one that cannot be loaded leaves no file
+    with Store(path) as store:
         found = store.get(texts)
         # Longest first: texts of one batch are about as long, and a batch that does not fit fails at once.
         missing = sorted(set(texts) - found.keys(), key=lambda text: (-len(text), text))
