@@ -298,6 +298,13 @@ def test_prism_split_is_that_of_the_notebook():
     assert counts["train users drawn"] == len({d.split("-")[0] for d in expected})
 
 
+def test_a_turn_is_usable_up_to_the_longest_text():
+    turn = {"user": ["a"], "chosen": ["x" * 9], "rejected": ["y", "z" * 9]}
+    assert prism_set._usable(turn, 10) and not prism_set._usable(turn, 9)
+    for lacks in turn:
+        assert not prism_set._usable(turn | {lacks: []}, 10)
+
+
 def test_prism_drops_users_with_one_dialogue():
     counts, found = prism_set._split({f"user{i}": [f"c{i}"] for i in range(20)}, seed=0)
     assert found == {} and counts["users with a single dialogue dropped"] == 20

@@ -39,6 +39,14 @@ def test_rows_name_their_place(tmp_path, name):
     assert found == ({"x": 1}, {"x": 2}) and places[1] == f"{name}, {'row' if name.endswith('parquet') else 'line'} 2"
 
 
+def test_a_byte_order_mark_and_other_line_ends_are_no_damage(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"x": 1}\r\n\r\n{"x": 2}\r\n')
+    assert [row for _, row in sources.rows(tmp_path / "a.jsonl")] == [{"x": 1}, {"x": 2}]
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    with pytest.raises(PyargsError, match="deep.jsonl"):
+        list(sources.rows(tmp_path / "deep.jsonl"))
+
+
 def test_damaged_sources_name_the_file_and_the_row(tmp_path):
     whole = write(tmp_path / "a.jsonl.gz", [{"x": "y" * i} for i in range(3000)]).read_bytes()
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
