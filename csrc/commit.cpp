@@ -1,41 +1,9 @@
 // commit: of the branches that stand behind every row's prefix, the chosen one becomes the prefix's next token, in the
 // keys and values of all layers at once. See pyargs/ops/commit.py for the contract.
 
-#include "rows.h"
-
-namespace pyargs {
-namespace PYARGS_CPU {
-
-// Rows begin ... end - 1 of batch * heads, in all tensors.
-void commit_rows(const CommitRows& rows, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t b = i / rows.heads, h = i % rows.heads, slot = rows.slot[b];
-    if (slot <= 0) continue;
-    const int64_t to = b * rows.stride_b + h * rows.stride_h + *rows.length * rows.stride_t;
-    for (int64_t t = 0; t < rows.count; ++t) {
-      char* states = static_cast<char*>(rows.states[t]);
-      std::memcpy(states + to, states + to + slot * rows.stride_t, rows.bytes);
-    }
-  }
-}
-
-}  // namespace PYARGS_CPU
-
-#ifdef PYARGS_X86
-namespace avx2 {
-void commit_rows(const CommitRows&, int64_t, int64_t);
-}
-namespace avx512 {
-void commit_rows(const CommitRows&, int64_t, int64_t);
-}
-#endif
-
-}  // namespace pyargs
-
-#ifdef PYARGS_HOST  // the op: schema, checks
-
 #include <vector>
 
+#include "rows.h"
 #include "tensor.h"
 #ifdef PYARGS_CUDA_ARCHS
 #include "cuda/launch.h"
@@ -46,12 +14,21 @@ namespace {
 
 using Run = void (*)(const CommitRows&, int64_t capacity, const Array& like);
 
+// Copies of a few hundred bytes: memcpy chooses by itself for this CPU.
 void run_on_cpu(const CommitRows& rows, int64_t capacity, const Array&) {
   check(*rows.length >= 0 && *rows.length < capacity, "length must be a place of the states");
   for (int64_t b = 0; b < rows.batch; ++b) {
     check(rows.slot[b] < capacity - *rows.length, "a slot lies behind the states");
   }
-  PYARGS_DISPATCH(commit_rows, rows, 0, rows.batch * rows.heads);
+  for (int64_t i = 0; i < rows.batch * rows.heads; ++i) {
+    const int64_t b = i / rows.heads, h = i % rows.heads, slot = rows.slot[b];
+    if (slot <= 0) continue;
+    const int64_t to = b * rows.stride_b + h * rows.stride_h + *rows.length * rows.stride_t;
+    for (int64_t t = 0; t < rows.count; ++t) {
+      char* states = static_cast<char*>(rows.states[t]);
+      std::memcpy(states + to, states + to + slot * rows.stride_t, rows.bytes);
+    }
+  }
 }
 
 #ifdef PYARGS_CUDA_ARCHS
@@ -107,5 +84,3 @@ STABLE_TORCH_LIBRARY_IMPL(pyargs, CPU, m) { m.impl("commit", TORCH_BOX(&pyargs::
 #ifdef PYARGS_CUDA_ARCHS
 STABLE_TORCH_LIBRARY_IMPL(pyargs, CUDA, m) { m.impl("commit", TORCH_BOX(&pyargs::commit<pyargs::run_on_cuda>)); }
 #endif
-
-#endif  // PYARGS_HOST

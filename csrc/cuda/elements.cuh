@@ -17,20 +17,21 @@ __device__ __forceinline__ int place(int i) {
   return i / kWarpElements * kStepFloats + i % kLaneElements * kLanePitch + i % kWarpElements / kLaneElements;
 }
 
-__device__ __forceinline__ float of_half(Dtype dtype, uint32_t half) {
-  if (dtype == Dtype::kBFloat16) return float_of(half << 16);
+// Bits of the float32 with the value of a bfloat16 or float16.
+__device__ __forceinline__ uint32_t half_bits(Dtype dtype, uint32_t half) {
+  if (dtype == Dtype::kBFloat16) return half << 16;
 #ifdef __CUDA_ARCH__
   float value;
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(static_cast<unsigned short>(half)));
-  return value;
+  return bits_of(value);
 #else
-  return float_of(float16_to_float32_bits(half));
+  return float16_to_float32_bits(half);
 #endif
 }
 
 __device__ __forceinline__ float element(Dtype dtype, const void* source, int64_t at) {
   if (dtype == Dtype::kFloat32) return static_cast<const float*>(source)[at];
-  return of_half(dtype, static_cast<const uint16_t*>(source)[at]);
+  return float_of(half_bits(dtype, static_cast<const uint16_t*>(source)[at]));
 }
 
 // Elements at .. at + 8 of which the first n count; the others are not read and stay 0. With 16-byte loads where the
@@ -50,7 +51,7 @@ __device__ __forceinline__ void load_elements(const void* source, int64_t at, in
       const uint4 a = vectors[0];
       const uint32_t words[4] = {a.x, a.y, a.z, a.w};
 #pragma unroll
-      for (int i = 0; i < 8; ++i) out[i] = of_half(dtype, (words[i / 2] >> (16 * (i % 2))) & 0xffffu);
+      for (int i = 0; i < 8; ++i) out[i] = float_of(half_bits(dtype, (words[i / 2] >> (16 * (i % 2))) & 0xffffu));
     }
     return;
   }

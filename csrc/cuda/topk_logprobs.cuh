@@ -8,7 +8,7 @@
 // log-sum-exps in order. Keys are unique and chunks fixed: results are exact, repeatable, and the same for any batch.
 #pragma once
 
-#include "platform.h"
+#include "elements.cuh"
 
 namespace pyargs::cuda {
 
@@ -38,15 +38,7 @@ template <Dtype dtype>
 __device__ __forceinline__ uint32_t element_bits(const uint4& vector, int i) {
   const uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};
   if (dtype == Dtype::kFloat32) return words[i];
-  const uint32_t half = (words[i / 2] >> (16 * (i % 2))) & 0xffffu;
-  if (dtype == Dtype::kBFloat16) return half << 16;
-#ifdef __CUDA_ARCH__
-  float value;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(static_cast<unsigned short>(half)));
-  return bits_of(value);
-#else
-  return float16_to_float32_bits(half);
-#endif
+  return half_bits(dtype, (words[i / 2] >> (16 * (i % 2))) & 0xffffu);
 }
 
 template <Dtype dtype>

@@ -131,10 +131,10 @@ def _papers(place: str, question: dict, golds: dict[str, str] | None, outputs: s
     """A user's profile, then the question."""
     user = _id(question, place)
     place = f"{place} (id {user})"
-    prompt = _text(question.get("input"), place, "input")
+    prompt = schema.text(question.get("input"), place, "input")
     if not prompt.startswith(INSTRUCTION):
         raise PyargsError(f"{place} does not begin with '{INSTRUCTION}': not LaMP-5.")
-    _text(prompt.removeprefix(INSTRUCTION), place, "abstract")
+    schema.text(prompt.removeprefix(INSTRUCTION), place, "abstract")
     if golds is not None and user not in golds:
         raise PyargsError(f"{place}: {outputs} has no output for it.")
     rows, seen = [], {user}
@@ -147,7 +147,7 @@ def _papers(place: str, question: dict, golds: dict[str, str] | None, outputs: s
             raise PyargsError(f"{entry}: the id {item} is there twice.")
         seen.add(item)
         rows.append({
-            "user_id": user, "item_id": item, "prompt": INSTRUCTION + _text(paper.get("abstract"), entry, "abstract"),
+            "user_id": user, "item_id": item, "prompt": INSTRUCTION + schema.text(paper.get("abstract"), entry, "abstract"),
             "title": _title(paper.get("title"), entry, "title"), "date": _date(paper.get("date"), entry), "role": "profile",
             "user_split": kind,
         })  # fmt: skip
@@ -160,15 +160,8 @@ def _papers(place: str, question: dict, golds: dict[str, str] | None, outputs: s
     return rows
 
 
-def _text(value, place: str, name: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        what = "empty" if isinstance(value, str) else f"{type(value).__name__}, not a string"
-        raise PyargsError(f"{place}: {name} is {what}.")
-    return value
-
-
 def _title(value, place: str, name: str) -> str:
-    if not plain(_text(value, place, name)):
+    if not plain(schema.text(value, place, name)):
         raise PyargsError(f"{place}: {name} is {value!r}, without a letter or digit.")
     return value
 

@@ -102,16 +102,15 @@ def greedy_answers(
     settings = {"policy": hub.identity(policy), "dtype": dtype, "max_new_tokens": max_new_tokens, "max_tokens": max_tokens}
     with Store(hub.cache_dir() / "answers" / f"{short_hash(settings)}.sqlite") as store:
         found = store.get(prompts)
-        missing = sorted(set(prompts) - found.keys(), key=lambda prompt: (len(prompt), prompt))
+        missing = sorted(set(prompts) - found.keys())
         if missing:
-            lm, tokenizer = load_lm(policy, dtype=dtype)
-            with tqdm(total=len(missing), desc="answers of the policy", unit="prompt") as bar:
-                for start in range(0, len(missing), batch_size):
-                    part = missing[start : start + batch_size]
-                    encoded = [encode_prompt(tokenizer, prompt, max_tokens) for prompt in part]
-                    texts = plain.generate(lm, encoded, max_new_tokens=max_new_tokens).texts(tokenizer)
-                    new = {prompt: text.encode() for prompt, text in zip(part, texts, strict=True)}
-                    store.put(new)
-                    found |= new
-                    bar.update(len(part))
+            model = UserPolicy(*load_lm(policy, dtype=dtype), about={"max_length": max_tokens})
+            users = [""] * len(missing)  # it knows none
+            for numbers, _, decoded in decode_prompts(
+                None, model, missing, users, batch_size=batch_size, max_new_tokens=max_new_tokens, progress="answers"
+            ):
+                texts = decoded.texts(model.tokenizer)
+                new = {missing[i]: text.encode() for i, text in zip(numbers, texts, strict=True)}
+                store.put(new)
+                found |= new
     return [found[prompt].decode() for prompt in prompts]

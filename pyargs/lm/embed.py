@@ -5,7 +5,6 @@ The encoder is "minilm" (embedded), a local folder, or a name on the hub that se
 
 from __future__ import annotations
 
-import hashlib
 import re
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from pyargs.errors import PyargsError
+from pyargs.files import short_hash
 from pyargs.lm import hub
 from pyargs.store import Store
 
@@ -57,7 +57,7 @@ def _stamp(name: str) -> tuple:
 
 @lru_cache(maxsize=8)
 def _identity(name: str, stamp: tuple) -> str:
-    return hashlib.sha256(f"{hub.identity(name)} {MAX_TOKENS}".encode()).hexdigest()[:12]
+    return short_hash([hub.identity(name), MAX_TOKENS])
 
 
 def _compute(encoder, texts: list[str], store: Store, progress: bool) -> dict[str, bytes]:

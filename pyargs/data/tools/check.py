@@ -111,7 +111,7 @@ def _leaks(good, problems, notes) -> None:
     kinds, of_pair, of_prompt, of_answer = defaultdict(dict), defaultdict(list), defaultdict(list), defaultdict(list)
     numbered = defaultdict(dict)
     for place, row in good:
-        kinds[row["user_id"]].setdefault(_kind(row), place)
+        kinds[row["user_id"]].setdefault(schema.kind_of(row), place)
         prompt = json.dumps(row["prompt"])
         texts = (prompt, *sorted((row["chosen"].strip(), row["rejected"].strip())))
         of_pair[texts].append((place, row))
@@ -139,13 +139,9 @@ def _leaks(good, problems, notes) -> None:
         for one, other in combinations(sorted({row["split"] for row in several}), 2):
             notes[f"prompts in {one} and {other}"].append(prompt[:80])
     for same in of_answer.values():
-        if {_kind(row) for _, row in same} == {"train", "adapt"}:
+        if {schema.kind_of(row) for _, row in same} == {"train", "adapt"}:
             places = ", ".join(place for place, _ in same)
             known["answers of train users that are an adapt user's, to the same prompt"].append(places)
-
-
-def _kind(row: dict) -> str:
-    return "train" if row["split"] in ("train", "train_test") else "adapt"
 
 
 def _same_pair(same: list[tuple[str, dict]], problems, notes) -> None:

@@ -23,7 +23,7 @@ def check(rows: Iterable[dict] | Iterable[tuple[str, dict]], *, where: str = "ro
     for number, row in enumerate(rows, 1):
         place, row = row if isinstance(row, tuple) else (f"{where}, row {number}", row)
         out = check_row(row, place)
-        kind = "train" if out["split"] in ("train", "train_test") else "adapt"
+        kind = kind_of(out)
         first_kind, first = kinds.setdefault(out["user_id"], (kind, place))
         if kind != first_kind:
             raise PyargsError(
@@ -47,7 +47,7 @@ def check_row(row: dict, place: str) -> dict:
     if split not in SPLITS:
         raise PyargsError(f"{place}: unknown split '{split}'; known: all, {', '.join(SPLITS)}.")
     out = {
-        "user_id": _text(_column(row, place, "user_id", "user"), place, "user_id"),
+        "user_id": text(_column(row, place, "user_id", "user"), place, "user_id"),
         "prompt": _prompt(_column(row, place, "prompt"), place),
         "chosen": _response(_column(row, place, "chosen"), place, "chosen"),
         "rejected": _response(_column(row, place, "rejected"), place, "rejected"),
@@ -56,8 +56,13 @@ def check_row(row: dict, place: str) -> dict:
     if out["chosen"] == out["rejected"]:
         raise PyargsError(f"{place}: chosen and rejected are the same text.")
     pair_id = row.get("pair_id")
-    out["pair_id"] = text_id(out) if pair_id is None else _text(pair_id, place, "pair_id")
+    out["pair_id"] = text_id(out) if pair_id is None else text(pair_id, place, "pair_id")
     return out | {name: None if row[name] is None else str(row[name]) for name in OPTIONAL if name in row}
+
+
+def kind_of(row: dict) -> str:
+    """Whether the row's user is one to train on ("train") or to adapt to ("adapt")."""
+    return "train" if row["split"] in ("train", "train_test") else "adapt"
 
 
 def carve(rows: list[dict], *, train_test: float = 0.2, by: str = "prompt", seed: int = 0) -> list[dict]:
@@ -112,7 +117,8 @@ def _column(row: dict, place: str, *names: str, nullable: bool = False):
     raise PyargsError(f"{place}: no column '{names[-1]}'.{did_you_mean(names[-1], row)}")
 
 
-def _text(value, place: str, name: str) -> str:
+def text(value, place: str, name: str) -> str:
+    """The value, if it is text that says something; else PyargsError, which begins with `place`."""
     if not isinstance(value, str):
         raise PyargsError(f"{place}: {name} is {type(value).__name__}, not a string.")
     if not value.strip():
@@ -128,12 +134,12 @@ def _messages(value, place: str, name: str) -> Iterator[dict]:
     for message in value:
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise PyargsError(f"{place}: {name} has a message without 'role' and 'content'.")
-        yield {part: _text(message[part], place, f"{name}'s {part}") for part in ("role", "content")}
+        yield {part: text(message[part], place, f"{name}'s {part}") for part in ("role", "content")}
 
 
 def _prompt(value, place: str) -> str | list[dict]:
     if not isinstance(value, list):
-        return _text(value, place, "prompt")
+        return text(value, place, "prompt")
     if not value:
         raise PyargsError(f"{place}: prompt is empty.")
     return list(_messages(value, place, "prompt"))
@@ -142,7 +148,7 @@ def _prompt(value, place: str) -> str | list[dict]:
 def _response(value, place: str, name: str) -> str:
     """A string, or TRL's conversational form of one: a list with a single assistant message."""
     if not isinstance(value, list):
-        return _text(value, place, name)
+        return text(value, place, name)
     messages = list(_messages(value, place, name))
     if len(messages) != 1 or messages[0]["role"] != "assistant":
         raise PyargsError(f"{place}: {name} must be a string or a list of one assistant message.")
