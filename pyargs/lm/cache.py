@@ -54,6 +54,7 @@ class PrefixCache(Cache):
 
     def __init__(self, config, capacity: int):
         super().__init__(layers=[PrefixLayer(capacity) for _ in range(config.num_hidden_layers)])
+        self._lists: list[list[Tensor]] | None = None
 
     def advance(self, tokens: int) -> None:
         """The last `tokens` places written become part of the prefix."""
@@ -62,15 +63,20 @@ class PrefixCache(Cache):
 
     def commit(self, slot: Tensor) -> None:
         """Of the branches written behind the prefix, the one at slot [B] becomes its next token; the others are dropped."""
-        alike: dict[tuple, list[Tensor]] = {}  # one call for all layers, where they are on one device and of one shape
-        for layer in self.layers:
-            for states in (layer.keys, layer.values):
-                alike.setdefault((states.device, states.shape, states.stride(), states.dtype), []).append(states)
-        for (device, *_), several in alike.items():
-            length = torch.full((), self.layers[0].length, device=device)
-            for start in range(0, len(several), MOST):
-                commit(several[start : start + MOST], slot.to(device), length)
+        for several in self._alike():
+            length = torch.full((), self.layers[0].length, device=several[0].device)
+            commit(several, slot.to(length.device), length)
         self.advance(1)
+
+    def _alike(self) -> list[list[Tensor]]:
+        """The keys and values of all layers, by device, shape and dtype; mostly one list. They stay where they are."""
+        if self._lists is None:
+            alike: dict[tuple, list[Tensor]] = {}
+            for layer in self.layers:
+                for states in (layer.keys, layer.values):
+                    alike.setdefault((states.device, states.shape, states.stride(), states.dtype), []).append(states)
+            self._lists = [several[i : i + MOST] for several in alike.values() for i in range(0, len(several), MOST)]
+        return self._lists
 
 
 def can_branch(model) -> bool:
