@@ -14,6 +14,7 @@ import pyargs
 from pyargs.decode import reference
 from pyargs.decode.request import check
 from pyargs.errors import PyargsError, UnknownUser
+from pyargs.lm import lora
 from pyargs.lm.encode import left_pad
 
 USERS = ["ann", "bob", "cid"]
@@ -42,6 +43,19 @@ def guided(policy, model, rows, users, **changes):
 def plain(policy, model, rows, users, **changes):
     ids, mask = left_pad(rows, pad_id=1)
     return reference.decode(policy, model, check(policy, model, ids, mask, users, **arguments(**changes)))
+
+
+def shared_pair(weights, head, seed):
+    """A policy and a reward model with weights of their "own", the "shared" ones, or these and LoRA ("shared lora")."""
+    policy = tiny_lm("llama", seed=seed)
+    model = reward_model(policy if weights != "own" else tiny_lm("llama", seed=seed + 1), head=head)
+    if weights == "shared lora":
+        torch.manual_seed(seed)
+        lora.add(model.backbone, rank=2, alpha=4, rslora=False, target_modules=["q_proj", "v_proj", "down_proj"])
+        for name, parameter in model.backbone.named_parameters():
+            if "lora_" in name:
+                parameter.data = torch.randn(parameter.shape, dtype=torch.float64) * 0.3
+    return policy, model.eval()
 
 
 def same(one, other):
@@ -95,10 +109,11 @@ def test_decoders_follow_the_definition(family, decoder):
     sample=st.booleans(),
     eos=st.sampled_from([[], [1], [1, 7, 9, 11, 13, 20, 21, 30, 31, 40, 41, 50, 51]]),
     eos_reward=st.sampled_from(["before", "state"]),
+    weights=st.sampled_from(["own", "shared", "shared lora"]),
     seed=st.integers(0, 99),
 )
-def test_shared_prefix_equals_k_copies(lengths, head, k, sample, eos, eos_reward, seed):
-    policy, model = tiny_lm("llama", seed=seed), reward_model(tiny_lm("llama", seed=seed + 1), head=head)
+def test_shared_prefix_equals_k_copies(lengths, head, k, sample, eos, eos_reward, weights, seed):
+    policy, model = shared_pair(weights, head, seed)
     users = [USERS[i % 3] for i in range(len(lengths))]
     weight = [0.0, 1.5, 0.3, 4.0][: len(lengths)]
     changes = dict(

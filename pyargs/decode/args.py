@@ -15,13 +15,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pyargs.decode import reference
-from pyargs.decode.request import Output, Request, as_float, check
+from pyargs.decode import captured, passes, reference
+from pyargs.decode.request import Output, Request, check
+from pyargs.decode.step import begin, choose
 from pyargs.errors import PyargsError
-from pyargs.lm.cache import PrefixCache, can_branch
-from pyargs.lm.hf import additive
+from pyargs.lm.cache import can_branch
 from pyargs.models.reward_model import RewardModel
-from pyargs.ops import score_select, topk_logprobs
 from pyargs.types import Decoded
 
 
@@ -61,7 +60,7 @@ def generate(
         temperature=temperature, seed=seed, eos_reward=eos_reward, tokenizer=tokenizer, token_callback=token_callback,
     )  # fmt: skip
     if not len(input_ids):
-        return Output(request).decoded(torch.zeros(0, dtype=torch.bool))
+        return Output(0, 0, "cpu").decoded(request, torch.zeros(0, dtype=torch.bool))
     if not (can_branch(policy) and can_branch(reward_model.backbone)):
         warnings.warn(
             "policy or reward model has layers in which candidates can not share a prefix (sliding window, linear attention, "
@@ -69,7 +68,8 @@ def generate(
             stacklevel=2,
         )
         return reference.decode(policy, reward_model, request)
-    return decode(policy, reward_model, request)
+    decoded = captured.decode(policy, reward_model, request) if captured.possible(policy, reward_model) else None
+    return decode(policy, reward_model, request) if decoded is None else decoded
 
 
 @torch.no_grad()
@@ -77,68 +77,14 @@ def decode(policy, reward_model: RewardModel, request: Request) -> Decoded:
     """The loop over shared prefixes; `generate` says what it does."""
     rows, length = request.input_ids.shape
     k, device = request.num_candidates, reward_model.device
-    backbone, folded = reward_model.backbone, reward_model.head.fold()
-
-    policy_cache = PrefixCache(policy.config.get_text_config(decoder=True), length + request.max_new_tokens)
-    reward_cache = PrefixCache(backbone.config.get_text_config(decoder=True), length + request.max_new_tokens + k)
-    valid = torch.cat([request.attention_mask.bool(), request.attention_mask.new_ones(rows, request.max_new_tokens).bool()], 1)
-    position = request.attention_mask.sum(1, keepdim=True)  # of the next token
-    prompt_position = (request.attention_mask.cumsum(1) - 1).clamp(min=0)
-    padded = not bool(request.attention_mask.all())
-
-    def prompt_mask(model) -> Tensor | None:
-        if not padded:
-            return None
-        seen = valid[:, None, None, :length] & torch.ones(length, length, dtype=torch.bool, device=valid.device).tril()
-        # A padding position sees itself, since a softmax over nothing is not a number.
-        seen = seen | torch.eye(length, dtype=torch.bool, device=valid.device)
-        return additive(seen, model).to(model.device)
-
-    # use_cache makes the models hand the cache on; logits_to_keep leaves the output layer out for all but the last place.
-    logits = policy(
-        input_ids=request.input_ids, attention_mask=prompt_mask(policy), position_ids=prompt_position,
-        past_key_values=policy_cache, use_cache=True, logits_to_keep=1,
-    ).logits[:, -1]  # fmt: skip
-    policy_cache.advance(length)
-    state = backbone(
-        input_ids=request.input_ids.to(device), attention_mask=prompt_mask(backbone),
-        position_ids=prompt_position.to(device), past_key_values=reward_cache, use_cache=True,
-    ).last_hidden_state[:, -1]  # fmt: skip
-    reward_cache.advance(length)
-
-    output = Output(request)
-    so_far = reward_model.head(state, request.user)  # reward of the text so far: what a stop token earns
-    total = torch.zeros_like(so_far)
-    finished = torch.zeros(rows, dtype=torch.bool, device=device)
-    reward_valid, reward_position = valid.to(device), position.to(device)
-    itself = torch.eye(k, dtype=torch.bool, device=device).expand(rows, 1, k, k)
-
+    way = passes.of(policy, reward_model, rows, k)
+    caches = way.caches(policy, reward_model, rows, length + request.max_new_tokens + k)
+    both, folded = way(policy, reward_model, caches), reward_model.head.fold()
+    output = Output(rows, request.max_new_tokens, device)
+    state = begin(both, reward_model, request, torch.zeros(rows, dtype=torch.bool, device=device))
     for step in range(request.max_new_tokens):
-        logprobs, candidates, _ = topk_logprobs(as_float(logits)[:, : request.vocabulary], k)
-        logprobs, candidates = logprobs.to(device), candidates.to(device)
-
-        prefix = reward_valid[:, None, None, : length + step].expand(rows, 1, k, length + step)
-        hidden = backbone(
-            input_ids=candidates, attention_mask=additive(torch.cat([prefix, itself], dim=-1), backbone),
-            position_ids=(reward_position + step).expand(rows, k), past_key_values=reward_cache, use_cache=True,
-        ).last_hidden_state  # fmt: skip
-        token, slot, reward, finished = score_select(
-            folded.features(as_float(hidden), request.user), folded.weight, request.user, request.step_weight(step),
-            logprobs, candidates, finished, bias=folded.bias, activation=folded.activation,
-            stop=request.stop, stop_reward=so_far if request.eos_reward == "before" else None, pad_id=request.pad_id,
-            temperature=request.temperature, uniform=None if request.uniform is None else request.uniform[step],
-        )  # fmt: skip
-        chosen = output.add(step, token, slot, reward, finished)
-        total = total + chosen
-        so_far = total / (step + 1) if request.prefix_mean else chosen
-        if output.stop(step, finished):
+        state, token, slot = choose(both, folded, request, output, state)
+        if output.stop(request, step, state.finished):
             break
-
-        reward_cache.commit(slot.clamp(min=0))
-        logits = policy(
-            input_ids=token.unsqueeze(1).to(policy.device),
-            attention_mask=additive(valid[:, None, None, : length + step + 1], policy) if padded else None,
-            position_ids=position + step, past_key_values=policy_cache, use_cache=True, logits_to_keep=1,
-        ).logits[:, -1]  # fmt: skip
-        policy_cache.advance(1)
-    return output.decoded(finished)
+        state = state._replace(logits=both.follow(token, slot))
+    return output.decoded(request, state.finished)

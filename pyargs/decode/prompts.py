@@ -21,7 +21,7 @@ from pyargs.types import Decoded
 
 
 def load_pair(policy: str | None, model: str, *, dtype: str = "float32"):
-    """A policy and the model that guides it; weights that both rest on are loaded once, unless LoRA changes them.
+    """A policy and the model that guides it; weights that both rest on are loaded once.
 
     A UserPolicy answers by itself: it takes no policy, and its own language model stands in the place of one.
     """
@@ -36,9 +36,9 @@ def load_pair(policy: str | None, model: str, *, dtype: str = "float32"):
             f"{model} is a {config['kind'].replace('_', ' ')} ({config['method']}): name the --policy that it guides"
         )
     lm, tokenizer = load_lm(policy, dtype=dtype)
-    same = config["backbone"] == policy and config["dtype"] == dtype and not config["lora"]
-    if same and config["kind"] == "reward_model":
-        return lm, load_model(model, backbone=lm.get_decoder(), tokenizer=tokenizer, device=lm.device)
+    if config["kind"] == "reward_model" and config["backbone"] == policy and config["dtype"] == dtype:
+        own = load_model(model, backbone=lm.get_decoder(), tokenizer=tokenizer, device=lm.device)
+        return lm, own if lm.device.type == "cuda" else own.merge()  # a GPU reads the weights once for both
     return lm, load_model(model).merge()
 
 

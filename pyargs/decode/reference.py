@@ -32,7 +32,7 @@ def decode(policy, reward_model: RewardModel, request: Request) -> Decoded:
     first_row = torch.arange(rows, device=device) * k
     _branch(reward_cache, torch.arange(rows, device=device).repeat_interleave(k), request.max_new_tokens)
     finished = torch.zeros(rows, dtype=torch.bool, device=device)
-    output = Output(request)
+    output = Output(rows, request.max_new_tokens, device)
 
     for step in range(request.max_new_tokens):
         logprobs = policy_out.logits[:, -1, : request.vocabulary].float().log_softmax(-1).to(device)
@@ -61,17 +61,17 @@ def decode(policy, reward_model: RewardModel, request: Request) -> Decoded:
         stopped = is_stop.gather(1, slot.unsqueeze(1)).squeeze(1)
         output_slot = slot.masked_fill(finished, 0).masked_fill(bad, -1)
         finished = finished | stopped | bad
-        chosen = output.add(step, token, output_slot, reward, finished)
+        chosen = output.add(token, output_slot, reward, finished)
         total = total + chosen
         so_far = total / (step + 1) if request.prefix_mean else chosen
-        if output.stop(step, finished):
+        if output.stop(request, step, finished):
             break
 
         _follow(reward_cache, (first_row + slot).repeat_interleave(k))
         policy_out, policy_cache = forward_step(
             policy, token.unsqueeze(1).to(policy.device), mask, policy_cache, padded, logits_to_keep=1
         )
-    return output.decoded(finished)
+    return output.decoded(request, finished)
 
 
 def _branch(cache, row: Tensor, room: int) -> None:

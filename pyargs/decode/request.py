@@ -37,8 +37,8 @@ class Request:
     uniform: Tensor | None
     token_callback: Callable[[Tensor], None] | None
 
-    def step_weight(self, step: int) -> Tensor:
-        """Weight of the candidates' own rewards at this step.
+    def step_weight(self, step: int | Tensor) -> Tensor:
+        """Weight [B] of the candidates' own rewards at this step (a number, or int64 [1] on the device).
 
         The mean over the response so far differs between candidates only in their own share, 1 / (step + 1), so the plain
         head with the weight divided by that makes the same choice.
@@ -134,50 +134,86 @@ def _noise(seed: int | Sequence[int] | None, rows: int, steps: int) -> Tensor:
     return torch.stack(each) if each else torch.zeros(0, steps)
 
 
-class Output:
-    """Collects what each step chose. Rows that have finished only add padding."""
+CHUNK = 4
+"""Steps between two looks at a GPU's flags. What is asked for after one chunk is read after the next, when it has long
+arrived: the host never waits, a stop is seen and an error raised within 8 steps, and late steps write only padding."""
 
-    def __init__(self, request: Request):
-        rows, steps, device = len(request.user), request.max_new_tokens, request.user.device
-        self.request = request
-        self.tokens = torch.full((rows, steps), request.pad_id, dtype=torch.long, device=device)
+
+class Output:
+    """Collects what each step chose, on the device. Rows that have finished only add padding."""
+
+    def __init__(self, rows: int, steps: int, device):
+        self.tokens = torch.zeros(rows, steps, dtype=torch.long, device=device)
         self.slots = torch.zeros_like(self.tokens)
         self.rewards = torch.zeros(rows, steps, device=device)
         self.spreads = torch.zeros_like(self.rewards)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self.bad = torch.zeros(rows, dtype=torch.bool, device=device)
-        # Reading a flag makes the host wait for a GPU, so it is read every 8th step there; late steps write only padding.
-        self.check_every = 1 if device.type == "cpu" else 8
+        self.steps = torch.zeros(1, dtype=torch.long, device=device)
+        self.late = torch.device(device).type != "cpu"
+        self._asked: Callable[[], Tensor] | None = None
 
-    def add(self, step: int, token: Tensor, slot: Tensor, reward: Tensor, finished: Tensor) -> Tensor:
+    def restart(self) -> None:
+        """Empty again, in the same memory: `add` writes each place anew."""
+        for counted in (self.lengths, self.bad, self.steps):
+            counted.zero_()
+        self._asked = None
+
+    def add(self, token: Tensor, slot: Tensor, reward: Tensor, finished: Tensor) -> Tensor:
         """One step: the choice [B], the candidates' rewards [B, k], and which rows are finished after it.
 
         Returns the chosen candidates' rewards [B].
         """
         chosen = reward.gather(1, slot.clamp(min=0).unsqueeze(1)).squeeze(1)
-        self.tokens[:, step], self.slots[:, step], self.rewards[:, step] = token, slot, chosen
-        self.spreads[:, step] = reward.std(1, correction=0)
+        spread = reward.std(1, correction=0)
+        for kept, new in ((self.tokens, token), (self.slots, slot), (self.rewards, chosen), (self.spreads, spread)):
+            kept.index_copy_(1, self.steps, new.unsqueeze(1))
         self.lengths += ~finished
         self.bad |= slot < 0
-        if self.request.token_callback is not None:
-            self.request.token_callback(token)
+        self.steps += 1
         return chosen
 
-    def stop(self, step: int, finished: Tensor) -> bool:
-        """Whether all rows are done. Raises PyargsError if a row met a NaN (within 8 steps of it)."""
-        if (step + 1) % self.check_every and step + 1 < self.request.max_new_tokens:
+    def stop(self, request: Request, step: int, finished: Tensor) -> bool:
+        """Hands the step's tokens on; whether all rows are known to be done. Raises PyargsError if a row met a NaN."""
+        if request.token_callback is not None:
+            request.token_callback(self.tokens[: len(request.user), step].clone())
+        if not self.late:
+            return self._all_done(torch.cat([self.bad, finished.all().unsqueeze(0)]))
+        if (step + 1) % CHUNK:
             return False
-        if self.bad.any():
-            rows = self.bad.nonzero().flatten().tolist()
+        asked, self._asked = self._asked, _on_its_way(torch.cat([self.bad, finished.all().unsqueeze(0)]))
+        return asked is not None and self._all_done(asked())
+
+    def decoded(self, request: Request, finished: Tensor) -> Decoded:
+        """What was chosen for the request's rows. Raises PyargsError if a row met a NaN."""
+        rows = len(request.user)
+        self._all_done(torch.cat([self.bad, finished.all().unsqueeze(0)]).cpu())
+        used = int((self.lengths + finished)[:rows].max()) if rows else 0
+        parts = (part[:rows, :used] for part in (self.tokens, self.rewards, self.slots, self.spreads))
+        return Decoded(*(part.to("cpu", copy=True) for part in (*parts, self.lengths[:rows])))
+
+    def _all_done(self, flags: Tensor) -> bool:
+        """flags bool [B + 1]: rows that met a NaN, and whether all have finished."""
+        if rows := flags[:-1].nonzero().flatten().tolist():
             raise PyargsError(
                 f"the policy's logits or the rewards are not numbers in row(s) {rows}: check the models' weights"
             )
-        return bool(finished.all())
+        return bool(flags[-1])
 
-    def decoded(self, finished: Tensor) -> Decoded:
-        steps = int((self.lengths + finished).max()) if len(self.lengths) else 0
-        parts = (self.tokens[:, :steps], self.rewards[:, :steps], self.slots[:, :steps], self.spreads[:, :steps], self.lengths)
-        return Decoded(*(part.cpu() for part in parts))
+
+def _on_its_way(flags: Tensor) -> Callable[[], Tensor]:
+    """Starts a copy to the host; what is returned waits for it."""
+    if not flags.is_cuda:
+        return flags.clone
+    host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
+    host.copy_(flags, non_blocking=True)
+    arrived = torch.cuda.current_stream(flags.device).record_event()
+
+    def read() -> Tensor:
+        arrived.synchronize()
+        return host
+
+    return read
 
 
 def as_float(x: Tensor) -> Tensor:

@@ -40,10 +40,11 @@ def generate(
     )  # fmt: skip
     if token_reward.lm.get_output_embeddings().weight.shape[0] < request.vocabulary:
         raise PyargsError("the token reward's output layer has fewer rows than the tokenizer has tokens")
-    output, device = Output(request), token_reward.device
+    device = token_reward.device
+    output = Output(len(input_ids), request.max_new_tokens, device)
     finished = torch.zeros(len(input_ids), dtype=torch.bool, device=device)
     if not len(input_ids):
-        return output.decoded(finished)
+        return output.decoded(request, finished)
 
     mask = request.attention_mask
     padded = not bool(mask.all())
@@ -55,15 +56,15 @@ def generate(
             logits.append(as_float(out.logits[:, -1])[:, : request.vocabulary].to(device))
         if request.num_candidates is None:
             token, rank, reward, finished = _among_all(*logits, request, step, finished)
-            output.add(step, token, rank.clamp(max=0), reward, finished)
+            output.add(token, rank.clamp(max=0), reward, finished)
             output.slots[:, step] = rank
         else:
             token, slot, reward, finished = _among_candidates(*logits, request, step, finished)
-            output.add(step, token, slot, reward, finished)
-        if output.stop(step, finished):
+            output.add(token, slot, reward, finished)
+        if output.stop(request, step, finished):
             break
         ids, mask = token.unsqueeze(1), torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-    return output.decoded(finished)
+    return output.decoded(request, finished)
 
 
 def _among_candidates(policy: Tensor, reward: Tensor, request: Request, step: int, finished: Tensor):

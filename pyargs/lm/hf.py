@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from pyargs.errors import PyargsError
+from pyargs.lm import lora
 from pyargs.lm.cache import can_branch, parameters
 from pyargs.lm.encode import Packed, pack
 from pyargs.lm.hub import resolve
@@ -56,16 +58,37 @@ def additive(mask: Tensor, model: nn.Module) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
+ARCHITECTURE = ("model_type", "rms_norm_eps", "layer_norm_eps", "rope_parameters", "num_attention_heads", "hidden_act")
+
+
 def fingerprint(model: nn.Module) -> str:
     """Hash of all weights and of what the architecture does with them (a second for 135M parameters)."""
     config = model.config.get_text_config(decoder=True)
     digest = hashlib.blake2b(digest_size=16)
-    for name in ("model_type", "rms_norm_eps", "layer_norm_eps", "rope_parameters", "num_attention_heads", "hidden_act"):
+    for name in ARCHITECTURE:
         digest.update(f"{name}={getattr(config, name, None)} ".encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def same_weights(decoder: nn.Module, other: nn.Module) -> bool:
+    """Whether a decoder computes what the base model of `other` (LoRA left out) does. Shared memory is not compared."""
+    if type(decoder) is not type(other):
+        return False
+    one, two = decoder.config.get_text_config(decoder=True), other.config.get_text_config(decoder=True)
+    if any(getattr(one, name, None) != getattr(two, name, None) for name in ARCHITECTURE):
+        return False
+    ours, theirs = dict(decoder.named_parameters()), lora.base_weights(other)
+    return ours.keys() == theirs.keys() and all(_equal(value, theirs[name]) for name, value in ours.items())
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    if one.device != other.device or one.dtype != other.dtype:
+        return False
+    same_memory = one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()
+    return same_memory or torch.equal(one, other)
 
 
 def packed_states(decoder: nn.Module, packed: Packed, inputs_embeds: Tensor | None = None) -> Tensor:
@@ -171,13 +194,22 @@ def token_logprobs(model: nn.Module, packed: Packed, inputs_embeds: Tensor | Non
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, torch.cat(scores)), mask
 
 
+_plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def plain_output_layer(model: nn.Module) -> bool:
+    """Whether the model's logits are just its output layer times its last state: no soft caps, no scales. Tried once."""
+    if model not in _plain:
+        probe = torch.zeros(1, 4, dtype=torch.long, device=model.device)
+        with torch.no_grad():
+            expected = model.get_output_embeddings()(model.get_decoder()(probe).last_hidden_state)
+            _plain[model] = torch.allclose(model(probe).logits, expected, atol=1e-3, rtol=1e-3)
+    return _plain[model]
+
+
 def check_output_layer(model: nn.Module) -> None:
-    """Raises PyargsError for models whose logits are not just output layer times last state (soft caps, scales)."""
-    probe = torch.zeros(1, 4, dtype=torch.long, device=model.device)
-    with torch.no_grad():
-        plain = model.get_output_embeddings()(model.get_decoder()(probe).last_hidden_state)
-        same = torch.allclose(model(probe).logits, plain, atol=1e-3, rtol=1e-3)
-    if not same:
+    """Raises PyargsError for models whose logits are more than output layer times last state."""
+    if not plain_output_layer(model):
         raise PyargsError(
             f"{model.config.model_type} changes the logits after its output layer (soft cap or scale): not supported here yet"
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,6 +36,12 @@ def _inject(decoder: nn.Module, config) -> None:
     for name, parameter in decoder.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()
+
+
+def twin(decoder: nn.Module) -> nn.Module:
+    """A second decoder on the same weights in memory, which LoRA can be put into without changing the first."""
+    memo = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in decoder.parameters()}
+    return copy.deepcopy(decoder, memo)
 
 
 def weights(decoder: nn.Module) -> dict[str, Tensor]:
@@ -78,7 +86,51 @@ def merge(decoder: nn.Module) -> None:
     """
     for layer in _layers(decoder):
         if layer.get_base_layer().weight.dtype == torch.float32:
-            layer.merge()
+            layer.merge(safe_merge=True)  # into new memory: another model may share the old
+
+
+def active(decoder: nn.Module) -> bool:
+    """Whether LoRA layers add to the base weights in each pass: they are there, and not merged."""
+    return any(not (layer.merged or layer.disable_adapters) for layer in _layers(decoder))
+
+
+def plain(decoder: nn.Module) -> bool:
+    """Whether all LoRA layers, if any, are a product added to a linear layer's: no embeddings, no DoRA and the like."""
+    from peft.tuners.lora import Linear
+
+    return all(type(layer) is Linear and not layer.lora_variant for layer in _layers(decoder))
+
+
+def base_weights(decoder: nn.Module) -> dict[str, Tensor]:
+    """Parameters of the base model by the names they have without LoRA (merged LoRA is in them)."""
+    return {
+        name.replace(".base_layer", ""): value for name, value in decoder.named_parameters() if ".lora_" not in name
+    }  # fmt: skip
+
+
+@contextmanager
+def on_last(decoder: nn.Module, rows: int):
+    """Within it LoRA acts on the last `rows` of a batch [B, n, D] only: the others see the base model.
+
+    For `plain` LoRA, and without gradients.
+    """
+    layers = _layers(decoder)
+    for layer in layers:
+        layer.forward = partial(_forward_on_last, layer, rows)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward  # the instance's: its class's is behind it
+
+
+def _forward_on_last(layer, rows: int, x: Tensor) -> Tensor:
+    result = layer.base_layer(x)
+    for name in layer.active_adapters:
+        low = layer.lora_A[name]
+        part = low(layer.lora_dropout[name](x[-rows:]).to(low.weight.dtype))
+        result[-rows:] += layer.lora_B[name](part) * layer.scaling[name]  # in float32, rounded to the dtype of `result`
+    return result
 
 
 @contextmanager

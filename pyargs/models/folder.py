@@ -78,12 +78,12 @@ def read_config(folder: Path, kind: str | None = None) -> dict:
 def load_backbone(folder: Path, config: dict, *, lm=None, backbone: nn.Module | None = None, tokenizer=None, device=None):
     """(language model or None, decoder, tokenizer) of a saved model, its adapter put in.
 
-    lm, backbone: in memory already, to save loading it twice; not with LoRA, which would change the other owner's model.
-    Raises PyargsError when the weights are not the ones of the training.
+    lm, backbone: in memory already, to save loading it twice; the adapter of a backbone leaves the other owner's alone, but
+    that of an lm would not. Raises PyargsError when the weights are not the ones of the training.
     """
+    if lm is not None and config["lora"]:
+        raise PyargsError("this model has a LoRA adapter, which would change the shared language model: leave it out")
     given = backbone if lm is None else lm.get_decoder()
-    if given is not None and config["lora"]:
-        raise PyargsError("this model has a LoRA adapter, which would change the shared backbone: leave the backbone out")
     if given is None:
         lm, tokenizer = load_lm(config["backbone"], dtype=config["dtype"], device=device)
         given = lm.get_decoder()
@@ -93,6 +93,7 @@ def load_backbone(folder: Path, config: dict, *, lm=None, backbone: nn.Module | 
             "load the backbone of the training (same revision, same dtype)"
         )
     if config["lora"]:
+        given = given if backbone is None else lora.twin(backbone)
         lora.load(given, folder)
     return lm, given, tokenizer
 

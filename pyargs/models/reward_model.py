@@ -159,9 +159,9 @@ class RewardModel(nn.Module):
     def from_pretrained(cls, folder: str | Path, *, backbone: nn.Module | None = None, tokenizer=None, device=None):
         """Loads what `save_pretrained` wrote, from a local folder or the hub.
 
-        backbone, tokenizer: a decoder that is in memory already (say, `policy.get_decoder()` of the same base model), to
-        save loading it twice; not with LoRA, which would change the other owner's model. Raises PyargsError on a missing
-        or unexpected key and when the backbone's weights are not the ones of the training.
+        backbone, tokenizer: a decoder that is in memory already (say, `policy.get_decoder()` of the same base model), so that
+        its weights are there once; it stays as it is. Decoding then needs one pass for both (`pyargs.decode.passes`). Raises
+        PyargsError on a missing or unexpected key and when the backbone's weights are not the ones of the training.
         """
         folder = folders.locate(folder)
         config = folders.read_config(folder, "reward_model")

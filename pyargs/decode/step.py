@@ -1,0 +1,55 @@
+"""One step of ARGS for a batch: the policy's k candidates, their rewards, the choice. Nothing in it waits for the device."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyargs.decode.passes import OnePass, TwoPasses
+from pyargs.decode.request import Output, Request, as_float
+from pyargs.heads import Folded
+from pyargs.models.reward_model import RewardModel
+from pyargs.ops import score_select, topk_logprobs
+
+
+class State(NamedTuple):
+    """What a step takes over from the one before.
+
+    logits [B, V] of the next token under the policy; so_far [B], the reward of the text so far (what a stop token earns);
+    total [B], the sum of the chosen tokens' rewards; finished bool [B].
+    """
+
+    logits: Tensor
+    so_far: Tensor
+    total: Tensor
+    finished: Tensor
+
+
+def begin(passes: TwoPasses | OnePass, reward_model: RewardModel, request: Request, finished: Tensor) -> State:
+    """Reads the prompts. finished [B]: rows that are none of the caller's."""
+    logits, state = passes.begin(request)
+    so_far = reward_model.head(state, request.user)
+    return State(logits, so_far, torch.zeros_like(so_far), finished)
+
+
+def choose(
+    passes: TwoPasses | OnePass, folded: Folded, request: Request, output: Output, state: State
+) -> tuple[State, Tensor, Tensor]:
+    """The step's choice, noted in `output`: the state after it (its logits still the old ones), tokens [B] and slots [B]."""
+    device = request.user.device
+    logprobs, candidates, _ = topk_logprobs(as_float(state.logits)[:, : request.vocabulary], request.num_candidates)
+    logprobs, candidates = logprobs.to(device), candidates.to(device)
+    hidden = passes.branch(candidates)
+    token, slot, reward, finished = score_select(
+        folded.features(as_float(hidden), request.user), folded.weight, request.user, request.step_weight(output.steps),
+        logprobs, candidates, state.finished, bias=folded.bias, activation=folded.activation, stop=request.stop,
+        stop_reward=state.so_far if request.eos_reward == "before" else None, pad_id=request.pad_id,
+        temperature=request.temperature,
+        uniform=None if request.uniform is None else request.uniform.index_select(0, output.steps)[0],
+    )  # fmt: skip
+    chosen = output.add(token, slot, reward, finished)
+    total = state.total + chosen
+    so_far = total / output.steps if request.prefix_mean else chosen  # the step is counted by now
+    return State(state.logits, so_far, total, finished), token, slot

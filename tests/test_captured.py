@@ -1,0 +1,189 @@
+"""The captured step: on a CPU its buffers, counters and masks without the graph, on a GPU the graph itself."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+
+import pytest
+import torch
+from conftest import FULL_ATTENTION, reward_model, tiny_lm
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_decode import USERS, arguments, plain, prompts, same, shared_pair
+
+import pyargs
+from pyargs.decode import captured, passes
+from pyargs.decode.request import CHUNK, Output, check
+from pyargs.errors import PyargsError
+from pyargs.lm.encode import left_pad
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+def recorded(policy, model, rows, users, **changes):
+    ids, mask = left_pad(rows, pad_id=1)
+    decoded = captured.decode(policy, model, check(policy, model, ids, mask, users, **arguments(**changes)))
+    assert decoded is not None
+    return decoded
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    head=st.sampled_from(["linear", "mlp", "personal mlp"]),
+    k=st.sampled_from([1, 2, 7]),
+    sample=st.booleans(),
+    eos=st.sampled_from([[], [1], [1, 7, 9, 11, 13, 20, 21, 30, 31, 40, 41, 50, 51]]),
+    eos_reward=st.sampled_from(["before", "state"]),
+    weights=st.sampled_from(["own", "shared", "shared lora"]),
+    seed=st.integers(0, 99),
+)
+def test_like_the_reference(lengths, head, k, sample, eos, eos_reward, weights, seed):
+    policy, model = shared_pair(weights, head, seed)
+    users = [USERS[i % 3] for i in range(len(lengths))]
+    weight = [0.0, 1.5, 0.3, 4.0, 1.0, 2.0][: len(lengths)]
+    changes = dict(
+        num_candidates=k, do_sample=sample, eos_token_id=eos, eos_reward=eos_reward, seed=seed, reward_weight=weight
+    )
+    rows = prompts(lengths, seed)
+    same(recorded(policy, model, rows, users, **changes), plain(policy, model, rows, users, **changes))
+
+
+@pytest.mark.parametrize("family", FULL_ATTENTION)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_families_and_attention(family, attention):
+    policy, model = tiny_lm(family, attention=attention), reward_model(tiny_lm(family, seed=5, attention=attention))
+    rows = prompts([4, 1, 9])
+    want = plain(tiny_lm(family), reward_model(tiny_lm(family, seed=5)), rows, USERS)
+    same(recorded(policy, model, rows, USERS), want)
+    assert policy.config._attn_implementation == attention
+
+
+def test_token_averages():
+    policy, model = tiny_lm(), reward_model(tiny_lm(seed=3), head="mlp", pool="mean", step_reward="prefix_mean")
+    changes = dict(reward_weight=20.0, eos_token_id=[])
+    same(recorded(policy, model, prompts([5]), ["x"], **changes), plain(policy, model, prompts([5]), ["x"], **changes))
+
+
+def test_a_recording_serves_other_prompts_users_weights_and_noise():
+    policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
+    asked = [
+        ([4, 2, 7], USERS, dict(reward_weight=2.0, seed=1)),
+        ([1, 9, 3, 3], ["cid", "cid", "ann", "bob"], dict(reward_weight=[0.0, 1.0, 2.0, 3.0], seed=2)),
+        ([30, 2, 5], ["bob"] * 3, dict(reward_weight=0.5, seed=3, max_new_tokens=5)),
+    ]
+    for lengths, users, changes in asked:
+        rows = prompts(lengths, 7)
+        changes["do_sample"] = True
+        same(recorded(policy, model, rows, users, **changes), plain(policy, model, rows, users, **changes))
+    assert len(captured._recordings[model]) == 1
+
+
+def test_recordings_are_few_and_go_with_their_model():
+    policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
+    for k in range(1, captured.KEPT + 3):
+        recorded(policy, model, prompts([4]), ["ann"], num_candidates=k, max_new_tokens=2)
+    assert len(captured._recordings[model]) == captured.KEPT
+    before = len(captured._recordings)
+    del model
+    gc.collect()
+    assert len(captured._recordings) < before
+
+
+def test_a_changed_head_is_recorded_anew_and_changed_weights_are_seen():
+    policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
+    rows = prompts([4, 2])
+    recorded(policy, model, rows, USERS[:2])
+    with torch.no_grad():
+        model.head.directions.mul_(-2.0)
+        policy.lm_head.weight.mul_(0.7)
+    same(recorded(policy, model, rows, USERS[:2]), plain(policy, model, rows, USERS[:2]))
+
+
+@pytest.mark.parametrize("where", ["policy", "reward"])
+def test_what_is_not_a_number_raises_and_leaves_nothing_behind(where):
+    policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
+    rows, users = prompts([4, 2, 3]), USERS
+    want = plain(policy, model, rows, users)
+    broken = policy.lm_head if where == "policy" else model.backbone.norm
+    sound = broken.weight.detach().clone()
+    recorded(policy, model, rows, users)
+    broken.weight.data[...] = float("nan")
+    with pytest.raises(PyargsError, match=r"not numbers in row\(s\) \[0, 1, 2\]"):
+        recorded(policy, model, rows, users)
+    broken.weight.data[...] = sound
+    same(recorded(policy, model, rows, users), want)  # in the same caches
+
+
+def test_steps_after_the_last_stop_write_padding_only(monkeypatch):
+    policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
+    rows, changes = prompts([2, 6, 4]), dict(eos_token_id=list(range(1, 40)), pad_token_id=50, max_new_tokens=40)
+    want = plain(policy, model, rows, USERS, **changes)
+    seen = []
+    real = Output.__init__
+    monkeypatch.setattr(Output, "__init__", lambda self, *a: (real(self, *a), setattr(self, "late", True))[0])
+    same(recorded(policy, model, rows, USERS, **changes, token_callback=lambda t: seen.append(t.tolist())), want)
+    last = int(want.lengths.max())  # index of the last stop token
+    assert last + 1 < len(seen) <= last + 1 + 2 * CHUNK
+    assert all(tokens == [50, 50, 50] for tokens in seen[last + 1 :])
+
+
+@pytest.mark.parametrize("broken", range(9))
+def test_a_late_look_raises_within_8_steps(broken):
+    request = check(tiny_lm(), reward_model(tiny_lm()), torch.tensor([[5]]), None, ["ann"], **arguments(max_new_tokens=40))
+    output, finished = Output(1, 40, "cpu"), torch.tensor([False])
+    output.late = True
+    with pytest.raises(PyargsError, match=r"row\(s\) \[0\]"):
+        for step in range(40):
+            slot = torch.tensor([-1 if step == broken else 0])
+            output.add(torch.tensor([3]), slot, torch.zeros(1, 2), finished)
+            output.stop(request, step, finished)
+    assert step - broken < 8
+
+
+def test_a_step_that_cannot_be_captured_falls_back_with_one_warning(monkeypatch):
+    policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
+    ids, mask = left_pad(prompts([4, 2]), pad_id=1)
+
+    def forbidden(*_):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(captured, "_capture", forbidden)
+    monkeypatch.setattr(captured, "possible", lambda policy, model: model not in captured._refused)
+    with pytest.warns(UserWarning, match="cannot be captured.*not permitted") as caught:
+        got = pyargs.generate(policy, model, ids, mask, USERS[:2], **arguments())
+    assert len(caught) == 1
+    same(got, plain(policy, model, prompts([4, 2]), USERS[:2]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        same(pyargs.generate(policy, model, ids, mask, USERS[:2], **arguments()), got)
+
+
+@cuda
+@pytest.mark.parametrize("weights", ["own", "shared", "shared lora"])
+def test_the_graph_gives_the_tokens_of_the_cpu(weights):
+    policy, model = shared_pair(weights, "linear", 1)
+    rows = prompts([4, 1, 9])
+    want = plain(policy, model, rows, USERS)
+    policy, model = policy.cuda(), model.cuda()
+    ids, mask = left_pad(rows, pad_id=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):  # recorded, then only replayed
+            same(pyargs.generate(policy, model, ids.cuda(), mask.cuda(), USERS, **arguments()), want)
+    assert len(captured._recordings[model]) == 1
+
+
+def test_which_way():
+    policy = tiny_lm()
+    frozen = reward_model(policy)
+    assert passes.of(policy, frozen, 64, 10) is passes.OnePass
+    assert passes.of(policy, reward_model(tiny_lm(seed=3)), 1, 2) is passes.TwoPasses
+    policy, adapted = shared_pair("shared lora", "linear", 0)
+    assert passes.of(policy, adapted, 1, 10) is passes.OnePass
+    assert passes.of(policy, adapted, 8, 10) is passes.TwoPasses  # too many rows for a CPU
+    assert passes.of(policy.float(), adapted.float().merge(), 1, 10) is passes.TwoPasses
+    assert passes.of(policy, reward_model(tiny_lm("qwen2")), 1, 10) is passes.TwoPasses
+    frozen.backbone.norm.weight.data[0] += 1
+    assert passes.of(tiny_lm(), frozen, 1, 10) is passes.TwoPasses
