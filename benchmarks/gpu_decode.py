@@ -1,0 +1,268 @@
+"""Guided decoding on a GPU, with random weights of the shapes of Qwen2.5, beside its baselines in the same run.
+
+    python benchmarks/gpu_decode.py --json FILE [--sizes 0.5B 7B] [--dry-run]
+
+For each size, k = 10, bfloat16, prompts of 256 tokens, ms per step (prefill is not counted):
+
+  own          pyargs, the reward model with weights of its own: two passes in one graph
+  shared       pyargs, the reward model being LoRA on the policy's weights: one pass
+  greedy       our own captured step of the policy alone: what `shared` is compared with
+  generate     greedy `generate` of the policy, transformers
+  reference    the pure PyTorch loop with k copies of the cache, eager
+  compiled     the same with both models under torch.compile
+
+`limit` is the bytes of the weights that a step must read over the rate of a copy within the device. The reward weight is such
+that the policy's favourite wins in about half of the steps; `top-1` says in how many. Every row of a batch is another user.
+--dry-run: a tiny model, on a CPU where there is no GPU; what needs a graph then runs uncaptured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from bench_decode import Clock
+from gpu_kernels import copy_rate
+from timing import hardware, hardware_line, table
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from pyargs.decode import captured, passes, reference
+from pyargs.decode.request import check
+from pyargs.files import write_json
+from pyargs.heads import linear
+from pyargs.lm import lora
+from pyargs.lm.cache import PrefixCache
+from pyargs.models.reward_model import RewardModel
+from pyargs.ops import topk_logprobs
+from pyargs.types import Users
+
+SIZES = {  # hidden, intermediate, layers, heads, key-value heads, tied
+    "tiny": (64, 96, 2, 4, 2, True),
+    "0.5B": (896, 4864, 24, 14, 2, True),
+    "1.5B": (1536, 8960, 28, 12, 2, True),
+    "3B": (2048, 11008, 36, 16, 2, True),
+    "7B": (3584, 18944, 28, 28, 4, False),
+}
+USERS = [f"user_{i}" for i in range(32)]
+K, PROMPT = 10, 256
+COLUMNS = ["size", "B", "way", "passes", "ms", "tokens/s", "limit ms", "of limit", "x reference", "x greedy", "top-1",
+    "RM KV MB",
+]  # fmt: skip
+
+
+def random_lm(size: str, device: str):
+    """A causal language model of this shape, N(0, 0.02) weights made on the device."""
+    hidden, intermediate, layers, heads, groups, tied = SIZES[size]
+    config = Qwen2Config(
+        vocab_size=1000 if size == "tiny" else 151936, hidden_size=hidden, intermediate_size=intermediate,
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=groups, tie_word_embeddings=tied,
+        max_position_embeddings=4096, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    with torch.device(device):
+        lm = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    for name, parameter in lm.named_parameters():
+        if parameter.ndim > 1:
+            parameter.data.normal_(std=0.02 if "embed" not in name else 0.1)
+    return lm.eval()
+
+
+def reward_model(backbone) -> RewardModel:
+    torch.manual_seed(1)
+    head = linear.Head(backbone.config.hidden_size, 8, Users(USERS, mixture=torch.randn(len(USERS), 8) * 2), softmax=True)
+    return RewardModel(backbone, None, head).to(backbone.device).eval()
+
+
+def on_shared_weights(policy) -> RewardModel:
+    backbone = lora.twin(policy.get_decoder())
+    lora.add(backbone, rank=8, alpha=16, rslora=True, target_modules=["q_proj", "v_proj"])
+    for name, parameter in backbone.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.01)
+    return reward_model(backbone)
+
+
+def weight_bytes(*models) -> int:
+    """Of the weights that a pass reads: all but the embedding, which is read in a few rows only unless it is tied."""
+    found = {p.data_ptr(): p.numel() * p.element_size() for model in models for p in model.parameters()}
+    for model in models:
+        if not model.config.tie_word_embeddings or model.get_output_embeddings() is None:
+            found.pop(model.get_input_embeddings().weight.data_ptr(), None)
+    return sum(found.values())
+
+
+def request(policy, model, ids: Tensor, steps: int, weight: float, clock=None):
+    return check(
+        policy, model, ids, None, USERS[: len(ids)], reward_weight=weight, num_candidates=K, max_new_tokens=steps,
+        eos_token_id=[], pad_token_id=0, do_sample=False, temperature=1.0, seed=0, eos_reward="before", tokenizer=None,
+        token_callback=clock,
+    )  # fmt: skip
+
+
+def guided(policy, model, asked):
+    """The recorded step; fails where it cannot be recorded rather than measuring something else."""
+    decoded = captured.decode(policy, model, asked)
+    if decoded is None:
+        raise RuntimeError("the step was not captured")
+    return decoded
+
+
+def balanced_weight(policy, model, ids: Tensor) -> float:
+    """The reward weight at which the policy's favourite wins in about half of the steps."""
+    tried = {}
+    for weight in (0.001 * 2**i for i in range(16)):
+        slots = guided(policy, model, request(policy, model, ids, 24, weight)).slots
+        tried[weight] = abs((slots == 0).float().mean().item() - 0.5)
+    return min(tried, key=tried.get)
+
+
+def ours(policy, model, ids: Tensor, steps: int, weight: float) -> tuple[float, float]:
+    """(seconds of a step, share of steps that the policy's favourite won): the difference of a long and a short run."""
+    share = guided(policy, model, request(policy, model, ids, steps, weight)).slots.eq(0).float().mean().item()
+    long, short = (
+        statistics.median(
+            _seconds(lambda n=n: guided(policy, model, request(policy, model, ids, n, weight))) for _ in range(5)
+        )
+        for n in (steps, steps // 4)
+    )
+    return (long - short) / (steps - steps // 4), share
+
+
+def greedy(policy, ids: Tensor, steps: int) -> float:
+    """Seconds of a captured step of the policy alone: one pass over the last token, the best token, the cache."""
+    rows, length = ids.shape
+    places = -(-(length + steps + 2) // captured.PLACES) * captured.PLACES
+    cache = PrefixCache(policy.config, rows, places, ids.device)
+    cache.begin(torch.ones_like(ids))
+    positions = torch.arange(length, device=ids.device).expand(rows, -1)
+    logits = policy(input_ids=ids, position_ids=positions, past_key_values=cache, logits_to_keep=1).logits[:, -1].clone()
+    cache.advance(length)
+    cache.count_on_device()
+
+    def step() -> None:
+        token = topk_logprobs(logits, 1)[1]
+        logits.copy_(policy(
+            input_ids=token, attention_mask=cache.branches(1), position_ids=cache.position, past_key_values=cache,
+            logits_to_keep=1,
+        ).logits[:, -1])  # fmt: skip
+        cache.advance(1)
+
+    with captured.grouped_attention(policy):
+        replay = captured._capture(step, ids.device)
+    return _seconds(lambda: [replay() for _ in range(steps)]) / steps
+
+
+def _seconds(fn) -> float:
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    fn()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def clocked(fn) -> float:
+    fn(Clock())
+    clocks = [Clock() for _ in range(3)]
+    for clock in clocks:
+        fn(clock)
+    return statistics.median(clock.step() for clock in clocks)
+
+
+@torch.no_grad()
+def measure(size: str, batches: tuple[int, ...], device: str, rate: float, steps: int, compiled: bool) -> list[dict]:
+    torch.manual_seed(0)
+    policy = random_lm(size, device)
+    own, shared = reward_model(random_lm(size, device).get_decoder()), on_shared_weights(policy)
+    rows = []
+    for batch in batches:
+        ids = torch.randint(policy.config.vocab_size, (batch, PROMPT if device == "cuda" else 8), device=device)
+        rows += [{"size": size, **row} for row in compare(policy, own, shared, ids, rate, steps, compiled)]
+    return rows
+
+
+def compare(policy, own: RewardModel, shared: RewardModel, ids: Tensor, rate: float, steps: int, compiled: bool) -> list[dict]:
+    one, two = weight_bytes(policy), weight_bytes(policy) + weight_bytes(own.backbone)
+    rows = [{"way": "greedy", "seconds": greedy(policy, ids, steps), "bytes": one}]
+    for way, model in (("own", own), ("shared", shared)):
+        weight = balanced_weight(policy, model, ids)
+        second, top = ours(policy, model, ids, steps, weight)
+        passes_ = passes.of(policy, model, len(ids), K)
+        rows.append({
+            "way": way, "seconds": second, "bytes": one if passes_ is passes.OnePass else two, "top-1": top,
+            "passes": passes_.__name__, "RM KV MB": _reward_memory(policy, model, ids, weight), "reward_weight": weight,
+        })  # fmt: skip
+
+    def generate(clock):
+        return policy.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=steps, do_sample=False, stopping_criteria=[clock]
+        )
+
+    def loop(clock):
+        return reference.decode(policy, own, request(policy, own, ids, steps // 2, rows[1]["reward_weight"], clock))
+
+    rows.append({"way": "generate", "seconds": clocked(generate), "bytes": one})
+    rows.append({"way": "reference", "seconds": clocked(loop), "bytes": two})
+    if compiled:
+        for model in (policy, own.backbone):
+            model.forward = torch.compile(model.forward, dynamic=True)
+        try:
+            rows.append({"way": "compiled", "seconds": clocked(loop), "bytes": two})
+        except Exception as error:  # whatever the compiler raises belongs into the report
+            print(f"torch.compile of the reference failed: {type(error).__name__}: {str(error)[:300]}", flush=True)
+        for model in (policy, own.backbone):
+            del model.forward
+    seconds = {row["way"]: row["seconds"] for row in rows}
+    for row in rows:
+        second, limit = row.pop("seconds"), row.pop("bytes") / rate / 1e9
+        row |= {
+            "B": len(ids), "ms": second * 1e3, "tokens/s": len(ids) / second, "limit ms": limit * 1e3,
+            "of limit": limit / second,
+            "x reference": seconds["reference"] / second, "x greedy": second / seconds["greedy"],
+        }  # fmt: skip
+    return rows
+
+
+def _reward_memory(policy, model, ids: Tensor, weight: float) -> str:
+    """Megabytes of the caches' keys and values at k = 10 and k = 40, the same places: they do not grow with k."""
+    sizes = []
+    for k in (10, 40):
+        way = passes.of(policy, model, len(ids), k)
+        caches = way.caches(policy, model, len(ids), 512)
+        asked = request(policy, model, ids, 2, weight)
+        asked.num_candidates = k
+        way(policy, model, caches).begin(asked)
+        states = caches[-1].layers
+        sizes.append(sum(t.numel() * t.element_size() for layer in states for t in (layer.keys, layer.values)) / 2**20)
+    return "/".join(f"{size:.0f}" for size in sizes)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="where the numbers go, after each size")
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES)[1:], default=list(SIZES)[1:], help="default: all")
+    parser.add_argument("--dry-run", action="store_true", help="a tiny model, few steps; on a CPU where there is no GPU")
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not options.dry_run:
+        parser.error("no GPU here: --dry-run tries the script on a CPU")
+    info, rate, rows = hardware(), copy_rate(device), []
+    print(f"{hardware_line(info)}\ncopies at {rate:.0f} GB/s", flush=True)
+    warnings.simplefilter("ignore", FutureWarning)
+    for size in ["tiny"] if options.dry_run else options.sizes:
+        batches, steps = ((1, 3), 8) if options.dry_run else ((1, 32), 64)
+        rows += measure(size, batches, device, rate, steps, compiled=not options.dry_run and size in ("0.5B", "7B"))
+        print(table([row for row in rows if row["size"] == size], COLUMNS), flush=True)
+        write_json(options.json, {"hardware": info, "copy_gb_s": round(rate, 1), "dry_run": options.dry_run, "rows": rows})
+        captured._recordings.clear()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
