@@ -7,21 +7,38 @@ namespace pyargs {
 
 enum class Activation : int { kIdentity = 0, kRelu = 1, kGelu = 2, kLeakyRelu = 3 };
 
-struct ScoreRows {
+// How the next token is chosen among k scored candidates, and where the choice goes.
+struct ChoiceRows {
+  int64_t k;
+  const float *reward_weight, *uniform;  // [B], [B] or null
+  const bool* finished;
+  const int64_t* stop;  // [stops]
+  int64_t stops, pad_id;
+  double temperature;  // of sampling, where uniform is given
+  int64_t *token, *slot;
+  float* reward;  // [B, k]
+  bool* finished_out;
+};
+
+struct ScoreRows : ChoiceRows {
   const void *features, *weight, *bias;  // [B, k, H], [W, H], [U, H] or null
   Dtype features_dtype, weight_dtype, bias_dtype;
   int64_t features_stride_b, features_stride_k, weight_stride, bias_stride;
-  int64_t k, hidden, weight_rows, bias_rows;
-  const int64_t *user, *ids, *stop;  // [B], [B, k], [stops]
-  const float *reward_weight, *logprobs, *stop_reward, *uniform;
-  const bool* finished;
-  int64_t stops, pad_id;
+  int64_t hidden, weight_rows, bias_rows;
+  const int64_t *user, *ids;            // [B], [B, k]
+  const float *logprobs, *stop_reward;  // [B, k], [B] or null
   Activation activation;
   float scale;
-  double temperature;  // of sampling, where uniform is given
-  int64_t *token, *slot;
-  float* reward;
-  bool* finished_out;
+};
+
+struct LogitRows {
+  const void* logits;  // [B, V]
+  Dtype dtype;
+  int64_t vocab, row_stride;
+};
+
+struct TokenwiseRows : ChoiceRows {
+  LogitRows policy, rewards;  // logits of both; V is the same
 };
 
 struct UserMlpRows {

@@ -3,10 +3,8 @@
 //
 // One thread does a whole row, so a row's result depends neither on the batch nor on the number of threads.
 
-#include <cmath>
-
+#include "choice.h"
 #include "cpu.h"
-#include "rows.h"
 
 namespace pyargs {
 
@@ -95,59 +93,10 @@ void rewards(const ScoreRows& rows, int64_t row, float* out) {
   }
 }
 
-bool is_stop(const ScoreRows& rows, int64_t id) {
-  for (int64_t e = 0; e < rows.stops; ++e) {
-    if (rows.stop[e] == id) return true;
-  }
-  return false;
-}
-
-// logprob + w * reward; w == 0 leaves the log-prob alone, whatever the reward.
-inline float score(float logprob, float weight, float reward) {
-  return weight == 0.0f ? logprob : logprob + weight * reward;
-}
-
-// The chosen slot, or -1 if a score is NaN.
-int64_t choose(const ScoreRows& rows, int64_t row, const float* reward) {
-  const float* logprobs = rows.logprobs + row * rows.k;
-  const float weight = rows.reward_weight[row];
-  int64_t best = 0;
-  float top = -INFINITY;
-  for (int64_t j = 0; j < rows.k; ++j) {
-    const float s = score(logprobs[j], weight, reward[j]);
-    if (s != s) return -1;
-    if (s > top) {
-      top = s;
-      best = j;
-    }
-  }
-  if (!rows.uniform || top == -INFINITY) return best;
-  if (top == INFINITY) return -1;  // no distribution
-  double total = 0.0;
-  for (int64_t j = 0; j < rows.k; ++j) {
-    total += std::exp((static_cast<double>(score(logprobs[j], weight, reward[j])) - top) / rows.temperature);
-  }
-  double cumulated = 0.0;
-  int64_t last = best;
-  for (int64_t j = 0; j < rows.k; ++j) {
-    const double p = std::exp((static_cast<double>(score(logprobs[j], weight, reward[j])) - top) / rows.temperature);
-    if (p > 0.0) last = j;
-    cumulated += p / total;
-    if (cumulated > rows.uniform[row]) return j;
-  }
-  return last;
-}
-
 void select_row(const ScoreRows& rows, int64_t row) {
   float* reward = rows.reward + row * rows.k;
   const int64_t* ids = rows.ids + row * rows.k;
-  if (rows.finished[row]) {
-    for (int64_t j = 0; j < rows.k; ++j) reward[j] = 0.0f;
-    rows.token[row] = rows.pad_id;
-    rows.slot[row] = 0;
-    rows.finished_out[row] = true;
-    return;
-  }
+  if (rows.finished[row]) return pad_row(rows, row);
   const int64_t users = rows.weight_rows > rows.bias_rows ? rows.weight_rows : rows.bias_rows;
   int64_t slot = -1;
   if (users > 1 && (rows.user[row] < 0 || rows.user[row] >= users)) {
@@ -172,11 +121,9 @@ void select_row(const ScoreRows& rows, int64_t row) {
         if (is_stop(rows, ids[j])) reward[j] = rows.stop_reward[row];
       }
     }
-    slot = choose(rows, row, reward);
+    slot = choose(rows, row, rows.logprobs + row * rows.k);
   }
-  rows.slot[row] = slot;
-  rows.token[row] = slot < 0 ? rows.pad_id : ids[slot];
-  rows.finished_out[row] = slot < 0 || is_stop(rows, ids[slot]);
+  write_choice(rows, row, slot, ids);
 }
 
 }  // namespace
@@ -248,7 +195,7 @@ std::tuple<StableIValue, StableIValue, StableIValue, StableIValue> score_select(
                       given(stop_reward), given(uniform)});
   }
 #endif
-  const int32_t int64 = aoti_torch_dtype_int64(), float32 = aoti_torch_dtype_float32(), bool8 = aoti_torch_dtype_bool();
+  const int32_t int64 = aoti_torch_dtype_int64(), float32 = aoti_torch_dtype_float32();
 
   ScoreRows rows{};
   check(features.dim() == 3, "features must be [B, k, H]");
@@ -275,28 +222,14 @@ std::tuple<StableIValue, StableIValue, StableIValue, StableIValue> score_select(
     rows.bias_stride = bias->stride(0);
   }
   user.require({batch}, int64, "user must be [B] int64");
-  reward_weight.require({batch}, float32, "reward_weight must be [B] float32");
   logprobs.require({batch, rows.k}, float32, "logprobs must be [B, k] float32");
   ids.require({batch, rows.k}, int64, "ids must be [B, k] int64");
-  finished.require({batch}, bool8, "finished must be [B] bool");
   check(activation >= 0 && activation <= 3, "activation must be 0 identity, 1 relu, 2 gelu or 3 leaky_relu");
-  if (stop) {
-    check(stop->dim() == 1, "stop must be [E] int64");
-    stop->require({stop->size(0)}, int64, "stop must be [E] int64");
-    rows.stop = stop->data<int64_t>();
-    rows.stops = stop->size(0);
-  }
+  set_choice(rows, batch, reward_weight, finished, stop, pad_id, temperature, uniform);
   if (stop_reward) {
     check(stop.has_value(), "stop_reward needs stop");
     stop_reward->require({batch}, float32, "stop_reward must be [B] float32");
     rows.stop_reward = stop_reward->data<float>();
-  }
-  check(temperature.has_value() == uniform.has_value(), "temperature and uniform belong together");
-  if (uniform) {
-    check(*temperature > 0.0, "temperature must be > 0");
-    uniform->require({batch}, float32, "uniform must be [B] float32");
-    rows.uniform = uniform->data<float>();
-    rows.temperature = *temperature;
   }
   rows.features = features.data();
   rows.features_stride_b = features.stride(0);
@@ -305,22 +238,13 @@ std::tuple<StableIValue, StableIValue, StableIValue, StableIValue> score_select(
   rows.weight_stride = weight.stride(0);
   rows.user = user.data<int64_t>();
   rows.ids = ids.data<int64_t>();
-  rows.reward_weight = reward_weight.data<float>();
   rows.logprobs = logprobs.data<float>();
-  rows.finished = finished.data<bool>();
   rows.activation = static_cast<Activation>(activation);
   rows.scale = static_cast<float>(scale);
-  rows.pad_id = pad_id;
 
-  Result token({batch}, int64, features), slot({batch}, int64, features);
-  Result reward({batch, rows.k}, float32, features), finished_out({batch}, bool8, features);
-  rows.token = token.data<int64_t>();
-  rows.slot = slot.data<int64_t>();
-  rows.reward = reward.data<float>();
-  rows.finished_out = finished_out.data<bool>();
-
+  ChoiceResults results(rows, batch, features);
   if (batch > 0) run(rows, batch, features);
-  return {token.release(), slot.release(), reward.release(), finished_out.release()};
+  return results.release();
 }
 
 }  // namespace

@@ -7,7 +7,7 @@
 // and no ticket.
 #pragma once
 
-#include "../rows.h"
+#include "choice.cuh"
 #include "elements.cuh"
 
 namespace pyargs::cuda {
@@ -27,69 +27,13 @@ __device__ __forceinline__ float activated(float x) {
   return x;
 }
 
-__device__ __forceinline__ bool is_stop(const ScoreRows& a, int64_t id) {
-  for (int64_t e = 0; e < a.stops; ++e) {
-    if (a.stop[e] == id) return true;
-  }
-  return false;
-}
-
-__device__ __forceinline__ float score_of(const ScoreRows& a, int64_t row, int j, const float* reward) {
-  const float logprob = a.logprobs[row * a.k + j], weight = a.reward_weight[row];
-  return weight == 0.0f ? logprob : logprob + weight * reward[j];
-}
-
-// The slot that a warp chooses among k <= 64 scores; -1 if one is NaN. Called by the whole first warp.
-__device__ __forceinline__ int choose(const ScoreRows& a, int64_t row, const float* reward) {
-  uint64_t best = 0;  // sorts as the score, then the lower slot; 0 is less than any
-  uint32_t broken = 0;
-  for (int j = static_cast<int>(threadIdx.x); j < a.k; j += 32) {
-    const float score = score_of(a, row, j, reward);
-    const uint64_t key = topk_key(bits_of(score), static_cast<uint32_t>(j));
-    best = key > best ? key : best;
-    broken += score != score ? 1u : 0u;
-  }
-  broken = __reduce_add_sync(0xffffffffu, broken);
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) {
-    const uint64_t other = __shfl_xor_sync(0xffffffffu, best, distance);
-    best = other > best ? other : best;
-  }
-  if (broken > 0) return -1;
-  const int slot = static_cast<int>(key_index(best));
-  const float top = score_of(a, row, slot, reward);
-  if (a.uniform == nullptr || top == -INFINITY) return slot;
-  if (top == INFINITY) return -1;  // no distribution
-  // k is small, and sums in order are the same for every batch: each lane adds all of them.
-  double total = 0.0;
-  for (int j = 0; j < a.k; ++j) total += exp((static_cast<double>(score_of(a, row, j, reward)) - top) / a.temperature);
-  double cumulated = 0.0;
-  int last = slot;
-  for (int j = 0; j < a.k; ++j) {
-    const double p = exp((static_cast<double>(score_of(a, row, j, reward)) - top) / a.temperature);
-    if (p > 0.0) last = j;
-    cumulated += p / total;
-    if (cumulated > a.uniform[row]) return j;
-  }
-  return last;
-}
-
 template <Dtype dtype, Activation activation>
 __global__ void __launch_bounds__(1024, 1) score_select_kernel(ScoreRows a) {
   __shared__ ScoreShared shared;
   const int64_t row = blockIdx.x;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int warps = static_cast<int>(blockDim.x) / 32;
-  if (a.finished[row]) {
-    for (int j = static_cast<int>(threadIdx.x); j < a.k; j += static_cast<int>(blockDim.x))
-      a.reward[row * a.k + j] = 0.0f;
-    if (threadIdx.x == 0) {
-      a.token[row] = a.pad_id;
-      a.slot[row] = 0;
-      a.finished_out[row] = true;
-    }
-    return;
-  }
+  if (a.finished[row]) return pad_row(a, row);
   const int64_t users = a.weight_rows > a.bias_rows ? a.weight_rows : a.bias_rows;
   const bool unknown = users > 1 && (a.user[row] < 0 || a.user[row] >= users);
   const int64_t weight_row = a.weight_rows > 1 && !unknown ? a.user[row] : 0;
@@ -141,11 +85,8 @@ __global__ void __launch_bounds__(1024, 1) score_select_kernel(ScoreRows a) {
   }
   __syncthreads();
   if (warp != 0) return;
-  const int slot = unknown ? -1 : choose(a, row, shared.reward);
-  if (lane != 0) return;
-  a.slot[row] = slot;
-  a.token[row] = slot < 0 ? a.pad_id : a.ids[row * a.k + slot];
-  a.finished_out[row] = slot < 0 || is_stop(a, a.ids[row * a.k + slot]);
+  const int slot = unknown ? -1 : choose(a, row, a.logprobs + row * a.k, shared.reward);
+  if (lane == 0) write_choice(a, row, slot, a.ids + row * a.k);
 }
 
 }  // namespace pyargs::cuda

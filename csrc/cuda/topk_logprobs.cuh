@@ -1,229 +1,24 @@
-// Top-k and log-sum-exp of rows of logits, one pass. NOT YET RUN ON A GPU: compiled for three architectures, and its
-// logic tried on the host with threads emulated, in shuffled orders.
-//
-// A row is cut into chunks of 8192, one block of 256 threads each; a thread keeps its 32 elements in registers. The
-// k-th largest of the 256 thread maxima bounds the chunk's k-th largest element from below, so few elements beyond the
-// k best survive it (about 75 of 8192 for k = 64). They go to the workspace as 64-bit keys; the block that finishes
-// last of its row (it takes the last ticket, nobody waits) chooses among all chunks' survivors and merges the
-// log-sum-exps in order. Keys are unique and chunks fixed: results are exact, repeatable, and the same for any batch.
+// Top-k and log-sum-exp of rows of logits, one pass; topk.cuh says how. NOT YET RUN ON A GPU: compiled for three
+// architectures, and its logic tried on the host with threads emulated, in shuffled orders.
 #pragma once
 
-#include "elements.cuh"
+#include "topk.cuh"
 
 namespace pyargs::cuda {
-
-constexpr int kTopkThreads = 256, kTopkPerThread = 32, kTopkChunk = kTopkThreads * kTopkPerThread;
-constexpr int kTopkKept = 128;  // survivors of a chunk that the workspace holds
-constexpr float kTopkLog2E = 1.44269504f;
-
-struct TopkWorkspace {
-  uint64_t* keys;     // [batch, chunks, kTopkKept]
-  float* maxima;      // [batch, chunks]
-  float* sums;        // [batch, chunks]: of 2^((x - max) log2 e)
-  int* counts;        // [batch, chunks]
-  uint32_t* tickets;  // [batch], zero at the start
-};
-
-struct TopkShared {
-  uint32_t maxima[kTopkThreads];
-  uint64_t keys[kTopkKept];
-  float warp_max[kTopkThreads / 32], warp_sum[kTopkThreads / 32];
-  uint32_t threshold;
-  int count;
-  bool last;
-};
-
-// Bits of the float32 of element i (0 .. 8 or 4) of 16 bytes as they lie in memory.
-template <Dtype dtype>
-__device__ __forceinline__ uint32_t element_bits(const uint4& vector, int i) {
-  const uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};
-  if (dtype == Dtype::kFloat32) return words[i];
-  return half_bits(dtype, (words[i / 2] >> (16 * (i % 2))) & 0xffffu);
-}
-
-template <Dtype dtype>
-struct TopkLoad {
-  static constexpr int kSize = dtype == Dtype::kFloat32 ? 4 : 2;
-  static constexpr int kVector = 16 / kSize;                 // elements of a 16-byte load
-  static constexpr int kVectors = kTopkPerThread / kVector;  // loads of a thread
-  static constexpr uint32_t kMinusInf = dtype == Dtype::kFloat32    ? 0xff800000u
-                                        : dtype == Dtype::kBFloat16 ? 0xff80ff80u
-                                                                    : 0xfc00fc00u;
-
-  // Position in the chunk of the first element of a thread's load.
-  static __device__ __forceinline__ int position(int load) {
-    return (load * kTopkThreads + static_cast<int>(threadIdx.x)) * kVector;
-  }
-
-  // Elements beyond n read as -inf. A row that does not start at 16 bytes, and the end of a row, are read one by one,
-  // into the same registers: the sums do not depend on where a row lies.
-  static __device__ __forceinline__ uint4 read(const char* chunk, bool aligned, int n, int load) {
-    const int at = position(load);
-    if (aligned && at + kVector <= n) return *reinterpret_cast<const uint4*>(chunk + static_cast<int64_t>(at) * kSize);
-    uint32_t words[4] = {kMinusInf, kMinusInf, kMinusInf, kMinusInf};
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      if (at + i < n) {
-        if (kSize == 4) {
-          words[i] = reinterpret_cast<const uint32_t*>(chunk)[at + i];
-        } else {
-          const uint32_t half = reinterpret_cast<const uint16_t*>(chunk)[at + i];
-          const int shift = 16 * (i % 2);
-          words[i / 2] = (words[i / 2] & ~(0xffffu << shift)) | (half << shift);
-        }
-      }
-    }
-    return make_uint4(words[0], words[1], words[2], words[3]);
-  }
-};
-
-// A threshold with at least k of the 256 thread maxima at or above it, close to the k-th largest of them (its upper 20
-// bits). Called by all threads; the first warp works.
-__device__ __forceinline__ uint32_t bound_of_maxima(TopkShared& shared, uint32_t own, int k) {
-  shared.maxima[threadIdx.x] = own;
-  __syncthreads();
-  if (threadIdx.x < 32) {
-    uint32_t mine[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) mine[i] = shared.maxima[threadIdx.x + 32 * i];
-    uint32_t threshold = 0;
-    for (int bit = 31; bit >= 12; --bit) {
-      const uint32_t tried = threshold | (1u << bit);
-      uint32_t count = 0;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) count += mine[i] >= tried ? 1u : 0u;
-      if (__reduce_add_sync(0xffffffffu, count) >= static_cast<uint32_t>(k)) threshold = tried;
-    }
-    if (threadIdx.x == 0) {
-      shared.threshold = threshold;
-      shared.count = 0;
-    }
-  }
-  __syncthreads();
-  return shared.threshold;
-}
-
-__device__ __forceinline__ void keep(TopkShared& shared, uint64_t key) {
-  const int slot = atomicAdd(&shared.count, 1);
-  if (slot < kTopkKept) shared.keys[slot] = key;
-}
-
-// More than kTopkKept survivors (many ties, sorted rows): bisects the 64-bit keys until k to kTopkKept are left. Rare,
-// so it reads memory again and stays out of line, which keeps the registers of the usual path few. `key_at(i)`, i in 0
-// .. n, gives a key or 0; at least k of them are not 0.
-template <class KeyAt>
-__device__ __noinline__ void keep_exactly(TopkShared& shared, KeyAt key_at, int64_t n, int k) {
-  uint64_t threshold = 0;
-  for (int bit = 63; bit >= 0; --bit) {
-    const uint64_t tried = threshold | (static_cast<uint64_t>(1) << bit);
-    __syncthreads();
-    if (threadIdx.x == 0) shared.count = 0;
-    __syncthreads();
-    int own = 0;
-    for (int64_t i = threadIdx.x; i < n; i += kTopkThreads) own += key_at(i) >= tried ? 1 : 0;
-    if (own > 0) atomicAdd(&shared.count, own);
-    __syncthreads();
-    if (shared.count >= k) {
-      threshold = tried;
-      if (shared.count <= kTopkKept) break;
-    }
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) shared.count = 0;
-  __syncthreads();
-  for (int64_t i = threadIdx.x; i < n; i += kTopkThreads) {
-    const uint64_t key = key_at(i);
-    if (key >= threshold) keep(shared, key);
-  }
-  __syncthreads();
-}
-
-// Key of element i of a chunk, from memory.
-template <Dtype dtype>
-struct ChunkKey {
-  const char* chunk;
-  uint32_t first;
-  __device__ __forceinline__ uint64_t operator()(int64_t i) const {
-    uint4 vector = make_uint4(0, 0, 0, 0);
-    vector.x = dtype == Dtype::kFloat32 ? reinterpret_cast<const uint32_t*>(chunk)[i]
-                                        : reinterpret_cast<const uint16_t*>(chunk)[i];
-    return topk_key(element_bits<dtype>(vector, 0), first + static_cast<uint32_t>(i));
-  }
-};
-
-// Survivor i of a row, 0 in the empty places.
-struct SurvivorKey {
-  const uint64_t* keys;
-  const int* counts;
-  __device__ __forceinline__ uint64_t operator()(int64_t i) const {
-    return i % kTopkKept < load_fresh(counts + i / kTopkKept) ? load_fresh(keys + i) : 0;
-  }
-};
-
-// (max, sum) of two parts as one. Parts without a finite value have max -inf and sum 0 (or NaN).
-__device__ __forceinline__ void merge_sums(float& max, float& sum, float other_max, float other_sum) {
-  const float top = fmaxf(max, other_max);
-  if (top == -INFINITY) {
-    sum += other_sum;
-    return;
-  }
-  const float a = max == top ? 1.0f : fast_exp2((max - top) * kTopkLog2E);
-  const float b = other_max == top ? 1.0f : fast_exp2((other_max - top) * kTopkLog2E);
-  sum = sum * a + other_sum * b;
-  max = top;
-}
-
-__device__ __forceinline__ void merge_sums_of_warp(float& max, float& sum) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) {
-    const float other_max = __shfl_down_sync(0xffffffffu, max, distance);
-    const float other_sum = __shfl_down_sync(0xffffffffu, sum, distance);
-    merge_sums(max, sum, other_max, other_sum);
-  }
-}
 
 // The last block of a row: choose among the survivors of all chunks, merge the sums, write the results.
 __device__ __noinline__ void finish_row(TopkShared& shared, TopkWorkspace work, int64_t row, int64_t chunks, int k,
                                         float* logprobs, int64_t* ids, float* logsumexp) {
-  const int64_t places = chunks * kTopkKept;
-  const SurvivorKey key_at{work.keys + row * places, work.counts + row * chunks};
-  uint64_t own = 0;
-  for (int64_t i = threadIdx.x; i < places; i += kTopkThreads) {
-    const uint64_t key = key_at(i);
-    own = key > own ? key : own;
-  }
-  const uint64_t bound = static_cast<uint64_t>(bound_of_maxima(shared, static_cast<uint32_t>(own >> 32), k)) << 32;
-  for (int64_t i = threadIdx.x; i < places; i += kTopkThreads) {
-    const uint64_t key = key_at(i);
-    if (key != 0 && key >= bound) keep(shared, key);
-  }
-  __syncthreads();
-  if (shared.count > kTopkKept) keep_exactly(shared, key_at, places, k);
-
-  if (threadIdx.x < 32) {
-    float max = -INFINITY, sum = 0.0f;
-    for (int64_t c = threadIdx.x; c < chunks; c += 32) {
-      merge_sums(max, sum, load_fresh(work.maxima + row * chunks + c), load_fresh(work.sums + row * chunks + c));
-    }
-    merge_sums_of_warp(max, sum);
-    if (threadIdx.x == 0) {
-      shared.warp_max[0] = max;
-      shared.warp_sum[0] = sum;
-    }
-  }
+  survivors_of_row(shared, work, row, chunks, k);
+  if (threadIdx.x < 32) sum_of_row(shared, work, row, chunks, 0);
   __syncthreads();
   const float max = shared.warp_max[0], log_sum = logf(shared.warp_sum[0]);
-  const int n = shared.count;  // k to kTopkKept
-  if (static_cast<int>(threadIdx.x) < n) {
-    const uint64_t key = shared.keys[threadIdx.x];
-    int rank = 0;
-    for (int i = 0; i < n; ++i) rank += shared.keys[i] > key ? 1 : 0;
-    if (rank < k) {
-      const float value = float_of(key_bits(key));
-      ids[row * k + rank] = key_index(key);
-      logprobs[row * k + rank] = (value - max) - log_sum;  // NaN where the row holds NaN or +inf, or only -inf
-      if (rank == 0) logsumexp[row] = value == INFINITY ? INFINITY : max + log_sum;
-    }
+  const Ranked best = ranked(shared, k);
+  if (best.rank < k) {
+    const float value = float_of(key_bits(best.key));
+    ids[row * k + best.rank] = key_index(best.key);
+    logprobs[row * k + best.rank] = (value - max) - log_sum;  // NaN where the row holds NaN or +inf, or only -inf
+    if (best.rank == 0) logsumexp[row] = value == INFINITY ? INFINITY : max + log_sum;
   }
 }
 
@@ -231,75 +26,17 @@ template <Dtype dtype>
 __global__ void __launch_bounds__(kTopkThreads, 3)
     topk_logprobs_kernel(const void* logits, int64_t vocab, int64_t row_stride, int64_t chunks, int k, float* logprobs,
                          int64_t* ids, float* logsumexp, TopkWorkspace work) {
-  using Load = TopkLoad<dtype>;
   __shared__ TopkShared shared;
   const int64_t row = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
   const int64_t first = chunk * kTopkChunk;
   const int n = static_cast<int>(vocab - first < kTopkChunk ? vocab - first : kTopkChunk);
-  const char* data = static_cast<const char*>(logits) + (row * row_stride + first) * Load::kSize;
-  const bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0;
-
-  uint4 vectors[Load::kVectors];
-#pragma unroll
-  for (int i = 0; i < Load::kVectors; ++i) vectors[i] = Load::read(data, aligned, n, i);
-
-  float max = -INFINITY;
-  bool nan = false;
-#pragma unroll
-  for (int i = 0; i < kTopkPerThread; ++i) {
-    const float x = float_of(element_bits<dtype>(vectors[i / Load::kVector], i % Load::kVector));
-    max = fmaxf(max, x);  // passes over NaN
-    nan = nan || x != x;
-  }
-  float sum = 0.0f;
-  if (max != -INFINITY) {
-#pragma unroll
-    for (int i = 0; i < kTopkPerThread; ++i) {
-      const float x = float_of(element_bits<dtype>(vectors[i / Load::kVector], i % Load::kVector));
-      sum += fast_exp2((x - max) * kTopkLog2E);  // +inf - +inf is NaN, as it should be
-    }
-  }
-  if (nan) sum = NAN;
-
-  // Threads without an element have maximum 0, below any key.
-  uint32_t own = Load::position(0) < n ? static_cast<uint32_t>(topk_key(bits_of(max), 0) >> 32) : 0;
-  if (nan) own = 0xffffffffu;
-  const uint32_t bound = bound_of_maxima(shared, own, k);
-  if (own >= bound) {
-#pragma unroll
-    for (int i = 0; i < kTopkPerThread; ++i) {
-      const int at = Load::position(i / Load::kVector) + i % Load::kVector;
-      const uint64_t key = topk_key(element_bits<dtype>(vectors[i / Load::kVector], i % Load::kVector),
-                                    static_cast<uint32_t>(first) + static_cast<uint32_t>(at));
-      if (at < n && static_cast<uint32_t>(key >> 32) >= bound) keep(shared, key);
-    }
-  }
-  __syncthreads();
-  if (shared.count > kTopkKept) keep_exactly(shared, ChunkKey<dtype>{data, static_cast<uint32_t>(first)}, n, k);
-
+  const char* data = static_cast<const char*>(logits) + (row * row_stride + first) * TopkLoad<dtype>::kSize;
+  const TopkElements<dtype> elements(data, n);
+  survivors_of_chunk(shared, elements, data, first, n, k);
   const int64_t part = row * chunks + chunk;
-  merge_sums_of_warp(max, sum);
-  if (threadIdx.x % 32 == 0) {
-    shared.warp_max[threadIdx.x / 32] = max;
-    shared.warp_sum[threadIdx.x / 32] = sum;
-  }
-  const int survivors = shared.count;
-  for (int i = threadIdx.x; i < survivors; i += kTopkThreads) work.keys[part * kTopkKept + i] = shared.keys[i];
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int warp = 1; warp < kTopkThreads / 32; ++warp)
-      merge_sums(max, sum, shared.warp_max[warp], shared.warp_sum[warp]);
-    work.maxima[part] = max;
-    work.sums[part] = sum;
-    work.counts[part] = survivors;
-  }
-  __threadfence();  // every thread's writes, before the ticket says so
-  __syncthreads();
-  if (threadIdx.x == 0) shared.last = atomicAdd(work.tickets + row, 1u) == static_cast<uint32_t>(chunks - 1);
-  __syncthreads();
-  if (!shared.last) return;
-  __threadfence();
-  finish_row(shared, work, row, chunks, k, logprobs, ids, logsumexp);
+  leave_survivors(shared, work, part);
+  leave_sum(shared, work, part, elements.max, elements.sum);
+  if (is_last(shared, work.tickets + row, chunks)) finish_row(shared, work, row, chunks, k, logprobs, ids, logsumexp);
 }
 
 }  // namespace pyargs::cuda

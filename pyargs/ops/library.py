@@ -53,6 +53,27 @@ def define(name: str, default: Callable, fake: Callable, mutates: tuple[str, ...
     return op, op._op
 
 
+def check_tensors(expected: dict[str, tuple], optional: tuple[str, ...] = ()) -> None:
+    """Raises the error that names the fix unless all fit and are on one device.
+
+    expected: name -> (tensor, dtypes, shape), where None in a shape fits any size; those in `optional` may be None.
+    """
+    given = {}
+    for name, (tensor, dtypes, shape) in expected.items():
+        if tensor is None and name in optional:
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in dtypes:
+            raise TypeError(f"{name} must be {' or '.join(str(d)[6:] for d in dtypes)}, got {tensor.dtype}")
+        fits = tensor.dim() == len(shape) and all(e is None or e == n for n, e in zip(tensor.shape, shape, strict=True))
+        if not fits:
+            wanted = ", ".join("any" if e is None else str(e) for e in shape)
+            raise ValueError(f"{name} must have shape [{wanted}], got {list(tensor.shape)}")
+        given[name] = tensor
+    device_of(**given)
+
+
 def device_of(**tensors: torch.Tensor | None) -> torch.device:
     """The common device of the given tensors; raises ValueError where they differ."""
     devices = {name: t.device for name, t in tensors.items() if t is not None}

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
-from pyargs.ops.library import define, device_of
+from pyargs.ops.library import check_tensors, define
 
 ACTIVATIONS = {
     "identity": lambda x: x,
@@ -150,7 +150,7 @@ def check(
     if isinstance(features, Tensor) and features.dim() != 3:
         raise ValueError(f"features must be [B, k, H], got shape {tuple(features.shape)}")
     batch, k, hidden = features.shape if isinstance(features, Tensor) else (0, 0, 0)
-    expected = {  # name: (tensor, dtypes, shape; None fits any size)
+    expected = {
         "features": (features, FLOATS, (batch, k, hidden)),
         "weight": (weight, FLOATS, (None, hidden)),
         "bias": (bias, FLOATS, (None, hidden)),
@@ -163,20 +163,7 @@ def check(
         "stop_reward": (stop_reward, (torch.float32,), (batch,)),
         "uniform": (uniform, (torch.float32,), (batch,)),
     }
-    given = {}
-    for name, (tensor, dtypes, shape) in expected.items():
-        if tensor is None and name in ("bias", "stop", "stop_reward", "uniform"):
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in dtypes:
-            raise TypeError(f"{name} must be {' or '.join(str(d)[6:] for d in dtypes)}, got {tensor.dtype}")
-        fits = tensor.dim() == len(shape) and all(e is None or e == n for n, e in zip(tensor.shape, shape, strict=True))
-        if not fits:
-            wanted = ", ".join("any" if e is None else str(e) for e in shape)
-            raise ValueError(f"{name} must have shape [{wanted}], got {list(tensor.shape)}")
-        given[name] = tensor
-    device_of(**given)
+    check_tensors(expected, optional=("bias", "stop", "stop_reward", "uniform"))
     if k < 1 or hidden < 1:
         raise ValueError(f"features must have k >= 1 and H >= 1, got shape {tuple(features.shape)}")
     if weight.shape[0] < 1 or (bias is not None and bias.shape[0] < 1):
@@ -187,6 +174,11 @@ def check(
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
     if stop_reward is not None and stop is None:
         raise ValueError("stop_reward needs stop: the ids that get it")
+    check_sampling(temperature, uniform)
+
+
+def check_sampling(temperature: float | None, uniform: Tensor | None) -> None:
+    """Raises ValueError unless both are given, to sample, or neither."""
     if (temperature is None) != (uniform is None):
         raise ValueError("temperature and uniform belong together: give both to sample, neither for the best score")
     if temperature is not None and not temperature > 0:

@@ -121,6 +121,31 @@ def special(op, dtype, row, at) -> None:
     agree(logits.masked_fill(logits.isfinite(), -INF), 10, op=op)
 
 
+LARGE = [-3.4e38, -1e30, -1e10, -9.1e9, -8.7e9, -6.5e9, -1e9, -1e4, 1e9, 1e10, 1e30, 3.4e38]
+
+
+@pytest.mark.parametrize("value", LARGE)
+def test_values_near_the_limit_of_float32(capability, value):
+    near_the_limit(topk_logprobs, value)
+
+
+@emulated.needed
+@pytest.mark.parametrize("value", LARGE)
+def test_values_near_the_limit_of_float32_emulated(value):
+    near_the_limit(emulated.topk_logprobs, value)
+
+
+def near_the_limit(op, value) -> None:
+    """Masks are often large numbers instead of -inf, and may fill a chunk, or all of a row."""
+    logits = random_logits(4, 20000, torch.float32)
+    logits[0, 8192:] = value
+    logits[1, :16384] = value
+    logits[2] = value
+    logits[3, :1000] = value
+    agree(logits, 10, op=op)
+    agree(torch.tensor([[value, 0.0, value, -value, -INF]]), 5, op=op)
+
+
 def test_nan_with_payload(capability):
     bits = torch.full((1, 600), 0x3F800000, dtype=torch.int32)
     bits[0, 3], bits[0, 500] = 0x7F800001, -4194303 + 0x1FF  # signalling, and negative with a payload

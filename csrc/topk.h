@@ -1,0 +1,310 @@
+// The k best and the log-sum-exp of rows of logits on the CPU, in one pass. Everything is static: each capability keeps
+// its own copy.
+//
+// A row is cut into chunks of 8192 and a chunk into blocks of 512. Per block: 64 lane maxima; if none of them beats
+// the k-th best so far, the block holds no candidate; otherwise only the lanes that do are searched. Then the block's
+// sum of exp(x - reference) while it is still in the first-level cache. Log-sum-exps are kept per chunk and merged in
+// order of the chunks, so a row's result is the same for any batch and any number of threads; the k best are the same
+// anyway, because (value, lower id) is a total order.
+#pragma once
+
+#include <cmath>
+
+#include "cpu.h"
+#include "rows.h"
+
+namespace pyargs {
+
+constexpr int kChunk = 8192;
+
+// Sums of chunks. Sums are relative to the chunk's largest value: 2^offset = e^-largest.
+struct ChunkSums {
+  int64_t chunks;  // of a row
+  double* offset;  // [B, chunks]; +inf where all values are -inf
+  float* sum;      // [B, chunks]: of 2^(x log2(e) + offset)
+};
+
+// The lists of threads that got only a part of a row, each at its first task; see scan_rows.
+struct Parts {
+  int64_t tasks;   // of a row
+  uint8_t* there;  // [B, tasks]
+  uint64_t* keys;  // [B, tasks, k]
+};
+
+namespace {
+
+constexpr int kBlock = 512, kLanes = 64;
+constexpr float kLargest = 65536.0f;  // offset, beyond which its rounding begins to matter
+
+// The k best so far, best first, as keys (common.h); 0 where there are fewer.
+struct Best {
+  uint64_t key[kMaxTopK];
+  int k;
+  float worst;  // value of the last, -inf while there are fewer than k
+
+  void clear() {
+    for (int j = 0; j < k; ++j) key[j] = 0;
+    worst = -INFINITY;
+  }
+  bool full() const { return key[k - 1] != 0; }
+
+  void insert(uint64_t added) {
+    if (added <= key[k - 1]) return;
+    int j = k - 1;
+    for (; j > 0 && key[j - 1] < added; --j) key[j] = key[j - 1];
+    key[j] = added;
+    if (full()) worst = float_from_bits(key_bits(key[k - 1]));
+  }
+  void insert(float value, int64_t id) { insert(topk_key(bits_from_float(value), static_cast<uint32_t>(id))); }
+};
+
+// Maximum of each lane (elements l, l + 64, ...), of four lanes together, and of all. NaN is skipped here.
+struct Maxima {
+  alignas(64) float lane[kLanes];
+  alignas(64) float four[kLanes / 4];  // four[l]: lanes l, l + 16, l + 32, l + 48
+  float top;
+};
+
+inline float larger(float a, float b) { return a > b ? a : b; }
+
+inline void block_maxima(const float* __restrict x, Maxima& maxima) {
+  constexpr int kQuarter = kLanes / 4;
+#pragma omp simd
+  for (int l = 0; l < kQuarter; ++l) {
+    float a = -INFINITY, b = -INFINITY, c = -INFINITY, d = -INFINITY;
+#pragma GCC unroll 8
+    for (int i = 0; i < kBlock; i += kLanes) {
+      a = larger(x[i + l], a);
+      b = larger(x[i + l + kQuarter], b);
+      c = larger(x[i + l + 2 * kQuarter], c);
+      d = larger(x[i + l + 3 * kQuarter], d);
+    }
+    maxima.lane[l] = a;
+    maxima.lane[l + kQuarter] = b;
+    maxima.lane[l + 2 * kQuarter] = c;
+    maxima.lane[l + 3 * kQuarter] = d;
+    maxima.four[l] = larger(larger(a, b), larger(c, d));
+  }
+  float top = maxima.four[0];
+  for (int l = 1; l < kQuarter; ++l) top = larger(maxima.four[l], top);
+  maxima.top = top;
+}
+
+// Adds 2^(x log2(e) + offset) of a block to 32 lanes of sums; NaN if an x is NaN or the offset infinite.
+constexpr int kSums = 32;
+
+inline void exp_sum(const float* __restrict x, float offset, float* __restrict sums) {
+  // Hidden from the compiler: knowing the constant, GCC 12 splits the loop body in two and blends them.
+  float smallest = kSmallest;
+  __asm__("" : "+m"(smallest));
+#pragma omp simd
+  for (int l = 0; l < kSums; ++l) {
+    float sum = sums[l];
+    for (int i = 0; i < kBlock; i += kSums) {
+      const Exponential e = exp2_parts(x[i + l] * kLog2E + offset, smallest);
+      sum += e.factor * e.power;
+    }
+    sums[l] = sum;
+  }
+}
+
+// Elements of a block that may be among the best: only lanes whose maximum is are searched.
+void collect(const float* x, int n, int64_t start, const Maxima& maxima, Best& best) {
+  for (int l = 0; l < kLanes / 4; ++l) {
+    if (!(maxima.four[l] >= best.worst)) continue;
+    for (int lane = l; lane < kLanes; lane += kLanes / 4) {
+      if (!(maxima.lane[lane] >= best.worst)) continue;
+      for (int i = lane; i < n; i += kLanes) {
+        if (x[i] >= best.worst) best.insert(x[i], start + i);
+      }
+    }
+  }
+}
+
+// The log-sum-exp of one chunk, and its candidates into `best`, which is null where only the sum is wanted. A sum is
+// NaN where the chunk holds NaN. With +inf it is NaN beside candidates, for log_softmax gives NaN to all of such a row,
+// and +inf without, as logsumexp has it.
+void scan_chunk(const LogitRows& rows, const ChunkSums& result, int64_t row, int64_t chunk, Best* best) {
+  alignas(64) float buffer[kBlock];
+  alignas(64) float sums[kSums] = {};
+  Maxima maxima;
+  const int64_t first = chunk * kChunk;
+  const int64_t last = first + kChunk < rows.vocab ? first + kChunk : rows.vocab;
+  // Sums are relative to the largest value so far: 2^offset = e^-top. The rounding of the offset is no error, for the
+  // rounded one is what the sum is relative to.
+  float top = -INFINITY, offset = 0.0f;
+  const auto block = [&](int64_t start, int n) {
+    const float* x = as_floats(rows.dtype, rows.logits, row * rows.row_stride + start, n, buffer);
+    if (n == kBlock) return x;
+    if (x != buffer) std::memcpy(buffer, x, n * sizeof(float));
+    for (int i = n; i < kBlock; ++i) buffer[i] = -INFINITY;  // changes neither list nor sum
+    return static_cast<const float*>(buffer);
+  };
+  for (int64_t start = first; start < last; start += kBlock) {
+    const int n = static_cast<int>(last - start < kBlock ? last - start : kBlock);
+    const float* x = block(start, n);
+    block_maxima(x, maxima);
+    if (maxima.top > top) {
+      const float next = -maxima.top * kLog2E;
+      float factor = top == -INFINITY ? 1.0f : exp2_negative(next - offset);
+      if (next - offset < kSmallest) factor = 0.0f;  // the sums of a mask of large numbers may be anything
+#pragma omp simd
+      for (int l = 0; l < kSums; ++l) sums[l] *= factor;
+      top = maxima.top;
+      offset = next;
+    }
+    exp_sum(x, offset, sums);  // all -inf so far: adds next to nothing, and a NaN still shows
+    if (best && (maxima.top > best->worst || !best->full())) collect(x, n, start, maxima, *best);
+  }
+  for (int half = kSums / 2; half > 0; half /= 2) {
+    for (int l = 0; l < half; ++l) sums[l] += sums[l + half];
+  }
+  float& sum = result.sum[row * result.chunks + chunk];
+  double& sum_offset = result.offset[row * result.chunks + chunk];
+  sum = sums[0];
+  sum_offset = top == -INFINITY ? INFINITY : offset;
+  if (sum == sum && std::fabs(offset) < kLargest) return;
+  // NaN, which comparisons have passed over so far, +inf, or a mask of large numbers: once more, in double.
+  bool nan = false;
+  double exact = 0.0;
+  for (int64_t start = first; start < last; start += kBlock) {
+    const int n = static_cast<int>(last - start < kBlock ? last - start : kBlock);
+    const float* x = block(start, n);
+    for (int i = 0; i < n; ++i) {
+      if (x[i] == x[i]) {
+        exact += std::exp2((static_cast<double>(x[i]) - top) * kLog2E);
+      } else {
+        nan = true;
+        if (best) best->insert(x[i], start + i);
+      }
+    }
+  }
+  if (nan || top == INFINITY) {
+    sum = nan || best ? NAN : INFINITY;
+  } else if (top != -INFINITY) {
+    sum = static_cast<float>(exact);
+    sum_offset = -static_cast<double>(top) * kLog2E;
+  }
+}
+
+// A row's log-sum-exp as reference + log_sum: the largest value, and the logarithm of the sum relative to it. Of a row
+// of -inf both are -inf.
+struct LogSumExp {
+  double reference, log_sum;
+
+  // The log-probability of a logit.
+  float operator()(float value) const { return static_cast<float>((value - reference) - log_sum); }
+};
+
+LogSumExp merge_chunks(const ChunkSums& parts, int64_t row) {
+  const double* offsets = parts.offset + row * parts.chunks;
+  const float* sums = parts.sum + row * parts.chunks;
+  double offset = INFINITY;  // of the chunk with the largest value
+  for (int64_t c = 0; c < parts.chunks; ++c) offset = offsets[c] < offset ? offsets[c] : offset;
+  double sum = 0.0;
+  for (int64_t c = 0; c < parts.chunks; ++c) {
+    const double factor = offsets[c] == offset ? 1.0 : std::exp2(offset - offsets[c]);
+    sum += sums[c] * factor;  // factor is 0 where all is -inf, but NaN stays
+  }
+  if (offset == INFINITY && sum == sum) sum = 0.0;
+  return {-offset / kLog2E, std::log(sum)};
+}
+
+// Tasks begin .. end of all rows' tasks, counted through: scan(row, task of the row, best) each. Rows that lie inside
+// are finished here, by finish(row, best); of others the list is kept for merge_row.
+template <class Scan, class Finish>
+void scan_rows(const Parts& parts, int k, int64_t begin, int64_t end, Scan scan, Finish finish) {
+  Best best;
+  best.k = k;
+  for (int64_t task = begin; task < end;) {
+    const int64_t row = task / parts.tasks, row_start = row * parts.tasks, row_end = row_start + parts.tasks;
+    const int64_t first = task, last = row_end < end ? row_end : end;
+    best.clear();
+    for (; task < last; ++task) scan(row, task - row_start, best);
+    if (first == row_start && last == row_end) {
+      finish(row, best);
+    } else {
+      parts.there[first] = 1;
+      for (int j = 0; j < k; ++j) parts.keys[first * k + j] = best.key[j];
+    }
+  }
+}
+
+// The list of a row that several threads worked on.
+Best merge_row(const Parts& parts, int k, int64_t row) {
+  Best best;
+  best.k = k;
+  best.clear();
+  for (int64_t task = row * parts.tasks; task < (row + 1) * parts.tasks; ++task) {
+    if (!parts.there[task]) continue;
+    for (int j = 0; j < k; ++j) best.insert(parts.keys[task * k + j]);
+  }
+  return best;
+}
+
+}  // namespace
+}  // namespace pyargs
+
+#ifdef PYARGS_HOST  // memory and threads
+
+#include <memory>
+
+#include "tensor.h"
+
+namespace pyargs {
+namespace {
+
+// A scan of rows of logits, `rows_of_result` of them for each row of the result.
+class Scan {
+ public:
+  Scan(int64_t batch, int64_t rows_of_result, int64_t vocab, int64_t k)
+      : batch_(batch),
+        // About 10 us of work: less is not worth waiting for a thread that sleeps.
+        grain_(8 * kChunk / (vocab < kChunk ? vocab : kChunk)) {
+    sums.chunks = (vocab + kChunk - 1) / kChunk;
+    parts.tasks = rows_of_result * sums.chunks;
+    const int64_t tasks = batch * parts.tasks;
+    // Not initialised: only the rows cut between two threads touch the lists.
+    offset_.reset(sums.offset = new double[tasks]);
+    sum_.reset(sums.sum = new float[tasks]);
+    there_.reset(parts.there = new uint8_t[tasks]());
+    keys_.reset(parts.keys = new uint64_t[tasks * k]);
+  }
+
+  // scan(begin, end) of tasks on several threads, then merge(row) of the rows that more than one of them worked on.
+  template <class ScanTasks, class MergeRow>
+  void run(ScanTasks scan, MergeRow merge) {
+    torch::stable::parallel_for(0, batch_ * parts.tasks, grain_, scan);
+    for (int64_t row = 0; row < batch_; ++row) {
+      bool cut = false;
+      for (int64_t task = row * parts.tasks; task < (row + 1) * parts.tasks; ++task) cut = cut || parts.there[task];
+      if (cut) merge(row);
+    }
+  }
+
+  ChunkSums sums;
+  Parts parts;
+
+ private:
+  int64_t batch_, grain_;
+  std::unique_ptr<double[]> offset_;
+  std::unique_ptr<float[]> sum_;
+  std::unique_ptr<uint8_t[]> there_;
+  std::unique_ptr<uint64_t[]> keys_;
+};
+
+// Logits [B, V] of which k are wanted, checked; a dense copy where the elements of a row are not side by side.
+LogitRows logit_rows(Array& logits, int64_t k) {
+  check(logits.dim() == 2, "logits must be [B, V]");
+  const Dtype dtype = logits.float_dtype("logits must be float32, bfloat16 or float16");
+  check(k >= 1 && k <= kMaxTopK, "k must be 1 to 64");
+  check(k <= logits.size(1), "k is larger than the vocabulary");
+  check(logits.size(1) < INT32_MAX, "the vocabulary must have fewer than 2^31 - 1 entries");
+  logits.require_dense_rows();
+  return {logits.data(), dtype, logits.size(1), logits.stride(0)};
+}
+
+}  // namespace
+}  // namespace pyargs
+
+#endif  // PYARGS_HOST
