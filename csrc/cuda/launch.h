@@ -15,6 +15,9 @@ size_t topk_workspace_bytes(int64_t batch, int64_t vocab);
 const char* topk_logprobs(const void* logits, Dtype dtype, int64_t batch, int64_t vocab, int64_t row_stride, int k,
                           float* logprobs, int64_t* ids, float* logsumexp, void* workspace, int device, void* stream);
 
+// `workspace`: topk_workspace_bytes(2 * batch, V), for policy and rewards.
+const char* tokenwise_select(const TokenwiseRows& rows, int64_t batch, void* workspace, int device, void* stream);
+
 // These need no workspace. k <= 64 for score_select.
 const char* score_select(const ScoreRows& rows, int64_t batch, int device, void* stream);
 const char* user_mlp(const UserMlpRows& rows, int64_t batch, int device, void* stream);

@@ -198,6 +198,22 @@ const char* pyargs_emulate_score_select(const void* features, const void* weight
   return pyargs::cuda::score_select(rows, batch, 0, nullptr);
 }
 
+const char* pyargs_emulate_tokenwise_select(const void* policy, const void* rewards, int64_t policy_dtype,
+                                            int64_t rewards_dtype, int64_t policy_stride, int64_t rewards_stride,
+                                            int64_t batch, int64_t vocab, int64_t k, const float* reward_weight,
+                                            const bool* finished, const int64_t* stop, int64_t stops, int64_t pad_id,
+                                            const float* uniform, double temperature, int64_t* token, int64_t* slot,
+                                            float* reward, bool* finished_out) {
+  pyargs::TokenwiseRows rows{};
+  rows.policy = {policy, static_cast<pyargs::Dtype>(policy_dtype), vocab, policy_stride};
+  rows.rewards = {rewards, static_cast<pyargs::Dtype>(rewards_dtype), vocab, rewards_stride};
+  rows.k = k, rows.reward_weight = reward_weight, rows.finished = finished, rows.stop = stop, rows.stops = stops;
+  rows.pad_id = pad_id, rows.uniform = uniform, rows.temperature = temperature;
+  rows.token = token, rows.slot = slot, rows.reward = reward, rows.finished_out = finished_out;
+  std::vector<uint64_t> workspace(pyargs::cuda::topk_workspace_bytes(2 * batch, vocab) / 8 + 1, 0xdeadbeefdeadbeefull);
+  return pyargs::cuda::tokenwise_select(rows, batch, workspace.data(), 0, nullptr);
+}
+
 const char* pyargs_emulate_user_mlp(const void* hidden, const void* bank, int64_t hidden_dtype, int64_t bank_dtype,
                                     int64_t hidden_stride_b, int64_t hidden_stride_k, int64_t bank_stride_u,
                                     int64_t bank_stride_h, int64_t batch, int64_t k, int64_t dim, int64_t units,

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pyargs.ops.commit import commit, commit_reference
 from pyargs.ops.library import native
 from pyargs.ops.score_select import score_select, score_select_reference
+from pyargs.ops.tokenwise_select import tokenwise_select, tokenwise_select_reference
 from pyargs.ops.topk_logprobs import topk_logprobs, topk_logprobs_reference
 from pyargs.ops.user_mlp import user_mlp, user_mlp_reference
 
@@ -15,6 +16,8 @@ __all__ = [
     "native",
     "score_select",
     "score_select_reference",
+    "tokenwise_select",
+    "tokenwise_select_reference",
     "topk_logprobs",
     "topk_logprobs_reference",
     "user_mlp",

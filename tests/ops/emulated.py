@@ -53,7 +53,7 @@ def library() -> ctypes.CDLL:
             subprocess.run(command, check=True)
             Path(f"{target}.part").rename(target)
     found = ctypes.CDLL(str(target))
-    for name in ("topk_logprobs", "score_select", "user_mlp", "commit"):
+    for name in ("topk_logprobs", "score_select", "tokenwise_select", "user_mlp", "commit"):
         getattr(found, f"pyargs_emulate_{name}").restype = ctypes.c_char_p
     return found
 
@@ -108,6 +108,23 @@ def score_select(
             stop, 0 if stop is None else len(stop), reward_weight, logprobs, stop_reward, uniform, finished.contiguous(),
             pad_id, list(ACTIVATIONS).index(activation), float(scale), float(temperature or 0.0), token, slot, reward,
             finished_out,
+        )  # fmt: skip
+    return token, slot, reward, finished_out
+
+
+def tokenwise_select(
+    logits, reward_logits, k, reward_weight, finished, *, stop=None, pad_id=0, temperature=None, uniform=None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    logits, reward_logits = dense(logits), dense(reward_logits)
+    batch, vocab = logits.shape
+    reward_weight, stop, uniform = (None if t is None else t.contiguous() for t in (reward_weight, stop, uniform))
+    token, slot = torch.full((2, batch), -7, dtype=torch.int64)
+    reward, finished_out = torch.full((batch, k), torch.nan), torch.zeros(batch, dtype=torch.bool)
+    if batch:
+        call(
+            "tokenwise_select", logits, reward_logits, DTYPES[logits.dtype], DTYPES[reward_logits.dtype], logits.stride(0),
+            reward_logits.stride(0), batch, vocab, k, reward_weight, finished.contiguous(), stop,
+            0 if stop is None else len(stop), pad_id, uniform, float(temperature or 0.0), token, slot, reward, finished_out,
         )  # fmt: skip
     return token, slot, reward, finished_out
 

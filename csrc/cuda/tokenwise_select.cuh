@@ -1,0 +1,88 @@
+// From two rows of logits, the policy's and those of a model whose log-probs are the rewards, to the chosen token: one
+// launch. NOT YET RUN ON A GPU: compiled for three architectures, and its logic tried on the host with threads
+// emulated, in shuffled orders.
+//
+// Blocks go over chunks as topk.cuh says, for each row those of the policy and then those of the rewards, of
+// which only the sum is wanted; the block that finishes last of both chooses. In the workspace row 2 b is the policy's
+// of row b, and row 2 b + 1 the rewards'.
+#pragma once
+
+#include "choice.cuh"
+#include "topk.cuh"
+
+namespace pyargs::cuda {
+
+struct TokenwiseShared {
+  TopkShared topk;
+  float logprobs[kMaxTopK], reward[kMaxTopK];
+  int64_t ids[kMaxTopK];
+};
+
+template <Dtype dtype>
+__device__ __forceinline__ void tokenwise_chunk(TopkShared& shared, const LogitRows& logits, int64_t row, int64_t chunk,
+                                                bool policy, int k, const TopkWorkspace& work) {
+  const int64_t first = chunk * kTopkChunk;
+  const int n = static_cast<int>(logits.vocab - first < kTopkChunk ? logits.vocab - first : kTopkChunk);
+  const char* data =
+      static_cast<const char*>(logits.logits) + (row * logits.row_stride + first) * TopkLoad<dtype>::kSize;
+  TopkElements<dtype> elements(data, n);
+  if (policy) {
+    survivors_of_chunk(shared, elements, data, first, n, k);
+    leave_survivors(shared, work, blockIdx.x);
+  } else if (elements.max == INFINITY && !elements.nan) {
+    elements.sum = INFINITY;  // torch.logsumexp of such a row, where log_softmax is NaN
+  }
+  leave_sum(shared, work, blockIdx.x, elements.max, elements.sum);
+}
+
+// The last block of a row: its candidates, their log-probs and rewards, and the choice.
+__device__ __forceinline__ void select_row(TokenwiseShared& shared, const TokenwiseRows& a, int64_t row, int64_t chunks,
+                                           const TopkWorkspace& work) {
+  const int k = static_cast<int>(a.k), warp = static_cast<int>(threadIdx.x) / 32;
+  survivors_of_row(shared.topk, work, 2 * row, chunks, k);
+  if (warp < 2) sum_of_row(shared.topk, work, 2 * row + warp, chunks, warp);
+  __syncthreads();
+  const Ranked best = ranked(shared.topk, k);
+  if (best.rank < k) {
+    const float* max = shared.topk.warp_max;
+    const float* sum = shared.topk.warp_sum;
+    const int64_t id = key_index(best.key);
+    const float logit = element(a.rewards.dtype, a.rewards.logits, row * a.rewards.row_stride + id);
+    const float reward = (logit - max[1]) - logf(sum[1]);
+    shared.ids[best.rank] = id;
+    shared.logprobs[best.rank] = (float_of(key_bits(best.key)) - max[0]) - logf(sum[0]);
+    shared.reward[best.rank] = reward;
+    a.reward[row * k + best.rank] = reward;
+  }
+  __syncthreads();
+  if (warp != 0) return;
+  const int slot = choose(a, row, shared.logprobs, shared.reward);
+  if (threadIdx.x == 0) write_choice(a, row, slot, shared.ids);
+}
+
+__global__ void __launch_bounds__(kTopkThreads, 3)
+    tokenwise_select_kernel(TokenwiseRows a, int64_t chunks, TopkWorkspace work) {
+  __shared__ TokenwiseShared shared;
+  const int64_t row = blockIdx.x / (2 * chunks), chunk = blockIdx.x % chunks;
+  const bool policy = blockIdx.x / chunks % 2 == 0;
+  if (a.finished[row]) {
+    if (policy && chunk == 0) pad_row(a, row);
+    return;
+  }
+  const LogitRows logits = policy ? a.policy : a.rewards;
+  const int k = static_cast<int>(a.k);
+  switch (logits.dtype) {
+    case Dtype::kFloat32:
+      tokenwise_chunk<Dtype::kFloat32>(shared.topk, logits, row, chunk, policy, k, work);
+      break;
+    case Dtype::kBFloat16:
+      tokenwise_chunk<Dtype::kBFloat16>(shared.topk, logits, row, chunk, policy, k, work);
+      break;
+    case Dtype::kFloat16:
+      tokenwise_chunk<Dtype::kFloat16>(shared.topk, logits, row, chunk, policy, k, work);
+      break;
+  }
+  if (is_last(shared.topk, work.tickets + row, 2 * chunks)) select_row(shared, a, row, chunks, work);
+}
+
+}  // namespace pyargs::cuda

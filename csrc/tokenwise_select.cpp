@@ -1,0 +1,150 @@
+// tokenwise_select: from the logits of a policy and of a model whose log-probs are the rewards to the next token, in
+// one pass over both. See pyargs/ops/tokenwise_select.py for the contract, topk.h for the scan.
+//
+// A row's tasks are the chunks of its policy logits, then those of its reward logits, of which only the sum is wanted.
+
+#include "choice.h"
+#include "topk.h"
+
+namespace pyargs {
+
+struct TokenwiseScan {
+  TokenwiseRows rows;
+  ChunkSums policy, rewards;
+  Parts parts;
+};
+
+namespace PYARGS_CPU {
+namespace {
+
+void select_row(const TokenwiseScan& scan, int64_t row, const Best& best) {
+  const TokenwiseRows& rows = scan.rows;
+  if (rows.finished[row]) return pad_row(rows, row);
+  const LogSumExp policy = merge_chunks(scan.policy, row), rewards = merge_chunks(scan.rewards, row);
+  float logprobs[kMaxTopK];
+  int64_t ids[kMaxTopK];
+  for (int j = 0; j < best.k; ++j) {
+    ids[j] = key_index(best.key[j]);
+    logprobs[j] = policy(float_from_bits(key_bits(best.key[j])));
+    float buffer;
+    const int64_t at = row * rows.rewards.row_stride + ids[j];
+    rows.reward[row * rows.k + j] = rewards(*as_floats(rows.rewards.dtype, rows.rewards.logits, at, 1, &buffer));
+  }
+  write_choice(rows, row, choose(rows, row, logprobs), ids);
+}
+
+}  // namespace
+
+void tokenwise_scan(const TokenwiseScan& scan, int64_t begin, int64_t end) {
+  const int64_t chunks = scan.policy.chunks;
+  scan_rows(
+      scan.parts, static_cast<int>(scan.rows.k), begin, end,
+      [&scan, chunks](int64_t row, int64_t task, Best& best) {
+        if (scan.rows.finished[row]) return;
+        if (task < chunks) {
+          scan_chunk(scan.rows.policy, scan.policy, row, task, &best);
+        } else {
+          scan_chunk(scan.rows.rewards, scan.rewards, row, task - chunks, nullptr);
+        }
+      },
+      [&scan](int64_t row, const Best& best) { select_row(scan, row, best); });
+}
+
+void tokenwise_merge(const TokenwiseScan& scan, int64_t row) {
+  select_row(scan, row, merge_row(scan.parts, static_cast<int>(scan.rows.k), row));
+}
+
+}  // namespace PYARGS_CPU
+
+#ifdef PYARGS_X86
+namespace avx2 {
+void tokenwise_scan(const TokenwiseScan&, int64_t, int64_t);
+void tokenwise_merge(const TokenwiseScan&, int64_t);
+}  // namespace avx2
+namespace avx512 {
+void tokenwise_scan(const TokenwiseScan&, int64_t, int64_t);
+void tokenwise_merge(const TokenwiseScan&, int64_t);
+}  // namespace avx512
+#endif
+
+}  // namespace pyargs
+
+#ifdef PYARGS_HOST  // the op: schema and checks
+
+#ifdef PYARGS_CUDA_ARCHS
+#include "cuda/launch.h"
+#endif
+
+namespace pyargs {
+namespace {
+
+using Handle = AtenTensorHandle;
+
+using Run = void (*)(const TokenwiseRows&, int64_t batch, const Array& like);
+
+void run_on_cpu(const TokenwiseRows& rows, int64_t batch, const Array&) {
+  Scan memory(batch, 2, rows.policy.vocab, rows.k);
+  TokenwiseScan scan{rows, memory.sums, memory.sums, memory.parts};
+  scan.rewards.offset += batch * memory.sums.chunks;
+  scan.rewards.sum += batch * memory.sums.chunks;
+  memory.run([&scan](int64_t begin, int64_t end) { PYARGS_DISPATCH(tokenwise_scan, scan, begin, end); },
+             [&scan](int64_t row) { PYARGS_DISPATCH(tokenwise_merge, scan, row); });
+}
+
+#ifdef PYARGS_CUDA_ARCHS
+void run_on_cuda(const TokenwiseRows& rows, int64_t batch, const Array& like) {
+  const int64_t bytes = static_cast<int64_t>(cuda::topk_workspace_bytes(2 * batch, rows.policy.vocab));
+  Result workspace({bytes}, aoti_torch_dtype_uint8(), like);
+  check_launch(cuda::tokenwise_select(rows, batch, workspace.data(), like.device_index(), cuda_stream(like)));
+}
+#endif
+
+// The handles are ours: boxed arguments come owned, and results are given away.
+template <Run run>
+std::tuple<StableIValue, StableIValue, StableIValue, StableIValue> tokenwise_select(
+    Handle logits_handle, Handle reward_logits_handle, int64_t k, Handle reward_weight_handle, Handle finished_handle,
+    std::optional<Handle> stop_handle, int64_t pad_id, std::optional<double> temperature,
+    std::optional<Handle> uniform_handle) {
+  Array logits(logits_handle), reward_logits(reward_logits_handle), reward_weight(reward_weight_handle),
+      finished(finished_handle);
+  std::optional<Array> stop = array_or_none(stop_handle), uniform = array_or_none(uniform_handle);
+#ifdef PYARGS_CUDA_ARCHS
+  if (run == run_on_cuda) {
+    const auto given = [](std::optional<Array>& array) { return array ? &*array : nullptr; };
+    check_one_device({&logits, &reward_logits, &reward_weight, &finished, given(stop), given(uniform)});
+  }
+#endif
+  TokenwiseRows rows{};
+  rows.k = k;
+  rows.policy = logit_rows(logits, k);
+  rows.rewards = logit_rows(reward_logits, k);
+  const int64_t batch = logits.size(0);
+  check(reward_logits.size(0) == batch && rows.rewards.vocab == rows.policy.vocab,
+        "logits and reward_logits must have one shape");
+  set_choice(rows, batch, reward_weight, finished, stop, pad_id, temperature, uniform);
+  ChoiceResults results(rows, batch, logits);
+  if (batch > 0) run(rows, batch, logits);
+  return results.release();
+}
+
+}  // namespace
+}  // namespace pyargs
+
+STABLE_TORCH_LIBRARY_FRAGMENT(pyargs, m) {
+  m.def(
+      "tokenwise_select(Tensor logits, Tensor reward_logits, SymInt k, Tensor reward_weight, Tensor finished, "
+      "Tensor? stop=None, SymInt pad_id=0, float? temperature=None, Tensor? uniform=None) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pyargs, CPU, m) {
+  m.impl("tokenwise_select", TORCH_BOX(&pyargs::tokenwise_select<pyargs::run_on_cpu>));
+}
+
+#ifdef PYARGS_CUDA_ARCHS
+STABLE_TORCH_LIBRARY_IMPL(pyargs, CUDA, m) {
+  m.impl("tokenwise_select", TORCH_BOX(&pyargs::tokenwise_select<pyargs::run_on_cuda>));
+}
+#endif
+
+#endif  // PYARGS_HOST
