@@ -15,7 +15,7 @@ from pyargs.decode.request import Output, Request, as_float, check
 from pyargs.errors import PyargsError
 from pyargs.lm.hf import forward_step
 from pyargs.models.token_reward import TokenReward
-from pyargs.ops import score_select, topk_logprobs
+from pyargs.ops import tokenwise_select
 from pyargs.types import Decoded
 
 
@@ -59,23 +59,15 @@ def generate(
             output.add(token, rank.clamp(max=0), reward, finished)
             output.slots[:, step] = rank
         else:
-            token, slot, reward, finished = _among_candidates(*logits, request, step, finished)
+            token, slot, reward, finished = tokenwise_select(
+                *logits, request.num_candidates, request.weight, finished, stop=request.stop, pad_id=request.pad_id,
+                temperature=request.temperature, uniform=None if request.uniform is None else request.uniform[step],
+            )  # fmt: skip
             output.add(token, slot, reward, finished)
         if output.stop(request, step, finished):
             break
         ids, mask = token.unsqueeze(1), torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
     return output.decoded(request, finished)
-
-
-def _among_candidates(policy: Tensor, reward: Tensor, request: Request, step: int, finished: Tensor):
-    logprobs, ids, _ = topk_logprobs(policy, request.num_candidates)
-    reward = reward.float()
-    rewards = reward.gather(1, ids) - reward.logsumexp(1, keepdim=True)
-    return score_select(
-        rewards.unsqueeze(-1), rewards.new_ones(1, 1), request.user, request.weight, logprobs, ids, finished,
-        stop=request.stop, pad_id=request.pad_id, temperature=request.temperature,
-        uniform=None if request.uniform is None else request.uniform[step],
-    )  # fmt: skip
 
 
 def _among_all(policy: Tensor, reward: Tensor, request: Request, step: int, finished: Tensor):
