@@ -19,6 +19,7 @@ _HOME = {
     "adapt": "pyargs.fit",
     "topk_logprobs": "pyargs.ops",
     "score_select": "pyargs.ops",
+    "tokenwise_select": "pyargs.ops",
     "user_mlp": "pyargs.ops",
     "PyargsError": "pyargs.errors",
 }
