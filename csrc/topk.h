@@ -163,7 +163,7 @@ void scan_chunk(const LogitRows& rows, const ChunkSums& result, int64_t row, int
   double& sum_offset = result.offset[row * result.chunks + chunk];
   sum = sums[0];
   sum_offset = top == -INFINITY ? INFINITY : offset;
-  if (sum == sum && std::fabs(offset) < kLargest) return;
+  if (sum == sum && offset < kLargest && offset > -kLargest) return;
   // NaN, which comparisons have passed over so far, +inf, or a mask of large numbers: once more, in double.
   bool nan = false;
   double exact = 0.0;

@@ -2,9 +2,9 @@
 // launch. NOT YET RUN ON A GPU: compiled for three architectures, and its logic tried on the host with threads
 // emulated, in shuffled orders.
 //
-// Blocks go over chunks as topk.cuh says, for each row those of the policy and then those of the rewards, of
-// which only the sum is wanted; the block that finishes last of both chooses. In the workspace row 2 b is the policy's
-// of row b, and row 2 b + 1 the rewards'.
+// Blocks go over chunks as topk.cuh says, for each row those of the policy and then those of the rewards, of which only
+// the sum is wanted; the block that finishes last of both chooses. In the workspace row 2 b is the policy's of row b,
+// and row 2 b + 1 the rewards'.
 #pragma once
 
 #include "choice.cuh"
