@@ -54,7 +54,7 @@ def compare(vocab: int, batch: int, dtype: torch.dtype, k: int, rate: float, rep
     user, ones = torch.zeros(batch, dtype=torch.int64), torch.ones(1, 1)
     seconds = interleaved(
         {
-            "ours": lambda: tokenwise_select(logits, reward_logits, k, weight, finished),
+            "ours": lambda: tokenwise_select(logits, reward_logits, weight, finished, k),
             "composed": lambda: composed(logits, reward_logits, k, weight, finished, user, ones),
             "torch": lambda: in_torch(logits, reward_logits, k, weight),
         },
@@ -67,7 +67,7 @@ def compare(vocab: int, batch: int, dtype: torch.dtype, k: int, rate: float, rep
 
 def test_tokenwise_select(benchmark):
     logits, reward_logits, weight, finished = inputs(49152, 8, torch.float32)
-    benchmark(tokenwise_select, logits, reward_logits, 10, weight, finished)
+    benchmark(tokenwise_select, logits, reward_logits, weight, finished, 10)
 
 
 def test_topk_logsumexp_gather(benchmark):

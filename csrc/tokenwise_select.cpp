@@ -102,7 +102,7 @@ void run_on_cuda(const TokenwiseRows& rows, int64_t batch, const Array& like) {
 // The handles are ours: boxed arguments come owned, and results are given away.
 template <Run run>
 std::tuple<StableIValue, StableIValue, StableIValue, StableIValue> tokenwise_select(
-    Handle logits_handle, Handle reward_logits_handle, int64_t k, Handle reward_weight_handle, Handle finished_handle,
+    Handle logits_handle, Handle reward_logits_handle, Handle reward_weight_handle, Handle finished_handle, int64_t k,
     std::optional<Handle> stop_handle, int64_t pad_id, std::optional<double> temperature,
     std::optional<Handle> uniform_handle) {
   Array logits(logits_handle), reward_logits(reward_logits_handle), reward_weight(reward_weight_handle),
@@ -132,7 +132,7 @@ std::tuple<StableIValue, StableIValue, StableIValue, StableIValue> tokenwise_sel
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pyargs, m) {
   m.def(
-      "tokenwise_select(Tensor logits, Tensor reward_logits, SymInt k, Tensor reward_weight, Tensor finished, "
+      "tokenwise_select(Tensor logits, Tensor reward_logits, Tensor reward_weight, Tensor finished, SymInt k, "
       "Tensor? stop=None, SymInt pad_id=0, float? temperature=None, Tensor? uniform=None) -> "
       "(Tensor, Tensor, Tensor, Tensor)");
 }

@@ -60,7 +60,7 @@ def generate(
             output.slots[:, step] = rank
         else:
             token, slot, reward, finished = tokenwise_select(
-                *logits, request.num_candidates, request.weight, finished, stop=request.stop, pad_id=request.pad_id,
+                *logits, request.weight, finished, request.num_candidates, stop=request.stop, pad_id=request.pad_id,
                 temperature=request.temperature, uniform=None if request.uniform is None else request.uniform[step],
             )  # fmt: skip
             output.add(token, slot, reward, finished)

@@ -14,9 +14,9 @@ from pyargs.ops.topk_logprobs import MAX_K, topk_logprobs_reference
 def tokenwise_select_reference(
     logits: Tensor,
     reward_logits: Tensor,
-    k: int,
     reward_weight: Tensor,
     finished: Tensor,
+    k: int,
     *,
     stop: Tensor | None = None,
     pad_id: int = 0,
@@ -24,7 +24,7 @@ def tokenwise_select_reference(
     uniform: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Plain PyTorch form of `tokenwise_select`; same arguments, results and errors."""
-    check(logits, reward_logits, k, reward_weight, finished, stop, temperature, uniform)
+    check(logits, reward_logits, reward_weight, finished, k, stop, temperature, uniform)
     logprobs, ids, _ = topk_logprobs_reference(logits, k)
     reward_logits = reward_logits.float()
     reward = reward_logits.gather(1, ids) - reward_logits.logsumexp(1, keepdim=True)
@@ -37,9 +37,9 @@ def tokenwise_select_reference(
 def tokenwise_select(
     logits: Tensor,
     reward_logits: Tensor,
-    k: int,
     reward_weight: Tensor,
     finished: Tensor,
+    k: int,
     *,
     stop: Tensor | None = None,
     pad_id: int = 0,
@@ -54,9 +54,9 @@ def tokenwise_select(
     Args:
         logits: [B, V] of the policy: float32, bfloat16 or float16, any row stride. B may be 0. -inf entries are legal.
         reward_logits: [B, V] of the rewarding model, likewise; the dtypes may differ.
-        k: 1 to 64, at most V.
         reward_weight: [B] float32, the raw w. Where it is 0 the score is the log-probability exactly.
         finished: [B] bool. Nothing else is read of a finished row; it gets token=pad_id, slot=0, reward=0.
+        k: 1 to 64, at most V.
         stop: [E] int64, ids that finish a row.
         pad_id: token of rows that have finished.
         temperature: > 0 samples from softmax(score / temperature) over the k candidates; needs `uniform`.
@@ -75,14 +75,14 @@ def tokenwise_select(
     """
     try:
         return (_op if is_compiling() else _direct)(
-            logits, reward_logits, k, reward_weight, finished, stop, pad_id, temperature, uniform
+            logits, reward_logits, reward_weight, finished, k, stop, pad_id, temperature, uniform
         )
     except RuntimeError:
-        check(logits, reward_logits, k, reward_weight, finished, stop, temperature, uniform)
+        check(logits, reward_logits, reward_weight, finished, k, stop, temperature, uniform)
         raise
 
 
-def check(logits, reward_logits, k, reward_weight, finished, stop, temperature, uniform) -> None:
+def check(logits, reward_logits, reward_weight, finished, k, stop, temperature, uniform) -> None:
     """Raises the error that names the fix. The native kernel makes the same checks; this words them."""
     for name, tensor in {"logits": logits, "reward_logits": reward_logits}.items():
         if isinstance(tensor, Tensor) and tensor.dim() != 2:
@@ -114,21 +114,21 @@ def check(logits, reward_logits, k, reward_weight, finished, stop, temperature, 
 def _default(
     logits: Tensor,
     reward_logits: Tensor,
-    k: int,
     reward_weight: Tensor,
     finished: Tensor,
+    k: int,
     stop: Tensor | None = None,
     pad_id: int = 0,
     temperature: float | None = None,
     uniform: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return tokenwise_select_reference(
-        logits, reward_logits, k, reward_weight, finished, stop=stop, pad_id=pad_id, temperature=temperature, uniform=uniform
+        logits, reward_logits, reward_weight, finished, k, stop=stop, pad_id=pad_id, temperature=temperature, uniform=uniform
     )
 
 
-def _fake(logits, reward_logits, k, reward_weight, finished, stop=None, pad_id=0, temperature=None, uniform=None):
-    check(logits, reward_logits, k, reward_weight, finished, stop, temperature, uniform)
+def _fake(logits, reward_logits, reward_weight, finished, k, stop=None, pad_id=0, temperature=None, uniform=None):
+    check(logits, reward_logits, reward_weight, finished, k, stop, temperature, uniform)
     batch = logits.shape[0]
     token = logits.new_empty((batch,), dtype=torch.int64)
     reward = logits.new_empty((batch, k), dtype=torch.float32)

@@ -113,7 +113,7 @@ def score_select(
 
 
 def tokenwise_select(
-    logits, reward_logits, k, reward_weight, finished, *, stop=None, pad_id=0, temperature=None, uniform=None,
+    logits, reward_logits, reward_weight, finished, k, *, stop=None, pad_id=0, temperature=None, uniform=None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     logits, reward_logits = dense(logits), dense(reward_logits)
     batch, vocab = logits.shape

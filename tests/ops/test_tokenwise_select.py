@@ -64,7 +64,7 @@ def agree(args: dict, op=tokenwise_select, like=tokenwise_select_reference) -> t
     return got
 
 
-def composed(logits, reward_logits, k, reward_weight, finished, **choice) -> tuple[torch.Tensor, ...]:
+def composed(logits, reward_logits, reward_weight, finished, k, **choice) -> tuple[torch.Tensor, ...]:
     """What the op replaces."""
     logprobs, ids, _ = topk_logprobs(logits, k)
     rewards = reward_logits.float().gather(1, ids) - reward_logits.float().logsumexp(1, keepdim=True)
@@ -76,9 +76,7 @@ def composed(logits, reward_logits, k, reward_weight, finished, **choice) -> tup
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_like_the_reference_and_like_topk_logprobs_with_score_select(data):
-    args = drawn(data)
-    agree(args)
-    agree(args, like=composed)
+    drawn(data, tokenwise_select)
 
 
 @emulated.needed
@@ -86,10 +84,10 @@ def test_like_the_reference_and_like_topk_logprobs_with_score_select(data):
 @given(data=st.data())
 def test_the_cuda_kernel_emulated(data):
     emulated.order(data.draw(st.integers(0, 99), "order of threads and blocks"))
-    agree(drawn(data), op=emulated.tokenwise_select)
+    drawn(data, emulated.tokenwise_select)
 
 
-def drawn(data) -> dict:
+def drawn(data, op) -> None:
     """Any shape, dtypes, place in memory, kind of rows, and choice."""
     draw = data.draw
     vocab = draw(st.one_of(st.integers(1, 1100), st.sampled_from([8191, 8192, 8193, 16897, 50257])), "vocab")
@@ -124,7 +122,10 @@ def drawn(data) -> dict:
     stop = draw(st.sampled_from([None, (), (7,), tuple(range(40))]), "stop")
     args["stop"] = None if stop is None else torch.tensor(stop, dtype=torch.int64)
     args["pad_id"] = draw(st.integers(-1, 3), "pad")
-    return sampled(args, draw(st.sampled_from([0.25, 1.0, 3.0]), "temperature"), seed) if draw(st.booleans()) else args
+    if draw(st.booleans(), "sampled"):
+        args = sampled(args, draw(st.sampled_from([0.25, 1.0, 3.0]), "temperature"), seed)
+    agree(args, op=op)
+    agree(args, op=op, like=composed)
 
 
 @pytest.mark.parametrize("dtypes", [*zip(DTYPES, DTYPES[1:] + DTYPES[:1], strict=True)])
@@ -311,7 +312,7 @@ def test_errors_name_the_fix(function, change, error, says):
 
 
 def positional(args: dict) -> tuple:
-    names = ("logits", "reward_logits", "k", "reward_weight", "finished", "stop", "pad_id", "temperature", "uniform")
+    names = ("logits", "reward_logits", "reward_weight", "finished", "k", "stop", "pad_id", "temperature", "uniform")
     return tuple(args.get(name, 0 if name == "pad_id" else None) for name in names)
 
 

@@ -260,7 +260,7 @@ assert torch.equal(n, got[1])
 z = torch.zeros
 r = ops.score_select(z(2, 3, 4), z(1, 4), z(2).long(), z(2), z(2, 3), z(2, 3).long(), z(2).bool(), activation="gelu")
 assert r[0].tolist() == [0, 0]
-assert ops.tokenwise_select(x, x, 3, z(2), z(2).bool())[0].tolist() == x.argmax(1).tolist()
+assert ops.tokenwise_select(x, x, z(2), z(2).bool(), 3)[0].tolist() == x.argmax(1).tolist()
 """
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYARGS_NO_EXT": "1"})
 
