@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import test_commit
 import test_score_select
+import test_tokenwise_select
 import test_topk_logprobs
 import test_user_mlp
 import torch
@@ -12,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pyargs.ops import commit, score_select, topk_logprobs, user_mlp
+from pyargs.ops import commit, score_select, tokenwise_select, topk_logprobs, user_mlp
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 OPS = {
     topk_logprobs: test_topk_logprobs.drawn,
     score_select: test_score_select.drawn,
+    tokenwise_select: test_tokenwise_select.drawn,
     user_mlp: test_user_mlp.drawn,
     commit: test_commit.drawn,
 }
