@@ -219,9 +219,9 @@ def special_rows(op) -> None:
     assert all(t == 49 for t, s in zip(token.tolist(), slot, strict=True) if s < 0)
     args |= {"temperature": 1.0, "uniform": torch.full((len(cases),), 0.9)}
     assert agree(args, op=op)[1].tolist() == drawn_slot
-    both = {name: v[:1] if isinstance(v, torch.Tensor) else v for name, v in args.items()}
-    both |= {"logits": torch.tensor([[3.0, 2.0, 1.0, 0.0, -1.0]]), "reward_logits": torch.tensor([[0.0, 0.0, 0.0, INF, NAN]])}
-    assert agree(both, op=op)[1].tolist() == [-1]
+    args["reward_logits"] = torch.tensor([[0.0, 0.0, INF, NAN]]).expand(len(cases), -1)  # side by side, of no candidate
+    args["reward_weight"] = torch.ones(len(cases))
+    assert agree(args | {"k": 2}, op=op)[1].tolist() == [-1] * len(cases)
 
 
 @emulated.needed
