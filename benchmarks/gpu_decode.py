@@ -38,6 +38,7 @@ from pyargs.files import write_json
 from pyargs.heads import linear
 from pyargs.lm import lora
 from pyargs.lm.cache import PrefixCache
+from pyargs.lm.launches import few_launches
 from pyargs.models.reward_model import RewardModel
 from pyargs.ops import topk_logprobs
 from pyargs.types import Users
@@ -152,7 +153,7 @@ def greedy(policy, ids: Tensor, steps: int) -> float:
         ).logits[:, -1])  # fmt: skip
         cache.advance(1)
 
-    with captured.grouped_attention(policy):
+    with few_launches(policy.get_decoder()):
         replay = captured._capture(step, ids.device)
     return _seconds(lambda: [replay() for _ in range(steps)]) / steps
 

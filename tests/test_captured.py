@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import warnings
 
@@ -11,12 +12,14 @@ from conftest import FULL_ATTENTION, reward_model, tiny_lm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_decode import USERS, arguments, plain, prompts, same, shared_pair
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyargs
 from pyargs.decode import captured, passes
 from pyargs.decode.request import CHUNK, Output, check
 from pyargs.errors import PyargsError
 from pyargs.lm.encode import left_pad
+from pyargs.lm.launches import few_launches
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -158,6 +161,62 @@ def test_a_step_that_cannot_be_captured_falls_back_with_one_warning(monkeypatch)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         same(pyargs.generate(policy, model, ids, mask, USERS[:2], **arguments()), got)
+
+
+class Launches(TorchDispatchMode):
+    """Counts operators that work (views do not); the norm, which a CPU has no single operator for, as one."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.removeprefix("aten::")
+        views = ("view", "_unsafe_view", "expand", "transpose", "slice", "unsqueeze", "squeeze", "select", "split", "t")
+        self.count += name not in (*views, "split_with_sizes", "alias", "detach")
+        self.count -= 5 * (name == "rsqrt")  # x, squared, its mean, plus epsilon, 1 / root, times x, times weight
+        return function(*args, **(kwargs or {}))
+
+
+def launches(layers: int, monkeypatch) -> int:
+    """Operators of a step of one pass."""
+    policy = tiny_lm("qwen2", layers=layers, dtype=torch.float32)
+    counted = Launches()
+
+    def counting(step, device):
+        step()
+        with counted:
+            step()
+        return step
+
+    monkeypatch.setattr(captured, "_capture", counting)
+    recorded(policy, reward_model(policy), prompts([4, 1]), USERS[:2])
+    return counted.count
+
+
+def test_a_layer_takes_few_launches(monkeypatch):
+    few = (launches(6, monkeypatch) - launches(2, monkeypatch)) / 4
+    monkeypatch.setattr(captured, "few_launches", lambda *models: contextlib.nullcontext())
+    many = (launches(6, monkeypatch) - launches(2, monkeypatch)) / 4
+    assert few <= 21 < 30 <= many
+
+
+def test_models_are_as_before_a_recording():
+    policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
+    x = torch.tensor([[3, 4, 5]])
+    before = policy(x).logits
+    recorded(policy, model, prompts([4]), ["ann"])
+    assert torch.equal(policy(x).logits, before) and "forward" not in vars(policy.model.norm)
+
+
+@pytest.mark.parametrize("family", ["gemma", "glm"])
+def test_other_formulas_of_the_same_name_are_left_alone(family):
+    """Gemma's norm adds 1 to its weight; GLM turns neighbours instead of halves."""
+    policy = tiny_lm(family, dtype=torch.float32)
+    x = dict(input_ids=torch.tensor([[3, 4, 5]]), attention_mask=torch.ones(1, 1, 3, 3, dtype=torch.bool).tril())
+    before = policy(**x).logits
+    with few_launches(policy.get_decoder()):
+        torch.testing.assert_close(policy(**x).logits, before, atol=2e-5, rtol=2e-5)
 
 
 @cuda

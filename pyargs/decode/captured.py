@@ -10,14 +10,13 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from transformers import AttentionInterface
 
 from pyargs.decode import passes
 from pyargs.decode.passes import OnePass, TwoPasses
@@ -25,6 +24,7 @@ from pyargs.decode.request import Output, Request
 from pyargs.decode.step import State, begin, choose
 from pyargs.lm import lora
 from pyargs.lm.cache import PrefixCache
+from pyargs.lm.launches import few_launches
 from pyargs.models.reward_model import RewardModel
 from pyargs.types import Decoded
 
@@ -78,7 +78,7 @@ def decode(policy, reward_model: RewardModel, request: Request) -> Decoded | Non
             recording = Recording(wide, Output(rows, places, device), state, caches, lambda: None)
             _start(both, reward_model, wide, finished, recording)
             try:
-                with grouped_attention(policy, reward_model.backbone):
+                with few_launches(policy.get_decoder(), reward_model.backbone):
                     recording.replay = _capture(partial(_step, both, reward_model.head.fold(), recording), device)
             except RuntimeError as error:  # what CUDA says of a call that a capture forbids, such as a read by the host
                 if isinstance(error, torch.cuda.OutOfMemoryError):
@@ -158,29 +158,3 @@ def _key(policy, reward_model: RewardModel, way: type, request: Request, places:
     weights = tuple(p.data_ptr() for model in (policy, reward_model.backbone) for p in model.parameters())
     head = tuple((t.data_ptr(), t._version, t.shape) for t in reward_model.head.state_dict(keep_vars=True).values())
     return way, lora.active(reward_model.backbone), numbers, weights, head
-
-
-def _grouped(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling=None, **_):
-    """Attention of a step, of which the queries are few and the keys many: heads that share keys stand side by side as queries
-    of one head, so that no key is copied for each of them."""
-    rows, heads, count, width = query.shape
-    groups = heads // key.shape[1]
-    mask = attention_mask if count == 1 else attention_mask.repeat(1, 1, groups, 1)
-    out = F.scaled_dot_product_attention(
-        query.reshape(rows, heads // groups, groups * count, width), key, value, attn_mask=mask, scale=scaling
-    )
-    return out.view(rows, heads, count, -1).transpose(1, 2), None
-
-
-AttentionInterface.register("pyargs_grouped", _grouped)
-
-
-@contextmanager
-def grouped_attention(*models: nn.Module):
-    """Within it the models attend through `_grouped` where they would call PyTorch's attention."""
-    with ExitStack() as after:
-        for config in {id(m.config): m.config.get_text_config(decoder=True) for m in models}.values():
-            if config._attn_implementation == "sdpa":
-                after.callback(setattr, config, "_attn_implementation", "sdpa")
-                config._attn_implementation = "pyargs_grouped"
-        yield

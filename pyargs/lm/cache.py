@@ -17,8 +17,8 @@ class PrefixLayer(CacheLayerMixin):
 
     `update` writes behind the prefix without making it longer; `PrefixCache.advance` or `commit` then say what stays. The
     length is a host integer that the decoder knows anyway, so nothing waits for the device and `update` returns the places
-    in use only; or an int64 tensor on the device, for a captured step: then it returns all places, and the mask has to leave
-    the empty ones out.
+    in use only; or an int64 tensor on the device, for a captured step: then it writes to `places` (of the last call of
+    `PrefixCache.branches`) and returns all there are, and the mask has to leave the empty ones out.
     """
 
     is_sliding = False
@@ -27,6 +27,7 @@ class PrefixLayer(CacheLayerMixin):
         super().__init__()
         self.capacity = capacity
         self.length: int | Tensor = 0
+        self.places: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, heads, _, _ = key_states.shape
@@ -39,9 +40,8 @@ class PrefixLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         new = key_states.shape[-2]
         if isinstance(self.length, Tensor):
-            place = self.length + torch.arange(new, device=self.length.device)
-            self.keys.index_copy_(2, place, key_states)
-            self.values.index_copy_(2, place, value_states)
+            self.keys.index_copy_(2, self.places, key_states)
+            self.values.index_copy_(2, self.places, value_states)
             return self.keys, self.values
         end = self.length + new
         self.keys[:, :, self.length : end] = key_states
@@ -108,8 +108,10 @@ class PrefixCache(Cache):
         """
         if isinstance(self.length, int) and count == 1 and not self.padded:
             return None
-        itself = self._place == (self.length + self._place[:count]).unsqueeze(1)
-        mask = self.seen[:, None, None, :] | itself
+        places = self.length + self._place[:count]
+        for layer in self.layers:  # once for all of them
+            layer.places = places
+        mask = self.seen[:, None, None, :] | (self._place == places.unsqueeze(1))
         return mask if isinstance(self.length, Tensor) else mask[..., : self.length + count]
 
     def advance(self, tokens: int) -> None:
