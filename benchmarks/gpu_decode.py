@@ -254,6 +254,8 @@ def main() -> None:
         parser.error("no GPU here: --dry-run tries the script on a CPU")
     info, rate, rows = hardware(), copy_rate(device), []
     print(f"{hardware_line(info)}\ncopies at {rate:.0f} GB/s", flush=True)
+    if options.dry_run:
+        print("dry run: shapes too small for the numbers to mean anything", flush=True)
     warnings.simplefilter("ignore", FutureWarning)
     for size in ["tiny"] if options.dry_run else options.sizes:
         batches, steps = ((1, 3), 8) if options.dry_run else ((1, 32), 64)

@@ -189,6 +189,8 @@ def main() -> None:
     torch.manual_seed(0)
     t, info = Table(device, options.dry_run), hardware()
     print(f"{hardware_line(info)}\ncopies at {t.rate:.0f} GB/s", flush=True)
+    if options.dry_run:
+        print("dry run: shapes too small for the numbers to mean anything", flush=True)
     for part in (topk, linear_heads, mlp_heads, tokenwise, commits):
         part(t)
         write_json(options.json, {"hardware": info, "copy_gb_s": round(t.rate, 1), "dry_run": options.dry_run, "rows": t.rows})
