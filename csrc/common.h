@@ -19,9 +19,10 @@
 namespace pyargs {
 
 enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
-enum class Capability : int { kDefault = 0, kAvx2 = 1, kAvx512 = 2 };
+enum class Capability : int { kDefault = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 
-// The one in use: the best of this CPU, or PYARGS_CPU_CAPABILITY=default|avx2|avx512 if that is lower. See module.cpp.
+// The one in use: the best of this CPU, or PYARGS_CPU_CAPABILITY=default|avx2|avx512|avx512_bf16 if that is lower. See
+// module.cpp.
 Capability cpu_capability();
 
 // Top-k never asks for more than this; larger k is refused.
@@ -58,11 +59,12 @@ PYARGS_HD uint32_t float16_to_float32_bits(uint32_t half) {
 
 }  // namespace pyargs
 
-// Calls `function` of the namespace compiled for this machine.
+// Calls `function` of the namespace compiled for this machine. Only csrc/lm has code of its own for kAvx512Bf16.
 #ifdef PYARGS_X86
 #define PYARGS_DISPATCH(function, ...)             \
   do {                                             \
     switch (::pyargs::cpu_capability()) {          \
+      case ::pyargs::Capability::kAvx512Bf16:      \
       case ::pyargs::Capability::kAvx512:          \
         ::pyargs::avx512::function(__VA_ARGS__);   \
         break;                                     \

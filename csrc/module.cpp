@@ -1,5 +1,7 @@
 // pyargs._C: what was built, and what this CPU can do. Loading it also registers the ops (torch must be imported
 // first).
+#include "lm/module.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -16,7 +18,7 @@ namespace py = pybind11;
 namespace pyargs {
 namespace {
 
-constexpr const char* kNames[] = {"default", "avx2", "avx512"};
+constexpr const char* kNames[] = {"default", "avx2", "avx512", "avx512_bf16"};
 
 Capability detect() {
 #ifdef PYARGS_X86
@@ -27,7 +29,7 @@ Capability detect() {
 #endif
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
-    return Capability::kAvx512;
+    return __builtin_cpu_supports("avx512bf16") ? Capability::kAvx512Bf16 : Capability::kAvx512;
   }
   return Capability::kAvx2;
 #else
@@ -36,10 +38,10 @@ Capability detect() {
 }
 
 Capability parse(const std::string& name) {
-  for (int level = 0; level < 3; ++level) {
+  for (int level = 0; level < 4; ++level) {
     if (name == kNames[level]) return static_cast<Capability>(level);
   }
-  throw std::invalid_argument("CPU capability must be default, avx2 or avx512, got '" + name + "'");
+  throw std::invalid_argument("CPU capability must be default, avx2, avx512 or avx512_bf16, got '" + name + "'");
 }
 
 Capability at_most(Capability wanted) {
@@ -75,10 +77,11 @@ PYBIND11_MODULE(_C, m) {
       "torch built against, C++ compiler, and the CUDA architectures compiled in (None: CPU only).");
   m.def(
       "cpu_capability_detected", [] { return kNames[static_cast<int>(detect())]; },
-      "Best capability of this CPU: default, avx2 or avx512.");
+      "Best capability of this CPU: default, avx2, avx512 or avx512_bf16.");
   m.def("cpu_capability", [] { return kNames[static_cast<int>(cpu_capability())]; }, "The capability in use.");
   m.def(
       "set_cpu_capability", [](const std::string& name) { used = at_most(parse(name)); }, py::arg("name"),
       "Use this capability, or the best of this CPU if that is lower. For tests; PYARGS_CPU_CAPABILITY does the same "
       "at import. Raises ValueError for another name.");
+  lm::bind(m);
 }

@@ -75,7 +75,7 @@ def test_extension_reports():
     info = _C.build_info()
     assert info["torch"].split("+")[0].count(".") == 2
     assert info["cuda_archs"] is None or "90-real" in info["cuda_archs"]
-    levels = ["default", "avx2", "avx512"]
+    levels = ["default", "avx2", "avx512", "avx512_bf16"]
     assert levels.index(_C.cpu_capability()) <= levels.index(_C.cpu_capability_detected())
     with pytest.raises(ValueError, match="avx2"):
         _C.set_cpu_capability("sse9")

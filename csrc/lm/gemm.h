@@ -1,0 +1,152 @@
+// Matrix products with packed panels. Everything is static: each capability keeps its own copy.
+//
+// A product is summed over the depth in one order, whatever the number of rows, so a row's result does not depend on
+// the rows beside it: a token has the same state, bit by bit, in a prompt, alone, and among branches.
+#pragma once
+
+#include <utility>
+
+#include "../cpu.h"
+#include "stack.h"
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+namespace pyargs::lm {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16, kBlockRows = 12;  // 24 sums, 2 vectors of weights and 1 of x: 27 of 32 registers
+#elif defined(__AVX2__)
+constexpr int kWidth = 8, kBlockRows = 2;
+#else
+constexpr int kWidth = 4, kBlockRows = 1;
+#endif
+constexpr int kVectors = kPanel / kWidth;
+
+typedef float Vector __attribute__((vector_size(4 * kWidth)));
+typedef uint32_t Bits __attribute__((vector_size(4 * kWidth)));
+
+// Those of <algorithm> would be shared with files for other capabilities.
+inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max(int64_t a, int64_t b) { return a < b ? b : a; }
+
+// In memory: of any alignment, over any type.
+typedef float AnyVector __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
+typedef uint32_t AnyBits __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
+
+// n values rounded to nearest even, ties as in hardware; NaN stays NaN.
+inline uint16_t bfloat16_from_float(float value) {
+  const uint32_t bits = bits_from_float(value);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : rounded);
+}
+
+struct Float32 {
+  using Element = float;
+  static constexpr int kDepth = 1;  // of one multiplication
+  using Weights = AnyVector;
+  using Input = float;
+  static Input input(const float* x) { return *x; }
+  static Vector multiply_add(Vector w, Input x, Vector sum) { return sum + w * x; }
+  static void put(float* out, const float* values, int64_t n) { std::memcpy(out, values, n * sizeof *values); }
+};
+
+struct BFloat16 {
+  using Element = uint16_t;
+  static constexpr int kDepth = 2;
+#ifdef __AVX512BF16__
+  using Weights = AnyVector;
+  using Input = Vector;
+  static Input input(const uint16_t* x) {
+    int pair;
+    std::memcpy(&pair, x, sizeof pair);
+    return (Vector)_mm512_set1_epi32(pair);
+  }
+  static Vector multiply_add(Vector w, Input x, Vector sum) {
+    return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
+  }
+#else
+  using Weights = AnyBits;
+  struct Input {
+    float first, second;
+  };
+  static Input input(const uint16_t* x) { return {float_from_bfloat16(x[0]), float_from_bfloat16(x[1])}; }
+  static Vector multiply_add(Bits w, Input x, Vector sum) {
+    sum = sum + (Vector)(w << 16) * x.first;
+    return sum + (Vector)(w & 0xffff0000u) * x.second;
+  }
+#endif
+  static void put(uint16_t* out, const float* values, int64_t n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) out[i] = bfloat16_from_float(values[i]);
+  }
+};
+
+// sums [rows, kPanel] += x [rows, depth] times one panel; w_stride: elements from one depth of the panel to the next.
+template <class T, int rows>
+void block(const typename T::Element* x, int64_t x_stride, const typename T::Element* w, int64_t w_stride,
+           int64_t depth, float* sums, int64_t sums_stride) {
+  Vector sum[rows][kVectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v)
+      sum[r][v] = *reinterpret_cast<const AnyVector*>(sums + r * sums_stride + v * kWidth);
+  }
+  for (int64_t d = 0; d < depth; d += T::kDepth, w += w_stride) {
+    const auto* weights = reinterpret_cast<const typename T::Weights*>(w);
+    if constexpr (rows <= 4) {  // a panel that comes from memory: the hardware does not look beyond a page
+      __builtin_prefetch(w + 16 * w_stride);
+      __builtin_prefetch(w + 16 * w_stride + kPanel * T::kDepth / 2);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) {
+      const typename T::Input input = T::input(x + r * x_stride + d);
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = T::multiply_add(weights[v], input, sum[r][v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) *reinterpret_cast<AnyVector*>(sums + r * sums_stride + v * kWidth) = sum[r][v];
+  }
+}
+
+template <class T, int... rows>
+void block_of(int64_t count, std::integer_sequence<int, rows...>, const typename T::Element* x, int64_t x_stride,
+              const typename T::Element* w, int64_t w_stride, int64_t depth, float* sums, int64_t sums_stride) {
+  (void)((count == rows + 1 && (block<T, rows + 1>(x, x_stride, w, w_stride, depth, sums, sums_stride), true)) || ...);
+}
+
+// The same for any number of rows, in blocks of nearly equal size.
+template <class T>
+void multiply(int64_t rows, const typename T::Element* x, int64_t x_stride, const typename T::Element* w,
+              int64_t w_stride, int64_t depth, float* sums, int64_t sums_stride) {
+  const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t begin = rows * b / blocks, count = rows * (b + 1) / blocks - begin;
+    block_of<T>(count, std::make_integer_sequence<int, kBlockRows>(), x + begin * x_stride, x_stride, w, w_stride,
+                depth, sums + begin * sums_stride, sums_stride);
+  }
+}
+
+inline float dot(const float* __restrict x, const float* __restrict y, int64_t n) {
+  constexpr int kLanes = 16;
+  float lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+#pragma omp simd
+    for (int l = 0; l < kLanes; ++l) lanes[l] += x[i + l] * y[i + l];
+  }
+  for (int l = 0; i < n; ++i, ++l) lanes[l] += x[i] * y[i];
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+  }
+  return lanes[0];
+}
+
+}  // namespace
+}  // namespace pyargs::lm

@@ -1,0 +1,420 @@
+// pyargs._C.Stack and Cache: memory, packing, and the threads of a pass. Baseline only; pyargs/lm/native.py checks what
+// it passes and words the errors.
+
+#include "module.h"
+
+#include <pybind11/stl.h>
+#include <sys/mman.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "stack.h"
+
+namespace py = pybind11;
+
+namespace pyargs {
+
+#define PYARGS_DECLARE(capability)                     \
+  namespace capability {                               \
+  void run_pass(const lm::Pass&, int64_t);             \
+  void run_projection(const lm::Projection&, int64_t); \
+  }
+PYARGS_DECLARE(baseline)
+#ifdef PYARGS_X86
+PYARGS_DECLARE(avx2)
+PYARGS_DECLARE(avx512)
+PYARGS_DECLARE(avx512_bf16)
+#endif
+#undef PYARGS_DECLARE
+
+namespace lm {
+namespace {
+
+void check(bool ok, const char* message) {
+  if (!ok) [[unlikely]]
+    throw std::runtime_error(std::string("pyargs: ") + message);
+}
+
+// Zeroed memory in huge pages where the system has them: a pass reads gigabytes, and 4 KiB pages cost a third of the
+// rate.
+class Memory {
+ public:
+  Memory() = default;
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  ~Memory() { reset(0); }
+
+  // Zeroed memory of this size; what was there before is lost.
+  void reset(int64_t bytes) {
+    if (mapped_) munmap(mapped_, size_);
+    mapped_ = nullptr;
+    if (bytes == 0) return;
+    size_ = bytes + kHuge;
+    mapped_ = mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapped_ == MAP_FAILED) {
+      mapped_ = nullptr;
+      throw std::bad_alloc();
+    }
+#ifdef MADV_HUGEPAGE
+    madvise(data(), bytes, MADV_HUGEPAGE);
+#endif
+  }
+  char* data() const {
+    return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(mapped_) + kHuge - 1) / kHuge * kHuge);
+  }
+  int64_t size() const { return mapped_ ? size_ - kHuge : 0; }
+
+ private:
+  static constexpr int64_t kHuge = 2 << 20;
+  void* mapped_ = nullptr;
+  int64_t size_ = 0;
+};
+
+// Bytes of several arrays one after the other, each on a cache line of its own.
+class Layout {
+ public:
+  int64_t add(int64_t bytes) {
+    const int64_t at = size_;
+    size_ += (bytes + 63) / 64 * 64;
+    return at;
+  }
+  int64_t size() const { return size_; }
+
+ private:
+  int64_t size_ = 0;
+};
+
+template <class Work>
+void in_parallel(int64_t workers, const Work& work) {
+  torch::stable::parallel_for(0, workers, 1, [&work](int64_t begin, int64_t) { work(begin); });
+}
+
+template <class T>
+const T* pointer(uintptr_t address) {
+  return reinterpret_cast<const T*>(address);
+}
+
+uint16_t bfloat16_from_float(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+float float_from_bfloat16(uint16_t half) {
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+struct Cache {
+  Cache(int64_t layers, int64_t kv_heads, int64_t head_dim, int64_t rows, int64_t places, uintptr_t cosine,
+        uintptr_t sine)
+      : layers(layers),
+        kv_heads(kv_heads),
+        head_dim(head_dim),
+        rows(rows),
+        capacity(padded(places)),
+        length(rows, 0),
+        cosine(pointer<float>(cosine), pointer<float>(cosine) + places * head_dim / 2),
+        sine(pointer<float>(sine), pointer<float>(sine) + places * head_dim / 2) {
+    const int64_t all = layers * rows * kv_heads * capacity * 4;
+    memory.reset(all * (head_dim + padded(head_dim)));
+    keys = reinterpret_cast<float*>(memory.data());
+    values = keys + all / 4 * head_dim;
+    this->places = places;
+  }
+
+  // The branch at slot[i] becomes the next token of cache row row[i] (or i); a negative slot leaves its row alone.
+  void commit(uintptr_t slot_address, uintptr_t row_address, int64_t count) {
+    const auto *slot = pointer<int64_t>(slot_address), *row = pointer<int64_t>(row_address);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t r = row ? row[i] : i;
+      check(r >= 0 && r < rows, "a row is not in the cache");
+      check(slot[i] < places - length[r], "a slot lies behind the cache's capacity");
+    }
+    const int64_t wide = padded(head_dim);
+    for (int64_t i = 0; i < count; ++i) {
+      if (slot[i] < 0) continue;
+      const int64_t r = row ? row[i] : i, to = length[r]++, from = to + slot[i];
+      if (to == from) continue;
+      for (int64_t l = 0; l < layers; ++l) {
+        for (int64_t h = 0; h < kv_heads; ++h) {
+          const int64_t at = ((l * rows + r) * kv_heads + h) * capacity;
+          float *k = keys + at * head_dim, *v = values + at * wide;
+          const auto place = [&](int64_t t) { return k + t / kPanel * kPanel * head_dim + t % kPanel; };
+          for (int64_t d = 0; d < head_dim; ++d) place(to)[d * kPanel] = place(from)[d * kPanel];
+          std::memcpy(v + to * wide, v + from * wide, wide * sizeof(float));
+        }
+      }
+    }
+  }
+
+  int64_t layers, kv_heads, head_dim, rows, capacity, places = 0;
+  std::vector<int64_t> length;  // of each row's prefix
+  std::vector<float> cosine, sine;
+  Memory memory;
+  float *keys = nullptr, *values = nullptr;
+};
+
+class Stack {
+ public:
+  Stack(const std::string& dtype, int64_t dim, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t inner,
+        int64_t layers, int64_t vocabulary, bool unembedding, float epsilon)
+      : layers_(layers), vocabulary_(vocabulary), max_rank_(0) {
+    model_.dtype = dtype == "bfloat16" ? Dtype::kBFloat16 : Dtype::kFloat32;
+    model_.dim = dim;
+    model_.heads = heads;
+    model_.kv_heads = kv_heads;
+    model_.head_dim = head_dim;
+    model_.inner = inner;
+    model_.layers = layers;
+    model_.epsilon = epsilon;
+    model_.layer = layers_.data();
+    Layout layout;
+    std::vector<std::pair<Matrix*, int64_t>> places;
+    const auto add = [&](Matrix& matrix, int64_t columns, int64_t depth) {
+      matrix.columns = columns;
+      matrix.depth = depth + (bfloat16() ? depth % 2 : 0);
+      places.emplace_back(&matrix, layout.add(matrix.columns * matrix.depth * size()));
+    };
+    for (Layer& layer : layers_) {
+      add(layer.qkv, padded((heads + 2 * kv_heads) * head_dim), dim);
+      add(layer.o, padded(dim), heads * head_dim);
+      add(layer.gate_up, 2 * padded(inner), dim);
+      add(layer.down, padded(dim), inner);
+    }
+    add(head_, unembedding ? padded(vocabulary) : 0, dim);
+    weights_.reset(layout.size() + 4096);  // the kernels prefetch a little further
+    for (auto [matrix, at] : places) matrix->weight = weights_.data() + at;
+  }
+
+  // Rows of a weight [rows, depth]: row n becomes column offset + n, or with every second panel left out.
+  void pack(int64_t layer, const std::string& name, int64_t offset, bool alternate, uintptr_t address, Dtype dtype,
+            int64_t rows, int64_t depth) {
+    const Matrix& matrix = this->matrix(layer, name);
+    const auto column = [&](int64_t n) { return offset + n + (alternate ? n / kPanel * kPanel : 0); };
+    check(depth <= matrix.depth && column(rows - 1) < matrix.columns, "a weight is too large for its matrix");
+    torch::stable::parallel_for(0, (rows + kPanel - 1) / kPanel, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin * kPanel; n < std::min(end * kPanel, rows); ++n) {
+        const int64_t panel = column(n) / kPanel * kPanel * matrix.depth, lane = column(n) % kPanel;
+        if (bfloat16()) {
+          auto* to = static_cast<uint16_t*>(const_cast<void*>(matrix.weight)) + panel + 2 * lane;
+          for (int64_t d = 0; d < depth; ++d) {
+            to[d / 2 * 2 * kPanel + d % 2] = dtype == Dtype::kFloat32
+                                                 ? bfloat16_from_float(pointer<float>(address)[n * depth + d])
+                                                 : pointer<uint16_t>(address)[n * depth + d];
+          }
+        } else {
+          auto* to = static_cast<float*>(const_cast<void*>(matrix.weight)) + panel + lane;
+          for (int64_t d = 0; d < depth; ++d) {
+            to[d * kPanel] = dtype == Dtype::kFloat32 ? pointer<float>(address)[n * depth + d]
+                                                      : float_from_bfloat16(pointer<uint16_t>(address)[n * depth + d]);
+          }
+        }
+      }
+    });
+  }
+
+  void bias(int64_t layer, const std::string& name, uintptr_t values) {
+    Matrix& matrix = this->matrix(layer, name);
+    matrix.bias = keep(values, matrix.columns);
+  }
+
+  void delta(int64_t layer, const std::string& name, int64_t rank, uintptr_t a, uintptr_t b) {
+    Matrix& matrix = this->matrix(layer, name);
+    matrix.rank = rank;
+    matrix.a = keep(a, rank * matrix.depth);
+    matrix.b = keep(b, rank * matrix.columns);
+    max_rank_ = std::max(max_rank_, rank);
+  }
+
+  void norms(int64_t layer, uintptr_t attention, uintptr_t mlp) {
+    layers_.at(layer).attention_norm = keep(attention, model_.dim);
+    layers_.at(layer).mlp_norm = keep(mlp, model_.dim);
+  }
+
+  // The embedding stays the caller's, who keeps it alive.
+  void embedding(uintptr_t embedding, Dtype dtype, uintptr_t norm) {
+    model_.embedding = pointer<void>(embedding);
+    model_.embedding_dtype = dtype;
+    model_.norm = keep(norm, model_.dim);
+  }
+
+  void forward(Cache& cache, uintptr_t ids_address, uintptr_t mask_address, uintptr_t rows_address,
+               uintptr_t delta_address, int64_t count, int64_t width, bool branches, uintptr_t states) {
+    const std::lock_guard lock(mutex_);
+    const auto *ids = pointer<int64_t>(ids_address), *rows = pointer<int64_t>(rows_address);
+    const auto *mask = pointer<bool>(mask_address), *delta = pointer<bool>(delta_address);
+    check(cache.layers == model_.layers && cache.kv_heads == model_.kv_heads && cache.head_dim == model_.head_dim,
+          "the cache belongs to a stack of other sizes");
+    std::vector<Query> queries;
+    queries.reserve(count * width);
+    std::vector<int64_t> length = cache.length;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t row = rows ? rows[i] : i;
+      check(row >= 0 && row < cache.rows, "a row is not in the cache");
+      for (int64_t j = 0; j < width; ++j) {
+        const int64_t at = i * width + j;
+        if (mask && !mask[at]) continue;
+        check(ids[at] >= 0 && ids[at] < vocabulary_, "a token is not in the vocabulary");
+        const int64_t seen = length[row], place = branches ? seen + j : length[row]++;
+        check(place < cache.places, "the cache is full: give it a larger capacity");
+        queries.push_back({ids[at], row, place, seen, at, delta && delta[i]});
+      }
+    }
+    for (size_t begin = 0; begin < queries.size(); begin += kQueriesPerPass) {
+      run(cache, queries.data() + begin, std::min<int64_t>(kQueriesPerPass, queries.size() - begin),
+          reinterpret_cast<float*>(states));
+    }
+    cache.length = length;
+  }
+
+  void logits(uintptr_t states, int64_t rows, uintptr_t logits) {
+    const std::lock_guard lock(mutex_);
+    for (int64_t begin = 0; begin < rows; begin += kQueriesPerPass) {
+      Projection projection{};
+      projection.dtype = model_.dtype;
+      projection.matrix = head_;
+      projection.rows = std::min(kQueriesPerPass, rows - begin);
+      projection.dim = model_.dim;
+      projection.vocabulary = vocabulary_;
+      projection.states = pointer<float>(states) + begin * model_.dim;
+      projection.logits = reinterpret_cast<float*>(logits) + begin * vocabulary_;
+      Layout layout;
+      const int64_t x = layout.add(kQueriesPerPass * padded(model_.dim) * size());
+      const int64_t phases = layout.add(2 * sizeof(Phase));
+      char* memory = workspace(layout.size());
+      projection.x = memory + x;
+      projection.phase = zeroed(memory + phases, 2);
+      in_parallel(torch::stable::get_num_threads(), [&projection](int64_t worker) {
+#ifdef PYARGS_X86
+        if (cpu_capability() == Capability::kAvx512Bf16) return avx512_bf16::run_projection(projection, worker);
+#endif
+        PYARGS_DISPATCH(run_projection, projection, worker);
+      });
+    }
+  }
+
+ private:
+  bool bfloat16() const { return model_.dtype == Dtype::kBFloat16; }
+  int64_t size() const { return bfloat16() ? 2 : 4; }
+
+  Matrix& matrix(int64_t layer, const std::string& name) {
+    if (name == "head") return head_;
+    Layer& of = layers_.at(layer);
+    return name == "qkv" ? of.qkv : name == "o" ? of.o : name == "gate_up" ? of.gate_up : of.down;
+  }
+
+  const float* keep(uintptr_t values, int64_t count) {
+    return kept_.emplace_back(pointer<float>(values), pointer<float>(values) + count).data();
+  }
+
+  // Memory that only grows.
+  char* workspace(int64_t bytes) {
+    if (memory_.size() < bytes) memory_.reset(bytes);
+    return memory_.data();
+  }
+
+  static Phase* zeroed(char* memory, int64_t count) {
+    std::memset(memory, 0, count * sizeof(Phase));
+    return reinterpret_cast<Phase*>(memory);
+  }
+
+  void run(Cache& cache, const Query* queries, int64_t count, float* states) {
+    Pass pass = model_;
+    const int64_t workers = torch::stable::get_num_threads(), share = pass.heads / pass.kv_heads;
+    const int64_t most = std::max<int64_t>(1, kAttentionRows / share);
+    std::vector<Group> groups;
+    for (int64_t begin = 0; begin < count;) {
+      int64_t end = begin + 1;
+      while (end < count && queries[end].row == queries[begin].row) ++end;
+      const int64_t parts = (end - begin + most - 1) / most;
+      for (int64_t p = 0; p < parts; ++p) {
+        groups.push_back({static_cast<int32_t>(begin + (end - begin) * p / parts),
+                          static_cast<int32_t>(begin + (end - begin) * (p + 1) / parts)});
+      }
+      begin = end;
+    }
+    pass.keys = cache.keys;
+    pass.values = cache.values;
+    pass.rows = cache.rows;
+    pass.capacity = cache.capacity;
+    pass.cosine = cache.cosine.data();
+    pass.sine = cache.sine.data();
+    pass.query = queries;
+    pass.queries = count;
+    pass.group = groups.data();
+    pass.groups = groups.size();
+    pass.any_delta = std::any_of(queries, queries + count, [](const Query& query) { return query.delta; });
+    pass.states = states;
+
+    const int64_t rows = most * share, wide = padded(pass.head_dim),
+                  reads = std::max(pass.inner, pass.heads * pass.head_dim);
+    pass.scratch_size =
+        padded(std::max(rows * (pass.head_dim + wide + kAttentionPlaces + 2), std::max(reads, pass.dim) + 1));
+    const int64_t phases = pass.layers * kPhasesPerLayer + 2;
+    Layout layout;
+    const int64_t residual = layout.add(count * padded(pass.dim) * 4),
+                  qkv = layout.add(count * layers_[0].qkv.columns * 4), low = layout.add(count * max_rank_ * 4),
+                  scratch = layout.add(workers * pass.scratch_size * 4),
+                  x = layout.add(count * padded(pass.dim) * size()), y = layout.add(count * padded(reads) * size()),
+                  phase = layout.add(phases * sizeof(Phase));
+    char* memory = workspace(layout.size());
+    pass.residual = reinterpret_cast<float*>(memory + residual);
+    pass.qkv = reinterpret_cast<float*>(memory + qkv);
+    pass.low = reinterpret_cast<float*>(memory + low);
+    pass.scratch = reinterpret_cast<float*>(memory + scratch);
+    pass.x = memory + x;
+    pass.y = memory + y;
+    pass.phase = zeroed(memory + phase, phases);
+    in_parallel(workers, [&pass](int64_t worker) {
+#ifdef PYARGS_X86
+      if (cpu_capability() == Capability::kAvx512Bf16) return avx512_bf16::run_pass(pass, worker);
+#endif
+      PYARGS_DISPATCH(run_pass, pass, worker);
+    });
+  }
+
+  Pass model_{};
+  std::vector<Layer> layers_;
+  Matrix head_{};
+  int64_t vocabulary_, max_rank_;
+  Memory weights_, memory_;
+  std::deque<std::vector<float>> kept_;
+  std::mutex mutex_;
+};
+
+}  // namespace
+
+void bind(py::module_& m) {
+  using unlocked = py::call_guard<py::gil_scoped_release>;
+  py::enum_<Dtype>(m, "Dtype").value("float32", Dtype::kFloat32).value("bfloat16", Dtype::kBFloat16);
+  py::class_<Cache>(m, "Cache")
+      .def(py::init<int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t>())
+      .def("commit", &Cache::commit)
+      .def_readonly("rows", &Cache::rows)
+      .def_readonly("capacity", &Cache::places)
+      .def_readwrite("length", &Cache::length);
+  py::class_<Stack>(m, "Stack")
+      .def(py::init<const std::string&, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, float>())
+      .def("pack", &Stack::pack, unlocked())
+      .def("bias", &Stack::bias)
+      .def("delta", &Stack::delta)
+      .def("norms", &Stack::norms)
+      .def("embedding", &Stack::embedding)
+      .def("forward", &Stack::forward, unlocked())
+      .def("logits", &Stack::logits, unlocked());
+}
+
+}  // namespace lm
+}  // namespace pyargs

@@ -1,0 +1,10 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace pyargs::lm {
+
+// Adds Stack and Cache to pyargs._C.
+void bind(pybind11::module_& m);
+
+}  // namespace pyargs::lm

@@ -1,0 +1,307 @@
+// A pass through a decoder stack of the Llama family: each thread of the team runs `forward` once, and they meet after
+// every phase. See pyargs/lm/native.py for the contract.
+
+#include "stack.h"
+
+#include <math.h>
+#include <sched.h>
+
+#include "gemm.h"
+
+namespace pyargs {
+
+namespace PYARGS_CPU {
+namespace {
+
+using namespace lm;
+
+// Whoever is free takes the next task, and a phase ends when its tasks are done: a thread that comes late, or not at
+// all, holds nobody up. Which thread computes a number does not change it.
+struct Worker {
+  Phase* phase;
+  int64_t id;
+
+  template <class F>
+  void run(int64_t tasks, const F& task) {
+    int64_t done = 0;
+    for (int64_t i; (i = __atomic_fetch_add(&phase->taken, 1, __ATOMIC_RELAXED)) < tasks; ++done) task(i);
+    if (done > 0) __atomic_fetch_add(&phase->done, done, __ATOMIC_RELEASE);
+    // After some 20 us the thread that is waited for has most likely lost its core to another process: let that one
+    // run.
+    for (int spins = 0; __atomic_load_n(&phase->done, __ATOMIC_ACQUIRE) < tasks; ++spins) {
+      if (spins > 1000) {
+        sched_yield();
+      } else {
+#ifdef __x86_64__
+        __builtin_ia32_pause();
+#endif
+      }
+    }
+    ++phase;
+  }
+};
+
+// Calls store(row, column, sums, count) for every row and `panels` panels side by side of x W^T + bias + delta: count
+// is panels * kPanel. low: [rows, rank] of x A^T, or null.
+template <class T, class Store>
+void product(Worker& worker, const Matrix& matrix, int panels, const typename T::Element* x, int64_t x_stride,
+             int64_t rows, const Query* query, const float* low, const Store& store) {
+  const int64_t width = panels * kPanel, parts = (rows + kTaskRows - 1) / kTaskRows;
+  worker.run(matrix.columns / width * parts, [&](int64_t task) {
+    const int64_t column = task / parts * width;
+    const int64_t begin = rows * (task % parts) / parts, count = rows * (task % parts + 1) / parts - begin;
+    alignas(64) float sums[kTaskRows * 2 * kPanel];
+    for (int64_t i = 0; i < count * width; ++i) sums[i] = 0.0f;
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      const auto* w = static_cast<const typename T::Element*>(matrix.weight) + (column + panel * kPanel) * matrix.depth;
+      for (int64_t d = 0; d < matrix.depth; d += kTaskDepth) {
+        multiply<T>(count, x + begin * x_stride + d, x_stride, w + d * kPanel, kPanel * T::kDepth,
+                    min(kTaskDepth, matrix.depth - d), sums + panel * kPanel, width);
+      }
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      float* __restrict row = sums + r * width;
+      if (matrix.bias) {
+        for (int64_t i = 0; i < width; ++i) row[i] += matrix.bias[column + i];
+      }
+      if (low && query[begin + r].delta) {
+        for (int64_t k = 0; k < matrix.rank; ++k) {
+          const float factor = low[(begin + r) * matrix.rank + k];
+          const float* __restrict b = matrix.b + k * matrix.columns + column;
+          for (int64_t i = 0; i < width; ++i) row[i] += factor * b[i];
+        }
+      }
+      store(begin + r, column, row, width);
+    }
+  });
+}
+
+// x A^T of the queries that want the delta; null if there is none.
+template <class T>
+const float* low_rank(Worker& worker, const Pass& pass, const Matrix& matrix, const typename T::Element* x,
+                      int64_t x_stride) {
+  if (matrix.rank == 0 || !pass.any_delta) return nullptr;
+  worker.run(pass.queries, [&](int64_t q) {
+    if (!pass.query[q].delta) return;
+    float* buffer = pass.scratch + worker.id * pass.scratch_size;
+    const float* row = as_floats(T::kDepth == 1 ? Dtype::kFloat32 : Dtype::kBFloat16, x, q * x_stride,
+                                 static_cast<int>(matrix.depth), buffer);
+    for (int64_t k = 0; k < matrix.rank; ++k) {
+      pass.low[q * matrix.rank + k] = dot(row, matrix.a + k * matrix.depth, matrix.depth);
+    }
+  });
+  return pass.low;
+}
+
+void rms_norm(const float* __restrict x, const float* __restrict weight, float epsilon, int64_t n,
+              float* __restrict out) {
+  const float scale = 1.0f / sqrtf(dot(x, x, n) / static_cast<float>(n) + epsilon);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = weight[i] * (x[i] * scale);
+}
+
+inline float silu(float x) {
+  const float e = exp2_negative((x < 0.0f ? x : -x) * kLog2E);
+  return x * (x < 0.0f ? e : 1.0f) / (1.0f + e);
+}
+
+void rotate(float* __restrict x, const float* __restrict cosine, const float* __restrict sine, int64_t half) {
+#pragma omp simd
+  for (int64_t i = 0; i < half; ++i) {
+    const float a = x[i], b = x[half + i];
+    x[i] = a * cosine[i] - b * sine[i];
+    x[half + i] = b * cosine[i] + a * sine[i];
+  }
+}
+
+// Keys and values of one layer and head of a sequence.
+struct Head {
+  float *keys, *values;
+};
+
+inline Head head_of(const Pass& pass, int64_t layer, int64_t row, int64_t kv) {
+  const int64_t at = ((layer * pass.rows + row) * pass.kv_heads + kv) * pass.capacity;
+  return {pass.keys + at * pass.head_dim, pass.values + at * padded(pass.head_dim)};
+}
+
+// Rotates a query's q and k in place and writes k and v to its place.
+void write_cache(const Pass& pass, int64_t layer, int64_t q, int64_t stride) {
+  const Query& query = pass.query[q];
+  const int64_t dim = pass.head_dim, half = dim / 2;
+  float* row = pass.qkv + q * stride;
+  for (int64_t h = 0; h < pass.heads + pass.kv_heads; ++h) {
+    rotate(row + h * dim, pass.cosine + query.seen * half, pass.sine + query.seen * half, half);
+  }
+  for (int64_t kv = 0; kv < pass.kv_heads; ++kv) {
+    const Head head = head_of(pass, layer, query.row, kv);
+    const float* k = row + (pass.heads + kv) * dim;
+    float* keys = head.keys + query.place / kPanel * kPanel * dim + query.place % kPanel;
+    for (int64_t d = 0; d < dim; ++d) keys[d * kPanel] = k[d];
+    std::memcpy(head.values + query.place * padded(dim), k + pass.kv_heads * dim, dim * sizeof(float));
+  }
+}
+
+// Attention of a group's queries for the heads that share one head of keys and values. Each query starts from itself;
+// then come the places before it, kAttentionPlaces at a time, with the sums scaled to the largest score so far. So
+// places behind `seen` never enter, wherever the query itself stands.
+template <class T>
+void attend(const Pass& pass, const Worker& worker, int64_t layer, const Group& group, int64_t kv, int64_t stride,
+            typename T::Element* out, int64_t out_stride) {
+  const int64_t dim = pass.head_dim, wide = padded(dim), share = pass.heads / pass.kv_heads;
+  const int64_t rows = (group.end - group.begin) * share;
+  const Head head = head_of(pass, layer, pass.query[group.begin].row, kv);
+  float* __restrict queries = pass.scratch + worker.id * pass.scratch_size;
+  float* __restrict sums = queries + rows * dim;
+  float* __restrict scores = sums + rows * wide;
+  float* __restrict top = scores + rows * kAttentionPlaces;
+  float* __restrict total = top + rows;
+
+  const float scale = kLog2E / sqrtf(static_cast<float>(dim));  // powers of 2 are cheaper than those of e
+  int64_t longest = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t q = group.begin + r / share;
+    const float* row = pass.qkv + q * stride;
+    const float* from = row + (kv * share + r % share) * dim;
+    for (int64_t d = 0; d < dim; ++d) queries[r * dim + d] = from[d] * scale;
+    top[r] = dot(queries + r * dim, row + (pass.heads + kv) * dim, dim);
+    total[r] = 1.0f;
+    std::memcpy(sums + r * wide, row + (pass.heads + pass.kv_heads + kv) * dim, dim * sizeof(float));
+    for (int64_t d = dim; d < wide; ++d) sums[r * wide + d] = 0.0f;
+    longest = max(longest, pass.query[q].seen);
+  }
+  for (int64_t start = 0; start < longest; start += kAttentionPlaces) {
+    const int64_t places = padded(min(kAttentionPlaces, longest - start));
+    for (int64_t i = 0; i < rows * kAttentionPlaces; ++i) scores[i] = 0.0f;
+    for (int64_t t = 0; t < places; t += kPanel) {
+      multiply<Float32>(rows, queries, dim, head.keys + (start + t) * dim, kPanel, dim, scores + t, kAttentionPlaces);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t seen = min(places, pass.query[group.begin + r / share].seen - start);
+      float* __restrict score = scores + r * kAttentionPlaces;
+      float largest = top[r];
+#pragma omp simd reduction(max : largest)
+      for (int64_t t = 0; t < seen; ++t) largest = score[t] > largest ? score[t] : largest;
+      constexpr int kLanes = 16;
+      float lanes[kLanes] = {};
+      for (int64_t t = 0; t < places; t += kLanes) {
+#pragma omp simd
+        for (int l = 0; l < kLanes; ++l) {
+          const float p = exp2_negative(score[t + l] - largest);
+          score[t + l] = t + l < seen ? p : 0.0f;
+          lanes[l] += score[t + l];
+        }
+      }
+      float sum = 0.0f;
+      for (int l = 0; l < kLanes; ++l) sum += lanes[l];
+      const float shrink = exp2_negative(top[r] - largest);
+      total[r] = total[r] * shrink + sum;
+      top[r] = largest;
+      for (int64_t d = 0; d < wide; ++d) sums[r * wide + d] *= shrink;
+    }
+    for (int64_t d = 0; d < wide; d += kPanel) {
+      multiply<Float32>(rows, scores, kAttentionPlaces, head.values + start * wide + d, wide, places, sums + d, wide);
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const float factor = 1.0f / total[r];
+    for (int64_t d = 0; d < dim; ++d) sums[r * wide + d] *= factor;
+    T::put(out + (group.begin + r / share) * out_stride + (kv * share + r % share) * dim, sums + r * wide, dim);
+  }
+}
+
+template <class T>
+void forward(const Pass& pass, Worker worker) {
+  using Element = typename T::Element;
+  auto* x = static_cast<Element*>(pass.x);
+  auto* y = static_cast<Element*>(pass.y);
+  float* residual = pass.residual;
+  const int64_t rows = pass.queries, wide = padded(pass.dim);
+  const int64_t y_stride = padded(max(pass.inner, pass.heads * pass.head_dim));
+
+  const auto norm = [&](const float* weight) {
+    worker.run(rows, [&](int64_t q) {
+      float* buffer = pass.scratch + worker.id * pass.scratch_size;
+      rms_norm(residual + q * wide, weight, pass.epsilon, pass.dim, buffer);
+      buffer[pass.dim] = 0.0f;  // meets a weight of zero, and must be finite
+      T::put(x + q * wide, buffer, pass.dim + pass.dim % T::kDepth);
+    });
+  };
+  const auto add = [&](int64_t q, int64_t column, const float* sums, int64_t count) {
+    float* to = residual + q * wide + column;
+    for (int64_t i = 0; i < count; ++i) to[i] += sums[i];
+  };
+
+  worker.run(rows, [&](int64_t q) {
+    float* to = residual + q * wide;
+    const int n = static_cast<int>(pass.dim);
+    const float* from = as_floats(pass.embedding_dtype, pass.embedding, pass.query[q].token * pass.dim, n, to);
+    if (from != to) std::memcpy(to, from, n * sizeof(float));
+  });
+  for (int64_t l = 0; l < pass.layers; ++l) {
+    const Layer& layer = pass.layer[l];
+    const int64_t stride = layer.qkv.columns;
+    norm(layer.attention_norm);
+    const float* low = low_rank<T>(worker, pass, layer.qkv, x, wide);
+    product<T>(worker, layer.qkv, 1, x, wide, rows, pass.query, low,
+               [&](int64_t q, int64_t column, const float* sums, int64_t count) {
+                 std::memcpy(pass.qkv + q * stride + column, sums, count * sizeof(float));
+               });
+    worker.run(rows, [&](int64_t q) { write_cache(pass, l, q, stride); });
+    worker.run(pass.groups * pass.kv_heads, [&](int64_t task) {  // the longest first
+      const int64_t group = pass.groups - 1 - task / pass.kv_heads;
+      attend<T>(pass, worker, l, pass.group[group], task % pass.kv_heads, stride, y, y_stride);
+    });
+    low = low_rank<T>(worker, pass, layer.o, y, y_stride);
+    product<T>(worker, layer.o, 1, y, y_stride, rows, pass.query, low, add);
+
+    norm(layer.mlp_norm);
+    low = low_rank<T>(worker, pass, layer.gate_up, x, wide);
+    product<T>(worker, layer.gate_up, 2, x, wide, rows, pass.query, low,
+               [&](int64_t q, int64_t column, float* __restrict sums, int64_t) {
+#pragma omp simd
+                 for (int i = 0; i < kPanel; ++i) sums[i] = silu(sums[i]) * sums[kPanel + i];
+                 T::put(y + q * y_stride + column / 2, sums, kPanel);
+               });
+    low = low_rank<T>(worker, pass, layer.down, y, y_stride);
+    product<T>(worker, layer.down, 1, y, y_stride, rows, pass.query, low, add);
+  }
+  worker.run(rows, [&](int64_t q) {
+    rms_norm(residual + q * wide, pass.norm, pass.epsilon, pass.dim, pass.states + pass.query[q].out * pass.dim);
+  });
+}
+
+template <class T>
+void project(const Projection& projection, Worker worker) {
+  auto* x = static_cast<typename T::Element*>(projection.x);
+  const int64_t wide = padded(projection.dim), vocabulary = projection.vocabulary;
+  worker.run(projection.rows, [&](int64_t row) {
+    if (projection.dim % T::kDepth) x[row * wide + projection.dim] = 0;
+    T::put(x + row * wide, projection.states + row * projection.dim, projection.dim);
+  });
+  product<T>(worker, projection.matrix, 1, x, wide, projection.rows, nullptr, nullptr,
+             [&](int64_t row, int64_t column, const float* sums, int64_t count) {
+               std::memcpy(projection.logits + row * vocabulary + column, sums,
+                           min(count, vocabulary - column) * sizeof(float));
+             });
+}
+
+}  // namespace
+
+void run_pass(const Pass& pass, int64_t worker) {
+  if (pass.dtype == Dtype::kFloat32) {
+    forward<Float32>(pass, {pass.phase, worker});
+  } else {
+    forward<BFloat16>(pass, {pass.phase, worker});
+  }
+}
+
+void run_projection(const Projection& projection, int64_t worker) {
+  if (projection.dtype == Dtype::kFloat32) {
+    project<Float32>(projection, {projection.phase, worker});
+  } else {
+    project<BFloat16>(projection, {projection.phase, worker});
+  }
+}
+
+}  // namespace PYARGS_CPU
+}  // namespace pyargs

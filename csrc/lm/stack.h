@@ -1,0 +1,92 @@
+// What a pass through a decoder stack is told: packed weights, the cache, the queries, memory to work in. Plain data:
+// the files that are compiled for AVX2 or AVX-512 see nothing else.
+#pragma once
+
+#include "../common.h"
+
+namespace pyargs::lm {
+
+constexpr int kPanel = 32;  // outputs of a matrix side by side in memory, and rows are padded to a multiple of it
+
+constexpr int64_t padded(int64_t n) { return (n + kPanel - 1) / kPanel * kPanel; }
+
+// y = x W^T + bias (+ x A^T B for the queries that want the delta). The weights stand in panels [depth][kPanel], so
+// that a panel is read from its first byte to its last; bfloat16 ones in pairs of depth [depth / 2][kPanel][2].
+struct Matrix {
+  int64_t columns, depth, rank;  // columns: a multiple of kPanel; depth: of 2 in bfloat16
+  const void* weight;
+  const float *bias, *a, *b;  // [columns] or null; [rank, depth], [rank, columns] or null
+};
+
+struct Layer {
+  Matrix qkv, o, gate_up, down;  // panels of gate and up take turns
+  const float *attention_norm, *mlp_norm;
+};
+
+// One token that goes through the stack. It sees the places [0, seen) of its sequence's cache and itself; its keys and
+// values are written to `place`. So a prompt's tokens have place == seen, and the branches behind a prefix have one
+// `seen` and different places. Its position is `seen`.
+struct Query {
+  int64_t token, row, place, seen, out;  // row of the cache, row of the states
+  bool delta;
+};
+
+// Queries [begin, end) of one sequence, which attend together.
+struct Group {
+  int32_t begin, end;
+};
+
+// Tasks of a phase that were taken, and those that are done.
+struct alignas(64) Phase {
+  int64_t taken, done;
+};
+
+struct Pass {
+  Dtype dtype;  // of the packed weights
+  int64_t dim, heads, kv_heads, head_dim, inner, layers;
+  float epsilon;
+  const Layer* layer;
+  const float* norm;
+  const void* embedding;  // [vocabulary, dim]
+  Dtype embedding_dtype;
+
+  // Keys [layers, rows, kv_heads, capacity / kPanel, head_dim, kPanel], values [..., capacity, padded(head_dim)]: both
+  // as panels of a matrix, since that is what attention multiplies with.
+  float *keys, *values;
+  int64_t rows, capacity;
+  const float *cosine, *sine;  // [capacity, head_dim / 2]
+
+  const Query* query;
+  int64_t queries;
+  const Group* group;
+  int64_t groups;
+  bool any_delta;
+  float* states;  // [*, dim]
+
+  // Of all queries: residual stream, normed input of a matrix, q|k|v, input of o and down, x A^T. Of each worker:
+  // scratch.
+  float *residual, *qkv, *low, *scratch;
+  void *x, *y;
+  int64_t scratch_size;
+  Phase* phase;
+};
+
+// logits [rows, vocabulary] = states W^T
+struct Projection {
+  Dtype dtype;
+  Matrix matrix;
+  int64_t rows, dim, vocabulary;
+  const float* states;
+  float* logits;
+  void* x;
+  Phase* phase;
+};
+
+constexpr int64_t kTaskRows = 48;          // of a matrix product, and
+constexpr int64_t kTaskDepth = 1024;       // of a panel that stays in the second-level cache for all of them
+constexpr int kPhasesPerLayer = 12;        // at most
+constexpr int64_t kAttentionRows = 24;     // of queries times heads in a group: two blocks of the AVX-512 kernel
+constexpr int64_t kAttentionPlaces = 512;  // of keys at a time
+constexpr int64_t kQueriesPerPass = 512;   // longer prompts go in parts, which bounds the memory to work in
+
+}  // namespace pyargs::lm

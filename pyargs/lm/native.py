@@ -1,0 +1,305 @@
+"""A decoder stack of the Llama family (Llama, Qwen2) in C++: weights packed once, one parallel region per pass.
+
+    stack = native.pack(model)
+    cache = stack.cache(rows=len(ids), capacity=ids.shape[1] + 64 + k)
+    states = stack(ids, cache, mask)                    # the prompts
+    logits = stack.logits(states[:, -1])
+    states = stack(candidates, cache, branches=True)    # k candidates behind each prefix
+    stack.commit(cache, slot)                           # one of them becomes the prefix's next token
+
+A token's state does not depend on what else is in its pass: it is the same, bit by bit, in a prompt, as an ordinary step,
+among branches, and for any number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pyargs.errors import PyargsError
+
+MATRICES = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+"""Of a layer: what one product computes, as the linear layers of transformers."""
+
+PANEL = 32  # kPanel of csrc/lm/stack.h
+
+ROPE = ("default", "linear", "llama3", "yarn")  # those whose frequencies do not change with the length of a text
+
+
+class Cache:
+    """Keys and values of `rows` sequences with room for `capacity` tokens each, branches included, in float32.
+
+    length: the tokens of each row's prefix, a list. Left padding takes no place. Rows need not belong to one batch: a policy
+    and a reward model that share a stack have rows of their own.
+    """
+
+    def __init__(self, native, capacity: int):
+        self.native, self.capacity = native, capacity
+
+    @property
+    def length(self) -> list[int]:
+        return self.native.length
+
+    @property
+    def rows(self) -> int:
+        return self.native.rows
+
+
+class Stack:
+    """A packed decoder; `pack` makes it. All tensors that go in and out are on the CPU."""
+
+    def __init__(self, native, sizes: dict, rotary: nn.Module, embedding: Tensor, has_logits: bool):
+        self._native, self._sizes, self._rotary, self._embedding = native, sizes, rotary, embedding
+        self.dim, self.vocabulary, self.has_logits = sizes["dim"], sizes["vocabulary"], has_logits
+
+    @torch.no_grad()
+    def cache(self, rows: int, capacity: int) -> Cache:
+        """An empty cache for `rows` sequences of at most `capacity` tokens."""
+        # Through the model's own tables: every scaling that it has, rounded as it rounds.
+        cosine, sine = self._rotary(torch.empty(0), torch.arange(capacity).unsqueeze(0))
+        half = self._sizes["head_dim"] // 2
+        cosine, sine = cosine[0, :, :half].contiguous(), sine[0, :, :half].contiguous()
+        shape = (self._sizes[name] for name in ("layers", "kv_heads", "head_dim"))
+        from pyargs import _C
+
+        return Cache(_C.Cache(*shape, rows, capacity, cosine.data_ptr(), sine.data_ptr()), capacity)
+
+    def __call__(
+        self, ids: Tensor, cache: Cache, mask: Tensor | None = None, *, branches: bool = False,
+        rows: Tensor | Sequence[int] | None = None, delta: bool | Tensor | Sequence[bool] = False,
+    ) -> Tensor:  # fmt: skip
+        """Last-layer states, normed, float32 [B, n, dim], of tokens behind what the cache holds.
+
+        ids: int64 [B, n]. mask: [B, n], zero where there is no token (left padding, or fewer branches than n): nothing is
+        computed there, and the states are zero.
+        branches: False: the tokens of a row follow each other, and become part of its prefix. True: each sees the prefix and
+        itself, as its next token; `commit` then says which stays, the others are written over.
+        rows: [B], the row of the cache that each row of ids continues; the first B by default.
+        delta: for which rows of ids [B] the adapter of `pack` counts; one answer for all, or each its own.
+        """
+        count, width = _shape(ids)
+        ids = _dense(ids, torch.int64, (count, width), "ids")
+        mask = None if mask is None else _dense(mask, torch.bool, (count, width), "mask")
+        if rows is None and count > cache.rows:
+            raise PyargsError(f"{count} rows of ids, but the cache has {cache.rows}: make a larger one")
+        rows = None if rows is None else _dense(rows, torch.int64, (count,), "rows")
+        if isinstance(delta, bool):
+            delta = torch.full((count,), True) if delta else None
+        else:
+            delta = _dense(delta, torch.bool, (count,), "delta")
+        states = torch.zeros(count, width, self.dim) if mask is not None else torch.empty(count, width, self.dim)
+        with _errors():
+            self._native.forward(
+                cache.native, ids.data_ptr(), _pointer(mask), _pointer(rows), _pointer(delta), count, width, branches,
+                states.data_ptr(),
+            )  # fmt: skip
+        return states
+
+    def commit(self, cache: Cache, slot: Tensor, rows: Tensor | Sequence[int] | None = None) -> None:
+        """The branch in column slot [B] of the last pass becomes the next token of each row; a slot of -1 leaves its row."""
+        slot = _dense(slot, torch.int64, (len(slot),), "slot")
+        rows = None if rows is None else _dense(rows, torch.int64, (len(slot),), "rows")
+        with _errors():
+            cache.native.commit(slot.data_ptr(), _pointer(rows), len(slot))
+
+    def logits(self, states: Tensor) -> Tensor:
+        """The output layer: float32 [B, dim] -> float32 [B, vocabulary]."""
+        if not self.has_logits:
+            raise PyargsError("this stack was packed from a decoder, which has no output layer: pack the causal LM")
+        states = _dense(states, torch.float32, (len(states), self.dim), "states")
+        logits = torch.empty(len(states), self.vocabulary)
+        self._native.logits(states.data_ptr(), len(states), logits.data_ptr())
+        return logits
+
+
+@torch.no_grad()
+def pack(model: nn.Module, adapter: nn.Module | None = None, *, dtype: torch.dtype | None = None) -> Stack:
+    """A Stack with the weights of a LlamaForCausalLM or Qwen2ForCausalLM, or of the decoder in one.
+
+    adapter: a decoder with the same weights and LoRA of pyargs.lm.lora: its LoRA becomes the delta that single rows of a pass
+    can ask for. LoRA in `model` itself is added to the weights, unless `model` is the adapter.
+    dtype: of the packed weights, float32 or bfloat16; the model's by default. Everything else is float32, except that bfloat16
+    weights meet inputs rounded to bfloat16.
+
+    The model is not changed, and only its embedding stays in use. Raises PyargsError that names what a model has and the
+    stack has not.
+    """
+    try:
+        from pyargs._C import Dtype
+        from pyargs._C import Stack as Native
+    except ImportError as error:
+        raise PyargsError(
+            f"the native stack needs the extension: pip install pyargs with a compiler at hand ({error})"
+        ) from None
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    head = model.get_output_embeddings() if decoder is not model else None
+    adapter = adapter.get_decoder() if hasattr(adapter, "get_decoder") else adapter
+    config = decoder.config
+    embedding = decoder.get_input_embeddings().weight.detach()
+    dtype = dtype or embedding.dtype
+    _check(decoder, head, dtype)
+    if adapter is not None and adapter is not decoder:
+        _same_base(decoder, adapter)
+
+    heads, kv_heads, inner = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
+    sizes = dict(
+        dim=config.hidden_size, heads=heads, kv_heads=kv_heads, head_dim=decoder.layers[0].self_attn.head_dim, inner=inner,
+        layers=len(decoder.layers), vocabulary=len(embedding),
+    )  # fmt: skip
+    native = Native(str(dtype).removeprefix("torch."), *sizes.values(), head is not None, config.rms_norm_eps)
+    as_name = {torch.float32: Dtype.float32, torch.bfloat16: Dtype.bfloat16}
+
+    def put(layer: int, matrix: str, linears: list[nn.Module], adapted: list[nn.Module | None]) -> None:
+        """Linear layers side by side as one matrix, with those of the adapter; gate and up take turns by panels."""
+        weights = [_weight(linear, merged=adapter is not decoder) for linear in linears]
+        apart = matrix == "gate_up"
+        columns = sum(_padded(len(weight)) for weight in weights) if apart else _padded(sum(map(len, weights)))
+        bias, low, high, start = torch.zeros(columns), [], [], 0
+        for linear, weight, other in zip(linears, weights, adapted, strict=True):
+            native.pack(layer, matrix, start, apart, weight.data_ptr(), as_name[weight.dtype], *weight.shape)
+            place = torch.arange(len(weight))
+            place = start + place + (place // PANEL * PANEL if apart else 0)
+            start += PANEL if apart else len(weight)
+            if linear.bias is not None:
+                bias[place] = linear.bias.float()
+            for down, up in _factors(other):
+                low.append(nn.functional.pad(down, (0, down.shape[1] % 2 if dtype == torch.bfloat16 else 0)))
+                high.append(torch.zeros(len(down), columns))
+                high[-1][:, place] = up.T
+        if any(linear.bias is not None for linear in linears):
+            native.bias(layer, matrix, bias.data_ptr())
+        if low:
+            a, b = torch.cat(low), torch.cat(high)
+            native.delta(layer, matrix, len(a), a.data_ptr(), b.data_ptr())
+
+    for number, layer in enumerate(decoder.layers):
+        for matrix, names in MATRICES.items():
+            adapted = [adapter.layers[number].get_submodule(name) if adapter is not None else None for name in names]
+            put(number, matrix, [layer.get_submodule(name) for name in names], adapted)
+        norms = layer.input_layernorm.weight.float(), layer.post_attention_layernorm.weight.float()
+        native.norms(number, *(norm.data_ptr() for norm in norms))
+    if head is not None:
+        put(0, "head", [head], [None])
+    norm = decoder.norm.weight.float()
+    native.embedding(embedding.data_ptr(), as_name[embedding.dtype], norm.data_ptr())
+    return Stack(native, sizes, decoder.rotary_emb, embedding, head is not None)
+
+
+def _padded(n: int) -> int:
+    return -(-n // PANEL) * PANEL
+
+
+def _check(decoder: nn.Module, head: nn.Module | None, dtype: torch.dtype) -> None:
+    """Raises PyargsError for everything that the stack would compute differently."""
+    config, embedding = decoder.config, decoder.get_input_embeddings()
+
+    def refuse(what: str) -> None:
+        raise PyargsError(f"the native stack does not do {what}: decode this model through transformers")
+
+    if config.model_type not in ("llama", "qwen2"):
+        refuse(f"the architecture '{config.model_type}' (only llama and qwen2)")
+    if config.hidden_act != "silu":
+        refuse(f"the activation '{config.hidden_act}' (only silu)")
+    if other := sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"}):
+        refuse(f"{other[0]} layers (only full attention)")
+    if (rope := config.rope_parameters["rope_type"]) not in ROPE:
+        refuse(f"the rope scaling '{rope}' (only {', '.join(ROPE)})")
+    if 2 * len(decoder.rotary_emb.inv_freq) != decoder.layers[0].self_attn.head_dim:
+        refuse("rotary embeddings of a part of the head")
+    if type(embedding) is not nn.Embedding or not embedding.weight.is_contiguous():
+        refuse(f"an embedding of class {type(embedding).__name__}")
+    if head is not None and type(head) is not nn.Linear:
+        refuse(f"an output layer of class {type(head).__name__}")
+    for name, tensor in decoder.named_parameters():
+        if tensor.device.type != "cpu":
+            refuse(f"weights on {tensor.device} ({name})")
+        if "lora_" not in name and tensor.dtype not in (torch.float32, torch.bfloat16):
+            refuse(f"weights of {tensor.dtype} ({name}; only float32 and bfloat16)")
+    if dtype not in (torch.float32, torch.bfloat16):
+        refuse(f"packed weights of {dtype} (only float32 and bfloat16)")
+    for name, module in decoder.named_modules():
+        if name.endswith("_proj") and type(module) is not nn.Linear:
+            _lora(name, module, refuse)
+
+
+def _lora(name: str, module: nn.Module, refuse) -> None:
+    from peft.tuners.lora import Linear
+
+    if not isinstance(module, Linear) or type(module.get_base_layer()) is not nn.Linear:
+        refuse(f"layers of class {type(module).__name__} ({name})")
+    if (
+        len(module.active_adapters) > 1
+        or module.lora_variant
+        or any(getattr(b, "bias", None) is not None for b in module.lora_B.values())
+    ):
+        refuse(f"several adapters, variants of LoRA, or its bias ({name})")
+
+
+def _weight(linear: nn.Module, merged: bool) -> Tensor:
+    """The weight of a linear layer, dense, with its LoRA if `merged`; without it otherwise."""
+    base = linear.get_base_layer() if hasattr(linear, "get_base_layer") else linear
+    weight, lora = base.weight.detach(), 0
+    if base is not linear and linear.merged != merged and not linear.disable_adapters:
+        for name in linear.active_adapters:
+            lora = lora + linear.get_delta_weight(name).float()
+        weight = weight.float() + lora if merged else weight.float() - lora
+    return weight.contiguous()
+
+
+def _factors(linear: nn.Module | None) -> list[tuple[Tensor, Tensor]]:
+    """LoRA of a linear layer: A [r, inputs] and B [outputs, r], scaled; none without an adapter."""
+    if linear is None or not hasattr(linear, "get_base_layer"):
+        return []
+    return [
+        (linear.lora_A[name].weight.float(), linear.lora_B[name].weight.float() * linear.scaling[name])
+        for name in linear.active_adapters
+    ]
+
+
+def _same_base(decoder: nn.Module, adapter: nn.Module) -> None:
+    _check(adapter, None, torch.float32)
+    ours, theirs = dict(decoder.named_modules()), dict(adapter.named_modules())
+    for name, module in ours.items():
+        if name.endswith(("_proj", "norm", "embed_tokens")):
+            same = name in theirs
+            if same and name.endswith("_proj"):
+                one, other = _weight(module, merged=True), _weight(theirs[name], merged=False)
+            elif same:
+                one, other = module.weight, theirs[name].weight
+            if not same or one.shape != other.shape or not torch.allclose(one.float(), other.float(), atol=1e-5):
+                raise PyargsError(f"the adapter's {name} is not that of the model: a delta needs the same base weights")
+
+
+def _shape(ids: Tensor) -> tuple[int, int]:
+    if ids.dim() != 2:
+        raise PyargsError(f"ids must be [B, n], got shape {list(ids.shape)}")
+    return ids.shape[0], ids.shape[1]
+
+
+def _dense(values, dtype: torch.dtype, shape: tuple[int, ...], name: str) -> Tensor:
+    tensor = torch.as_tensor(values, dtype=dtype)
+    if tensor.shape != shape or tensor.device.type != "cpu":
+        raise PyargsError(f"{name} must be {list(shape)} on the CPU, got {list(tensor.shape)} on {tensor.device}")
+    return tensor.contiguous()
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+class _errors:
+    """What the extension refuses, as a PyargsError."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is RuntimeError:
+            raise PyargsError(str(error)) from None

@@ -1,0 +1,301 @@
+"""The native stack computes what transformers computes, and a token's state depends on nothing but the text before it."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CAPABILITIES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyargs.errors import PyargsError
+from pyargs.lm import lora, native
+
+_C = pytest.importorskip("pyargs._C")
+AVAILABLE = CAPABILITIES[: CAPABILITIES.index(_C.cpu_capability_detected()) + 1]
+VOCABULARY = 67
+
+
+@contextmanager
+def using(capability: str):
+    before = _C.cpu_capability()
+    _C.set_cpu_capability(capability)
+    yield
+    _C.set_cpu_capability(before)
+
+
+def random_lm(family="llama", *, seed=0, heads=4, kv_heads=2, head_dim=8, hidden=32, inner=48, layers=2, **more):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        family, vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, max_position_embeddings=4096, **more,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.3 if parameter.ndim > 1 else 0.5)
+    return model
+
+
+@st.composite
+def models(draw, **fixed):
+    family = draw(st.sampled_from(["llama", "qwen2"]))
+    kv_heads, share = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    more = dict(
+        heads=kv_heads * share, kv_heads=kv_heads, head_dim=2 * draw(st.integers(1, 24)),
+        hidden=kv_heads * share * draw(st.integers(1, 9)), inner=draw(st.integers(1, 80)), layers=draw(st.integers(1, 3)),
+        tie_word_embeddings=draw(st.booleans()), seed=draw(st.integers(0, 999)),
+    )  # fmt: skip
+    if family == "llama":
+        more |= dict(attention_bias=draw(st.booleans()), mlp_bias=draw(st.booleans()))
+    return random_lm(family, **(more | fixed))
+
+
+@st.composite
+def batches(draw, longest=40):
+    """Texts of different lengths, padded on the left: ids, mask, lengths."""
+    lengths = draw(st.lists(st.integers(1, longest), min_size=1, max_size=4))
+    width = max(lengths) + draw(st.integers(0, 2))
+    torch.manual_seed(draw(st.integers(0, 999)))
+    mask = torch.arange(width) >= width - torch.tensor(lengths)[:, None]
+    return torch.randint(0, VOCABULARY, mask.shape), mask, lengths
+
+
+@torch.no_grad()
+def hf_states(model, text) -> torch.Tensor:
+    return model.get_decoder()(torch.as_tensor(text)[None]).last_hidden_state[0].float()
+
+
+def close(ours, theirs, tolerance=1e-4):
+    torch.testing.assert_close(ours, theirs, atol=tolerance * float(theirs.abs().max() + 1), rtol=0)
+
+
+def identical(ours, theirs):
+    assert torch.equal(ours, theirs), f"differs by {(ours - theirs).abs().max()}"
+
+
+@settings(max_examples=60, deadline=None)
+@given(model=models(), batch=batches(), capability=st.sampled_from(AVAILABLE))
+def test_prompts_of_any_model_as_in_transformers(model, batch, capability):
+    ids, mask, _ = batch
+    stack = native.pack(model)
+    with using(capability):
+        states = stack(ids, stack.cache(len(ids), ids.shape[1]), mask)
+        logits = stack.logits(states[:, -1])
+    assert (states[~mask] == 0).all()
+    for row, text, seen in zip(states, ids, mask, strict=True):
+        close(row[seen], hf_states(model, text[seen]))
+    with torch.no_grad():
+        close(logits, model.get_output_embeddings()(states[:, -1]))
+
+
+@settings(max_examples=30, deadline=None)
+@given(model=models(), batch=batches(), k=st.integers(1, 14), data=st.data(), capability=st.sampled_from(AVAILABLE))
+def test_branches_and_the_committed_one_as_in_transformers(model, batch, k, data, capability):
+    ids, mask, lengths = batch
+    stack = native.pack(model)
+    texts = [text[seen].tolist() for text, seen in zip(ids, mask, strict=True)]
+    with using(capability):
+        cache = stack.cache(len(ids), ids.shape[1] + 3 + k)
+        stack(ids, cache, mask)
+        for _ in range(3):
+            candidates = torch.randint(0, VOCABULARY, (len(ids), k))
+            states = stack(candidates, cache, branches=True)
+            for b, text in enumerate(texts):
+                for j in range(k):
+                    close(states[b, j], hf_states(model, [*text, int(candidates[b, j])])[-1])
+            slot = torch.tensor([data.draw(st.integers(0, k - 1)) for _ in texts])
+            stack.commit(cache, slot)
+            texts = [[*text, int(candidates[b, slot[b]])] for b, text in enumerate(texts)]
+        assert cache.length == [length + 3 for length in lengths]
+        last = stack(torch.zeros(len(ids), 1, dtype=torch.long), cache)
+    for b, text in enumerate(texts):
+        close(last[b, 0], hf_states(model, [*text, 0])[-1])
+
+
+@pytest.mark.parametrize("capability", AVAILABLE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_state_does_not_depend_on_its_pass(capability, dtype, with_threads):
+    """Bit by bit: in a prompt, one after the other, as a branch in any column, beside others, with any threads."""
+    stack = native.pack(random_lm(hidden=44, inner=45, head_dim=10), dtype=dtype)
+    text = torch.randint(0, VOCABULARY, (1, 600))
+    with using(capability):
+        whole = stack(text, stack.cache(1, 600))
+        identical(with_threads(3, lambda: stack(text, stack.cache(1, 600))), whole)
+
+        cache = stack.cache(3, 620)
+        parts = [stack(part, cache, rows=[1]) for part in text[:, :550].split([3, 1, 400, 146], dim=1)]
+        identical(torch.cat(parts, dim=1), whole[:, :550])
+        stack(text[:, :70].expand(2, -1), cache, rows=[2, 0])
+        for t in range(550, 570):
+            branches = torch.randint(0, VOCABULARY, (3, 13))
+            column = t % 13
+            branches[1, column] = text[0, t]
+            states = stack(branches, cache, branches=True)
+            identical(states[1, column], whole[0, t])
+            stack.commit(cache, torch.tensor([column]), rows=[1])
+        identical(stack(text[:, 570:], cache, rows=[1]), whole[:, 570:])
+        identical(stack.logits(whole[0])[599], stack.logits(whole[0, 599:])[0])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_long_prompts(family):
+    model = random_lm(family, layers=1)
+    stack = native.pack(model)
+    text = torch.randint(0, VOCABULARY, (1, 1500))
+    close(stack(text, stack.cache(1, 1500))[0], hf_states(model, text[0]))
+
+
+@pytest.mark.parametrize("scaling", [
+    {"rope_type": "linear", "factor": 4.0},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32),
+])  # fmt: skip
+def test_rope_scaling(scaling):
+    model = random_lm(rope_parameters={"rope_theta": 500.0, **scaling}, head_dim=32)
+    stack = native.pack(model)
+    text = torch.randint(0, VOCABULARY, (1, 100))
+    close(stack(text, stack.cache(1, 100))[0], hf_states(model, text[0]))
+
+
+@settings(max_examples=15, deadline=None)
+@given(model=models(), batch=batches(), capability=st.sampled_from(AVAILABLE))
+def test_bfloat16_is_as_near_to_the_truth_as_that_of_transformers(model, batch, capability):
+    ids, mask, _ = batch
+    half = copy.deepcopy(model).bfloat16()
+    exact = copy.deepcopy(half).float()
+    for stack in (native.pack(half), native.pack(exact, dtype=torch.bfloat16)):
+        with using(capability):
+            states = stack(ids, stack.cache(len(ids), ids.shape[1]), mask)
+        for row, text, seen in zip(states, ids, mask, strict=True):
+            truth, theirs = hf_states(exact, text[seen]), hf_states(half, text[seen])
+            assert (row[seen] - truth).pow(2).mean() <= 2 * (theirs - truth).pow(2).mean() + 1e-4 * truth.pow(2).mean()
+
+
+def with_lora(model, modules=("q_proj", "v_proj")):
+    decoder = copy.deepcopy(model.get_decoder())
+    lora.add(decoder, rank=3, alpha=8, rslora=True, target_modules=modules)
+    for name, parameter in decoder.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return decoder
+
+
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    model=models(), batch=batches(20), modules=st.sets(st.sampled_from(ALL), min_size=1),
+    capability=st.sampled_from(AVAILABLE), merged=st.booleans(),
+)  # fmt: skip
+def test_lora_merged_and_as_a_delta_of_single_rows(model, batch, modules, capability, merged):
+    ids, mask, _ = batch
+    tuned = with_lora(model, sorted(modules))
+    delta = torch.arange(len(ids)) % 2 == 0
+    truth = [hf_states(tuned if d else model, text[seen]) for text, seen, d in zip(ids, mask, delta, strict=True)]
+    lora_states = [hf_states(tuned, text[seen]) for text, seen in zip(ids, mask, strict=True)]
+    if merged:
+        lora.merge(tuned)
+    both, alone, plain = native.pack(model, adapter=tuned), native.pack(tuned), native.pack(model)
+    own = native.pack(tuned, adapter=tuned)
+    with using(capability):
+        run = lambda stack, **more: stack(ids, stack.cache(len(ids), ids.shape[1]), mask, **more)  # noqa: E731
+        for row, seen, states in zip(run(both, delta=delta), mask, truth, strict=True):
+            close(row[seen], states)
+        for stack, more in ((alone, {}), (own, {"delta": True})):
+            for row, seen, states in zip(run(stack, **more), mask, lora_states, strict=True):
+                close(row[seen], states)
+        identical(run(both), run(plain))
+        assert torch.equal(run(both, delta=delta)[~delta], run(plain)[~delta])
+
+
+def test_policy_and_reward_model_in_one_pass():
+    """Two policy rows and k reward-model rows of each sequence, each with its own row of the cache."""
+    model = random_lm()
+    tuned, k = with_lora(model), 5
+    stack = native.pack(model, adapter=tuned)
+    ids, prompt = torch.randint(0, VOCABULARY, (2, k)), torch.randint(0, VOCABULARY, (2, 9))
+    cache = stack.cache(4, 9 + k)
+    delta = [False, False, True, True]
+    stack(prompt.repeat(2, 1), cache, delta=delta)
+    mask = torch.ones(4, k, dtype=torch.bool)
+    mask[:2, 2:] = False
+    states = stack(ids.repeat(2, 1), cache, mask, branches=True, delta=delta)
+    for b in range(2):
+        for j in range(k):
+            text = [*prompt[b].tolist(), int(ids[b, j])]
+            close(states[2 + b, j], hf_states(tuned, text)[-1])
+            if j < 2:
+                close(states[b, j], hf_states(model, text)[-1])
+    assert (states[:2, 2:] == 0).all()
+    stack.commit(cache, torch.tensor([1, -1, 1, -1]))
+    assert cache.length == [10, 9, 10, 9]
+
+
+@pytest.mark.parametrize("change, named", [
+    (lambda: random_lm(hidden_act="gelu"), "gelu"),
+    (lambda: random_lm("qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=0), "sliding_attention"),
+    (lambda: random_lm(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), "dynamic"),
+    (lambda: random_lm("mistral"), "mistral"),
+    (lambda: random_lm().double(), "float64"),
+    (lambda: random_lm().to("meta"), "meta"),
+])  # fmt: skip
+def test_what_is_not_supported_is_named(change, named):
+    with pytest.raises(PyargsError, match=named):
+        native.pack(change())
+
+
+def test_an_adapter_of_another_model_is_refused():
+    with pytest.raises(PyargsError, match="same base weights"):
+        native.pack(random_lm(seed=1), adapter=with_lora(random_lm(seed=2)))
+
+
+def test_wrong_arguments_are_errors():
+    model = random_lm()
+    stack = native.pack(model)
+    cache = stack.cache(2, 8)
+    ids = torch.zeros(2, 6, dtype=torch.long)
+    stack(ids, cache)
+    for call, message in [
+        (lambda: stack(ids, cache), "full"),
+        (lambda: stack(ids[:, :3], cache, branches=True), "full"),
+        (lambda: stack(ids[:, :1] + VOCABULARY, cache), "vocabulary"),
+        (lambda: stack(ids[:, :1] - 1, cache), "vocabulary"),
+        (lambda: stack(ids[0], cache), r"\[B, n\]"),
+        (lambda: stack(ids[:, :1], cache, torch.ones(2, 2)), "mask"),
+        (lambda: stack(ids[:, :1], cache, rows=[0, 2]), "row"),
+        (lambda: stack(ids.repeat(2, 1)[:, :1], cache), "rows of ids"),
+        (lambda: stack.commit(cache, torch.tensor([0, 2])), "slot"),
+        (lambda: stack.logits(torch.zeros(2, 31)), "states"),
+        (lambda: stack(ids[:, :1], native.pack(random_lm(layers=1)).cache(2, 8)), "sizes"),
+        (lambda: native.pack(model.get_decoder()).logits(torch.zeros(1, 32)), "output layer"),
+    ]:
+        with pytest.raises(PyargsError, match=message):
+            call()
+    assert cache.length == [6, 6]  # a pass that failed leaves no trace
+    assert stack(ids[:, :0], cache).shape == (2, 0, 32)
+
+
+def test_greedy_text_of_smollm2(tmp_path_factory):
+    folder = Path.home() / ".cache" / "pyargs" / "models" / "smollm2-135m"
+    if not (folder / "model.safetensors").is_file():
+        pytest.skip(f"no SmolLM2 at {folder}: pyargs demo fetches it")
+    import pyargs
+
+    model, tokenizer = pyargs.load_lm(str(folder), device="cpu")
+    ids = torch.tensor([tokenizer("The first thing to know about winter is that it")["input_ids"]])
+    stack = native.pack(model)
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, eos_token_id=[])
+    cache, text = stack.cache(1, 64), ids
+    states = stack(ids, cache)
+    while text.shape[1] < expected.shape[1]:
+        token = stack.logits(states[:, -1]).argmax(-1, keepdim=True)
+        text = torch.cat([text, token], dim=1)
+        states = stack(token, cache)
+    assert text.tolist() == expected.tolist()
