@@ -12,8 +12,14 @@ from conftest import CAPABILITIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import pyargs
 from pyargs.errors import PyargsError
+from pyargs.heads import linear
 from pyargs.lm import lora, native
+from pyargs.lm.hf import load_lm
+from pyargs.models.reward_model import RewardModel
+from pyargs.ops import score_select, topk_logprobs
+from pyargs.types import Users
 
 _C = pytest.importorskip("pyargs._C")
 AVAILABLE = CAPABILITIES[: CAPABILITIES.index(_C.cpu_capability_detected()) + 1]
@@ -177,12 +183,12 @@ def test_bfloat16_is_as_near_to_the_truth_as_that_of_transformers(model, batch, 
             assert (row[seen] - truth).pow(2).mean() <= 2 * (theirs - truth).pow(2).mean() + 1e-4 * truth.pow(2).mean()
 
 
-def with_lora(model, modules=("q_proj", "v_proj")):
+def with_lora(model, modules=("q_proj", "v_proj"), std=0.3):
     decoder = copy.deepcopy(model.get_decoder())
     lora.add(decoder, rank=3, alpha=8, rslora=True, target_modules=modules)
     for name, parameter in decoder.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
+            torch.nn.init.normal_(parameter, std=std)
     return decoder
 
 
@@ -282,13 +288,16 @@ def test_wrong_arguments_are_errors():
     assert stack(ids[:, :0], cache).shape == (2, 0, 32)
 
 
-def test_greedy_text_of_smollm2(tmp_path_factory):
+@pytest.fixture(scope="module")
+def smollm2():
     folder = Path.home() / ".cache" / "pyargs" / "models" / "smollm2-135m"
     if not (folder / "model.safetensors").is_file():
         pytest.skip(f"no SmolLM2 at {folder}: pyargs demo fetches it")
-    import pyargs
+    return load_lm(str(folder), device="cpu")
 
-    model, tokenizer = pyargs.load_lm(str(folder), device="cpu")
+
+def test_greedy_text_of_smollm2(smollm2):
+    model, tokenizer = smollm2
     ids = torch.tensor([tokenizer("The first thing to know about winter is that it")["input_ids"]])
     stack = native.pack(model)
     expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, eos_token_id=[])
@@ -299,3 +308,36 @@ def test_greedy_text_of_smollm2(tmp_path_factory):
         text = torch.cat([text, token], dim=1)
         states = stack(token, cache)
     assert text.tolist() == expected.tolist()
+
+
+def test_args_of_two_users_on_smollm2(smollm2):
+    """A stack that is policy and reward model at once gives the tokens of pyargs.generate."""
+    model, tokenizer = smollm2
+    texts = ["The first thing to know about winter is that it", "My favourite book is"]
+    encoded = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+    ids, mask, batch, k, steps = encoded["input_ids"], encoded["attention_mask"], 2, 10, 16
+    decoder = with_lora(model, std=0.01)
+    torch.manual_seed(0)
+    users = Users(["ann", "bob"], mixture=torch.randn(2, 8) * 2)
+    head = linear.Head(model.config.hidden_size, 8, users, softmax=True, divisor=model.config.hidden_size**0.5)
+    reward_model = RewardModel(decoder, tokenizer, head).eval()
+    decoded = pyargs.generate(
+        model, reward_model, ids, mask, ["ann", "bob"], reward_weight=1.8, num_candidates=k, max_new_tokens=steps,
+        eos_token_id=[], pad_token_id=0,
+    )  # fmt: skip
+    assert 0 < (decoded.slots > 0).sum() < decoded.slots.numel()  # the reward model decides, and not alone
+
+    stack = native.pack(model, adapter=decoder)
+    cache = stack.cache(2 * batch, ids.shape[1] + steps + k)
+    policy, reward = [0, 1], [2, 3]
+    state = stack(ids.repeat(2, 1), cache, mask.repeat(2, 1), delta=[False, False, True, True])[:batch, -1]
+    for step in range(steps):
+        logprobs, candidates, _ = topk_logprobs(stack.logits(state), k)
+        hidden = stack(candidates, cache, branches=True, rows=reward, delta=True)
+        token, slot, _, _ = score_select(
+            hidden, head.fold().weight, users.rows(["ann", "bob"]), torch.full((batch,), 1.8), logprobs, candidates,
+            torch.zeros(batch, dtype=torch.bool),
+        )  # fmt: skip
+        assert token.tolist() == decoded.tokens[:, step].tolist()
+        stack.commit(cache, slot, rows=reward)
+        state = stack(token[:, None], cache, rows=policy)[:, -1]

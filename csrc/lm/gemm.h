@@ -84,10 +84,11 @@ struct BFloat16 {
   }
 };
 
-// sums [rows, kPanel] += x [rows, depth] times one panel; w_stride: elements from one depth of the panel to the next.
+// sums [rows, kPanel] += x [rows, depth] times one panel; w_stride: elements from one depth of the panel to the next;
+// ahead: elements from what is multiplied to what is fetched.
 template <class T, int rows>
 void block(const typename T::Element* x, int64_t x_stride, const typename T::Element* w, int64_t w_stride,
-           int64_t depth, float* sums, int64_t sums_stride) {
+           int64_t depth, int64_t ahead, float* sums, int64_t sums_stride) {
   Vector sum[rows][kVectors];
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r) {
@@ -97,10 +98,11 @@ void block(const typename T::Element* x, int64_t x_stride, const typename T::Ele
   }
   for (int64_t d = 0; d < depth; d += T::kDepth, w += w_stride) {
     const auto* weights = reinterpret_cast<const typename T::Weights*>(w);
-    if constexpr (rows <= 4) {  // a panel that comes from memory: the hardware does not look beyond a page
-      __builtin_prefetch(w + 16 * w_stride);
-      __builtin_prefetch(w + 16 * w_stride + kPanel * T::kDepth / 2);
-    }
+    // A panel that comes from memory: the hardware does not look beyond a page. To the first level if there is little
+    // to compute; else to the second, for x needs the first.
+    constexpr int kLevel = rows <= 4 ? 3 : 2;
+    __builtin_prefetch(w + ahead, 0, kLevel);
+    __builtin_prefetch(w + ahead + kPanel * T::kDepth / 2, 0, kLevel);
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) {
       const typename T::Input input = T::input(x + r * x_stride + d);
@@ -117,8 +119,10 @@ void block(const typename T::Element* x, int64_t x_stride, const typename T::Ele
 
 template <class T, int... rows>
 void block_of(int64_t count, std::integer_sequence<int, rows...>, const typename T::Element* x, int64_t x_stride,
-              const typename T::Element* w, int64_t w_stride, int64_t depth, float* sums, int64_t sums_stride) {
-  (void)((count == rows + 1 && (block<T, rows + 1>(x, x_stride, w, w_stride, depth, sums, sums_stride), true)) || ...);
+              const typename T::Element* w, int64_t w_stride, int64_t depth, int64_t ahead, float* sums,
+              int64_t sums_stride) {
+  (void)((count == rows + 1 && (block<T, rows + 1>(x, x_stride, w, w_stride, depth, ahead, sums, sums_stride), true)) ||
+         ...);
 }
 
 // The same for any number of rows, in blocks of nearly equal size.
@@ -128,8 +132,9 @@ void multiply(int64_t rows, const typename T::Element* x, int64_t x_stride, cons
   const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t begin = rows * b / blocks, count = rows * (b + 1) / blocks - begin;
+    const int64_t ahead = b > 0 ? 0 : (count <= 4 ? 16 : 64) * w_stride;  // later blocks find the panel in the cache
     block_of<T>(count, std::make_integer_sequence<int, kBlockRows>(), x + begin * x_stride, x_stride, w, w_stride,
-                depth, sums + begin * sums_stride, sums_stride);
+                depth, ahead, sums + begin * sums_stride, sums_stride);
   }
 }
 

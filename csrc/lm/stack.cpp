@@ -171,7 +171,7 @@ void attend(const Pass& pass, const Worker& worker, int64_t layer, const Group& 
   }
   for (int64_t start = 0; start < longest; start += kAttentionPlaces) {
     const int64_t places = padded(min(kAttentionPlaces, longest - start));
-    for (int64_t i = 0; i < rows * kAttentionPlaces; ++i) scores[i] = 0.0f;
+    for (int64_t r = 0; r < rows; ++r) std::memset(scores + r * kAttentionPlaces, 0, places * sizeof(float));
     for (int64_t t = 0; t < places; t += kPanel) {
       multiply<Float32>(rows, queries, dim, head.keys + (start + t) * dim, kPanel, dim, scores + t, kAttentionPlaces);
     }
