@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pyargs.decode import captured, passes, reference
+from pyargs.decode import captured, native, passes, reference
 from pyargs.decode.request import Output, Request, check
 from pyargs.decode.step import begin, choose
 from pyargs.errors import PyargsError
@@ -77,14 +77,17 @@ def decode(policy, reward_model: RewardModel, request: Request) -> Decoded:
     """The loop over shared prefixes; `generate` says what it does."""
     rows, length = request.input_ids.shape
     k, device = request.num_candidates, reward_model.device
-    way = passes.of(policy, reward_model, rows, k)
+    if native.possible(policy, reward_model):
+        way = native.of(policy, reward_model)
+    else:
+        way = passes.of(policy, reward_model, rows, k)
     caches = way.caches(policy, reward_model, rows, length + request.max_new_tokens + k)
     both, folded = way(policy, reward_model, caches), reward_model.head.fold()
     output = Output(rows, request.max_new_tokens, device)
     state = begin(both, reward_model, request, torch.zeros(rows, dtype=torch.bool, device=device))
     for step in range(request.max_new_tokens):
         state, token, slot = choose(both, folded, request, output, state)
-        if output.stop(request, step, state.finished):
+        if output.stop(request, step, state.finished) or step + 1 == request.max_new_tokens:
             break
         state = state._replace(logits=both.follow(token, slot))
     return output.decoded(request, state.finished)

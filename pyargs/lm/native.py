@@ -14,11 +14,14 @@ among branches, and for any number of threads.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
+import psutil
 import torch
 from torch import Tensor, nn
 
 from pyargs.errors import PyargsError
+from pyargs.lm import lora
 
 MATRICES = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -303,3 +306,30 @@ class _errors:
     def __exit__(self, kind, error, trace) -> None:
         if kind is RuntimeError:
             raise PyargsError(str(error)) from None
+
+
+def can_pack(model: nn.Module) -> bool:
+    """Whether `pack` takes the model, and the machine has the memory for its weights once more."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    head = model.get_output_embeddings() if decoder is not model else None
+    try:
+        from pyargs import _C  # noqa: F401
+
+        _check(decoder, head, decoder.get_input_embeddings().weight.dtype)
+    except (ImportError, PyargsError):
+        return False
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    return model in _stacks or 1.2 * size < psutil.virtual_memory().available
+
+
+_stacks: WeakKeyDictionary[nn.Module, tuple[tuple, Stack]] = WeakKeyDictionary()
+
+
+def stack_of(model: nn.Module, adapter: nn.Module | None = None) -> Stack:
+    """`pack(model, adapter)`, once for as long as the model lives and the weights of both stay as they are."""
+    models = [one for one in (model, adapter) if one is not None]
+    key = tuple((p.data_ptr(), p._version) for one in models for p in one.parameters()), tuple(map(lora.active, models))
+    if model not in _stacks or _stacks[model][0] != key:
+        _stacks.pop(model, None)  # before the next one takes its memory
+        _stacks[model] = key, pack(model, adapter)
+    return _stacks[model][1]

@@ -1,0 +1,106 @@
+"""The passes of a step on a CPU, through the native stack, which reads the weights once at the rate of the memory.
+
+Where policy and reward model rest on the same weights, one pass serves both. A frozen backbone's states of the candidates are
+the policy's too. With LoRA, the policy's rows of the likeliest candidates ride in the reward model's pass; if another one
+wins, its row takes a pass more. A token's state is the same, bit by bit, in whatever pass it is computed, so guessing the
+winner changes no token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyargs.decode.request import Request
+from pyargs.lm import lora, native
+from pyargs.lm.hf import plain_output_layer, same_weights
+from pyargs.models.reward_model import RewardModel
+
+GUESSES = {1: 2, 2: 1}
+"""Rows of a batch -> of how many candidates the policy's rows ride along. In larger batches some row nearly always misses, and
+the reward model's rows alone keep the processor busy (docs/performance.md)."""
+
+
+def possible(policy, reward_model: RewardModel) -> bool:
+    """Whether the native stack computes what these models do, on this machine."""
+    models = policy, reward_model.backbone
+    return all(native.can_pack(model) for model in models) and plain_output_layer(policy)
+
+
+def of(policy, reward_model: RewardModel) -> type[TwoStacks] | type[OneStack]:
+    return OneStack if same_weights(policy.get_decoder(), reward_model.backbone) else TwoStacks
+
+
+class TwoStacks:
+    """Policy and reward model each through a stack of its own."""
+
+    def __init__(self, policy, reward_model: RewardModel, caches: tuple[native.Cache, ...]):
+        self.policy, self.backbone = native.stack_of(policy), native.stack_of(reward_model.backbone)
+        self.policy_cache, self.reward_cache = caches
+
+    @staticmethod
+    def caches(policy, reward_model: RewardModel, rows: int, capacity: int) -> tuple[native.Cache, ...]:
+        return tuple(native.stack_of(model).cache(rows, capacity) for model in (policy, reward_model.backbone))
+
+    def begin(self, request: Request) -> tuple[Tensor, Tensor]:
+        ids, mask = request.input_ids, request.attention_mask
+        state = self.policy(ids, self.policy_cache, mask)[:, -1]
+        return self.policy.logits(state), self.backbone(ids, self.reward_cache, mask)[:, -1]
+
+    def branch(self, candidates: Tensor) -> Tensor:
+        return self.backbone(candidates, self.reward_cache, branches=True)
+
+    def follow(self, token: Tensor, slot: Tensor) -> Tensor:
+        self.backbone.commit(self.reward_cache, slot)
+        return self.policy.logits(self.policy(token.unsqueeze(1), self.policy_cache)[:, 0])
+
+
+class OneStack:
+    """Policy and reward model on the same weights. Rows 0 .. B of the cache are the policy's; with LoRA the reward model has
+    B more. Of `steps` steps of a row, `missed` had a winner whose row had not been there."""
+
+    def __init__(self, policy, reward_model: RewardModel, caches: tuple[native.Cache, ...]):
+        (self.cache,) = caches
+        self.adapted = lora.active(reward_model.backbone)
+        self.stack = native.stack_of(policy, reward_model.backbone if self.adapted else None)
+        self.steps = self.missed = 0
+
+    @staticmethod
+    def caches(policy, reward_model: RewardModel, rows: int, capacity: int) -> tuple[native.Cache, ...]:
+        adapted = lora.active(reward_model.backbone)
+        stack = native.stack_of(policy, reward_model.backbone if adapted else None)
+        return (stack.cache(rows * 2 if adapted else rows, capacity),)
+
+    def begin(self, request: Request) -> tuple[Tensor, Tensor]:
+        ids, mask, rows = request.input_ids, request.attention_mask, len(request.input_ids)
+        if self.adapted:
+            ids, mask = ids.repeat(2, 1), mask.repeat(2, 1)
+        state = self.stack(ids, self.cache, mask, delta=self._delta(rows))[:, -1]
+        return self.stack.logits(state[:rows]), state[-rows:]
+
+    def branch(self, candidates: Tensor) -> Tensor:
+        rows, k = candidates.shape
+        if not self.adapted:
+            self.states = self.stack(candidates, self.cache, branches=True)
+            return self.states
+        guesses = min(GUESSES.get(rows, 0), k)
+        mask = torch.ones(2 * rows, k, dtype=torch.bool)
+        mask[:rows, guesses:] = False
+        states = self.stack(candidates.repeat(2, 1), self.cache, mask, branches=True, delta=self._delta(rows))
+        self.states = states[:rows, :guesses]
+        return states[rows:]
+
+    def follow(self, token: Tensor, slot: Tensor) -> Tensor:
+        slot = slot.clamp(min=0)
+        hit = slot < self.states.shape[1]
+        self.stack.commit(self.cache, torch.cat([slot.where(hit, -1), slot]) if self.adapted else slot)
+        state = self.states.new_empty(len(slot), self.stack.dim)
+        state[hit] = self.states[hit, slot[hit]]
+        missed = (~hit).nonzero().flatten()
+        if len(missed):
+            state[missed] = self.stack(token[missed].unsqueeze(1), self.cache, rows=missed)[:, 0]
+        self.steps, self.missed = self.steps + len(slot), self.missed + len(missed)
+        return self.stack.logits(state)
+
+    def _delta(self, rows: int) -> Tensor | bool:
+        return torch.arange(2 * rows) >= rows if self.adapted else False

@@ -1,0 +1,105 @@
+"""Decoding through the native stack: the tokens of transformers, and guesses of the winner that change nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import reward_model, tiny_lm
+from test_decode import USERS, arguments, plain, prompts, same
+
+from pyargs.decode import args, native, passes
+from pyargs.decode.request import check
+from pyargs.lm import lora
+from pyargs.lm import native as stacks
+from pyargs.lm.encode import left_pad
+
+pytest.importorskip("pyargs._C")
+
+
+def pair(weights: str, family: str = "llama", seed: int = 0):
+    """As `shared_pair`, in float32, which the stack computes in."""
+    policy = tiny_lm(family, seed=seed, dtype=torch.float32)
+    model = reward_model(policy if weights != "own" else tiny_lm(family, seed=seed + 1, dtype=torch.float32))
+    if weights == "shared lora":
+        torch.manual_seed(seed)
+        lora.add(model.backbone, rank=2, alpha=4, rslora=False, target_modules=["q_proj", "v_proj", "down_proj"])
+        for name, parameter in model.backbone.named_parameters():
+            if "lora_" in name:
+                parameter.data.normal_(std=0.3)
+    return policy, model.eval()
+
+
+def decoded(policy, model, rows, users, **changes):
+    ids, mask = left_pad(rows, pad_id=1)
+    return args.decode(policy, model, check(policy, model, ids, mask, users, **arguments(**changes)))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("weights", ["own", "shared", "shared lora"])
+@pytest.mark.parametrize("lengths", [[7], [1, 6], [4, 1, 9]])
+@pytest.mark.parametrize("sample", [False, True])
+def test_the_tokens_of_transformers(family, weights, lengths, sample):
+    policy, model = pair(weights, family)
+    assert native.possible(policy, model)
+    rows, changes = prompts(lengths), dict(reward_weight=[2.0, 0.5, 0.0][: len(lengths)], do_sample=sample, max_new_tokens=9)
+    same(
+        decoded(policy, model, rows, USERS[: len(rows)], **changes), plain(policy, model, rows, USERS[: len(rows)], **changes)
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("guesses", [0, 1, 3, 9])
+def test_guesses_change_nothing_bit_by_bit(rows, guesses, monkeypatch):
+    policy, model = pair("shared lora")
+    asked = [prompts([n])[0] for n in (4, 1, 9, 2, 6)][:rows], [USERS[i % 3] for i in range(rows)]
+    changes = dict(reward_weight=3.0, eos_token_id=[], num_candidates=5)
+    monkeypatch.setattr(native, "GUESSES", {})
+    want = decoded(policy, model, *asked, **changes)
+    monkeypatch.setattr(native, "GUESSES", {rows: guesses})
+    got = decoded(policy, model, *asked, **changes)
+    assert torch.equal(got.tokens, want.tokens) and torch.equal(got.rewards, want.rewards)
+    assert (want.slots > 0).any()  # the rewards steer
+
+
+def test_misses_are_counted(monkeypatch):
+    policy, model = pair("shared lora")
+    monkeypatch.setattr(native, "GUESSES", {1: 2})
+    kept = []
+    real = native.OneStack.__init__
+    monkeypatch.setattr(native.OneStack, "__init__", lambda self, *a: (real(self, *a), kept.append(self))[0])
+    got = decoded(policy, model, prompts([4]), ["ann"], reward_weight=3.0, eos_token_id=[])
+    (one,) = kept
+    assert one.steps == 11  # none behind the last of 12 tokens
+    assert one.missed == (got.slots[0, :-1] >= 2).sum() > 0
+
+
+def test_which_models():
+    policy, model = pair("shared lora")
+    assert native.of(policy, model) is native.OneStack
+    assert native.of(policy, pair("own")[1]) is native.TwoStacks
+    assert native.of(policy, model.merge()) is native.TwoStacks
+    assert not native.possible(tiny_lm(), reward_model(tiny_lm()))  # float64
+    assert not native.possible(policy, pair("own", "phi")[1])
+
+
+def test_a_stack_is_packed_once_and_anew_when_weights_change(monkeypatch):
+    policy, model = pair("own")
+    packed = []
+    real = stacks.pack
+    monkeypatch.setattr(stacks, "pack", lambda *a: (packed.append(a), real(*a))[1])
+    rows = prompts([4, 2])
+    for _ in range(2):
+        decoded(policy, model, rows, USERS[:2])
+    assert len(packed) == 2
+    with torch.no_grad():
+        policy.lm_head.weight.mul_(-1.0)
+    same(decoded(policy, model, rows, USERS[:2]), plain(policy, model, rows, USERS[:2]))
+    assert len(packed) == 3
+
+
+def test_without_room_for_the_weights_it_goes_through_transformers(monkeypatch):
+    policy, model = pair("own")
+    monkeypatch.setattr(stacks.psutil, "virtual_memory", lambda: type("", (), {"available": 1000}))
+    assert not native.possible(policy, model)
+    assert passes.of(policy, model, 1, 5) is passes.TwoPasses
+    same(decoded(policy, model, prompts([4]), ["ann"]), plain(policy, model, prompts([4]), ["ann"]))
