@@ -1,5 +1,5 @@
 # Every target sets itself up from nothing: a virtual environment with torch, then pyargs with its extension.
-#   make demo | test | bench | lint | clean      e.g. make test TORCH=torch==2.12.0 VENV=/tmp/venv
+#   make demo | test | bench | sanitize | lint | clean      e.g. make test TORCH=torch==2.12.0 VENV=/tmp/venv
 PYTHON ?= python3
 VENV ?= .venv
 # torch comes first and by itself: what depends on it (peft, accelerate ...) would otherwise choose another one, gigabytes large.
@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.pyargs-installed
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 BENCHMARKS := $(wildcard benchmarks/bench_*.py)
 
-.PHONY: help setup demo pref-lamp test bench lint clean
+.PHONY: help setup demo pref-lamp test bench sanitize lint clean
 help:
 	@sed -n '1,2p' Makefile
 
@@ -43,6 +43,14 @@ bench: $(INSTALLED)
 	@set -e; for file in $(BENCHMARKS); do \
 	  echo "== $$file"; $(BIN)/python $$file --json $(RESULTS)/$$(basename $$file .py).json; \
 	done
+
+# The native stack under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of its own. Python's own leaks do not count.
+SANITIZED := build/sanitize
+sanitize: $(INSTALLED)
+	CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -g" PYARGS_CUDA=OFF \
+	  $(BIN)/python setup.py -q build --build-lib $(SANITIZED)/lib --build-temp $(SANITIZED)/temp
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  PYTHONPATH=$(SANITIZED)/lib OMP_NUM_THREADS=2 $(BIN)/pytest tests/test_native.py -k "not smollm2"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -17,6 +17,9 @@
 #include <vector>
 
 #include "stack.h"
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace py = pybind11;
 
@@ -43,53 +46,80 @@ void check(bool ok, const char* message) {
     throw std::runtime_error(std::string("pyargs: ") + message);
 }
 
-// Zeroed memory in huge pages where the system has them: a pass reads gigabytes, and 4 KiB pages cost a third of the
+// Bytes of several arrays one after the other, each on cache lines of its own.
+class Layout {
+ public:
+  int64_t add(int64_t bytes) {
+    const int64_t at = size_;
+    size_ += (bytes + 63) / 64 * 64;
+#ifdef __SANITIZE_ADDRESS__
+    fences_.push_back(size_);
+    size_ += 64;
+#endif
+    return at;
+  }
+  int64_t size() const { return size_; }
+
+  // With AddressSanitizer: nothing may be read or written behind an array.
+  void fence([[maybe_unused]] char* data) const {
+#ifdef __SANITIZE_ADDRESS__
+    __asan_unpoison_memory_region(data, size_);
+    for (int64_t at : fences_) __asan_poison_memory_region(data + at, 64);
+#endif
+  }
+
+ private:
+  int64_t size_ = 0;
+#ifdef __SANITIZE_ADDRESS__
+  std::vector<int64_t> fences_;
+#endif
+};
+
+// Zeroed memory in huge pages where the system has them: a pass reads gigabytes, and 4 KiB pages cost a part of the
 // rate.
 class Memory {
  public:
   Memory() = default;
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
-  ~Memory() { reset(0); }
+  ~Memory() { free(); }
 
-  // Zeroed memory of this size; what was there before is lost.
-  void reset(int64_t bytes) {
-    if (mapped_) munmap(mapped_, size_);
-    mapped_ = nullptr;
-    if (bytes == 0) return;
-    size_ = bytes + kHuge;
-    mapped_ = mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (mapped_ == MAP_FAILED) {
-      mapped_ = nullptr;
-      throw std::bad_alloc();
-    }
+  // Makes room for these arrays. What was there before is lost.
+  char* reserve(const Layout& layout) {
+    if (layout.size() > room()) {
+      free();
+      const int64_t size = layout.size() + kHuge;
+      void* mapped = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+      if (mapped == MAP_FAILED) throw std::bad_alloc();
+      mapped_ = mapped;
+      size_ = size;
 #ifdef MADV_HUGEPAGE
-    madvise(data(), bytes, MADV_HUGEPAGE);
+      madvise(data(), room(), MADV_HUGEPAGE);
 #endif
+    }
+    layout.fence(data());
+    return data();
   }
-  char* data() const {
-    return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(mapped_) + kHuge - 1) / kHuge * kHuge);
-  }
-  int64_t size() const { return mapped_ ? size_ - kHuge : 0; }
 
  private:
   static constexpr int64_t kHuge = 2 << 20;
-  void* mapped_ = nullptr;
-  int64_t size_ = 0;
-};
 
-// Bytes of several arrays one after the other, each on a cache line of its own.
-class Layout {
- public:
-  int64_t add(int64_t bytes) {
-    const int64_t at = size_;
-    size_ += (bytes + 63) / 64 * 64;
-    return at;
+  int64_t room() const { return size_ - kHuge; }
+  char* data() const {
+    return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(mapped_) + kHuge - 1) / kHuge * kHuge);
   }
-  int64_t size() const { return size_; }
+  void free() {
+    if (!mapped_) return;
+#ifdef __SANITIZE_ADDRESS__
+    __asan_unpoison_memory_region(mapped_, size_);
+#endif
+    munmap(mapped_, size_);
+    mapped_ = nullptr;
+    size_ = kHuge;
+  }
 
- private:
-  int64_t size_ = 0;
+  void* mapped_ = nullptr;
+  int64_t size_ = kHuge;
 };
 
 template <class Work>
@@ -123,15 +153,17 @@ struct Cache {
         kv_heads(kv_heads),
         head_dim(head_dim),
         rows(rows),
+        places(places),
         capacity(padded(places)),
         length(rows, 0),
         cosine(pointer<float>(cosine), pointer<float>(cosine) + places * head_dim / 2),
         sine(pointer<float>(sine), pointer<float>(sine) + places * head_dim / 2) {
-    const int64_t all = layers * rows * kv_heads * capacity * 4;
-    memory.reset(all * (head_dim + padded(head_dim)));
-    keys = reinterpret_cast<float*>(memory.data());
-    values = keys + all / 4 * head_dim;
-    this->places = places;
+    const int64_t all = layers * rows * kv_heads * capacity * sizeof(float);
+    Layout layout;
+    const int64_t at_keys = layout.add(all * head_dim), at_values = layout.add(all * padded(head_dim));
+    char* data = memory.reserve(layout);
+    keys = reinterpret_cast<float*>(data + at_keys);
+    values = reinterpret_cast<float*>(data + at_values);
   }
 
   // The branch at slot[i] becomes the next token of cache row row[i] (or i); a negative slot leaves its row alone.
@@ -159,7 +191,7 @@ struct Cache {
     }
   }
 
-  int64_t layers, kv_heads, head_dim, rows, capacity, places = 0;
+  int64_t layers, kv_heads, head_dim, rows, places, capacity;
   std::vector<int64_t> length;  // of each row's prefix
   std::vector<float> cosine, sine;
   Memory memory;
@@ -194,8 +226,8 @@ class Stack {
       add(layer.down, padded(dim), inner);
     }
     add(head_, unembedding ? padded(vocabulary) : 0, dim);
-    weights_.reset(layout.size() + 4096);  // the kernels prefetch a little further
-    for (auto [matrix, at] : places) matrix->weight = weights_.data() + at;
+    char* data = weights_.reserve(layout);
+    for (auto [matrix, at] : places) matrix->weight = data + at;
   }
 
   // Rows of a weight [rows, depth]: row n becomes column offset + n, or with every second panel left out.
@@ -293,7 +325,7 @@ class Stack {
       Layout layout;
       const int64_t x = layout.add(kQueriesPerPass * padded(model_.dim) * size());
       const int64_t phases = layout.add(2 * sizeof(Phase));
-      char* memory = workspace(layout.size());
+      char* memory = memory_.reserve(layout);
       projection.x = memory + x;
       projection.phase = zeroed(memory + phases, 2);
       in_parallel(torch::stable::get_num_threads(), [&projection](int64_t worker) {
@@ -317,12 +349,6 @@ class Stack {
 
   const float* keep(uintptr_t values, int64_t count) {
     return kept_.emplace_back(pointer<float>(values), pointer<float>(values) + count).data();
-  }
-
-  // Memory that only grows.
-  char* workspace(int64_t bytes) {
-    if (memory_.size() < bytes) memory_.reset(bytes);
-    return memory_.data();
   }
 
   static Phase* zeroed(char* memory, int64_t count) {
@@ -369,7 +395,7 @@ class Stack {
                   scratch = layout.add(workers * pass.scratch_size * 4),
                   x = layout.add(count * padded(pass.dim) * size()), y = layout.add(count * padded(reads) * size()),
                   phase = layout.add(phases * sizeof(Phase));
-    char* memory = workspace(layout.size());
+    char* memory = memory_.reserve(layout);
     pass.residual = reinterpret_cast<float*>(memory + residual);
     pass.qkv = reinterpret_cast<float*>(memory + qkv);
     pass.low = reinterpret_cast<float*>(memory + low);
