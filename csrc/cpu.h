@@ -24,6 +24,13 @@ inline uint32_t bits_from_float(float value) {
 
 inline float float_from_bfloat16(uint16_t half) { return float_from_bits(static_cast<uint32_t>(half) << 16); }
 
+// Rounded to nearest, ties to even; NaN stays NaN.
+inline uint16_t bfloat16_from_float(float value) {
+  const uint32_t bits = bits_from_float(value);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : rounded);
+}
+
 // Without F16C. Subnormals go through a subtraction of normal numbers, so that flush-to-zero modes do not matter.
 inline float float_from_float16(uint16_t half) {
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;

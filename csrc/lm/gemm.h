@@ -36,13 +36,6 @@ inline int64_t max(int64_t a, int64_t b) { return a < b ? b : a; }
 typedef float AnyVector __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
 typedef uint32_t AnyBits __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
 
-// n values rounded to nearest even, ties as in hardware; NaN stays NaN.
-inline uint16_t bfloat16_from_float(float value) {
-  const uint32_t bits = bits_from_float(value);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : rounded);
-}
-
 struct Float32 {
   using Element = float;
   static constexpr int kDepth = 1;  // of one multiplication

@@ -14,8 +14,10 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
+#include "../cpu.h"
 #include "stack.h"
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
@@ -132,18 +134,15 @@ const T* pointer(uintptr_t address) {
   return reinterpret_cast<const T*>(address);
 }
 
-uint16_t bfloat16_from_float(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
-  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
-
-float float_from_bfloat16(uint16_t half) {
-  const uint32_t bits = static_cast<uint32_t>(half) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
+template <class To, class From>
+To convert(From value) {
+  if constexpr (std::is_same_v<To, From>) {
+    return value;
+  } else if constexpr (std::is_same_v<To, float>) {
+    return float_from_bfloat16(value);
+  } else {
+    return bfloat16_from_float(value);
+  }
 }
 
 struct Cache {
@@ -231,30 +230,16 @@ class Stack {
   }
 
   // Rows of a weight [rows, depth]: row n becomes column offset + n, or with every second panel left out.
-  void pack(int64_t layer, const std::string& name, int64_t offset, bool alternate, uintptr_t address, Dtype dtype,
+  void pack(int64_t layer, const std::string& name, int64_t offset, bool alternate, uintptr_t weight, Dtype dtype,
             int64_t rows, int64_t depth) {
-    const Matrix& matrix = this->matrix(layer, name);
-    const auto column = [&](int64_t n) { return offset + n + (alternate ? n / kPanel * kPanel : 0); };
-    check(depth <= matrix.depth && column(rows - 1) < matrix.columns, "a weight is too large for its matrix");
-    torch::stable::parallel_for(0, (rows + kPanel - 1) / kPanel, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin * kPanel; n < std::min(end * kPanel, rows); ++n) {
-        const int64_t panel = column(n) / kPanel * kPanel * matrix.depth, lane = column(n) % kPanel;
-        if (bfloat16()) {
-          auto* to = static_cast<uint16_t*>(const_cast<void*>(matrix.weight)) + panel + 2 * lane;
-          for (int64_t d = 0; d < depth; ++d) {
-            to[d / 2 * 2 * kPanel + d % 2] = dtype == Dtype::kFloat32
-                                                 ? bfloat16_from_float(pointer<float>(address)[n * depth + d])
-                                                 : pointer<uint16_t>(address)[n * depth + d];
-          }
-        } else {
-          auto* to = static_cast<float*>(const_cast<void*>(matrix.weight)) + panel + lane;
-          for (int64_t d = 0; d < depth; ++d) {
-            to[d * kPanel] = dtype == Dtype::kFloat32 ? pointer<float>(address)[n * depth + d]
-                                                      : float_from_bfloat16(pointer<uint16_t>(address)[n * depth + d]);
-          }
-        }
-      }
-    });
+    if (bfloat16()) {
+      dtype == Dtype::kFloat32
+          ? pack_as<uint16_t, float>(matrix(layer, name), offset, alternate, weight, rows, depth)
+          : pack_as<uint16_t, uint16_t>(matrix(layer, name), offset, alternate, weight, rows, depth);
+    } else {
+      dtype == Dtype::kFloat32 ? pack_as<float, float>(matrix(layer, name), offset, alternate, weight, rows, depth)
+                               : pack_as<float, uint16_t>(matrix(layer, name), offset, alternate, weight, rows, depth);
+    }
   }
 
   void bias(int64_t layer, const std::string& name, uintptr_t values) {
@@ -345,6 +330,27 @@ class Stack {
     if (name == "head") return head_;
     Layer& of = layers_.at(layer);
     return name == "qkv" ? of.qkv : name == "o" ? of.o : name == "gate_up" ? of.gate_up : of.down;
+  }
+
+  template <class To, class From>
+  void pack_as(const Matrix& matrix, int64_t offset, bool alternate, uintptr_t weight, int64_t rows, int64_t depth) {
+    constexpr int64_t kPair = 4 / sizeof(To), kDepth = 64;  // a part of a panel that stays in the first-level cache
+    const auto column = [=](int64_t n) { return offset + n + (alternate ? n / kPanel * kPanel : 0); };
+    check(depth <= matrix.depth && column(rows - 1) < matrix.columns, "a weight is too large for its matrix");
+    To* packed = static_cast<To*>(const_cast<void*>(matrix.weight));
+    torch::stable::parallel_for(0, (rows + kPanel - 1) / kPanel, 1, [=, &matrix](int64_t begin, int64_t end) {
+      for (int64_t panel = begin; panel < end; ++panel) {
+        for (int64_t start = 0; start < depth; start += kDepth) {
+          for (int64_t n = panel * kPanel; n < std::min((panel + 1) * kPanel, rows); ++n) {
+            const From* from = pointer<From>(weight) + n * depth;
+            To* to = packed + column(n) / kPanel * kPanel * matrix.depth + column(n) % kPanel * kPair;
+            for (int64_t d = start; d < std::min(start + kDepth, depth); ++d) {
+              to[d / kPair * kPair * kPanel + d % kPair] = convert<To>(from[d]);
+            }
+          }
+        }
+      }
+    });
   }
 
   const float* keep(uintptr_t values, int64_t count) {
