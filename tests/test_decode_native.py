@@ -9,9 +9,11 @@ from test_decode import USERS, arguments, plain, prompts, same
 
 from pyargs.decode import args, native, passes
 from pyargs.decode.request import check
+from pyargs.errors import PyargsError
 from pyargs.lm import lora
 from pyargs.lm import native as stacks
 from pyargs.lm.encode import left_pad
+from pyargs.lm.hf import response_logprobs, response_states
 
 pytest.importorskip("pyargs._C")
 
@@ -103,3 +105,33 @@ def test_without_room_for_the_weights_it_goes_through_transformers(monkeypatch):
     assert not native.possible(policy, model)
     assert passes.of(policy, model, 1, 5) is passes.TwoPasses
     same(decoded(policy, model, prompts([4]), ["ann"]), plain(policy, model, prompts([4]), ["ann"]))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_states_and_log_probs_of_responses(family, monkeypatch):
+    lm = tiny_lm(family, dtype=torch.float32)
+    (long,) = prompts([100])
+    groups = [([5, 6, 7], [[8, 9], [10], [11, 12, 13]]), (long[:70], [long, [4]]), ([3], [[2]])]
+    ours = response_states(lm.get_decoder(), groups), response_logprobs(lm, groups)
+    monkeypatch.setattr(stacks, "can_pack", lambda model: False)
+    theirs = response_states(lm.get_decoder(), groups), response_logprobs(lm, groups)
+    for one, two in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, two, atol=2e-4, rtol=2e-4)
+
+
+def test_an_empty_prompt_has_states_but_no_log_probs():
+    lm = tiny_lm(dtype=torch.float32)
+    (states,) = response_states(lm.get_decoder(), [([], [[5, 6], [7]])])
+    assert [len(state) for state in states] == [2, 1]
+    with pytest.raises(PyargsError, match="without a prompt"):
+        response_logprobs(lm, [([], [[5, 6]])])
+
+
+def test_one_stack_serves_a_model_and_its_decoder(monkeypatch):
+    policy, model = pair("shared lora")
+    packed = []
+    real = stacks.pack
+    monkeypatch.setattr(stacks, "pack", lambda *a: (packed.append(a), real(*a))[1])
+    stacks.stack_of(policy.get_decoder())
+    full = stacks.stack_of(policy, model.backbone)
+    assert full is stacks.stack_of(policy) is stacks.stack_of(policy.get_decoder()) and len(packed) == 2

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from pyargs.errors import PyargsError
-from pyargs.lm import lora
+from pyargs.lm import lora, native
 from pyargs.lm.cache import can_branch, parameters
 from pyargs.lm.encode import Packed, pack
 from pyargs.lm.hub import resolve
@@ -165,6 +165,8 @@ def batches(
 @torch.no_grad()
 def response_states(decoder: nn.Module, groups: Sequences, *, max_tokens: int = 4096, progress: str = "features"):
     """Hidden states of every response: for each group a list of float32 tensors [T, D], one for each of its responses."""
+    if native.can_pack(decoder):
+        return [states for _, states in native.continuations(native.stack_of(decoder), groups, progress)]
     device = next(decoder.parameters()).device
     found: list[list[Tensor]] = [[torch.empty(0)] * len(several) for _, several in groups]
     for numbers, packed in batches(groups, decoder, max_tokens, progress):
@@ -219,12 +221,29 @@ def check_output_layer(model: nn.Module) -> None:
 def response_logprobs(model: nn.Module, groups: Sequences, *, max_tokens: int = 4096, progress: str = "policy"):
     """log pi(y_t | x, y_<t) of every response: for each group a list of float32 tensors [T]."""
     check_output_layer(model)
+    if not all(prompt for prompt, _ in groups):
+        raise PyargsError("a response without a prompt has no first log-prob: give each at least one token before it")
+    if native.can_pack(model):
+        return _native_logprobs(native.stack_of(model), groups, progress)
     device = next(model.get_decoder().parameters()).device
     found: list[list[Tensor]] = [[torch.empty(0)] * len(several) for _, several in groups]
     for numbers, packed in batches(groups, model.get_decoder(), max_tokens, progress):
         scores, mask = token_logprobs(model, packed.to(device))
         for (group, response), score, seen in zip(numbers, scores.cpu(), mask.cpu(), strict=True):
             found[group][response] = score[seen]
+    return found
+
+
+def _native_logprobs(stack: native.Stack, groups: Sequences, progress: str) -> list[list[Tensor]]:
+    found = []
+    for (_, several), (last, states) in zip(groups, native.continuations(stack, groups, progress), strict=True):
+        found.append([])
+        for response, state in zip(several, states, strict=True):
+            ids = torch.tensor(response).unsqueeze(1)
+            predicting = torch.cat([last, state])[: len(state)]
+            logits = ((stack.logits(rows), part) for rows, part in zip(predicting.split(64), ids.split(64), strict=True))
+            values = [(x.gather(1, part) - x.logsumexp(1, keepdim=True)).squeeze(1) for x, part in logits]
+            found[-1].append(torch.cat(values))
     return found
 
 

@@ -13,12 +13,13 @@ among branches, and for any number of threads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from weakref import WeakKeyDictionary
 
 import psutil
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from pyargs.errors import PyargsError
 from pyargs.lm import lora
@@ -53,6 +54,10 @@ class Cache:
     @property
     def rows(self) -> int:
         return self.native.rows
+
+    def cut(self, length: int) -> None:
+        """Every row keeps its first `length` tokens only."""
+        self.native.length = [min(length, kept) for kept in self.length]
 
 
 class Stack:
@@ -141,8 +146,7 @@ def pack(model: nn.Module, adapter: nn.Module | None = None, *, dtype: torch.dty
         raise PyargsError(
             f"the native stack needs the extension: pip install pyargs with a compiler at hand ({error})"
         ) from None
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    head = model.get_output_embeddings() if decoder is not model else None
+    decoder, head = _parts(model)
     adapter = adapter.get_decoder() if hasattr(adapter, "get_decoder") else adapter
     config = decoder.config
     embedding = decoder.get_input_embeddings().weight.detach()
@@ -308,10 +312,25 @@ class _errors:
             raise PyargsError(str(error)) from None
 
 
+@torch.no_grad()
+def continuations(stack: Stack, groups, progress: str = "states") -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """States behind a prompt that is computed once: for each (prompt ids, [response ids]) the prompt's last state [1, D]
+    ([0, D] of an empty prompt) and those of each response [T, D]."""
+    longest = max((len(prompt) + max(map(len, several), default=0) for prompt, several in groups), default=0)
+    cache = stack.cache(1, max(longest, 1))
+    for prompt, several in tqdm(groups, desc=progress, unit="prompt", disable=len(groups) < 32):
+        cache.cut(0)
+        last = stack(torch.tensor([prompt]), cache)[0, -1:] if prompt else torch.empty(0, stack.dim)
+        states = []
+        for response in several:
+            cache.cut(len(prompt))
+            states.append(stack(torch.tensor([response], dtype=torch.long), cache)[0])
+        yield last, states
+
+
 def can_pack(model: nn.Module) -> bool:
     """Whether `pack` takes the model, and the machine has the memory for its weights once more."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    head = model.get_output_embeddings() if decoder is not model else None
+    decoder, head = _parts(model)
     try:
         from pyargs import _C  # noqa: F401
 
@@ -319,17 +338,36 @@ def can_pack(model: nn.Module) -> bool:
     except (ImportError, PyargsError):
         return False
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    return model in _stacks or 1.2 * size < psutil.virtual_memory().available
+    return decoder in _stacks or 1.2 * size < psutil.virtual_memory().available
 
 
-_stacks: WeakKeyDictionary[nn.Module, tuple[tuple, Stack]] = WeakKeyDictionary()
+_stacks: WeakKeyDictionary[nn.Module, tuple[list[tuple | None], Stack]] = WeakKeyDictionary()  # by decoder
 
 
 def stack_of(model: nn.Module, adapter: nn.Module | None = None) -> Stack:
-    """`pack(model, adapter)`, once for as long as the model lives and the weights of both stay as they are."""
-    models = [one for one in (model, adapter) if one is not None]
-    key = tuple((p.data_ptr(), p._version) for one in models for p in one.parameters()), tuple(map(lora.active, models))
-    if model not in _stacks or _stacks[model][0] != key:
-        _stacks.pop(model, None)  # before the next one takes its memory
-        _stacks[model] = key, pack(model, adapter)
-    return _stacks[model][1]
+    """`pack(model, adapter)`, once for as long as the decoder lives and the weights stay as they are.
+
+    A stack with an output layer or an adapter serves those who ask for less.
+    """
+    decoder, head = _parts(model)
+    asked = [_state(part) for part in (decoder, head, adapter)]
+    kept, stack = _stacks.get(decoder, ([None] * 3, None))
+    if stack is None or any(one is not None and one != other for one, other in zip(asked, kept, strict=True)):
+        _stacks.pop(decoder, None)
+        stack = None  # before the next one takes its memory
+        stack = pack(model, adapter)
+        _stacks[decoder] = asked, stack
+    return stack
+
+
+def _state(part: nn.Module | None) -> tuple | None:
+    """Changes whenever the part's weights do, unless somebody writes to their `data`."""
+    if part is None:
+        return None
+    return lora.active(part), *((p.data_ptr(), p._version) for p in part.parameters())
+
+
+def _parts(model: nn.Module) -> tuple[nn.Module, nn.Module | None]:
+    """The decoder, and the output layer of a causal language model."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    return decoder, None if decoder is model else model.get_output_embeddings()
