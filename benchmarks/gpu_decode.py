@@ -12,7 +12,8 @@ For each size, k = 10, bfloat16, prompts of 256 tokens, ms per step (prefill is 
   compiled     the same with both models under torch.compile
 
 `limit` is the bytes of the weights that a step must read over the rate of a copy within the device. The reward weight is such
-that the policy's favourite wins in about half of the steps; `top-1` says in how many. Every row of a batch is another user.
+that the policy's favourite wins in about half of the steps; `top-1` says in how many. Every row of a batch is another user;
+`own` and `shared` are medians over five prompts with two users each.
 --dry-run: a tiny model, on a CPU where there is no GPU; what needs a graph then runs uncaptured.
 """
 
@@ -113,25 +114,32 @@ def guided(policy, model, asked):
     return decoded
 
 
-def balanced_weight(policy, model, ids: Tensor) -> float:
+def balanced_weight(policy, model, batches: list[Tensor]) -> float:
     """The reward weight at which the policy's favourite wins in about half of the steps."""
     tried = {}
     for weight in (0.001 * 2**i for i in range(16)):
-        slots = guided(policy, model, request(policy, model, ids, 24, weight)).slots
+        slots = torch.cat([guided(policy, model, request(policy, model, ids, 16, weight)).slots for ids in batches[:3]])
         tried[weight] = abs((slots == 0).float().mean().item() - 0.5)
     return min(tried, key=tried.get)
 
 
-def ours(policy, model, ids: Tensor, steps: int, weight: float) -> tuple[float, float]:
-    """(seconds of a step, share of steps that the policy's favourite won): the difference of a long and a short run."""
-    share = guided(policy, model, request(policy, model, ids, steps, weight)).slots.eq(0).float().mean().item()
-    long, short = (
-        statistics.median(
-            _seconds(lambda n=n: guided(policy, model, request(policy, model, ids, n, weight))) for _ in range(5)
-        )
-        for n in (steps, steps // 4)
-    )
-    return (long - short) / (steps - steps // 4), share
+def ours(policy, model, batches: list[Tensor], steps: int, weight: float) -> tuple[float, float]:
+    """(seconds of a step, share of steps that the policy's favourite won): the difference of a long and a short run, median
+    over all prompts, each for two users."""
+
+    def run(ids: Tensor, n: int, user: int):
+        asked = request(policy, model, ids, n, weight)
+        asked.user = (asked.user + user) % len(USERS)
+        decoded = []
+        return _seconds(lambda: decoded.append(guided(policy, model, asked))), decoded[0].slots
+
+    seconds, shares = [], []
+    for ids in batches:
+        for user in (0, 1):
+            (long, slots), (short, _) = run(ids, steps, user), run(ids, steps // 4, user)
+            seconds.append((long - short) / (steps - steps // 4))
+            shares.append((slots == 0).float().mean().item())
+    return statistics.median(seconds), statistics.mean(shares)
 
 
 def greedy(policy, ids: Tensor, steps: int) -> float:
@@ -182,17 +190,21 @@ def measure(size: str, batches: tuple[int, ...], device: str, rate: float, steps
     own, shared = reward_model(random_lm(size, device).get_decoder()), on_shared_weights(policy)
     rows = []
     for batch in batches:
-        ids = torch.randint(policy.config.vocab_size, (batch, PROMPT if device == "cuda" else 8), device=device)
-        rows += [{"size": size, **row} for row in compare(policy, own, shared, ids, rate, steps, compiled)]
+        length, several = (PROMPT, 5) if device == "cuda" else (8, 2)
+        prompts = [torch.randint(policy.config.vocab_size, (batch, length), device=device) for _ in range(several)]
+        rows += [{"size": size, **row} for row in compare(policy, own, shared, prompts, rate, steps, compiled)]
     return rows
 
 
-def compare(policy, own: RewardModel, shared: RewardModel, ids: Tensor, rate: float, steps: int, compiled: bool) -> list[dict]:
+def compare(
+    policy, own: RewardModel, shared: RewardModel, prompts: list[Tensor], rate: float, steps: int, compiled: bool
+) -> list[dict]:
+    ids = prompts[0]
     one, two = weight_bytes(policy), weight_bytes(policy) + weight_bytes(own.backbone)
     rows = [{"way": "greedy", "seconds": greedy(policy, ids, steps), "bytes": one}]
     for way, model in (("own", own), ("shared", shared)):
-        weight = balanced_weight(policy, model, ids)
-        second, top = ours(policy, model, ids, steps, weight)
+        weight = balanced_weight(policy, model, prompts)
+        second, top = ours(policy, model, prompts, steps, weight)
         passes_ = passes.of(policy, model, len(ids), K)
         rows.append({
             "way": way, "seconds": second, "bytes": one if passes_ is passes.OnePass else two, "top-1": top,
@@ -252,6 +264,8 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not options.dry_run:
         parser.error("no GPU here: --dry-run tries the script on a CPU")
+    if device == "cpu":
+        captured._capture = lambda step, device: step
     info, rate, rows = hardware(), copy_rate(device), []
     print(f"{hardware_line(info)}\ncopies at {rate:.0f} GB/s", flush=True)
     if options.dry_run:

@@ -2,17 +2,18 @@
 
 A graph has fixed shapes and addresses. So the rows and the caches' places are rounded up (a batch of 5 runs as one of 8, the
 rows too many finished from the start), lengths and counters are tensors on the device, and what a step hands to the next is
-copied back to where it came from. NOT YET RUN ON A GPU: the tests run the same steps uncaptured.
+copied back to where it came from. NOT YET RUN ON A GPU: the tests record the operators of a step and replay those.
 """
 
 from __future__ import annotations
 
+import threading
 import warnings
-import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from pyargs.decode import passes
 from pyargs.decode.passes import OnePass, TwoPasses
 from pyargs.decode.request import Output, Request
 from pyargs.decode.step import State, begin, choose
+from pyargs.heads import Folded
 from pyargs.lm import lora
 from pyargs.lm.cache import PrefixCache
 from pyargs.lm.launches import few_launches
@@ -31,36 +33,45 @@ from pyargs.types import Decoded
 PLACES = 256
 """The caches' capacity is a multiple of it."""
 KEPT = 4
-"""Recordings of one reward model; each holds caches and a graph, and the oldest makes room."""
+"""Recordings of one reward model; each holds caches and a graph, and the one not used for longest makes room."""
+TRIALS = 2
+"""Steps before the capture: libraries set themselves up in their first calls, which a capture forbids."""
 
 
 @dataclass
 class Recording:
-    """The buffers that a captured step reads and writes, and `replay`, which runs it on them."""
+    """The buffers that a captured step reads and writes, and `replay`, which runs it on them.
 
+    policy is a weak reference: a recording is no use to another policy, whose weights may lie where this one's lay.
+    """
+
+    policy: ref
     request: Request
     output: Output
     state: State
     caches: tuple[PrefixCache, ...]
-    replay: Callable[[], object]
+    folded: Folded
+    replay: Callable[[], object] | None = None
 
 
-_recordings: weakref.WeakKeyDictionary[RewardModel, dict[tuple, Recording]] = weakref.WeakKeyDictionary()
-_refused: weakref.WeakKeyDictionary[RewardModel, bool] = weakref.WeakKeyDictionary()
+_recordings: WeakKeyDictionary[RewardModel, dict[tuple, Recording]] = WeakKeyDictionary()
+_refused: WeakKeyDictionary[RewardModel, WeakSet] = WeakKeyDictionary()  # the policies with which a capture failed
+_capturing = threading.Lock()
 
 
 def possible(policy, reward_model: RewardModel) -> bool:
-    """Whether a captured step is worth trying: both models on one GPU, and no attempt of this reward model's has failed."""
+    """Whether a captured step is worth trying: both models on one GPU, and no attempt of theirs has failed."""
     devices = {policy.device, reward_model.device, reward_model.backbone.device}
-    return len(devices) == 1 and devices.pop().type == "cuda" and reward_model not in _refused
+    return len(devices) == 1 and devices.pop().type == "cuda" and policy not in _refused.get(reward_model, ())
 
 
 @torch.no_grad()
 def decode(policy, reward_model: RewardModel, request: Request) -> Decoded | None:
     """As `pyargs.decode.args.decode`, through a captured step; None, with a warning, where these models allow none."""
-    rows, length = request.input_ids.shape
-    k, device = request.num_candidates, request.user.device
-    rows, places = 1 << (rows - 1).bit_length(), -(-(length + request.max_new_tokens + k) // PLACES) * PLACES
+    device, k = request.user.device, request.num_candidates
+    rows = 1 << (len(request.user) - 1).bit_length()
+    places = request.input_ids.shape[1] + request.max_new_tokens + TRIALS + k
+    places = -(-places // PLACES) * PLACES
     way = passes.of(policy, reward_model, rows, k)
     wide = _widened(request, rows, places)
     finished = torch.arange(rows, device=device) >= len(request.user)
@@ -68,37 +79,56 @@ def decode(policy, reward_model: RewardModel, request: Request) -> Decoded | Non
     key = _key(policy, reward_model, way, wide, places)
 
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        if key in kept:
-            recording = kept[key]
-            _start(way(policy, reward_model, recording.caches), reward_model, wide, finished, recording)
-        else:
-            caches = way.caches(policy, reward_model, rows, places)
-            both = way(policy, reward_model, caches)
-            state = State(*(tensor.clone() for tensor in begin(both, reward_model, wide, finished)))
-            recording = Recording(wide, Output(rows, places, device), state, caches, lambda: None)
-            _start(both, reward_model, wide, finished, recording)
-            try:
-                with few_launches(policy.get_decoder(), reward_model.backbone):
-                    recording.replay = _capture(partial(_step, both, reward_model.head.fold(), recording), device)
-            except RuntimeError as error:  # what CUDA says of a call that a capture forbids, such as a read by the host
-                if isinstance(error, torch.cuda.OutOfMemoryError):
-                    raise
-                _refused[reward_model] = True
-                warnings.warn(
-                    f"a decoding step of {type(policy).__name__} and {type(reward_model.backbone).__name__} cannot be "
-                    f"captured as a CUDA graph: each is launched kernel by kernel, which is slower ({error})",
-                    stacklevel=4,
-                )
-                return None
+        recording = kept.pop(key, None)  # while in use it is nobody else's
+        if recording is None or recording.policy() is not policy:
             while len(kept) >= KEPT:
-                del kept[next(iter(kept))]
+                kept.pop(next(iter(kept)), None)
+            try:
+                recording = _record(policy, reward_model, way, wide, finished, places)
+            except torch.cuda.OutOfMemoryError:
+                if not kept:
+                    raise
+                kept.clear()  # their caches make room
+                torch.cuda.empty_cache()
+                recording = _record(policy, reward_model, way, wide, finished, places)
+            if recording is None:
+                return None
+        _start(way(policy, reward_model, recording.caches), reward_model, wide, finished, recording)
+        try:
+            for step in range(request.max_new_tokens):
+                recording.replay()
+                if recording.output.stop(request, step, recording.state.finished):
+                    break
+            return recording.output.decoded(request, recording.state.finished)
+        finally:
             kept[key] = recording
-            _start(both, reward_model, wide, finished, recording)  # a capture's trial steps have gone ahead
-        for step in range(request.max_new_tokens):
-            recording.replay()
-            if recording.output.stop(request, step, recording.state.finished):
-                break
-        return recording.output.decoded(request, recording.state.finished)
+
+
+def _record(policy, reward_model: RewardModel, way: type, request: Request, finished: Tensor, places: int):
+    """A Recording of the step for requests like this one; None, with a warning, where it cannot be captured."""
+    device = request.user.device
+    caches = way.caches(policy, reward_model, len(finished), places)
+    both = way(policy, reward_model, caches)
+    state = State(*(tensor.clone() for tensor in begin(both, reward_model, request, finished)))
+    for cache in caches:
+        cache.count_on_device()
+    output = Output(len(finished), places, device)
+    recording = Recording(ref(policy), request, output, state, caches, reward_model.head.fold())
+    step = partial(_step, both, recording)
+    with _capturing, few_launches(policy.get_decoder(), reward_model.backbone):
+        try:
+            recording.replay = _capture(step, device)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # what CUDA says of a call that a capture forbids, such as a read by the host
+            _refused.setdefault(reward_model, WeakSet()).add(policy)
+            warnings.warn(
+                f"a decoding step of {type(policy).__name__} and {type(reward_model.backbone).__name__} cannot be "
+                f"captured as a CUDA graph: each is launched kernel by kernel, which is slower ({error})",
+                stacklevel=6,
+            )
+            return None
+    return recording
 
 
 def _start(both: TwoPasses | OnePass, reward_model, request: Request, finished: Tensor, recording: Recording) -> None:
@@ -113,25 +143,29 @@ def _start(both: TwoPasses | OnePass, reward_model, request: Request, finished: 
     recording.output.restart()
 
 
-def _step(both: TwoPasses | OnePass, folded, recording: Recording) -> None:
-    state, token, slot = choose(both, folded, recording.request, recording.output, recording.state)
+def _step(both: TwoPasses | OnePass, recording: Recording) -> None:
+    state, token, slot = choose(both, recording.folded, recording.request, recording.output, recording.state)
     for kept, new in zip(recording.state, state._replace(logits=both.follow(token, slot)), strict=True):
         kept.copy_(new)
 
 
 def _capture(step: Callable[[], None], device: torch.device) -> Callable[[], object]:
-    """The step as a graph; on a CPU, which has none, the step itself."""
-    if device.type == "cpu":
-        return step
-    apart = torch.cuda.Stream()
-    apart.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(apart):  # libraries set themselves up in their first calls, which a capture forbids
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(apart)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    """The step as a graph, after trial steps in which a call that waits for the device raises: a capture that fails midway
+    can leave its stream unusable."""
+    graph, apart, now = torch.cuda.CUDAGraph(), torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    apart.wait_stream(now)
+    waits = torch.cuda.get_sync_debug_mode()
+    with torch.cuda.stream(apart):
         step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(TRIALS - 1):
+                step()
+        finally:
+            torch.cuda.set_sync_debug_mode(waits)
+        with torch.cuda.graph(graph, stream=apart, capture_error_mode="thread_local"):
+            step()
+    now.wait_stream(apart)
     return graph.replay
 
 
@@ -139,7 +173,10 @@ def _widened(request: Request, rows: int, steps: int) -> Request:
     """The request with so many rows, those beyond its own like the first, and noise for so many steps; all in new memory."""
     row = torch.arange(rows)
     row = row.where(row < len(request.user), 0)
-    take = lambda tensor: tensor[row.to(tensor.device)]  # noqa: E731
+
+    def take(tensor: Tensor) -> Tensor:
+        return tensor[row.to(tensor.device)]
+
     uniform = request.uniform
     if uniform is not None:
         uniform = F.pad(take(uniform.T), (0, steps - len(uniform))).T.contiguous()
@@ -150,11 +187,13 @@ def _widened(request: Request, rows: int, steps: int) -> Request:
 
 
 def _key(policy, reward_model: RewardModel, way: type, request: Request, places: int) -> tuple:
-    """What a recording is for. Weights may change where they lie, as far as the head has not folded them."""
+    """What a recording is for. Weights may change where they lie, but not those that the head folds: of these a change is
+    seen unless it goes through `data`."""
     numbers = (
         len(request.user), places, len(request.stop), request.num_candidates, request.pad_id, request.vocabulary,
-        request.eos_reward, request.prefix_mean, request.temperature,
+        request.eos_reward, request.prefix_mean, request.temperature, request.uniform is None,
     )  # fmt: skip
-    weights = tuple(p.data_ptr() for model in (policy, reward_model.backbone) for p in model.parameters())
+    models = policy, reward_model.backbone
+    weights = tuple(t.data_ptr() for model in models for t in (*model.parameters(), *model.buffers()))
     head = tuple((t.data_ptr(), t._version, t.shape) for t in reward_model.head.state_dict(keep_vars=True).values())
-    return way, lora.active(reward_model.backbone), numbers, weights, head
+    return way, numbers, tuple(map(lora.state, models)), weights, head

@@ -98,6 +98,11 @@ def check(
         raise PyargsError(f"num_candidates must be in 1..{min(64, vocabulary)}, got {num_candidates}")
     check_room(policy, length, max_new_tokens)
     eos, pad = stop_and_pad(policy, eos_token_id, pad_token_id)
+    known = min(len(lm.get_input_embeddings().weight) for lm in (policy, reward_model.backbone))
+    if not 0 <= pad < known:
+        raise PyargsError(f"pad_token_id {pad} is no token of the models, which know {known}")
+    if rows and not (0 <= input_ids.min() and input_ids.max() < known):
+        raise PyargsError(f"input_ids hold tokens beyond the {known} that policy and reward model know")
     device = reward_model.device
     uniform = _noise(seed, rows, max_new_tokens).T.contiguous() if do_sample else None
     return Request(

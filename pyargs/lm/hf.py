@@ -80,7 +80,8 @@ def same_weights(decoder: nn.Module, other: nn.Module) -> bool:
     one, two = decoder.config.get_text_config(decoder=True), other.config.get_text_config(decoder=True)
     if any(getattr(one, name, None) != getattr(two, name, None) for name in ARCHITECTURE):
         return False
-    ours, theirs = dict(decoder.named_parameters()), lora.base_weights(other)
+    ours = dict([*decoder.named_parameters(), *decoder.named_buffers()])
+    theirs = lora.base_weights(other)
     return ours.keys() == theirs.keys() and all(_equal(value, theirs[name]) for name, value in ours.items())
 
 

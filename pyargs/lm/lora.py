@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -94,6 +95,14 @@ def active(decoder: nn.Module) -> bool:
     return any(not (layer.merged or layer.disable_adapters) for layer in _layers(decoder))
 
 
+def state(model: nn.Module) -> tuple:
+    """Which adapters of a model's LoRA layers act, and how: what a pass depends on beside the weights."""
+    return tuple(
+        (layer.merged, layer.disable_adapters, *layer.active_adapters, *layer.scaling.values())
+        for layer in _lora_layers(model)
+    )
+
+
 def plain(decoder: nn.Module) -> bool:
     """Whether all LoRA layers, if any, are a product added to a linear layer's: no embeddings, no DoRA and the like."""
     from peft.tuners.lora import Linear
@@ -102,34 +111,39 @@ def plain(decoder: nn.Module) -> bool:
 
 
 def base_weights(decoder: nn.Module) -> dict[str, Tensor]:
-    """Parameters of the base model by the names they have without LoRA (merged LoRA is in them)."""
-    return {
-        name.replace(".base_layer", ""): value for name, value in decoder.named_parameters() if ".lora_" not in name
-    }  # fmt: skip
+    """Parameters and buffers of the base model by the names they have without LoRA (merged LoRA is in them)."""
+    every = [*decoder.named_parameters(), *decoder.named_buffers()]
+    return {name.replace(".base_layer", ""): value for name, value in every if ".lora_" not in name}
 
 
 @contextmanager
 def on_last(decoder: nn.Module, rows: int):
     """Within it LoRA acts on the last `rows` of a batch [B, n, D] only: the others see the base model.
 
-    For `plain` LoRA, and without gradients.
+    For `plain` LoRA, and without gradients. One thread at a time; passes of others are as ever.
     """
     layers = _layers(decoder)
-    for layer in layers:
-        layer.forward = partial(_forward_on_last, layer, rows)
-    try:
-        yield
-    finally:
+    with _splitting:
         for layer in layers:
-            del layer.forward  # the instance's: its class's is behind it
+            layer.forward = partial(_forward_on_last, layer, rows, threading.get_ident())
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer.forward  # the instance's: its class's is behind it
 
 
-def _forward_on_last(layer, rows: int, x: Tensor) -> Tensor:
+_splitting = threading.Lock()
+
+
+def _forward_on_last(layer, rows: int, thread: int, x: Tensor) -> Tensor:
+    if threading.get_ident() != thread:
+        return type(layer).forward(layer, x)
     result = layer.base_layer(x)
     for name in layer.active_adapters:
         low = layer.lora_A[name]
         part = low(layer.lora_dropout[name](x[-rows:]).to(low.weight.dtype))
-        result[-rows:] += layer.lora_B[name](part) * layer.scaling[name]  # in float32, rounded to the dtype of `result`
+        result[-rows:].add_(layer.lora_B[name](part), alpha=layer.scaling[name])  # in float32, then rounded as `result` is
     return result
 
 
@@ -147,8 +161,10 @@ def disabled(decoder: nn.Module):
 
 
 def _layers(decoder: nn.Module) -> list:
-    if not hasattr(decoder, "peft_config"):
-        return []
+    return _lora_layers(decoder) if hasattr(decoder, "peft_config") else []
+
+
+def _lora_layers(model: nn.Module) -> list:
     from peft.tuners.lora import LoraLayer
 
-    return [layer for layer in decoder.modules() if isinstance(layer, LoraLayer)]
+    return [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
