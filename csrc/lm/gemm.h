@@ -32,14 +32,14 @@ typedef uint32_t Bits __attribute__((vector_size(4 * kWidth)));
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max(int64_t a, int64_t b) { return a < b ? b : a; }
 
-// In memory: of any alignment, over any type.
+// From and to any alignment and type. (A template that takes such a type by its name loses the alignment.)
 typedef float AnyVector __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
-typedef uint32_t AnyBits __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
+inline Vector load(const void* p) { return *static_cast<const AnyVector*>(p); }
+inline void store(float* p, Vector value) { *reinterpret_cast<AnyVector*>(p) = value; }
 
 struct Float32 {
   using Element = float;
   static constexpr int kDepth = 1;  // of one multiplication
-  using Weights = AnyVector;
   using Input = float;
   static Input input(const float* x) { return *x; }
   static Vector multiply_add(Vector w, Input x, Vector sum) { return sum + w * x; }
@@ -50,7 +50,6 @@ struct BFloat16 {
   using Element = uint16_t;
   static constexpr int kDepth = 2;
 #ifdef __AVX512BF16__
-  using Weights = AnyVector;
   using Input = Vector;
   static Input input(const uint16_t* x) {
     int pair;
@@ -61,12 +60,12 @@ struct BFloat16 {
     return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
   }
 #else
-  using Weights = AnyBits;
   struct Input {
     float first, second;
   };
   static Input input(const uint16_t* x) { return {float_from_bfloat16(x[0]), float_from_bfloat16(x[1])}; }
-  static Vector multiply_add(Bits w, Input x, Vector sum) {
+  static Vector multiply_add(Vector weights, Input x, Vector sum) {
+    const Bits w = (Bits)weights;
     sum = sum + (Vector)(w << 16) * x.first;
     return sum + (Vector)(w & 0xffff0000u) * x.second;
   }
@@ -86,11 +85,12 @@ void block(const typename T::Element* x, int64_t x_stride, const typename T::Ele
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v)
-      sum[r][v] = *reinterpret_cast<const AnyVector*>(sums + r * sums_stride + v * kWidth);
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = load(sums + r * sums_stride + v * kWidth);
   }
   for (int64_t d = 0; d < depth; d += T::kDepth, w += w_stride) {
-    const auto* weights = reinterpret_cast<const typename T::Weights*>(w);
+    Vector weights[kVectors];
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) weights[v] = load(w + v * kWidth * T::kDepth);
     // A panel that comes from memory: the hardware does not look beyond a page. To the first level if there is little
     // to compute; else to the second, for x needs the first.
     constexpr int kLevel = rows <= 4 ? 3 : 2;
@@ -106,7 +106,7 @@ void block(const typename T::Element* x, int64_t x_stride, const typename T::Ele
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) *reinterpret_cast<AnyVector*>(sums + r * sums_stride + v * kWidth) = sum[r][v];
+    for (int v = 0; v < kVectors; ++v) store(sums + r * sums_stride + v * kWidth, sum[r][v]);
   }
 }
 
@@ -131,18 +131,21 @@ void multiply(int64_t rows, const typename T::Element* x, int64_t x_stride, cons
   }
 }
 
-inline float dot(const float* __restrict x, const float* __restrict y, int64_t n) {
-  constexpr int kLanes = 16;
-  float lanes[kLanes] = {};
+inline float dot(const float* x, const float* y, int64_t n) {
+  constexpr int kSums = 4;  // one alone would wait for itself
+  Vector sum[kSums] = {};
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-#pragma omp simd
-    for (int l = 0; l < kLanes; ++l) lanes[l] += x[i + l] * y[i + l];
+  for (; i + kSums * kWidth <= n; i += kSums * kWidth) {
+#pragma GCC unroll 4
+    for (int s = 0; s < kSums; ++s) sum[s] += load(x + i + s * kWidth) * load(y + i + s * kWidth);
   }
-  for (int l = 0; i < n; ++i, ++l) lanes[l] += x[i] * y[i];
-  for (int half = kLanes / 2; half > 0; half /= 2) {
+  for (; i + kWidth <= n; i += kWidth) sum[0] += load(x + i) * load(y + i);
+  float lanes[kWidth];
+  store(lanes, (sum[0] + sum[1]) + (sum[2] + sum[3]));
+  for (int half = kWidth / 2; half > 0; half /= 2) {
     for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
   }
+  for (; i < n; ++i) lanes[0] += x[i] * y[i];
   return lanes[0];
 }
 

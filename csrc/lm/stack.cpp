@@ -42,10 +42,10 @@ struct Worker {
 };
 
 // Calls store(row, column, sums, count) for every row and `panels` panels side by side of x W^T + bias + delta: count
-// is panels * kPanel. low: [rows, rank] of x A^T, or null.
+// is panels * kPanel. low: [rows, rank], x A^T for the rows that want the delta and zero for others; or null.
 template <class T, class Store>
 void product(Worker& worker, const Matrix& matrix, int panels, const typename T::Element* x, int64_t x_stride,
-             int64_t rows, const Query* query, const float* low, const Store& store) {
+             int64_t rows, const float* low, const Store& store) {
   const int64_t width = panels * kPanel, parts = (rows + kTaskRows - 1) / kTaskRows;
   worker.run(matrix.columns / width * parts, [&](int64_t task) {
     const int64_t column = task / parts * width;
@@ -59,35 +59,31 @@ void product(Worker& worker, const Matrix& matrix, int panels, const typename T:
                     min(kTaskDepth, matrix.depth - d), sums + panel * kPanel, width);
       }
     }
+    for (int64_t panel = 0; low && panel < panels; ++panel) {
+      const float* b = matrix.b + (column + panel * kPanel) * matrix.rank;
+      multiply<Float32>(count, low + begin * matrix.rank, matrix.rank, b, kPanel, matrix.rank, sums + panel * kPanel,
+                        width);
+    }
     for (int64_t r = 0; r < count; ++r) {
-      float* __restrict row = sums + r * width;
-      if (matrix.bias) {
-        for (int64_t i = 0; i < width; ++i) row[i] += matrix.bias[column + i];
-      }
-      if (low && query[begin + r].delta) {
-        for (int64_t k = 0; k < matrix.rank; ++k) {
-          const float factor = low[(begin + r) * matrix.rank + k];
-          const float* __restrict b = matrix.b + k * matrix.columns + column;
-          for (int64_t i = 0; i < width; ++i) row[i] += factor * b[i];
-        }
-      }
+      float* row = sums + r * width;
+      for (int64_t i = 0; matrix.bias && i < width; ++i) row[i] += matrix.bias[column + i];
       store(begin + r, column, row, width);
     }
   });
 }
 
-// x A^T of the queries that want the delta; null if there is none.
+// x A^T of the queries that want the delta, zero for the others; null if nobody wants it.
 template <class T>
 const float* low_rank(Worker& worker, const Pass& pass, const Matrix& matrix, const typename T::Element* x,
                       int64_t x_stride) {
   if (matrix.rank == 0 || !pass.any_delta) return nullptr;
   worker.run(pass.queries, [&](int64_t q) {
-    if (!pass.query[q].delta) return;
     float* buffer = pass.scratch + worker.id * pass.scratch_size;
     const float* row = as_floats(T::kDepth == 1 ? Dtype::kFloat32 : Dtype::kBFloat16, x, q * x_stride,
                                  static_cast<int>(matrix.depth), buffer);
     for (int64_t k = 0; k < matrix.rank; ++k) {
-      pass.low[q * matrix.rank + k] = dot(row, matrix.a + k * matrix.depth, matrix.depth);
+      const float* a = matrix.a + k * matrix.depth;
+      pass.low[q * matrix.rank + k] = pass.query[q].delta ? dot(row, a, matrix.depth) : 0.0f;
     }
   });
   return pass.low;
@@ -242,7 +238,7 @@ void forward(const Pass& pass, Worker worker) {
     const int64_t stride = layer.qkv.columns;
     norm(layer.attention_norm);
     const float* low = low_rank<T>(worker, pass, layer.qkv, x, wide);
-    product<T>(worker, layer.qkv, 1, x, wide, rows, pass.query, low,
+    product<T>(worker, layer.qkv, 1, x, wide, rows, low,
                [&](int64_t q, int64_t column, const float* sums, int64_t count) {
                  std::memcpy(pass.qkv + q * stride + column, sums, count * sizeof(float));
                });
@@ -252,18 +248,18 @@ void forward(const Pass& pass, Worker worker) {
       attend<T>(pass, worker, l, pass.group[group], task % pass.kv_heads, stride, y, y_stride);
     });
     low = low_rank<T>(worker, pass, layer.o, y, y_stride);
-    product<T>(worker, layer.o, 1, y, y_stride, rows, pass.query, low, add);
+    product<T>(worker, layer.o, 1, y, y_stride, rows, low, add);
 
     norm(layer.mlp_norm);
     low = low_rank<T>(worker, pass, layer.gate_up, x, wide);
-    product<T>(worker, layer.gate_up, 2, x, wide, rows, pass.query, low,
+    product<T>(worker, layer.gate_up, 2, x, wide, rows, low,
                [&](int64_t q, int64_t column, float* __restrict sums, int64_t) {
 #pragma omp simd
                  for (int i = 0; i < kPanel; ++i) sums[i] = silu(sums[i]) * sums[kPanel + i];
                  T::put(y + q * y_stride + column / 2, sums, kPanel);
                });
     low = low_rank<T>(worker, pass, layer.down, y, y_stride);
-    product<T>(worker, layer.down, 1, y, y_stride, rows, pass.query, low, add);
+    product<T>(worker, layer.down, 1, y, y_stride, rows, low, add);
   }
   worker.run(rows, [&](int64_t q) {
     rms_norm(residual + q * wide, pass.norm, pass.epsilon, pass.dim, pass.states + pass.query[q].out * pass.dim);
@@ -278,7 +274,7 @@ void project(const Projection& projection, Worker worker) {
     if (projection.dim % T::kDepth) x[row * wide + projection.dim] = 0;
     T::put(x + row * wide, projection.states + row * projection.dim, projection.dim);
   });
-  product<T>(worker, projection.matrix, 1, x, wide, projection.rows, nullptr, nullptr,
+  product<T>(worker, projection.matrix, 1, x, wide, projection.rows, nullptr,
              [&](int64_t row, int64_t column, const float* sums, int64_t count) {
                std::memcpy(projection.logits + row * vocabulary + column, sums,
                            min(count, vocabulary - column) * sizeof(float));

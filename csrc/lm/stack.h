@@ -15,7 +15,7 @@ constexpr int64_t padded(int64_t n) { return (n + kPanel - 1) / kPanel * kPanel;
 struct Matrix {
   int64_t columns, depth, rank;  // columns: a multiple of kPanel; depth: of 2 in bfloat16
   const void* weight;
-  const float *bias, *a, *b;  // [columns] or null; [rank, depth], [rank, columns] or null
+  const float *bias, *a, *b;  // [columns] or null; [rank, depth] and panels [rank][kPanel], or null
 };
 
 struct Layer {

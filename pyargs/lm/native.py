@@ -183,7 +183,7 @@ def pack(model: nn.Module, adapter: nn.Module | None = None, *, dtype: torch.dty
         if any(linear.bias is not None for linear in linears):
             native.bias(layer, matrix, bias.data_ptr())
         if low:
-            a, b = torch.cat(low), torch.cat(high)
+            a, b = torch.cat(low), torch.cat(high).unflatten(1, (-1, PANEL)).transpose(0, 1).contiguous()
             native.delta(layer, matrix, len(a), a.data_ptr(), b.data_ptr())
 
     for number, layer in enumerate(decoder.layers):
