@@ -277,6 +277,8 @@ def test_wrong_arguments_are_errors():
         (lambda: stack(ids[:, :1], cache, torch.ones(2, 2)), "mask"),
         (lambda: stack(ids[:, :1], cache, rows=[0, 2]), "row"),
         (lambda: stack(ids.repeat(2, 1)[:, :1], cache), "rows of ids"),
+        (lambda: stack(ids[:, :1], cache, rows=[1, 1]), "twice"),
+        (lambda: stack(ids[:, :1], cache, delta=True), "adapter"),
         (lambda: stack.commit(cache, torch.tensor([0, 2])), "slot"),
         (lambda: stack.logits(torch.zeros(2, 31)), "states"),
         (lambda: stack(ids[:, :1], native.pack(random_lm(layers=1)).cache(2, 8)), "sizes"),

@@ -277,9 +277,12 @@ class Stack {
     std::vector<Query> queries;
     queries.reserve(count * width);
     std::vector<int64_t> length = cache.length;
+    std::vector<bool> used(cache.rows);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t row = rows ? rows[i] : i;
       check(row >= 0 && row < cache.rows, "a row is not in the cache");
+      check(!used[row], "a row of the cache is there twice");
+      used[row] = true;
       for (int64_t j = 0; j < width; ++j) {
         const int64_t at = i * width + j;
         if (mask && !mask[at]) continue;
@@ -305,6 +308,7 @@ class Stack {
       projection.rows = std::min(kQueriesPerPass, rows - begin);
       projection.dim = model_.dim;
       projection.vocabulary = vocabulary_;
+      projection.workers = torch::stable::get_num_threads();
       projection.states = pointer<float>(states) + begin * model_.dim;
       projection.logits = reinterpret_cast<float*>(logits) + begin * vocabulary_;
       Layout layout;
@@ -313,7 +317,7 @@ class Stack {
       char* memory = memory_.reserve(layout);
       projection.x = memory + x;
       projection.phase = zeroed(memory + phases, 2);
-      in_parallel(torch::stable::get_num_threads(), [&projection](int64_t worker) {
+      in_parallel(projection.workers, [&projection](int64_t worker) {
 #ifdef PYARGS_X86
         if (cpu_capability() == Capability::kAvx512Bf16) return avx512_bf16::run_projection(projection, worker);
 #endif
@@ -364,7 +368,8 @@ class Stack {
 
   void run(Cache& cache, const Query* queries, int64_t count, float* states) {
     Pass pass = model_;
-    const int64_t workers = torch::stable::get_num_threads(), share = pass.heads / pass.kv_heads;
+    pass.workers = torch::stable::get_num_threads();
+    const int64_t share = pass.heads / pass.kv_heads;
     const int64_t most = std::max<int64_t>(1, kAttentionRows / share);
     std::vector<Group> groups;
     for (int64_t begin = 0; begin < count;) {
@@ -398,7 +403,7 @@ class Stack {
     Layout layout;
     const int64_t residual = layout.add(count * padded(pass.dim) * 4),
                   qkv = layout.add(count * layers_[0].qkv.columns * 4), low = layout.add(count * max_rank_ * 4),
-                  scratch = layout.add(workers * pass.scratch_size * 4),
+                  scratch = layout.add(pass.workers * pass.scratch_size * 4),
                   x = layout.add(count * padded(pass.dim) * size()), y = layout.add(count * padded(reads) * size()),
                   phase = layout.add(phases * sizeof(Phase));
     char* memory = memory_.reserve(layout);
@@ -409,7 +414,7 @@ class Stack {
     pass.x = memory + x;
     pass.y = memory + y;
     pass.phase = zeroed(memory + phase, phases);
-    in_parallel(workers, [&pass](int64_t worker) {
+    in_parallel(pass.workers, [&pass](int64_t worker) {
 #ifdef PYARGS_X86
       if (cpu_capability() == Capability::kAvx512Bf16) return avx512_bf16::run_pass(pass, worker);
 #endif

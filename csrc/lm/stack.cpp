@@ -19,12 +19,15 @@ using namespace lm;
 // all, holds nobody up. Which thread computes a number does not change it.
 struct Worker {
   Phase* phase;
-  int64_t id;
+  int64_t id, workers;
 
+  // Tasks are taken `grain` at a time.
   template <class F>
-  void run(int64_t tasks, const F& task) {
+  void run(int64_t tasks, const F& task, int64_t grain = 1) {
     int64_t done = 0;
-    for (int64_t i; (i = __atomic_fetch_add(&phase->taken, 1, __ATOMIC_RELAXED)) < tasks; ++done) task(i);
+    for (int64_t begin; (begin = __atomic_fetch_add(&phase->taken, grain, __ATOMIC_RELAXED)) < tasks;) {
+      for (int64_t i = begin; i < min(begin + grain, tasks); ++i, ++done) task(i);
+    }
     if (done > 0) __atomic_fetch_add(&phase->done, done, __ATOMIC_RELEASE);
     // After some 20 us the thread that is waited for has most likely lost its core to another process: let that one
     // run.
@@ -47,7 +50,8 @@ template <class T, class Store>
 void product(Worker& worker, const Matrix& matrix, int panels, const typename T::Element* x, int64_t x_stride,
              int64_t rows, const float* low, const Store& store) {
   const int64_t width = panels * kPanel, parts = (rows + kTaskRows - 1) / kTaskRows;
-  worker.run(matrix.columns / width * parts, [&](int64_t task) {
+  const int64_t tasks = matrix.columns / width * parts;
+  const auto compute = [&](int64_t task) {
     const int64_t column = task / parts * width;
     const int64_t begin = rows * (task % parts) / parts, count = rows * (task % parts + 1) / parts - begin;
     alignas(64) float sums[kTaskRows * 2 * kPanel];
@@ -69,7 +73,8 @@ void product(Worker& worker, const Matrix& matrix, int panels, const typename T:
       for (int64_t i = 0; matrix.bias && i < width; ++i) row[i] += matrix.bias[column + i];
       store(begin + r, column, row, width);
     }
-  });
+  };
+  worker.run(tasks, compute, max(1, tasks / (4 * worker.workers)));  // memory is read fastest in long stretches
 }
 
 // x A^T of the queries that want the delta, zero for the others; null if nobody wants it.
@@ -285,17 +290,17 @@ void project(const Projection& projection, Worker worker) {
 
 void run_pass(const Pass& pass, int64_t worker) {
   if (pass.dtype == Dtype::kFloat32) {
-    forward<Float32>(pass, {pass.phase, worker});
+    forward<Float32>(pass, {pass.phase, worker, pass.workers});
   } else {
-    forward<BFloat16>(pass, {pass.phase, worker});
+    forward<BFloat16>(pass, {pass.phase, worker, pass.workers});
   }
 }
 
 void run_projection(const Projection& projection, int64_t worker) {
   if (projection.dtype == Dtype::kFloat32) {
-    project<Float32>(projection, {projection.phase, worker});
+    project<Float32>(projection, {projection.phase, worker, projection.workers});
   } else {
-    project<BFloat16>(projection, {projection.phase, worker});
+    project<BFloat16>(projection, {projection.phase, worker, projection.workers});
   }
 }
 

@@ -67,7 +67,7 @@ struct Pass {
   // scratch.
   float *residual, *qkv, *low, *scratch;
   void *x, *y;
-  int64_t scratch_size;
+  int64_t scratch_size, workers;
   Phase* phase;
 };
 
@@ -75,7 +75,7 @@ struct Pass {
 struct Projection {
   Dtype dtype;
   Matrix matrix;
-  int64_t rows, dim, vocabulary;
+  int64_t rows, dim, vocabulary, workers;
   const float* states;
   float* logits;
   void* x;

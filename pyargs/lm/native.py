@@ -63,9 +63,9 @@ class Cache:
 class Stack:
     """A packed decoder; `pack` makes it. All tensors that go in and out are on the CPU."""
 
-    def __init__(self, native, sizes: dict, rotary: nn.Module, embedding: Tensor, has_logits: bool):
+    def __init__(self, native, sizes: dict, rotary: nn.Module, embedding: Tensor, has_logits: bool, has_delta: bool):
         self._native, self._sizes, self._rotary, self._embedding = native, sizes, rotary, embedding
-        self.dim, self.vocabulary, self.has_logits = sizes["dim"], sizes["vocabulary"], has_logits
+        self.dim, self.vocabulary, self.has_logits, self.has_delta = sizes["dim"], sizes["vocabulary"], has_logits, has_delta
 
     @torch.no_grad()
     def cache(self, rows: int, capacity: int) -> Cache:
@@ -89,7 +89,7 @@ class Stack:
         computed there, and the states are zero.
         branches: False: the tokens of a row follow each other, and become part of its prefix. True: each sees the prefix and
         itself, as its next token; `commit` then says which stays, the others are written over.
-        rows: [B], the row of the cache that each row of ids continues; the first B by default.
+        rows: [B], the row of the cache that each row of ids continues, none twice; the first B by default.
         delta: for which rows of ids [B] the adapter of `pack` counts; one answer for all, or each its own.
         """
         count, width = _shape(ids)
@@ -102,6 +102,8 @@ class Stack:
             delta = torch.full((count,), True) if delta else None
         else:
             delta = _dense(delta, torch.bool, (count,), "delta")
+        if delta is not None and not self.has_delta and delta.any():
+            raise PyargsError("this stack has no delta: give pack an adapter")
         states = torch.zeros(count, width, self.dim) if mask is not None else torch.empty(count, width, self.dim)
         with _errors():
             self._native.forward(
@@ -196,7 +198,7 @@ def pack(model: nn.Module, adapter: nn.Module | None = None, *, dtype: torch.dty
         put(0, "head", [head], [None])
     norm = decoder.norm.weight.float()
     native.embedding(embedding.data_ptr(), as_name[embedding.dtype], norm.data_ptr())
-    return Stack(native, sizes, decoder.rotary_emb, embedding, head is not None)
+    return Stack(native, sizes, decoder.rotary_emb, embedding, head is not None, adapter is not None)
 
 
 def _padded(n: int) -> int:
