@@ -22,7 +22,8 @@ from pyargs.ops import score_select, topk_logprobs
 from pyargs.types import Users
 
 _C = pytest.importorskip("pyargs._C")
-AVAILABLE = CAPABILITIES[: CAPABILITIES.index(_C.cpu_capability_detected()) + 1]
+LEVELS = (*CAPABILITIES, "avx512_bf16")
+AVAILABLE = LEVELS[: LEVELS.index(_C.cpu_capability_detected()) + 1]
 VOCABULARY = 67
 
 
