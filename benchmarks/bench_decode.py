@@ -1,16 +1,20 @@
-"""Time of one decoding step: the decoder, the reference loop, and `generate` of the bare policy (greedy), side by side.
+"""Time of one decoding step: the decoder, our own greedy step, the reference loop, and greedy `generate`, side by side.
 
-    python benchmarks/bench_decode.py [--json FILE] [--quick] [--dtype bfloat16] [--threads N]
+    python benchmarks/bench_decode.py [--json FILE] [--plot FILE] [--quick] [--dtype bfloat16] [--threads N]
 
-Policy: SmolLM2-135M. Reward model: the same backbone with random LoRA (r=8 on q and v, merged) and a linear head of rank 8;
-every row of a batch is another user. k = 10. The weight is such that rewards really steer: `top-1` is the share of steps in
-which the policy's favourite won (a benchmark in which it always wins could skip the reward model). Prefill is not counted: a
-step is the time between two tokens. The three take turns in short runs; ratios are medians of the ratios of a turn.
+Policy: SmolLM2-135M. Reward model: LoRA (r=8 on q and v, random) on the same weights and a linear head of rank 8; the
+reference loop has it merged into weights of its own. Every row of a batch is another user; one row takes turns over five
+prompts and two users. k = 10. The weight is such that rewards really steer: `top-1` is the share of steps in which the
+policy's favourite won (a benchmark in which it always wins could skip the reward model), `missed` the share in which the
+policy's row of the winner had not been guessed and took a pass of its own. `greedy` is the policy alone through the same
+native stack. Prefill is not counted: a step is the time between two tokens. All take turns in short runs; ratios are medians
+of a turn's ratios.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import sys
 import time
@@ -25,26 +29,28 @@ from transformers import StoppingCriteria
 
 import pyargs
 from pyargs.decode import reference
+from pyargs.decode.native import GUESSES
 from pyargs.decode.request import check
 from pyargs.files import write_json
 from pyargs.heads import linear
-from pyargs.lm import lora
+from pyargs.lm import lora, native
 from pyargs.models.reward_model import RewardModel
+from pyargs.ops import topk_logprobs
 from pyargs.types import Users
 
 WEIGHT = 1.8  # of the random rewards below: the policy's favourite then wins in about half of the steps
 USERS = [f"user_{i}" for i in range(8)]
 COLUMNS = [
-    "B", "T", "HF ms", "reference ms", "pyargs ms", "pyargs tok/s", "reference/HF", "pyargs/HF", "reference/pyargs", "top-1",
-    "same tokens", "GB/s",
+    "B", "T", "HF ms", "reference ms", "greedy ms", "pyargs ms", "pyargs tok/s", "reference/pyargs", "HF/pyargs",
+    "pyargs/greedy", "top-1", "missed", "of stream", "same tokens", "GB/s",
 ]  # fmt: skip
 
 
 def models(dtype: torch.dtype):
-    """The policy, its tokenizer and the random reward model, each with weights of its own."""
+    """The policy, its tokenizer, the random reward model on the same weights, and the same with LoRA merged into its own."""
     policy, tokenizer = pyargs.load_lm("smollm2-135m", dtype=dtype)
     policy.generation_config.eos_token_id = None  # every run has the length asked for
-    backbone = pyargs.load_lm("smollm2-135m", dtype=dtype)[0].get_decoder()
+    backbone = lora.twin(policy.get_decoder())
     torch.manual_seed(0)
     lora.add(backbone, rank=8, alpha=16, rslora=True, target_modules=["q_proj", "v_proj"])
     for name, parameter in backbone.named_parameters():
@@ -53,14 +59,15 @@ def models(dtype: torch.dtype):
     dim = policy.config.hidden_size
     users = Users(USERS, mixture=torch.randn(len(USERS), 8) * 2)
     head = linear.Head(dim, 8, users, softmax=True, divisor=dim**0.5)
-    return policy, tokenizer, RewardModel(backbone, tokenizer, head).to(policy.device).eval().merge()
+    model = RewardModel(backbone, tokenizer, head).to(policy.device).eval()
+    return policy, tokenizer, model, copy.deepcopy(model).merge()
 
 
-def prompts(tokenizer, rows: int, length: int) -> Tensor:
+def prompts(tokenizer, rows: int, length: int, start: int = 0) -> Tensor:
     """Stretches of ordinary English, int64 [rows, length]."""
     text = Path(pyargs.__file__).with_name("data") / "demo" / "prompts.txt"
     ids = tokenizer(text.read_text(encoding="utf-8").replace("\n", " "))["input_ids"]
-    return torch.tensor([[ids[(150 * row + t) % len(ids)] for t in range(length)] for row in range(rows)])
+    return torch.tensor([[ids[(start + 150 * row + t) % len(ids)] for t in range(length)] for row in range(rows)])
 
 
 class Clock(StoppingCriteria):
@@ -80,81 +87,136 @@ class Clock(StoppingCriteria):
         return statistics.median(b - a for a, b in zip(self.times[1:], self.times[2:], strict=False))
 
 
-def loops(policy, model, ids: Tensor, steps: int) -> dict[str, Callable[[Clock], object]]:
-    mask, users = torch.ones_like(ids), USERS[: len(ids)]
+def loops(policy, model, merged, ids: Tensor, users: list[str], steps: int) -> dict[str, Callable[[Clock], object]]:
+    mask = torch.ones_like(ids)
     options = dict(
         reward_weight=WEIGHT, num_candidates=10, max_new_tokens=steps, eos_token_id=[], pad_token_id=0, do_sample=False,
         temperature=1.0, seed=0, eos_reward="before", tokenizer=None,
     )  # fmt: skip
 
     def copies(clock: Clock):
-        return reference.decode(policy, model, check(policy, model, ids, mask, users, **options, token_callback=clock))
+        return reference.decode(policy, merged, check(policy, merged, ids, mask, users, **options, token_callback=clock))
 
     return {
         "HF": lambda clock: policy.generate(
             ids, attention_mask=mask, max_new_tokens=steps, do_sample=False, pad_token_id=0, stopping_criteria=[clock]
         ),
         "reference": copies,
+        "greedy": lambda clock: greedy(policy, model, ids, steps, clock),
         "pyargs": lambda clock: pyargs.generate(policy, model, ids, mask, users, **options, token_callback=clock),
     }
 
 
-def compare(policy, model, ids: Tensor, steps: int, turns: int) -> dict:
+@torch.no_grad()
+def greedy(policy, model, ids: Tensor, steps: int, clock: Clock) -> None:
+    """The policy alone through the stack that the decoder uses."""
+    stack = native.stack_of(policy, model.backbone)
+    cache = stack.cache(len(ids), ids.shape[1] + steps)
+    logits = stack.logits(stack(ids, cache)[:, -1])
+    for _ in range(steps):
+        token = topk_logprobs(logits, 1)[1]
+        clock(token)
+        logits = stack.logits(stack(token, cache)[:, 0])
+
+
+def compare(policy, model, merged, batches: list[tuple[Tensor, list[str]]], steps: int, turns: int) -> dict:
     seconds: dict[str, list[float]] = {}
-    decoded, rate = {}, []
-    fns = loops(policy, model, ids, steps)
-    for name, fn in fns.items():  # also the warm-up
-        decoded[name] = fn(Clock())
-    for _ in range(turns):
+    slots, agree, rate = [], [], []
+    for turn in range(-1, max(turns, len(batches))):  # the first is the warm-up
+        ids, users = batches[turn % len(batches)]
+        decoded = {}
         rate.append(streaming_rate(128))
-        for name, fn in fns.items():
+        for name, fn in loops(policy, model, merged, ids, users, steps).items():
             clock = Clock()
-            fn(clock)
-            seconds.setdefault(name, []).append(clock.step())
+            decoded[name] = fn(clock)
+            if turn >= 0:
+                seconds.setdefault(name, []).append(clock.step())
+        slots.append(decoded["pyargs"].slots)
+        # Tokens before the first difference: after it texts go apart.
+        agree.append((decoded["pyargs"].tokens == decoded["reference"].tokens).long().cumprod(1).float().mean().item())
     ratio = lambda a, b: statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))  # noqa: E731
     ms = {name: statistics.median(values) * 1e3 for name, values in seconds.items()}
-    one, other = decoded["pyargs"].tokens, decoded["reference"].tokens
-    agree = (one == other).long().cumprod(1).sum(1)  # tokens before the first difference: after it texts go apart
+    chosen, rows = torch.cat(slots), len(batches[0][0])
+    size = sum(p.numel() * p.element_size() for p in policy.parameters())
     return {
-        "B": len(ids), "T": ids.shape[1], **{f"{name} ms": ms[name] for name in ("HF", "reference", "pyargs")},
-        "pyargs tok/s": len(ids) / ms["pyargs"] * 1e3, "reference/HF": ratio("reference", "HF"),
-        "pyargs/HF": ratio("pyargs", "HF"), "reference/pyargs": ratio("reference", "pyargs"),
-        "top-1": (decoded["pyargs"].slots == 0).float().mean().item(),
-        "same tokens": "yes" if (agree == steps).all() else f"{int(agree.sum())} of {one.numel()}",
+        "B": rows, "T": batches[0][0].shape[1], **{f"{name} ms": ms[name] for name in seconds},
+        "pyargs tok/s": rows / ms["pyargs"] * 1e3, "reference/pyargs": ratio("reference", "pyargs"),
+        "HF/pyargs": ratio("HF", "pyargs"), "pyargs/greedy": ratio("pyargs", "greedy"),
+        "top-1": (chosen == 0).float().mean().item(), "missed": (chosen >= GUESSES.get(rows, 0)).float().mean().item(),
+        "of stream": size / ms["pyargs"] / 1e6 / statistics.median(rate), "greedy of stream": size / ms["greedy"] / 1e6
+        / statistics.median(rate), "same tokens": "yes" if min(agree) == 1 else f"{statistics.mean(agree):.0%}",
         "GB/s": statistics.median(rate),
     }  # fmt: skip
+
+
+def plot(rows: list[dict], title: str, file: Path) -> None:
+    """Milliseconds of a step of each way, by size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    ways = {
+        "reference": "reference loop",
+        "HF": "generate, policy alone",
+        "pyargs": "pyargs",
+        "greedy": "pyargs, policy alone",
+    }
+    for i, (way, label) in enumerate(ways.items()):
+        places = [n + (i - 1.5) * 0.2 for n in range(len(rows))]
+        bars = axes.bar(places, [row[f"{way} ms"] for row in rows], 0.19, label=label)
+        axes.bar_label(bars, fmt="%.0f", fontsize=7)
+    axes.set_xticks(range(len(rows)), [f"{row['B']} row{'s' * (row['B'] > 1)}, {row['T']} tokens" for row in rows])
+    axes.set_yscale("log")
+    axes.set_ylabel("ms per step")
+    axes.set_title(title, fontsize=9)
+    axes.legend(fontsize=8, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=150)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here too")
-    parser.add_argument("--quick", action="store_true", help="one prompt of 64 tokens and few steps")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them here (png, svg)")
+    parser.add_argument("--quick", action="store_true", help="one row of 64 tokens and few steps")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of policy and backbone")
     parser.add_argument("--threads", type=int, help="threads of torch and of the ops (default: torch's own choice)")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     info = hardware()
-    policy, tokenizer, model = models(getattr(torch, options.dtype))
+    start = time.perf_counter()
+    policy, tokenizer, model, merged = models(getattr(torch, options.dtype))
+    native.stack_of(policy, model.backbone)
+    loading = time.perf_counter() - start
     print(f"{hardware_line(info)}\n{options.dtype}, k=10, reward_weight={WEIGHT}, prefill not counted", flush=True)
+    print(f"loaded and packed in {loading:.1f} s", flush=True)
 
     rows = []
     for batch, length in tqdm([(1, 64)] if options.quick else [(1, 64), (1, 256), (8, 64), (8, 256)], unit="size"):
-        ids = prompts(tokenizer, batch, length).to(policy.device)
-        steps, turns = (10, 3) if options.quick else (16, 5) if batch == 1 else (10, 3)
-        rows.append(compare(policy, model, ids, steps, turns))
+        steps, turns, several = (10, 3, 2) if options.quick else (16, 10, 10) if batch == 1 else (10, 4, 1)
+        batches = [
+            (prompts(tokenizer, batch, length, start=700 * (i // 2)).to(policy.device), (USERS[i % 2 :] + USERS)[:batch])
+            for i in range(several)
+        ]
+        rows.append(compare(policy, model, merged, batches, steps, turns))
         tqdm.write(table(rows[-1:], COLUMNS), file=sys.stderr)
     print(table(rows, COLUMNS))
+    short = {"float32": "fp32", "bfloat16": "bf16"}[options.dtype]
+    if options.plot:
+        plot(rows, f"SmolLM2-135M, k = 10, {options.dtype}, {info['cpu']}, {info['threads']} threads", options.plot)
     if options.json:
-        short = {"float32": "fp32", "bfloat16": "bf16"}[options.dtype]
         ratios = {}
         for row in rows:
             where = f"b{row['B']}_t{row['T']}_{short}"
             ratios[f"ratio_{where}"] = round(row["reference/pyargs"], 3)
-            ratios[f"reference_to_hf_{where}"] = round(row["reference/HF"], 3)
-            ratios[f"decoder_to_hf_{where}"] = round(row["pyargs/HF"], 3)
-        result = {"hardware": info, "dtype": options.dtype, "reward_weight": WEIGHT, **ratios, "rows": rows}
-        write_json(options.json, result)
+            ratios[f"hf_{where}"] = round(row["HF/pyargs"], 3)
+            ratios[f"greedy_{where}"] = round(row["pyargs/greedy"], 3)
+        ratios[f"ratio_b1_{short}"] = min(value for key, value in ratios.items() if key.startswith("ratio_b1"))
+        result = {"hardware": info, "dtype": options.dtype, "reward_weight": WEIGHT, "load_and_pack_s": round(loading, 2)}
+        write_json(options.json, {**result, **ratios, "rows": rows})
 
 
 if __name__ == "__main__":
