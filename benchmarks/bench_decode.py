@@ -168,7 +168,6 @@ def plot(rows: list[dict], title: str, file: Path) -> None:
         bars = axes.bar(places, [row[f"{way} ms"] for row in rows], 0.19, label=label)
         axes.bar_label(bars, fmt="%.0f", fontsize=7)
     axes.set_xticks(range(len(rows)), [f"{row['B']} row{'s' * (row['B'] > 1)}, {row['T']} tokens" for row in rows])
-    axes.set_yscale("log")
     axes.set_ylabel("ms per step")
     axes.set_title(title, fontsize=9)
     axes.legend(fontsize=8, frameon=False)
