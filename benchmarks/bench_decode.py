@@ -3,12 +3,12 @@
     python benchmarks/bench_decode.py [--json FILE] [--plot FILE] [--quick] [--dtype bfloat16] [--threads N]
 
 Policy: SmolLM2-135M. Reward model: LoRA (r=8 on q and v, random) on the same weights and a linear head of rank 8; the
-reference loop has it merged into weights of its own. Every row of a batch is another user; one row takes turns over five
-prompts and two users. k = 10. The weight is such that rewards really steer: `top-1` is the share of steps in which the
-policy's favourite won (a benchmark in which it always wins could skip the reward model), `missed` the share in which the
-policy's row of the winner had not been guessed and took a pass of its own. `greedy` is the policy alone through the same
-native stack. Prefill is not counted: a step is the time between two tokens. All take turns in short runs; ratios are medians
-of a turn's ratios.
+reference loop has it merged into weights of its own (not in bfloat16, where `merge` leaves it as it is). Every row of a
+batch is another user; one row takes turns over five prompts and two users. k = 10. The weight is such that rewards really
+steer: `top-1` is the share of steps in which the policy's favourite won (a benchmark in which it always wins could skip the
+reward model), `missed` the share in which the policy's row of the winner had not been guessed and took a pass of its own.
+`greedy` is the policy alone through the same native stack. Prefill is not counted: a step is the time between two tokens.
+All take turns in short runs; ratios are medians of a turn's ratios.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ COLUMNS = [
 
 def models(dtype: torch.dtype):
     """The policy, its tokenizer, the random reward model on the same weights, and the same with LoRA merged into its own."""
-    policy, tokenizer = pyargs.load_lm("smollm2-135m", dtype=dtype)
+    policy, tokenizer = pyargs.load_lm("smollm2-135m", dtype=dtype, device="cpu")
     policy.generation_config.eos_token_id = None  # every run has the length asked for
     backbone = lora.twin(policy.get_decoder())
     torch.manual_seed(0)

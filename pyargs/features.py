@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyargs.errors import PyargsError
 from pyargs.files import read_tensors, writing
+from pyargs.lm import native
 from pyargs.lm.encode import encode_prompt, encode_response
 from pyargs.lm.hf import fingerprint, response_logprobs, response_states
 from pyargs.lm.hub import cache_dir
@@ -118,7 +119,9 @@ def _cached(kind: str, model, inputs, compute) -> dict[str, Tensor]:
     """compute(), or what it gave before for the same weights and inputs. A model with LoRA is one experiment's: not kept."""
     if hasattr(model, "peft_config") or (hasattr(model, "get_decoder") and hasattr(model.get_decoder(), "peft_config")):
         return compute()
-    key = hashlib.blake2b(json.dumps([fingerprint(model), inputs]).encode(), digest_size=16).hexdigest()
+    # The native stack rounds otherwise than transformers.
+    key = json.dumps([fingerprint(model), inputs, native.can_pack(model)])
+    key = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
     file = cache_dir() / kind / f"{key}.safetensors"
     if file.exists():
         return read_tensors(file)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import reward_model, tiny_lm
@@ -14,8 +19,9 @@ from pyargs.lm import lora
 from pyargs.lm import native as stacks
 from pyargs.lm.encode import left_pad
 from pyargs.lm.hf import response_logprobs, response_states
+from pyargs.ops.library import has_extension
 
-pytest.importorskip("pyargs._C")
+pytestmark = pytest.mark.skipif(not has_extension, reason="no extension")
 
 
 def pair(weights: str, family: str = "llama", seed: int = 0):
@@ -135,3 +141,80 @@ def test_one_stack_serves_a_model_and_its_decoder(monkeypatch):
     stacks.stack_of(policy.get_decoder())
     full = stacks.stack_of(policy, model.backbone)
     assert full is stacks.stack_of(policy) is stacks.stack_of(policy.get_decoder()) and len(packed) == 2
+
+
+def changed(policy, how: str) -> None:
+    if how == "fused optimizer":
+        policy.requires_grad_(True)
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=0.05, fused=True)
+        policy(torch.tensor([[3, 4, 5]])).logits.square().mean().backward()
+        optimizer.step()
+    elif how == "data":
+        for parameter in policy.parameters():
+            parameter.data.mul_(1.5)
+    elif how == "lora scaling":
+        for layer in lora._layers(policy.get_decoder()):
+            layer.scaling["default"] *= -3.0
+    elif how == "adapter off":
+        for layer in lora._layers(policy.get_decoder()):
+            layer.enable_adapters(False)
+    elif how == "hook":
+        policy.model.layers[0].register_forward_hook(lambda module, args, out: out * 1.5)
+    elif how == "epsilon":
+        policy.model.norm.variance_epsilon = 0.5
+
+
+@pytest.mark.parametrize("how", ["fused optimizer", "data", "lora scaling", "adapter off", "hook", "epsilon"])
+def test_what_is_changed_after_packing_is_seen(how, monkeypatch):
+    _, model = pair("shared lora")
+    policy = tiny_lm(dtype=torch.float32)
+    policy.model = model.backbone
+    groups = [([5, 6, 7], [[8, 9], [10]])]
+    before = response_logprobs(policy, groups)
+    changed(policy, how)
+    ours = response_logprobs(policy, groups)
+    monkeypatch.setattr(stacks, "can_pack", lambda model: False)
+    torch.testing.assert_close(ours, response_logprobs(policy, groups), atol=2e-4, rtol=2e-4)
+    assert not torch.allclose(ours[0][0], before[0][0], atol=1e-2)
+
+
+def test_features_and_log_probs_take_the_stack(monkeypatch):
+    lm, packed = tiny_lm(dtype=torch.float32), []
+    real = stacks.stack_of
+    monkeypatch.setattr(stacks, "stack_of", lambda *a: (packed.append(a), real(*a))[1])
+    response_states(lm.get_decoder(), [([5], [[6]])])
+    response_logprobs(lm, [([5], [[6]])])
+    assert len(packed) == 2
+
+
+def test_models_of_inference_mode():
+    with torch.inference_mode():
+        policy = tiny_lm(dtype=torch.float32)
+    (values,) = response_logprobs(policy, [([5, 6], [[7]])])
+    assert values[0].isfinite().all()
+
+
+def test_a_cache_is_not_cut_below_nothing():
+    stack = stacks.stack_of(tiny_lm(dtype=torch.float32))
+    cache = stack.cache(1, 8)
+    with pytest.raises(PyargsError, match="cannot keep -5"):
+        cache.cut(-5)
+    with pytest.raises(RuntimeError, match="outside the cache"):
+        cache.native.length = [-3]
+    with pytest.raises(RuntimeError, match="for each row"):
+        cache.native.length = [1, 1]
+
+
+def test_without_the_extension_it_goes_through_transformers():
+    code = """
+import sys; sys.path.insert(0, sys.argv[1])
+import torch, pyargs
+from conftest import reward_model, tiny_lm
+policy = tiny_lm(dtype=torch.float32)
+print(pyargs.generate(policy, reward_model(policy), torch.tensor([[5, 6]]), None, ["ann"], max_new_tokens=3).tokens.shape)
+"""
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, str(Path(__file__).parent)],
+        env=os.environ | {"PYARGS_NO_EXT": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert ran.returncode == 0 and "torch.Size([1, 3])" in ran.stdout, ran.stderr

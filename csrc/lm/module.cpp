@@ -441,7 +441,13 @@ void bind(py::module_& m) {
       .def("commit", &Cache::commit)
       .def_readonly("rows", &Cache::rows)
       .def_readonly("capacity", &Cache::places)
-      .def_readwrite("length", &Cache::length);
+      .def_property(
+          "length", [](const Cache& cache) { return cache.length; },
+          [](Cache& cache, std::vector<int64_t> length) {
+            check(static_cast<int64_t>(length.size()) == cache.rows, "the cache needs a length for each row");
+            for (int64_t one : length) check(one >= 0 && one <= cache.places, "a length lies outside the cache");
+            cache.length = std::move(length);
+          });
   py::class_<Stack>(m, "Stack")
       .def(py::init<const std::string&, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, float>())
       .def("pack", &Stack::pack, unlocked())

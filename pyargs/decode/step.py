@@ -7,11 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyargs.decode.native import OneStack, TwoStacks
 from pyargs.decode.passes import OnePass, TwoPasses
 from pyargs.decode.request import Output, Request, as_float
 from pyargs.heads import Folded
 from pyargs.models.reward_model import RewardModel
 from pyargs.ops import score_select, topk_logprobs
+
+Passes = TwoPasses | OnePass | TwoStacks | OneStack
 
 
 class State(NamedTuple):
@@ -27,16 +30,14 @@ class State(NamedTuple):
     finished: Tensor
 
 
-def begin(passes: TwoPasses | OnePass, reward_model: RewardModel, request: Request, finished: Tensor) -> State:
+def begin(passes: Passes, reward_model: RewardModel, request: Request, finished: Tensor) -> State:
     """Reads the prompts. finished [B]: rows that are none of the caller's."""
     logits, state = passes.begin(request)
     so_far = reward_model.head(state, request.user)
     return State(logits, so_far, torch.zeros_like(so_far), finished)
 
 
-def choose(
-    passes: TwoPasses | OnePass, folded: Folded, request: Request, output: Output, state: State
-) -> tuple[State, Tensor, Tensor]:
+def choose(passes: Passes, folded: Folded, request: Request, output: Output, state: State) -> tuple[State, Tensor, Tensor]:
     """The step's choice, noted in `output`: the state after it (its logits still the old ones), tokens [B] and slots [B]."""
     device = request.user.device
     logprobs, candidates, _ = topk_logprobs(as_float(state.logits)[:, : request.vocabulary], request.num_candidates)

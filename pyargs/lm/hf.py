@@ -242,7 +242,7 @@ def _native_logprobs(stack: native.Stack, groups: Sequences, progress: str) -> l
         for response, state in zip(several, states, strict=True):
             ids = torch.tensor(response).unsqueeze(1)
             predicting = torch.cat([last, state])[: len(state)]
-            logits = ((stack.logits(rows), part) for rows, part in zip(predicting.split(64), ids.split(64), strict=True))
+            logits = ((stack.logits(rows), part) for rows, part in zip(predicting.split(16), ids.split(16), strict=True))
             values = [(x.gather(1, part) - x.logsumexp(1, keepdim=True)).squeeze(1) for x, part in logits]
             found[-1].append(torch.cat(values))
     return found

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from pyargs.errors import PyargsError
 from pyargs.lm import lora
+from pyargs.ops.library import has_extension
 
 MATRICES = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -57,6 +58,8 @@ class Cache:
 
     def cut(self, length: int) -> None:
         """Every row keeps its first `length` tokens only."""
+        if length < 0:
+            raise PyargsError(f"a row cannot keep {length} tokens")
         self.native.length = [min(length, kept) for kept in self.length]
 
 
@@ -141,13 +144,11 @@ def pack(model: nn.Module, adapter: nn.Module | None = None, *, dtype: torch.dty
     The model is not changed, and only its embedding stays in use. Raises PyargsError that names what a model has and the
     stack has not.
     """
-    try:
-        from pyargs._C import Dtype
-        from pyargs._C import Stack as Native
-    except ImportError as error:
-        raise PyargsError(
-            f"the native stack needs the extension: pip install pyargs with a compiler at hand ({error})"
-        ) from None
+    if not has_extension:
+        raise PyargsError("the native stack needs the extension: pip install pyargs with a compiler at hand")
+    from pyargs._C import Dtype
+    from pyargs._C import Stack as Native
+
     decoder, head = _parts(model)
     adapter = adapter.get_decoder() if hasattr(adapter, "get_decoder") else adapter
     config = decoder.config
@@ -233,9 +234,20 @@ def _check(decoder: nn.Module, head: nn.Module | None, dtype: torch.dtype) -> No
             refuse(f"weights of {tensor.dtype} ({name}; only float32 and bfloat16)")
     if dtype not in (torch.float32, torch.bfloat16):
         refuse(f"packed weights of {dtype} (only float32 and bfloat16)")
-    for name, module in decoder.named_modules():
+    family = type(decoder).__module__
+    if not family.startswith("transformers.models."):
+        refuse(f"decoders of class {type(decoder).__name__} (only transformers' own)")
+    for name, module in [("decoder", decoder), *decoder.named_modules()]:
         if name.endswith("_proj") and type(module) is not nn.Linear:
             _lora(name, module, refuse)
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            refuse(f"hooks, or a forward of the module's own ({name})")
+    for number, layer in enumerate(decoder.layers):
+        attention, norms = layer.self_attn, (layer.input_layernorm, layer.post_attention_layernorm, decoder.norm)
+        if any(type(part).__module__ != family for part in (layer, attention, layer.mlp, *norms, decoder.rotary_emb)):
+            refuse(f"parts of other classes (layer {number})")
+        if attention.scaling != attention.head_dim**-0.5 or any(n.variance_epsilon != config.rms_norm_eps for n in norms):
+            refuse(f"another scale of attention, or another epsilon, than the config says (layer {number})")
 
 
 def _lora(name: str, module: nn.Module, refuse) -> None:
@@ -333,11 +345,11 @@ def continuations(stack: Stack, groups, progress: str = "states") -> Iterator[tu
 def can_pack(model: nn.Module) -> bool:
     """Whether `pack` takes the model, and the machine has the memory for its weights once more."""
     decoder, head = _parts(model)
+    if not has_extension:
+        return False
     try:
-        from pyargs import _C  # noqa: F401
-
         _check(decoder, head, decoder.get_input_embeddings().weight.dtype)
-    except (ImportError, PyargsError):
+    except PyargsError:
         return False
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     return decoder in _stacks or 1.2 * size < psutil.virtual_memory().available
@@ -363,10 +375,13 @@ def stack_of(model: nn.Module, adapter: nn.Module | None = None) -> Stack:
 
 
 def _state(part: nn.Module | None) -> tuple | None:
-    """Changes whenever the part's weights do, unless somebody writes to their `data`."""
+    """Changes when the part's weights do, or what LoRA does with them. Fused optimizers and writes to `data` leave no trace
+    but the numbers themselves, so some of each parameter are looked at; a change of a few rows only can be missed."""
     if part is None:
         return None
-    return lora.active(part), *((p.data_ptr(), p._version) for p in part.parameters())
+    sample = [p.detach().flatten()[:: 1 + p.numel() // 61].float() for p in part.parameters()]
+    places = ((p.data_ptr(), 0 if p.is_inference() else p._version) for p in part.parameters())
+    return lora.state(part), torch.cat(sample).numpy().tobytes(), *places
 
 
 def _parts(model: nn.Module) -> tuple[nn.Module, nn.Module | None]:

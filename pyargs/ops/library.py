@@ -31,7 +31,8 @@ def _load_extension() -> bool:
     return False
 
 
-_has_extension = _load_extension()
+has_extension = _load_extension()
+"""Whether pyargs._C is loaded. It must not be loaded later: its ops would be defined twice."""
 
 
 def define(name: str, default: Callable, fake: Callable, mutates: tuple[str, ...] = ()) -> tuple[Callable, Callable]:
@@ -43,7 +44,7 @@ def define(name: str, default: Callable, fake: Callable, mutates: tuple[str, ...
     looking keywords up costs more than a small kernel. `mutates` names the arguments that it changes.
     """
     qualified = f"pyargs::{name}"
-    if _has_extension and torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CPU"):
+    if has_extension and torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CPU"):
         native.add(name)
     else:
         torch.library.define(qualified, torch.library.infer_schema(default, mutates_args=mutates))
