@@ -69,16 +69,17 @@ def test_guesses_change_nothing_bit_by_bit(rows, guesses, monkeypatch):
     assert (want.slots > 0).any()  # the rewards steer
 
 
-def test_misses_are_counted(monkeypatch):
+@pytest.mark.parametrize("guesses", [1, 3, None])
+def test_only_a_winner_that_was_not_guessed_takes_a_pass_of_its_own(guesses, monkeypatch):
     policy, model = pair("shared lora")
-    monkeypatch.setattr(native, "GUESSES", {1: 2})
-    kept = []
-    real = native.OneStack.__init__
-    monkeypatch.setattr(native.OneStack, "__init__", lambda self, *a: (real(self, *a), kept.append(self))[0])
+    if guesses is not None:
+        monkeypatch.setattr(native, "GUESSES", {1: guesses})
+    guesses, passes = native.GUESSES.get(1, 0), []
+    real = stacks.Stack.__call__
+    monkeypatch.setattr(stacks.Stack, "__call__", lambda self, *a, **b: (passes.append(b), real(self, *a, **b))[1])
     got = decoded(policy, model, prompts([4]), ["ann"], reward_weight=3.0, eos_token_id=[])
-    (one,) = kept
-    assert one.steps == 11  # none behind the last of 12 tokens
-    assert one.missed == (got.slots[0, :-1] >= 2).sum() > 0
+    missed = int((got.slots[0, :-1] >= guesses).sum())  # nothing follows the last token
+    assert 0 < missed < 11 and len(passes) == 1 + 12 + missed
 
 
 def test_which_models():

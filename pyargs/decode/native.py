@@ -57,18 +57,15 @@ class TwoStacks:
 
 class OneStack:
     """Policy and reward model on the same weights. Rows 0 .. B of the cache are the policy's; with LoRA the reward model has
-    B more. Of `steps` steps of a row, `missed` had a winner whose row had not been there."""
+    B more."""
 
     def __init__(self, policy, reward_model: RewardModel, caches: tuple[native.Cache, ...]):
         (self.cache,) = caches
-        self.adapted = lora.active(reward_model.backbone)
-        self.stack = native.stack_of(policy, reward_model.backbone if self.adapted else None)
-        self.steps = self.missed = 0
+        self.stack, self.adapted = _shared(policy, reward_model)
 
     @staticmethod
     def caches(policy, reward_model: RewardModel, rows: int, capacity: int) -> tuple[native.Cache, ...]:
-        adapted = lora.active(reward_model.backbone)
-        stack = native.stack_of(policy, reward_model.backbone if adapted else None)
+        stack, adapted = _shared(policy, reward_model)
         return (stack.cache(rows * 2 if adapted else rows, capacity),)
 
     def begin(self, request: Request) -> tuple[Tensor, Tensor]:
@@ -83,7 +80,7 @@ class OneStack:
         if not self.adapted:
             self.states = self.stack(candidates, self.cache, branches=True)
             return self.states
-        guesses = min(GUESSES.get(rows, 0), k)
+        guesses = GUESSES.get(rows, 0)
         mask = torch.ones(2 * rows, k, dtype=torch.bool)
         mask[:rows, guesses:] = False
         states = self.stack(candidates.repeat(2, 1), self.cache, mask, branches=True, delta=self._delta(rows))
@@ -99,8 +96,13 @@ class OneStack:
         missed = (~hit).nonzero().flatten()
         if len(missed):
             state[missed] = self.stack(token[missed].unsqueeze(1), self.cache, rows=missed)[:, 0]
-        self.steps, self.missed = self.steps + len(slot), self.missed + len(missed)
         return self.stack.logits(state)
 
     def _delta(self, rows: int) -> Tensor | bool:
         return torch.arange(2 * rows) >= rows if self.adapted else False
+
+
+def _shared(policy, reward_model: RewardModel) -> tuple[native.Stack, bool]:
+    """The stack of both, and whether LoRA sets them apart."""
+    adapted = lora.active(reward_model.backbone)
+    return native.stack_of(policy, reward_model.backbone if adapted else None), adapted
