@@ -82,6 +82,28 @@ def test_only_a_winner_that_was_not_guessed_takes_a_pass_of_its_own(guesses, mon
     assert 0 < missed < 11 and len(passes) == 1 + 12 + missed
 
 
+@pytest.mark.parametrize("weights", ["own", "shared", "shared lora"])
+def test_rows_that_have_finished_take_no_work(weights, monkeypatch):
+    policy, model = pair(weights)
+    counted = []
+    real = stacks.Stack.__call__
+
+    def counting(self, ids, cache, mask=None, **more):
+        counted.append(int(mask.sum()) if mask is not None else ids.numel())
+        return real(self, ids, cache, mask, **more)
+
+    monkeypatch.setattr(stacks.Stack, "__call__", counting)
+    rows, changes = prompts([4, 1, 9]), dict(eos_token_id=list(range(1, 30)), pad_token_id=50, reward_weight=2.0)
+    got = decoded(policy, model, rows, USERS, **changes)
+    worked = sum(counted)
+    counted.clear()
+    same(got, plain(policy, model, rows, USERS, **changes))
+    steps = int((got.tokens != 50).sum())  # of rows that went on
+    prompt, k = sum(map(len, rows)), 5
+    most = {"own": 2 * prompt + steps * (k + 1), "shared": prompt + steps * k, "shared lora": 2 * prompt + steps * (k + 1)}
+    assert worked <= most[weights] and got.lengths.min() < got.lengths.max()
+
+
 def test_which_models():
     policy, model = pair("shared lora")
     assert native.of(policy, model) is native.OneStack

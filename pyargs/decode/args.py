@@ -89,5 +89,5 @@ def decode(policy, reward_model: RewardModel, request: Request) -> Decoded:
         state, token, slot = choose(both, folded, request, output, state)
         if output.stop(request, step, state.finished) or step + 1 == request.max_new_tokens:
             break
-        state = state._replace(logits=both.follow(token, slot))
+        state = state._replace(logits=both.follow(token, slot, state.finished))
     return output.decoded(request, state.finished)

@@ -145,7 +145,7 @@ def _start(both: TwoPasses | OnePass, reward_model, request: Request, finished: 
 
 def _step(both: TwoPasses | OnePass, recording: Recording) -> None:
     state, token, slot = choose(both, recording.folded, recording.request, recording.output, recording.state)
-    for kept, new in zip(recording.state, state._replace(logits=both.follow(token, slot)), strict=True):
+    for kept, new in zip(recording.state, state._replace(logits=both.follow(token, slot, state.finished)), strict=True):
         kept.copy_(new)
 
 

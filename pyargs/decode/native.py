@@ -47,12 +47,13 @@ class TwoStacks:
         state = self.policy(ids, self.policy_cache, mask)[:, -1]
         return self.policy.logits(state), self.backbone(ids, self.reward_cache, mask)[:, -1]
 
-    def branch(self, candidates: Tensor) -> Tensor:
-        return self.backbone(candidates, self.reward_cache, branches=True)
+    def branch(self, candidates: Tensor, finished: Tensor) -> Tensor:
+        return self.backbone(candidates, self.reward_cache, _for(candidates, finished), branches=True)
 
-    def follow(self, token: Tensor, slot: Tensor) -> Tensor:
-        self.backbone.commit(self.reward_cache, slot)
-        return self.policy.logits(self.policy(token.unsqueeze(1), self.policy_cache)[:, 0])
+    def follow(self, token: Tensor, slot: Tensor, finished: Tensor) -> Tensor:
+        self.backbone.commit(self.reward_cache, slot.masked_fill(finished, -1))
+        ids = token.unsqueeze(1)
+        return self.policy.logits(self.policy(ids, self.policy_cache, _for(ids, finished))[:, 0])
 
 
 class OneStack:
@@ -75,31 +76,37 @@ class OneStack:
         state = self.stack(ids, self.cache, mask, delta=self._delta(rows))[:, -1]
         return self.stack.logits(state[:rows]), state[-rows:]
 
-    def branch(self, candidates: Tensor) -> Tensor:
-        rows, k = candidates.shape
+    def branch(self, candidates: Tensor, finished: Tensor) -> Tensor:
+        wanted = _for(candidates, finished)
         if not self.adapted:
-            self.states = self.stack(candidates, self.cache, branches=True)
+            self.states = self.stack(candidates, self.cache, wanted, branches=True)
             return self.states
+        rows = len(candidates)
         guesses = GUESSES.get(rows, 0)
-        mask = torch.ones(2 * rows, k, dtype=torch.bool)
+        mask = torch.cat([wanted, wanted])
         mask[:rows, guesses:] = False
         states = self.stack(candidates.repeat(2, 1), self.cache, mask, branches=True, delta=self._delta(rows))
         self.states = states[:rows, :guesses]
         return states[rows:]
 
-    def follow(self, token: Tensor, slot: Tensor) -> Tensor:
-        slot = slot.clamp(min=0)
-        hit = slot < self.states.shape[1]
-        self.stack.commit(self.cache, torch.cat([slot.where(hit, -1), slot]) if self.adapted else slot)
-        state = self.states.new_empty(len(slot), self.stack.dim)
+    def follow(self, token: Tensor, slot: Tensor, finished: Tensor) -> Tensor:
+        hit = (slot < self.states.shape[1]) & ~finished
+        committed = torch.cat([slot.where(hit, -1), slot.masked_fill(finished, -1)])
+        self.stack.commit(self.cache, committed if self.adapted else committed[: len(slot)])
+        state = self.states.new_zeros(len(slot), self.stack.dim)
         state[hit] = self.states[hit, slot[hit]]
-        missed = (~hit).nonzero().flatten()
+        missed = (~hit & ~finished).nonzero().flatten()
         if len(missed):
             state[missed] = self.stack(token[missed].unsqueeze(1), self.cache, rows=missed)[:, 0]
         return self.stack.logits(state)
 
     def _delta(self, rows: int) -> Tensor | bool:
         return torch.arange(2 * rows) >= rows if self.adapted else False
+
+
+def _for(ids: Tensor, finished: Tensor) -> Tensor:
+    """Which of ids [B, n] to compute: those of rows that go on."""
+    return ~finished.unsqueeze(1).expand(ids.shape)
 
 
 def _shared(policy, reward_model: RewardModel) -> tuple[native.Stack, bool]:

@@ -1,7 +1,8 @@
 """How policy and reward model see a batch: each in a pass of its own, or both in one where they rest on the same weights.
 
 Both ways have `begin` (the prompts), `branch` (the reward model reads all candidates of a step) and `follow` (the policy goes
-on behind the chosen one). They read nothing back from the device, so that a step of theirs can be captured.
+on behind the chosen one). They read nothing back from the device, so that a step of theirs can be captured;
+what they give for rows that have finished [B] does not matter.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ class TwoPasses:
         logits = _prompt(self.policy, request, self.policy_cache, logits_to_keep=1).logits[:, -1]
         return logits, _prompt(self.backbone, request, self.reward_cache).last_hidden_state[:, -1]
 
-    def branch(self, candidates: Tensor) -> Tensor:
+    def branch(self, candidates: Tensor, finished: Tensor) -> Tensor:
         """The reward model's states [B, k, D] of candidates [B, k]."""
         return _branches(self.backbone, candidates, self.reward_cache).last_hidden_state
 
-    def follow(self, token: Tensor, slot: Tensor) -> Tensor:
+    def follow(self, token: Tensor, slot: Tensor, finished: Tensor) -> Tensor:
         """Logits [B, V] behind the chosen token [B], which stood at slot [B] of the candidates."""
         self.reward_cache.commit(slot)
         logits = _branches(self.policy, token.unsqueeze(1).to(self.policy.device), self.policy_cache, logits_to_keep=1).logits
@@ -72,13 +73,13 @@ class OnePass:
         rows = len(request.input_ids)
         return self.output(state[:rows]), state[-rows:]
 
-    def branch(self, candidates: Tensor) -> Tensor:
+    def branch(self, candidates: Tensor, finished: Tensor) -> Tensor:
         with self._lora(candidates):
             states = _branches(self.backbone, candidates.repeat(self.times, 1), self.cache).last_hidden_state
         self.states = states[: len(candidates)]
         return states[-len(candidates) :]
 
-    def follow(self, token: Tensor, slot: Tensor) -> Tensor:
+    def follow(self, token: Tensor, slot: Tensor, finished: Tensor) -> Tensor:
         self.cache.commit(slot.repeat(self.times))
         place = slot.clamp(min=0)[:, None, None].expand(-1, 1, self.states.shape[-1])
         return self.output(self.states.gather(1, place).squeeze(1))

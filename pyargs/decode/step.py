@@ -42,7 +42,7 @@ def choose(passes: Passes, folded: Folded, request: Request, output: Output, sta
     device = request.user.device
     logprobs, candidates, _ = topk_logprobs(as_float(state.logits)[:, : request.vocabulary], request.num_candidates)
     logprobs, candidates = logprobs.to(device), candidates.to(device)
-    hidden = passes.branch(candidates)
+    hidden = passes.branch(candidates, state.finished)
     token, slot, reward, finished = score_select(
         folded.features(as_float(hidden), request.user), folded.weight, request.user, request.step_weight(output.steps),
         logprobs, candidates, state.finished, bias=folded.bias, activation=folded.activation, stop=request.stop,
