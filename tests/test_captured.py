@@ -13,8 +13,7 @@ import replay
 import torch
 from conftest import FULL_ATTENTION, reward_model, tiny_lm
 from hypothesis import given, settings
-from hypothesis import strategies as st
-from test_decode import USERS, arguments, plain, prompts, same, shared_pair
+from test_decode import USERS, arguments, plain, prompts, requests, same, shared_pair
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyargs
@@ -62,25 +61,10 @@ def recorded(policy, model, rows, users, **changes):
 
 
 @settings(max_examples=25, deadline=None)
-@given(
-    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6),
-    head=st.sampled_from(["linear", "mlp", "personal mlp"]),
-    k=st.sampled_from([1, 2, 7]),
-    sample=st.booleans(),
-    eos=st.sampled_from([[], [1], [1, 7, 9, 11, 13, 20, 21, 30, 31, 40, 41, 50, 51]]),
-    eos_reward=st.sampled_from(["before", "state"]),
-    weights=st.sampled_from(["own", "shared", "shared lora"]),
-    seed=st.integers(0, 99),
-)
-def test_like_the_reference(lengths, head, k, sample, eos, eos_reward, weights, seed):
-    policy, model = shared_pair(weights, head, seed)
-    users = [USERS[i % 3] for i in range(len(lengths))]
-    weight = [0.0, 1.5, 0.3, 4.0, 1.0, 2.0][: len(lengths)]
-    changes = dict(
-        num_candidates=k, do_sample=sample, eos_token_id=eos, eos_reward=eos_reward, seed=seed, reward_weight=weight
-    )
-    rows = prompts(lengths, seed)
-    same(recorded(policy, model, rows, users, **changes), plain(policy, model, rows, users, **changes))
+@given(request=requests(most=6))
+def test_like_the_reference(request):
+    *batch, changes = request
+    same(recorded(*batch, **changes), plain(*batch, **changes))
 
 
 @pytest.mark.parametrize("family", FULL_ATTENTION)

@@ -101,26 +101,28 @@ def test_decoders_follow_the_definition(family, decoder):
         torch.testing.assert_close(got.rewards[0], torch.tensor(rewards), atol=2e-5, rtol=2e-5)
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
-    head=st.sampled_from(["linear", "mlp", "personal mlp"]),
-    k=st.sampled_from([1, 2, 7]),
-    sample=st.booleans(),
-    eos=st.sampled_from([[], [1], [1, 7, 9, 11, 13, 20, 21, 30, 31, 40, 41, 50, 51]]),
-    eos_reward=st.sampled_from(["before", "state"]),
-    weights=st.sampled_from(["own", "shared", "shared lora"]),
-    seed=st.integers(0, 99),
-)
-def test_shared_prefix_equals_k_copies(lengths, head, k, sample, eos, eos_reward, weights, seed):
-    policy, model = shared_pair(weights, head, seed)
-    users = [USERS[i % 3] for i in range(len(lengths))]
-    weight = [0.0, 1.5, 0.3, 4.0][: len(lengths)]
+@st.composite
+def requests(draw, most: int = 4):
+    """Models and a batch: (policy, reward model, prompts, users, changes of the arguments)."""
+    lengths = draw(st.lists(st.integers(1, 9), min_size=1, max_size=most))
+    head = draw(st.sampled_from(["linear", "mlp", "personal mlp"]))
+    weights = draw(st.sampled_from(["own", "shared", "shared lora"]))
+    seed = draw(st.integers(0, 99))
     changes = dict(
-        num_candidates=k, do_sample=sample, eos_token_id=eos, eos_reward=eos_reward, seed=seed, reward_weight=weight
-    )
-    rows = prompts(lengths, seed)
-    same(guided(policy, model, rows, users, **changes), plain(policy, model, rows, users, **changes))
+        num_candidates=draw(st.sampled_from([1, 2, 7])), do_sample=draw(st.booleans()),
+        eos_token_id=draw(st.sampled_from([[], [1], [1, 7, 9, 11, 13, 20, 21, 30, 31, 40, 41, 50, 51]])),
+        eos_reward=draw(st.sampled_from(["before", "state"])), seed=seed,
+        reward_weight=[0.0, 1.5, 0.3, 4.0, 1.0, 2.0][: len(lengths)],
+    )  # fmt: skip
+    users = [USERS[i % 3] for i in range(len(lengths))]
+    return *shared_pair(weights, head, seed), prompts(lengths, seed), users, changes
+
+
+@settings(max_examples=25, deadline=None)
+@given(request=requests())
+def test_shared_prefix_equals_k_copies(request):
+    *batch, changes = request
+    same(guided(*batch, **changes), plain(*batch, **changes))
 
 
 @pytest.mark.parametrize("family", FULL_ATTENTION + ("mistral",))
