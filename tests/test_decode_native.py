@@ -106,9 +106,9 @@ def test_rows_that_have_finished_take_no_work(weights, monkeypatch):
 
 def test_which_models():
     policy, model = pair("shared lora")
-    assert native.of(policy, model) is native.OneStack
-    assert native.of(policy, pair("own")[1]) is native.TwoStacks
-    assert native.of(policy, model.merge()) is native.TwoStacks
+    assert type(native.of(policy, model, 1, 8)) is native.OneStack
+    assert type(native.of(policy, pair("own")[1], 1, 8)) is native.TwoStacks
+    assert type(native.of(policy, model.merge(), 1, 8)) is native.TwoStacks
     assert not native.possible(tiny_lm(), reward_model(tiny_lm()))  # float64
     assert not native.possible(policy, pair("own", "phi")[1])
 

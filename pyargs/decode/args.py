@@ -77,12 +77,12 @@ def decode(policy, reward_model: RewardModel, request: Request) -> Decoded:
     """The loop over shared prefixes; `generate` says what it does."""
     rows, length = request.input_ids.shape
     k, device = request.num_candidates, reward_model.device
+    capacity, folded = length + request.max_new_tokens + k, reward_model.head.fold()
     if native.possible(policy, reward_model):
-        way = native.of(policy, reward_model)
+        both = native.of(policy, reward_model, rows, capacity)
     else:
         way = passes.of(policy, reward_model, rows, k)
-    caches = way.caches(policy, reward_model, rows, length + request.max_new_tokens + k)
-    both, folded = way(policy, reward_model, caches), reward_model.head.fold()
+        both = way(policy, reward_model, way.caches(policy, reward_model, rows, capacity))
     output = Output(rows, request.max_new_tokens, device)
     state = begin(both, reward_model, request, torch.zeros(rows, dtype=torch.bool, device=device))
     for step in range(request.max_new_tokens):

@@ -27,20 +27,21 @@ def possible(policy, reward_model: RewardModel) -> bool:
     return all(native.can_pack(model) for model in models) and plain_output_layer(policy)
 
 
-def of(policy, reward_model: RewardModel) -> type[TwoStacks] | type[OneStack]:
-    return OneStack if same_weights(policy.get_decoder(), reward_model.backbone) else TwoStacks
+def of(policy, reward_model: RewardModel, rows: int, capacity: int) -> TwoStacks | OneStack:
+    """The passes of a batch of `rows`, with room for `capacity` tokens each, branches included."""
+    backbone = reward_model.backbone
+    if not same_weights(policy.get_decoder(), backbone):
+        return TwoStacks(native.stack_of(policy), native.stack_of(backbone), rows, capacity)
+    adapted = lora.active(backbone)
+    return OneStack(native.stack_of(policy, backbone if adapted else None), adapted, rows, capacity)
 
 
 class TwoStacks:
     """Policy and reward model each through a stack of its own."""
 
-    def __init__(self, policy, reward_model: RewardModel, caches: tuple[native.Cache, ...]):
-        self.policy, self.backbone = native.stack_of(policy), native.stack_of(reward_model.backbone)
-        self.policy_cache, self.reward_cache = caches
-
-    @staticmethod
-    def caches(policy, reward_model: RewardModel, rows: int, capacity: int) -> tuple[native.Cache, ...]:
-        return tuple(native.stack_of(model).cache(rows, capacity) for model in (policy, reward_model.backbone))
+    def __init__(self, policy: native.Stack, backbone: native.Stack, rows: int, capacity: int):
+        self.policy, self.backbone = policy, backbone
+        self.policy_cache, self.reward_cache = policy.cache(rows, capacity), backbone.cache(rows, capacity)
 
     def begin(self, request: Request) -> tuple[Tensor, Tensor]:
         ids, mask = request.input_ids, request.attention_mask
@@ -57,17 +58,12 @@ class TwoStacks:
 
 
 class OneStack:
-    """Policy and reward model on the same weights. Rows 0 .. B of the cache are the policy's; with LoRA the reward model has
-    B more."""
+    """Policy and reward model on the same weights. Rows 0 .. B of the cache are the policy's; with LoRA (`adapted`) the reward
+    model has B more."""
 
-    def __init__(self, policy, reward_model: RewardModel, caches: tuple[native.Cache, ...]):
-        (self.cache,) = caches
-        self.stack, self.adapted = _shared(policy, reward_model)
-
-    @staticmethod
-    def caches(policy, reward_model: RewardModel, rows: int, capacity: int) -> tuple[native.Cache, ...]:
-        stack, adapted = _shared(policy, reward_model)
-        return (stack.cache(rows * 2 if adapted else rows, capacity),)
+    def __init__(self, stack: native.Stack, adapted: bool, rows: int, capacity: int):
+        self.stack, self.adapted = stack, adapted
+        self.cache = stack.cache(rows * 2 if adapted else rows, capacity)
 
     def begin(self, request: Request) -> tuple[Tensor, Tensor]:
         ids, mask, rows = request.input_ids, request.attention_mask, len(request.input_ids)
@@ -107,9 +103,3 @@ class OneStack:
 def _for(ids: Tensor, finished: Tensor) -> Tensor:
     """Which of ids [B, n] to compute: those of rows that go on."""
     return ~finished.unsqueeze(1).expand(ids.shape)
-
-
-def _shared(policy, reward_model: RewardModel) -> tuple[native.Stack, bool]:
-    """The stack of both, and whether LoRA sets them apart."""
-    adapted = lora.active(reward_model.backbone)
-    return native.stack_of(policy, reward_model.backbone if adapted else None), adapted
