@@ -1,8 +1,8 @@
 """How policy and reward model see a batch: each in a pass of its own, or both in one where they rest on the same weights.
 
 Both ways have `begin` (the prompts), `branch` (the reward model reads all candidates of a step) and `follow` (the policy goes
-on behind the chosen one). They read nothing back from the device, so that a step of theirs can be captured;
-what they give for rows that have finished [B] does not matter.
+on behind the chosen one). What they give for rows that have finished [B] does not matter. They read nothing back from the
+device, so that a step of theirs can be captured.
 """
 
 from __future__ import annotations
