@@ -6,6 +6,7 @@ import hashlib
 import json
 
 import torch
+from filelock import FileLock
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -123,9 +124,11 @@ def _cached(kind: str, model, inputs, compute) -> dict[str, Tensor]:
     key = json.dumps([fingerprint(model), inputs, native.can_pack(model)])
     key = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
     file = cache_dir() / kind / f"{key}.safetensors"
-    if file.exists():
-        return read_tensors(file)
-    values = compute()
-    with writing(file) as temporary:
-        save_file(values, temporary)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_suffix(".lock")):  # of processes that ask for the same, one computes
+        if file.exists():
+            return read_tensors(file)
+        values = compute()
+        with writing(file) as temporary:
+            save_file(values, temporary)
     return values

@@ -72,10 +72,12 @@ def stages(tmp_path_factory):
         "tune": [folder / "model", *both, "--prompts", "4", "--max-new-tokens", "6", "--out", folder / "tune.json"],
         "decode": [folder / "model", *both, "--tuned", folder / "tune.json", "--limit", "5", "--max-new-tokens", "6",
                    "--out", folder / "answers.jsonl"],
+        "zero": [folder / "model", *both, "--reward-weight", "0", "--limit", "5", "--max-new-tokens", "6",
+                 "--out", folder / "zero.jsonl"],
         "evaluate": [folder / "model", *both, "--tuned", folder / "tune.json", "--generations", folder / "answers.jsonl",
-                     "--out", folder / "result.json"],
+                     "--bertscore", "minilm", "--zero-shot", folder / "zero.jsonl", "--out", folder / "result.json"],
     }  # fmt: skip
-    return folder, {verb: [verb, *map(str, words)] for verb, words in steps.items()}
+    return folder, {verb: ["decode" if verb == "zero" else verb, *map(str, words)] for verb, words in steps.items()}
 
 
 def call(capsys, words: list[str], expect: int = 0) -> dict:
@@ -93,7 +95,12 @@ def test_the_whole_path_and_nothing_twice(stages, capsys):
         assert not done.get("already_done")
     result = files.read_json(folder / "result.json")
     assert {"base", "personal", "weight_0"} == set(result["values"]["policy_accuracy"])
-    assert 0 <= result["values"]["rouge"]["answers"]["rouge1"] <= 100
+    found = result["values"]["generations"]
+    assert 0 <= found["rouge1"] <= 100 and found["perplexity"] >= 1 and found["bertscore_model"].startswith("minilm, layer 6")
+    assert found["win_rate"]["n"] == 5 and 0 <= found["win_rate"]["win_rate"] + found["win_rate"]["tie_rate"] <= 100
+    written = result["values"]["answers"]
+    assert found["rouge1"] == pytest.approx(sum(a["rouge1"] for a in written) / 5, abs=0.01)
+    assert all(set(a) == {"user_id", "pair_id", "text", "rouge1", "rougeL", "bertscore"} for a in written)
     assert result["provenance"]["versions"]["torch"] and result["inputs"]["data"]
     answers = list(files.read_jsonl(folder / "answers.jsonl"))
     assert len(answers) == 5 and all(len(a["tokens"]) == len(a["slots"]) <= 6 for a in answers)
@@ -263,13 +270,15 @@ def test_models_that_answer_by_themselves_take_no_policy_and_no_weight(capsys, t
     )
     assert "no weight to choose" in call(capsys, ["tune", "icl", *data, "--out", "t.json"], expect=1)
     values = call(capsys, ["evaluate", "icl", *data, "--generations", "a.jsonl", "--out", "r.json"])["values"]
-    assert set(values["policy_accuracy"]["personal"]) == {"mean", "sum"} and values["rouge"]["a"]["n"] == 2
+    assert set(values["policy_accuracy"]["personal"]) == {"mean", "sum"} and values["generations"]["n"] == 2
+    zero = ["evaluate", "icl", *data, "--generations", "a.jsonl", "--zero-shot", "a.jsonl", "--out", "z.json"]
+    assert "has no rewards" in call(capsys, zero, expect=1)
     # A reward model without its policy: what it can say alone, and no more.
     call(capsys, ["train", "pal", "--profile", "smoke", "--freeze-backbone"])
     call(capsys, ["adapt", "output/smoke/pal", *data, "--out", "pal"])
     assert set(call(capsys, ["evaluate", "pal", *data, "--out", "p.json"])["values"]) == {"rm_accuracy"}
     alone = ["evaluate", "pal", *data, "--policy", "tiny-random", "--out", "q.json"]
-    assert "give both --policy and --tuned" in call(capsys, alone, expect=1)
+    assert "give both --policy and the weight" in call(capsys, alone, expect=1)
     assert "name the --policy" in call(capsys, ["decode", "pal", *few, "--best-of", "2", "--out", "c.jsonl"], expect=1)
     both = ["--policy", "tiny-random", *few]
     assert "PAL-B" in call(capsys, ["decode", "pal", *both, "--reward-weight", "1", "--out", "c.jsonl"], expect=1)

@@ -13,16 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyargs.errors import PyargsError
-from pyargs.metrics.overlap import rouge
+from pyargs.metrics.overlap import bertscore, rouge
 from pyargs.metrics.perplexity import perplexities, perplexity
 from pyargs.metrics.policy_accuracy import PairScores, pair_scores, policy_accuracy
 from pyargs.metrics.rm_accuracy import rm_accuracy
+from pyargs.metrics.win_rate import win_rate
 
 
 def test_ties_are_errors_and_are_counted():
     found = rm_accuracy(torch.tensor([[2.0, 1.0], [1.0, 1.0], [0.0, 1.0], [3.0, 1.0]]), ["a", "a", "a", "b"])
     assert found["accuracy"] == 50 and found["tie_rate"] == 25 and found["n"] == 4 and found["users"] == 2
-    assert found["macro"] == pytest.approx(100 * (1 / 3 + 1) / 2)
+    assert found["macro"] == pytest.approx(100 * (1 / 3 + 1) / 2) and found["each"] == {"a": "100", "b": "1"}
     with pytest.raises(PyargsError, match="no pairs"):
         rm_accuracy(torch.zeros(0, 2), [])
     with pytest.raises(PyargsError, match="not a number"):
@@ -33,7 +34,9 @@ def test_ties_are_errors_and_are_counted():
 def test_the_order_of_pairs_does_not_matter(order):
     rewards = torch.tensor([[1.0, 0], [0, 1], [2, 2], [5, 1], [1, 5], [3, 2]])
     users = ["a", "b", "a", "c", "c", "b"]
-    assert rm_accuracy(rewards[list(order)], [users[i] for i in order]) == rm_accuracy(rewards, users)
+    one, two = rm_accuracy(rewards[list(order)], [users[i] for i in order]), rm_accuracy(rewards, users)
+    assert {u: sorted(e) for u, e in one.pop("each").items()} == {u: sorted(e) for u, e in two.pop("each").items()}
+    assert one == two
 
 
 def test_policy_accuracy_by_hand():
@@ -110,3 +113,46 @@ def test_perplexity_of_tokens():
     each = perplexities(lm, prompts, answers)
     assert each[0] == pytest.approx(want, rel=1e-4) and each[1] == float("inf")
     assert perplexity(lm, prompts, answers) == pytest.approx(want, rel=1e-4)
+
+
+def test_bertscore_of_the_same_text_is_100_and_of_nothing_0():
+    found = bertscore(["a bird in the hand", "", " ", "stones"], ["a bird in the hand", "words", "words", ""])
+    assert found["bertscore_each"][0] == pytest.approx(100, abs=1e-3) and found["bertscore_each"][1:] == [0, 0, 0]
+    assert found["bertscore"] == pytest.approx(25, abs=1e-3) and found["model"] == "minilm, layer 6, not rescaled"
+    near, far = bertscore(["the cat sleeps", "quarterly tax report"], ["a cat is asleep"] * 2)["bertscore_each"]
+    assert 100 > near > far
+    with pytest.raises(PyargsError, match="one for each"):
+        bertscore(["a"], [])
+    with pytest.raises(PyargsError, match="not possible"):
+        bertscore(["a"], ["b"], rescale=True)  # no baseline was ever computed for it
+    with pytest.raises(PyargsError, match="not possible"):
+        bertscore(["a"], ["b"], model="no/such-model")
+
+
+def test_bertscore_is_that_of_the_library_for_any_batch():
+    texts = ["one", "two words", "three words here", "and a sentence of some more words, with a comma"]
+    together = bertscore(texts, texts[::-1])["bertscore_each"]
+    alone = [bertscore([text], [other])["bertscore_each"][0] for text, other in zip(texts, texts[::-1], strict=True)]
+    assert together == pytest.approx(alone, abs=1e-3)
+
+
+class Longest:
+    """A reward model that likes long answers of its user's favourite token."""
+
+    def score(self, groups, users):
+        favourite = {"a": 1, "b": 2}
+        return [
+            torch.tensor([r.count(favourite[user]) for r in several]) for (_, several), user in zip(groups, users, strict=True)
+        ]
+
+
+def test_win_rate_by_hand():
+    prompts, users = [[9], [9], [9], [9]], ["a", "b", "a", "b"]
+    ours, theirs = [[1, 1], [1, 1], [1], []], [[1], [2], [1], [2]]
+    found = win_rate(Longest(), prompts, users, ours, theirs)
+    assert found == {"win_rate": 25, "tie_rate": 25, "n": 4, "unscored": 1, "tokens": [1.25, 1]}
+    assert win_rate(Longest(), prompts, users, ours, ours)["win_rate"] == 0  # never over oneself
+    swapped = win_rate(Longest(), prompts, users, theirs, ours)
+    assert found["win_rate"] + swapped["win_rate"] + found["tie_rate"] + 25 * found["unscored"] == 100
+    with pytest.raises(PyargsError, match="no answers"):
+        win_rate(Longest(), [], [], [], [])

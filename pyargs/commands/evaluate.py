@@ -1,4 +1,4 @@
-"""Measure a model: RM accuracy, policy accuracy, and ROUGE of generated answers against what the users wrote."""
+"""Measure a model: RM accuracy, policy accuracy, and generated answers against what the users wrote and the unguided ones."""
 
 from __future__ import annotations
 
@@ -10,23 +10,30 @@ def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
 
     parser.add_argument("model", help="folder of `pyargs adapt` (or of `pyargs train` with --split train_test)")
     add_policy(parser)
+    weight = parser.add_mutually_exclusive_group()
+    weight.add_argument("--tuned", help="file of `pyargs tune`: the weight that was chosen for this model and policy")
+    weight.add_argument(
+        "--reward-weight", type=float, help="raw w of eq. 1 instead; with neither and no --policy: RM accuracy"
+    )
     parser.add_argument("--split", default="query", help="which pairs (default: query, those of the new users)")
-    parser.add_argument("--tuned", help="file of `pyargs tune`; without it and --policy: RM accuracy")
-    parser.add_argument("--generations", nargs="*", default=[], help="files of `pyargs decode` to score with ROUGE")
+    parser.add_argument("--generations", help="file of `pyargs decode`: ROUGE, perplexity under the policy, lengths")
+    parser.add_argument("--bertscore", metavar="MODEL", help="BERTScore of them, too: minilm, a local folder or a hub name")
+    parser.add_argument(
+        "--rescale", action="store_true", help="BERTScore minus the baseline that bert-score has for its models"
+    )
+    parser.add_argument("--zero-shot", metavar="FILE", help="the policy's own answers: the model's win rate over them")
     parser.add_argument("--out", required=True, help="JSON file for the result")
     add_data(parser)
 
 
 def run(args: argparse.Namespace) -> dict:
-    from pathlib import Path
-
     from pyargs import files
     from pyargs.commands import load_data
     from pyargs.data import content_hash, of_split
     from pyargs.decode.prompts import load_pair
     from pyargs.errors import PyargsError
     from pyargs.lm import hub
-    from pyargs.metrics.overlap import rouge
+    from pyargs.lm.hf import load_lm
     from pyargs.metrics.rm_accuracy import rm_accuracy
     from pyargs.models import load_model
     from pyargs.models.folder import locate, read_config
@@ -34,41 +41,85 @@ def run(args: argparse.Namespace) -> dict:
 
     rows = of_split(load_data(args), args.split)
     tuned = files.read_tuned(args.tuned, args.model) if args.tuned else None
+    if args.reward_weight is not None:
+        tuned = {"reward_weight": args.reward_weight, "centre": 0.0}
     if (tuned is None) != (args.policy is None):
-        raise PyargsError("give both --policy and --tuned (the weight chosen for it), or neither")
+        raise PyargsError("give both --policy and the weight (--tuned or --reward-weight), or neither")
+    if (args.bertscore or args.zero_shot) and not args.generations:
+        raise PyargsError("--bertscore and --zero-shot are about --generations: name that file")
+    config = read_config(locate(args.model))
+    if args.zero_shot and config["kind"] == "user_policy":
+        raise PyargsError(f"{args.model} answers by itself ({config['method']}) and has no rewards: leave --zero-shot out")
+    if args.generations and config["kind"] != "user_policy" and args.policy is None:
+        raise PyargsError("--generations of a model that guides need its --policy")
     inputs = {"data": content_hash(rows), "model": files.sha256(args.model), "policy": hub.identity(args.policy)}
-    if args.tuned:
-        inputs["tuned"] = files.sha256(args.tuned)
-    stems = [Path(file).stem for file in args.generations]
-    if len(set(stems)) < len(stems):
-        raise PyargsError(f"two --generations files are called {max(stems, key=stems.count)}: give them different names")
-    inputs |= {Path(file).name: files.sha256(file) for file in args.generations}
-    key = files.stage_key({"stage": "evaluate", "policy": args.policy, "dtype": args.dtype, "split": args.split}, inputs)
+    inputs |= {
+        name: files.sha256(file) for name in ("tuned", "generations", "zero_shot") if (file := getattr(args, name)) is not None
+    }
+    settings = {name: getattr(args, name) for name in ("policy", "dtype", "split", "reward_weight", "bertscore", "rescale")}
+    key = files.stage_key({"stage": "evaluate", **settings}, inputs)
     if done := files.finished(args.out, key):
         return {**done, "already_done": True}
 
-    if read_config(locate(args.model))["kind"] != "user_policy" and args.policy is None:
+    if config["kind"] != "user_policy" and args.policy is None:
         model = load_model(args.model)
         values = {"rm_accuracy": rm_accuracy(model.pair_scores(rows)[1], rows["user_id"])}
     else:
         policy, model = load_pair(args.policy, args.model, dtype=args.dtype)
         values = _policy(model, rows) if args.policy is None else _guide(model, policy, rows, tuned)
-    written = {(row["user_id"], row["pair_id"]): row["chosen"] for row in rows}
-    for file in args.generations:
-        lines = list(files.read_jsonl(file))
-        missing = [line["pair_id"] for line in lines if (line["user_id"], line["pair_id"]) not in written]
-        if missing:
-            raise PyargsError(f"{file} answers items that are not in split '{args.split}', {missing[0]} for one")
-        overlap = rouge([line["text"] for line in lines], [written[line["user_id"], line["pair_id"]] for line in lines])
-        overlap["rouge1_each"] = [round(value, 2) for value in overlap["rouge1_each"]]
-        values.setdefault("rouge", {})[Path(file).stem] = {
-            "reward_weight": lines[0]["reward_weight"], **overlap,
-            "words": sum(len(line["text"].split()) for line in lines) / len(lines),
-        }  # fmt: skip
+        if args.generations:
+            # What a method made of the policy must not judge its own fluency.
+            judge = policy if args.policy else load_lm(config["backbone"], dtype=config["dtype"])[0]
+            values |= _generations(args, model, judge, rows)
     result = Result("evaluate", values, key["config"], inputs, files.provenance(model.about["fields"]["seed"])).json()
     files.write_json(args.out, result)
     files.record(args.out, key)
     return result
+
+
+def _generations(args: argparse.Namespace, model, policy, rows) -> dict:
+    """What the answers of a file are worth: means, and each answer's own values."""
+    from pyargs import files
+    from pyargs.errors import PyargsError
+    from pyargs.lm.encode import encode_prompt
+    from pyargs.metrics.overlap import bertscore, rouge
+    from pyargs.metrics.perplexity import perplexity
+    from pyargs.metrics.win_rate import win_rate
+
+    written = {(row["user_id"], row["pair_id"]): row for row in rows}
+
+    def read(file: str) -> dict:
+        lines = {(line["user_id"], line["pair_id"]): line for line in files.read_jsonl(file)}
+        if missing := lines.keys() - written.keys():
+            raise PyargsError(f"{file} answers items that are not in split '{args.split}', {min(missing)[1]} for one")
+        return lines
+
+    answers = read(args.generations)
+    if not answers:
+        raise PyargsError(f"{args.generations} holds no answer")
+    items, lines = [written[item] for item in answers], list(answers.values())
+    texts, titles = [line["text"] for line in lines], [item["chosen"] for item in items]
+    prompts = [encode_prompt(model.tokenizer, item["prompt"], model.about.get("max_length")) for item in items]
+    found = rouge(texts, titles)
+    each = {name: found.pop(f"{name}_each") for name in ("rouge1", "rougeL")}
+    found["perplexity"] = perplexity(policy, prompts, [line["tokens"] for line in lines])
+    found["words"] = sum(len(text.split()) for text in texts) / len(texts)
+    if args.bertscore:
+        scored = bertscore(texts, titles, model=args.bertscore, rescale=args.rescale, device=str(policy.device))
+        each["bertscore"] = scored["bertscore_each"]
+        found |= {"bertscore": scored["bertscore"], "bertscore_model": scored["model"]}
+    if args.zero_shot:
+        other = read(args.zero_shot)
+        if missing := answers.keys() - other.keys():
+            raise PyargsError(f"{args.zero_shot} has no answer to {min(missing)[1]}: decode the same prompts unguided")
+        ids = [[side[item]["tokens"] for item in answers] for side in (answers, other)]
+        found["win_rate"] = win_rate(model, prompts, [line["user_id"] for line in lines], *ids)
+        found["same_as_zero_shot"] = 100 * sum(a == b for a, b in zip(*ids, strict=True)) / len(ids[0])
+    singles = [
+        {**{name: line[name] for name in ("user_id", "pair_id", "text")}, **{name: round(v[i], 2) for name, v in each.items()}}
+        for i, line in enumerate(lines)
+    ]
+    return {"generations": found, "answers": singles}
 
 
 def _guide(model, policy, rows, tuned: dict) -> dict:

@@ -1,4 +1,4 @@
-"""Overlap of generated text with what the user really wrote: ROUGE."""
+"""Overlap of generated text with what the user really wrote: ROUGE by words, BERTScore by a model's states."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from pyargs.errors import PyargsError
 def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict:
     """Mean ROUGE-1 and ROUGE-L F1 in percent by rouge-score, no stemming (as LaMP), predictions stripped.
 
-    An empty prediction scores 0 and is counted in `empty`. `rouge1_each` has the single values in the order given.
-    Raises PyargsError when the lists are empty or differ in length.
+    An empty prediction scores 0 and is counted in `empty`. `rouge1_each` and `rougeL_each` have the single values in the order
+    given. Raises PyargsError when the lists are empty or differ in length.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
-    if len(predictions) != len(references) or not references:
-        raise PyargsError(f"{len(predictions)} predictions for {len(references)} references: one for each, and at least one")
+    _check(predictions, references)
     scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=False)
     scores = [scorer.score(r, p.strip()) for p, r in zip(predictions, references, strict=True)]
     each = {name: [100 * score[name].fmeasure for score in scores] for name in ("rouge1", "rougeL")}
@@ -24,5 +23,71 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict:
         **{name: sum(values) / len(values) for name, values in each.items()},
         "n": len(scores),
         "empty": sum(not p.strip() for p in predictions),
-        "rouge1_each": each["rouge1"],
+        **{f"{name}_each": values for name, values in each.items()},
     }
+
+
+def bertscore(
+    predictions: Sequence[str], references: Sequence[str], *, model: str = "minilm", rescale: bool = False,
+    device: str | None = None,
+) -> dict:  # fmt: skip
+    """Mean BERTScore F1 in percent by bert-score, without idf; scores of two models are never comparable.
+
+    model: "minilm", a local folder or a name on the hub; a model that bert-score knows is read at the layer it recommends,
+    others at their last. rescale: subtract bert-score's own English baseline, which only its models have. `model` of the
+    result says which, the layer, and whether rescaled (the paper names neither). An empty prediction or reference scores 0:
+    bert-score 0.3.13 crashes on one with current transformers. `bertscore_each`: single values in the order given.
+    Raises PyargsError for lists that are empty or differ in length, a model that cannot be loaded, a missing baseline.
+    """
+    import logging
+
+    _check(predictions, references)
+    pairs = [(p.strip(), r.strip()) for p, r in zip(predictions, references, strict=True)]
+    full = [i for i, (p, r) in enumerate(pairs) if p and r]
+    scorer, layer = _scorer(model, rescale, device)
+    each = [0.0] * len(pairs)
+    if full:
+        quiet = logging.getLogger("transformers.modeling_utils")
+        level = quiet.level
+        quiet.setLevel(logging.ERROR)
+        try:
+            _, _, f1 = scorer.score([pairs[i][0] for i in full], [pairs[i][1] for i in full])
+        finally:
+            quiet.setLevel(level)
+        for i, value in zip(full, f1.tolist(), strict=True):
+            each[i] = 100 * value
+    return {
+        "bertscore": sum(each) / len(each),
+        "model": f"{model}, layer {layer}, {'rescaled' if rescale else 'not rescaled'}",
+        "bertscore_each": each,
+    }
+
+
+def _scorer(model: str, rescale: bool, device: str | None):
+    """bert-score's scorer and the layer that it reads."""
+    from bert_score import BERTScorer
+    from bert_score.utils import model2layers
+    from transformers import AutoConfig
+
+    from pyargs.lm import hub
+
+    path = str(hub.resolve(model))
+    try:
+        layer = model2layers.get(model) or AutoConfig.from_pretrained(path).num_hidden_layers
+        scorer = BERTScorer(
+            model_type=path, num_layers=layer, lang="en" if rescale else None, rescale_with_baseline=rescale, device=device,
+            use_fast_tokenizer=True,
+        )  # fmt: skip
+        if rescale:
+            _ = scorer.baseline_vals
+    except (OSError, ValueError, AttributeError) as error:
+        raise PyargsError(f"BERTScore with '{model}'{' rescaled' if rescale else ''} is not possible: {error}") from error
+    # A local tokenizer may know no limit, which is then a number that its own code can not take.
+    room = scorer._model.config.max_position_embeddings
+    scorer._tokenizer.model_max_length = min(scorer._tokenizer.model_max_length, room)
+    return scorer, layer
+
+
+def _check(predictions: Sequence[str], references: Sequence[str]) -> None:
+    if len(predictions) != len(references) or not references:
+        raise PyargsError(f"{len(predictions)} predictions for {len(references)} references: one for each, and at least one")

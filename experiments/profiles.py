@@ -1,0 +1,169 @@
+"""What the evaluation runs: the rows of the tables, the data sets, the profiles. `experiments/reproduce.py` runs it.
+
+A profile: workers (processes), seeds, dtype, sets. A set: stands_for (the paper's data set whose tables it fills; None: an
+extra table), about, data (flags of every command; {shared} and {work} are folders), build (flags of `pyargs data build` where
+the set has to be made), needs (what must be there), backbone (of the reward models), policies, rows (name -> method and the
+fields that are not its defaults; None: a control that is no method), once (rows that are run for the first seed only), tune
+(flags), decode (flags; None: nothing is generated), bertscore (its model).
+"""
+
+from __future__ import annotations
+
+ZERO_SHOT = {"Zero-Shot": ("icl", {"shots": 0})}
+HEADS = {
+    "Global RM": ("global_rm", {}),
+    "Global RM-v2": ("global_rm", {"pool": "mean"}),
+    "LoRE": ("lore", {}),
+    "LoRE-Alt": ("lore", {"alternate": True, "rank": 20}),
+    "MPU": ("mpu", {}),
+    "MPU-Avg": ("mpu", {"pool": "mean"}),
+    "PAL": ("pal", {"variant": "B"}),
+    "PReF": ("pref", {}),
+    "VPL": ("vpl", {}),
+}
+LANGUAGE_MODELS = {"GenARM": ("genarm", {}), "P-DPO": ("pdpo", {})}
+ICL = {"ICL": ("icl", {"shots": 8}), "ICL-RAG": ("icl", {"shots": 8, "retrieve": "minilm"})}
+SHOTS = {
+    f"{row}, {shots} shots": ("icl", {**fields, "shots": shots}) for shots in (2, 4, 16) for row, (_, fields) in ICL.items()
+}
+UNGUIDED = {"ARGS, weight 0": None}
+BLIND = {"word overlap": None, "MiniLM cosine": None}
+
+
+def fields(rows: dict, **more) -> dict:
+    return {row: (method, {**own, **more}) for row, (method, own) in rows.items()}
+
+
+def named(rows: dict, suffix: str, *names: str) -> dict:
+    """Some of the rows under other names, so that a trained backbone can stand beside a frozen one."""
+    return {f"{row}, {suffix}": rows[row] for row in names}
+
+
+def two_tastes(rows: dict) -> dict:
+    """The paper's settings for TLDR: two latent dimensions; LoRE-Alt was not run there."""
+    own = {row: value for row, value in rows.items() if row != "LoRE-Alt"}
+    return {row: (m, {**f, "rank": 2} if m in ("lore", "pref", "pal") else f) for row, (m, f) in own.items()}
+
+
+TITLES = {
+    "instruction": "Generate a title for the following abstract of a paper: ", "prompt_name": "Abstract",
+    "response_name": "title", "max_length": 6144, "response_tokens": 128,
+}  # fmt: skip
+WEIGHT_BY_TITLES = ["--objective", "harmonic"]
+CI = ["--data", "pref_lamp", "--source", "{shared}/pref_lamp_like/ci"]
+
+# -- cpu: two cores, SmolLM2-135M as policy and as backbone of the reward models ------------------------------------------
+
+FROZEN = fields(HEADS, freeze_backbone=True, dtype="bfloat16")
+
+
+def few_pairs(rows: dict, epochs: float) -> dict:
+    """LoRA on part of the pairs: what 15 minutes on two cores allow."""
+    return fields(rows, dtype="bfloat16", epochs=epochs, batch_size=8)
+
+
+CPU = {"backbone": "smollm2-135m", "policies": ["smollm2-135m"]}
+CPU_TITLES = few_pairs(
+    {"GenARM": LANGUAGE_MODELS["GenARM"], "P-DPO": ("pdpo", {"adapt_steps": 5}), **named(HEADS, "LoRA", "Global RM", "LoRE")},
+    200 / 768,
+)
+CPU_SETS = {
+    "pref_lamp": {
+        **CPU, "stands_for": "Pref-LaMP", "data": CI, "needs": "{shared}/pref_lamp_like/ci",
+        "about": "pref_lamp_like/ci: titles of papers of 30 + 10 authors (ACL, arXiv), neighbours by MiniLM",
+        "rows": {**ZERO_SHOT, **FROZEN, **UNGUIDED, **BLIND, **CPU_TITLES, **fields({**ICL, **SHOTS}, **TITLES)},
+        "once": [*CPU_TITLES, *SHOTS, "ICL-RAG"],
+        "tune": [*WEIGHT_BY_TITLES, "--grid", "0", "0.1", "0.3", "1", "3", "--prompts", "24", "--max-new-tokens", "24"],
+        "decode": ["--max-new-tokens", "32"], "bertscore": "minilm",
+    },
+    "length_prefs": {
+        **CPU, "stands_for": "TLDR", "data": ["--data", "hh_rlhf_users", "--source", "{shared}/hh_rlhf_users"],
+        "needs": "{shared}/hh_rlhf_users",
+        "about": "hh_rlhf_users/length_prefs: replies of HH-RLHF, 10 + 31 users who want longer or shorter ones",
+        "rows": {
+            **ZERO_SHOT, **two_tastes(FROZEN), **UNGUIDED, **BLIND,
+            **few_pairs({"GenARM": LANGUAGE_MODELS["GenARM"], **named(two_tastes(HEADS), "LoRA", "LoRE")}, 200 / 2400),
+        },
+        "once": ["GenARM", "LoRE, LoRA"], "tune": ["--prompts", "24", "--max-new-tokens", "24"], "decode": None,
+    },
+    "two_types": {
+        **CPU, "stands_for": "PRISM", "needs": "{shared}/hh_rlhf_users",
+        "data": ["--data", "hh_rlhf_users", "--source", "{shared}/hh_rlhf_users/two_types_prefs.jsonl.gz"],
+        "about": "hh_rlhf_users/two_types_prefs: dialogues of HH-RLHF, 40 + 20 constructed users who want helpful or harmless",
+        "rows": {**ZERO_SHOT, **FROZEN, **BLIND}, "once": [],
+        "tune": ["--prompts", "24", "--max-new-tokens", "24"], "decode": None,
+    },
+    "same_content": {
+        **CPU, "stands_for": None, "needs": "{shared}/pref_lamp_like/ci", "data": ["--data", "{work}/data/same_content"],
+        "build": ["pref_lamp", "--source", "{shared}/pref_lamp_like/ci", "--negatives", "policy", "--dtype", "bfloat16",
+                  "--embedder", "minilm"],
+        "about": "pref_lamp_like/ci, rejected: SmolLM2-135M's own title of the same abstract",
+        "rows": {**ZERO_SHOT, **FROZEN, **BLIND}, "once": [],
+        "tune": ["--prompts", "24", "--max-new-tokens", "24"], "decode": None,
+    },
+}  # fmt: skip
+
+# -- gpu: all users of the stand-in for Pref-LaMP; LoRA for one seed --------------------------------------------------------
+
+GPU_LORA = fields({**LANGUAGE_MODELS, **named(HEADS, "LoRA", "Global RM", "LoRE")}, dtype="bfloat16", epochs=1.0)
+GPU_SETS = {
+    "pref_lamp": {
+        **CPU_SETS["pref_lamp"], "data": ["--data", "{work}/data/pref_lamp"], "needs": "{shared}/pref_lamp_like",
+        "build": ["pref_lamp", "--source", "{shared}/pref_lamp_like", "--embedder", "minilm"],
+        "about": "pref_lamp_like: titles of papers of 485 + 126 authors (ACL, arXiv), neighbours by MiniLM",
+        "rows": {**ZERO_SHOT, **FROZEN, **UNGUIDED, **BLIND, **GPU_LORA, **fields({**ICL, **SHOTS}, **TITLES)},
+        "once": [*GPU_LORA, *SHOTS, "ICL-RAG"],
+        "tune": [*WEIGHT_BY_TITLES, "--grid", "0", "0.1", "0.3", "1", "3", "--prompts", "100", "--max-new-tokens", "32",
+                 "--batch-size", "64"],
+        "decode": ["--max-new-tokens", "32", "--batch-size", "128"],
+    },
+}  # fmt: skip
+
+# -- paper: its models from the hub, its data from their sources, LoRA everywhere -------------------------------------------
+
+SMOLLM2 = [f"HuggingFaceTB/SmolLM2-{size}-Instruct" for size in ("135M", "360M", "1.7B")]
+QWEN = [f"Qwen/Qwen2.5-{size}-Instruct" for size in ("0.5B", "1.5B", "3B", "7B")]
+FULL = fields({**HEADS, **LANGUAGE_MODELS}, dtype="bfloat16")
+PAPER_SETS = {
+    "tldr": {
+        "stands_for": "TLDR", "about": "TL;DR, ten workers and 31 new ones", "backbone": SMOLLM2[0], "policies": SMOLLM2,
+        "data": ["--data", "{work}/data/tldr"], "build": ["tldr", "--source", "hub"], "needs": None,
+        "rows": {**ZERO_SHOT, **two_tastes(FULL), **UNGUIDED, **BLIND}, "once": [], "tune": [], "decode": None,
+    },
+    "prism": {
+        "stands_for": "PRISM", "about": "PRISM", "backbone": QWEN[0], "policies": QWEN,
+        "data": ["--data", "{work}/data/prism"], "build": ["prism", "--source", "hub"], "needs": None,
+        "rows": {**ZERO_SHOT, **fields(FULL, max_length=1024), **UNGUIDED, **BLIND}, "once": [], "tune": [], "decode": None,
+    },
+    "pref_lamp": {
+        "stands_for": "Pref-LaMP", "about": "Pref-LaMP, 611 authors of LaMP-5", "backbone": QWEN[0], "policies": QWEN,
+        "data": ["--data", "{work}/data/pref_lamp"], "needs": None,
+        "build": ["pref_lamp", "--source", "hub", "--users", "611"],
+        "rows": {**ZERO_SHOT, **FULL, **UNGUIDED, **BLIND, **fields({**ICL, **SHOTS}, **TITLES)}, "once": [],
+        "tune": WEIGHT_BY_TITLES, "decode": [], "bertscore": "microsoft/deberta-xlarge-mnli",
+    },
+}  # fmt: skip
+
+# -- smoke: every row once on planted users with a tiny random model --------------------------------------------------------
+
+SMOKE_SETS = {
+    "synthetic": {
+        "stands_for": "Pref-LaMP", "about": "planted users who disagree as often as they agree", "backbone": "tiny-random",
+        "policies": ["tiny-random"], "data": ["--data", "synthetic"], "needs": None,
+        "rows": {
+            **ZERO_SHOT, **fields(HEADS, freeze_backbone=True, epochs=4.0), **UNGUIDED, **BLIND,
+            **fields(named(HEADS, "LoRA", "Global RM", "LoRE", "LoRE-Alt", "PAL", "VPL"), epochs=1.0),
+            "GenARM": ("genarm", {"epochs": 1.0}), "P-DPO": ("pdpo", {"epochs": 1.0, "adapt_steps": 2}),
+            **fields(ICL, shots=2),
+        },
+        "once": [], "tune": [*WEIGHT_BY_TITLES, "--grid", "0", "1", "--prompts", "8", "--max-new-tokens", "8"],
+        "decode": ["--limit", "12", "--max-new-tokens", "8"], "bertscore": "minilm",
+    },
+}  # fmt: skip
+
+PROFILES = {
+    "smoke": {"workers": 2, "seeds": [0], "dtype": "float32", "sets": SMOKE_SETS},
+    "cpu": {"workers": 2, "seeds": [0, 1, 2], "dtype": "bfloat16", "sets": CPU_SETS},
+    "gpu": {"workers": 1, "seeds": [0, 1, 2], "dtype": "bfloat16", "sets": GPU_SETS},
+    "paper": {"workers": 1, "seeds": [0, 1, 2], "dtype": "bfloat16", "sets": PAPER_SETS},
+}

@@ -1,0 +1,393 @@
+"""The paper's grid, profile by profile: every row x seed x policy x data set as stages that are not done twice.
+
+    runs/reproduce.sh PROFILE [--only ROW ...] [--sets SET ...] [--seeds N ...] [--dry-run]
+
+A cell is one row, seed and policy on one data set. Its stages are `pyargs train`, `adapt`, `tune`, `decode`, `evaluate`, whose
+files lie in --work; its numbers and generations, without any text of the data, go to --results as one JSON file, which is not
+made again unless its settings or its data are others. A run that was killed goes on where it was: at most one stage of each
+worker is lost. --dry-run prints the cells with their sizes and an estimate of the hours, and begins nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import re
+import sys
+import time
+import warnings
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+from filelock import FileLock
+from profiles import PROFILES
+from tqdm import tqdm
+
+from pyargs import data, files
+from pyargs.errors import PyargsError, did_you_mean
+from pyargs.lm import hub
+
+HERE = Path(__file__).parent
+NO_POLICY = {"word overlap", "MiniLM cosine"}  # rows that score texts
+
+
+class Cell(NamedTuple):
+    profile: str
+    set: str
+    policy: str
+    row: str
+    seed: int
+
+    def name(self) -> str:
+        return f"{self.set} / {self.policy} / {self.row} / seed {self.seed}"
+
+    def settings(self) -> dict:
+        return PROFILES[self.profile]["sets"][self.set]
+
+
+class Places(NamedTuple):
+    shared: Path
+    work: Path
+    results: Path
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def cells(profile: str) -> list[Cell]:
+    """In the order in which they are run: a set's unguided row first, since the others are compared with it."""
+    found = []
+    for name, settings in PROFILES[profile]["sets"].items():
+        for number, seed in enumerate(PROFILES[profile]["seeds"]):
+            for policy in settings["policies"]:
+                for row, method in settings["rows"].items():
+                    once = row in settings["once"] or method is None or row == "Zero-Shot"
+                    own = method is not None and method[0] == "pdpo" and policy != settings["backbone"]
+                    if not (once and number) and not own:
+                        found.append(Cell(profile, name, policy, row, seed))
+    return found
+
+
+# -- stages ----------------------------------------------------------------------------------------------------------------
+
+
+def model_folder(cell: Cell, places: Places) -> Path:
+    """Where the row's model is: a reward model is trained once for all policies, demonstrations are the policy's own."""
+    settings = cell.settings()
+    method = settings["rows"][cell.row][0]
+    backbone = cell.policy if method == "icl" else settings["backbone"]
+    return places.work / cell.profile / cell.set / slug(backbone) / f"{slug(cell.row)}-{cell.seed}"
+
+
+def out_folder(cell: Cell, places: Places) -> Path:
+    return places.work / cell.profile / cell.set / slug(cell.policy) / f"{slug(cell.row)}-{cell.seed}"
+
+
+def data_words(cell: Cell, places: Places) -> list[str]:
+    return [word.format(shared=places.shared, work=places.work) for word in cell.settings()["data"]]
+
+
+def stages(cell: Cell, places: Places) -> dict[str, list[str]]:
+    """The cell's commands: stage -> words of `pyargs`."""
+    settings, profile = cell.settings(), PROFILES[cell.profile]
+    words, out = data_words(cell, places), out_folder(cell, places)
+    policy = ["--policy", cell.policy, "--dtype", profile["dtype"]]
+    answers, generates = out / "answers.jsonl", settings["decode"] is not None
+    measures = ["--generations", str(answers), "--bertscore", settings["bertscore"]] if generates else []
+    if cell.row == "ARGS, weight 0":  # any reward model: its rewards do not count
+        model = str(model_folder(cell._replace(row="Global RM"), places) / "model")
+        found = {}
+        if generates:
+            found["decode"] = [
+                "decode",
+                model,
+                *policy,
+                "--reward-weight",
+                "0",
+                *words,
+                *settings["decode"],
+                "--out",
+                str(answers),
+            ]
+        found["evaluate"] = [
+            "evaluate",
+            model,
+            *policy,
+            "--reward-weight",
+            "0",
+            *words,
+            *measures,
+            "--out",
+            str(out / "result.json"),
+        ]
+        return found
+    method, fields = settings["rows"][cell.row]
+    folder = model_folder(cell, places)
+    seen, model = str(folder / "seen"), str(folder / "model")
+    backbone = cell.policy if method == "icl" else settings["backbone"]
+    fields = {"backbone": backbone, "dtype": profile["dtype"], "seed": cell.seed, **fields}
+    found = {
+        "train": ["train", method, *words, *flags(fields), "--out", seen],
+        "adapt": ["adapt", seen, *words, "--out", model],
+    }
+    ranks_only = method == "pal" and fields.get("variant", "B") == "B"
+    itself = method in ("icl", "pdpo")
+    guided = not itself and not ranks_only
+    if guided:
+        found["tune"] = ["tune", model, *policy, *words, *settings["tune"], "--out", str(out / "tune.json")]
+        policy += ["--tuned", str(out / "tune.json")]
+    if ranks_only or itself:
+        policy = []
+    if generates and not ranks_only:
+        found["decode"] = ["decode", model, *policy, *words, *settings["decode"], "--out", str(answers)]
+        if guided:
+            measures += ["--zero-shot", str(out_folder(zero_shot(cell), places) / "answers.jsonl")]
+    elif ranks_only:
+        measures = []
+    found["evaluate"] = ["evaluate", model, *policy, *words, *measures, "--out", str(out / "result.json")]
+    return found
+
+
+def flags(fields: dict) -> list[str]:
+    words = []
+    for name, value in fields.items():
+        flag = name.replace("_", "-")
+        words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    return words
+
+
+def zero_shot(cell: Cell) -> Cell:
+    return cell._replace(row="Zero-Shot", seed=PROFILES[cell.profile]["seeds"][0])
+
+
+def command(verb: str, *words: str) -> dict:
+    """`pyargs VERB WORDS` in this process."""
+    module = importlib.import_module(f"pyargs.commands.{verb}")
+    parser = argparse.ArgumentParser(prog=f"pyargs {verb}")
+    module.add_arguments(parser, list(words))
+    return module.run(parser.parse_args(words))
+
+
+def do(cell: Cell, places: Places, last: str | None = None) -> dict[str, float]:
+    """The cell's stages up to `last` (default: all), those that are done left alone; the seconds that each took."""
+    out = out_folder(cell, places)
+    out.mkdir(parents=True, exist_ok=True)
+    noted = out / "seconds.json"
+    seconds = files.read_json(noted) if noted.exists() else {}
+    for stage, (verb, *words) in stages(cell, places).items():
+        lock = model_folder(cell, places) if stage in ("train", "adapt") else out
+        lock.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock / f".{stage}.lock"):  # a model serves several cells
+            started = time.perf_counter()
+            print(f"\n== {cell.name()}: pyargs {verb} {' '.join(words)}", file=sys.stderr, flush=True)
+            if not command(verb, *words).get("already_done"):
+                seconds[stage] = round(time.perf_counter() - started, 1)
+                files.write_json(noted, seconds)
+        if stage == last:
+            break
+    return seconds
+
+
+def prepare(name: str, profile: str, places: Places) -> bool:
+    """Builds the set where it has to be built; False where its data are not here."""
+    settings = PROFILES[profile]["sets"][name]
+    places_of = {"shared": places.shared, "work": places.work}
+    built = Path(settings["data"][1].format(**places_of))
+    if "build" in settings and (built / "dataset.json").exists():
+        return True
+    if settings["needs"] and not Path(settings["needs"].format(**places_of)).exists():
+        print(f"{name}: no data at {settings['needs'].format(**places_of)}: skipped", file=sys.stderr)
+        return False
+    if "build" in settings:
+        command("data", "build", *(word.format(**places_of) for word in settings["build"]), "--out", str(built))
+    return True
+
+
+# -- cells -----------------------------------------------------------------------------------------------------------------
+
+
+def result_file(cell: Cell, places: Places) -> Path:
+    return places.results / cell.profile / cell.set / slug(cell.policy) / f"{slug(cell.row)}-{cell.seed}.json"
+
+
+@cache
+def dataset_hash(words: tuple[str, ...]) -> str:
+    return data.content_hash(load(words))
+
+
+def load(words):
+    options = dict(zip(words[::2], words[1::2], strict=True))
+    return data.load(options["--data"], options.get("--source"))
+
+
+def key(cell: Cell, places: Places) -> dict:
+    """What the cell's numbers depend on: its settings (not where things lie), the data, the models."""
+    settings = cell.settings()
+    return {
+        "row": settings["rows"][cell.row], "dtype": PROFILES[cell.profile]["dtype"],
+        **{name: settings.get(name) for name in ("tune", "decode", "bertscore")},
+        "data": dataset_hash(tuple(data_words(cell, places))),
+        "models": [hub.identity(settings["backbone"]), hub.identity(cell.policy)],
+    }  # fmt: skip
+
+
+def done(cell: Cell, places: Places) -> bool:
+    file = result_file(cell, places)
+    return file.exists() and files.read_json(file)["key"] == json.loads(json.dumps(key(cell, places)))
+
+
+def run(cell: Cell, places: Places) -> dict:
+    """Does what is missing of a cell and writes its file."""
+    settings = cell.settings()
+    found = {
+        **cell._asdict(), "stands_for": settings["stands_for"], "data": settings["about"],
+        "dtype": PROFILES[cell.profile]["dtype"],
+    }  # fmt: skip
+    method, fields = settings["rows"][cell.row] or (None, {})
+    found |= {"method": method, "fields": fields}
+    if cell.row in NO_POLICY:
+        found |= {"values": {"rm_accuracy": blind(cell, places)}, "provenance": files.provenance(cell.seed)}
+    else:
+        if cell.row == "ARGS, weight 0":
+            do(cell._replace(row="Global RM"), places, last="adapt")
+        elif settings["decode"] is not None and cell.row != "Zero-Shot":
+            do(zero_shot(cell), places, last="decode")
+        seconds, out = do(cell, places), out_folder(cell, places)
+        result = files.read_json(out / "result.json")
+        values, answers = result["values"], result["values"].pop("answers", None)
+        if cell.row == "ARGS, weight 0":
+            values = {"policy_accuracy": {"weight_0": values["policy_accuracy"]["weight_0"]}, **{
+                name: value for name, value in values.items() if name in ("reward_weight", "generations")}}  # fmt: skip
+        found |= {"values": values}
+        if (out / "tune.json").exists():
+            found["tune"] = {name: value for name, value in files.read_json(out / "tune.json").items() if name != "model"}
+            values["relative"] = found["tune"]["relative"]
+        if answers is not None:
+            found["answers"] = answers
+        found |= {"seconds": seconds, "provenance": result["provenance"]}
+    found["provenance"] = {name: value for name, value in found["provenance"].items() if name != "command"}
+    found["key"] = key(cell, places)
+    files.write_json(result_file(cell, places), found)
+    return found
+
+
+def blind(cell: Cell, places: Places) -> dict:
+    """RM accuracy of a scorer that knows neither the user nor language (`metrics.blind`)."""
+    import torch
+
+    from pyargs.lm.embed import embed
+    from pyargs.metrics.blind import contents, overlap
+    from pyargs.metrics.rm_accuracy import rm_accuracy
+
+    rows = data.of_split(load(data_words(cell, places)), "query")
+    prompts, sides = contents(rows["prompt"][:]), (rows["chosen"][:], rows["rejected"][:])
+    if cell.row == "word overlap":
+        scores = [[overlap(prompt, response) for prompt, response in zip(prompts, side, strict=True)] for side in sides]
+    else:
+        prompt = embed("minilm", prompts)
+        scores = [(prompt * embed("minilm", side)).sum(1).tolist() for side in sides]
+    return rm_accuracy(torch.tensor(scores).T, rows["user_id"])
+
+
+# -- the run ---------------------------------------------------------------------------------------------------------------
+
+
+def worker(cell: Cell, places: Places) -> None:
+    """One cell in a process of the pool; what the stages print goes to a log of the process."""
+    log = places.work / "logs" / f"{os.getpid()}.txt"
+    with log.open("a") as stream, contextlib.redirect_stderr(stream), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run(cell, places)
+
+
+def begin_worker(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def plan(todo: list[Cell], places: Places) -> dict:
+    """Sizes of what is to be done, and hours where a finished cell of the same profile tells how long one takes."""
+    measured = {}
+    for file in sorted(places.results.glob("*/*/*/*.json")):
+        cell = files.read_json(file)
+        if cell.get("seconds"):
+            measured.setdefault((cell["profile"], cell["set"], cell["row"]), sum(cell["seconds"].values()))
+    sizes, lines, hours, unknown = {}, [], 0.0, 0
+    for cell in todo:
+        if cell.set not in sizes:
+            try:
+                rows = load(data_words(cell, places))
+                sizes[cell.set] = {"pairs": dict(Counter(rows["split"])), "users": len(set(rows["user_id"]))}
+            except PyargsError as error:
+                sizes[cell.set] = {"not there yet": str(error)}
+        seconds = measured.get((cell.profile, cell.set, cell.row))
+        hours += (seconds or 0) / 3600
+        unknown += seconds is None
+        lines.append({"cell": cell.name(), "stages": list(stages(cell, places)) if cell.row not in NO_POLICY else [],
+                      "minutes": None if seconds is None else round(seconds / 60, 1)})  # fmt: skip
+    return {"cells": lines, "sizes": sizes, "hours_of_the_measured": round(hours, 2), "cells_without_a_measurement": unknown}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("profile", choices=PROFILES)
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="rows of the tables to run (default: all)")
+    parser.add_argument("--sets", nargs="+", metavar="SET", help="data sets to run (default: all of the profile)")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="seeds to run (default: the profile's)")
+    parser.add_argument("--workers", type=int, help="processes (default: the profile's)")
+    parser.add_argument("--shared", type=Path, default=HERE.parent.parent / "shared/data", help="where the data lie")
+    parser.add_argument("--work", type=Path, default=HERE.parent / "output/reproduce", help="models and other stages' files")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="where the cells' files go")
+    parser.add_argument("--dry-run", action="store_true", help="print cells, sizes and estimated hours, and stop")
+    args = parser.parse_args()
+    places, profile = Places(args.shared, args.work, args.results), PROFILES[args.profile]
+    everything = cells(args.profile)
+    for asked, known in ((args.only, {c.row for c in everything}), (args.sets, {c.set for c in everything})):
+        for name in asked or ():
+            if name not in known:
+                parser.error(f"profile {args.profile} has no '{name}'.{did_you_mean(name, known)}")
+    wanted = [
+        cell for cell in everything
+        if (not args.only or cell.row in args.only) and (not args.sets or cell.set in args.sets)
+        and (args.seeds is None or cell.seed in args.seeds)
+    ]  # fmt: skip
+    if args.dry_run:
+        print(json.dumps(plan(wanted, places), indent=1))
+        return 0
+    there = {name: prepare(name, args.profile, places) for name in dict.fromkeys(cell.set for cell in wanted)}
+    wanted = [cell for cell in wanted if there[cell.set]]
+    todo = [cell for cell in wanted if not done(cell, places)]
+    (places.work / "logs").mkdir(parents=True, exist_ok=True)
+    workers = args.workers or profile["workers"]
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    failed = {}
+    with (
+        tqdm(total=len(wanted), initial=len(wanted) - len(todo), desc=args.profile, unit="cell") as bar,
+        ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=begin_worker, initargs=(threads,)) as pool,
+    ):
+        # What the others wait for comes first, and alone.
+        for cells_now in ([c for c in todo if c.row == "Zero-Shot"], [c for c in todo if c.row != "Zero-Shot"]):
+            running = {pool.submit(worker, cell, places): cell for cell in cells_now}
+            for finished in as_completed(running):
+                cell, error = running[finished], finished.exception()
+                if error is not None:
+                    failed[cell] = error
+                    bar.write(f"failed: {cell.name()}: {type(error).__name__}: {error}")
+                bar.update()
+    for cell, error in failed.items():
+        print(f"failed: {cell.name()}: {error}", file=sys.stderr)
+    print(json.dumps({"cells": len(wanted), "run_now": len(todo) - len(failed), "failed": [c.name() for c in failed]}))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""Win rate (Table 5 of the paper): how often a reward model prefers the text that it guided to the unguided one.
+
+A model that judges itself: near 100% it says that guidance worked, not that the text is better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pyargs.errors import PyargsError
+
+
+def win_rate(model, prompts: Sequence[Sequence[int]], users: Sequence[str], ours, theirs) -> dict:
+    """Share of prompts, in percent, at which R_u(x, ours) > R_u(x, theirs); a tie is no win, and ties are counted.
+
+    model: a RewardModel or TokenReward; prompts, ours, theirs: token ids without stop tokens on either side, N each; users: N
+    ids. A prompt with an empty answer on either side has nothing to be read at: it is no win, and counted in `unscored`.
+    `tokens`: mean lengths of both sides, since sums of log-probs (GenARM) depend on them. Raises PyargsError without prompts.
+    """
+    if not len(prompts):
+        raise PyargsError("no answers to compare")
+    both = [i for i, (own, other) in enumerate(zip(ours, theirs, strict=True)) if len(own) and len(other)]
+    found = model.score([(prompts[i], [ours[i], theirs[i]]) for i in both], [users[i] for i in both]) if both else []
+    return {
+        "win_rate": 100 * sum(bool(own > other) for own, other in found) / len(prompts),
+        "tie_rate": 100 * sum(bool(own == other) for own, other in found) / len(prompts),
+        "n": len(prompts),
+        "unscored": len(prompts) - len(both),
+        "tokens": [sum(map(len, side)) / len(prompts) for side in (ours, theirs)],
+    }

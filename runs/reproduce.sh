@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# The paper's evaluation, profile by profile: every method, seed, policy and data set, then every table and figure.
+#   runs/reproduce.sh smoke|cpu|gpu|paper [--only ROW ...] [--sets SET ...] [--dry-run]      (experiments/reproduce.py has the rest)
+# Killed at any point, it goes on where it was. What is done is not done again.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON="${PYTHON:-.venv/bin/python}"
+exec "$PYTHON" experiments/reproduce.py "$@"
