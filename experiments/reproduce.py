@@ -19,13 +19,13 @@ import re
 import sys
 import time
 import warnings
-from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
+import estimate
 from filelock import FileLock
 from profiles import PROFILES
 from tqdm import tqdm
@@ -315,26 +315,21 @@ def begin_worker(threads: int) -> None:
 
 
 def plan(todo: list[Cell], places: Places) -> dict:
-    """Sizes of what is to be done, and hours where a finished cell of the same profile tells how long one takes."""
-    measured = {}
-    for file in sorted(places.results.glob("*/*/*/*.json")):
-        cell = files.read_json(file)
-        if cell.get("seconds"):
-            measured.setdefault((cell["profile"], cell["set"], cell["row"]), sum(cell["seconds"].values()))
-    sizes, lines, hours, unknown = {}, [], 0.0, 0
+    """The cells with their sizes and what they would take (`estimate.plan`)."""
+    sizes, lines = {}, []
     for cell in todo:
         if cell.set not in sizes:
             try:
-                rows = load(data_words(cell, places))
-                sizes[cell.set] = {"pairs": dict(Counter(rows["split"])), "users": len(set(rows["user_id"]))}
+                sizes[cell.set] = estimate.sizes(load(data_words(cell, places)))
             except PyargsError as error:
                 sizes[cell.set] = {"not there yet": str(error)}
-        seconds = measured.get((cell.profile, cell.set, cell.row))
-        hours += (seconds or 0) / 3600
-        unknown += seconds is None
-        lines.append({"cell": cell.name(), "stages": list(stages(cell, places)) if cell.row not in NO_POLICY else [],
-                      "minutes": None if seconds is None else round(seconds / 60, 1)})  # fmt: skip
-    return {"cells": lines, "sizes": sizes, "hours_of_the_measured": round(hours, 2), "cells_without_a_measurement": unknown}
+        known, settings = "pairs" in sizes[cell.set], cell.settings()
+        count = estimate.tokens(settings["rows"][cell.row], settings, sizes[cell.set]) if known else None
+        file = result_file(cell, places)
+        seconds = sum(files.read_json(file).get("seconds", {}).values()) if file.exists() else None
+        steps = () if cell.row in NO_POLICY else stages(cell, places)
+        lines.append((cell.name(), steps, count if steps else 0, seconds))
+    return {"sets": sizes, **estimate.plan(lines)}
 
 
 def main() -> int:

@@ -10,7 +10,7 @@ from pyargs.config import option
 from pyargs.decode.prompts import decode_prompts
 from pyargs.errors import PyargsError
 from pyargs.metrics.overlap import rouge
-from pyargs.metrics.perplexity import perplexity
+from pyargs.metrics.perplexity import perplexities, perplexity
 from pyargs.metrics.policy_accuracy import pair_scores, policy_accuracy
 from pyargs.types import Decoded
 
@@ -76,11 +76,13 @@ def tune(model, policy, rows, config: Tuning) -> dict:
     unit = reward_std(outputs)
     if unit == 0:
         raise PyargsError("the rewards of the candidates never differ: the model has learnt nothing that could guide")
-    plain = perplexity(policy, prompts, tokens)
+    unguided = tokens
     scores = pair_scores(model, policy, rows)
     centre = scores.mean_step_reward()
 
-    points = []
+    points, written, plain = [], [], None
+    if config.objective != "harmonic":
+        plain = perplexity(policy, prompts, unguided)
     for relative in sorted(config.grid):
         weight = relative / unit
         accuracy = policy_accuracy(scores, weight, centre=centre)
@@ -89,14 +91,21 @@ def tune(model, policy, rows, config: Tuning) -> dict:
             "reward_weight": weight,
             "policy_accuracy": {name: values["accuracy"] for name, values in accuracy.items() if name not in ("base", "sum")},
         }
-        if config.objective != "policy_accuracy":
-            if relative:
-                texts, prompts, tokens, _ = answer(weight)
-            point["perplexity"] = perplexity(policy, prompts, tokens)
-            point["rouge1"] = rouge(texts, [row["chosen"] for row in sample])["rouge1"]
         points.append(point)
-        if config.objective == "fluency" and point["perplexity"] > config.max_perplexity * plain:
-            break  # larger weights only get worse; what was measured stays in the record
+        if config.objective == "policy_accuracy":
+            continue
+        if relative:
+            texts, prompts, tokens, _ = answer(weight)
+        written.append(tokens)
+        point["rouge1"] = rouge(texts, [row["chosen"] for row in sample])["rouge1"]
+        if config.objective == "fluency":
+            point["perplexity"] = perplexity(policy, prompts, tokens)
+            if point["perplexity"] > config.max_perplexity * plain:
+                break  # larger weights only get worse; what was measured stays in the record
+    if config.objective == "harmonic":  # all weights' answers to a prompt behind one pass over it
+        plain, *found = perplexities(policy, prompts, [unguided, *written])
+        for point, value in zip(points, found, strict=True):
+            point["perplexity"] = value
 
     def value(point: dict) -> float:
         if config.objective == "policy_accuracy":

@@ -110,9 +110,11 @@ def test_perplexity_of_tokens():
     prompts, answers = [[5, 6], [7]], [[8, 9, 10], []]
     logs = lm(torch.tensor([[5, 6, 8, 9, 10]])).logits[0].log_softmax(-1)
     want = math.exp(-(logs[1, 8] + logs[2, 9] + logs[3, 10]).item() / 3)
-    each = perplexities(lm, prompts, answers)
-    assert each[0] == pytest.approx(want, rel=1e-4) and each[1] == float("inf")
     assert perplexity(lm, prompts, answers) == pytest.approx(want, rel=1e-4)
+    assert perplexity(lm, prompts, [[], []]) == math.inf
+    # Several sets of answers to the same prompts are worth what each is by itself.
+    sets = [answers, [[], []], [[11], [12, 13]], answers]
+    assert perplexities(lm, prompts, sets) == pytest.approx([perplexity(lm, prompts, one) for one in sets], rel=1e-5)
 
 
 def test_bertscore_of_the_same_text_is_100_and_of_nothing_0():

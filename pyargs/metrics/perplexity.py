@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-import torch
+Ids = Sequence[int]
 
 
-def perplexities(policy, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[float]:
-    """exp(-mean log pi(token | prompt, earlier tokens)) of each answer, from token ids; infinity for an empty answer."""
+def perplexity(policy, prompts: Sequence[Ids], answers: Sequence[Ids]) -> float:
+    """exp(-mean log pi(token | prompt, earlier tokens)) over all tokens of all answers; infinity if every answer is empty."""
+    return perplexities(policy, prompts, [answers])[0]
+
+
+def perplexities(policy, prompts: Sequence[Ids], several: Sequence[Sequence[Ids]]) -> list[float]:
+    """`perplexity` of several sets of answers to the same prompts, each prompt read once for all of them."""
     from pyargs.lm.hf import response_logprobs
 
-    kept = [i for i, answer in enumerate(answers) if len(answer)]
-    found = [float("inf")] * len(answers)
-    if kept:
-        logprobs = response_logprobs(policy, [(prompts[i], [answers[i]]) for i in kept], progress="perplexity")
-        for i, (values,) in zip(kept, logprobs, strict=True):
-            found[i] = torch.exp(-values.double().mean()).item()
-    return found
-
-
-def perplexity(policy, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> float:
-    """The same over all tokens of all answers together; infinity when every answer is empty."""
-    each = perplexities(policy, prompts, answers)
-    tokens = sum(len(a) for a in answers)
-    logs = sum(len(a) * torch.tensor(p).log().item() for a, p in zip(answers, each, strict=True) if len(a))
-    return torch.tensor(logs / tokens).exp().item() if tokens else float("inf")
+    groups = [(prompt, [list(a) for a in own if len(a)]) for prompt, *own in zip(prompts, *several, strict=True)]
+    found = response_logprobs(policy, [group for group in groups if group[1]], progress="perplexity")
+    values = iter(value.double().sum().item() for of_prompt in found for value in of_prompt)
+    logs, counts = [0.0] * len(several), [0] * len(several)
+    for own in zip(*several, strict=True):
+        for number, answer in enumerate(own):
+            if len(answer):
+                logs[number] += next(values)
+                counts[number] += len(answer)
+    return [math.exp(-log / count) if count else math.inf for log, count in zip(logs, counts, strict=True)]

@@ -1,0 +1,99 @@
+"""How much a cell reads and writes, in tokens, and what that took where cells are done: the dry run of `reproduce.py`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+
+from pyargs import data, fit
+from pyargs.tune import Tuning
+
+PER_WORD = 1.3  # tokens of SmolLM2 per word of the abstracts of pref_lamp_like/ci (1.27; of the titles 1.58)
+BACKWARD = 3  # a training step costs about three passes
+GPU_MINUTES = 30  # what a session on a lent GPU has
+
+
+def sizes(rows) -> dict:
+    """Pairs by split, users, and the mean tokens of a prompt and of a response, by its words."""
+    prompts = [p if isinstance(p, str) else " ".join(turn["content"] for turn in p) for p in rows["prompt"][:]]
+    words = sum(len(p.split()) for p in prompts), sum(len(r.split()) for side in ("chosen", "rejected") for r in rows[side][:])
+    return {
+        "pairs": dict(Counter(rows["split"])), "users": len(set(rows["user_id"])),
+        "prompt_tokens": round(PER_WORD * words[0] / len(rows)), "response_tokens": round(PER_WORD * words[1] / 2 / len(rows)),
+    }  # fmt: skip
+
+
+def tokens(row, settings: dict, size: dict) -> int:
+    """Tokens that go through a language model for one cell, a training step's counted three times.
+
+    row: (method, fields) or None; settings: those of the set. What a frozen backbone and the policy give for the pairs is
+    computed once for all cells, and not counted.
+    """
+    pairs = {split: size["pairs"].get(split, 0) for split in data.SPLITS}
+    prompt, response = size["prompt_tokens"], size["response_tokens"]
+    pair = prompt + 2 * response
+    flags = settings["decode"]
+    length = _number(flags or [], "--max-new-tokens", 64)
+    answers = min(pairs["query"], _number(flags or [], "--limit", pairs["query"])) if flags is not None else 0
+    if row is None:
+        return answers * 2 * (prompt + length)
+    method, fields = row
+    config = fit.method(method).Config(**fields)
+    if method == "icl":
+        shown = config.shots * (min(prompt, config.content_tokens) + 2 * response)
+        return pairs["query"] * (pair + shown) + answers * (2 * prompt + shown + 2 * length)
+    frozen, total = getattr(config, "freeze_backbone", False), 0
+    if not frozen:
+        total += pairs["query"] * pair
+        passes = 2 if method == "pdpo" else 1  # its user's and the generic user's
+        total += round(BACKWARD * passes * fit.epochs(config) * pairs["train"] * pair)
+        total += BACKWARD * config.adapt_steps * pairs["support"] * pair if method == "pdpo" else pairs["support"] * pair
+    if method == "pal":
+        return total
+    if method != "pdpo":
+        tuning = asdict(Tuning())
+        objective = settings["tune"][settings["tune"].index("--objective") + 1] if "--objective" in settings["tune"] else ""
+        grid = _values(settings["tune"], "--grid") or tuning["grid"]
+        prompts = min(_number(settings["tune"], "--prompts", tuning["prompts"]), pairs["train_test"])
+        step = prompt + _number(settings["tune"], "--max-new-tokens", tuning["max_new_tokens"])
+        total += 2 * prompts * step * (len(grid) if objective else 1) + (0 if frozen else pairs["train_test"] * pair)
+    return total + answers * 4 * (prompt + length)  # written by policy and reward model, judged by both
+
+
+def plan(cells: list[tuple[str, tuple, int | None, float | None]]) -> dict:
+    """cells: name, stages, tokens (None where the data are not there), and seconds where it was done once.
+
+    Hours are tokens by the measured tokens per second of the cells that are done; without one the rate is said that would do.
+    """
+    measured = [(count, seconds) for *_, count, seconds in cells if count and seconds]
+    rate = sum(count for count, _ in measured) / sum(seconds for _, seconds in measured) if measured else None
+    total = sum(count or 0 for *_, count, _ in cells)
+    missing = sum(count is None for *_, count, _ in cells)
+    lines = [
+        {"cell": name, "stages": list(stages), "tokens": count, "minutes": None if not seconds else round(seconds / 60, 1)}
+        for name, stages, count, seconds in cells
+    ]
+    found = {
+        "cells": lines,
+        "tokens": total, "cells_without_data": missing,
+        "tokens_per_second": None if rate is None else round(rate),
+        "hours": None if rate is None else round(total / rate / 3600, 2),
+        "fits_30_minutes_of_a_gpu": None if rate is None else total / rate < 60 * GPU_MINUTES,
+    }  # fmt: skip
+    if rate is None:
+        found["note"] = (
+            f"no cell of this profile has been measured: {total / 60 / GPU_MINUTES:.0f} tokens/s would fit 30 minutes"
+        )
+    return found
+
+
+def _number(flags: list[str], name: str, default: int) -> int:
+    return int(flags[flags.index(name) + 1]) if name in flags else default
+
+
+def _values(flags: list[str], name: str) -> list[str]:
+    if name not in flags:
+        return []
+    rest = flags[flags.index(name) + 1 :]
+    end = next((i for i, word in enumerate(rest) if word.startswith("--")), len(rest))
+    return rest[:end]
