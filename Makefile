@@ -1,5 +1,5 @@
 # Every target sets itself up from nothing: a virtual environment with torch, then pyargs with its extension.
-#   make demo | test | bench | sanitize | lint | clean      e.g. make test TORCH=torch==2.12.0 VENV=/tmp/venv
+#   make demo | test | reproduce | bench | sanitize | lint | clean      e.g. make test TORCH=torch==2.12.0 VENV=/tmp/venv
 PYTHON ?= python3
 VENV ?= .venv
 # torch comes first and by itself: what depends on it (peft, accelerate ...) would otherwise choose another one, gigabytes large.
@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.pyargs-installed
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 BENCHMARKS := $(wildcard benchmarks/bench_*.py)
 
-.PHONY: help setup demo pref-lamp test bench sanitize lint clean
+.PHONY: help setup demo reproduce test bench sanitize lint clean
 help:
 	@sed -n '1,2p' Makefile
 
@@ -31,9 +31,10 @@ $(INSTALLED): $(VENV)/.torch-installed $(SOURCES)
 demo: $(INSTALLED)
 	$(BIN)/pyargs demo
 
-# Real users; needs ../shared/data and half an hour, and says so where the data are not.
-pref-lamp: $(INSTALLED)
-	PYARGS=$(BIN)/pyargs runs/pref_lamp.sh
+# The paper's evaluation on two cores, hours long; goes on where it was killed. PROFILE=gpu and PROFILE=paper want other machines.
+PROFILE ?= cpu
+reproduce: $(INSTALLED)
+	PYTHON=$(BIN)/python runs/reproduce.sh $(PROFILE)
 
 # One thread per worker: two workers that each start a thread per core only wait for each other.
 test: $(INSTALLED)

@@ -332,7 +332,7 @@ def plan(todo: list[Cell], places: Places) -> dict:
     return {"sets": sizes, **estimate.plan(lines)}
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("profile", choices=PROFILES)
     parser.add_argument("--only", nargs="+", metavar="ROW", help="rows of the tables to run (default: all)")
@@ -343,7 +343,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=HERE.parent / "output/reproduce", help="models and other stages' files")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="where the cells' files go")
     parser.add_argument("--dry-run", action="store_true", help="print cells, sizes and estimated hours, and stop")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     places, profile = Places(args.shared, args.work, args.results), PROFILES[args.profile]
     everything = cells(args.profile)
     for asked, known in ((args.only, {c.row for c in everything}), (args.sets, {c.set for c in everything})):
@@ -376,7 +376,7 @@ def main() -> int:
                 cell, error = running[finished], finished.exception()
                 if error is not None:
                     failed[cell] = error
-                    bar.write(f"failed: {cell.name()}: {type(error).__name__}: {error}")
+                    bar.write(f"failed: {cell.name()}: {type(error).__name__}: {error}", file=sys.stderr)
                 bar.update()
     for cell, error in failed.items():
         print(f"failed: {cell.name()}: {error}", file=sys.stderr)

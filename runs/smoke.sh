@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
-# Every method trained, adapted and evaluated once, and every kind of model decoded, with a tiny
-# random language model on planted users.
-#   runs/smoke.sh [FOLDER]        (default: a temporary folder). Under two minutes on two cores.
+# The evaluation at smoke size: every row of the paper's tables with a tiny random model on planted users, then a table and a
+# figure of it. A killed run and a second one do nothing twice.
+#   runs/smoke.sh [FOLDER]        (default: a temporary folder). About two minutes on two cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-PYARGS="${PYARGS:-.venv/bin/pyargs}"
-PYTHON="$(dirname "$PYARGS")/python"
+export PYTHON="${PYTHON:-.venv/bin/python}"
 if [ $# -ge 1 ]; then
   out=$1
   mkdir -p "$out"
@@ -13,93 +12,25 @@ else
   out=$(mktemp -d)
   trap 'rm -rf "$out"' EXIT
 fi
-export PYARGS_CACHE="$out/cache" HF_HUB_OFFLINE=1
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # the model is tiny: threads would only wait for each other
-data=(--data synthetic)
+export HF_HUB_OFFLINE=1
 
-run() { # the command's JSON goes to NAME-last.json, its progress to the log
-  echo "pyargs $*"
-  if ! "$PYARGS" "$@" > "$out/$name-last.json" 2>> "$out/$name.log"; then
-    tail -20 "$out/$name.log" >&2
-    echo "smoke: 'pyargs $*' failed" >&2
-    exit 1
-  fi
-}
+grid() { runs/reproduce.sh smoke --work "$out/work" --results "$out/results" > "$out/grid.json"; }
+show() { "$PYTHON" -m pyargs.cli "$@"; }
 
-train() { # METHOD FLAGS: the profile's single pass teaches nothing, so what is checked for accuracy trains longer
-  run train "$1" --profile smoke "${@:2}" --out "$out/$name"
-  run adapt "$out/$name" "${data[@]}" --out "$out/$name-adapted"
-}
-
-chain() { # NAME METHOD FLAGS
-  name=$1
-  local method=$2 model="$out/$1-adapted" policy=(--policy tiny-random) few=(--limit 12 --max-new-tokens 8)
-  train "$method" "${@:3}"
-  case $name in
-    pdpo | icl) # they answer by themselves
-      run decode "$model" "${data[@]}" "${few[@]}" --out "$out/$name.jsonl"
-      run evaluate "$model" "${data[@]}" --generations "$out/$name.jsonl" --out "$out/$name-result.json"
-      ;;
-    lore | global_rm | genarm) # the whole way
-      run tune "$model" "${policy[@]}" "${data[@]}" --prompts 8 --max-new-tokens 8 --out "$out/$name-tune.json"
-      run decode "$model" "${policy[@]}" "${data[@]}" --tuned "$out/$name-tune.json" "${few[@]}" --out "$out/$name.jsonl"
-      run evaluate "$model" "${policy[@]}" "${data[@]}" --tuned "$out/$name-tune.json" --generations "$out/$name.jsonl" \
-        --out "$out/$name-result.json"
-      if [ "$name" = genarm ]; then
-        run decode "$model" "${policy[@]}" "${data[@]}" --reward-weight 1 --whole-vocabulary --do-sample "${few[@]}" \
-          --out "$out/$name-own.jsonl"
-      fi
-      ;;
-    pal-b) # ranks whole responses only
-      run decode "$model" "${policy[@]}" "${data[@]}" --best-of 2 "${few[@]}" --out "$out/$name.jsonl"
-      run evaluate "$model" "${data[@]}" --out "$out/$name-result.json"
-      ;;
-    *) # another head, decoded the same way: RM accuracy
-      run evaluate "$model" "${data[@]}" --out "$out/$name-result.json"
-      ;;
-  esac
-}
-
-one() { # every second chain, so that two cores have one each
-  local number=0
-  while read -r words; do
-    [ $((number++ % 2)) -eq "$1" ] || continue
-    # shellcheck disable=SC2086
-    chain $words
-  done <<'CHAINS'
-lore lore --epochs 4 --adapt-steps 100
-global_rm global_rm --freeze-backbone
-genarm genarm
-lore-frozen lore --freeze-backbone --epochs 4
-pdpo pdpo --adapt-steps 2
-pref pref --rank 2
-icl icl --shots 2
-vpl vpl --latent 16
-pal-a pal --variant A
-mpu mpu --freeze-backbone
-pal-b pal --variant B
-CHAINS
-}
-
-"$PYTHON" -c 'from pyargs.lm.hub import resolve; resolve("tiny-random")'
-one 0 & first=$!
-one 1 & second=$!
-wait $first
-wait $second
-
-name=lore
-run train lore --profile smoke --epochs 4 --adapt-steps 100 --out "$out/lore"
-grep -q '"already_done": true' "$out/lore-last.json" || { echo "smoke: a finished stage was done twice" >&2; exit 1; }
+grid
+grid
+grep -q '"run_now": 0' "$out/grid.json" || { echo "smoke: a finished cell was run twice" >&2; exit 1; }
+for number in 4 5 6 9; do show table "$number" --results "$out/results" --out "$out/table-$number.md"; done
+show figure 2 --results "$out/results" --out "$out/figure-2.png"
 
 # The planted users disagree as often as they agree: a personal reward gets nearly all pairs right, a shared one half of them.
-"$PYTHON" - "$out" <<'PY'
+"$PYTHON" - "$out/results/smoke/synthetic/tiny-random" <<'PY'
 import json
 import sys
 from pathlib import Path
 
-for name, low, high in (("lore", 80, 100), ("global_rm", 30, 70)):
-    values = json.loads(Path(sys.argv[1], f"{name}-result.json").read_text())["values"]
-    accuracy = values["rm_accuracy"]["accuracy"]
+for name, low, high in (("lore", 80, 100), ("lore-lora", 70, 100), ("global-rm", 30, 70)):
+    accuracy = json.loads(Path(sys.argv[1], f"{name}-0.json").read_text())["values"]["rm_accuracy"]["accuracy"]
     print(f"{name}: RM accuracy {accuracy:.1f} on new users")
     if not low <= accuracy <= high:
         sys.exit(f"smoke: {accuracy:.1f} is not within {low} to {high}")

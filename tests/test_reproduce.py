@@ -1,0 +1,172 @@
+"""The grid: every command of every profile is understood; a killed run goes on and neither redoes nor loses a cell."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from pyargs import files
+
+EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
+
+
+@pytest.fixture(scope="module")
+def reproduce():
+    sys.path.insert(0, str(EXPERIMENTS))
+    try:
+        yield importlib.import_module("reproduce")
+    finally:
+        sys.path.remove(str(EXPERIMENTS))
+
+
+@pytest.fixture
+def places(reproduce, tmp_path):
+    return reproduce.Places(shared=tmp_path / "shared", work=tmp_path / "work", results=tmp_path / "results")
+
+
+@pytest.mark.parametrize("profile", ["smoke", "cpu", "gpu", "paper"])
+def test_every_command_is_understood_and_every_cell_has_a_file_of_its_own(profile, reproduce, places):
+    cells = reproduce.cells(profile)
+    assert len({reproduce.result_file(cell, places) for cell in cells}) == len(cells) > 20
+    settings = reproduce.PROFILES[profile]
+    for cell in {(c.set, c.row): c for c in cells}.values():
+        if cell.row in reproduce.NO_POLICY:
+            continue
+        for stage, (verb, *words) in reproduce.stages(cell, places).items():
+            module, parser = importlib.import_module(f"pyargs.commands.{verb}"), argparse.ArgumentParser()
+            module.add_arguments(parser, words)
+            known = vars(parser.parse_args(words))  # exits on a flag or a value that does not exist
+            assert stage in ("train", "adapt", "tune", "decode", "evaluate") and not any("{" in str(v) for v in known.values())
+    for name, one in settings["sets"].items():
+        rows = {cell.row for cell in cells if cell.set == name}
+        assert rows == set(one["rows"]) and set(one["once"]) <= rows
+        for row in rows - set(one["once"]) - {"Zero-Shot", *reproduce.NO_POLICY, "ARGS, weight 0"}:
+            seeds = {cell.seed for cell in cells if (cell.set, cell.row) == (name, row)}
+            assert seeds == set(settings["seeds"]), f"{name}, {row}: a row has each of the profile's seeds"
+        if "build" in one:
+            dataset, *words = one["build"]
+            module, parser = importlib.import_module("pyargs.commands.data"), argparse.ArgumentParser()
+            words = ["build", dataset, *words, "--out", "x"]
+            module.add_arguments(parser, words)
+            parser.parse_args(words)
+
+
+@pytest.fixture
+def smoke(reproduce, places, monkeypatch, encoder):
+    """A cell of the smoke profile, and what was really done of its stages, a line each."""
+    monkeypatch.setitem(reproduce.PROFILES["smoke"]["sets"]["synthetic"], "bertscore", encoder)
+    plain, done = reproduce.command, []
+
+    def command(verb, *words):
+        found = plain(verb, *words)
+        if not found.get("already_done"):
+            done.append(verb)
+        return found
+
+    monkeypatch.setattr(reproduce, "command", command)
+    return reproduce.Cell("smoke", "synthetic", "tiny-random", "LoRE", 0), done
+
+
+def _numbers(cell: dict) -> dict:
+    return {name: value for name, value in cell.items() if name not in ("seconds", "provenance")}
+
+
+def test_a_killed_cell_goes_on_where_it_was(smoke, reproduce, places, monkeypatch):
+    cell, done = smoke
+    whole = reproduce.run(cell, places._replace(work=places.work / "whole", results=places.results / "whole"))
+    assert done == ["train", "adapt", "decode", "train", "adapt", "tune", "decode", "evaluate"]  # of the unguided row first
+    del done[:]
+    command = reproduce.command
+
+    class Killed(BaseException):
+        pass
+
+    for last in ("train", "adapt", "tune", "decode", "evaluate"):
+
+        def killed(verb, *words, last=last):
+            found = command(verb, *words)
+            if verb == last and "lore" in " ".join(words):
+                raise Killed
+            return found
+
+        monkeypatch.setattr(reproduce, "command", killed)
+        with pytest.raises(Killed):
+            reproduce.run(cell, places)
+        assert not reproduce.result_file(cell, places).exists() and not reproduce.done(cell, places)
+    monkeypatch.setattr(reproduce, "command", command)
+    found = reproduce.run(cell, places)
+    assert done == ["train", "adapt", "decode", "train", "adapt", "tune", "decode", "evaluate"], "a stage was done twice"
+    assert json.dumps(_numbers(found)) == json.dumps(_numbers(whole))
+    assert reproduce.done(cell, places) and files.read_json(reproduce.result_file(cell, places)) == json.loads(
+        json.dumps(found)
+    )
+    # Of other data or settings the numbers would be others: such a cell is not done.
+    old = files.read_json(reproduce.result_file(cell, places))
+    for name in ("data", "row", "tune", "models"):
+        files.write_json(reproduce.result_file(cell, places), {**old, "key": {**old["key"], name: "other"}})
+        assert not reproduce.done(cell, places)
+
+
+def test_a_cell_holds_no_text_of_the_data(smoke, reproduce, places):
+    import pyargs.data
+
+    cell, _ = smoke
+    rows = pyargs.data.of_split(pyargs.data.load("synthetic"), "query")
+    text = json.dumps(reproduce.run(cell, places))
+    assert rows[0]["pair_id"] in text and rows[0]["user_id"] in text
+    for row in rows:
+        assert not any(json.dumps(row[name])[1:-1] in text for name in ("chosen", "rejected") if len(row[name].split()) > 4)
+
+
+def test_a_dry_run_begins_nothing_and_missing_data_are_said(reproduce, tmp_path, capsys):
+    words = ["--shared", tmp_path / "nowhere", "--work", tmp_path / "work", "--results", tmp_path / "results"]
+    words = [str(word) for word in words]
+    assert reproduce.main(["smoke", "--dry-run", *words]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert len(plan["cells"]) == len(reproduce.cells("smoke")) and plan["tokens"] > 0 and plan["hours"] is None
+    assert "would fit" in plan["note"] and not list(tmp_path.iterdir())
+    assert reproduce.main(["cpu", "--sets", "length_prefs", *words]) == 0
+    out = capsys.readouterr()
+    assert "no data at" in out.err and json.loads(out.out)["cells"] == 0
+    with pytest.raises(SystemExit, match="2"):
+        reproduce.main(["cpu", "--only", "LoRa", *words])
+    assert "Did you mean: LoRE" in capsys.readouterr().err
+
+
+def test_a_cell_that_fails_does_not_stop_the_others(reproduce, tmp_path, capsys):
+    taken = tmp_path / "work/smoke/synthetic/tiny-random/lore-0/seen"
+    taken.mkdir(parents=True)
+    (taken / "somebody's.txt").write_text("not ours")
+    words = [
+        "smoke",
+        "--only",
+        "LoRE",
+        "word overlap",
+        "--work",
+        str(tmp_path / "work"),
+        "--results",
+        str(tmp_path / "results"),
+    ]
+    assert reproduce.main(words) == 1
+    out = capsys.readouterr()
+    assert "was not written by this command" in out.err
+    assert json.loads(out.out)["failed"] == ["synthetic / tiny-random / LoRE / seed 0"]
+    assert (tmp_path / "results/smoke/synthetic/tiny-random/word-overlap-0.json").exists()
+
+
+def test_measured_cells_tell_the_hours(reproduce):
+    from estimate import plan, sizes, tokens
+
+    import pyargs.data
+
+    size = sizes(pyargs.data.load("synthetic"))
+    settings = reproduce.PROFILES["smoke"]["sets"]["synthetic"]
+    count = {name: tokens(row, settings, size) for name, row in settings["rows"].items()}
+    assert count["LoRE, LoRA"] > count["LoRE"] > 0 and count["ICL"] > count["Zero-Shot"]
+    found = plan([("a", ("train",), 1000, 10.0), ("b", ("train",), 719_000, None)])
+    assert found["tokens_per_second"] == 100 and found["hours"] == 2.0 and found["fits_30_minutes_of_a_gpu"] is False
