@@ -1,0 +1,130 @@
+"""What stands around the numbers of a table: whose data and policy they are, how to read them, what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from pyargs import results
+from pyargs.tables.render import MISSING
+from pyargs.tables.specs import Spec
+
+# How to read a column, by its metric.
+COLUMNS = {
+    "policy_accuracy": "Policy accuracy in the paper's form sums log pi + w r over the tokens of guided rows, and takes the "
+    "mean log-prob of rows that answer by themselves; sums prefer short responses. `all normalised`: means throughout.",
+    "weight": "Weights: the chosen ones in units of 1 / reward_std, one for each seed; 0 means that the reward is not used.",
+}
+SUBSET = (
+    "One query of each user, as in the paper: a fixed seed draws it, and it is the same in all rows (Table 8 has all "
+    "queries). Ties are those of all queries."
+)
+INTERVALS = (
+    "In brackets the 95% interval: whole methods are resampled, each with all of its seeds. Undefined: fewer than 3 points, "
+    "or one side is constant. The paper does not say what its points are; its numbers fit method x seed."
+)
+
+
+def caption(title: str, cells: list[dict], profile: str, data: str | None, beside: dict[str, str | None]) -> str:
+    """Title; then profile, the data's own name, the policies beside the paper's, and which backbones were trained."""
+    if not cells:
+        return f"{title}. Profile {profile} has no cells of it: the paper's numbers alone."
+    names = " and ".join(sorted({c.get("data") or c["set"] for c in cells}))
+    stands = "" if data is None or profile == "paper" else f", which stands in for the paper's {data}"
+    frozen, trained = backbones(cells)
+    backbone = ""
+    if frozen:
+        backbone = " The reward models' backbone is frozen" + (
+            f", but trained with LoRA in {listed(trained)}." * bool(trained)
+        )
+    elif trained:
+        backbone = " Backbones are trained with LoRA."
+    return f"{title}. Ours: profile {profile}; data {names}{stands}; {_policies(cells, beside)}.{backbone}"
+
+
+def _policies(cells: list[dict], beside: dict[str, str | None]) -> str:
+    used = {policy: scale for scale, policy in beside.items() if policy}
+    if beside and not used:
+        return f"no policy beside the paper's {listed(beside)}"
+    dtypes = {c["policy"]: c.get("dtype") for c in cells}
+    shown = []
+    for policy, scale in (used or dict.fromkeys(results.policies(cells), "")).items():
+        dtype = f" ({dtypes[policy]})" if dtypes[policy] else ""
+        shown.append(policy + dtype + (f" beside the paper's {scale}" if scale else ""))
+    return f"{'policy' if len(shown) == 1 else 'policies'} {listed(shown)}"
+
+
+def backbones(cells: list[dict]) -> tuple[list[str], list[str]]:
+    """The rows whose models have a frozen backbone, and those trained with LoRA; rows without training are in neither."""
+    frozen, trained = set(), set()
+    for cell in cells:
+        if cell.get("method") not in (None, "icl"):
+            (frozen if (cell.get("fields") or {}).get("freeze_backbone") else trained).add(cell["row"])
+    return sorted(frozen), sorted(trained)
+
+
+def reading(spec: Spec, cells: list[dict]) -> list[str]:
+    """How to read a table with methods in its rows."""
+    said = [
+        f"{counted(cells)}Percent; mean ± sample std over seeds [95% interval over users]; {MISSING}: missing, see below; "
+        "empty: the row has no such value."
+    ]
+    said += [SUBSET] if spec.subset else []
+    said += [text for key, text in COLUMNS.items() if key in spec.metrics]
+    if spec.note:
+        generations = [c["values"].get("generations") or {} for c in cells]
+        models = sorted({one["bertscore_model"] for one in generations if one.get("bertscore_model")})
+        said.append(spec.note.format(bertscore="; ".join(models) or "none yet"))
+    return said if cells else said[len(said) - bool(spec.note) :]
+
+
+def counted(cells: list[dict]) -> str:
+    """Users and queries behind the accuracies, from the first cell that tells."""
+    for cell in cells:
+        if each := (cell["values"].get("rm_accuracy") or {}).get("each"):
+            return f"{len(each)} users, {sum(map(len, each.values()))} queries. "
+    return ""
+
+
+def missing(
+    lacking: dict[str, list[str]], cells: list[dict], profile: str, data: str | None, beside: dict[str, str | None]
+) -> list[str]:
+    """A line for each set of rows that lack the same, with the command that makes them. lacking: row -> headings."""
+    if not cells:
+        what = f"no cells for {data}" if data else "no such cells"
+        makes = f"`{results.command(profile)}` makes what this profile has, `{results.command('paper')}` the paper's own sets"
+        return [f"Missing: all of ours. Profile {profile} has {what}; {makes}."]
+    said = []
+    without = [scale for scale, policy in beside.items() if policy is None]
+    if without:
+        said.append(
+            f"Missing: a policy of ours beside the paper's {listed(without)}. Profile {profile} has "
+            f"{listed(results.policies(cells))}; `{results.command('paper')}` makes the paper's own."
+        )
+        if len(without) == len(beside):
+            return said
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for row, headings in lacking.items():
+        groups.setdefault(tuple(headings) if any(c["row"] == row for c in cells) else (), []).append(row)
+    for headings, rows in groups.items():
+        what = f"{'; '.join(headings)} of " if headings else ""
+        said.append(f"Missing: {what}{listed(rows)}. `{results.command(profile, rows)}`")
+    if groups:
+        said.append(f"Where profile {profile} does not run a row on these data (experiments/profiles.py), a larger one does.")
+    return said
+
+
+def correlation_notes(spec: Spec, cells: list[dict]) -> list[str]:
+    present = [row for row in spec.over if any(c["row"] == row for c in cells)]
+    which = f"; with cells: {listed(present) or 'none'}" if len(present) < len(spec.over) else ""
+    return [f"Methods: {listed(spec.over)}{which}.", INTERVALS]
+
+
+def number_or_range(value) -> str:
+    """A printed correlation, or the lowest and highest where the paper gives only those."""
+    return "" if value is None else f"{value[0]:g} to {value[1]:g}" if isinstance(value, list) else f"{value:g}"
+
+
+def listed(names: Iterable[str]) -> str:
+    """a, b and c; a name with a comma in it is quoted."""
+    names = [f'"{name}"' if "," in name else name for name in names]
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)

@@ -1,0 +1,73 @@
+"""Made-up cells of an evaluation: what `runs/reproduce.sh` writes, with outcomes drawn by a seed."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+from pyargs import files
+from pyargs.results import slug
+from pyargs.tables.specs import ALONE, LAMP, LORA, SCORERS, UNGUIDED, has
+
+ROWS = (*LAMP, *LORA, UNGUIDED, *SCORERS)
+
+
+def accuracy(outcomes: dict[str, str]) -> dict:
+    together = "".join(outcomes.values())
+    each = [text.count("1") / len(text) for text in outcomes.values()]
+    return {
+        "accuracy": 100 * together.count("1") / len(together), "macro": 100 * sum(each) / len(each), "tie_rate": 1.5,
+        "n": len(together), "users": len(outcomes), "each": outcomes,
+    }  # fmt: skip
+
+
+def cell(row: str, seed: int = 0, **other) -> dict:
+    """A whole cell of a row, with what such a row has; `other` replaces keys."""
+    draw = random.Random(f"{row} {seed} {other.get('set')} {other.get('policy')}")
+    level = random.Random(row).uniform(0.4, 0.95)
+    pairs = {f"user {n}": 4 + n % 3 for n in range(8)}
+    made = lambda: accuracy({  # noqa: E731
+        user: "".join(str(int(draw.random() < level)) for _ in range(count)) for user, count in pairs.items()
+    })  # fmt: skip
+    kinds, values, answers = has(row), {}, []
+    if "reward" in kinds:
+        values["rm_accuracy"] = made()
+    if "weight" in kinds:
+        kind = "global" if "Global" in row or row == "GenARM" else "personal"
+        values["policy_accuracy"] = {"base": made(), kind: {name: made() for name in ("paper", "centred", "all", "sum")}}
+        values |= {"relative": draw.choice([0, 0.3, 1, 10]), "reward_weight": draw.random()}
+    elif row.split(",")[0] in ALONE:
+        values["policy_accuracy"] = {"base" if row == "Zero-Shot" else "personal": {"mean": made(), "sum": made()}}
+    elif row == UNGUIDED:
+        values["policy_accuracy"] = {"base": made(), "weight_0": {"paper": made(), "all": made()}}
+    if "text" in kinds:
+        answers = [
+            {"user_id": user, "pair_id": f"{user}-{n}", "text": "a title", "rouge1": 40 * draw.random() * level,
+             "rougeL": 30 * draw.random() * level, "bertscore": 60 + 10 * draw.random()}
+            for user, count in pairs.items() for n in range(count)
+        ]  # fmt: skip
+        mean = {name: sum(a[name] for a in answers) / len(answers) for name in ("rouge1", "rougeL", "bertscore")}
+        values["generations"] = {
+            "n": len(answers), "empty": 0, **mean, "bertscore_model": "minilm, layer 6, not rescaled",
+            "perplexity": 1 + draw.random(), "words": 10 + draw.random(),
+        }  # fmt: skip
+        if "win" in kinds:
+            values["generations"]["same_as_zero_shot"] = 100 * draw.random()
+            values["generations"]["win_rate"] = {
+                "win_rate": 100 * draw.random(), "tie_rate": 2.0, "n": len(answers), "unscored": 0, "tokens": [11.0, 10.5]
+            }  # fmt: skip
+    method = None if row in (UNGUIDED, *SCORERS) else "icl" if row.split(",")[0] in ALONE[1:] else "lore"
+    frozen = not row.endswith(", LoRA") and row not in ("GenARM", "P-DPO")
+    return {
+        "profile": "cpu", "set": "pref_lamp", "stands_for": "Pref-LaMP", "data": "pref_lamp_like/ci, 40 users", "row": row,
+        "policy": "smollm2-135m", "dtype": "bfloat16", "seed": seed, "method": method,
+        "fields": {"freeze_backbone": True} if frozen else {}, "values": values, "answers": answers,
+    } | other  # fmt: skip
+
+
+def write(folder: Path, *cells: dict) -> Path:
+    """Writes cells where `runs/reproduce.sh` would; returns the folder."""
+    for one in cells:
+        path = folder / one["profile"] / one["set"] / slug(one["policy"]) / f"{slug(one['row'])}-{one['seed']}.json"
+        files.write_json(path, one)
+    return folder
