@@ -1,0 +1,432 @@
+"""Tables and figures from made-up cells: sums by hand, gaps that name their command, formats that parse, damage."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from statistics import mean, stdev
+
+import cells as made
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pyargs import cli, files, results
+from pyargs.errors import PyargsError
+from pyargs.metrics.correlation import correlate_methods
+from pyargs.tables import NAMES, table
+from pyargs.tables.render import MISSING, OURS, Column, Table, as_csv, escape, latex, markdown
+from pyargs.tables.specs import SPECS, TLDR_EIGHT
+
+ROOT = Path(__file__).resolve().parent.parent
+SETS = {"pref_lamp": "Pref-LaMP", "length_prefs": "TLDR", "two_types": "PRISM", "same_content": None}
+SHOTS = [f"{row}, {shots} shots" for row in ("ICL", "ICL-RAG") for shots in (2, 4, 16)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Results with all sets and rows, three seeds for titles and two elsewhere, beside the committed numbers of the paper."""
+    root = tmp_path_factory.mktemp("experiments")
+    files.write_json(root / "expected/paper.json", files.read_json(ROOT / "experiments/expected/paper.json"))
+    for name, data in SETS.items():
+        rows = (*made.ROWS, *SHOTS) if name == "pref_lamp" else made.ROWS
+        for seed in range(3 if name == "pref_lamp" else 2):
+            made.write(root / "results", *(made.cell(row, seed, set=name, stands_for=data) for row in rows))
+    made.write(root / "results", made.cell("LoRE", profile="smoke", policy="tiny-random", set="synthetic"))
+    files.write_json(root / "results/lora_runs.json", {"not": "a cell"})
+    return root / "results"
+
+
+def printed(*words, capsys) -> str:
+    assert cli.main(["table", *map(str, words)]) == 0
+    return capsys.readouterr().out
+
+
+def row_of(found: Table, name: str) -> dict:
+    return next(row for row in found.rows if row["row"] == name)
+
+
+# --- numbers
+
+
+def test_means_and_spreads_by_hand(folder):
+    found, about = table("9", folder)
+    cells = [c for c in results.read(folder) if (c["profile"], c["set"], c["row"]) == ("cpu", "pref_lamp", "LoRE")]
+    assert about == {"profile": "cpu", "missing": []} and len(cells) == 3
+    own = row_of(found, "LoRE")
+    for key, values in {
+        "rm_accuracy": [c["values"]["rm_accuracy"]["accuracy"] for c in cells],
+        "policy_accuracy": [c["values"]["policy_accuracy"]["personal"]["paper"]["accuracy"] for c in cells],
+        "policy_accuracy_all": [c["values"]["policy_accuracy"]["personal"]["all"]["accuracy"] for c in cells],
+        "rouge1": [c["values"]["generations"]["rouge1"] for c in cells],
+    }.items():
+        assert own[key]["mean"] == pytest.approx(mean(values)) and own[key]["std"] == pytest.approx(stdev(values))
+        assert own[key]["low"] <= own[key]["mean"] <= own[key]["high"] and own[key]["n"] == 3
+    assert [own["weight"][f"seed_{seed}"] for seed in range(3)] == [c["values"]["relative"] for c in cells]
+    assert own["paper_rm_accuracy"] == {"mean": 65.6, "std": 7.89}
+
+
+def test_which_policy_accuracy_a_row_has(folder):
+    of = {c["row"]: c for c in results.read(folder) if c["set"] == "pref_lamp" and c["seed"] == 0}
+
+    def given(row, *path):
+        found = of[row]["values"]["policy_accuracy"]
+        for key in path:
+            found = found[key]
+        return found["accuracy"]
+
+    value = lambda row, form: results.policy_accuracy(of[row], form)["value"]  # noqa: E731
+    assert value("Global RM", "paper") == given("Global RM", "global", "paper")
+    assert value("Global RM", "all") == given("Global RM", "global", "all")
+    for form in ("paper", "all"):
+        assert value(made.UNGUIDED, form) == given(made.UNGUIDED, "weight_0", form)
+        assert value("ICL", form) == given("ICL", "personal", "mean")  # eq. 7, whichever is asked for
+        assert value("Zero-Shot", form) == given("Zero-Shot", "base", "mean")
+    assert results.policy_accuracy(of["PAL"]) is None and results.policy_accuracy(of["word overlap"]) is None
+
+
+@given(st.dictionaries(st.text(min_size=1, max_size=5), st.text("01", min_size=1, max_size=9), min_size=1), st.integers(0, 5))
+def test_the_subset_has_one_pair_of_each_user(outcomes, seed):
+    cell = {"values": {"rm_accuracy": made.accuracy(outcomes)}}
+    one = results.one_per_user(results.rm_accuracy, seed)
+    found = one(cell)
+    assert found == one(cell), "seeded"
+    assert {user: len(each) for user, each in found["users"].items()} == dict.fromkeys(outcomes, 1)
+    for user, (value,) in found["users"].items():
+        assert str(int(value / 100)) in outcomes[user]
+    assert found["value"] == pytest.approx(mean(value for (value,) in found["users"].values()))
+
+
+def test_the_subset_is_the_same_pair_in_every_row_and_every_pair_is_taken_by_some_seed():
+    names = {str(n): "01234567" for n in range(40)}
+    where = lambda seed: results.one_per_user(  # noqa: E731
+        lambda cell: {"value": 0, "users": {user: [*map(float, text)] for user, text in names.items()}}, seed
+    )({})["users"]
+    assert where(0) == where(0) != where(1)
+    assert set(Counter(place for (place,) in where(0).values())) == {float(n) for n in range(8)}
+
+
+def test_tables_3_and_7_have_the_subset_and_8_has_all(folder):
+    few, every = table("3", folder)[0], table("8", folder)[0]
+    users, pairs = 8, sum(4 + n % 3 for n in range(8))
+    for found, count in ((few, users), (every, pairs)):
+        value = row_of(found, "LoRE")["rm_accuracy"]["mean"] * 2 * count / 100  # two seeds
+        assert value == pytest.approx(round(value))
+    assert row_of(table("7", folder)[0], "LoRE")["rm_accuracy"] == row_of(few, "LoRE")["rm_accuracy"]
+
+
+def test_correlations_are_those_of_the_cells(folder):
+    found = table("2", folder)[0].below[0]
+    cells = [c for c in results.read(folder) if c["set"] == "length_prefs"]
+    points = {}
+    for cell in cells:
+        if cell["row"] in TLDR_EIGHT:
+            (kind,) = {"personal", "global"} & set(cell["values"]["policy_accuracy"])
+            y = cell["values"]["policy_accuracy"][kind]["paper"]["accuracy"]
+            points.setdefault(cell["row"], []).append((cell["values"]["rm_accuracy"]["accuracy"], y))
+    right = correlate_methods({row: points[row] for row in TLDR_EIGHT})
+    assert len(points) == 8 and right["points"]["n"] == 16
+    for row in found.rows:
+        if row["policy"] != MISSING and "paper's form" in row["y"]:
+            one = right["points"][row["statistic"]]
+            assert row["points"] == {"mean": one["value"], "low": one["low"], "high": one["high"]}
+            assert row["means"]["mean"] == right["means"][row["statistic"]]["value"]
+    assert {row["paper"] for row in found.rows if row["policy"] == MISSING} >= {"0.15", "0.11"}
+
+
+def test_same_content_compares_with_global_rm(folder):
+    found = table("same-content", folder)[0]
+    own, rival = row_of(found, "MPU-Avg"), row_of(found, "Global RM")
+    gain = own["rm_accuracy_gain"]
+    assert gain["mean"] == pytest.approx(own["rm_accuracy"]["mean"] - rival["rm_accuracy"]["mean"])
+    assert gain["low"] <= gain["mean"] <= gain["high"] and "rm_accuracy_gain" not in rival
+    above = next(note for note in found.notes if note.startswith("RM acc."))
+    for row in found.rows:
+        if row.get("rm_accuracy_gain"):
+            name = f'"{row["row"]}"' if "," in row["row"] else row["row"]
+            listed = re.search(rf"(^|: |, | and ){re.escape(name)}(,| and| above)", above)
+            assert bool(listed) == (row["rm_accuracy_gain"]["low"] > 0), row["row"]
+
+
+# --- what is missing
+
+
+def test_a_missing_row_names_its_command(folder, tmp_path):
+    rows = [row for row in made.ROWS if row not in ("Global RM-v2", "VPL")]
+    made.write(tmp_path, *(made.cell(row) for row in rows))
+    found, about = table("4", tmp_path)
+    assert about["missing"] == ["Global RM-v2", "VPL"]
+    assert row_of(found, "VPL")["rm_accuracy"] == row_of(found, "VPL")["weight"] == MISSING
+    (note,) = [note for note in found.notes if note.startswith("Missing")]
+    assert "`runs/reproduce.sh cpu --only 'Global RM-v2' VPL`" in note
+    assert row_of(found, "PAL").get("policy_accuracy") is None, "PAL can not guide: nothing is missing"
+    assert any("paper.json" in note for note in found.notes)  # not beside these results
+    text = markdown(found)
+    assert text.count(MISSING) > 8 and "| VPL | —" in text
+
+
+def test_a_missing_value_is_named(tmp_path):
+    cell = made.cell("LoRE")
+    del cell["values"]["generations"], cell["answers"]
+    made.write(tmp_path, cell, made.cell("MPU"))
+    found = table("9", tmp_path)[0]
+    assert any(note.startswith("Missing: ROUGE-1; ROUGE-L; BERTScore-F1; perplexity; words of LoRE.") for note in found.notes)
+
+
+def test_a_policy_that_is_not_there(folder):
+    found, about = table("11", folder)
+    assert row_of(found, "LoRE")["rouge1"] == MISSING and row_of(found, "LoRE")["paper_rouge1"] == {"mean": 45.14, "std": 0.03}
+    assert row_of(found, "LoRE")["rm_accuracy"] != MISSING, "the reward model is the same for every policy"
+    assert any("beside the paper's 3B" in note and "runs/reproduce.sh paper" in note for note in found.notes)
+
+
+def test_a_set_that_is_not_there(folder):
+    found, about = table("2", folder, "smoke")
+    assert about["profile"] == "smoke" and row_of(found, "LoRE")["rm_accuracy"] == MISSING
+    assert row_of(found, "LoRE")["paper_rm_accuracy"]["mean"] == 82.56
+    assert any("`runs/reproduce.sh smoke`" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_table_stands_on_a_single_cell(name, tmp_path):
+    """Whatever is missing, all formats can be made, without nan."""
+    made.write(tmp_path, made.cell("LoRE"))
+    found, _ = table(name, tmp_path)
+    for form in (markdown, latex, as_csv):
+        assert not re.search(r"\bnan\b|None", form(found))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_full_table_misses_no_row_of_the_paper(name, folder):
+    found, about = table(name, folder)
+    printed = files.read_json(ROOT / "experiments/expected/paper.json")["tables"].get(name, {})
+    if name not in ("1", "6", "same-content"):
+        assert [row["row"] for row in found.rows][: len(printed)] == list(printed), "in the paper's order"
+        assert bool(about["missing"]) == (name in ("10", "11", "12")), "one policy, beside the smallest"
+        assert {"word overlap", "MiniLM cosine"} <= {row["row"] for row in found.rows} or name == "5"
+    said = found.caption
+    assert "profile cpu" in said and (name in ("1",) or "pref_lamp_like/ci" in said)
+    if name in SPECS:
+        assert f"stands in for the paper's {SPECS[name].data}" in said and "frozen" in said
+
+
+# --- profiles and policies
+
+
+def test_the_largest_profile_with_the_data_is_taken():
+    cell = lambda profile, data: {"profile": profile, "stands_for": data}  # noqa: E731
+    cells = [cell("smoke", "Pref-LaMP"), cell("cpu", "TLDR"), cell("cpu", "Pref-LaMP"), cell("gpu", "Pref-LaMP")]
+    assert results.choose_profile(cells, "Pref-LaMP") == "gpu"
+    assert results.choose_profile(cells, "TLDR") == "cpu"
+    assert results.choose_profile(cells, "PRISM") == "gpu", "none has it: the largest of all"
+    assert results.choose_profile(cells, "Pref-LaMP", "smoke") == "smoke"
+    with pytest.raises(PyargsError, match="only of gpu, cpu, smoke: `runs/reproduce.sh paper`"):
+        results.choose_profile(cells, "TLDR", "paper")
+
+
+def test_policies_stand_beside_those_of_their_size():
+    scales = ("0.5B", "1.5B", "3B", "7B")
+    assert results.match(scales, ["smollm2-135m"]) == {"0.5B": "smollm2-135m", "1.5B": None, "3B": None, "7B": None}
+    beside = results.match(scales, ["smollm2-135m", "Qwen/Qwen2.5-3B-Instruct"])
+    assert beside == {"0.5B": "smollm2-135m", "1.5B": None, "3B": "Qwen/Qwen2.5-3B-Instruct", "7B": None}
+    assert sorted(["x-1.7B", "tiny-random", "a-360m", "Qwen/Qwen2.5-0.5B"], key=results.size) == [
+        "tiny-random", "a-360m", "Qwen/Qwen2.5-0.5B", "x-1.7B",
+    ]  # fmt: skip
+
+
+def test_two_sets_for_one_are_an_error(tmp_path):
+    made.write(tmp_path, made.cell("LoRE"), made.cell("LoRE", set="other"))
+    with pytest.raises(PyargsError, match="several sets for Pref-LaMP: other, pref_lamp"):
+        table("4", tmp_path)
+
+
+# --- formats
+
+
+def test_csv_parses_back_to_the_numbers(folder, capsys):
+    text = printed(9, "--results", folder, "--format", "csv", capsys=capsys)
+    main, below = text.split("\n\n")
+    rows = {row["row"]: row for row in csv.DictReader(io.StringIO(main))}
+    found = table("9", folder)[0]
+    for row in found.rows:
+        for column in found.columns:
+            value = row.get(column.key)
+            if isinstance(value, dict):
+                for part in column.parts:
+                    name = column.key if part == "mean" else f"{column.key}_{part}"
+                    given = rows[row["row"]][name]
+                    assert (float(given) if given else None) == value.get(part)
+    assert not re.search("[±—–−]", text)
+    assert {row["statistic"] for row in csv.DictReader(io.StringIO(below))} == {"kendall", "spearman", "pearson"}
+
+
+SPECIAL = st.text(alphabet=st.sampled_from(list("ab \\&%$#_{}~^<>|—–±−[]\"'*")), max_size=12)
+
+
+@given(SPECIAL, SPECIAL)
+def test_latex_is_escaped(caption, cell):
+    made_table = Table(caption, [Column("row", cell), Column("x", "x_1", OURS)], [{"row": cell, "x": {"mean": 1.0, "low": -1.0,
+                       "high": 2.0, "std": None}}, {"row": "no value", "x": MISSING}], [cell])  # fmt: skip
+    text = latex(made_table)
+    body = re.sub(r"\\[&%$#_{}\\]|\\[a-zA-Z]+", "", text)  # without escapes and commands
+    depth = 0
+    for letter in body:
+        depth += {"{": 1, "}": -1}.get(letter, 0)
+        assert depth >= 0
+    assert depth == 0 and body.count("$") % 2 == 0
+    assert not re.search(r"[—–±−]", text) and "#" not in body and "~" not in body and "_" not in body
+    lines = text.split("\\midrule")[1].split("\\bottomrule")[0].strip().splitlines()
+    assert len(lines) == 2 and all(line.endswith("\\\\") and line.startswith("{") for line in lines)
+    assert escape("100% of a_b & `x_y`") == r"100\% of a\_b \& \texttt{x\_y}"
+
+
+def test_markdown_rows_have_all_columns(folder):
+    for name in NAMES:
+        for one in (found := table(name, folder)[0], *found.below):
+            lines = [line for line in markdown(Table("c", one.columns, one.rows)).splitlines() if line.startswith("|")]
+            assert {line.count("|") for line in lines} == {len(one.columns) + 1}
+            assert len(lines) == len(one.rows) + 2
+
+
+def test_the_command_prints_or_writes(folder, tmp_path, capsys):
+    text = printed(4, "--results", folder, capsys=capsys)
+    assert text.startswith("**Table 4.") and "± " in text
+    assert cli.main(["table", "4", "--results", str(folder), "--out", str(tmp_path / "a/4.md")]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "table": "4",
+        "out": str(tmp_path / "a/4.md"),
+        "profile": "cpu",
+        "missing": [],
+    }
+    assert (tmp_path / "a/4.md").read_text(encoding="utf-8") == text
+
+
+# --- damage
+
+
+def test_no_results_is_a_clear_message(tmp_path, capsys):
+    assert cli.main(["table", "4", "--results", str(tmp_path / "none")]) == 1
+    said = capsys.readouterr().err
+    assert "no result cells below" in said and "runs/reproduce.sh smoke" in said
+
+
+def broken(change):
+    cell = made.cell("LoRE")
+    change(cell)
+    return cell
+
+
+DAMAGE = {
+    "values": lambda c: c.pop("values"),
+    "seed": lambda c: c.update(seed="0"),
+    "row": lambda c: c.update(row="MPU"),
+    "profile": lambda c: c.update(profile="gpu"),
+    "values.rm_accuracy": lambda c: c["values"].update(rm_accuracy=3),
+    "values.rm_accuracy.accuracy": lambda c: c["values"]["rm_accuracy"].update(accuracy=float("nan")),
+    "values.rm_accuracy.accuracy ": lambda c: c["values"]["rm_accuracy"].update(accuracy=1.25),
+    "values.rm_accuracy.each": lambda c: c["values"]["rm_accuracy"]["each"].update({"user 0": "10x"}),
+    "values.policy_accuracy": lambda c: c["values"].update(policy_accuracy=[]),
+    "values.policy_accuracy.personal.all": lambda c: c["values"]["policy_accuracy"]["personal"].update(all={}),
+    "values.generations.rouge1": lambda c: c["values"]["generations"].update(rouge1="20"),
+    "values.generations.rougeL": lambda c: c["values"]["generations"].update(rougeL=float("inf")),
+    "values.generations.win_rate": lambda c: c["values"]["generations"].update(win_rate={}),
+    "values.relative": lambda c: c["values"].update(relative=[1]),
+    "answers[3]": lambda c: c["answers"].__setitem__(3, {}),
+    "answers[2].rouge1": lambda c: c["answers"][2].update(rouge1=float("nan")),
+}
+
+
+@pytest.mark.parametrize("key", DAMAGE)
+def test_damage_names_file_and_key(key, tmp_path):
+    made.write(tmp_path, made.cell("MPU"))
+    path = tmp_path / "cpu/pref_lamp/smollm2-135m/lore-0.json"
+    files.write_json(path, broken(DAMAGE[key]))
+    with pytest.raises(PyargsError) as error:
+        results.read(tmp_path)
+    assert str(path) in str(error.value) and f"'{key.strip()}'" in str(error.value)
+
+
+def test_half_a_file_and_no_cell(tmp_path):
+    made.write(tmp_path, made.cell("MPU"))
+    path = tmp_path / "cpu/pref_lamp/smollm2-135m/lore-0.json"
+    path.write_text('{"profile": "cpu", ')
+    with pytest.raises(PyargsError, match="lore-0.json is not JSON"):
+        results.read(tmp_path)
+    path.write_text("[]")
+    with pytest.raises(PyargsError, match="lore-0.json is no cell"):
+        results.read(tmp_path)
+
+
+def test_infinite_perplexity_is_a_result(tmp_path):
+    """All answers empty: a weight that broke the policy, not a broken file."""
+    cell = made.cell("LoRE")
+    cell["values"]["generations"]["perplexity"] = float("inf")
+    made.write(tmp_path, cell, made.cell("LoRE", 1))
+    assert "∞" in markdown(table("9", tmp_path)[0])
+
+
+# --- figures
+
+
+@pytest.mark.parametrize("number", ["1", "2", "3"])
+def test_figures_are_drawn(number, folder, tmp_path, capsys):
+    for suffix in ("png", "svg"):
+        out = tmp_path / f"figure.{suffix}"
+        assert cli.main(["figure", number, "--results", str(folder), "--out", str(out)]) == 0
+        assert out.stat().st_size > 5000
+        assert json.loads(capsys.readouterr().out)["missing"] == []
+    first = out.read_bytes()
+    assert cli.main(["figure", number, "--results", str(folder), "--out", str(out)]) == 0
+    assert out.read_bytes() == first, "the same cells give the same bytes"
+
+
+def test_figures_of_little(tmp_path, capsys):
+    made.write(tmp_path, made.cell("word overlap"))
+    for number in "123":
+        assert cli.main(["figure", number, "--results", str(tmp_path), "--out", str(tmp_path / "f.png")]) == 1
+        assert "runs/reproduce.sh cpu --only" in capsys.readouterr().err
+    made.write(tmp_path, made.cell("LoRE"), made.cell("ICL"))
+    for number in "123":
+        assert cli.main(["figure", number, "--results", str(tmp_path), "--out", str(tmp_path / "f.png")]) == 0
+        assert json.loads(capsys.readouterr().out)["command"].startswith("runs/reproduce.sh cpu --only")
+    assert cli.main(["figure", "1", "--results", str(tmp_path), "--out", str(tmp_path / "f.pdf")]) == 1
+
+
+def test_figure_1_has_the_tables_correlations(folder):
+    from pyargs.figures import figure
+
+    drawn, _ = figure("1", folder)
+    (title,) = [t for axis in drawn.axes if "TLDR" in (t := axis.get_title(loc="left"))]
+    row = next(r for r in table("2", folder)[0].below[0].rows if r["statistic"] == "kendall")
+    assert f"τ {row['points']['mean']:.2f} [{row['points']['low']:.2f}".replace("-", "−") in title
+
+
+# --- the paper's numbers
+
+
+def test_the_papers_numbers_are_whole():
+    paper = files.read_json(ROOT / "experiments/expected/paper.json")
+    json.dumps(paper, allow_nan=False)
+    assert [*paper["tables"]] == ["1", "2", "3", "4", "5", "7", "8", "9", "10", "11", "12"]
+    for name, rows in paper["tables"].items():
+        if name != "1":
+            for values in rows.values():
+                assert all(len(number) == 2 and isinstance(number[0], int | float) for number in values.values())
+    assert paper["tables"]["7"]["VPL"]["policy_accuracy 7B"] == [63.79, 2.31]
+    assert paper["correlations"]["6"]["1.5B"]["win_rate ~ rouge1"]["kendall"] == -0.188
+
+
+def test_the_papers_numbers_are_those_of_its_notes():
+    source = ROOT.parent / "shared/paper_results.json"
+    if not source.is_file():
+        pytest.skip("no ../shared")
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("paper_numbers", ROOT / "experiments/paper_numbers.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.paper(files.read_json(source)) == files.read_json(ROOT / "experiments/expected/paper.json")
