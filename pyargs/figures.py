@@ -61,7 +61,15 @@ def _scatter(cells: list[dict], paper: dict, profile: str):
                 there = [c for c in own if c["policy"] == policy]
                 points = results.points(there, (*GUIDES, *LORA), results.rm_accuracy, results.policy_accuracy)
                 if points:
-                    panels.append((data or name, policy, points, _printed_points(data, scales.get(policy), paper)))
+                    panels.append(
+                        (
+                            _title_of(name, data, profile),
+                            data,
+                            policy,
+                            points,
+                            _printed_points(data, scales.get(policy), paper),
+                        )
+                    )
     if not panels:
         raise PyargsError(f"Figure 1 needs RM and policy accuracies; `{results.command(profile, GUIDES)}` makes them")
     plt = _pyplot()
@@ -71,21 +79,21 @@ def _scatter(cells: list[dict], paper: dict, profile: str):
         high, wide, figsize=(max(6.0, 4.1 * wide), 4.0 * high + 1.5), layout="constrained", squeeze=False
     )
     colours = _colours((*GUIDES, *LORA))
-    for axis, (title, policy, points, printed) in zip(axes.flat, panels, strict=False):
+    for axis, (title, data, policy, points, printed) in zip(axes.flat, panels, strict=False):
         for row, of_paper in printed.items():
             axis.plot(*of_paper, marker="D", markersize=6, fillstyle="none", alpha=0.6, linestyle="none", color=colours[row])
         for row, of_row in points.items():
             axis.plot(*zip(*of_row, strict=True), marker="o", markersize=4, alpha=0.45, linestyle="none", color=colours[row])
             mean = [sum(side) / len(of_row) for side in zip(*of_row, strict=True)]
             axis.plot(*mean, marker="o", markersize=9, linestyle="none", color=colours[row], markeredgecolor="white")
-        axis.set_title(f"{title}, {policy}\n{_correlations(points, OVER.get(title, GUIDES))}", fontsize=9, loc="left")
+        axis.set_title(f"{title}, {policy}\n{_correlations(points, OVER.get(data, GUIDES))}", fontsize=9, loc="left")
         axis.set_xlabel("RM accuracy, percent")
         axis.set_ylabel("policy accuracy (paper's form)")
         axis.margins(0.08)
         axis.grid(alpha=0.25)
     for axis in list(axes.flat)[len(panels) :]:
         axis.set_axis_off()
-    drawn = [row for row in (*GUIDES, *LORA) if any(row in points or row in printed for _, _, points, printed in panels)]
+    drawn = [row for row in (*GUIDES, *LORA) if any(row in points or row in printed for *_, points, printed in panels)]
     handles = [_handle(marker="o", color=colours[row], label=row) for row in drawn]
     handles += [
         _handle(marker="o", color="#555555", markersize=4, alpha=0.5, label="one seed"),
@@ -97,7 +105,11 @@ def _scatter(cells: list[dict], paper: dict, profile: str):
         f"RM accuracy against policy accuracy, all queries; {_stand_ins(cells, profile)}. Correlations over method x seed "
         "as in Tables 2, 4 and 7 (without the LoRA rows), with 95% intervals that resample the methods.",
     )
-    return made, [row for row in GUIDES if not any(row in points for _, _, points, _ in panels)]
+    return made, [row for row in GUIDES if not any(row in points for *_, points, _ in panels)]
+
+
+def _title_of(name: str, data: str | None, profile: str) -> str:
+    return name if data is None else data if profile == "paper" else f"{name} (for {data})"
 
 
 def _printed_points(data: str | None, scale: str | None, paper: dict) -> dict[str, tuple[float, float]]:

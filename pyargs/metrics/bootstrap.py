@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -48,9 +49,12 @@ def user_difference(
     return found
 
 
+@lru_cache(maxsize=4)  # a table draws the same users for every value
 def resamples(count: int, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
-    """How often each of `count` units is in each draw, float64 [draws, count]; a row sums to count."""
-    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=draws).astype(np.float64)
+    """How often each of `count` units is in each draw, float64 [draws, count], read-only; a row sums to count."""
+    taken = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=draws).astype(np.float64)
+    taken.setflags(write=False)
+    return taken
 
 
 def _sums(values: Mapping[str, Sequence[float]], users: list[str]) -> tuple[np.ndarray, np.ndarray]:
