@@ -12,11 +12,12 @@ from statistics import mean, stdev
 
 import cells as made
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyargs import cli, files, results
 from pyargs.errors import PyargsError
+from pyargs.metrics.bootstrap import user_interval
 from pyargs.metrics.correlation import correlate_methods
 from pyargs.tables import NAMES, table
 from pyargs.tables.render import MISSING, OURS, Column, Table, as_csv, escape, latex, markdown
@@ -66,6 +67,15 @@ def test_means_and_spreads_by_hand(folder):
     }.items():
         assert own[key]["mean"] == pytest.approx(mean(values)) and own[key]["std"] == pytest.approx(stdev(values))
         assert own[key]["low"] <= own[key]["mean"] <= own[key]["high"] and own[key]["n"] == 3
+    for key, name in (("rm_accuracy", None), ("rouge1", "rouge1")):
+        by_user = {}
+        for c in cells:
+            for user, each in c["values"]["rm_accuracy"]["each"].items() if name is None else ():
+                by_user.setdefault(user, []).extend(100.0 * int(outcome) for outcome in each)
+            for answer in c["answers"] if name else ():
+                by_user.setdefault(answer["user_id"], []).append(answer[name])
+        right = user_interval(by_user)
+        assert (own[key]["low"], own[key]["high"]) == (right["low"], right["high"]), "all seeds of a user together"
     assert [own["weight"][f"seed_{seed}"] for seed in range(3)] == [c["values"]["relative"] for c in cells]
     assert own["paper_rm_accuracy"] == {"mean": 65.6, "std": 7.89}
 
@@ -89,6 +99,7 @@ def test_which_policy_accuracy_a_row_has(folder):
     assert results.policy_accuracy(of["PAL"]) is None and results.policy_accuracy(of["word overlap"]) is None
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.text(min_size=1, max_size=5), st.text("01", min_size=1, max_size=9), min_size=1), st.integers(0, 5))
 def test_the_subset_has_one_pair_of_each_user(outcomes, seed):
     cell = {"values": {"rm_accuracy": made.accuracy(outcomes)}}
@@ -122,16 +133,18 @@ def test_tables_3_and_7_have_the_subset_and_8_has_all(folder):
 def test_correlations_are_those_of_the_cells(folder):
     found = table("2", folder)[0].below[0]
     cells = [c for c in results.read(folder) if c["set"] == "length_prefs"]
-    points = {}
-    for cell in cells:
-        if cell["row"] in TLDR_EIGHT:
-            (kind,) = {"personal", "global"} & set(cell["values"]["policy_accuracy"])
-            y = cell["values"]["policy_accuracy"][kind]["paper"]["accuracy"]
-            points.setdefault(cell["row"], []).append((cell["values"]["rm_accuracy"]["accuracy"], y))
-    right = correlate_methods({row: points[row] for row in TLDR_EIGHT})
-    assert len(points) == 8 and right["points"]["n"] == 16
-    for row in found.rows:
-        if row["policy"] != MISSING and "paper's form" in row["y"]:
+    for form, heading in (("paper", "paper's form"), ("all", "all normalised")):
+        points = {}
+        for cell in cells:
+            if cell["row"] in TLDR_EIGHT:
+                (kind,) = {"personal", "global"} & set(cell["values"]["policy_accuracy"])
+                y = cell["values"]["policy_accuracy"][kind][form]["accuracy"]
+                points.setdefault(cell["row"], []).append((cell["values"]["rm_accuracy"]["accuracy"], y))
+        right = correlate_methods({row: points[row] for row in TLDR_EIGHT})
+        assert len(points) == 8 and right["points"]["n"] == 16
+        rows = [row for row in found.rows if row["policy"] != MISSING and heading in row["y"]]
+        assert len(rows) == 3
+        for row in rows:
             one = right["points"][row["statistic"]]
             assert row["points"] == {"mean": one["value"], "low": one["low"], "high": one["high"]}
             assert row["means"]["mean"] == right["means"][row["statistic"]]["value"]
@@ -144,6 +157,8 @@ def test_same_content_compares_with_global_rm(folder):
     gain = own["rm_accuracy_gain"]
     assert gain["mean"] == pytest.approx(own["rm_accuracy"]["mean"] - rival["rm_accuracy"]["mean"])
     assert gain["low"] <= gain["mean"] <= gain["high"] and "rm_accuracy_gain" not in rival
+    trained = [row_of(found, row)["rm_accuracy"]["mean"] for row in ("LoRE, LoRA", "Global RM, LoRA")]
+    assert row_of(found, "LoRE, LoRA")["rm_accuracy_gain"]["mean"] == pytest.approx(trained[0] - trained[1])
     above = next(note for note in found.notes if note.startswith("RM acc."))
     for row in found.rows:
         if row.get("rm_accuracy_gain"):
@@ -267,6 +282,7 @@ def test_csv_parses_back_to_the_numbers(folder, capsys):
 SPECIAL = st.text(alphabet=st.sampled_from(list("ab \\&%$#_{}~^<>|—–±−[]\"'*")), max_size=12)
 
 
+@settings(deadline=None)
 @given(SPECIAL, SPECIAL)
 def test_latex_is_escaped(caption, cell):
     made_table = Table(caption, [Column("row", cell), Column("x", "x_1", OURS)], [{"row": cell, "x": {"mean": 1.0, "low": -1.0,
@@ -290,6 +306,8 @@ def test_markdown_rows_have_all_columns(folder):
             lines = [line for line in markdown(Table("c", one.columns, one.rows)).splitlines() if line.startswith("|")]
             assert {line.count("|") for line in lines} == {len(one.columns) + 1}
             assert len(lines) == len(one.rows) + 2
+    odd = Table("c", [Column("row", "a|b"), Column("x", "c")], [{"row": "one|two\nthree", "x": MISSING}])
+    assert markdown(odd).splitlines()[2:5] == ["| a\\|b | c |", "|---|---|", "| one\\|two three | — |"]
 
 
 def test_the_command_prints_or_writes(folder, tmp_path, capsys):
