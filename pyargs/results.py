@@ -213,7 +213,11 @@ def difference(cells: list[dict], others: list[dict], measure: Measure) -> dict 
     sides = [[one for cell in side if (one := measure(cell)) is not None] for side in (cells, others)]
     if not all(sides) or not all(one["users"] for side in sides for one in side):
         return None
-    return user_difference(*map(_pooled, sides))
+    own, rival = map(_pooled, sides)
+    if own.keys() != rival.keys():
+        rows = [f"{side[0]['row']} (profile {side[0]['profile']}, {side[0]['set']})" for side in (cells, others)]
+        raise PyargsError(f"{rows[0]} and {rows[1]} have different users: one was made on other data. {AGAIN.capitalize()}")
+    return user_difference(own, rival)
 
 
 def points(cells: list[dict], rows: Iterable[str], x: Measure, y: Measure) -> dict[str, list[tuple[float, float]]]:

@@ -21,7 +21,7 @@ from pyargs.metrics.bootstrap import user_interval
 from pyargs.metrics.correlation import correlate_methods
 from pyargs.tables import NAMES, table
 from pyargs.tables.render import MISSING, OURS, Column, Table, as_csv, escape, latex, markdown
-from pyargs.tables.specs import SPECS, TLDR_EIGHT
+from pyargs.tables.specs import GUIDES, SPECS, TLDR_EIGHT
 
 ROOT = Path(__file__).resolve().parent.parent
 SETS = {"pref_lamp": "Pref-LaMP", "length_prefs": "TLDR", "two_types": "PRISM", "same_content": None}
@@ -167,6 +167,25 @@ def test_same_content_compares_with_global_rm(folder):
             assert bool(listed) == (row["rm_accuracy_gain"]["low"] > 0), row["row"]
 
 
+def test_the_decoder_alone_is_told_from_the_reward(folder):
+    found = table("9", folder)[0]
+    (note,) = [note for note in found.notes if "weight 0 minus Zero-Shot" in note]
+    rouge = {row: row_of(found, row)["rouge1"]["mean"] for row in ("ARGS, weight 0", "Zero-Shot", "ICL-RAG")}
+    assert f": {rouge['ARGS, weight 0'] - rouge['Zero-Shot']:+.2f} [" in note and "+0.56 to +1.08" in note
+    (note,) = [note for note in found.notes if "ICL-RAG minus the best guided row" in note]
+    best = max(GUIDES, key=lambda row: row_of(found, row)["rouge1"]["mean"])
+    gain = rouge["ICL-RAG"] - row_of(found, best)["rouge1"]["mean"]
+    assert f"({best}), ROUGE-1: {gain:+.2f} [" in note and "the paper's: -1.45" in note
+
+
+def test_rows_of_other_users_are_not_compared(tmp_path):
+    other = made.cell("Global RM", set="same_content", stands_for=None)
+    other["values"]["rm_accuracy"] = made.accuracy({"someone": "10"})
+    made.write(tmp_path, made.cell("LoRE", set="same_content", stands_for=None), other)
+    with pytest.raises(PyargsError, match=r"LoRE .* and Global RM .* have different users"):
+        table("same-content", tmp_path)
+
+
 # --- what is missing
 
 
@@ -276,6 +295,7 @@ def test_csv_parses_back_to_the_numbers(folder, capsys):
                     given = rows[row["row"]][name]
                     assert (float(given) if given else None) == value.get(part)
     assert not re.search("[±—–−]", text)
+    assert "—" not in printed(2, "--results", folder, "--format", "csv", capsys=capsys)  # with policies that are missing
     assert {row["statistic"] for row in csv.DictReader(io.StringIO(below))} == {"kendall", "spearman", "pearson"}
 
 

@@ -77,16 +77,11 @@ def _configurations(cells: list[dict], paper: dict | None, profile: str) -> tupl
 
 
 def _backbones(cells: list[dict]) -> str:
-    """Name of the reward models' backbone, and whether it is trained."""
-    fields = [c.get("fields") or {} for c in cells if c.get("method") not in (None, "icl")]
-    if not fields:
-        return ""
-    from pyargs.fit import ModelConfig
-
-    names = sorted({str(one.get("backbone", ModelConfig().backbone)) for one in fields})
+    """Name of the reward models' backbone, where the cells tell it, and whether it is trained."""
     frozen, trained = words.backbones(cells)
-    how = " or ".join([*(["frozen"] if frozen else []), *(["LoRA"] if trained else [])])
-    return f"{', '.join(names)}, {how}"
+    names = sorted({c["backbone"] for c in cells if c.get("backbone")})
+    how = " or ".join(word for word, rows in (("frozen", frozen), ("LoRA", trained)) if rows)
+    return ", ".join([*names, *([how] if how else [])])
 
 
 def _with_rouge(name: str, spec, cells: list[dict], paper: dict | None, profile: str) -> tuple[Table, list[str]]:
@@ -139,8 +134,7 @@ def _same_content(cells: list[dict], profile: str) -> tuple[Table, list[str]]:
             notes.append(f"{heading}: {words.listed(above[key]) or 'nothing'} above Global RM beyond the 95% interval.")
         notes.append(
             f"{words.counted(cells)}Mean ± sample std over seeds [95% interval over users]. Differences are paired over "
-            "users; LoRA rows "
-            "are compared with Global RM, LoRA. Of rows that do not differ, one in forty lies above by chance."
+            "users, of LoRA rows with Global RM's LoRA row. Of rows that do not differ, one in forty lies above."
         )
     notes += words.missing(lacking, cells, profile, None, {})
     title = "Where content can not decide: chosen and rejected are of the same prompt (not a table of the paper)"

@@ -38,10 +38,13 @@ def methods(name: str, spec: Spec, cells: list[dict], paper: dict | None, profil
             lacking[row] = lacks
         rows.append({"row": row, **found, "seeds": _seeds(found)})
     columns = [Column("row", "method"), *(slot.column for slot in slots), Column("seeds", "seeds")]
-    table = Table(
-        words.caption(f"Table {name}. {spec.title}", cells, profile, spec.data, beside), columns, rows,
-        [*words.reading(spec, cells), *words.missing(lacking, cells, profile, spec.data, beside)],
-    )  # fmt: skip
+    notes = words.reading(spec, cells)
+    if "rouge1" in spec.metrics:
+        for scale, policy in beside.items():
+            notes += words.controls([c for c in cells if c["policy"] == policy], paper, scale)
+    notes += words.missing(lacking, cells, profile, spec.data, beside)
+    caption = words.caption(f"Table {name}. {spec.title}", cells, profile, spec.data, beside)
+    table = Table(caption, columns, rows, notes)
     if spec.pairs:
         table.below.append(correlations("Correlations over the methods.", spec, cells, paper))
     return table, sorted(lacking)

@@ -132,7 +132,7 @@ def _names(column: Column) -> list[str]:
 
 def _plain(value, column: Column) -> list:
     if not column.parts:
-        return ["" if value is None else value]
+        return ["" if value in (None, MISSING) else value]
     if not isinstance(value, dict):  # missing, or not a value of this row
         return [""] * len(column.parts)
     return ["" if value.get(part) is None else value[part] for part in column.parts]

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from pyargs import results
 from pyargs.tables.render import MISSING
-from pyargs.tables.specs import Spec
+from pyargs.tables.specs import GUIDES, METRICS, UNGUIDED, Spec
 
 # How to read a column, by its metric.
 COLUMNS = {
@@ -78,11 +78,38 @@ def reading(spec: Spec, cells: list[dict]) -> list[str]:
 
 
 def counted(cells: list[dict]) -> str:
-    """Users and queries behind the accuracies, from the first cell that tells."""
-    for cell in cells:
-        if each := (cell["values"].get("rm_accuracy") or {}).get("each"):
-            return f"{len(each)} users, {sum(map(len, each.values()))} queries. "
-    return ""
+    """Users, queries and generated answers behind the numbers, from the first cells that tell."""
+    accuracies = ((c["values"].get("rm_accuracy") or {}).get("each") for c in cells)
+    answers = ((c["values"].get("generations") or {}).get("n") for c in cells)
+    each, count = next(filter(None, accuracies), None), next(filter(None, answers), None)
+    said = [f"{len(each)} users", f"{sum(map(len, each.values()))} queries"] if each else []
+    said += [f"{count} generated answers"] if count else []
+    return f"{', '.join(said)}. " if said else ""
+
+
+def controls(cells: list[dict], paper: dict | None, scale: str) -> list[str]:
+    """What the decoder does without a reward, and demonstrations beside the best reward: ROUGE-1, ours and the paper's.
+
+    cells: those of the one policy that stands beside the paper's `scale`.
+    """
+    derived = (paper or {}).get("derived") or {}
+    own = {row: [c for c in cells if c["row"] == row] for row in {c["row"] for c in cells}}
+    rouge = METRICS["rouge1"].measure
+    means = {row: found["mean"] for row in GUIDES if (found := results.summary(own.get(row, []), rouge))}
+    best = max(means, key=means.get, default=None)
+    gains = (derived.get("args_minus_zeroshot_rouge1") or {}).get(scale)
+    rag = (derived.get("icl_rag_minus_best_reward_rouge1") or {}).get(scale)
+    asked = {  # what: (row, other row, the paper's)
+        "Decoding by ARGS with weight 0 minus Zero-Shot, ROUGE-1 (the same policy, no reward)": (UNGUIDED, "Zero-Shot",
+            f"the paper's rows that look unguided: {min(gains.values()):+g} to {max(gains.values()):+g}" if gains else ""),
+        f"ICL-RAG minus the best guided row ({best}), ROUGE-1": ("ICL-RAG", best, f"the paper's: {rag:+g}" if rag else ""),
+    }  # fmt: skip
+    said = []
+    for what, (row, other, printed) in asked.items():
+        if found := results.difference(own.get(row, []), own.get(other, []), rouge):
+            interval = f" [{found['low']:+.2f} to {found['high']:+.2f}]" if found["low"] is not None else ""
+            said.append(f"{what}: {found['mean']:+.2f}{interval}{'; ' if printed else ''}{printed}.")
+    return said
 
 
 def missing(
