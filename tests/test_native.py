@@ -35,8 +35,10 @@ VOCABULARY = 67
 def using(capability: str):
     before = _C.cpu_capability()
     _C.set_cpu_capability(capability)
-    yield
-    _C.set_cpu_capability(before)
+    try:
+        yield
+    finally:
+        _C.set_cpu_capability(before)
 
 
 def random_lm(family="llama", *, seed=0, heads=4, kv_heads=2, head_dim=8, hidden=32, inner=48, layers=2, **more):
