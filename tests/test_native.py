@@ -281,6 +281,8 @@ def test_wrong_arguments_are_errors():
         (lambda: stack(ids[:, :1] + VOCABULARY, cache), "vocabulary"),
         (lambda: stack(ids[:, :1] - 1, cache), "vocabulary"),
         (lambda: stack(ids[0], cache), r"\[B, n\]"),
+        (lambda: stack(ids[:, :1] + 0.5, cache), "ids must be whole numbers, got torch.float32"),
+        (lambda: stack(ids[:, :1], cache, rows=[0.0, 1.7]), "rows must be whole numbers"),
         (lambda: stack(ids[:, :1], cache, torch.ones(2, 2)), "mask"),
         (lambda: stack(ids[:, :1], cache, rows=[0, 2]), "row"),
         (lambda: stack(ids.repeat(2, 1)[:, :1], cache), "rows of ids"),

@@ -305,10 +305,12 @@ def _shape(ids: Tensor) -> tuple[int, int]:
 
 
 def _dense(values, dtype: torch.dtype, shape: tuple[int, ...], name: str) -> Tensor:
-    tensor = torch.as_tensor(values, dtype=dtype)
+    tensor = torch.as_tensor(values)
+    if dtype == torch.int64 and tensor.is_floating_point() and tensor.numel():  # an empty list is of floats
+        raise PyargsError(f"{name} must be whole numbers, got {tensor.dtype}")
     if tensor.shape != shape or tensor.device.type != "cpu":
         raise PyargsError(f"{name} must be {list(shape)} on the CPU, got {list(tensor.shape)} on {tensor.device}")
-    return tensor.contiguous()
+    return tensor.to(dtype).contiguous()
 
 
 def _pointer(tensor: Tensor | None) -> int:
