@@ -440,7 +440,6 @@ void bind(py::module_& m) {
       .def(py::init<int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t>())
       .def("commit", &Cache::commit)
       .def_readonly("rows", &Cache::rows)
-      .def_readonly("capacity", &Cache::places)
       .def_property(
           "length", [](const Cache& cache) { return cache.length; },
           [](Cache& cache, std::vector<int64_t> length) {

@@ -39,14 +39,14 @@ ROPE = ("default", "linear", "llama3", "yarn")  # those whose frequencies do not
 
 
 class Cache:
-    """Keys and values of `rows` sequences with room for `capacity` tokens each, branches included, in float32.
+    """Keys and values of `rows` sequences in float32; `Stack.cache` makes it.
 
     length: the tokens of each row's prefix, a list. Left padding takes no place. Rows need not belong to one batch: a policy
     and a reward model that share a stack have rows of their own.
     """
 
-    def __init__(self, native, capacity: int):
-        self.native, self.capacity = native, capacity
+    def __init__(self, native):
+        self.native = native
 
     @property
     def length(self) -> list[int]:
@@ -72,7 +72,7 @@ class Stack:
 
     @torch.no_grad()
     def cache(self, rows: int, capacity: int) -> Cache:
-        """An empty cache for `rows` sequences of at most `capacity` tokens."""
+        """An empty cache for `rows` sequences of at most `capacity` tokens, branches included."""
         # Through the model's own tables: every scaling that it has, rounded as it rounds.
         cosine, sine = self._rotary(torch.empty(0), torch.arange(capacity).unsqueeze(0))
         half = self._sizes["head_dim"] // 2
@@ -80,7 +80,7 @@ class Stack:
         shape = (self._sizes[name] for name in ("layers", "kv_heads", "head_dim"))
         from pyargs import _C
 
-        return Cache(_C.Cache(*shape, rows, capacity, cosine.data_ptr(), sine.data_ptr()), capacity)
+        return Cache(_C.Cache(*shape, rows, capacity, cosine.data_ptr(), sine.data_ptr()))
 
     def __call__(
         self, ids: Tensor, cache: Cache, mask: Tensor | None = None, *, branches: bool = False,
