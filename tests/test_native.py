@@ -299,6 +299,32 @@ def test_wrong_arguments_are_errors():
     assert stack(ids[:, :0], cache).shape == (2, 0, 32)
 
 
+def test_only_a_branch_of_the_last_pass_is_committed():
+    stack = native.pack(random_lm())
+    cache = stack.cache(3, 12)
+    ids = torch.zeros(3, 3, dtype=torch.long)
+    stack(ids, cache)
+    stack(ids, cache, torch.tensor([[1, 0, 1]] * 3, dtype=torch.bool), branches=True)
+    for slot, rows, message in [
+        ([0, 1, 0], None, "no branch"),  # masked out
+        ([0, 3, 0], None, "no branch"),
+        ([0, 2], [1, 1], "twice"),
+    ]:
+        with pytest.raises(PyargsError, match=message):
+            stack.commit(cache, torch.tensor(slot), rows)
+    assert cache.length == [3, 3, 3]
+    stack.commit(cache, torch.tensor([2, -1, -1]))
+    stack(ids[:1, :1], cache, rows=[1])
+    for slot, row in [(0, 0), (0, 1)]:  # behind a commit and behind an ordinary token
+        with pytest.raises(PyargsError, match="no branch"):
+            stack.commit(cache, torch.tensor([slot]), [row])
+    stack(ids, cache, branches=True)
+    cache.cut(2)
+    with pytest.raises(PyargsError, match="no branch"):
+        stack.commit(cache, torch.tensor([0, 0, 0]))
+    assert cache.length == [2, 2, 2]
+
+
 @pytest.fixture(scope="module")
 def smollm2():
     folder = Path.home() / ".cache" / "pyargs" / "models" / "smollm2-135m"

@@ -155,6 +155,7 @@ struct Cache {
         places(places),
         capacity(padded(places)),
         length(rows, 0),
+        branch(rows),
         cosine(pointer<float>(cosine), pointer<float>(cosine) + places * head_dim / 2),
         sine(pointer<float>(sine), pointer<float>(sine) + places * head_dim / 2) {
     const int64_t all = layers * rows * kv_heads * capacity * sizeof(float);
@@ -168,15 +169,20 @@ struct Cache {
   // The branch at slot[i] becomes the next token of cache row row[i] (or i); a negative slot leaves its row alone.
   void commit(uintptr_t slot_address, uintptr_t row_address, int64_t count) {
     const auto *slot = pointer<int64_t>(slot_address), *row = pointer<int64_t>(row_address);
+    std::vector<bool> used(rows);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t r = row ? row[i] : i;
       check(r >= 0 && r < rows, "a row is not in the cache");
-      check(slot[i] < places - length[r], "a slot lies behind the cache's capacity");
+      check(!used[r], "a row of the cache is there twice");
+      used[r] = true;
+      const int64_t width = branch[r].size();
+      check(slot[i] < 0 || (slot[i] < width && branch[r][slot[i]]), "a slot is no branch of the row's last pass");
     }
     const int64_t wide = padded(head_dim);
     for (int64_t i = 0; i < count; ++i) {
       if (slot[i] < 0) continue;
       const int64_t r = row ? row[i] : i, to = length[r]++, from = to + slot[i];
+      branch[r].clear();
       if (to == from) continue;
       for (int64_t l = 0; l < layers; ++l) {
         for (int64_t h = 0; h < kv_heads; ++h) {
@@ -191,7 +197,8 @@ struct Cache {
   }
 
   int64_t layers, kv_heads, head_dim, rows, places, capacity;
-  std::vector<int64_t> length;  // of each row's prefix
+  std::vector<int64_t> length;            // of each row's prefix
+  std::vector<std::vector<bool>> branch;  // of each row's last pass, those that `commit` can take
   std::vector<float> cosine, sine;
   Memory memory;
   float *keys = nullptr, *values = nullptr;
@@ -297,6 +304,10 @@ class Stack {
           reinterpret_cast<float*>(states));
     }
     cache.length = length;
+    for (int64_t i = 0; i < count; ++i) cache.branch[rows ? rows[i] : i].assign(branches ? width : 0, false);
+    for (const Query& query : queries) {
+      if (branches) cache.branch[query.row][query.place - query.seen] = true;
+    }
   }
 
   void logits(uintptr_t states, int64_t rows, uintptr_t logits) {
@@ -446,6 +457,7 @@ void bind(py::module_& m) {
             check(static_cast<int64_t>(length.size()) == cache.rows, "the cache needs a length for each row");
             for (int64_t one : length) check(one >= 0 && one <= cache.places, "a length lies outside the cache");
             cache.length = std::move(length);
+            cache.branch.assign(cache.rows, {});
           });
   py::class_<Stack>(m, "Stack")
       .def(py::init<const std::string&, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, float>())
