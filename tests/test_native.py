@@ -213,17 +213,17 @@ def test_lora_merged_and_as_a_delta_of_single_rows(model, batch, modules, capabi
     delta = torch.arange(len(ids)) % 2 == 0
     truth = [hf_states(tuned if d else model, text[seen]) for text, seen, d in zip(ids, mask, delta, strict=True)]
     lora_states = [hf_states(tuned, text[seen]) for text, seen in zip(ids, mask, strict=True)]
+    both = native.pack(model, adapter=tuned)
     if merged:
         lora.merge(tuned)
-    both, alone, plain = native.pack(model, adapter=tuned), native.pack(tuned), native.pack(model)
-    own = native.pack(tuned, adapter=tuned)
+    alone, plain = native.pack(tuned), native.pack(model)
     with using(capability):
         run = lambda stack, **more: stack(ids, stack.cache(len(ids), ids.shape[1]), mask, **more)  # noqa: E731
         for row, seen, states in zip(run(both, delta=delta), mask, truth, strict=True):
             close(row[seen], states)
-        for stack, more in ((alone, {}), (own, {"delta": True})):
-            for row, seen, states in zip(run(stack, **more), mask, lora_states, strict=True):
-                close(row[seen], states)
+        for states in (run(alone), run(both, delta=True)):
+            for row, seen, truth in zip(states, mask, lora_states, strict=True):
+                close(row[seen], truth)
         identical(run(both), run(plain))
         assert torch.equal(run(both, delta=delta)[~delta], run(plain)[~delta])
 

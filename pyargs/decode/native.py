@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyargs.decode.request import Request
 from pyargs.lm import lora, native
-from pyargs.lm.hf import plain_output_layer, same_weights
+from pyargs.lm.hf import plain_output_layer
 from pyargs.models.reward_model import RewardModel
 
 GUESSES = {1: 2, 2: 1}
@@ -30,7 +30,7 @@ def possible(policy, reward_model: RewardModel) -> bool:
 def of(policy, reward_model: RewardModel, rows: int, capacity: int) -> TwoStacks | OneStack:
     """The passes of a batch of `rows`, with room for `capacity` tokens each, branches included."""
     backbone = reward_model.backbone
-    if not same_weights(policy.get_decoder(), backbone):
+    if not lora.same_weights(policy.get_decoder(), backbone):
         return TwoStacks(native.stack_of(policy), native.stack_of(backbone), rows, capacity)
     adapted = lora.active(backbone)
     return OneStack(native.stack_of(policy, backbone if adapted else None), adapted, rows, capacity)

@@ -13,10 +13,11 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from pyargs.errors import PyargsError
-from pyargs.lm import lora, native
+from pyargs.lm import native
 from pyargs.lm.cache import can_branch, parameters
 from pyargs.lm.encode import Packed, pack
 from pyargs.lm.hub import resolve
+from pyargs.lm.lora import ARCHITECTURE
 
 
 def load_lm(name: str, *, dtype: torch.dtype | str = torch.float32, device: str | torch.device | None = None):
@@ -58,9 +59,6 @@ def additive(mask: Tensor, model: nn.Module) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
-ARCHITECTURE = ("model_type", "rms_norm_eps", "layer_norm_eps", "rope_parameters", "num_attention_heads", "hidden_act")
-
-
 def fingerprint(model: nn.Module) -> str:
     """Hash of all weights and of what the architecture does with them (a second for 135M parameters)."""
     config = model.config.get_text_config(decoder=True)
@@ -71,25 +69,6 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def same_weights(decoder: nn.Module, other: nn.Module) -> bool:
-    """Whether a decoder computes what the base model of `other` (LoRA left out) does. Shared memory is not compared."""
-    if type(decoder) is not type(other):
-        return False
-    one, two = decoder.config.get_text_config(decoder=True), other.config.get_text_config(decoder=True)
-    if any(getattr(one, name, None) != getattr(two, name, None) for name in ARCHITECTURE):
-        return False
-    ours = dict([*decoder.named_parameters(), *decoder.named_buffers()])
-    theirs = lora.base_weights(other)
-    return ours.keys() == theirs.keys() and all(_equal(value, theirs[name]) for name, value in ours.items())
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    if one.device != other.device or one.dtype != other.dtype:
-        return False
-    same_memory = one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()
-    return same_memory or torch.equal(one, other)
 
 
 def packed_states(decoder: nn.Module, packed: Packed, inputs_embeds: Tensor | None = None) -> Tensor:

@@ -16,6 +16,7 @@ from pyargs.errors import PyargsError
 from pyargs.files import read_tensors
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
+ARCHITECTURE = ("model_type", "rms_norm_eps", "layer_norm_eps", "rope_parameters", "num_attention_heads", "hidden_act")
 
 
 def add(decoder: nn.Module, *, rank: int, alpha: float, rslora: bool, target_modules, dropout: float = 0.0) -> None:
@@ -114,6 +115,25 @@ def base_weights(decoder: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers of the base model by the names they have without LoRA (merged LoRA is in them)."""
     every = [*decoder.named_parameters(), *decoder.named_buffers()]
     return {name.replace(".base_layer", ""): value for name, value in every if ".lora_" not in name}
+
+
+def same_weights(decoder: nn.Module, other: nn.Module) -> bool:
+    """Whether a decoder computes what the base model of `other` (LoRA left out) does. Shared memory is not compared."""
+    if type(decoder) is not type(other):
+        return False
+    one, two = decoder.config.get_text_config(decoder=True), other.config.get_text_config(decoder=True)
+    if any(getattr(one, name, None) != getattr(two, name, None) for name in ARCHITECTURE):
+        return False
+    ours = dict([*decoder.named_parameters(), *decoder.named_buffers()])
+    theirs = base_weights(other)
+    return ours.keys() == theirs.keys() and all(_equal(value, theirs[name]) for name, value in ours.items())
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    if one.device != other.device or one.dtype != other.dtype:
+        return False
+    same_memory = one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()
+    return same_memory or torch.equal(one, other)
 
 
 @contextmanager

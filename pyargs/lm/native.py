@@ -137,7 +137,7 @@ def pack(model: nn.Module, adapter: nn.Module | None = None, *, dtype: torch.dty
     """A Stack with the weights of a LlamaForCausalLM or Qwen2ForCausalLM, or of the decoder in one.
 
     adapter: a decoder with the same weights and LoRA of pyargs.lm.lora: its LoRA becomes the delta that single rows of a pass
-    can ask for. LoRA in `model` itself is added to the weights, unless `model` is the adapter.
+    can ask for. LoRA in `model` itself is added to the weights.
     dtype: of the packed weights, float32 or bfloat16; the model's by default. Everything else is float32, except that bfloat16
     weights meet inputs rounded to bfloat16.
 
@@ -155,8 +155,10 @@ def pack(model: nn.Module, adapter: nn.Module | None = None, *, dtype: torch.dty
     embedding = decoder.get_input_embeddings().weight.detach()
     dtype = dtype or embedding.dtype
     _check(decoder, head, dtype)
-    if adapter is not None and adapter is not decoder:
-        _same_base(decoder, adapter)
+    if adapter is not None:
+        _check(adapter, None, dtype)
+        if not lora.same_weights(decoder, adapter):
+            raise PyargsError("the adapter rests on other weights: a delta needs the same base weights")
 
     heads, kv_heads, inner = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
     sizes = dict(
@@ -168,7 +170,7 @@ def pack(model: nn.Module, adapter: nn.Module | None = None, *, dtype: torch.dty
 
     def put(layer: int, matrix: str, linears: list[nn.Module], adapted: list[nn.Module | None]) -> None:
         """Linear layers side by side as one matrix, with those of the adapter; gate and up take turns by panels."""
-        weights = [_weight(linear, merged=adapter is not decoder) for linear in linears]
+        weights = [_weight(linear) for linear in linears]
         apart = matrix == "gate_up"
         columns = sum(_padded(len(weight)) for weight in weights) if apart else _padded(sum(map(len, weights)))
         bias, low, high, start = torch.zeros(columns), [], [], 0
@@ -263,39 +265,24 @@ def _lora(name: str, module: nn.Module, refuse) -> None:
         refuse(f"several adapters, variants of LoRA, or its bias ({name})")
 
 
-def _weight(linear: nn.Module, merged: bool) -> Tensor:
-    """The weight of a linear layer, dense, with its LoRA if `merged`; without it otherwise."""
-    base = linear.get_base_layer() if hasattr(linear, "get_base_layer") else linear
-    weight, lora = base.weight.detach(), 0
-    if base is not linear and linear.merged != merged and not linear.disable_adapters:
-        for name in linear.active_adapters:
-            lora = lora + linear.get_delta_weight(name).float()
-        weight = weight.float() + lora if merged else weight.float() - lora
+def _weight(linear: nn.Module) -> Tensor:
+    """The weight of a linear layer with its LoRA, dense."""
+    if not hasattr(linear, "get_base_layer"):
+        return linear.weight.detach().contiguous()
+    weight = linear.get_base_layer().weight.detach()
+    if not (linear.merged or linear.disable_adapters):
+        weight = weight.float() + sum(linear.get_delta_weight(name).float() for name in linear.active_adapters)
     return weight.contiguous()
 
 
 def _factors(linear: nn.Module | None) -> list[tuple[Tensor, Tensor]]:
-    """LoRA of a linear layer: A [r, inputs] and B [outputs, r], scaled; none without an adapter."""
-    if linear is None or not hasattr(linear, "get_base_layer"):
+    """LoRA of a linear layer: A [r, inputs] and B [outputs, r], scaled; none without an adapter, or with one switched off."""
+    if linear is None or not hasattr(linear, "get_base_layer") or linear.disable_adapters:
         return []
     return [
         (linear.lora_A[name].weight.float(), linear.lora_B[name].weight.float() * linear.scaling[name])
         for name in linear.active_adapters
     ]
-
-
-def _same_base(decoder: nn.Module, adapter: nn.Module) -> None:
-    _check(adapter, None, torch.float32)
-    ours, theirs = dict(decoder.named_modules()), dict(adapter.named_modules())
-    for name, module in ours.items():
-        if name.endswith(("_proj", "norm", "embed_tokens")):
-            same = name in theirs
-            if same and name.endswith("_proj"):
-                one, other = _weight(module, merged=True), _weight(theirs[name], merged=False)
-            elif same:
-                one, other = module.weight, theirs[name].weight
-            if not same or one.shape != other.shape or not torch.allclose(one.float(), other.float(), atol=1e-5):
-                raise PyargsError(f"the adapter's {name} is not that of the model: a delta needs the same base weights")
 
 
 def _shape(ids: Tensor) -> tuple[int, int]:
