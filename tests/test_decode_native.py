@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -113,11 +114,16 @@ def test_which_models():
     assert not native.possible(policy, pair("own", "phi")[1])
 
 
-def test_a_stack_is_packed_once_and_anew_when_weights_change(monkeypatch):
+@pytest.fixture
+def packed(monkeypatch) -> list:
+    """Grows with every model that is packed."""
+    found, real = [], stacks.pack
+    monkeypatch.setattr(stacks, "pack", lambda *a: (found.append(a), real(*a))[1])
+    return found
+
+
+def test_a_stack_is_packed_once_and_anew_when_weights_change(packed):
     policy, model = pair("own")
-    packed = []
-    real = stacks.pack
-    monkeypatch.setattr(stacks, "pack", lambda *a: (packed.append(a), real(*a))[1])
     rows = prompts([4, 2])
     for _ in range(2):
         decoded(policy, model, rows, USERS[:2])
@@ -156,14 +162,29 @@ def test_an_empty_prompt_has_states_but_no_log_probs():
         response_logprobs(lm, [([], [[5, 6]])])
 
 
-def test_one_stack_serves_a_model_and_its_decoder(monkeypatch):
-    policy, model = pair("shared lora")
-    packed = []
-    real = stacks.pack
-    monkeypatch.setattr(stacks, "pack", lambda *a: (packed.append(a), real(*a))[1])
+def test_one_stack_serves_a_model_and_its_decoder(packed):
+    policy, _ = pair("shared lora")
     stacks.stack_of(policy.get_decoder())
-    full = stacks.stack_of(policy, model.backbone)
-    assert full is stacks.stack_of(policy) is stacks.stack_of(policy.get_decoder()) and len(packed) == 2
+    full = stacks.stack_of(policy)
+    assert full is stacks.stack_of(policy.get_decoder()) and len(packed) == 2
+
+
+def test_reward_models_that_take_turns_share_the_packed_weights(packed):
+    policy, one = pair("shared lora")
+    two = copy.deepcopy(one)
+    for name, parameter in two.backbone.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.5)
+    rows = prompts([4, 2])
+    for model in (one, two, one, two):
+        same(decoded(policy, model, rows, USERS[:2]), plain(policy, model, rows, USERS[:2]))
+    assert len(packed) == 1
+    first, second = (stacks.stack_of(policy, model.backbone) for model in (one, two))
+    assert first is not second and first is stacks.stack_of(policy, one.backbone)
+    with torch.no_grad():
+        policy.lm_head.weight.mul_(-1.0)
+    same(decoded(policy, one, rows, USERS[:2]), plain(policy, one, rows, USERS[:2]))
+    assert len(packed) == 2
 
 
 def changed(policy, how: str) -> None:

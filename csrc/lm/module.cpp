@@ -8,7 +8,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <deque>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -208,7 +207,7 @@ class Stack {
  public:
   Stack(const std::string& dtype, int64_t dim, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t inner,
         int64_t layers, int64_t vocabulary, bool unembedding, float epsilon)
-      : layers_(layers), vocabulary_(vocabulary), max_rank_(0) {
+      : layers_(layers), vocabulary_(vocabulary), weights_(std::make_shared<Memory>()) {
     model_.dtype = dtype == "bfloat16" ? Dtype::kBFloat16 : Dtype::kFloat32;
     model_.dim = dim;
     model_.heads = heads;
@@ -232,8 +231,20 @@ class Stack {
       add(layer.down, padded(dim), inner);
     }
     add(head_, unembedding ? padded(vocabulary) : 0, dim);
-    char* data = weights_.reserve(layout);
+    char* data = weights_->reserve(layout);
     for (auto [matrix, at] : places) matrix->weight = data + at;
+  }
+
+  // A second stack on the same weights, for a delta of its own.
+  Stack(const Stack& other)
+      : model_(other.model_),
+        layers_(other.layers_),
+        head_(other.head_),
+        vocabulary_(other.vocabulary_),
+        max_rank_(other.max_rank_),
+        weights_(other.weights_),
+        kept_(other.kept_) {
+    model_.layer = layers_.data();
   }
 
   // Rows of a weight [rows, depth]: row n becomes column offset + n, or with every second panel left out.
@@ -256,6 +267,7 @@ class Stack {
 
   void delta(int64_t layer, const std::string& name, int64_t rank, uintptr_t a, uintptr_t b) {
     Matrix& matrix = this->matrix(layer, name);
+    check(matrix.rank == 0, "a stack has one delta");
     matrix.rank = rank;
     matrix.a = keep(a, rank * matrix.depth);
     matrix.b = keep(b, rank * matrix.columns);
@@ -369,7 +381,8 @@ class Stack {
   }
 
   const float* keep(uintptr_t values, int64_t count) {
-    return kept_.emplace_back(pointer<float>(values), pointer<float>(values) + count).data();
+    const auto* from = pointer<float>(values);
+    return kept_.emplace_back(std::make_shared<std::vector<float>>(from, from + count))->data();
   }
 
   static Phase* zeroed(char* memory, int64_t count) {
@@ -436,9 +449,10 @@ class Stack {
   Pass model_{};
   std::vector<Layer> layers_;
   Matrix head_{};
-  int64_t vocabulary_, max_rank_;
-  Memory weights_, memory_;
-  std::deque<std::vector<float>> kept_;
+  int64_t vocabulary_, max_rank_ = 0;
+  std::shared_ptr<Memory> weights_;
+  std::vector<std::shared_ptr<const std::vector<float>>> kept_;  // biases, norms, deltas
+  Memory memory_;
   std::mutex mutex_;
 };
 
@@ -461,6 +475,7 @@ void bind(py::module_& m) {
           });
   py::class_<Stack>(m, "Stack")
       .def(py::init<const std::string&, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, float>())
+      .def("twin", [](const Stack& stack) { return std::make_unique<Stack>(stack); })
       .def("pack", &Stack::pack, unlocked())
       .def("bias", &Stack::bias)
       .def("delta", &Stack::delta)

@@ -13,6 +13,7 @@ among branches, and for any number of threads.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from weakref import WeakKeyDictionary
 
@@ -66,9 +67,9 @@ class Cache:
 class Stack:
     """A packed decoder; `pack` makes it. All tensors that go in and out are on the CPU."""
 
-    def __init__(self, native, sizes: dict, rotary: nn.Module, embedding: Tensor, has_logits: bool, has_delta: bool):
-        self._native, self._sizes, self._rotary, self._embedding = native, sizes, rotary, embedding
-        self.dim, self.vocabulary, self.has_logits, self.has_delta = sizes["dim"], sizes["vocabulary"], has_logits, has_delta
+    def __init__(self, native, sizes: dict, dtype: torch.dtype, rotary: nn.Module, embedding: Tensor, has_logits: bool):
+        self._native, self._sizes, self._dtype, self._rotary, self._embedding = native, sizes, dtype, rotary, embedding
+        self.dim, self.vocabulary, self.has_logits, self.has_delta = sizes["dim"], sizes["vocabulary"], has_logits, False
 
     @torch.no_grad()
     def cache(self, rows: int, capacity: int) -> Cache:
@@ -150,15 +151,10 @@ def pack(model: nn.Module, adapter: nn.Module | None = None, *, dtype: torch.dty
     from pyargs._C import Stack as Native
 
     decoder, head = _parts(model)
-    adapter = adapter.get_decoder() if hasattr(adapter, "get_decoder") else adapter
     config = decoder.config
     embedding = decoder.get_input_embeddings().weight.detach()
     dtype = dtype or embedding.dtype
     _check(decoder, head, dtype)
-    if adapter is not None:
-        _check(adapter, None, dtype)
-        if not lora.same_weights(decoder, adapter):
-            raise PyargsError("the adapter rests on other weights: a delta needs the same base weights")
 
     heads, kv_heads, inner = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
     sizes = dict(
@@ -168,40 +164,67 @@ def pack(model: nn.Module, adapter: nn.Module | None = None, *, dtype: torch.dty
     native = Native(str(dtype).removeprefix("torch."), *sizes.values(), head is not None, config.rms_norm_eps)
     as_name = {torch.float32: Dtype.float32, torch.bfloat16: Dtype.bfloat16}
 
-    def put(layer: int, matrix: str, linears: list[nn.Module], adapted: list[nn.Module | None]) -> None:
-        """Linear layers side by side as one matrix, with those of the adapter; gate and up take turns by panels."""
-        weights = [_weight(linear) for linear in linears]
-        apart = matrix == "gate_up"
-        columns = sum(_padded(len(weight)) for weight in weights) if apart else _padded(sum(map(len, weights)))
-        bias, low, high, start = torch.zeros(columns), [], [], 0
-        for linear, weight, other in zip(linears, weights, adapted, strict=True):
-            native.pack(layer, matrix, start, apart, weight.data_ptr(), as_name[weight.dtype], *weight.shape)
-            place = torch.arange(len(weight))
-            place = start + place + (place // PANEL * PANEL if apart else 0)
-            start += PANEL if apart else len(weight)
+    def put(layer: int, matrix: str, linears: list[nn.Module]) -> None:
+        places, columns = _places(linears, matrix)
+        bias = torch.zeros(columns)
+        for linear, place in zip(linears, places, strict=True):
+            weight = _weight(linear)
+            native.pack(
+                layer, matrix, int(place[0]), matrix == "gate_up", weight.data_ptr(), as_name[weight.dtype], *weight.shape
+            )
             if linear.bias is not None:
                 bias[place] = linear.bias.float()
-            for down, up in _factors(other):
-                low.append(nn.functional.pad(down, (0, down.shape[1] % 2 if dtype == torch.bfloat16 else 0)))
-                high.append(torch.zeros(len(down), columns))
-                high[-1][:, place] = up.T
         if any(linear.bias is not None for linear in linears):
             native.bias(layer, matrix, bias.data_ptr())
-        if low:
-            a, b = torch.cat(low), torch.cat(high).unflatten(1, (-1, PANEL)).transpose(0, 1).contiguous()
-            native.delta(layer, matrix, len(a), a.data_ptr(), b.data_ptr())
 
     for number, layer in enumerate(decoder.layers):
         for matrix, names in MATRICES.items():
-            adapted = [adapter.layers[number].get_submodule(name) if adapter is not None else None for name in names]
-            put(number, matrix, [layer.get_submodule(name) for name in names], adapted)
+            put(number, matrix, [layer.get_submodule(name) for name in names])
         norms = layer.input_layernorm.weight.float(), layer.post_attention_layernorm.weight.float()
         native.norms(number, *(norm.data_ptr() for norm in norms))
     if head is not None:
-        put(0, "head", [head], [None])
+        put(0, "head", [head])
     norm = decoder.norm.weight.float()
     native.embedding(embedding.data_ptr(), as_name[embedding.dtype], norm.data_ptr())
-    return Stack(native, sizes, decoder.rotary_emb, embedding, head is not None, adapter is not None)
+    stack = Stack(native, sizes, dtype, decoder.rotary_emb, embedding, head is not None)
+    return stack if adapter is None else _with_delta(stack, decoder, adapter)
+
+
+@torch.no_grad()
+def _with_delta(stack: Stack, decoder: nn.Module, adapter: nn.Module) -> Stack:
+    """A second stack on the packed weights of `decoder`, with the adapter's LoRA as the delta."""
+    adapter = adapter.get_decoder() if hasattr(adapter, "get_decoder") else adapter
+    _check(adapter, None, torch.float32)
+    if not lora.same_weights(decoder, adapter):
+        raise PyargsError("the adapter rests on other weights: a delta needs the same base weights")
+    twin = copy.copy(stack)
+    twin._native, twin.has_delta = stack._native.twin(), True
+    for number, layer in enumerate(adapter.layers):
+        for matrix, names in MATRICES.items():
+            linears, low, high = [layer.get_submodule(name) for name in names], [], []
+            places, columns = _places(linears, matrix)
+            for linear, place in zip(linears, places, strict=True):
+                for down, up in _factors(linear):
+                    low.append(nn.functional.pad(down, (0, down.shape[1] % 2 if stack._dtype == torch.bfloat16 else 0)))
+                    high.append(torch.zeros(len(down), columns))
+                    high[-1][:, place] = up.T
+            if low:
+                a, b = torch.cat(low), torch.cat(high).unflatten(1, (-1, PANEL)).transpose(0, 1).contiguous()
+                twin._native.delta(number, matrix, len(a), a.data_ptr(), b.data_ptr())
+    return twin
+
+
+def _places(linears: list[nn.Module], matrix: str) -> tuple[list[Tensor], int]:
+    """Which columns of the matrix are the outputs of each of its linear layers, and how many columns it has.
+
+    They stand side by side; gate and up take turns by panels.
+    """
+    sizes = [linear.out_features for linear in linears]
+    if matrix == "gate_up":
+        place = torch.arange(sizes[0])
+        place = place + place // PANEL * PANEL
+        return [place, place + PANEL], 2 * _padded(sizes[0])
+    return list(torch.arange(sum(sizes)).split(sizes)), _padded(sum(sizes))
 
 
 def _padded(n: int) -> int:
@@ -275,9 +298,9 @@ def _weight(linear: nn.Module) -> Tensor:
     return weight.contiguous()
 
 
-def _factors(linear: nn.Module | None) -> list[tuple[Tensor, Tensor]]:
+def _factors(linear: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """LoRA of a linear layer: A [r, inputs] and B [outputs, r], scaled; none without an adapter, or with one switched off."""
-    if linear is None or not hasattr(linear, "get_base_layer") or linear.disable_adapters:
+    if not hasattr(linear, "get_base_layer") or linear.disable_adapters:
         return []
     return [
         (linear.lora_A[name].weight.float(), linear.lora_B[name].weight.float() * linear.scaling[name])
@@ -344,23 +367,31 @@ def can_pack(model: nn.Module) -> bool:
     return decoder in _stacks or 1.2 * size < psutil.virtual_memory().available
 
 
-_stacks: WeakKeyDictionary[nn.Module, tuple[list[tuple | None], Stack]] = WeakKeyDictionary()  # by decoder
+_stacks: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()
+"""By decoder: the state of it and its output layer, their stack, and by adapter its state and its stack on the same ones."""
 
 
 def stack_of(model: nn.Module, adapter: nn.Module | None = None) -> Stack:
-    """`pack(model, adapter)`, once for as long as the decoder lives and the weights stay as they are.
+    """`pack(model, adapter)`, once for as long as the decoder lives and the weights stay as they are; adapters share them.
 
-    A stack with an output layer or an adapter serves those who ask for less.
+    A stack with an output layer serves those who ask for none.
     """
     decoder, head = _parts(model)
-    asked = [_state(part) for part in (decoder, head, adapter)]
-    kept, stack = _stacks.get(decoder, ([None] * 3, None))
+    asked = _state(decoder), _state(head)
+    kept, stack, twins = _stacks.get(decoder, (asked, None, None))
     if stack is None or any(one is not None and one != other for one, other in zip(asked, kept, strict=True)):
         _stacks.pop(decoder, None)
-        stack = None  # before the next one takes its memory
-        stack = pack(model, adapter)
-        _stacks[decoder] = asked, stack
-    return stack
+        stack = twins = None  # before the next one takes its memory
+        stack, twins = pack(model), WeakKeyDictionary()
+        _stacks[decoder] = asked, stack, twins
+    if adapter is None:
+        return stack
+    state = _state(adapter)
+    kept, twin = twins.get(adapter, (None, None))
+    if kept != state:
+        twin = _with_delta(stack, decoder, adapter)
+        twins[adapter] = state, twin
+    return twin
 
 
 def _state(part: nn.Module | None) -> tuple | None:
