@@ -25,7 +25,7 @@ COLUMNS = ["prompt", "response", "ours ms", "torch ms", "ratio", "ours MiB", "to
 
 def measure(quick: bool, rate: float) -> list[dict]:
     lm, _ = load_lm("smollm2-135m", device="cpu")
-    sizes = [(64, 64)] if quick else [(64, 64), (256, 64), (256, 128)]
+    sizes = [(64, 64)] if quick else [(64, 64), (256, 16), (256, 64), (256, 128)]
     return [compare(lm, prompt, response, 2 if quick else 7) for prompt, response in sizes]
 
 

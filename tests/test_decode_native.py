@@ -154,6 +154,22 @@ def test_states_and_log_probs_of_responses(family, monkeypatch):
         torch.testing.assert_close(one, two, atol=2e-4, rtol=2e-4)
 
 
+def test_short_responses_share_a_pass_and_do_not_meet(monkeypatch):
+    """Bit by bit what each has alone, behind a prompt that is longer than a panel of keys, and fewer passes."""
+    lm, counted = tiny_lm(dtype=torch.float32), []
+    prompt, *several = prompts([37, 2, 16, 1, 9, 20, 60, 3, 48, 1, 0])
+    groups = [(prompt, several), (prompt[:5], several[1:3]), ([7], []), (prompt, several[::-1])]
+    alone = [[function(model, [(prompt, [one])])[0][0] for prompt, several in groups for one in several]
+             for function, model in ((response_states, lm.get_decoder()), (response_logprobs, lm))]  # fmt: skip
+    real = stacks.Stack.__call__
+    monkeypatch.setattr(stacks.Stack, "__call__", lambda self, *a, **b: (counted.append(a), real(self, *a, **b))[1])
+    together = response_states(lm.get_decoder(), groups), response_logprobs(lm, groups)
+    for ours, theirs in zip(together, alone, strict=True):
+        for one, other in zip([one for several in ours for one in several], theirs, strict=True):
+            assert torch.equal(one, other)
+    assert len(counted) < 2 * (len(groups) + len(alone[0])) / 1.4
+
+
 def test_an_empty_prompt_has_states_but_no_log_probs():
     lm = tiny_lm(dtype=torch.float32)
     (states,) = response_states(lm.get_decoder(), [([], [[5, 6], [7]])])

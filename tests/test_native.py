@@ -289,6 +289,7 @@ def test_wrong_arguments_are_errors():
         (lambda: stack(ids[:, :1], cache, rows=[1, 1]), "twice"),
         (lambda: stack(ids[:, :1], cache, delta=True), "adapter"),
         (lambda: stack.commit(cache, torch.tensor([0, 2])), "slot"),
+        (lambda: cache.spread(3), "more rows"),
         (lambda: stack.logits(torch.zeros(2, 31)), "states"),
         (lambda: stack(ids[:, :1], native.pack(random_lm(layers=1)).cache(2, 8)), "sizes"),
         (lambda: native.pack(model.get_decoder()).logits(torch.zeros(1, 32)), "output layer"),

@@ -195,6 +195,23 @@ struct Cache {
     }
   }
 
+  // The first `count` rows become what the first of them is.
+  void spread(int64_t count) {
+    check(count <= rows, "more rows than the cache has");
+    const int64_t k = padded(length[0]) * head_dim, v = length[0] * padded(head_dim);
+    for (int64_t to = 1; to < count; ++to) {
+      length[to] = length[0];
+      branch[to].clear();
+      for (int64_t l = 0; l < layers; ++l) {
+        for (int64_t h = 0; h < kv_heads; ++h) {
+          const int64_t from = (l * rows * kv_heads + h) * capacity, at = from + to * kv_heads * capacity;
+          std::memcpy(keys + at * head_dim, keys + from * head_dim, k * sizeof(float));
+          std::memcpy(values + at * padded(head_dim), values + from * padded(head_dim), v * sizeof(float));
+        }
+      }
+    }
+  }
+
   int64_t layers, kv_heads, head_dim, rows, places, capacity;
   std::vector<int64_t> length;            // of each row's prefix
   std::vector<std::vector<bool>> branch;  // of each row's last pass, those that `commit` can take
@@ -464,6 +481,7 @@ void bind(py::module_& m) {
   py::class_<Cache>(m, "Cache")
       .def(py::init<int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t>())
       .def("commit", &Cache::commit)
+      .def("spread", &Cache::spread)
       .def_readonly("rows", &Cache::rows)
       .def_property(
           "length", [](const Cache& cache) { return cache.length; },

@@ -18,6 +18,7 @@ from pyargs.lm.cache import can_branch, parameters
 from pyargs.lm.encode import Packed, pack
 from pyargs.lm.hub import resolve
 from pyargs.lm.lora import ARCHITECTURE
+from pyargs.ops import topk_logprobs
 
 
 def load_lm(name: str, *, dtype: torch.dtype | str = torch.float32, device: str | torch.device | None = None):
@@ -217,13 +218,12 @@ def response_logprobs(model: nn.Module, groups: Sequences, *, max_tokens: int = 
 def _native_logprobs(stack: native.Stack, groups: Sequences, progress: str) -> list[list[Tensor]]:
     found = []
     for (_, several), (last, states) in zip(groups, native.continuations(stack, groups, progress), strict=True):
-        found.append([])
-        for response, state in zip(several, states, strict=True):
-            ids = torch.tensor(response).unsqueeze(1)
-            predicting = torch.cat([last, state])[: len(state)]
-            logits = ((stack.logits(rows), part) for rows, part in zip(predicting.split(16), ids.split(16), strict=True))
-            values = [(x.gather(1, part) - x.logsumexp(1, keepdim=True)).squeeze(1) for x, part in logits]
-            found[-1].append(torch.cat(values))
+        predicting = torch.cat([row for state in states for row in (last[: len(state)], state[:-1])] or [last[:0]])
+        ids = torch.tensor([token for response in several for token in response], dtype=torch.long).unsqueeze(1)
+        logits = ((stack.logits(rows), part) for rows, part in zip(predicting.split(16), ids.split(16), strict=True))
+        # The op's sum, unlike torch's, is the same for a row whatever the others are.
+        values = [x.gather(1, part).squeeze(1) - topk_logprobs(x, 1)[2] for x, part in logits]
+        found.append(list(torch.cat(values).split([len(response) for response in several])))
     return found
 
 

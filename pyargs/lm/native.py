@@ -63,6 +63,11 @@ class Cache:
             raise PyargsError(f"a row cannot keep {length} tokens")
         self.native.length = [min(length, kept) for kept in self.length]
 
+    def spread(self, rows: int) -> None:
+        """The first rows become copies of row 0."""
+        with _errors():
+            self.native.spread(rows)
+
 
 class Stack:
     """A packed decoder; `pack` makes it. All tensors that go in and out are on the CPU."""
@@ -338,20 +343,44 @@ class _errors:
             raise PyargsError(str(error)) from None
 
 
+ROWS = 48
+"""Tokens in a pass up to which its weights are read once (kTaskRows of csrc/lm/stack.h): what short responses share."""
+
+PLACES = 2048
+"""Tokens that the cache holds for responses of one pass, each behind a copy of the prompt."""
+
+
 @torch.no_grad()
 def continuations(stack: Stack, groups, progress: str = "states") -> Iterator[tuple[Tensor, list[Tensor]]]:
     """States behind a prompt that is computed once: for each (prompt ids, [response ids]) the prompt's last state [1, D]
-    ([0, D] of an empty prompt) and those of each response [T, D]."""
+    ([0, D] of an empty prompt) and those of each response [T, D]. Short responses share a pass."""
     longest = max((len(prompt) + max(map(len, several), default=0) for prompt, several in groups), default=0)
-    cache = stack.cache(1, max(longest, 1))
-    for prompt, several in tqdm(groups, desc=progress, unit="prompt", disable=len(groups) < 32):
+    passes = [_together(several, PLACES // max(longest, 1)) for _, several in groups]
+    cache = stack.cache(max((len(some) for parts in passes for some in parts), default=1), max(longest, 1))
+    bar = tqdm(groups, desc=progress, unit="prompt", disable=len(groups) < 32)
+    for (prompt, _), parts in zip(bar, passes, strict=True):
         cache.cut(0)
         last = stack(torch.tensor([prompt]), cache)[0, -1:] if prompt else torch.empty(0, stack.dim)
+        cache.spread(max(map(len, parts), default=1))
         states = []
-        for response in several:
+        for some in parts:
             cache.cut(len(prompt))
-            states.append(stack(torch.tensor([response], dtype=torch.long), cache)[0])
+            ids = nn.utils.rnn.pad_sequence([torch.tensor(one, dtype=torch.long) for one in some], batch_first=True)
+            lengths = torch.tensor([len(one) for one in some])
+            mask = torch.arange(ids.shape[1]) < lengths.unsqueeze(1)
+            states += stack(ids, cache, mask)[mask].split(lengths.tolist())
         yield last, states
+
+
+def _together(several: Sequence[Sequence[int]], most: int) -> list[list[Sequence[int]]]:
+    """Responses, one after the other, that share a pass: `most`, of ROWS tokens in all; longer ones have one of their own."""
+    parts: list[list[Sequence[int]]] = []
+    for response in several:
+        if parts and len(parts[-1]) < most and sum(map(len, parts[-1])) + len(response) <= ROWS:
+            parts[-1].append(response)
+        else:
+            parts.append([response])
+    return parts
 
 
 def can_pack(model: nn.Module) -> bool:
