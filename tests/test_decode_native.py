@@ -142,6 +142,24 @@ def test_without_room_for_the_weights_it_goes_through_transformers(monkeypatch):
     same(decoded(policy, model, prompts([4]), ["ann"]), plain(policy, model, prompts([4]), ["ann"]))
 
 
+@pytest.mark.parametrize("files", [
+    {"memory.max": "900000", "memory.current": "899000", "memory.stat": "anon 5\nactive_file 100\ninactive_file 200\n"},
+    {"memory/memory.limit_in_bytes": "900000", "memory/memory.usage_in_bytes": "899000",
+     "memory/memory.stat": "active_file 1\ntotal_active_file 100\ntotal_inactive_file 200\n"},
+])  # fmt: skip
+def test_a_container_has_the_memory_that_its_group_may_still_take(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(stacks, "CGROUP", tmp_path)
+    (tmp_path / "memory").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert stacks._available() == 1300
+    assert not stacks.can_pack(tiny_lm(dtype=torch.float32))
+    limit = tmp_path / next(iter(files))
+    for no_limit in ("max", "9223372036854771712"):
+        limit.write_text(no_limit)
+        assert stacks._available() > 2**25 and stacks.can_pack(tiny_lm(dtype=torch.float32))
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_states_and_log_probs_of_responses(family, monkeypatch):
     lm = tiny_lm(family, dtype=torch.float32)

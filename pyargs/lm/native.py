@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import psutil
@@ -393,7 +395,24 @@ def can_pack(model: nn.Module) -> bool:
     except PyargsError:
         return False
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    return decoder in _stacks or 1.2 * size < psutil.virtual_memory().available
+    return decoder in _stacks or 1.2 * size < _available()
+
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def _available() -> int:
+    """Bytes that the machine has left, or fewer where a container may take less. The files that it has read give way."""
+    left = [psutil.virtual_memory().available]
+    for limit, used, stat, of in (  # control groups, version 2 and 1
+        ("memory.max", "memory.current", "memory.stat", ""),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_"),
+    ):
+        with suppress(OSError, KeyError, ValueError):  # no such group, or its limit is "max"
+            files = dict(line.split() for line in (CGROUP / stat).read_text().splitlines())
+            files = int(files[f"{of}active_file"]) + int(files[f"{of}inactive_file"])
+            left.append(int((CGROUP / limit).read_text()) - int((CGROUP / used).read_text()) + files)
+    return min(left)
 
 
 _stacks: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()
