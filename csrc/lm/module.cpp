@@ -8,12 +8,15 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "../cpu.h"
@@ -264,17 +267,25 @@ class Stack {
     model_.layer = layers_.data();
   }
 
-  // Rows of a weight [rows, depth]: row n becomes column offset + n, or with every second panel left out.
-  void pack(int64_t layer, const std::string& name, int64_t offset, bool alternate, uintptr_t weight, Dtype dtype,
-            int64_t rows, int64_t depth) {
-    if (bfloat16()) {
-      dtype == Dtype::kFloat32
-          ? pack_as<uint16_t, float>(matrix(layer, name), offset, alternate, weight, rows, depth)
-          : pack_as<uint16_t, uint16_t>(matrix(layer, name), offset, alternate, weight, rows, depth);
-    } else {
-      dtype == Dtype::kFloat32 ? pack_as<float, float>(matrix(layer, name), offset, alternate, weight, rows, depth)
-                               : pack_as<float, uint16_t>(matrix(layer, name), offset, alternate, weight, rows, depth);
+  // A matrix, and rows [rows, depth] of a weight: row n becomes column offset + n, or with every second panel left out.
+  using Part = std::tuple<std::string, int64_t, bool, uintptr_t, Dtype, int64_t, int64_t>;
+
+  // All parts of a layer at once: a parallel region waits for every thread, and another process may have its core.
+  void pack(int64_t layer, const std::vector<Part>& parts) {
+    std::vector<std::function<void(int64_t)>> panels;
+    std::vector<std::pair<size_t, int64_t>> tasks;
+    for (const auto& [name, offset, alternate, weight, dtype, rows, depth] : parts) {
+      const Matrix& to = matrix(layer, name);
+      const bool wide = dtype == Dtype::kFloat32;
+      for (int64_t panel = 0; panel * kPanel < rows; ++panel) tasks.emplace_back(panels.size(), panel);
+      panels.push_back(bfloat16() ? wide ? packer<uint16_t, float>(to, offset, alternate, weight, rows, depth)
+                                         : packer<uint16_t, uint16_t>(to, offset, alternate, weight, rows, depth)
+                       : wide     ? packer<float, float>(to, offset, alternate, weight, rows, depth)
+                                  : packer<float, uint16_t>(to, offset, alternate, weight, rows, depth));
     }
+    torch::stable::parallel_for(0, tasks.size(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) panels[tasks[i].first](tasks[i].second);
+    });
   }
 
   void bias(int64_t layer, const std::string& name, uintptr_t values) {
@@ -376,25 +387,25 @@ class Stack {
     return name == "qkv" ? of.qkv : name == "o" ? of.o : name == "gate_up" ? of.gate_up : of.down;
   }
 
+  // Packs one panel of the rows.
   template <class To, class From>
-  void pack_as(const Matrix& matrix, int64_t offset, bool alternate, uintptr_t weight, int64_t rows, int64_t depth) {
+  std::function<void(int64_t)> packer(const Matrix& matrix, int64_t offset, bool alternate, uintptr_t weight,
+                                      int64_t rows, int64_t depth) {
     constexpr int64_t kPair = 4 / sizeof(To), kDepth = 64;  // a part of a panel that stays in the first-level cache
     const auto column = [=](int64_t n) { return offset + n + (alternate ? n / kPanel * kPanel : 0); };
     check(depth <= matrix.depth && column(rows - 1) < matrix.columns, "a weight is too large for its matrix");
     To* packed = static_cast<To*>(const_cast<void*>(matrix.weight));
-    torch::stable::parallel_for(0, (rows + kPanel - 1) / kPanel, 1, [=, &matrix](int64_t begin, int64_t end) {
-      for (int64_t panel = begin; panel < end; ++panel) {
-        for (int64_t start = 0; start < depth; start += kDepth) {
-          for (int64_t n = panel * kPanel; n < std::min((panel + 1) * kPanel, rows); ++n) {
-            const From* from = pointer<From>(weight) + n * depth;
-            To* to = packed + column(n) / kPanel * kPanel * matrix.depth + column(n) % kPanel * kPair;
-            for (int64_t d = start; d < std::min(start + kDepth, depth); ++d) {
-              to[d / kPair * kPair * kPanel + d % kPair] = convert<To>(from[d]);
-            }
+    return [=, &matrix](int64_t panel) {
+      for (int64_t start = 0; start < depth; start += kDepth) {
+        for (int64_t n = panel * kPanel; n < std::min((panel + 1) * kPanel, rows); ++n) {
+          const From* from = pointer<From>(weight) + n * depth;
+          To* to = packed + column(n) / kPanel * kPanel * matrix.depth + column(n) % kPanel * kPair;
+          for (int64_t d = start; d < std::min(start + kDepth, depth); ++d) {
+            to[d / kPair * kPair * kPanel + d % kPair] = convert<To>(from[d]);
           }
         }
       }
-    });
+    };
   }
 
   const float* keep(uintptr_t values, int64_t count) {

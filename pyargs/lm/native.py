@@ -171,26 +171,28 @@ def pack(model: nn.Module, adapter: nn.Module | None = None, *, dtype: torch.dty
     native = Native(str(dtype).removeprefix("torch."), *sizes.values(), head is not None, config.rms_norm_eps)
     as_name = {torch.float32: Dtype.float32, torch.bfloat16: Dtype.bfloat16}
 
-    def put(layer: int, matrix: str, linears: list[nn.Module]) -> None:
-        places, columns = _places(linears, matrix)
-        bias = torch.zeros(columns)
-        for linear, place in zip(linears, places, strict=True):
-            weight = _weight(linear)
-            native.pack(
-                layer, matrix, int(place[0]), matrix == "gate_up", weight.data_ptr(), as_name[weight.dtype], *weight.shape
-            )
-            if linear.bias is not None:
-                bias[place] = linear.bias.float()
-        if any(linear.bias is not None for linear in linears):
-            native.bias(layer, matrix, bias.data_ptr())
+    def put(layer: int, matrices: dict[str, list[nn.Module]]) -> None:
+        parts, weights = [], []  # the second so that none is freed before it is packed
+        for matrix, linears in matrices.items():
+            places, columns = _places(linears, matrix)
+            bias = torch.zeros(columns)
+            for linear, place in zip(linears, places, strict=True):
+                weight = _weight(linear)
+                weights.append(weight)
+                address = weight.data_ptr(), as_name[weight.dtype]
+                parts.append((matrix, int(place[0]), matrix == "gate_up", *address, *weight.shape))
+                if linear.bias is not None:
+                    bias[place] = linear.bias.float()
+            if any(linear.bias is not None for linear in linears):
+                native.bias(layer, matrix, bias.data_ptr())
+        native.pack(layer, parts)
 
     for number, layer in enumerate(decoder.layers):
-        for matrix, names in MATRICES.items():
-            put(number, matrix, [layer.get_submodule(name) for name in names])
+        put(number, {matrix: [layer.get_submodule(name) for name in names] for matrix, names in MATRICES.items()})
         norms = layer.input_layernorm.weight.float(), layer.post_attention_layernorm.weight.float()
         native.norms(number, *(norm.data_ptr() for norm in norms))
     if head is not None:
-        put(0, "head", [head])
+        put(0, {"head": [head]})
     norm = decoder.norm.weight.float()
     native.embedding(embedding.data_ptr(), as_name[embedding.dtype], norm.data_ptr())
     stack = Stack(native, sizes, dtype, decoder.rotary_emb, embedding, head is not None)
