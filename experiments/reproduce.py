@@ -248,7 +248,7 @@ def run(cell: Cell, places: Places) -> dict:
     """Does what is missing of a cell and writes its file."""
     settings = cell.settings()
     found = {
-        **cell._asdict(), "stands_for": settings["stands_for"], "data": settings["about"],
+        **cell._asdict(), "stands_for": settings["stands_for"], "data": settings["about"], "backbone": settings["backbone"],
         "dtype": PROFILES[cell.profile]["dtype"],
     }  # fmt: skip
     method, fields = settings["rows"][cell.row] or (None, {})
