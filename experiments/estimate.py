@@ -80,7 +80,7 @@ def plan(cells: list[tuple[str, tuple, int | None, float | None]]) -> dict:
         "hours": None if rate is None else round(total / rate / 3600, 2),
         "fits_30_minutes_of_a_gpu": None if rate is None else total / rate < 60 * GPU_MINUTES,
     }  # fmt: skip
-    if rate is None:
+    if rate is None and not missing:
         found["note"] = (
             f"no cell of this profile has been measured: {total / 60 / GPU_MINUTES:.0f} tokens/s would fit 30 minutes"
         )

@@ -105,10 +105,11 @@ CPU_SETS = {
 
 # -- gpu: all users of the stand-in for Pref-LaMP; LoRA for one seed --------------------------------------------------------
 
-GPU_LORA = fields({**LANGUAGE_MODELS, **named(HEADS, "LoRA", "Global RM", "LoRE")}, dtype="bfloat16", epochs=1.0)
+GPU_LANGUAGE_MODELS = {"GenARM": LANGUAGE_MODELS["GenARM"], "P-DPO": ("pdpo", {"adapt_steps": 10})}
+GPU_LORA = fields({**GPU_LANGUAGE_MODELS, **named(HEADS, "LoRA", "Global RM", "LoRE")}, dtype="bfloat16", epochs=1.0)
 GPU_SETS = {
     "pref_lamp": {
-        **CPU_SETS["pref_lamp"], "data": ["--data", "{work}/data/pref_lamp"], "needs": "{shared}/pref_lamp_like",
+        **CPU_SETS["pref_lamp"], "data": ["--data", "{work}/data/pref_lamp_like"], "needs": "{shared}/pref_lamp_like",
         "build": ["pref_lamp", "--source", "{shared}/pref_lamp_like", "--embedder", "minilm"],
         "about": "pref_lamp_like: titles of papers of 485 + 126 authors (ACL, arXiv), neighbours by MiniLM",
         "rows": {**ZERO_SHOT, **FROZEN, **UNGUIDED, **BLIND, **GPU_LORA, **fields({**ICL, **SHOTS}, **TITLES)},

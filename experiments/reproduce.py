@@ -201,10 +201,11 @@ def prepare(name: str, profile: str, places: Places) -> bool:
     settings = PROFILES[profile]["sets"][name]
     places_of = {"shared": places.shared, "work": places.work}
     built = Path(settings["data"][1].format(**places_of))
-    if "build" in settings and (built / "dataset.json").exists():
-        return True
-    if settings["needs"] and not Path(settings["needs"].format(**places_of)).exists():
-        print(f"{name}: no data at {settings['needs'].format(**places_of)}: skipped", file=sys.stderr)
+    source = settings["needs"] and Path(settings["needs"].format(**places_of))
+    if source and not source.exists():
+        if "build" in settings and (built / "dataset.json").exists():
+            return True  # built elsewhere, and brought here without its source
+        print(f"{name}: no data at {source}: skipped", file=sys.stderr)
         return False
     if "build" in settings:
         command("data", "build", *(word.format(**places_of) for word in settings["build"]), "--out", str(built))
@@ -322,7 +323,8 @@ def plan(todo: list[Cell], places: Places) -> dict:
             try:
                 sizes[cell.set] = estimate.sizes(load(data_words(cell, places)))
             except PyargsError as error:
-                sizes[cell.set] = {"not there yet": str(error)}
+                words = " ".join(cell.settings().get("build", []))
+                sizes[cell.set] = {"not there yet": f"is built first: pyargs data build {words}" if words else str(error)}
         known, settings = "pairs" in sizes[cell.set], cell.settings()
         count = estimate.tokens(settings["rows"][cell.row], settings, sizes[cell.set]) if known else None
         file = result_file(cell, places)

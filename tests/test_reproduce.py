@@ -56,6 +56,11 @@ def test_every_command_is_understood_and_every_cell_has_a_file_of_its_own(profil
             parser.parse_args(words)
 
 
+def test_sets_that_are_built_otherwise_lie_elsewhere(reproduce):
+    built = [one for profile in reproduce.PROFILES.values() for one in profile["sets"].values() if "build" in one]
+    assert len(built) > 3 and len({one["data"][1] for one in built}) == len({tuple(one["build"]) for one in built})
+
+
 @pytest.fixture
 def smoke(reproduce, places, monkeypatch, encoder):
     """A cell of the smoke profile, and what was really done of its stages, a line each."""
