@@ -1,0 +1,330 @@
+"""Claims about generated answers: what the paper says of Pref-LaMP, and what its numbers imply."""
+
+from __future__ import annotations
+
+from pyargs import results
+from pyargs.claims.common import (
+    MEASURES,
+    PERSONAL,
+    RM_GAP,
+    SAME_ACCURACY,
+    SAME_ANSWERS,
+    SAME_ROUGE,
+    SURE_WIN,
+    World,
+    claim,
+    differences,
+    far_apart,
+    icl_over_guided,
+    joined,
+    large,
+    printed,
+    printed_rouge,
+    same_answers,
+    wins,
+)
+from pyargs.claims.verdicts import (
+    above,
+    any_of,
+    at_least,
+    at_most,
+    below,
+    correlation,
+    difference,
+    other_than,
+    value,
+)
+from pyargs.tables.specs import GUIDES, UNGUIDED
+
+# --- demonstrations
+
+
+def icl_gain(world: World) -> dict:
+    """arXiv's first version says 3 to 5 points, the later one about 3."""
+    gain = world.paper["derived"]["icl_rag_minus_best_reward_rouge1"]["7B"]
+    found, lacking, needs = [], [], large(world, 7e9)
+    for policy in world.policies("Pref-LaMP", 7e9):
+        guided = {row: world.of("Pref-LaMP", row, policy) for row in GUIDES}
+        means = {row: s["mean"] for row, cells in guided.items() if (s := results.summary(cells, MEASURES["rouge1"]))}
+        lacking += [row for row in GUIDES if row not in means]
+        if means:
+            best = max(means, key=means.get)
+            what = f"ICL-RAG minus {best} (the best guided row), ROUGE-1, {policy}"
+            one = difference(what, world.of("Pref-LaMP", "ICL-RAG", policy), guided[best], MEASURES["rouge1"], above(2))
+            found, lacking = (found + [one], lacking) if one else (found, lacking + ["ICL-RAG"])
+    return claim(
+        world,
+        "icl_gain",
+        "paper",
+        "Pref-LaMP",
+        "With a policy of 7B, demonstrations gain about three points of ROUGE-1 (in an "
+        "earlier version of the paper: three to five) over the best reward-guided row.",
+        [("ICL-RAG minus the best guided row, 7B, from Table 12", f"{gain:.2f}")],
+        "Holds if ICL-RAG lies more than two points above the guided row with the best mean (choosing it flatters that row).",
+        found,
+        lacking,
+        needs=needs,
+    )
+
+
+def threshold(world: World) -> dict:
+    return icl_over_guided(
+        world,
+        "threshold",
+        above(),
+        world.policies("Pref-LaMP", 3e9),
+        large(world, 3e9),
+        ("3B", "7B"),
+        "With policies of at least 3B, demonstrations beat every reward-guided row.",
+        "Holds if ICL-RAG's ROUGE-1 lies above that of every guided row with each of our policies of 3B and more.",
+    )
+
+
+def small_policies(world: World) -> dict:
+    policies = world.policies("Pref-LaMP", most=3e9)
+    return icl_over_guided(
+        world,
+        "small_policies",
+        below(),
+        policies,
+        "" if policies else "a policy below 3B",
+        ("0.5B", "1.5B"),
+        "With smaller policies it is the other way round: some reward-guided row beats demonstrations.",
+        "Holds if ICL-RAG's ROUGE-1 lies below that of some guided row with a policy below 3B (the paper's: 0.5B and 1.5B).",
+        any_of,
+    )
+
+
+def rag_over_icl(world: World) -> dict:
+    found = []
+    for suffix in (", 2 shots", ", 4 shots", "", ", 16 shots"):
+        if not suffix or any(c["row"] == f"ICL-RAG{suffix}" for c in world.sets.get("Pref-LaMP", [])):
+            found.append(differences(world, "Pref-LaMP", [f"ICL-RAG{suffix}"], f"ICL{suffix}", "rouge1", above()))
+    return claim(
+        world,
+        "rag_over_icl",
+        "paper",
+        "Pref-LaMP",
+        "Retrieved demonstrations beat random ones, however many there are.",
+        [p for row in ("ICL", "ICL-RAG") for p in printed_rouge(world, row)],
+        "Holds if ICL-RAG's ROUGE-1 lies above ICL's at every number of demonstrations that has cells.",
+        *joined(found),
+    )
+
+
+def icl_shots(world: World) -> dict:
+    found = [differences(world, "Pref-LaMP", [f"{row}, 16 shots"], row, "rouge1", above()) for row in ("ICL", "ICL-RAG")]
+    return claim(
+        world,
+        "icl_shots",
+        "paper",
+        "Pref-LaMP",
+        "More demonstrations than eight help further.",
+        [],
+        "Holds if ROUGE-1 with 16 demonstrations lies above that with 8, random and retrieved (the paper: in a figure, without "
+        "numbers, for its larger policies).",
+        *joined(found),
+    )
+
+
+def rgd_gain(world: World) -> dict:
+    shown = [
+        (f"{row} minus Zero-Shot, {scale}", f"{gain:+.2f}")
+        for scale, of_scale in world.paper["derived"]["args_minus_zeroshot_rouge1"].items()
+        for row, gain in of_scale.items() if row in PERSONAL
+    ]  # fmt: skip
+    return claim(
+        world,
+        "rgd_gain",
+        "paper",
+        "Pref-LaMP",
+        "Personalised rewards make the answers a little better than unguided ones.",
+        shown,
+        "Holds if the ROUGE-1 of some personalised row lies above that of the same decoder with weight 0.",
+        *differences(world, "Pref-LaMP", PERSONAL, UNGUIDED, "rouge1", above()),
+        judge=any_of,
+        note="The paper compares with zero-shot answers, not with weight 0.",
+    )
+
+
+def weight_0(world: World) -> dict:
+    gaps = world.paper["derived"]["args_minus_zeroshot_rouge1"]
+    least = min(gap for of_scale in gaps.values() for row, gap in of_scale.items() if row == "Global RM")
+    return claim(
+        world,
+        "weight_0",
+        "implied",
+        "Pref-LaMP",
+        "The guided decoder without a reward already differs from zero-shot decoding, "
+        "which would explain gains that the paper credits to rewards.",
+        [(f"Global RM minus Zero-Shot, {scale}", f"{of_scale['Global RM']:+.2f}") for scale, of_scale in gaps.items()],
+        f"Holds if the ROUGE-1 of ARGS with weight 0 differs from zero-shot's; does not hold if the difference is surely smaller "
+        f"than {least:.2f}, the smallest such gap in the paper.",
+        *differences(world, "Pref-LaMP", [UNGUIDED], "Zero-Shot", "rouge1", other_than(0, least)),
+    )
+
+
+def no_op(world: World) -> dict:
+    rows, found, lacking = ("Global RM", "LoRE", "MPU-Avg"), [], []
+    for policy in world.policies("Pref-LaMP"):
+        unguided = world.of("Pref-LaMP", UNGUIDED, policy)
+        for row in rows:
+            cells = world.of("Pref-LaMP", row, policy)
+            weights = ", ".join(f"{c['values']['relative']:g}" for c in cells if c["values"].get("relative") is not None)
+            what = f"{row}: percent of answers as at weight 0, {policy} (chosen weights {weights or 'unknown'})"
+            one = value(what, cells, same_answers(unguided), at_least(SAME_ANSWERS)) if unguided else None
+            found, lacking = (found + [one], lacking) if one else (found, lacking + [row if unguided else UNGUIDED])
+    return claim(
+        world,
+        "no_op",
+        "implied",
+        "Pref-LaMP",
+        "Global RM, LoRE and MPU-Avg reach the same ROUGE-1 because the chosen weight is so small that none of them guides.",
+        [p for row in rows for p in printed_rouge(world, row)],
+        f"Holds if at least {SAME_ANSWERS:g} percent of the answers of each are those of weight 0, word for word.",
+        found,
+        lacking,
+    )
+
+
+def collapse(world: World) -> dict:
+    rows, found, lacking = ("LoRE-Alt", "VPL", "MPU"), [], []
+    for policy in world.policies("Pref-LaMP"):
+        unguided = world.of("Pref-LaMP", UNGUIDED, policy)
+        for row in rows:
+            for cell in (cells := world.of("Pref-LaMP", row, policy)):
+                what = f"{row} seed {cell['seed']} minus {UNGUIDED}, ROUGE-1, {policy}"
+                one = difference(what, [cell], unguided, MEASURES["rouge1"], below(-SAME_ROUGE))
+                found, lacking = (found + [one], lacking) if one else (found, lacking + [row if unguided else UNGUIDED])
+            if len(cells) < 3:
+                lacking.append(f"{row} with three seeds")
+    derived = world.paper["derived"]["two_good_one_collapsed_rouge1"]
+    shown = [(f"{row}, {scale}", ", ".join(f"{one:.2f}" for one in seeds))
+               for row in rows for scale, seeds in derived.get(row, {}).items()]  # fmt: skip
+    return claim(
+        world,
+        "collapse",
+        "implied",
+        "Pref-LaMP",
+        "LoRE-Alt, VPL or MPU vary over seeds because single seeds collapse.",
+        shown,
+        f"Holds if the ROUGE-1 of some seed lies more than {SAME_ROUGE:g} point below that of weight 0.",
+        found,
+        lacking,
+        judge=any_of,
+        note="The paper's numbers: seeds that fit its means and standard deviations.",
+    )
+
+
+def rm_gap_20(world: World) -> dict:
+    found, lacking, largest = far_apart(world, GUIDES)
+    return claim(
+        world,
+        "rm_gap_20",
+        "paper",
+        "Pref-LaMP",
+        f"Methods whose RM accuracies are {RM_GAP:g} points apart generate equally good answers.",
+        [
+            *printed(world, "9", "Global RM", "rm_accuracy"),
+            *printed(world, "9", "LoRE", "rm_accuracy"),
+            *printed_rouge(world, "Global RM"),
+            *printed_rouge(world, "LoRE"),
+        ],
+        f"Of all pairs of guided rows whose mean RM accuracies are at least {RM_GAP:g} points apart: holds if the ROUGE-1 of one "
+        f"pair is surely within {SAME_ROUGE:g} point; does not hold if that of none can be.",
+        found,
+        lacking,
+        judge=any_of,
+        needs="" if found else f"two rows {RM_GAP:g} points apart in RM accuracy; ours are at most {largest:.1f} apart",
+    )
+
+
+def genarm_win(world: World) -> dict:
+    won = wins(world, "GenARM")
+    rouge = differences(world, "Pref-LaMP", ["GenARM"], "Zero-Shot", "rouge1", at_most(0))
+    return claim(
+        world,
+        "genarm_win",
+        "paper",
+        "Pref-LaMP",
+        "GenARM wins nearly every comparison by its own reward, and its answers are not nearer to the user's.",
+        [*printed(world, "5", "GenARM", "win_rate"), *printed_rouge(world, "GenARM"), *printed_rouge(world, "Zero-Shot")],
+        f"Holds if its win rate lies at or above {SURE_WIN:g} percent and its ROUGE-1 at or below zero-shot's.",
+        *joined([won, rouge]),
+    )
+
+
+def global_win(world: World) -> dict:
+    won, (apart, lacking, largest) = wins(world, "Global RM"), far_apart(world, GUIDES, "Global RM")
+    needs = "" if apart else f"a row {RM_GAP:g} points below Global RM in RM accuracy; ours are at most {largest:.1f} below"
+    return claim(
+        world,
+        "global_win",
+        "paper",
+        "Pref-LaMP",
+        f"Global RM wins nearly every comparison by its own reward, and its answers are "
+        f"as good as those of methods {RM_GAP:g} points below it in RM accuracy.",
+        [*printed(world, "5", "Global RM", "win_rate"), *printed_rouge(world, "Global RM")],
+        f"Holds if its win rate lies at or above {SURE_WIN:g} percent and its ROUGE-1 surely within {SAME_ROUGE:g} point of that of "
+        f"every row with a mean RM accuracy at least {RM_GAP:g} points lower.",
+        won[0] + apart,
+        won[1] + lacking,
+        needs=needs,
+    )
+
+
+def t6_range(world: World) -> dict:
+    shown = [
+        (f"{pair.replace('_', ' ')}, {scale}", f"{tau['kendall']:.3f}")
+        for scale, of_scale in world.paper["correlations"]["6"].items() for pair, tau in of_scale.items()
+    ]  # fmt: skip
+    bound = max(abs(tau["kendall"]) for of_scale in world.paper["correlations"]["6"].values() for tau in of_scale.values())
+    found, lacking = [], []
+    for policy in world.policies("Pref-LaMP"):
+        own = [c for c in world.sets["Pref-LaMP"] if c["policy"] == policy]
+        for key, words in (("rm", "RM accuracy"), ("policy", "policy accuracy"), ("win", "win rate")):
+            what = f"Kendall's tau of {words} with ROUGE-1, {policy}"
+            one = correlation(what, own, GUIDES, MEASURES[key], MEASURES["rouge1"], "kendall", at_most(bound))
+            found, lacking = (found + [one], lacking) if one else (found, lacking + [f"{words} with ROUGE-1"])
+    return claim(
+        world,
+        "t6_range",
+        "paper",
+        "Pref-LaMP",
+        "Neither RM accuracy nor policy accuracy nor win rate tells which method's answers are nearest to what users wrote.",
+        shown,
+        f"Holds if all three correlations lie at or below {bound:.3f}, the strongest in the paper's Table 6 by absolute value.",
+        found,
+        lacking,
+    )
+
+
+def blind(world: World) -> dict:
+    return claim(
+        world,
+        "blind",
+        "implied",
+        "Pref-LaMP",
+        "Pairs whose rejected title is of another paper do not need a reward model: the "
+        "words that title and abstract share decide them as well.",
+        [],
+        f"Does not hold if a guided row's RM accuracy lies surely more than {SAME_ACCURACY:g} points above that of word overlap; holds "
+        f"if none can be.",
+        *differences(world, "Pref-LaMP", GUIDES, "word overlap", "rm", at_most(SAME_ACCURACY)),
+    )
+
+
+def same_content(world: World) -> dict:
+    found = differences(world, "same_content", [*PERSONAL, "PAL"], "Global RM", "rm", above())
+    return claim(
+        world,
+        "same_content",
+        "ours",
+        "same_content",
+        "Where both titles are of the same paper, so that content can not decide, "
+        "a personalised reward model beats the global one.",
+        [],
+        "Holds if the RM accuracy of some personalised row lies above Global RM's.",
+        *found,
+        judge=any_of,
+    )

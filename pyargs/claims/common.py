@@ -1,0 +1,223 @@
+"""What the claims share: the cells and numbers that they are judged on, comparisons of rows, the paper's numbers in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import permutations
+from typing import NamedTuple
+
+from pyargs import results
+from pyargs.claims.verdicts import (
+    UNTESTABLE,
+    Test,
+    all_of,
+    at_least,
+    at_most,
+    correlation,
+    correlation_change,
+    difference,
+    win_rate,
+    within,
+)
+from pyargs.tables.specs import GUIDES, SCALES
+from pyargs.tables.words import listed, number_or_range
+
+# What words such as "almost identical" are taken to mean (defaults: the paper gives no numbers for them).
+SAME_ROUGE = 1.0  # points of ROUGE-1
+SAME_ANSWERS = 95.0  # percent of answers that are the same word for word
+SAME_ACCURACY = 2.0  # points of accuracy
+SURE_WIN = 95.0  # percent
+RM_GAP = 20.0  # points of RM accuracy; the paper's number
+
+PERSONAL = ("LoRE", "LoRE-Alt", "MPU", "MPU-Avg", "PReF", "VPL")
+WORDS = {"rm": "RM accuracy", "policy": "policy accuracy", "all": "policy accuracy (all normalised)", "rouge1": "ROUGE-1"}
+MEASURES: dict[str, results.Measure] = {
+    "rm": results.rm_accuracy, "policy": results.policy_accuracy, "win": results.win_rate,
+    "all": partial(results.policy_accuracy, normalize="all"), "rouge1": partial(results.text, name="rouge1"),
+}  # fmt: skip
+Found = tuple[list[dict], list[str]]  # comparisons, and the rows that lack cells for one
+
+
+class World(NamedTuple):
+    """sets: a profile's cells by the paper's data set, or by name for sets that stand for none. paper: expected/paper.json."""
+
+    sets: dict[str, list[dict]]
+    paper: dict
+    profile: str
+
+    def of(self, data: str, row: str, policy: str) -> list[dict]:
+        return [c for c in self.sets.get(data, []) if c["row"] == row and c["policy"] == policy]
+
+    def policies(self, data: str, least: float = 0, most: float = float("inf")) -> list[str]:
+        """Our policies with cells of the data set whose size is at least `least` and below `most` parameters."""
+        return [p for p in results.policies(self.sets.get(data, [])) if least <= results.size(p)[0] < most]
+
+
+def claim(
+    world: World, id: str, source: str, data: str, text: str, paper: list[tuple[str, str]], rule: str,
+    found: list[dict], lacking: list[str], *, judge: Callable = all_of, needs: str = "", note: str = "",
+) -> dict:  # fmt: skip
+    """The finding. needs: what is not here, without which the claim can not be tested."""
+    if data in (*SCALES, "same_content") and not world.sets.get(data):
+        verdict, reason = UNTESTABLE, f"Profile {world.profile} has no cells of {data}; `{results.command(world.profile)}`"
+    elif needs and not any(one["for"] is False for one in found):
+        verdict, reason = UNTESTABLE, f"Needs {needs}."
+    elif not found:
+        rows = list(dict.fromkeys(lacking))
+        verdict, reason = UNTESTABLE, f"Missing: {listed(rows)}. `{results.command(world.profile, rows)}`"
+    else:
+        verdict, reason = judge(found, lacking)
+    return {
+        "id": id, "source": source, "data": data, "claim": text, "paper": paper, "ours": found, "rule": rule,
+        "verdict": verdict, "reason": reason, "note": note,
+    }  # fmt: skip
+
+
+# --- comparisons of rows
+
+
+def differences(
+    world: World, data: str, rows: Iterable[str], other: str, key: str, test: Test, policies: list[str] | None = None
+) -> Found:
+    """Each row minus another with each policy (RM accuracy: with the smallest, it is the same for all)."""
+    found, lacking = [], []
+    if policies is None:
+        policies = world.policies(data)[: 1 if key == "rm" else None]
+    for policy in policies or [""]:
+        for row in rows:
+            sides = world.of(data, row, policy), world.of(data, other, policy)
+            where = "" if key == "rm" else f", {policy}"
+            one = difference(f"{row} minus {other}, {WORDS[key]}{where}", *sides, MEASURES[key], test)
+            if one:
+                found.append(one)
+            else:
+                lacking += [name for name, side in zip((row, other), sides, strict=True) if not any(map(MEASURES[key], side))]
+    return found, lacking
+
+
+def joined(parts: Iterable[Found]) -> Found:
+    parts = list(parts)
+    return [one for found, _ in parts for one in found], [row for _, lacking in parts for row in lacking]
+
+
+def wins(world: World, row: str) -> Found:
+    """The row's win rate with each policy, for the claim that it wins nearly always."""
+    found, lacking = [], []
+    for policy in world.policies("Pref-LaMP"):
+        one = win_rate(f"{row}: win rate, {policy}", world.of("Pref-LaMP", row, policy), at_least(SURE_WIN))
+        found, lacking = (found + [one], lacking) if one else (found, lacking + [row])
+    return found, lacking
+
+
+def far_apart(world: World, rows: tuple[str, ...], above: str | None = None) -> tuple[list[dict], list[str], float]:
+    """ROUGE-1 of rows whose mean RM accuracies are RM_GAP apart (of one row and those below it), and the largest gap."""
+    found, lacking, largest = [], [], 0.0
+    for policy in world.policies("Pref-LaMP"):
+        cells = {row: world.of("Pref-LaMP", row, policy) for row in rows}
+        means = {row: one["mean"] for row, own in cells.items() if (one := results.summary(own, MEASURES["rm"]))}
+        lacking += [row for row in rows if row not in means]
+        for better, worse in permutations(means, 2):
+            gap = means[better] - means[worse]
+            if gap < 0 or above not in (None, better):
+                continue
+            largest = max(largest, gap)
+            if gap >= RM_GAP:
+                what = f"{better} minus {worse}, ROUGE-1, {policy} (RM accuracy: {means[better]:.1f} and {means[worse]:.1f})"
+                one = difference(what, cells[better], cells[worse], MEASURES["rouge1"], within(-SAME_ROUGE, SAME_ROUGE))
+                found, lacking = (found + [one], lacking) if one else (found, lacking + [better, worse])
+    return found, lacking, largest
+
+
+def icl_over_guided(
+    world: World, id: str, test: Test, policies: list[str], needs: str, scales: tuple[str, ...], text: str, rule: str,
+    judge: Callable = all_of,
+) -> dict:  # fmt: skip
+    parts = [differences(world, "Pref-LaMP", ["ICL-RAG"], row, "rouge1", test, policies) for row in GUIDES] if policies else []
+    gains = world.paper["derived"]["icl_rag_minus_best_reward_rouge1"]
+    paper = [(f"ICL-RAG minus the best guided row, {scale}", f"{gains[scale]:+.2f}") for scale in scales]
+    return claim(world, id, "paper", "Pref-LaMP", text, paper, rule, *joined(parts), judge=judge, needs=needs)
+
+
+def correlation_at_most(world: World, id: str, data: str, rows, paper: list[tuple[str, str]], bound: float, text: str) -> dict:
+    """The claim that Kendall's tau of RM and policy accuracy is no higher than the paper's highest."""
+    found, lacking = [], []
+    for policy in world.policies(data):
+        own = [c for c in world.sets[data] if c["policy"] == policy]
+        what = f"Kendall's tau of RM with policy accuracy, {policy}"
+        one = correlation(what, own, rows, MEASURES["rm"], MEASURES["policy"], "kendall", at_most(bound))
+        found, lacking = (found + [one], lacking) if one else (found, lacking + list(rows))
+    rule = f"Holds if tau lies at or below {bound:g}, the paper's highest, with every policy."
+    return claim(world, id, "paper", data, text, paper, rule, found, lacking)
+
+
+def correlation_changes(world: World, id: str, data: str, rows, paper: list[tuple[str, str]], test: Test, text: str) -> dict:
+    """The claim that Pearson's r of RM and policy accuracy changes from the smallest to the largest policy."""
+    policies, found, lacking = world.policies(data), [], []
+    if len(policies) > 1:
+        sides = ([c for c in world.sets[data] if c["policy"] == policy] for policy in (policies[0], policies[-1]))
+        what = f"Pearson's r with {policies[-1]} minus {policies[0]}"
+        one = correlation_change(what, *sides, rows, MEASURES["rm"], MEASURES["policy"], "pearson", test)
+        found, lacking = ([one], []) if one else ([], list(rows))
+    rule = "Holds if r with our largest policy minus r with our smallest has the sign that the claim says."
+    return claim(world, id, "paper", data, text, paper, rule, found, lacking, needs=several(policies))
+
+
+def same_answers(cells: list[dict]) -> results.Measure:
+    """The percent of a cell's answers that are, word for word, those of the first of these cells with the same pairs."""
+    texts = {answer["pair_id"]: answer["text"] for cell in cells[:1] for answer in cell.get("answers") or []}
+
+    def measure(cell: dict) -> dict | None:
+        users: dict[str, list[float]] = {}
+        for answer in cell.get("answers") or []:
+            if answer["pair_id"] in texts:
+                users.setdefault(answer["user_id"], []).append(100.0 * (answer["text"] == texts[answer["pair_id"]]))
+        shares = [one for of_user in users.values() for one in of_user]
+        return {"value": sum(shares) / len(shares), "users": users} if shares else None
+
+    return measure
+
+
+def several(policies: list[str]) -> str:
+    return "" if len(policies) > 1 else f"policies of several sizes; ours: {listed(policies) or 'none'}"
+
+
+def large(world: World, least: float) -> str:
+    own = world.policies("Pref-LaMP")
+    return (
+        "" if world.policies("Pref-LaMP", least) else f"a policy of at least {least / 1e9:g}B; ours: {listed(own) or 'none'}"
+    )
+
+
+# --- the paper's numbers in words
+
+
+def printed(world: World, table: str, row: str, column: str) -> list[tuple[str, str]]:
+    """What the paper prints for a row: of a column, or of its columns for each policy."""
+    given = world.paper["tables"][table].get(row, {})
+    return [
+        (f"{row}, {key.replace('_', ' ').replace('rm ', 'RM ').replace('rouge1', 'ROUGE-1')}", _number(number))
+        for key, number in given.items() if key.split(" ")[0] == column
+    ]  # fmt: skip
+
+
+def printed_rouge(world: World, row: str) -> list[tuple[str, str]]:
+    return [one for table in ("9", "10", "11", "12") for one in printed(world, table, row, "rouge1")]
+
+
+def printed_correlations(world: World, table: str, statistic: str) -> list[tuple[str, str]]:
+    """The paper's correlations of RM accuracy with policy accuracy, for each policy or as a range."""
+    given = world.paper["correlations"][table]
+    return [
+        (f"{statistic}, {'all policies' if scale == 'all' else scale}", number_or_range(of_pair[statistic]))
+        for scale, of_scale in given.items() for of_pair in of_scale.values()
+    ]  # fmt: skip
+
+
+def highest_correlation(world: World, table: str, statistic: str) -> float:
+    values = [of_pair[statistic] for of_scale in world.paper["correlations"][table].values() for of_pair in of_scale.values()]
+    return max(max(one) if isinstance(one, list) else one for one in values)
+
+
+def _number(number: list) -> str:
+    return f"{number[0]:.2f}" + (f" ± {number[1]:.2f}" if number[1] is not None else "")

@@ -1,0 +1,180 @@
+"""What decides a claim: comparisons with 95% intervals, each for the claim, against it or neither, and the verdict on all.
+
+A comparison is for a claim only if its whole interval is, and against it only if its whole interval is. So a claim never rests
+on a point estimate; without an interval, or with one over fewer than LEAST units, a comparison decides nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from pyargs import results
+from pyargs.metrics.bootstrap import LEVEL, resamples
+from pyargs.metrics.correlation import correlate_methods, weighted
+from pyargs.tables.words import listed
+
+HOLDS, FAILS, OPEN, UNTESTABLE = "holds", "does not hold", "can not be told", "not testable here"
+VERDICTS = (HOLDS, FAILS, OPEN, UNTESTABLE)
+LEAST = 5  # users or methods behind an interval: resampling fewer says little about others (default)
+UNDEFINED = 0.05  # share of draws without a correlation above which its interval is not used (default)
+Test = Callable[[dict], "bool | None"]
+
+
+# --- tests of one number with its interval
+
+
+def above(bound: float = 0.0) -> Test:
+    """True: the whole interval is above the bound. False: the whole interval is at or below it."""
+    return lambda one: True if one["low"] > bound else False if one["high"] <= bound else None
+
+
+def at_most(bound: float) -> Test:
+    """True: the whole interval is at or below the bound. False: the whole interval is above it."""
+    return lambda one: True if one["high"] <= bound else False if one["low"] > bound else None
+
+
+def at_least(bound: float) -> Test:
+    """True: the whole interval is at or above the bound. False: the whole interval is below it."""
+    return lambda one: True if one["low"] >= bound else False if one["high"] < bound else None
+
+
+def below(bound: float = 0.0) -> Test:
+    """True: the whole interval is below the bound. False: the whole interval is at or above it."""
+    return lambda one: True if one["high"] < bound else False if one["low"] >= bound else None
+
+
+def within(low: float, high: float) -> Test:
+    """True: the whole interval lies in [low, high]. False: the whole interval lies on one side of it."""
+    return lambda one: (
+        True if low <= one["low"] and one["high"] <= high else False if one["high"] < low or one["low"] > high else None
+    )
+
+
+def other_than(bound: float, near: float) -> Test:
+    """True: the interval is without the bound. False: the whole interval is nearer to it than `near`."""
+    return lambda one: (
+        False if bound - near < one["low"] and one["high"] < bound + near
+        else True if one["low"] > bound or one["high"] < bound else None
+    )  # fmt: skip
+
+
+# --- comparisons
+
+
+def comparison(what: str, one: dict, cells: Iterable[dict], test: Test, units: int, of: str = "users") -> dict:
+    """what it is; mean, low, high; the files of the cells; for: True, False or None (it decides nothing) and why not."""
+    found = {"what": what, "mean": one["mean"], "low": one["low"], "high": one["high"], "why": ""}
+    usable = one["low"] is not None and units >= LEAST
+    if not usable:
+        found |= {"low": None, "high": None, "why": f"no interval: {units} {of}, {LEAST} are needed"}
+        if one["low"] is None and units >= LEAST:
+            found["why"] = "no interval: undefined in too many draws" if of == "methods" else "no interval: no values by user"
+    return found | {"for": test(one) if usable else None, "cells": sorted({name(cell) for cell in cells})}
+
+
+def name(cell: dict) -> str:
+    """Where a cell's file is, below the results' folder."""
+    return f"{cell['profile']}/{cell['set']}/{results.slug(cell['policy'])}/{results.slug(cell['row'])}-{cell['seed']}.json"
+
+
+def value(what: str, cells: list[dict], measure: results.Measure, test: Test) -> dict | None:
+    """A measure of one row over its seeds. None where no cell has it."""
+    cells = [cell for cell in cells if measure(cell) is not None]
+    if not cells:
+        return None
+    users = {user for cell in cells for user in measure(cell)["users"]}
+    return comparison(what, results.summary(cells, measure), cells, test, len(users))
+
+
+def difference(what: str, cells: list[dict], others: list[dict], measure: results.Measure, test: Test) -> dict | None:
+    """A measure of one row minus that of another, paired over users. None where one has none."""
+    one = results.difference(cells, others, measure)
+    if one is not None:
+        used = [cell for cell in [*cells, *others] if measure(cell) is not None]
+        return comparison(what, one, used, test, one["users"])
+    return None
+
+
+def win_rate(what: str, cells: list[dict], test: Test) -> dict | None:
+    """The win rate over the seeds; its interval is binomial (exact) over the answers of one seed. None without a win rate."""
+    from scipy.stats import binomtest
+
+    cells = [cell for cell in cells if results.win_rate(cell) is not None]
+    if not cells:
+        return None
+    rate = sum(results.win_rate(cell)["value"] for cell in cells) / len(cells)
+    answers = min((cell["values"]["generations"]["win_rate"].get("n") or 0) for cell in cells)
+    one = {"mean": rate, "low": None, "high": None}
+    if answers:
+        interval = binomtest(round(rate * answers / 100), answers).proportion_ci(0.95)
+        one |= {"low": 100 * float(interval.low), "high": 100 * float(interval.high)}
+    return comparison(what, one, cells, test, answers, "answers")
+
+
+def correlation(what: str, cells: list[dict], rows, x, y, statistic: str, test: Test) -> dict | None:
+    """A correlation of two measures over method x seed, as in the tables. None without a point."""
+    points = results.points(cells, rows, x, y)
+    if not points:
+        return None
+    found = correlate_methods(points)["points"][statistic]
+    one = {"mean": found["value"], "low": found["low"], "high": found["high"]}
+    if (found["undefined"] or 0) > UNDEFINED:
+        one |= {"low": None, "high": None}
+    return comparison(what, one, [c for c in cells if c["row"] in points], test, len(points), "methods")
+
+
+def correlation_change(what: str, first: list[dict], last: list[dict], rows, x, y, statistic: str, test: Test) -> dict | None:
+    """A correlation among the cells of one policy minus that among another's, the same methods drawn on both sides."""
+    sides = [results.points(cells, rows, x, y) for cells in (last, first)]
+    common = [row for row in rows if all(row in side for side in sides)]
+    if not common:
+        return None
+    taken, drawn, means = resamples(len(common)), [], []
+    for side in sides:
+        owner = [place for place, row in enumerate(common) for _ in side[row]]
+        points = np.array([point for row in common for point in side[row]], dtype=np.float64)
+        drawn.append(weighted(points[:, 0], points[:, 1], taken[:, owner])[statistic])
+        means.append(correlate_methods({row: side[row] for row in common})["points"][statistic]["value"])
+    change = drawn[0] - drawn[1]
+    one = {"mean": None if None in means else means[0] - means[1], "low": None, "high": None}
+    if np.isfinite(change).mean() >= 1 - UNDEFINED:
+        one |= dict(zip(("low", "high"), map(float, np.quantile(change[np.isfinite(change)], LEVEL)), strict=True))
+    return comparison(what, one, [c for c in [*first, *last] if c["row"] in common], test, len(common), "methods")
+
+
+# --- the verdict
+
+
+def all_of(found: list[dict], lacking: list[str]) -> tuple[str, str]:
+    """Holds if every comparison is for the claim and none lacks; does not hold if one is against it."""
+    against, undecided = ([one for one in found if one["for"] is kind] for kind in (False, None))
+    if against:
+        return FAILS, f"Against it, {len(against)} of {len(found)} comparisons: {_listed(against)}."
+    if undecided or lacking:
+        return OPEN, " ".join([*([f"Undecided: {_listed(undecided)}."] if undecided else []), *_lacks(lacking)])
+    return HOLDS, f"{_count(found)} for it, none against."
+
+
+def any_of(found: list[dict], lacking: list[str]) -> tuple[str, str]:
+    """Holds if one comparison is for the claim; does not hold if all are against it and none lacks."""
+    own, undecided = ([one for one in found if one["for"] is kind] for kind in (True, None))
+    if own:
+        return HOLDS, f"For it, {len(own)} of {len(found)} comparisons: {_listed(own)}."
+    if undecided or lacking:
+        return OPEN, " ".join([*([f"Undecided: {_listed(undecided)}."] if undecided else []), *_lacks(lacking)])
+    return FAILS, f"{_count(found)} against it, none for."
+
+
+def _count(found: list[dict]) -> str:
+    return "The one comparison is" if len(found) == 1 else f"All {len(found)} comparisons are"
+
+
+def _listed(found: list[dict]) -> str:
+    shown = [one["what"] + (f" ({one['why']})" if one["why"] else "") for one in found[:4]]
+    return "; ".join([*shown, *([f"and {len(found) - 4} more"] if len(found) > 4 else [])])
+
+
+def _lacks(lacking: list[str]) -> list[str]:
+    return [f"Missing: {listed(dict.fromkeys(lacking))}."] if lacking else []
