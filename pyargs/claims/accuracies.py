@@ -159,7 +159,7 @@ def prism_vpl(world: World) -> dict:
             *(p for row in ("VPL", "Global RM") for p in printed(world, "7", row, "policy_accuracy")),
             *(p for row in ("VPL", "Global RM") for p in printed(world, "3", row, "rm_accuracy")),
         ],
-        "Holds if VPL's policy accuracy (paper's form) lies above that of every other row, and its RM accuracy below Global RM's.",
+        "Holds if VPL's policy accuracy (paper's form) lies above that of every other row, its RM accuracy below Global RM's.",
         *joined(found),
         note="The paper's own Table 7 does not have VPL on top with its two largest policies.",
     )
@@ -183,7 +183,7 @@ def prism_bands(world: World) -> dict:
         "PRISM",
         "The size of the policy hardly changes policy accuracy.",
         shown,
-        f"Holds if each row's policy accuracies with our largest and smallest policy differ by no more than {band:.2f} points, "
+        f"Holds if each row's policy accuracies with our largest and smallest policy differ by at most {band:.2f} points, "
         "the most that these rows differ by in the paper.",
         found,
         lacking,

@@ -121,8 +121,8 @@ def icl_shots(world: World) -> dict:
         "Pref-LaMP",
         "More demonstrations than eight help further.",
         [],
-        "Holds if ROUGE-1 with 16 demonstrations lies above that with 8, random and retrieved (the paper: in a figure, without "
-        "numbers, for its larger policies).",
+        "Holds if ROUGE-1 with 16 demonstrations lies above that with 8, random and retrieved (the paper: in a "
+        "figure, without numbers, for its larger policies).",
         *joined(found),
     )
 
@@ -158,8 +158,8 @@ def weight_0(world: World) -> dict:
         "The guided decoder without a reward already differs from zero-shot decoding, "
         "which would explain gains that the paper credits to rewards.",
         [(f"Global RM minus Zero-Shot, {scale}", f"{of_scale['Global RM']:+.2f}") for scale, of_scale in gaps.items()],
-        f"Holds if the ROUGE-1 of ARGS with weight 0 differs from zero-shot's; does not hold if the difference is surely smaller "
-        f"than {least:.2f}, the smallest such gap in the paper.",
+        f"Holds if the ROUGE-1 of ARGS with weight 0 differs from zero-shot's; does not hold if the difference is surely "
+        f"smaller than {least:.2f}, the smallest such gap in the paper.",
         *differences(world, "Pref-LaMP", [UNGUIDED], "Zero-Shot", "rouge1", other_than(0, least)),
     )
 
@@ -230,8 +230,8 @@ def rm_gap_20(world: World) -> dict:
             *printed_rouge(world, "Global RM"),
             *printed_rouge(world, "LoRE"),
         ],
-        f"Of all pairs of guided rows whose mean RM accuracies are at least {RM_GAP:g} points apart: holds if the ROUGE-1 of one "
-        f"pair is surely within {SAME_ROUGE:g} point; does not hold if that of none can be.",
+        f"Of all pairs of guided rows whose mean RM accuracies are at least {RM_GAP:g} points apart: holds if the ROUGE-1 of "
+        f"one pair is surely within {SAME_ROUGE:g} point; does not hold if that of none can be.",
         found,
         lacking,
         judge=any_of,
@@ -265,8 +265,8 @@ def global_win(world: World) -> dict:
         f"Global RM wins nearly every comparison by its own reward, and its answers are "
         f"as good as those of methods {RM_GAP:g} points below it in RM accuracy.",
         [*printed(world, "5", "Global RM", "win_rate"), *printed_rouge(world, "Global RM")],
-        f"Holds if its win rate lies at or above {SURE_WIN:g} percent and its ROUGE-1 surely within {SAME_ROUGE:g} point of that of "
-        f"every row with a mean RM accuracy at least {RM_GAP:g} points lower.",
+        f"Holds if its win rate lies at or above {SURE_WIN:g} percent and its ROUGE-1 surely within {SAME_ROUGE:g} point "
+        f"of that of every row with a mean RM accuracy at least {RM_GAP:g} points lower.",
         won[0] + apart,
         won[1] + lacking,
         needs=needs,
@@ -291,9 +291,9 @@ def t6_range(world: World) -> dict:
         "t6_range",
         "paper",
         "Pref-LaMP",
-        "Neither RM accuracy nor policy accuracy nor win rate tells which method's answers are nearest to what users wrote.",
+        "Neither RM accuracy nor policy accuracy nor win rate tells whose answers are nearest to what users wrote.",
         shown,
-        f"Holds if all three correlations lie at or below {bound:.3f}, the strongest in the paper's Table 6 by absolute value.",
+        f"Holds if all three lie at or below {bound:.3f}, the strongest in the paper's Table 6 by absolute value.",
         found,
         lacking,
     )
@@ -308,8 +308,8 @@ def blind(world: World) -> dict:
         "Pairs whose rejected title is of another paper do not need a reward model: the "
         "words that title and abstract share decide them as well.",
         [],
-        f"Does not hold if a guided row's RM accuracy lies surely more than {SAME_ACCURACY:g} points above that of word overlap; holds "
-        f"if none can be.",
+        f"Does not hold if a guided row's RM accuracy lies surely more than {SAME_ACCURACY:g} points above that of word "
+        f"overlap; holds if no row's can be.",
         *differences(world, "Pref-LaMP", GUIDES, "word overlap", "rm", at_most(SAME_ACCURACY)),
     )
 

@@ -1,0 +1,301 @@
+"""The report of an evaluation: one HTML file with the findings, figures, tables and answers of a profile's cells.
+
+It holds numbers, ids and our own generations. The users' own texts get in only with the data set, in a report that one makes for
+oneself.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import io
+import random
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+from statistics import quantiles
+
+from pyargs import files, results
+from pyargs.claims import VERDICTS, findings
+from pyargs.claims.verdicts import LEAST, name
+from pyargs.errors import PyargsError
+from pyargs.figures import figure
+from pyargs.tables import NAMES, table
+from pyargs.tables.render import shown
+from pyargs.tables.specs import LAMP, LORA, METRICS, SCORERS, UNGUIDED
+from pyargs.tables.words import backbones, listed
+
+ORDER = (*LAMP, *LORA, UNGUIDED, *SCORERS)
+USERS, PROMPTS = 4, 2  # whose answers are shown, and how many of each
+FIGURES = {
+    "1": "RM accuracy against policy accuracy", "2": "Answers against what the user wrote", "3": "ROUGE-1 by demonstrations",
+}  # fmt: skip
+
+
+def report(folder: str | Path, profile: str | None = None, data=None) -> dict:
+    """What the page shows, from the cells below `folder`. data: the data set (`pyargs.data.load`) whose texts may be shown.
+
+    profile: as in results.choose_profile. Raises PyargsError without cells, and when `data` is not what the cells are made on.
+    """
+    every = results.read(folder)
+    profile = results.choose_profile(every, None, profile)
+    cells = [c for c in every if c["profile"] == profile]
+    numbers = Path(folder).absolute().parent / "expected/paper.json"
+    judged = findings(cells, files.read_json(numbers), profile) if numbers.is_file() else []
+    return {
+        "profile": profile, "summary": _summary(cells), "grid": _grid(folder, profile, cells), "findings": judged,
+        "no_findings": "" if judged else f"There is no {numbers}; `python experiments/paper_numbers.py` makes it.",
+        "verdicts": {verdict: sum(one["verdict"] == verdict for one in judged) for verdict in VERDICTS}, "least": LEAST,
+        "figures": [_figure(number, folder, profile) for number in FIGURES], "sets": [_charts(own) for own in _by_set(cells)],
+        "tables": [table(one, folder, profile)[0] for one in NAMES], "answers": _answers(cells, data),
+        "cells": [_line(cell) for cell in cells],
+    }  # fmt: skip
+
+
+def write(path: str | Path, found: dict) -> None:
+    """The page, in one file that needs nothing else."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+    page = Environment(
+        loader=PackageLoader("pyargs", "."), autoescape=select_autoescape(default=True), undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    page.filters |= {"code": _code, "number": _number, "folded": _folded, "listed": listed}
+    page.globals["shown"] = lambda value, column: shown(value, column, "±", "–", "−")
+    with files.writing(path) as temporary:
+        temporary.write_text(page.get_template("report.html.j2").render(found), encoding="utf-8")
+
+
+# --- what was run
+
+
+def _summary(cells: list[dict]) -> dict:
+    """Sets, seeds, hours, machines, versions and commits of the cells."""
+    notes = [c.get("provenance") or {} for c in cells]
+    hardware = [n.get("hardware") or {} for n in notes]
+    versions = [n.get("versions") or {} for n in notes]
+    words = [", ".join(filter(None, [h.get("gpu"), h.get("cpu"), f"{h['threads']} threads" if "threads" in h else None]))
+             for h in hardware]  # fmt: skip
+    return {
+        "cells": len(cells), "seeds": sorted({c["seed"] for c in cells}),
+        "hours": sum(sum((c.get("seconds") or {}).values()) for c in cells) / 3600,
+        "hardware": _distinct(words), "commits": _distinct([n.get("commit") or "" for n in notes]),
+        "versions": _distinct([", ".join(f"{key} {value}" for key, value in v.items() if value) for v in versions]),
+        "sets": [
+            {
+                "set": own[0]["set"], "stands_for": own[0]["stands_for"], "about": listed(sorted({c.get("data") or "" for c in own})),
+                "policies": [f"{p} ({listed(sorted({c.get('dtype') or 'dtype unknown' for c in own if c['policy'] == p}))})"
+                             for p in results.policies(own)],
+                "frozen": backbones(own)[0], "lora": backbones(own)[1], "seeds": sorted({c["seed"] for c in own}),
+                "cells": len(own), "users": _users(own),
+            }
+            for own in _by_set(cells)
+        ],
+    }  # fmt: skip
+
+
+def _by_set(cells: list[dict]) -> list[list[dict]]:
+    return [[c for c in cells if c["set"] == name] for name in dict.fromkeys(c["set"] for c in cells)]
+
+
+def _users(cells: list[dict]) -> str:
+    each = [c["values"]["rm_accuracy"]["each"] for c in cells if (c["values"].get("rm_accuracy") or {}).get("each")]
+    return f"{len(each[0])} new users, {sum(map(len, each[0].values()))} pairs" if each else ""
+
+
+def _distinct(words: list[str]) -> list[str]:
+    """Each of the words once with how many cells have it, the most frequent first."""
+    counts = Counter(word for word in words if word)
+    return [f"{word} ({count} cells)" if len(counts) > 1 else word for word, count in counts.most_common()]
+
+
+def _grid(folder: str | Path, profile: str, cells: list[dict]) -> dict | None:
+    """How many cells the profile has to have, and which of them are not there, by set; None where no reproduce.py tells."""
+    script = Path(folder).absolute().parent / "reproduce.py"
+    if not script.is_file():
+        return None
+    spec = importlib.util.spec_from_file_location("pyargs_reproduce", script)
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(script.parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(script.parent))
+    there = {name(cell) for cell in cells}
+    planned = [one._asdict() for one in module.cells(profile)]
+    absent = [one for one in planned if name(one) not in there]
+    missing: dict[str, dict[str, list[int]]] = {}
+    for one in absent:
+        missing.setdefault(one["set"], {}).setdefault(one["row"], []).append(one["seed"])
+    return {
+        "cells": len(planned), "there": len(planned) - len(absent), "command": results.command(profile),
+        "missing": {
+            name: [f"{row} (seed{'s' * (len(set(seeds)) > 1)} {', '.join(map(str, sorted(set(seeds))))})" for row, seeds in rows.items()]
+            for name, rows in missing.items()
+        },
+    }  # fmt: skip
+
+
+# --- figures and charts
+
+
+def _figure(number: str, folder: str | Path, profile: str) -> dict:
+    """A figure of the paper as a data URL, or why there is none."""
+    try:
+        made, _ = figure(number, folder, profile)
+    except PyargsError as error:
+        return {"number": number, "title": FIGURES[number], "image": None, "error": str(error), "width": 0}
+    buffer = io.BytesIO()
+    made.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
+    image = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return {
+        "number": number,
+        "title": FIGURES[number],
+        "image": image,
+        "error": "",
+        "width": int(96 * made.get_size_inches()[0]),
+    }
+
+
+def _charts(cells: list[dict]) -> dict:
+    """Of one set, for each policy: every row's interval of ROUGE-1, and the users' own values of RM accuracy and ROUGE-1."""
+    charts = []
+    for policy in results.policies(cells):
+        own = [c for c in cells if c["policy"] == policy]
+        for key, heading in (("rm_accuracy", "RM accuracy, percent"), ("rouge1", "ROUGE-1")):
+            rows = [line for row in _rows(own) if (line := _line_of_chart(own, row, METRICS[key].measure))]
+            if rows and (key == "rouge1" or policy == results.policies(cells)[0]):
+                highest = max(
+                    value for line in rows for value in [line["mean"], line["high"] or 0, *(v for _, v in line["users"])]
+                )
+                end = 100 if key == "rm_accuracy" else max(10, -(-int(highest + 1) // 10) * 10)
+                zero = next((line["mean"] for line in rows if line["row"] == "Zero-Shot"), None)
+                charts.append({"policy": policy, "heading": heading, "rows": rows, "end": end, "mark": 50 if end == 100 and
+                               key == "rm_accuracy" else zero, "text": key == "rouge1"})  # fmt: skip
+    return {"set": cells[0]["set"], "stands_for": cells[0]["stands_for"], "charts": charts}
+
+
+def _rows(cells: list[dict]) -> list[str]:
+    there = {c["row"] for c in cells}
+    by_shots = sorted(
+        there - set(ORDER), key=lambda row: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", row)]
+    )
+    return [*(row for row in ORDER if row in there), *by_shots]
+
+
+def _line_of_chart(cells: list[dict], row: str, measure: results.Measure) -> dict | None:
+    """A row's mean, its interval, its users' means over their pairs and seeds, and their quartiles."""
+    own = [c for c in cells if c["row"] == row]
+    found = results.summary(own, measure)
+    if found is None:
+        return None
+    together: dict[str, list[float]] = {}
+    for cell in own:
+        for user, values in ((measure(cell) or {}).get("users") or {}).items():
+            together.setdefault(user, []).extend(values)
+    users = [(user, sum(values) / len(values)) for user, values in sorted(together.items())]
+    box = quantiles([value for _, value in users], n=4, method="inclusive") if len(users) > 1 else None
+    return {"row": row, **{key: found[key] for key in ("mean", "low", "high", "n")}, "users": users, "box": box}
+
+
+def _line(cell: dict) -> dict:
+    """A cell in the list at the end: its file and its main numbers."""
+    measures = ("rm_accuracy", "policy_accuracy", "policy_accuracy_all", "rouge1")
+    found = {key: one["value"] if (one := METRICS[key].measure(cell)) else None for key in measures}
+    return {"file": name(cell), **found, "weight": cell["values"].get("relative"),
+            "commit": (cell.get("provenance") or {}).get("commit")}  # fmt: skip
+
+
+# --- answers
+
+
+def _answers(cells: list[dict], data) -> list[dict]:
+    """Some users' prompts of each set with what every row generated (the largest policy, first seed), the same texts together.
+
+    With the data set, each has the prompt and the user's own text.
+    """
+    found = []
+    for own in _by_set(cells):
+        policy = next(
+            (p for p in reversed(results.policies(own)) if any(c["policy"] == p and c.get("answers") for c in own)), None
+        )
+        first = {row: next((c for c in own if c["row"] == row and c["policy"] == policy and c.get("answers")), None)
+                 for row in _rows(own)}  # fmt: skip
+        first = {row: cell for row, cell in first.items() if cell}
+        if not first:
+            continue
+        texts = {row: {(a["user_id"], a["pair_id"]): a for a in cell["answers"]} for row, cell in first.items()}
+        of_user: dict[str, list[str]] = {}
+        for user, pair in sorted({key for answers in texts.values() for key in answers}):
+            of_user.setdefault(user, []).append(pair)
+        draw = random.Random(0)
+        users = sorted(draw.sample(sorted(of_user), min(USERS, len(of_user))))
+        keys = [
+            (user, pair) for user in users for pair in sorted(draw.sample(of_user[user], min(PROMPTS, len(of_user[user]))))
+        ]
+        originals = {} if data is None else _originals(own, data, keys)
+        if data is None or originals:
+            found.append({"set": own[0]["set"], "policy": policy, "files": [name(cell) for cell in first.values()],
+                          "prompts": [_prompt(key, texts, originals) for key in keys]})  # fmt: skip
+    if data is not None and not found:
+        sets = listed(sorted({c["set"] for c in cells if c.get("answers")})) or "none"
+        raise PyargsError(f"the data given are not those of these cells (sets with answers: {sets}): give the same --data, "
+                          "--source and --data-seed as `pyargs evaluate`, or leave --data out")  # fmt: skip
+    return found
+
+
+def _prompt(key: tuple[str, str], texts: dict[str, dict], originals: dict) -> dict:
+    from pyargs.lm.demonstrations import last_user_text
+
+    same: dict[str, list] = {}
+    for row, answers in texts.items():
+        if key in answers:
+            same.setdefault(answers[key]["text"], []).append((row, answers[key].get("rouge1")))
+    original = originals.get(key)
+    return {
+        "user": key[0], "pair": key[1], "prompt": last_user_text(original["prompt"]) if original else None,
+        "original": original["chosen"] if original else None,
+        "texts": [{"rows": [row for row, _ in rows], "rouge1": rows[0][1], "text": text} for text, rows in same.items()],
+    }  # fmt: skip
+
+
+def _originals(cells: list[dict], data, keys: list[tuple[str, str]]) -> dict:
+    """The rows of the data set that these prompts are; none if it is another data set."""
+    from pyargs.data import content_hash, of_split
+
+    noted = {(c.get("key") or {}).get("data") for c in cells} - {None}
+    if noted and content_hash(data) not in noted:
+        return {}
+    wanted, rows = set(keys), of_split(data, "query")
+    found = {}
+    for number, key in enumerate(zip(rows["user_id"], rows["pair_id"], strict=True)):
+        if key in wanted:
+            found[key] = rows[number]
+    return found if len(found) == len(wanted) else {}
+
+
+# --- filters of the template
+
+
+def _code(text: str):
+    """Text with what stands in backticks as code."""
+    from markupsafe import Markup, escape
+
+    words = text.split("`")
+    return Markup("").join(
+        Markup("<code>{}</code>").format(word) if i % 2 else escape(word) for i, word in enumerate(words)
+    )  # fmt: skip
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "" if value is None else f"{value:.{digits}f}".replace("-", "−")
+
+
+def _folded(names: list[str]) -> list[str]:
+    """Files of one folder in one line: cpu/set/policy/: lore-0, lore-1."""
+    folders: dict[str, list[str]] = {}
+    for one in names:
+        folder, _, file = one.rpartition("/")
+        folders.setdefault(folder, []).append(file.removesuffix(".json"))
+    return [f"{folder}/: {', '.join(own)}" for folder, own in folders.items()]
