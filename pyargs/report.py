@@ -1,7 +1,7 @@
 """The report of an evaluation: one HTML file with the findings, figures, tables and answers of a profile's cells.
 
-It holds numbers, ids and our own generations. The users' own texts get in only with the data set, in a report that one makes for
-oneself.
+It holds numbers, ids and our own generations. The users' own texts get in only with the data set, in a report that one makes
+for oneself.
 """
 
 from __future__ import annotations
@@ -82,16 +82,20 @@ def _summary(cells: list[dict]) -> dict:
         "hours": sum(sum((c.get("seconds") or {}).values()) for c in cells) / 3600,
         "hardware": _distinct(words), "commits": _distinct([n.get("commit") or "" for n in notes]),
         "versions": _distinct([", ".join(f"{key} {value}" for key, value in v.items() if value) for v in versions]),
-        "sets": [
-            {
-                "set": own[0]["set"], "stands_for": own[0]["stands_for"], "about": listed(sorted({c.get("data") or "" for c in own})),
-                "policies": [f"{p} ({listed(sorted({c.get('dtype') or 'dtype unknown' for c in own if c['policy'] == p}))})"
-                             for p in results.policies(own)],
-                "frozen": backbones(own)[0], "lora": backbones(own)[1], "seeds": sorted({c["seed"] for c in own}),
-                "cells": len(own), "users": _users(own),
-            }
-            for own in _by_set(cells)
-        ],
+        "sets": [_about(own) for own in _by_set(cells)],
+    }  # fmt: skip
+
+
+def _about(cells: list[dict]) -> dict:
+    """What one set is, which policies answer, and on what the reward models were trained."""
+    dtypes = {
+        p: sorted({c.get("dtype") or "dtype unknown" for c in cells if c["policy"] == p}) for p in results.policies(cells)
+    }
+    return {
+        "set": cells[0]["set"], "stands_for": cells[0]["stands_for"], "cells": len(cells), "users": _users(cells),
+        "about": " and ".join(sorted({c.get("data") or "" for c in cells})), "seeds": sorted({c["seed"] for c in cells}),
+        "policies": [f"{policy} ({listed(found)})" for policy, found in dtypes.items()],
+        "frozen": backbones(cells)[0], "lora": backbones(cells)[1],
     }  # fmt: skip
 
 
@@ -125,15 +129,13 @@ def _grid(folder: str | Path, profile: str, cells: list[dict]) -> dict | None:
     there = {name(cell) for cell in cells}
     planned = [one._asdict() for one in module.cells(profile)]
     absent = [one for one in planned if name(one) not in there]
-    missing: dict[str, dict[str, list[int]]] = {}
+    missing: dict[str, dict[str, set[int]]] = {}
     for one in absent:
-        missing.setdefault(one["set"], {}).setdefault(one["row"], []).append(one["seed"])
+        missing.setdefault(one["set"], {}).setdefault(one["row"], set()).add(one["seed"])
+    seeds = lambda found: f"seed{'s' * (len(found) > 1)} {', '.join(map(str, sorted(found)))}"  # noqa: E731
     return {
         "cells": len(planned), "there": len(planned) - len(absent), "command": results.command(profile),
-        "missing": {
-            name: [f"{row} (seed{'s' * (len(set(seeds)) > 1)} {', '.join(map(str, sorted(set(seeds))))})" for row, seeds in rows.items()]
-            for name, rows in missing.items()
-        },
+        "missing": {name: [f"{row} ({seeds(found)})" for row, found in rows.items()] for name, rows in missing.items()},
     }  # fmt: skip
 
 

@@ -172,8 +172,12 @@ def _count(found: list[dict]) -> str:
 
 
 def _listed(found: list[dict]) -> str:
-    shown = [one["what"] + (f" ({one['why']})" if one["why"] else "") for one in found[:4]]
-    return "; ".join([*shown, *([f"and {len(found) - 4} more"] if len(found) > 4 else [])])
+    shown = [f"{one['what']}, {one['why'] or _interval(one)}" for one in found[:3]]
+    return "; ".join([*shown, *([f"and {len(found) - 3} more"] if len(found) > 3 else [])])
+
+
+def _interval(one: dict) -> str:
+    return f"{one['mean']:.2f} [{one['low']:.2f} to {one['high']:.2f}]".replace("-", "−")
 
 
 def _lacks(lacking: list[str]) -> list[str]:
