@@ -13,7 +13,7 @@ from pyargs.claims.common import World
 from pyargs.claims.verdicts import FAILS, HOLDS, OPEN, UNTESTABLE, VERDICTS
 from pyargs.tables.specs import SCALES
 
-__all__ = ["CLAIMS", "FAILS", "HOLDS", "OPEN", "UNTESTABLE", "VERDICTS", "findings"]
+__all__ = ["CLAIMS", "FAILS", "HOLDS", "OPEN", "UNTESTABLE", "VERDICTS", "findings", "world"]
 
 CLAIMS = (
     accuracies.tau_range, accuracies.tldr_corr, accuracies.tldr_prior, accuracies.tldr_prior_all, accuracies.tldr_lore,
@@ -30,9 +30,14 @@ def findings(cells: list[dict], paper: dict, profile: str) -> list[dict]:
     A finding is {"id", "source": "paper", "implied" or "ours", "data", "claim", "paper": [(what, number)], "ours":
     [comparison], "rule", "verdict", "reason", "note"}; verdicts.comparison says what a comparison is.
     """
+    read = world(cells, paper, profile)
+    return [claim(read) for claim in CLAIMS]
+
+
+def world(cells: list[dict], paper: dict, profile: str) -> World:
+    """What a claim is judged on: the profile's cells by data set, and the paper's numbers."""
     own = [c for c in cells if c["profile"] == profile]
     sets = {data: results.of_set(cells, profile, data) for data in SCALES}
     for extra in sorted({c["set"] for c in own if c["stands_for"] is None}):
         sets[extra] = [c for c in own if c["set"] == extra and c["stands_for"] is None]
-    world = World(sets, paper, profile)
-    return [one(world) for one in CLAIMS]
+    return World(sets, paper, profile)

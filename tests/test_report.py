@@ -1,0 +1,335 @@
+"""The report and its findings from made-up cells: verdicts turn with the cells, no stranger's text, one file, gaps said."""
+
+from __future__ import annotations
+
+import html
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import cells as made
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pyargs import cli, files, report
+from pyargs.claims import CLAIMS, FAILS, HOLDS, OPEN, UNTESTABLE, findings, world
+from pyargs.claims.verdicts import LEAST, above, all_of, any_of, at_least, at_most, below, comparison, name, within
+from pyargs.errors import PyargsError
+from pyargs.tables.specs import GUIDES, PRISM_ROWS, TLDR_EIGHT, UNGUIDED
+
+ROOT = Path(__file__).resolve().parent.parent
+PAPER = files.read_json(ROOT / "experiments/expected/paper.json")
+USERS, PAIRS = 8, 20
+SETS = {"TLDR": "length_prefs", "PRISM": "two_types", "Pref-LaMP": "pref_lamp", None: "same_content"}
+
+
+# --- claims
+
+
+def cell(
+    data, row, *, seed=0, rm=None, policy=None, mean=None, rouge=None, win=None, text="a title", by="smollm2-135m", weight=1.0
+):
+    """A cell in which every user has the same outcomes: rm, policy, mean of 20 pairs are right; rouge of each answer."""
+    outcomes = lambda right: made.accuracy({f"u{n}": "1" * right + "0" * (PAIRS - right) for n in range(USERS)})  # noqa: E731
+    values, answers = {"relative": weight}, []
+    if rm is not None:
+        values["rm_accuracy"] = outcomes(rm)
+    if policy is not None:
+        forms = {"paper": outcomes(policy), "all": outcomes(policy if mean is None else mean)}
+        values["policy_accuracy"] = {"base": {"mean": outcomes(policy)}} if row == "Zero-Shot" else {"personal": forms}
+    if rouge is not None:
+        answers = [{"user_id": f"u{n}", "pair_id": f"u{n}-0", "text": text, "rouge1": rouge} for n in range(USERS)]
+        values["generations"] = {"n": USERS, "rouge1": rouge}
+        if win is not None:
+            values["generations"]["win_rate"] = {"win_rate": win, "tie_rate": 0.0, "n": 200, "unscored": 0}
+    return {"profile": "cpu", "set": SETS[data], "stands_for": data, "policy": by, "row": row, "seed": seed, "values": values,
+            "answers": answers}  # fmt: skip
+
+
+def rows(data, levels: dict, key: str, **more) -> list[dict]:
+    return [cell(data, row, **{key: level}, **more) for row, level in levels.items()]
+
+
+def verdict(id: str, cells: list[dict]) -> dict:
+    return next(claim for claim in CLAIMS if claim.__name__ == id)(world(cells, PAPER, "cpu"))
+
+
+def lamp(levels: dict, **more) -> list[dict]:
+    return rows("Pref-LaMP", levels, "rouge", **more)
+
+
+def guided(rouge: float, **other) -> dict:
+    return {**dict.fromkeys(GUIDES, rouge), **other}
+
+
+def rising(data, names, x, y, **more) -> list[dict]:
+    """Rows whose x rises and whose y rises (or falls, for a negative slope) with it; a bend keeps them apart from a line."""
+    return [
+        cell(data, row, rm=10 + n, **({"policy": 10 + y * n} if x == "policy" else {}), **more) for n, row in enumerate(names)
+    ]
+
+
+QWEN = ("qwen2.5-0.5b", "qwen2.5-7b")
+PRISM_ONE = {row: 10 for row in PRISM_ROWS}
+FLIPS = {  # claim -> cells for it, cells against it
+    "tau_range": (rising("TLDR", TLDR_EIGHT, "policy", -1), rising("TLDR", TLDR_EIGHT, "policy", 1)),
+    "prism_tau": (rising("PRISM", PRISM_ROWS, "policy", -1), rising("PRISM", PRISM_ROWS, "policy", 1)),
+    "tldr_corr": tuple(
+        rising("TLDR", TLDR_EIGHT, "policy", s, by="smollm2-135m") + rising("TLDR", TLDR_EIGHT, "policy", -s, by="smollm2-1.7b")
+        for s in (1, -1)
+    ),
+    "prism_corr": tuple(
+        rising("PRISM", PRISM_ROWS, "policy", s, by=QWEN[0]) + rising("PRISM", PRISM_ROWS, "policy", -s, by=QWEN[1])
+        for s in (-1, 1)
+    ),
+    "tldr_prior": tuple(rows("TLDR", {"MPU": p, "MPU-Avg": p, "PReF": p, "Zero-Shot": 12}, "policy") for p in (8, 15)),
+    "tldr_prior_all": tuple(
+        rows("TLDR", {"MPU": 8, "MPU-Avg": 8, "PReF": 8}, "policy", mean=m) + rows("TLDR", {"Zero-Shot": 12}, "policy")
+        for m in (8, 15)
+    ),
+    "tldr_lore": tuple(rows("TLDR", {**dict.fromkeys(TLDR_EIGHT, 12), "LoRE": p}, "policy") for p in (16, 8)),
+    "tldr_pal": tuple(rows("TLDR", {**dict.fromkeys(TLDR_EIGHT, 12), "PAL": p}, "rm") for p in (16, 8)),
+    "prism_global": tuple(rows("PRISM", {**PRISM_ONE, "Global RM": p}, "rm") for p in (15, 8)),
+    "prism_vpl": tuple(
+        [cell("PRISM", row, rm=r if row == "VPL" else 10, policy=p if row == "VPL" else 10) for row in PRISM_ROWS if row != "PAL"]
+        for r, p in ((8, 15), (12, 15))
+    ),
+    "prism_bands": tuple(
+        rows("PRISM", {"VPL": 10, "LoRE-Alt": 12}, "policy", by=QWEN[0]) + rows("PRISM", {"VPL": p, "LoRE-Alt": 12}, "policy", by=QWEN[1])
+        for p in (10, 15)
+    ),
+    "icl_gain": tuple(lamp(guided(40, **{"ICL-RAG": r}), by=QWEN[1]) for r in (43, 41)),
+    "threshold": tuple(lamp(guided(40, **{"ICL-RAG": r}), by=QWEN[1]) for r in (43, 39)),
+    "small_policies": tuple(lamp(guided(40, **{"ICL-RAG": r})) for r in (39, 43)),
+    "rag_over_icl": tuple(lamp({"ICL": 40, "ICL-RAG": r, "ICL, 2 shots": 40, "ICL-RAG, 2 shots": 41}) for r in (41, 39)),
+    "icl_shots": tuple(lamp({"ICL": 40, "ICL-RAG": 40, "ICL, 16 shots": 41, "ICL-RAG, 16 shots": r}) for r in (41, 39)),
+    "rgd_gain": tuple(lamp(guided(20, LoRE=r, **{UNGUIDED: 20})) for r in (22, 19)),
+    "weight_0": tuple(lamp({"Zero-Shot": 20, UNGUIDED: r}) for r in (22, 20.1)),
+    "no_op": tuple(
+        lamp({"Global RM": 20, "LoRE": 20, UNGUIDED: 20}) + lamp({"MPU-Avg": 20}, text=text) for text in ("a title", "another")
+    ),
+    "collapse": tuple(
+        lamp({UNGUIDED: 20}) + [cell("Pref-LaMP", row, seed=seed, rouge=r if (row, seed) == ("VPL", 1) else 20)
+                                for row in ("LoRE-Alt", "VPL", "MPU") for seed in range(3)]
+        for r in (5, 20)
+    ),
+    "rm_gap_20": tuple(
+        [cell("Pref-LaMP", row, rm=18 if row == "LoRE" else 10, rouge=20 if row == "LoRE" else r) for row in GUIDES] for r in (20.5, 25)
+    ),
+    "genarm_win": tuple(lamp({"GenARM": r}, win=100.0) + lamp({"Zero-Shot": 20}) for r in (19, 22)),
+    "global_win": tuple(
+        [cell("Pref-LaMP", row, rm=18 if row == "Global RM" else 10, rouge=20, win=w) for row in GUIDES] for w in (100.0, 60.0)
+    ),
+    "t6_range": tuple(
+        [cell("Pref-LaMP", row, rm=8 + n, policy=8 + n, win=50.0 + n, rouge=30 + s * n) for n, row in enumerate(GUIDES)] for s in (-1, 1)
+    ),
+    "blind": tuple(rows("Pref-LaMP", guided(r, **{"word overlap": 15}), "rm") for r in (15, 18)),
+    "form": tuple(
+        [one for data in ("TLDR", "PRISM", "Pref-LaMP") for one in rows(data, {"Zero-Shot": 12, UNGUIDED: p}, "policy")] for p in (15, 12)
+    ),
+    "same_content": tuple(
+        rows(None, {**dict.fromkeys(("LoRE", "LoRE-Alt", "MPU", "MPU-Avg", "PReF", "VPL"), 10), "PAL": p, "Global RM": 12}, "rm")
+        for p in (15, 10)
+    ),
+}  # fmt: skip
+
+
+def test_every_claim_has_cells_that_turn_it():
+    assert set(FLIPS) == {claim.__name__ for claim in CLAIMS}
+    assert [claim.__name__ for claim in CLAIMS] == [one["id"] for one in findings([], PAPER, "cpu")]
+
+
+@pytest.mark.parametrize("id", FLIPS)
+def test_a_verdict_turns_with_its_cells(id):
+    own, other = (verdict(id, cells) for cells in FLIPS[id])
+    assert (own["verdict"], other["verdict"]) == (HOLDS, FAILS), (own, other)
+    assert own["claim"] == other["claim"] and own["rule"] == other["rule"]  # nothing but numbers knows the result
+    assert all(set(one["cells"]) <= set(map(name, FLIPS[id][0])) and one["cells"] for one in own["ours"])
+
+
+@pytest.mark.parametrize("id", FLIPS)
+def test_few_users_decide_nothing(id):
+    """The same outcomes of fewer than LEAST users, or of fewer methods: no verdict."""
+    few = []
+    for one in FLIPS[id][0]:
+        values = dict(one["values"])
+        cut = lambda found: made.accuracy({u: e for u, e in found["each"].items() if int(u[1:]) < LEAST - 1})  # noqa: E731
+        if "rm_accuracy" in values:
+            values["rm_accuracy"] = cut(values["rm_accuracy"])
+        values["policy_accuracy"] = {
+            k: {f: cut(a) for f, a in v.items()} for k, v in values.get("policy_accuracy", {}).items()
+        }
+        if "generations" in values:
+            values["generations"] = dict(values["generations"])
+            if "win_rate" in values["generations"]:
+                values["generations"]["win_rate"] = {"win_rate": 100.0, "n": 3}
+        few.append(one | {"values": values, "answers": one["answers"][: LEAST - 1]})
+    if "corr" in id or "tau" in id or id == "t6_range":
+        few = [one for one in FLIPS[id][0] if one["row"] in ("LoRE", "MPU", "VPL")]
+    assert verdict(id, few)["verdict"] in (OPEN, UNTESTABLE)
+
+
+@pytest.mark.parametrize("id", FLIPS)
+def test_what_is_missing_is_said(id):
+    assert verdict(id, [])["verdict"] == UNTESTABLE and "reproduce.sh cpu" in verdict(id, [])["reason"]
+    one = verdict(id, FLIPS[id][0][:1])
+    assert one["verdict"] in (OPEN, UNTESTABLE) and ("Missing" in one["reason"] or "Needs" in one["reason"] or one["ours"])
+
+
+numbers = st.floats(-100, 100)
+
+
+@given(numbers, numbers, numbers, st.floats(0, 50))
+def test_tests_are_for_the_whole_interval(one, two, bound, near):
+    interval = {"mean": (one + two) / 2, "low": min(one, two), "high": max(one, two)}
+    opposite = {True: False, False: True, None: None}
+    assert at_most(bound)(interval) is opposite[above(bound)(interval)]
+    assert at_least(bound)(interval) is opposite[below(bound)(interval)]
+    assert (above(bound)(interval) is True) == (interval["low"] > bound)
+    if within(bound - near, bound + near)(interval):
+        assert not above(bound + near)(interval) and not below(bound - near)(interval)
+    assert comparison("", interval | {"low": None, "high": None}, [], above(bound), 99)["for"] is None
+    assert comparison("", interval, [], above(bound), LEAST - 1)["for"] is None
+
+
+@given(st.lists(st.sampled_from([True, False, None]), min_size=1), st.lists(st.just("VPL"), max_size=1))
+def test_one_against_is_enough_and_one_open_is_too_much(kinds, lacking):
+    found = [{"what": "x", "mean": 0.0, "low": 0.0, "high": 0.0, "why": "", "for": kind} for kind in kinds]
+    every = all_of(found, lacking)[0]
+    assert every == (FAILS if False in kinds else HOLDS if all(kinds) and not lacking else OPEN)
+    turned = [one | {"for": None if one["for"] is None else not one["for"]} for one in found]
+    assert any_of(turned, lacking)[0] == {HOLDS: FAILS, FAILS: HOLDS, OPEN: OPEN}[every]  # some = not every not
+
+
+# --- the page
+
+
+class Resources(HTMLParser):
+    """Everything that a browser would fetch, all tags, and ids with the links to them."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.fetched, self.tags, self.ids, self.links, self.open = [], set(), [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        self.tags.add(tag)
+        self.fetched += [value for key, value in attrs if key in ("src", "srcset", "data", "poster", "action")]
+        self.ids += [given["id"]] if "id" in given else []
+        self.links += [given["href"]] if "href" in given else []
+        if tag not in ("meta", "br", "img", "hr", "link", "input"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag or tag in ("li", "p")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Results of two sets beside the paper's numbers and the grid; one has answers with more in them than may be shown."""
+    root = tmp_path_factory.mktemp("experiments")
+    shutil.copytree(ROOT / "experiments/expected", root / "expected")
+    for script in ("reproduce.py", "profiles.py"):
+        shutil.copy(ROOT / "experiments" / script, root)
+    for row in (*made.ROWS, "ICL, 2 shots"):
+        one = made.cell(row)
+        for answer in one["answers"]:
+            answer |= {
+                "text": f"{row} <i>{answer['pair_id']}</i> & more",
+                "prompt": "SECRET abstract",
+                "chosen": "SECRET title",
+            }
+        made.write(root / "results", one)
+    made.write(
+        root / "results", *(made.cell(row, set="length_prefs", stands_for="TLDR", answers=[]) for row in ("LoRE", "MPU"))
+    )
+    broken = made.cell("VPL", 1)
+    broken["values"]["generations"]["perplexity"] = float("inf")
+    made.write(root / "results", broken)
+    return root / "results"
+
+
+@pytest.fixture(scope="module")
+def pairs(folder, tmp_path_factory) -> Path:
+    """The data set that the cells' answers are of, as a file."""
+    rows = [
+        {"user_id": a["user_id"], "prompt": f"ABSTRACT <{a['pair_id']}>", "chosen": f"AUTHOR <{a['pair_id']}>", "split": "query",
+         "rejected": f"STRANGER <{a['pair_id']}>", "pair_id": a["pair_id"]}
+        for a in made.cell("LoRE")["answers"]
+    ]  # fmt: skip
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    files.write_jsonl(path, rows)
+    return path
+
+
+@pytest.fixture(scope="module")
+def page(folder, tmp_path_factory) -> str:
+    out = tmp_path_factory.mktemp("page") / "report.html"
+    assert cli.main(["report", "--results", str(folder), "--out", str(out)]) == 0
+    return out.read_text(encoding="utf-8")
+
+
+def test_the_page_needs_nothing_else(page):
+    found = Resources(page)
+    assert all(one.startswith("data:image/png;base64,") for one in found.fetched) and len(found.fetched) == 3
+    assert not found.tags & {"script", "link", "iframe", "object", "base"} and "@import" not in page and "url(" not in page
+    assert all(link.startswith("#") and link[1:] in found.ids for link in found.links)
+    assert len(set(found.ids)) == len(found.ids) and found.open == []
+
+
+def test_without_the_data_no_text_of_it_is_in_the_page(page, pairs):
+    assert "SECRET" not in page and "AUTHOR" not in page and "ABSTRACT" not in page
+    for row in files.read_jsonl(pairs):
+        assert not any(form(row[key]) in page for key in ("prompt", "chosen", "rejected") for form in (str, html.escape))
+
+
+def test_with_the_data_the_users_own_text_stands_beside_ours(folder, pairs, tmp_path):
+    out = tmp_path / "own.html"
+    assert cli.main(["report", "--results", str(folder), "--data", str(pairs), "--out", str(out)]) == 0
+    page = out.read_text(encoding="utf-8")
+    shown = re.findall(r"AUTHOR &lt;(user \d-\d)&gt;", page)
+    assert len(shown) == report.USERS * report.PROMPTS == len(set(shown))
+    for pair in shown:
+        assert f"ABSTRACT &lt;{pair}&gt;" in page and f"LoRE &lt;i&gt;{pair}&lt;/i&gt; &amp; more" in page
+    assert "STRANGER" not in page and "AUTHOR <" not in page and "mind its licence" in page
+
+
+def test_data_that_are_not_the_cells(folder, tmp_path, capsys):
+    path = tmp_path / "other.jsonl"
+    files.write_jsonl(
+        path, [{"user_id": "x", "prompt": "p", "chosen": "c", "rejected": "r", "split": "query", "pair_id": "1"}]
+    )
+    assert cli.main(["report", "--results", str(folder), "--data", str(path), "--out", str(tmp_path / "o.html")]) == 1
+    assert "sets with answers: pref_lamp" in capsys.readouterr().err and not (tmp_path / "o.html").exists()
+    assert cli.main(["report", "--results", str(folder), "--source", "x", "--out", str(tmp_path / "o.html")]) == 1
+
+
+def test_texts_are_escaped_and_numbers_are_numbers(page):
+    assert "<i>user" not in page and "&lt;i&gt;user" in page
+    text = re.sub(r"data:image[^\"]*|<style>.*?</style>", "", page, flags=re.S)
+    assert not re.search(r"\bnan\b|>None<|\bFalse\b|\bTrue\b|\{\{|\[object", text, flags=re.I) and "∞" in text
+
+
+def test_what_is_there_and_what_is_missing(page, folder):
+    text = re.sub(r"<[^>]+>", " ", page)
+    assert "stands in for TLDR, which it is not" in text and "pref_lamp_like/ci, 40 users" in text
+    assert "LoRE (seeds 1, 2)" in text and "two_types is missing as a whole" in re.sub(r"\s+", " ", text)
+    assert "runs/reproduce.sh cpu" in text
+    for path in folder.glob("*/*/*/*.json"):
+        assert str(path.relative_to(folder)) in page  # the list of cells
+
+
+def test_one_cell_alone_and_no_paper_beside_it(tmp_path):
+    made.write(tmp_path / "results", made.cell("word overlap"))
+    found = report.report(tmp_path / "results")
+    report.write(tmp_path / "a.html", found)
+    report.write(tmp_path / "b.html", report.report(tmp_path / "results"))
+    page = (tmp_path / "a.html").read_text(encoding="utf-8")
+    assert found["grid"] is None and "not known here" in page and "python experiments/paper_numbers.py" in page
+    assert page.count("Not drawn") == 3 and "no cell of this profile has generated answers" in page
+    assert page == (tmp_path / "b.html").read_text(encoding="utf-8")
+    with pytest.raises(PyargsError, match=r"no cells of profile gpu"):
+        report.report(tmp_path / "results", "gpu")
