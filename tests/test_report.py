@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from pyargs import cli, files, report
 from pyargs.claims import CLAIMS, FAILS, HOLDS, OPEN, UNTESTABLE, findings, world
+from pyargs.claims.common import PERSONAL
 from pyargs.claims.verdicts import LEAST, above, all_of, any_of, at_least, at_most, below, comparison, name, within
 from pyargs.errors import PyargsError
-from pyargs.tables.specs import GUIDES, PRISM_ROWS, TLDR_EIGHT, UNGUIDED
+from pyargs.tables.specs import GUIDES, PRISM_EIGHT, PRISM_ROWS, TLDR_EIGHT, UNGUIDED
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPER = files.read_json(ROOT / "experiments/expected/paper.json")
@@ -64,25 +65,21 @@ def guided(rouge: float, **other) -> dict:
     return {**dict.fromkeys(GUIDES, rouge), **other}
 
 
-def rising(data, names, x, y, **more) -> list[dict]:
-    """Rows whose x rises and whose y rises (or falls, for a negative slope) with it; a bend keeps them apart from a line."""
-    return [
-        cell(data, row, rm=10 + n, **({"policy": 10 + y * n} if x == "policy" else {}), **more) for n, row in enumerate(names)
-    ]
+def rising(data, names, slope: int, **more) -> list[dict]:
+    """Rows whose policy accuracy rises with their RM accuracy (slope 1), or falls (-1)."""
+    return [cell(data, row, rm=10 + n, policy=10 + slope * n, **more) for n, row in enumerate(names)]
 
 
 QWEN = ("qwen2.5-0.5b", "qwen2.5-7b")
-PRISM_ONE = {row: 10 for row in PRISM_ROWS}
+PRISM_ONE = dict.fromkeys(PRISM_ROWS, 10)
 FLIPS = {  # claim -> cells for it, cells against it
-    "tau_range": (rising("TLDR", TLDR_EIGHT, "policy", -1), rising("TLDR", TLDR_EIGHT, "policy", 1)),
-    "prism_tau": (rising("PRISM", PRISM_ROWS, "policy", -1), rising("PRISM", PRISM_ROWS, "policy", 1)),
+    "tau_range": tuple(rising("TLDR", TLDR_EIGHT, s) for s in (-1, 1)),
+    "prism_tau": tuple(rising("PRISM", PRISM_EIGHT, s) for s in (-1, 1)),
     "tldr_corr": tuple(
-        rising("TLDR", TLDR_EIGHT, "policy", s, by="smollm2-135m") + rising("TLDR", TLDR_EIGHT, "policy", -s, by="smollm2-1.7b")
-        for s in (1, -1)
+        rising("TLDR", TLDR_EIGHT, s, by="smollm2-135m") + rising("TLDR", TLDR_EIGHT, -s, by="smollm2-1.7b") for s in (1, -1)
     ),
     "prism_corr": tuple(
-        rising("PRISM", PRISM_ROWS, "policy", s, by=QWEN[0]) + rising("PRISM", PRISM_ROWS, "policy", -s, by=QWEN[1])
-        for s in (-1, 1)
+        rising("PRISM", PRISM_EIGHT, s, by=QWEN[0]) + rising("PRISM", PRISM_EIGHT, -s, by=QWEN[1]) for s in (-1, 1)
     ),
     "tldr_prior": tuple(rows("TLDR", {"MPU": p, "MPU-Avg": p, "PReF": p, "Zero-Shot": 12}, "policy") for p in (8, 15)),
     "tldr_prior_all": tuple(
@@ -93,11 +90,12 @@ FLIPS = {  # claim -> cells for it, cells against it
     "tldr_pal": tuple(rows("TLDR", {**dict.fromkeys(TLDR_EIGHT, 12), "PAL": p}, "rm") for p in (16, 8)),
     "prism_global": tuple(rows("PRISM", {**PRISM_ONE, "Global RM": p}, "rm") for p in (15, 8)),
     "prism_vpl": tuple(
-        [cell("PRISM", row, rm=r if row == "VPL" else 10, policy=p if row == "VPL" else 10) for row in PRISM_ROWS if row != "PAL"]
-        for r, p in ((8, 15), (12, 15))
+        [cell("PRISM", row, rm=10, policy=10) for row in PRISM_EIGHT if row != "VPL"] + [cell("PRISM", "VPL", rm=r, policy=15)]
+        for r in (8, 12)
     ),
     "prism_bands": tuple(
-        rows("PRISM", {"VPL": 10, "LoRE-Alt": 12}, "policy", by=QWEN[0]) + rows("PRISM", {"VPL": p, "LoRE-Alt": 12}, "policy", by=QWEN[1])
+        rows("PRISM", {"VPL": 10, "LoRE-Alt": 12}, "policy", by=QWEN[0])
+        + rows("PRISM", {"VPL": p, "LoRE-Alt": 12}, "policy", by=QWEN[1])
         for p in (10, 15)
     ),
     "icl_gain": tuple(lamp(guided(40, **{"ICL-RAG": r}), by=QWEN[1]) for r in (43, 41)),
@@ -116,22 +114,25 @@ FLIPS = {  # claim -> cells for it, cells against it
         for r in (5, 20)
     ),
     "rm_gap_20": tuple(
-        [cell("Pref-LaMP", row, rm=18 if row == "LoRE" else 10, rouge=20 if row == "LoRE" else r) for row in GUIDES] for r in (20.5, 25)
+        [cell("Pref-LaMP", row, rm=10, rouge=r) for row in GUIDES if row != "LoRE"]
+        + [cell("Pref-LaMP", "LoRE", rm=18, rouge=20)]
+        for r in (20.5, 25)
     ),
     "genarm_win": tuple(lamp({"GenARM": r}, win=100.0) + lamp({"Zero-Shot": 20}) for r in (19, 22)),
     "global_win": tuple(
         [cell("Pref-LaMP", row, rm=18 if row == "Global RM" else 10, rouge=20, win=w) for row in GUIDES] for w in (100.0, 60.0)
     ),
     "t6_range": tuple(
-        [cell("Pref-LaMP", row, rm=8 + n, policy=8 + n, win=50.0 + n, rouge=30 + s * n) for n, row in enumerate(GUIDES)] for s in (-1, 1)
+        [cell("Pref-LaMP", row, rm=8 + n, policy=8 + n, win=50.0 + n, rouge=30 + s * n) for n, row in enumerate(GUIDES)]
+        for s in (-1, 1)
     ),
     "blind": tuple(rows("Pref-LaMP", guided(r, **{"word overlap": 15}), "rm") for r in (15, 18)),
     "form": tuple(
-        [one for data in ("TLDR", "PRISM", "Pref-LaMP") for one in rows(data, {"Zero-Shot": 12, UNGUIDED: p}, "policy")] for p in (15, 12)
+        [one for data in ("TLDR", "PRISM", "Pref-LaMP") for one in rows(data, {"Zero-Shot": 12, UNGUIDED: p}, "policy")]
+        for p in (15, 12)
     ),
     "same_content": tuple(
-        rows(None, {**dict.fromkeys(("LoRE", "LoRE-Alt", "MPU", "MPU-Avg", "PReF", "VPL"), 10), "PAL": p, "Global RM": 12}, "rm")
-        for p in (15, 10)
+        rows(None, {**dict.fromkeys(PERSONAL, 10), "PAL": p, "Global RM": 12}, "rm") for p in (15, 10)
     ),
 }  # fmt: skip
 
@@ -255,10 +256,11 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def pairs(folder, tmp_path_factory) -> Path:
     """The data set that the cells' answers are of, as a file."""
+    ids = [(answer["user_id"], answer["pair_id"]) for answer in made.cell("LoRE")["answers"]]
     rows = [
-        {"user_id": a["user_id"], "prompt": f"ABSTRACT <{a['pair_id']}>", "chosen": f"AUTHOR <{a['pair_id']}>", "split": "query",
-         "rejected": f"STRANGER <{a['pair_id']}>", "pair_id": a["pair_id"]}
-        for a in made.cell("LoRE")["answers"]
+        {"user_id": user, "prompt": f"ABSTRACT <{pair}>", "chosen": f"AUTHOR <{pair}>", "rejected": f"STRANGER <{pair}>",
+         "split": "query", "pair_id": pair}
+        for user, pair in ids
     ]  # fmt: skip
     path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
     files.write_jsonl(path, rows)
