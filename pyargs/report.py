@@ -7,12 +7,14 @@ for oneself.
 from __future__ import annotations
 
 import base64
-import importlib.util
 import io
+import json
 import random
 import re
+import subprocess
 import sys
 from collections import Counter
+from difflib import SequenceMatcher
 from pathlib import Path
 from statistics import quantiles
 
@@ -95,7 +97,8 @@ def _about(cells: list[dict]) -> dict:
         "set": cells[0]["set"], "stands_for": cells[0]["stands_for"], "cells": len(cells), "users": _users(cells),
         "about": " and ".join(sorted({c.get("data") or "" for c in cells})), "seeds": sorted({c["seed"] for c in cells}),
         "policies": [f"{policy} ({listed(found)})" for policy, found in dtypes.items()],
-        "frozen": backbones(cells)[0], "lora": backbones(cells)[1],
+        "backbones": sorted({c["backbone"] for c in cells if c.get("backbone")}), "frozen": backbones(cells)[0],
+        "lora": backbones(cells)[1],
     }  # fmt: skip
 
 
@@ -119,15 +122,12 @@ def _grid(folder: str | Path, profile: str, cells: list[dict]) -> dict | None:
     script = Path(folder).absolute().parent / "reproduce.py"
     if not script.is_file():
         return None
-    spec = importlib.util.spec_from_file_location("pyargs_reproduce", script)
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(script.parent))
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(script.parent))
-    there = {name(cell) for cell in cells}
-    planned = [one._asdict() for one in module.cells(profile)]
+    # In a process of its own: the scripts' modules have names that anything may have.
+    asked = f"import json, reproduce; print(json.dumps([cell._asdict() for cell in reproduce.cells({profile!r})]))"
+    told = subprocess.run([sys.executable, "-c", asked], cwd=script.parent, capture_output=True, text=True)
+    if told.returncode:
+        raise PyargsError(f"{script} does not tell the profile's cells: {told.stderr.strip().splitlines()[-1:]}; mend it")
+    planned, there = json.loads(told.stdout.splitlines()[-1]), {name(cell) for cell in cells}
     absent = [one for one in planned if name(one) not in there]
     missing: dict[str, dict[str, set[int]]] = {}
     for one in absent:
@@ -247,18 +247,32 @@ def _answers(cells: list[dict], data) -> list[dict]:
     return found
 
 
-def _prompt(key: tuple[str, str], texts: dict[str, dict], originals: dict) -> dict:
-    from pyargs.lm.demonstrations import last_user_text
+def _copied(text: str, prompt: str) -> tuple[int, int]:
+    """The longest run of words that the answer has from the prompt, and how many words it has."""
+    from pyargs.metrics.blind import words
 
+    own, given = words(text), words(prompt)
+    return SequenceMatcher(None, own, given, autojunk=False).find_longest_match().size, len(own)
+
+
+def _prompt(key: tuple[str, str], texts: dict[str, dict], originals: dict) -> dict:
     same: dict[str, list] = {}
     for row, answers in texts.items():
         if key in answers:
             same.setdefault(answers[key]["text"], []).append((row, answers[key].get("rouge1")))
     original = originals.get(key)
+    prompt = None
+    if original:
+        from pyargs.lm.demonstrations import last_user_text
+
+        prompt = last_user_text(original["prompt"])
     return {
-        "user": key[0], "pair": key[1], "prompt": last_user_text(original["prompt"]) if original else None,
-        "original": original["chosen"] if original else None,
-        "texts": [{"rows": [row for row, _ in rows], "rouge1": rows[0][1], "text": text} for text, rows in same.items()],
+        "user": key[0], "pair": key[1], "prompt": prompt, "original": original["chosen"] if original else None,
+        "texts": [
+            {"rows": [row for row, _ in rows], "rouge1": rows[0][1], "text": text,
+             "copied": None if prompt is None else _copied(text, prompt)}
+            for text, rows in same.items()
+        ],
     }  # fmt: skip
 
 

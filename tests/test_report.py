@@ -233,8 +233,8 @@ def folder(tmp_path_factory) -> Path:
     """Results of two sets beside the paper's numbers and the grid; one has answers with more in them than may be shown."""
     root = tmp_path_factory.mktemp("experiments")
     shutil.copytree(ROOT / "experiments/expected", root / "expected")
-    for script in ("reproduce.py", "profiles.py"):
-        shutil.copy(ROOT / "experiments" / script, root)
+    for script in (ROOT / "experiments").glob("*.py"):
+        shutil.copy(script, root)
     for row in (*made.ROWS, "ICL, 2 shots"):
         one = made.cell(row)
         for answer in one["answers"]:
@@ -296,6 +296,7 @@ def test_with_the_data_the_users_own_text_stands_beside_ours(folder, pairs, tmp_
     assert len(shown) == report.USERS * report.PROMPTS == len(set(shown))
     for pair in shown:
         assert f"ABSTRACT &lt;{pair}&gt;" in page and f"LoRE &lt;i&gt;{pair}&lt;/i&gt; &amp; more" in page
+    assert re.search(r"\d of its \d words stand in one run in the prompt", page)
     assert "STRANGER" not in page and "AUTHOR <" not in page and "mind its licence" in page
 
 
