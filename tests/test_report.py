@@ -18,6 +18,8 @@ from pyargs.claims import CLAIMS, FAILS, HOLDS, OPEN, UNTESTABLE, findings, worl
 from pyargs.claims.common import PERSONAL
 from pyargs.claims.verdicts import LEAST, above, all_of, any_of, at_least, at_most, below, comparison, name, within
 from pyargs.errors import PyargsError
+from pyargs.tables import table
+from pyargs.tables.render import shown
 from pyargs.tables.specs import GUIDES, PRISM_EIGHT, PRISM_ROWS, TLDR_EIGHT, UNGUIDED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -292,9 +294,9 @@ def test_with_the_data_the_users_own_text_stands_beside_ours(folder, pairs, tmp_
     out = tmp_path / "own.html"
     assert cli.main(["report", "--results", str(folder), "--data", str(pairs), "--out", str(out)]) == 0
     page = out.read_text(encoding="utf-8")
-    shown = re.findall(r"AUTHOR &lt;(user \d-\d)&gt;", page)
-    assert len(shown) == report.USERS * report.PROMPTS == len(set(shown))
-    for pair in shown:
+    own = re.findall(r"AUTHOR &lt;(user \d-\d)&gt;", page)
+    assert len(own) == report.USERS * report.PROMPTS == len(set(own))
+    for pair in own:
         assert f"ABSTRACT &lt;{pair}&gt;" in page and f"LoRE &lt;i&gt;{pair}&lt;/i&gt; &amp; more" in page
     assert re.search(r"\d of its \d words stand in one run in the prompt", page)
     assert "STRANGER" not in page and "AUTHOR <" not in page and "mind its licence" in page
@@ -320,7 +322,13 @@ def test_what_is_there_and_what_is_missing(page, folder):
     text = re.sub(r"<[^>]+>", " ", page)
     assert "stands in for TLDR, which it is not" in text and "pref_lamp_like/ci, 40 users" in text
     assert "LoRE (seeds 1, 2)" in text and "two_types is missing as a whole" in re.sub(r"\s+", " ", text)
-    assert "runs/reproduce.sh cpu" in text
+    assert "runs/reproduce.sh cpu" in text and "Pref-LaMP (here: pref_lamp)" in text
+    made_of, _ = table("9", folder)
+    for row in made_of.rows:
+        for column in made_of.columns:
+            assert (
+                html.escape(shown(row.get(column.key), column, "±", "–", "−")) in page
+            )  # the page has the tables' own numbers
     for path in folder.glob("*/*/*/*.json"):
         assert str(path.relative_to(folder)) in page  # the list of cells
 
