@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+import shlex
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -344,3 +345,11 @@ def test_one_cell_alone_and_no_paper_beside_it(tmp_path):
     assert page == (tmp_path / "b.html").read_text(encoding="utf-8")
     with pytest.raises(PyargsError, match=r"no cells of profile gpu"):
         report.report(tmp_path / "results", "gpu")
+
+
+def test_commands_name_rows_that_exist():
+    rows = {*made.ROWS, *(f"{row}, {shots} shots" for row in ("ICL", "ICL-RAG") for shots in (2, 4, 16))}
+    for one in findings([cell(data, "no row", rm=10) for data in SETS], PAPER, "cpu"):
+        named = re.findall(r"`runs/reproduce.sh cpu --only (.*?)`", one["reason"])
+        assert all(set(shlex.split(words)) <= rows for words in named), one["reason"]
+        assert one["verdict"] == UNTESTABLE and (named or "Needs" in one["reason"])

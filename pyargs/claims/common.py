@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import permutations
@@ -62,16 +63,21 @@ def claim(
     if data in (*SCALES, "same_content") and not world.sets.get(data):
         verdict, reason = UNTESTABLE, f"Profile {world.profile} has no cells of {data}; `{results.command(world.profile)}`"
     elif needs and not any(one["for"] is False for one in found):
-        verdict, reason = UNTESTABLE, f"Needs {needs}."
+        verdict, reason = UNTESTABLE, f"Needs {needs}." + (f" {missing(world, lacking)}" if lacking else "")
     elif not found:
-        rows = list(dict.fromkeys(lacking))
-        verdict, reason = UNTESTABLE, f"Missing: {listed(rows)}. `{results.command(world.profile, rows)}`"
+        verdict, reason = UNTESTABLE, missing(world, lacking)
     else:
         verdict, reason = judge(found, lacking)
     return {
         "id": id, "source": source, "data": data, "claim": text, "paper": paper, "ours": found, "rule": rule,
         "verdict": verdict, "reason": reason, "note": note,
     }  # fmt: skip
+
+
+def missing(world: World, lacking: list[str]) -> str:
+    """What lacks, and the command that makes it. lacking: rows, perhaps with words behind: "LoRE on TLDR", "MPU with .."."""
+    rows = dict.fromkeys(re.split(r" (?:on|with) ", one)[0] for one in lacking)
+    return f"Missing: {listed(dict.fromkeys(lacking))}. `{results.command(world.profile, rows)}`"
 
 
 # --- comparisons of rows

@@ -110,6 +110,8 @@ def win_rate(what: str, cells: list[dict], test: Test) -> dict | None:
     if answers:
         interval = binomtest(round(rate * answers / 100), answers).proportion_ci(0.95)
         one |= {"low": 100 * float(interval.low), "high": 100 * float(interval.high)}
+    ties = [found["ties"] for cell in cells if (found := results.win_rate(cell))["ties"] is not None]
+    what += f" (ties: {sum(ties) / len(ties):.1f} percent)" if ties else ""
     return comparison(what, one, cells, test, answers, "answers")
 
 
