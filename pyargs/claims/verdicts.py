@@ -112,7 +112,8 @@ def win_rate(what: str, cells: list[dict], test: Test) -> dict | None:
         one |= {"low": 100 * float(interval.low), "high": 100 * float(interval.high)}
     ties = [found["ties"] for cell in cells if (found := results.win_rate(cell))["ties"] is not None]
     what += f" (ties: {sum(ties) / len(ties):.1f} percent)" if ties else ""
-    return comparison(what, one, cells, test, answers, "answers")
+    users = {answer["user_id"] for cell in cells for answer in cell.get("answers") or []}
+    return comparison(what, one, cells, test, len(users))
 
 
 def correlation(what: str, cells: list[dict], rows, x, y, statistic: str, test: Test) -> dict | None:
