@@ -60,15 +60,17 @@ def tokens(row, settings: dict, size: dict) -> int:
     return total + answers * 4 * (prompt + length)  # written by policy and reward model, judged by both
 
 
-def plan(cells: list[tuple[str, tuple, int | None, float | None]]) -> dict:
-    """cells: name, stages, tokens (None where the data are not there), and seconds where it was done once.
+def plan(cells: list[tuple[str, tuple, int | None, float | None]], measured: list[tuple[int, float]]) -> dict:
+    """What the cells that are left take. cells: name, stages, tokens (None where the data are not there), seconds that the
+    same row took with another seed; measured: tokens and seconds of rows that are done.
 
-    Hours are tokens by the measured tokens per second of the cells that are done; without one the rate is said that would do.
+    Hours are those seconds, or tokens by the tokens per second of all rows; without any the rate is said that would do.
     """
-    measured = [(count, seconds) for *_, count, seconds in cells if count and seconds]
+    measured = [(count, seconds) for count, seconds in measured if count and seconds]
     rate = sum(count for count, _ in measured) / sum(seconds for _, seconds in measured) if measured else None
     total = sum(count or 0 for *_, count, _ in cells)
     missing = sum(count is None for *_, count, _ in cells)
+    needed = sum(seconds or (count or 0) / rate for *_, count, seconds in cells) if rate else None
     lines = [
         {"cell": name, "stages": list(stages), "tokens": count, "minutes": None if not seconds else round(seconds / 60, 1)}
         for name, stages, count, seconds in cells
@@ -77,8 +79,8 @@ def plan(cells: list[tuple[str, tuple, int | None, float | None]]) -> dict:
         "cells": lines,
         "tokens": total, "cells_without_data": missing,
         "tokens_per_second": None if rate is None else round(rate),
-        "hours": None if rate is None else round(total / rate / 3600, 2),
-        "fits_30_minutes_of_a_gpu": None if rate is None else total / rate < 60 * GPU_MINUTES,
+        "hours": None if rate is None else round(needed / 3600, 2),
+        "fits_30_minutes_of_a_gpu": None if rate is None else needed < 60 * GPU_MINUTES,
     }  # fmt: skip
     if rate is None and not missing:
         found["note"] = (

@@ -15,14 +15,16 @@ import contextlib
 import importlib
 import json
 import os
-import re
 import sys
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
+from threading import Thread
 from typing import NamedTuple
 
 import estimate
@@ -30,12 +32,16 @@ from filelock import FileLock
 from profiles import PROFILES
 from tqdm import tqdm
 
-from pyargs import data, files
+from pyargs import data, files, fit
 from pyargs.errors import PyargsError, did_you_mean
 from pyargs.lm import hub
+from pyargs.results import slug
 
 HERE = Path(__file__).parent
 NO_POLICY = {"word overlap", "MiniLM cosine"}  # rows that score texts
+RECIPE = 1  # raised when a stage computes something else: the cells are then made again
+KILLED = 3  # times that workers may be killed before the cells in hand count as failed
+QUOTED = 8  # words in a row from the data that make an answer the authors' text rather than ours
 
 
 class Cell(NamedTuple):
@@ -58,10 +64,6 @@ class Places(NamedTuple):
     results: Path
 
 
-def slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
 def cells(profile: str) -> list[Cell]:
     """In the order in which they are run: a set's unguided row first, since the others are compared with it."""
     found = []
@@ -80,15 +82,20 @@ def cells(profile: str) -> list[Cell]:
 
 
 def model_folder(cell: Cell, places: Places) -> Path:
-    """Where the row's model is: a reward model is trained once for all policies, demonstrations are the policy's own."""
+    """Where the row's model is: a reward model is trained once for all policies, demonstrations are the policy's own.
+
+    Its name, as that of `out_folder`, holds its settings: with others the stages begin anew, in another folder.
+    """
     settings = cell.settings()
-    method = settings["rows"][cell.row][0]
-    backbone = cell.policy if method == "icl" else settings["backbone"]
-    return places.work / cell.profile / cell.set / slug(backbone) / f"{slug(cell.row)}-{cell.seed}"
+    row = recipe(cell)
+    backbone = cell.policy if row[0] == "icl" else settings["backbone"]
+    made = files.short_hash([RECIPE, row, backbone, PROFILES[cell.profile]["dtype"], settings["data"], settings.get("build")])
+    return places.work / cell.profile / cell.set / slug(backbone) / f"{slug(cell.row)}-{cell.seed}-{made}"
 
 
 def out_folder(cell: Cell, places: Places) -> Path:
-    return places.work / cell.profile / cell.set / slug(cell.policy) / f"{slug(cell.row)}-{cell.seed}"
+    made = files.short_hash([wanted(cell), cell.settings()["data"], cell.settings().get("build")])
+    return places.work / cell.profile / cell.set / slug(cell.policy) / f"{slug(cell.row)}-{cell.seed}-{made}"
 
 
 def data_words(cell: Cell, places: Places) -> list[str]:
@@ -104,31 +111,9 @@ def stages(cell: Cell, places: Places) -> dict[str, list[str]]:
     measures = ["--generations", str(answers), "--bertscore", settings["bertscore"]] if generates else []
     if cell.row == "ARGS, weight 0":  # any reward model: its rewards do not count
         model = str(model_folder(cell._replace(row="Global RM"), places) / "model")
-        found = {}
-        if generates:
-            found["decode"] = [
-                "decode",
-                model,
-                *policy,
-                "--reward-weight",
-                "0",
-                *words,
-                *settings["decode"],
-                "--out",
-                str(answers),
-            ]
-        found["evaluate"] = [
-            "evaluate",
-            model,
-            *policy,
-            "--reward-weight",
-            "0",
-            *words,
-            *measures,
-            "--out",
-            str(out / "result.json"),
-        ]
-        return found
+        policy += ["--reward-weight", "0", *words]
+        found = {"decode": ["decode", model, *policy, *settings["decode"], "--out", str(answers)]} if generates else {}
+        return {**found, "evaluate": ["evaluate", model, *policy, *measures, "--out", str(out / "result.json")]}
     method, fields = settings["rows"][cell.row]
     folder = model_folder(cell, places)
     seen, model = str(folder / "seen"), str(folder / "model")
@@ -229,20 +214,41 @@ def load(words):
     return data.load(options["--data"], options.get("--source"))
 
 
-def key(cell: Cell, places: Places) -> dict:
-    """What the cell's numbers depend on: its settings (not where things lie), the data, the models."""
+def recipe(cell: Cell) -> list | None:
+    """The row's method and all of its fields, defaults too: a default that changes makes another cell."""
+    row = cell.settings()["rows"][cell.row]
+    return None if row is None else [row[0], asdict(fit.method(row[0]).Config(**row[1]))]
+
+
+def wanted(cell: Cell) -> dict:
+    """The settings that the cell's numbers depend on."""
     settings = cell.settings()
+    guided = settings["decode"] is not None and cell.row != "Zero-Shot"
     return {
-        "row": settings["rows"][cell.row], "dtype": PROFILES[cell.profile]["dtype"],
-        **{name: settings.get(name) for name in ("tune", "decode", "bertscore")},
-        "data": dataset_hash(tuple(data_words(cell, places))),
-        "models": [hub.identity(settings["backbone"]), hub.identity(cell.policy)],
+        "recipe": RECIPE, "row": recipe(cell), "dtype": PROFILES[cell.profile]["dtype"],
+        **{name: settings.get(name) for name in ("stands_for", "about", "tune", "decode", "bertscore")},
+        "compared_with": recipe(zero_shot(cell)) if guided else None,
     }  # fmt: skip
 
 
+def key(cell: Cell, places: Places) -> dict:
+    """What the cell's numbers depend on: its settings (not where things lie), the data, the models."""
+    settings = cell.settings()
+    found = {
+        **wanted(cell), "data": dataset_hash(tuple(data_words(cell, places))),
+        "models": [hub.identity(settings["backbone"]), hub.identity(cell.policy)],
+    }  # fmt: skip
+    return json.loads(json.dumps(found))
+
+
 def done(cell: Cell, places: Places) -> bool:
+    """Whether the cell's file is there and of these settings and data; a damaged one is not."""
     file = result_file(cell, places)
-    return file.exists() and files.read_json(file)["key"] == json.loads(json.dumps(key(cell, places)))
+    try:
+        found = files.read_json(file) if file.exists() else None
+    except PyargsError:
+        return False
+    return isinstance(found, dict) and found.get("key") == key(cell, places)
 
 
 def run(cell: Cell, places: Places) -> dict:
@@ -272,12 +278,18 @@ def run(cell: Cell, places: Places) -> dict:
             found["tune"] = {name: value for name, value in files.read_json(out / "tune.json").items() if name != "model"}
             values["relative"] = found["tune"]["relative"]
         if answers is not None:
-            found["answers"] = answers
+            found["answers"] = [without_quotation(answer) for answer in answers]
         found |= {"seconds": seconds, "provenance": result["provenance"]}
     found["provenance"] = {name: value for name, value in found["provenance"].items() if name != "command"}
     found["key"] = key(cell, places)
     files.write_json(result_file(cell, places), found)
     return found
+
+
+def without_quotation(answer: dict) -> dict:
+    """An answer that repeats much of what its authors wrote keeps its numbers and the digest of its text, not the text."""
+    quotes = answer["copied"] >= min(QUOTED, max(answer["words"], 1))
+    return {**answer, "text": None} if quotes else answer
 
 
 def blind(cell: Cell, places: Places) -> dict:
@@ -309,16 +321,58 @@ def worker(cell: Cell, places: Places) -> None:
         run(cell, places)
 
 
-def begin_worker(threads: int) -> None:
+def begin_worker(threads: int, parent: int) -> None:
+    """The process's share of the cores; it ends with the process that began it, however that ends."""
     import torch
 
     torch.set_num_threads(threads)
 
+    def leave() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
 
-def plan(todo: list[Cell], places: Places) -> dict:
-    """The cells with their sizes and what they would take (`estimate.plan`)."""
-    sizes, lines = {}, []
-    for cell in todo:
+    Thread(target=leave, daemon=True).start()
+
+
+def run_all(todo: list[Cell], places: Places, workers: int, bar) -> dict[Cell, BaseException]:
+    """Runs the cells, several at a time; returns those that failed. Where a worker is killed, new ones go on with the rest."""
+    threads, failed, broken = max(1, (os.cpu_count() or 1) // workers), {}, 0
+    while todo:
+        left, running = [], {}
+        with ProcessPoolExecutor(
+            workers, mp_context=get_context("spawn"), initializer=begin_worker, initargs=(threads, os.getpid())
+        ) as pool:
+            for cell in todo:
+                try:
+                    running[pool.submit(worker, cell, places)] = cell
+                except BrokenProcessPool:
+                    left.append(cell)
+            for finished in as_completed(running):
+                cell, error = running[finished], finished.exception()
+                if isinstance(error, BrokenProcessPool) and broken < KILLED:
+                    left.append(cell)
+                    continue
+                if error is not None:
+                    failed[cell] = error
+                    bar.write(f"failed: {cell.name()}: {type(error).__name__}: {error}", file=sys.stderr)
+                bar.update()
+        broken += bool(left)
+        todo = left
+        if todo:
+            bar.write(f"a worker was killed (out of memory?): {len(todo)} cells are tried again", file=sys.stderr)
+    return failed
+
+
+def plan(asked: list[Cell], places: Places) -> dict:
+    """What is left of the cells, with sizes, and what it would take (`estimate.plan`)."""
+    sizes, lines, finished = {}, [], 0
+    taken: dict[tuple, list[float]] = {}
+    for cell in asked:
+        file = result_file(cell, places)
+        if file.exists() and (seconds := files.read_json(file).get("seconds")):
+            taken.setdefault((cell.set, cell.row), []).append(sum(seconds.values()))
+    for cell in asked:
         if cell.set not in sizes:
             try:
                 sizes[cell.set] = estimate.sizes(load(data_words(cell, places)))
@@ -326,12 +380,19 @@ def plan(todo: list[Cell], places: Places) -> dict:
                 words = " ".join(cell.settings().get("build", []))
                 sizes[cell.set] = {"not there yet": f"is built first: pyargs data build {words}" if words else str(error)}
         known, settings = "pairs" in sizes[cell.set], cell.settings()
+        if known and done(cell, places):
+            finished += 1
+            continue
         count = estimate.tokens(settings["rows"][cell.row], settings, sizes[cell.set]) if known else None
-        file = result_file(cell, places)
-        seconds = sum(files.read_json(file).get("seconds", {}).values()) if file.exists() else None
         steps = () if cell.row in NO_POLICY else stages(cell, places)
-        lines.append((cell.name(), steps, count if steps else 0, seconds))
-    return {"sets": sizes, **estimate.plan(lines)}
+        measured = taken.get((cell.set, cell.row))
+        lines.append((cell.name(), steps, count if steps else 0, sum(measured) / len(measured) if measured else None))
+    both = [
+        (estimate.tokens(PROFILES[asked[0].profile]["sets"][name]["rows"][row], PROFILES[asked[0].profile]["sets"][name],
+                         sizes[name]), sum(seconds) / len(seconds))
+        for (name, row), seconds in taken.items() if "pairs" in sizes[name]
+    ]  # fmt: skip
+    return {"done": finished, "sets": sizes, **estimate.plan(lines, both)}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -348,41 +409,34 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     places, profile = Places(args.shared, args.work, args.results), PROFILES[args.profile]
     everything = cells(args.profile)
-    for asked, known in ((args.only, {c.row for c in everything}), (args.sets, {c.set for c in everything})):
-        for name in asked or ():
+    for named, known in ((args.only, {c.row for c in everything}), (args.sets, {c.set for c in everything})):
+        for name in named or ():
             if name not in known:
                 parser.error(f"profile {args.profile} has no '{name}'.{did_you_mean(name, known)}")
-    wanted = [
+    asked = [
         cell for cell in everything
         if (not args.only or cell.row in args.only) and (not args.sets or cell.set in args.sets)
         and (args.seeds is None or cell.seed in args.seeds)
     ]  # fmt: skip
+    if not asked:
+        parser.error(f"no cell of profile {args.profile} is all of that: its seeds are {profile['seeds']}")
+    if args.workers is not None and args.workers < 1:
+        parser.error(f"--workers must be at least 1, got {args.workers}")
     if args.dry_run:
-        print(json.dumps(plan(wanted, places), indent=1))
+        print(json.dumps(plan(asked, places), indent=1))
         return 0
-    there = {name: prepare(name, args.profile, places) for name in dict.fromkeys(cell.set for cell in wanted)}
-    wanted = [cell for cell in wanted if there[cell.set]]
-    todo = [cell for cell in wanted if not done(cell, places)]
+    there = {name: prepare(name, args.profile, places) for name in dict.fromkeys(cell.set for cell in asked)}
+    asked = [cell for cell in asked if there[cell.set]]
+    todo = [cell for cell in asked if not done(cell, places)]
     (places.work / "logs").mkdir(parents=True, exist_ok=True)
-    workers = args.workers or profile["workers"]
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    failed = {}
-    with (
-        tqdm(total=len(wanted), initial=len(wanted) - len(todo), desc=args.profile, unit="cell") as bar,
-        ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=begin_worker, initargs=(threads,)) as pool,
-    ):
+    workers, failed = args.workers or profile["workers"], {}
+    with tqdm(total=len(asked), initial=len(asked) - len(todo), desc=args.profile, unit="cell") as bar:
         # What the others wait for comes first, and alone.
-        for cells_now in ([c for c in todo if c.row == "Zero-Shot"], [c for c in todo if c.row != "Zero-Shot"]):
-            running = {pool.submit(worker, cell, places): cell for cell in cells_now}
-            for finished in as_completed(running):
-                cell, error = running[finished], finished.exception()
-                if error is not None:
-                    failed[cell] = error
-                    bar.write(f"failed: {cell.name()}: {type(error).__name__}: {error}", file=sys.stderr)
-                bar.update()
+        for some in ([c for c in todo if c.row == "Zero-Shot"], [c for c in todo if c.row != "Zero-Shot"]):
+            failed |= run_all(some, places, workers, bar)
     for cell, error in failed.items():
         print(f"failed: {cell.name()}: {error}", file=sys.stderr)
-    print(json.dumps({"cells": len(wanted), "run_now": len(todo) - len(failed), "failed": [c.name() for c in failed]}))
+    print(json.dumps({"cells": len(asked), "run_now": len(todo) - len(failed), "failed": [c.name() for c in failed]}))
     return 1 if failed else 0
 
 

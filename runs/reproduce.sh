@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The paper's evaluation, profile by profile: every method, seed, policy and data set, then every table and figure.
+# The paper's evaluation, profile by profile: every method, seed, policy and data set, each a cell below experiments/results, which
+# `pyargs table`, `pyargs figure` and `pyargs report` read.
 #   runs/reproduce.sh smoke|cpu|gpu|paper [--only ROW ...] [--sets SET ...] [--dry-run]      (experiments/reproduce.py has the rest)
 # Killed at any point, it goes on where it was. What is done is not done again.
 set -euo pipefail

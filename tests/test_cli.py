@@ -100,7 +100,22 @@ def test_the_whole_path_and_nothing_twice(stages, capsys):
     assert found["win_rate"]["n"] == 5 and 0 <= found["win_rate"]["win_rate"] + found["win_rate"]["tie_rate"] <= 100
     written = result["values"]["answers"]
     assert found["rouge1"] == pytest.approx(sum(a["rouge1"] for a in written) / 5, abs=0.01)
-    assert all(set(a) == {"user_id", "pair_id", "text", "rouge1", "rougeL", "bertscore"} for a in written)
+    names = {"user_id", "pair_id", "text", "digest", "words", "copied", "rouge1", "rougeL", "bertscore"}
+    assert all(set(a) == names for a in written) and 0 <= found["cut"] <= 100
+    # Answers that are not this model's, of another weight, twice there or no answers at all are refused.
+    other = [*steps["evaluate"][:-1], str(folder / "other.json")]
+    at = other.index("--generations") + 1
+    zero = [*other[:at], str(folder / "zero.jsonl"), *other[at + 1 :]]
+    if tuned := files.read_json(folder / "tune.json")["reward_weight"]:
+        assert f"reward_weight 0.0, not {tuned}" in call(capsys, zero, expect=1)
+    for text, message in (("{}", "line 1 is no line"), ("[1]", "line 1 is no line"), (None, "was answered before")):
+        first = (folder / "answers.jsonl").read_text().splitlines()[0]
+        (folder / "bad.jsonl").write_text(text or f"{first}\n{first}\n")
+        assert message in call(capsys, [*other[:at], str(folder / "bad.jsonl"), *other[at + 1 :]], expect=1)
+    stage = files.read_json(folder / "answers.jsonl.stage.json")
+    files.write_jsonl(folder / "else.jsonl", files.read_jsonl(folder / "answers.jsonl"))
+    files.write_json(folder / "else.jsonl.stage.json", {**stage, "inputs": {**stage["inputs"], "model": "another"}})
+    assert "another model" in call(capsys, [*other[:at], str(folder / "else.jsonl"), *other[at + 1 :]], expect=1)
     assert result["provenance"]["versions"]["torch"] and result["inputs"]["data"]
     answers = list(files.read_jsonl(folder / "answers.jsonl"))
     assert len(answers) == 5 and all(len(a["tokens"]) == len(a["slots"]) <= 6 for a in answers)

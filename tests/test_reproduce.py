@@ -110,11 +110,37 @@ def test_a_killed_cell_goes_on_where_it_was(smoke, reproduce, places, monkeypatc
     assert reproduce.done(cell, places) and files.read_json(reproduce.result_file(cell, places)) == json.loads(
         json.dumps(found)
     )
-    # Of other data or settings the numbers would be others: such a cell is not done.
+    # Of other data or settings the numbers would be others: such a cell is not done. Nor is one that is damaged.
     old = files.read_json(reproduce.result_file(cell, places))
-    for name in ("data", "row", "tune", "models"):
+    for name in ("data", "row", "tune", "models", "stands_for", "compared_with", "recipe"):
         files.write_json(reproduce.result_file(cell, places), {**old, "key": {**old["key"], name: "other"}})
         assert not reproduce.done(cell, places)
+    for text in ("", "[]", "{}", '{"key"'):
+        reproduce.result_file(cell, places).write_text(text)
+        assert not reproduce.done(cell, places)
+    # With other settings the stages that depend on them are made again, and no others.
+    del done[:]
+    settings = reproduce.PROFILES["smoke"]["sets"]["synthetic"]
+    monkeypatch.setitem(settings, "tune", [*settings["tune"], "--seed", "1"])
+    assert reproduce.run(cell, places)["key"]["tune"][-1] == "1" and reproduce.done(cell, places)
+    assert done == ["decode", "tune", "decode", "evaluate"], "the unguided answers once more, but no training"
+    monkeypatch.setitem(settings["rows"], "Zero-Shot", ("icl", {"shots": 0, "max_length": 1024}))
+    assert not reproduce.done(cell, places), "its win rate is over other answers now"
+
+
+@pytest.mark.parametrize("quoted", [0, 3, 7, 8, 20])
+def test_an_answer_that_quotes_its_prompt_loses_its_text(quoted, reproduce):
+    from pyargs.metrics.overlap import copied
+
+    prompt = " ".join(f"word{i}" for i in range(30))
+    text = " ".join([*prompt.split()[5 : 5 + quoted], "and", "something", "of", "its", "own"])
+    run, length = copied(text.upper(), ["nothing about this", prompt])
+    assert (run, length) == (quoted, quoted + 5)
+    kept = reproduce.without_quotation({"text": text, "copied": run, "words": length, "digest": "d"})
+    assert kept["text"] == (text if quoted < 8 else None) and kept["digest"] == "d"
+    whole = {"text": "word3 word4", "copied": 2, "words": 2}
+    assert reproduce.without_quotation(whole)["text"] is None, "nothing of it is ours"
+    assert reproduce.without_quotation({"text": "", "copied": 0, "words": 0})["text"] == ""
 
 
 def test_a_cell_holds_no_text_of_the_data(smoke, reproduce, places):
@@ -141,10 +167,14 @@ def test_a_dry_run_begins_nothing_and_missing_data_are_said(reproduce, tmp_path,
     with pytest.raises(SystemExit, match="2"):
         reproduce.main(["cpu", "--only", "LoRa", *words])
     assert "Did you mean: LoRE" in capsys.readouterr().err
+    for wrong in (["--seeds", "7"], ["--workers", "0"]):
+        with pytest.raises(SystemExit, match="2"):
+            reproduce.main(["smoke", *wrong, *words])
 
 
 def test_a_cell_that_fails_does_not_stop_the_others(reproduce, tmp_path, capsys):
-    taken = tmp_path / "work/smoke/synthetic/tiny-random/lore-0/seen"
+    cell = reproduce.Cell("smoke", "synthetic", "tiny-random", "LoRE", 0)
+    taken = reproduce.model_folder(cell, reproduce.Places(tmp_path, tmp_path / "work", tmp_path / "results")) / "seen"
     taken.mkdir(parents=True)
     (taken / "somebody's.txt").write_text("not ours")
     words = [
@@ -173,5 +203,58 @@ def test_measured_cells_tell_the_hours(reproduce):
     settings = reproduce.PROFILES["smoke"]["sets"]["synthetic"]
     count = {name: tokens(row, settings, size) for name, row in settings["rows"].items()}
     assert count["LoRE, LoRA"] > count["LoRE"] > 0 and count["ICL"] > count["Zero-Shot"]
-    found = plan([("a", ("train",), 1000, 10.0), ("b", ("train",), 719_000, None)])
+    found = plan([("a", ("train",), 1000, 3600.0), ("b", ("train",), 360_000, None)], [(1000, 10.0)])
     assert found["tokens_per_second"] == 100 and found["hours"] == 2.0 and found["fits_30_minutes_of_a_gpu"] is False
+    assert plan([("a", ("train",), 1800, None)], [])["hours"] is None
+
+
+def children(pid: int) -> list[int]:
+    import psutil
+
+    return [child.pid for child in psutil.Process(pid).children(recursive=True) if "spawn_main" in " ".join(child.cmdline())]
+
+
+def begun(tmp_path, *words: str):
+    """The grid in a process of its own, with two workers."""
+    import subprocess
+
+    command = [sys.executable, str(EXPERIMENTS / "reproduce.py"), "smoke", "--only", "word overlap", "LoRE", *words]
+    command += ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "results")]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(what, seconds: float = 240):
+    import time
+
+    end = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < end, "it never came to that"
+        time.sleep(0.05)
+    return found
+
+
+def test_a_killed_worker_is_replaced(tmp_path):
+    import os
+    import signal
+
+    grid = begun(tmp_path)
+    logs = tmp_path / "work/logs"
+    log = wait_for(lambda: logs.exists() and next(logs.iterdir(), None))
+    os.kill(int(log.stem), signal.SIGKILL)
+    out, err = grid.communicate(timeout=400)
+    assert grid.returncode == 0, err[-2000:]
+    assert "a worker was killed" in err and json.loads(out)["failed"] == []
+    assert len(list((tmp_path / "results/smoke/synthetic/tiny-random").iterdir())) == 2
+
+
+def test_workers_end_with_the_grid(tmp_path):
+    import psutil
+
+    grid = begun(tmp_path)
+    workers = wait_for(lambda: len(found := children(grid.pid)) == 2 and found)
+    logs = tmp_path / "work/logs"
+    wait_for(lambda: logs.exists() and len(list(logs.iterdir())) >= 1)
+    grid.kill()
+    grid.wait()
+    grid.stdout.close(), grid.stderr.close()
+    wait_for(lambda: not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in workers), 60)

@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> dict:
         for row, (i, text, tokens) in enumerate(zip(numbers, texts, decoded.answers(), strict=True)):
             lines[i] = {
                 "user_id": items[i]["user_id"], "pair_id": items[i].get("pair_id"), "text": text, "tokens": tokens,
-                "reward_weight": weight,
+                "reward_weight": weight, "cut": len(tokens) >= args.max_new_tokens,
             }  # fmt: skip
             if weight is not None:  # what guided each step
                 lines[i]["rewards"] = [round(r, 5) for r in decoded.rewards[row, : len(tokens)].tolist()]

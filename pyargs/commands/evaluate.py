@@ -47,6 +47,8 @@ def run(args: argparse.Namespace) -> dict:
         raise PyargsError("give both --policy and the weight (--tuned or --reward-weight), or neither")
     if (args.bertscore or args.zero_shot) and not args.generations:
         raise PyargsError("--bertscore and --zero-shot are about --generations: name that file")
+    if args.rescale and not args.bertscore:
+        raise PyargsError("--rescale is about --bertscore: name its model")
     config = read_config(locate(args.model))
     if args.zero_shot and config["kind"] == "user_policy":
         raise PyargsError(f"{args.model} answers by itself ({config['method']}) and has no rewards: leave --zero-shot out")
@@ -70,33 +72,41 @@ def run(args: argparse.Namespace) -> dict:
         if args.generations:
             # What a method made of the policy must not judge its own fluency.
             judge = policy if args.policy else load_lm(config["backbone"], dtype=config["dtype"])[0]
-            values |= _generations(args, model, judge, rows)
+            values |= _generations(args, model, judge, rows, None if tuned is None else tuned["reward_weight"])
     result = Result("evaluate", values, key["config"], inputs, files.provenance(model.about["fields"]["seed"])).json()
     files.write_json(args.out, result)
     files.record(args.out, key)
     return result
 
 
-def _generations(args: argparse.Namespace, model, policy, rows) -> dict:
+def _generations(args: argparse.Namespace, model, policy, rows, weight: float | None) -> dict:
     """What the answers of a file are worth: means, and each answer's own values."""
     from pyargs import files
     from pyargs.errors import PyargsError
     from pyargs.lm.encode import encode_prompt
-    from pyargs.metrics.overlap import bertscore, rouge
+    from pyargs.metrics.overlap import bertscore, copied, rouge
     from pyargs.metrics.perplexity import perplexity
     from pyargs.metrics.win_rate import win_rate
 
     written = {(row["user_id"], row["pair_id"]): row for row in rows}
 
     def read(file: str) -> dict:
-        lines = {(line["user_id"], line["pair_id"]): line for line in files.read_jsonl(file)}
-        if missing := lines.keys() - written.keys():
-            raise PyargsError(f"{file} answers items that are not in split '{args.split}', {min(missing)[1]} for one")
+        lines = {}
+        for number, line in enumerate(files.read_jsonl(file), 1):
+            if not isinstance(line, dict) or not {"user_id", "pair_id", "text", "tokens"} <= set(line):
+                raise PyargsError(f"{file}, line {number} is no line of `pyargs decode`: user_id, pair_id, text, tokens")
+            item = (line["user_id"], line["pair_id"])
+            if item not in written:
+                raise PyargsError(f"{file} answers items that are not in split '{args.split}', {item[1]} for one")
+            if item in lines:
+                raise PyargsError(f"{file}, line {number}: {item[1]} of {item[0]} was answered before")
+            lines[item] = line
         return lines
 
     answers = read(args.generations)
     if not answers:
         raise PyargsError(f"{args.generations} holds no answer")
+    _check_origin(args, answers, weight)
     items, lines = [written[item] for item in answers], list(answers.values())
     texts, titles = [line["text"] for line in lines], [item["chosen"] for item in items]
     prompts = [encode_prompt(model.tokenizer, item["prompt"], model.about.get("max_length")) for item in items]
@@ -104,6 +114,8 @@ def _generations(args: argparse.Namespace, model, policy, rows) -> dict:
     each = {name: found.pop(f"{name}_each") for name in ("rouge1", "rougeL")}
     found["perplexity"] = perplexity(policy, prompts, [line["tokens"] for line in lines])
     found["words"] = sum(len(text.split()) for text in texts) / len(texts)
+    if all("cut" in line for line in lines):
+        found["cut"] = 100 * sum(line["cut"] for line in lines) / len(lines)
     if args.bertscore:
         scored = bertscore(texts, titles, model=args.bertscore, rescale=args.rescale, device=str(policy.device))
         each["bertscore"] = scored["bertscore_each"]
@@ -115,11 +127,36 @@ def _generations(args: argparse.Namespace, model, policy, rows) -> dict:
         ids = [[side[item]["tokens"] for item in answers] for side in (answers, other)]
         found["win_rate"] = win_rate(model, prompts, [line["user_id"] for line in lines], *ids)
         found["same_as_zero_shot"] = 100 * sum(a == b for a, b in zip(*ids, strict=True)) / len(ids[0])
-    singles = [
-        {**{name: line[name] for name in ("user_id", "pair_id", "text")}, **{name: round(v[i], 2) for name, v in each.items()}}
-        for i, line in enumerate(lines)
-    ]
+    singles = []
+    for i, (line, item) in enumerate(zip(lines, items, strict=True)):
+        sources = [content for content in (item["prompt"], item["chosen"], item["rejected"]) if isinstance(content, str)]
+        if not isinstance(item["prompt"], str):
+            sources += [turn["content"] for turn in item["prompt"]]
+        if getattr(model, "demonstrations", None) is not None:
+            sources += [text for shown in model.demonstrations.of_user[line["user_id"]] for text in shown.values()]
+        run, length = copied(line["text"], sources)
+        singles.append({
+            **{name: line[name] for name in ("user_id", "pair_id", "text")}, "digest": files.short_hash(line["text"]),
+            "words": length, "copied": run, **{name: round(v[i], 2) for name, v in each.items()},
+        })  # fmt: skip
     return {"generations": found, "answers": singles}
+
+
+def _check_origin(args: argparse.Namespace, answers: dict, weight: float | None) -> None:
+    """Raises PyargsError where the answers are known to be another model's, another policy's or of another weight."""
+    from pyargs import files
+    from pyargs.errors import PyargsError
+    from pyargs.lm import hub
+
+    weights = {line.get("reward_weight") for line in answers.values()} - {None}
+    if weight is not None and weights and weights != {weight}:
+        raise PyargsError(f"{args.generations} was made with reward_weight {min(weights)}, not {weight}: decode it again")
+    record = files.beside(args.generations, "stage.json")
+    if record.exists():
+        inputs = files.read_json(record).get("inputs", {})
+        for name, own in (("model", files.sha256(args.model)), ("policy", hub.identity(args.policy))):
+            if inputs.get(name, own) != own:
+                raise PyargsError(f"{args.generations} was made with another {name}: its answers are not this one's")
 
 
 def _guide(model, policy, rows, tuned: dict) -> dict:

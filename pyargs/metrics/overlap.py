@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pyargs.errors import PyargsError
+from pyargs.metrics.blind import words
 
 
 def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict:
@@ -61,6 +62,20 @@ def bertscore(
         "model": f"{model}, layer {layer}, {'rescaled' if rescale else 'not rescaled'}",
         "bertscore_each": each,
     }
+
+
+def copied(text: str, sources: Sequence[str]) -> tuple[int, int]:
+    """The longest run of words that a text shares with one of the sources, and how many words it has; case does not count."""
+    from difflib import SequenceMatcher
+
+    own = words(text)
+    matcher = SequenceMatcher(None, autojunk=False)
+    matcher.set_seq2(own)
+    longest = 0
+    for source in sources:
+        matcher.set_seq1(words(source))
+        longest = max(longest, matcher.find_longest_match().size)
+    return longest, len(own)
 
 
 def _scorer(model: str, rescale: bool, device: str | None):
