@@ -247,19 +247,25 @@ def _answers(cells: list[dict], data) -> list[dict]:
     return found
 
 
-def _copied(text: str, prompt: str) -> tuple[int, int]:
-    """The longest run of words that the answer has from the prompt, and how many words it has."""
+def _copied(answer: dict, prompt: str) -> tuple[int, int]:
+    """The longest run of words that the answer has from the prompt (as noted where its text is left out), and how many."""
     from pyargs.metrics.blind import words
 
-    own, given = words(text), words(prompt)
+    if answer["text"] is None:
+        return answer["copied"], answer["words"]
+    own, given = words(answer["text"]), words(prompt)
     return SequenceMatcher(None, own, given, autojunk=False).find_longest_match().size, len(own)
 
 
 def _prompt(key: tuple[str, str], texts: dict[str, dict], originals: dict) -> dict:
-    same: dict[str, list] = {}
+    same: list[tuple[dict, list[str]]] = []  # an answer, and the rows that gave it
     for row, answers in texts.items():
         if key in answers:
-            same.setdefault(answers[key]["text"], []).append((row, answers[key].get("rouge1")))
+            rows = next((rows for answer, rows in same if results.same_text(answer, answers[key])), None)
+            if rows is None:
+                same.append((answers[key], [row]))
+            else:
+                rows.append(row)
     original = originals.get(key)
     prompt = None
     if original:
@@ -269,9 +275,9 @@ def _prompt(key: tuple[str, str], texts: dict[str, dict], originals: dict) -> di
     return {
         "user": key[0], "pair": key[1], "prompt": prompt, "original": original["chosen"] if original else None,
         "texts": [
-            {"rows": [row for row, _ in rows], "rouge1": rows[0][1], "text": text,
-             "copied": None if prompt is None else _copied(text, prompt)}
-            for text, rows in same.items()
+            {"rows": rows, "rouge1": answer.get("rouge1"), "text": answer["text"], "left_out": answer.get("copied"),
+             "copied": None if prompt is None else _copied(answer, prompt)}
+            for answer, rows in same
         ],
     }  # fmt: skip
 

@@ -128,6 +128,19 @@ def text(cell: dict, name: str) -> dict | None:
     return {"value": value, "users": by_user}
 
 
+def cut(cell: dict) -> dict | None:
+    """Percent of the answers that ran into the token limit."""
+    value = (cell["values"].get("generations") or {}).get("cut")
+    return None if value is None else {"value": value, "users": {}}
+
+
+def same_text(one: dict, other: dict) -> bool:
+    """Are two answers the same, word for word? By their digests where both have one: the text may be left out."""
+    if one.get("digest") and other.get("digest"):
+        return one["digest"] == other["digest"]
+    return one["text"] is not None and one["text"] == other["text"]
+
+
 def win_rate(cell: dict) -> dict | None:
     """Share of answers that the row's own reward model puts above the zero-shot answer, percent; ties are no wins."""
     found = (cell["values"].get("generations") or {}).get("win_rate")
@@ -288,7 +301,7 @@ def _problems(cell: dict):
         if values.get(key) is not None and not isinstance(values[key], dict):
             yield f"values.{key}", "is not an object"
     generations = _dict(values.get("generations")) or {}
-    for name in TEXT:
+    for name in (*TEXT, "cut"):
         yield from _number(generations.get(name), f"values.generations.{name}")
     win = generations.get("win_rate")
     if win is not None:
@@ -307,8 +320,23 @@ def _problems(cell: dict):
         if not isinstance(answer, dict) or not isinstance(answer.get("user_id"), str):
             yield f"answers[{number}]", "has no user_id"
         else:
+            yield from _text(answer, f"answers[{number}]")
             for name in TEXT:
                 yield from _number(answer.get(name), f"answers[{number}].{name}")
+
+
+def _text(answer: dict, name: str):
+    """An answer has its text, or null with the words that it copies and a digest to compare it by."""
+    if not isinstance(answer.get("text", 0), str | None):
+        yield f"{name}.text", "is no text" if "text" in answer else "is missing"
+    elif not isinstance(answer.get("digest"), str | None):
+        yield f"{name}.digest", f"is {answer['digest']!r}, not a hash"
+    elif answer["text"] is None:
+        if not answer.get("digest"):
+            yield f"{name}.digest", "is missing, and so is the text"
+        for count in ("copied", "words"):
+            if isinstance(answer.get(count), bool) or not isinstance(answer.get(count), int):
+                yield f"{name}.{count}", "is no number of words, and the text is left out"
 
 
 def _dict(value) -> dict | None:

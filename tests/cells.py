@@ -49,7 +49,7 @@ def cell(row: str, seed: int = 0, **other) -> dict:
         mean = {name: sum(a[name] for a in answers) / len(answers) for name in ("rouge1", "rougeL", "bertscore")}
         values["generations"] = {
             "n": len(answers), "empty": 0, **mean, "bertscore_model": "minilm, layer 6, not rescaled",
-            "perplexity": 1 + draw.random(), "words": 10 + draw.random(),
+            "perplexity": 1 + draw.random(), "words": 10 + draw.random(), "cut": 20 * draw.random(),
         }  # fmt: skip
         if "win" in kinds:
             values["generations"]["same_as_zero_shot"] = 100 * draw.random()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from pyargs import cli, files, report
 from pyargs.claims import CLAIMS, FAILS, HOLDS, OPEN, UNTESTABLE, findings, world
-from pyargs.claims.common import PERSONAL
+from pyargs.claims.common import PERSONAL, same_answers
 from pyargs.claims.verdicts import LEAST, above, all_of, any_of, at_least, at_most, below, comparison, name, within
 from pyargs.errors import PyargsError
 from pyargs.tables import table
@@ -332,6 +332,23 @@ def test_what_is_there_and_what_is_missing(page, folder):
             )  # the page has the tables' own numbers
     for path in folder.glob("*/*/*/*.json"):
         assert str(path.relative_to(folder)) in page  # the list of cells
+
+
+def test_texts_that_are_left_out(tmp_path, pairs):
+    """They are compared by their digests, and the page says how much they copy."""
+    whole, left, same = (made.cell(row) for row in ("LoRE", "MPU", "VPL"))
+    for one, digest in ((whole, "aa"), (left, "bb"), (same, "bb")):
+        for answer in one["answers"]:
+            answer |= {"digest": digest, "words": 12} | ({} if one is whole else {"text": None, "copied": 11})
+    made.write(tmp_path / "results", whole, left, same)
+    measure = same_answers([same])
+    assert [measure(one)["value"] for one in (whole, left)] == [0, 100]
+    out = tmp_path / "a.html"
+    for data in ((), ("--data", str(pairs))):
+        assert cli.main(["report", "--results", str(tmp_path / "results"), *data, "--out", str(out)]) == 0
+        page = out.read_text(encoding="utf-8")
+        assert page.count("copies 11 words of its prompt or title; text left out") == report.USERS * report.PROMPTS
+        assert "MPU and VPL" in page and (not data or "11 of its 12 words stand in one run in the prompt or the title" in page)
 
 
 def test_one_cell_alone_and_no_paper_beside_it(tmp_path):

@@ -208,7 +208,9 @@ def test_a_missing_value_is_named(tmp_path):
     del cell["values"]["generations"], cell["answers"]
     made.write(tmp_path, cell, made.cell("MPU"))
     found = table("9", tmp_path)[0]
-    assert any(note.startswith("Missing: ROUGE-1; ROUGE-L; BERTScore-F1; perplexity; words of LoRE.") for note in found.notes)
+    assert any(
+        note.startswith("Missing: ROUGE-1; ROUGE-L; BERTScore-F1; perplexity; words; cut of LoRE.") for note in found.notes
+    )
 
 
 def test_a_policy_that_is_not_there(folder):
@@ -374,6 +376,11 @@ DAMAGE = {
     "values.generations.win_rate": lambda c: c["values"]["generations"].update(win_rate={}),
     "values.relative": lambda c: c["values"].update(relative=[1]),
     "answers[3]": lambda c: c["answers"].__setitem__(3, {}),
+    "answers[1].text": lambda c: c["answers"][1].update(text=5),
+    "answers[1].text ": lambda c: c["answers"][1].pop("text"),
+    "answers[1].copied": lambda c: c["answers"][1].update(text=None, digest="ab", words=9),
+    "answers[1].digest": lambda c: c["answers"][1].update(text=None, copied=8, words=9),
+    "values.generations.cut": lambda c: c["values"]["generations"].update(cut="all"),
     "answers[2].rouge1": lambda c: c["answers"][2].update(rouge1=float("nan")),
 }
 
@@ -397,6 +404,16 @@ def test_half_a_file_and_no_cell(tmp_path):
     path.write_text("[]")
     with pytest.raises(PyargsError, match="lore-0.json is no cell"):
         results.read(tmp_path)
+
+
+def test_cut_answers_are_said(tmp_path):
+    cut, old, whole = made.cell("LoRE"), made.cell("MPU"), made.cell("VPL")
+    cut["values"]["generations"]["cut"] = 60.0
+    del old["values"]["generations"]["cut"]
+    made.write(tmp_path, cut, old, whole)
+    found = table("9", tmp_path)[0]
+    assert row_of(found, "LoRE")["cut"]["mean"] == 60 and row_of(found, "MPU")["cut"] == MISSING
+    assert any(note.startswith("More than half of the answers are cut off by the token limit: LoRE.") for note in found.notes)
 
 
 def test_infinite_perplexity_is_a_result(tmp_path):

@@ -171,13 +171,14 @@ def correlation_changes(world: World, id: str, data: str, rows, paper: list[tupl
 
 def same_answers(cells: list[dict]) -> results.Measure:
     """The percent of a cell's answers that are, word for word, those of the first of these cells with the same pairs."""
-    texts = {answer["pair_id"]: answer["text"] for cell in cells[:1] for answer in cell.get("answers") or []}
+    texts = {answer["pair_id"]: answer for cell in cells[:1] for answer in cell.get("answers") or []}
 
     def measure(cell: dict) -> dict | None:
         users: dict[str, list[float]] = {}
         for answer in cell.get("answers") or []:
             if answer["pair_id"] in texts:
-                users.setdefault(answer["user_id"], []).append(100.0 * (answer["text"] == texts[answer["pair_id"]]))
+                same = results.same_text(answer, texts[answer["pair_id"]])
+                users.setdefault(answer["user_id"], []).append(100.0 * same)
         shares = [one for of_user in users.values() for one in of_user]
         return {"value": sum(shares) / len(shares), "users": users} if shares else None
 

@@ -49,6 +49,7 @@ METRICS = {
     "bertscore": Metric("BERTScore-F1", partial(results.text, name="bertscore"), "text", paper="bertscore"),
     "perplexity": Metric("perplexity", partial(results.text, name="perplexity"), "text", PLAIN),
     "words": Metric("words", partial(results.text, name="words"), "text", PLAIN, digits=1),
+    "cut": Metric("cut", results.cut, "text", PLAIN, digits=1),
     "win_rate": Metric("win rate", results.win_rate, "win", ("mean", "std", "n"), paper="win_rate"),
     "win_ties": Metric("ties", results.ties(results.win_rate), "win", PLAIN),
     "win_tokens": Metric("tokens", partial(results.win_tokens, side=0), "win", PLAIN, digits=1),
@@ -135,7 +136,7 @@ SPECS = {
             f"All measures on Pref-LaMP, policy beside the paper's Qwen2.5-{scale}-Instruct", "Pref-LaMP",
             LAMP if scale == "0.5B" else tuple(row for row in LAMP if row != "PAL"),  # the paper has PAL in Table 9 alone
             ("rm_accuracy", "policy_accuracy", "policy_accuracy_all", "weight", "rouge1", "rougeL", "bertscore", "perplexity",
-             "words"), (scale,), pairs=WITH_ROUGE, over=GUIDES, printed="6", note=BERTSCORE,
+             "words", "cut"), (scale,), pairs=WITH_ROUGE, over=GUIDES, printed="6", note=BERTSCORE,
         )
         for number, scale in zip(range(9, 13), SCALES["Pref-LaMP"], strict=True)
     },

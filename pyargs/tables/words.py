@@ -12,6 +12,7 @@ from pyargs.tables.specs import GUIDES, METRICS, UNGUIDED, Spec
 COLUMNS = {
     "policy_accuracy": "Policy accuracy in the paper's form sums log pi + w r over the tokens of guided rows, and takes the "
     "mean log-prob of rows that answer by themselves; sums prefer short responses. `all normalised`: means throughout.",
+    "cut": "Cut: percent of the answers that ran into the token limit.",
     "weight": "Weights: the chosen ones in units of 1 / reward_std, one for each seed; 0 means that the reward is not used.",
 }
 SUBSET = (
@@ -74,7 +75,16 @@ def reading(spec: Spec, cells: list[dict]) -> list[str]:
         generations = [c["values"].get("generations") or {} for c in cells]
         models = sorted({one["bertscore_model"] for one in generations if one.get("bertscore_model")})
         said.append(spec.note.format(bertscore="; ".join(models) or "none yet"))
+    if "cut" in spec.metrics and (cut := [row for row in dict.fromkeys(c["row"] for c in cells) if _mostly_cut(row, cells)]):
+        said.append(
+            f"More than half of the answers are cut off by the token limit: {listed(cut)}. ROUGE is then about cut answers."
+        )
     return said if cells else said[len(said) - bool(spec.note) :]
+
+
+def _mostly_cut(row: str, cells: list[dict]) -> bool:
+    found = results.summary([c for c in cells if c["row"] == row], results.cut)
+    return found is not None and found["mean"] > 50
 
 
 def counted(cells: list[dict]) -> str:
