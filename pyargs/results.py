@@ -195,11 +195,11 @@ def _accuracy(found: dict | None) -> dict | None:
 # --- several cells
 
 
-def summary(cells: list[dict], measure: Measure) -> dict | None:
+def summary(cells: list[dict], measure: Measure, **interval) -> dict | None:
     """A measure over the seeds of one row: mean, std (sample, None for one seed), low, high, n and the seeds' values.
 
-    low and high: the 95% interval over users, all seeds of a user together; None where the cells have no values by user. None
-    if no cell has the measure.
+    low and high: the interval over users (`level`, `widened` as in metrics.bootstrap; 95%), all seeds of a user together; None
+    where the cells have no values by user. None if no cell has the measure.
     """
     from statistics import stdev
 
@@ -210,17 +210,21 @@ def summary(cells: list[dict], measure: Measure) -> dict | None:
         return None
     values = [one["value"] for one in found.values()]
     pooled = _pooled(found.values())
-    interval = user_interval(pooled) if pooled and all(one["users"] for one in found.values()) else {"low": None, "high": None}
+    whole = pooled and all(one["users"] for one in found.values())
+    over_users = user_interval(pooled, **interval) if whole else {"low": None, "high": None}
     return {
         "mean": sum(values) / len(values),
         "std": stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None,
-        "low": interval["low"], "high": interval["high"], "n": len(values),
+        "low": over_users["low"], "high": over_users["high"], "n": len(values),
         "seeds": {seed: one["value"] for seed, one in found.items()},
     }  # fmt: skip
 
 
-def difference(cells: list[dict], others: list[dict], measure: Measure) -> dict | None:
-    """A measure of one row minus that of another over the same users: mean, low, high (95%, paired). None if one lacks it."""
+def difference(cells: list[dict], others: list[dict], measure: Measure, **interval) -> dict | None:
+    """A measure of one row minus that of another over the same users: mean, low, high (paired). None if one lacks it.
+
+    interval: `level` and `widened` as in metrics.bootstrap (95%, not widened).
+    """
     from pyargs.metrics.bootstrap import user_difference
 
     sides = [[one for cell in side if (one := measure(cell)) is not None] for side in (cells, others)]
@@ -230,7 +234,7 @@ def difference(cells: list[dict], others: list[dict], measure: Measure) -> dict 
     if own.keys() != rival.keys():
         rows = [f"{side[0]['row']} (profile {side[0]['profile']}, {side[0]['set']})" for side in (cells, others)]
         raise PyargsError(f"{rows[0]} and {rows[1]} have different users: one was made on other data. {AGAIN.capitalize()}")
-    return user_difference(own, rival)
+    return user_difference(own, rival, **interval)
 
 
 def points(cells: list[dict], rows: Iterable[str], x: Measure, y: Measure) -> dict[str, list[tuple[float, float]]]:

@@ -13,11 +13,25 @@ import cells as made
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import norm, t
 
-from pyargs import cli, files, report
+from pyargs import cli, files, report, results
 from pyargs.claims import CLAIMS, FAILS, HOLDS, OPEN, UNTESTABLE, findings, world
 from pyargs.claims.common import PERSONAL, same_answers
-from pyargs.claims.verdicts import LEAST, above, all_of, any_of, at_least, at_most, below, comparison, name, within
+from pyargs.claims.verdicts import (
+    LEAST,
+    above,
+    all_of,
+    any_of,
+    at_least,
+    at_most,
+    below,
+    comparison,
+    decided,
+    difference,
+    name,
+    within,
+)
 from pyargs.errors import PyargsError
 from pyargs.tables import table
 from pyargs.tables.render import shown
@@ -197,8 +211,39 @@ def test_tests_are_for_the_whole_interval(one, two, bound, near):
     assert (above(bound)(interval) is True) == (interval["low"] > bound)
     if within(bound - near, bound + near)(interval):
         assert not above(bound + near)(interval) and not below(bound - near)(interval)
-    assert comparison("", interval | {"low": None, "high": None}, [], above(bound), 99)["for"] is None
-    assert comparison("", interval, [], above(bound), LEAST - 1)["for"] is None
+    for one, users in ((interval | {"low": None, "high": None}, 99), (interval, LEAST - 1)):
+        (made,) = decided([comparison("", lambda level, one=one: one, [], above(bound), users)])
+        assert made["for"] is made["low"] is None and made["why"]
+
+
+def test_many_comparisons_need_wider_intervals():
+    """One row in forty lies above by chance: a claim that some row of 40 does must not hold by that."""
+    asked = []
+
+    def measured(level):
+        asked.append(level)
+        return {"mean": 1.0, "low": 0.1 if level < 0.96 else -0.1, "high": 2.0}
+
+    one = comparison("x", measured, [], above(), 99)
+    (alone,) = decided([one])
+    many = decided([one] * 40)
+    assert alone["for"] is True and alone["level"] == pytest.approx(0.95)
+    assert {(each["for"], each["level"]) for each in many} == {(None, asked[-1])} and asked[-1] == pytest.approx(1 - 0.05 / 40)
+
+
+def test_intervals_that_decide_are_widened_for_few_users():
+    values = [18.0, 21, 20, 24, 19, 22, 21, 23]
+    sides = []
+    for row in ("Zero-Shot", "ICL"):
+        one = cell("Pref-LaMP", row, rouge=20)
+        for answer, more in zip(one["answers"], values, strict=True):
+            answer["rouge1"] = more if row == "ICL" else 20
+        sides.insert(0, [one])
+    measure = lambda one: results.text(one, "rouge1")  # noqa: E731
+    (wide,), plain = decided([difference("x", *sides, measure, above())]), results.difference(*sides, measure)
+    factor = t.ppf(0.975, 7) / norm.ppf(0.975) * (8 / 7) ** 0.5
+    for end in ("low", "high"):
+        assert wide[end] - wide["mean"] == pytest.approx(factor * (plain[end] - plain["mean"]))
 
 
 @given(st.lists(st.sampled_from([True, False, None]), min_size=1), st.lists(st.just("VPL"), max_size=1))

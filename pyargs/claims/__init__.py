@@ -28,7 +28,7 @@ def findings(cells: list[dict], paper: dict, profile: str) -> list[dict]:
     """Every claim judged on the cells of the profile, in the order of the paper. paper: expected/paper.json.
 
     A finding is {"id", "source": "paper", "implied" or "ours", "data", "claim", "paper": [(what, number)], "ours":
-    [comparison], "rule", "verdict", "reason", "note"}; verdicts.comparison says what a comparison is.
+    [comparison], "rule", "verdict", "reason", "note"}; verdicts.decided says what a comparison is.
     """
     read = world(cells, paper, profile)
     return [claim(read) for claim in CLAIMS]

@@ -17,6 +17,7 @@ from pyargs.claims.verdicts import (
     at_most,
     correlation,
     correlation_change,
+    decided,
     difference,
     win_rate,
     within,
@@ -60,6 +61,7 @@ def claim(
     found: list[dict], lacking: list[str], *, judge: Callable = all_of, needs: str = "", note: str = "",
 ) -> dict:  # fmt: skip
     """The finding. needs: what is not here, without which the claim can not be tested."""
+    found = decided(found)
     if data in (*SCALES, "same_content") and not world.sets.get(data):
         verdict, reason = UNTESTABLE, f"Profile {world.profile} has no cells of {data}; `{results.command(world.profile)}`"
     elif needs and not any(one["for"] is False for one in found):

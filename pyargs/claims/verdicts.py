@@ -1,7 +1,12 @@
-"""What decides a claim: comparisons with 95% intervals, each for the claim, against it or neither, and the verdict on all.
+"""What decides a claim: comparisons with intervals, each for the claim, against it or neither, and the verdict on all.
 
 A comparison is for a claim only if its whole interval is, and against it only if its whole interval is. So a claim never rests
 on a point estimate; without an interval, or with one over fewer than LEAST units, a comparison decides nothing.
+
+Of many comparisons one is always for a claim, or against it, by chance: those of a claim with m of them have intervals of
+level 1 - 0.05 / m (Bonferroni). Intervals over users are widened for few users (metrics.bootstrap.small_sample);
+those over methods, and the exact binomial ones of win rates, are not. So where nothing differs at most about one claim in forty holds by chance,
+and one in forty fails.
 """
 
 from __future__ import annotations
@@ -11,7 +16,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from pyargs import results
-from pyargs.metrics.bootstrap import LEVEL, resamples
+from pyargs.metrics.bootstrap import LEVEL, resamples, tails
 from pyargs.metrics.correlation import correlate_methods, weighted
 from pyargs.tables.words import listed
 
@@ -20,6 +25,7 @@ VERDICTS = (HOLDS, FAILS, OPEN, UNTESTABLE)
 LEAST = 5  # users or methods behind an interval: resampling fewer says little about others (default)
 UNDEFINED = 0.05  # share of draws without a correlation above which its interval is not used (default)
 Test = Callable[[dict], "bool | None"]
+Measured = Callable[[float], dict]  # level -> {"mean", "low", "high"}
 
 
 # --- tests of one number with its interval
@@ -63,15 +69,32 @@ def other_than(bound: float, near: float) -> Test:
 # --- comparisons
 
 
-def comparison(what: str, one: dict, cells: Iterable[dict], test: Test, units: int, of: str = "users") -> dict:
-    """what it is; mean, low, high; the files of the cells; for: True, False or None (it decides nothing) and why not."""
-    found = {"what": what, "mean": one["mean"], "low": one["low"], "high": one["high"], "why": ""}
-    usable = one["low"] is not None and units >= LEAST
-    if not usable:
-        found |= {"low": None, "high": None, "why": f"no interval: {units} {of}, {LEAST} are needed"}
-        if one["low"] is None and units >= LEAST:
-            found["why"] = "no interval: undefined in too many draws" if of == "methods" else "no interval: no values by user"
-    return found | {"for": test(one) if usable else None, "cells": sorted({name(cell) for cell in cells})}
+def comparison(what: str, measured: Measured, cells: Iterable[dict], test: Test, units: int, of: str = "users") -> dict:
+    """A comparison that is not decided yet: its number at any level, the test, the files, and why it can not decide."""
+    why = ""
+    if units < LEAST:
+        why = f"no interval: {units} {of}, {LEAST} are needed"
+    elif measured(LEVEL)["low"] is None:
+        why = "no interval: undefined in too many draws" if of == "methods" else "no interval: no values by user"
+    return {"what": what, "measured": measured, "test": test, "why": why, "cells": sorted({name(cell) for cell in cells})}
+
+
+def decided(found: list[dict]) -> list[dict]:
+    """All comparisons of a claim, each with an interval of a level for as many as they are.
+
+    Of each: what it is; mean, low, high, level; the files of the cells; for: True, False or None (it decides nothing), and why
+    not. Without an interval of LEAST units there is none to show.
+    """
+    level, made = 1 - (1 - LEVEL) / max(1, len(found)), []
+    for one in found:
+        number, test = one["measured"](level), one["test"]
+        unusable = one["why"].startswith("no interval")
+        made.append({
+            "what": one["what"], "mean": number["mean"], "low": None if unusable else number["low"],
+            "high": None if unusable else number["high"], "level": level, "why": one["why"],
+            "for": None if one["why"] else test(number), "cells": one["cells"],
+        })  # fmt: skip
+    return made
 
 
 def name(cell: dict) -> str:
@@ -85,16 +108,18 @@ def value(what: str, cells: list[dict], measure: results.Measure, test: Test) ->
     if not cells:
         return None
     users = {user for cell in cells for user in measure(cell)["users"]}
-    return comparison(what, results.summary(cells, measure), cells, test, len(users))
+    measured = lambda level: results.summary(cells, measure, level=level, widened=True)  # noqa: E731
+    return comparison(what, measured, cells, test, len(users))
 
 
 def difference(what: str, cells: list[dict], others: list[dict], measure: results.Measure, test: Test) -> dict | None:
     """A measure of one row minus that of another, paired over users. None where one has none."""
-    one = results.difference(cells, others, measure)
-    if one is not None:
-        used = [cell for cell in [*cells, *others] if measure(cell) is not None]
-        return comparison(what, one, used, test, one["users"])
-    return None
+    measured = lambda level: results.difference(cells, others, measure, level=level, widened=True)  # noqa: E731
+    one = measured(LEVEL)
+    if one is None:
+        return None
+    used = [cell for cell in [*cells, *others] if measure(cell) is not None]
+    return comparison(what, measured, used, test, one["users"])
 
 
 def win_rate(what: str, cells: list[dict], test: Test) -> dict | None:
@@ -106,14 +131,17 @@ def win_rate(what: str, cells: list[dict], test: Test) -> dict | None:
         return None
     rate = sum(results.win_rate(cell)["value"] for cell in cells) / len(cells)
     answers = min((cell["values"]["generations"]["win_rate"].get("n") or 0) for cell in cells)
-    one = {"mean": rate, "low": None, "high": None}
-    if answers:
-        interval = binomtest(round(rate * answers / 100), answers).proportion_ci(0.95)
-        one |= {"low": 100 * float(interval.low), "high": 100 * float(interval.high)}
+
+    def measured(level: float) -> dict:
+        if not answers:
+            return {"mean": rate, "low": None, "high": None}
+        interval = binomtest(round(rate * answers / 100), answers).proportion_ci(level)
+        return {"mean": rate, "low": 100 * float(interval.low), "high": 100 * float(interval.high)}
+
     ties = [found["ties"] for cell in cells if (found := results.win_rate(cell))["ties"] is not None]
     what += f" (ties: {sum(ties) / len(ties):.1f} percent)" if ties else ""
     users = {answer["user_id"] for cell in cells for answer in cell.get("answers") or []}
-    return comparison(what, one, cells, test, len(users))
+    return comparison(what, measured, cells, test, len(users))
 
 
 def correlation(what: str, cells: list[dict], rows, x, y, statistic: str, test: Test) -> dict | None:
@@ -121,11 +149,13 @@ def correlation(what: str, cells: list[dict], rows, x, y, statistic: str, test: 
     points = results.points(cells, rows, x, y)
     if not points:
         return None
-    found = correlate_methods(points)["points"][statistic]
-    one = {"mean": found["value"], "low": found["low"], "high": found["high"]}
-    if (found["undefined"] or 0) > UNDEFINED:
-        one |= {"low": None, "high": None}
-    return comparison(what, one, [c for c in cells if c["row"] in points], test, len(points), "methods")
+
+    def measured(level: float) -> dict:
+        found = correlate_methods(points, level=level)["points"][statistic]
+        usable = (found["undefined"] or 0) <= UNDEFINED
+        return {"mean": found["value"], "low": found["low"] if usable else None, "high": found["high"] if usable else None}
+
+    return comparison(what, measured, [c for c in cells if c["row"] in points], test, len(points), "methods")
 
 
 def correlation_change(what: str, first: list[dict], last: list[dict], rows, x, y, statistic: str, test: Test) -> dict | None:
@@ -141,10 +171,14 @@ def correlation_change(what: str, first: list[dict], last: list[dict], rows, x, 
         drawn.append(weighted(points[:, 0], points[:, 1], taken[:, owner])[statistic])
         means.append(correlate_methods({row: side[row] for row in common})["points"][statistic]["value"])
     change = drawn[0] - drawn[1]
-    one = {"mean": None if None in means else means[0] - means[1], "low": None, "high": None}
-    if np.isfinite(change).mean() >= 1 - UNDEFINED:
-        one |= dict(zip(("low", "high"), map(float, np.quantile(change[np.isfinite(change)], LEVEL)), strict=True))
-    return comparison(what, one, [c for c in [*first, *last] if c["row"] in common], test, len(common), "methods")
+
+    def measured(level: float) -> dict:
+        one = {"mean": None if None in means else means[0] - means[1], "low": None, "high": None}
+        if np.isfinite(change).mean() >= 1 - UNDEFINED:
+            one["low"], one["high"] = map(float, np.quantile(change[np.isfinite(change)], tails(level)))
+        return one
+
+    return comparison(what, measured, [c for c in [*first, *last] if c["row"] in common], test, len(common), "methods")
 
 
 # --- the verdict

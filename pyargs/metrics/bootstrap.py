@@ -1,4 +1,8 @@
-"""95% intervals over users: the users are drawn again and again with replacement, each with all of its values."""
+"""Intervals over users: the users are drawn again and again with replacement, each with all of its values.
+
+These are percentile intervals, 95% unless another level is asked for. Over few users they are too narrow (with ten, 5.9% of
+them lie above the truth instead of 2.5%): `widened` ones are stretched about the mean by `small_sample`.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,13 @@ import numpy as np
 from pyargs.errors import PyargsError
 
 DRAWS = 10_000
-LEVEL = (0.025, 0.975)
+LEVEL = 0.95
 
 
-def user_interval(values: Mapping[str, Sequence[float]], *, draws: int = DRAWS, seed: int = 0) -> dict:
-    """Mean of all values together (micro) and its 95% interval, by resampling users.
+def user_interval(
+    values: Mapping[str, Sequence[float]], *, level: float = LEVEL, widened: bool = False, draws: int = DRAWS, seed: int = 0
+) -> dict:
+    """Mean of all values together (micro) and its interval, by resampling users.
 
     values: user id -> that user's values, of all pairs and all seeds, in any unit: a user is drawn with all of them, since
     pairs of one user are not independent. Gives mean, low, high, n (values) and users; low and high are None with fewer
@@ -25,14 +31,15 @@ def user_interval(values: Mapping[str, Sequence[float]], *, draws: int = DRAWS, 
     found = {"mean": float(sums.sum() / counts.sum()), "low": None, "high": None, "n": int(counts.sum()), "users": len(users)}
     if len(users) > 1:
         taken = resamples(len(users), draws, seed)
-        found["low"], found["high"] = _quantiles((taken @ sums) / (taken @ counts))
+        found |= _interval(found["mean"], (taken @ sums) / (taken @ counts), level, len(users) if widened else None)
     return found
 
 
 def user_difference(
-    values: Mapping[str, Sequence[float]], others: Mapping[str, Sequence[float]], *, draws: int = DRAWS, seed: int = 0
-) -> dict:
-    """Mean of `values` minus mean of `others`, with its 95% interval: the same users are drawn on both sides.
+    values: Mapping[str, Sequence[float]], others: Mapping[str, Sequence[float]], *,
+    level: float = LEVEL, widened: bool = False, draws: int = DRAWS, seed: int = 0,
+) -> dict:  # fmt: skip
+    """Mean of `values` minus mean of `others`, with its interval: the same users are drawn on both sides.
 
     As `user_interval`; `n` counts the values of the first. Raises PyargsError when the two have different users.
     """
@@ -45,8 +52,25 @@ def user_difference(
     if len(users) > 1:
         taken = resamples(len(users), draws, seed)
         drawn = (taken @ sums) / (taken @ counts) - (taken @ other_sums) / (taken @ other_counts)
-        found["low"], found["high"] = _quantiles(drawn)
+        found |= _interval(difference, drawn, level, len(users) if widened else None)
     return found
+
+
+def tails(level: float) -> tuple[float, float]:
+    """The quantiles between which an interval of this level lies: 0.95 -> 0.025, 0.975."""
+    tail = round((1 - level) / 2, 12)
+    return tail, 1 - tail
+
+
+def small_sample(count: int, level: float = LEVEL) -> float:
+    """How much wider than a percentile interval one over `count` users has to be: t over z, times sqrt(n / (n - 1)).
+
+    The first for the spread that is estimated, the second for its bias; 1.22 for ten users at 95%, 1.01 for a hundred.
+    """
+    from scipy.stats import norm, t
+
+    _, upper = tails(level)
+    return float(t.ppf(upper, count - 1) / norm.ppf(upper) * np.sqrt(count / (count - 1)))
 
 
 @lru_cache(maxsize=4)  # a table draws the same users for every value
@@ -67,6 +91,8 @@ def _sums(values: Mapping[str, Sequence[float]], users: list[str]) -> tuple[np.n
     return sums, counts
 
 
-def _quantiles(drawn: np.ndarray) -> tuple[float, float]:
-    low, high = np.quantile(drawn, LEVEL)
-    return float(low), float(high)
+def _interval(mean: float, drawn: np.ndarray, level: float, widened_for: int | None) -> dict:
+    ends = np.quantile(drawn, tails(level))
+    if widened_for is not None:
+        ends = mean + small_sample(widened_for, level) * (ends - mean)
+    return {"low": float(ends[0]), "high": float(ends[1])}

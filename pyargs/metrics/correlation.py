@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from pyargs.errors import PyargsError
-from pyargs.metrics.bootstrap import DRAWS, LEVEL, resamples
+from pyargs.metrics.bootstrap import DRAWS, LEVEL, resamples, tails
 
 STATISTICS = ("kendall", "spearman", "pearson")
 LEAST = 3  # points, and methods for an interval: with two, every rank correlation is 1 or -1
@@ -32,13 +32,15 @@ def correlate(x: Sequence[float], y: Sequence[float]) -> dict:
     return {**found, "n": len(x)}
 
 
-def correlate_methods(points: Mapping[str, Sequence[tuple[float, float]]], *, draws: int = DRAWS, seed: int = 0) -> dict:
+def correlate_methods(
+    points: Mapping[str, Sequence[tuple[float, float]]], *, level: float = LEVEL, draws: int = DRAWS, seed: int = 0
+) -> dict:
     """Correlations of a method's points (x, y), one per seed: over all points, and over the methods' means.
 
-    Gives {"points": {statistic: {"value", "low", "high"}, "n", "methods"}, "means": the same}. The 95% intervals resample
-    methods together with their seeds; draws in which a statistic is undefined (one method only, a constant side) are left out
-    and their share is `undefined`. Without a value, or with fewer than 3 methods, low and high are None. No method may be
-    without a point (PyargsError).
+    Gives {"points": {statistic: {"value", "low", "high"}, "n", "methods"}, "means": the same}. The intervals (95% by default)
+    resample methods together with their seeds; draws in which a statistic is undefined (one method only, a constant side) are
+    left out and their share is `undefined`. Without a value, or with fewer than 3 methods, low and high are None. No method
+    may be without a point (PyargsError).
     """
     names = list(points)
     empty = [name for name in names if not len(points[name])]
@@ -49,12 +51,12 @@ def correlate_methods(points: Mapping[str, Sequence[tuple[float, float]]], *, dr
     means = np.array([np.mean(points[name], axis=0) for name in names], dtype=np.float64).reshape(-1, 2)
     taken = resamples(len(names), draws, seed) if names else np.zeros((0, 0))
     return {
-        "points": _with_intervals(every, taken[:, owner] if names else taken, len(names)),
-        "means": _with_intervals(means, taken, len(names)),
+        "points": _with_intervals(every, taken[:, owner] if names else taken, len(names), level),
+        "means": _with_intervals(means, taken, len(names), level),
     }
 
 
-def _with_intervals(points: np.ndarray, weights: np.ndarray, methods: int) -> dict:
+def _with_intervals(points: np.ndarray, weights: np.ndarray, methods: int, level: float) -> dict:
     values = correlate(points[:, 0], points[:, 1])
     found: dict = {"n": values.pop("n"), "methods": methods}
     drawn = weighted(points[:, 0], points[:, 1], weights) if methods >= LEAST else {}
@@ -64,7 +66,7 @@ def _with_intervals(points: np.ndarray, weights: np.ndarray, methods: int) -> di
             defined = drawn[name][np.isfinite(drawn[name])]
             found[name]["undefined"] = 1 - len(defined) / len(drawn[name])
             if len(defined):
-                found[name]["low"], found[name]["high"] = map(float, np.quantile(defined, LEVEL))
+                found[name]["low"], found[name]["high"] = map(float, np.quantile(defined, tails(level)))
     return found
 
 
