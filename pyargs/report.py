@@ -20,7 +20,7 @@ from statistics import quantiles
 
 from pyargs import files, results
 from pyargs.claims import VERDICTS, findings
-from pyargs.claims.verdicts import LEAST, name
+from pyargs.claims.verdicts import LEAST, LEAST_SEEDS, name
 from pyargs.errors import PyargsError
 from pyargs.figures import figure
 from pyargs.tables import NAMES, table
@@ -49,6 +49,7 @@ def report(folder: str | Path, profile: str | None = None, data=None) -> dict:
         "profile": profile, "summary": _summary(cells), "grid": _grid(folder, profile, cells), "findings": judged,
         "no_findings": "" if judged else f"There is no {numbers}; `python experiments/paper_numbers.py` makes it.",
         "verdicts": {verdict: sum(one["verdict"] == verdict for one in judged) for verdict in VERDICTS}, "least": LEAST,
+        "least_seeds": LEAST_SEEDS,
         "figures": [_figure(number, folder, profile) for number in FIGURES], "sets": [_charts(own) for own in _by_set(cells)],
         "tables": [table(one, folder, profile)[0] for one in NAMES], "answers": _answers(cells, data),
         "cells": [_line(cell) for cell in cells],

@@ -31,6 +31,7 @@ from pyargs.claims.verdicts import (
     below,
     correlation,
     difference,
+    fewest_seeds,
     other_than,
     value,
     within,
@@ -195,7 +196,7 @@ def collapse(world: World) -> dict:
         for row in rows:
             for cell in (cells := world.of("Pref-LaMP", row, policy)):
                 what = f"{row} seed {cell['seed']} minus {UNGUIDED}, ROUGE-1, {policy}"
-                one = difference(what, [cell], unguided, MEASURES["rouge1"], below(-SAME_ROUGE))
+                one = difference(what, [cell], unguided, MEASURES["rouge1"], below(-SAME_ROUGE), seeds=fewest_seeds(cells))
                 found, lacking = (found + [one], lacking) if one else (found, lacking + [row if unguided else UNGUIDED])
             if len(cells) < 3:
                 lacking.append(f"{row} with three seeds")

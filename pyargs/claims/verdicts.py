@@ -1,12 +1,14 @@
 """What decides a claim: comparisons with intervals, each for the claim, against it or neither, and the verdict on all.
 
-A comparison is for a claim only if its whole interval is, and against it only if its whole interval is. So a claim never rests
-on a point estimate; without an interval, or with one over fewer than LEAST units, a comparison decides nothing.
+A comparison is for a claim only if its whole interval is, and against it only if its whole interval is. So a claim never
+rests on a point estimate; without an interval, or with one over fewer than LEAST units, a comparison decides nothing.
+Neither does one with a trained row of fewer than LEAST_SEEDS seeds: intervals over users do not hold what another training
+run would change.
 
 Of many comparisons one is always for a claim, or against it, by chance: those of a claim with m of them have intervals of
-level 1 - 0.05 / m (Bonferroni). Intervals over users are widened for few users (metrics.bootstrap.small_sample);
-those over methods, and the exact binomial ones of win rates, are not. So where nothing differs at most about one claim in forty holds by chance,
-and one in forty fails.
+level 1 - 0.05 / m (Bonferroni). Intervals over users are widened for few users (metrics.bootstrap.small_sample); those over
+methods, and the exact binomial ones of win rates, are not. So where nothing differs at most about one claim in forty holds
+by chance, and one in forty fails.
 """
 
 from __future__ import annotations
@@ -18,11 +20,13 @@ import numpy as np
 from pyargs import results
 from pyargs.metrics.bootstrap import LEVEL, resamples, tails
 from pyargs.metrics.correlation import correlate_methods, weighted
+from pyargs.tables.specs import trained
 from pyargs.tables.words import listed
 
 HOLDS, FAILS, OPEN, UNTESTABLE = "holds", "does not hold", "can not be told", "not testable here"
 VERDICTS = (HOLDS, FAILS, OPEN, UNTESTABLE)
 LEAST = 5  # users or methods behind an interval: resampling fewer says little about others (default)
+LEAST_SEEDS = 3  # training runs of each trained row in a comparison (default: as many as the paper has)
 UNDEFINED = 0.05  # share of draws without a correlation above which its interval is not used (default)
 Test = Callable[[dict], "bool | None"]
 Measured = Callable[[float], dict]  # level -> {"mean", "low", "high"}
@@ -69,14 +73,31 @@ def other_than(bound: float, near: float) -> Test:
 # --- comparisons
 
 
-def comparison(what: str, measured: Measured, cells: Iterable[dict], test: Test, units: int, of: str = "users") -> dict:
-    """A comparison that is not decided yet: its number at any level, the test, the files, and why it can not decide."""
-    why = ""
+def comparison(
+    what: str, measured: Measured, cells: Iterable[dict], test: Test, units: int, of: str = "users", seeds: int | None = None
+) -> dict:
+    """A comparison that is not decided yet: its number at any level, the test, the files, and why it can not decide.
+
+    seeds: of the trained row that has the fewest, if the cells are not all of them.
+    """
+    cells, why = list(cells), ""
+    seeds = fewest_seeds(cells) if seeds is None else seeds
     if units < LEAST:
         why = f"no interval: {units} {of}, {LEAST} are needed"
     elif measured(LEVEL)["low"] is None:
         why = "no interval: undefined in too many draws" if of == "methods" else "no interval: no values by user"
+    elif seeds < LEAST_SEEDS:
+        why = f"{seeds} seed{'s' * (seeds > 1)}: another training run may differ"
     return {"what": what, "measured": measured, "test": test, "why": why, "cells": sorted({name(cell) for cell in cells})}
+
+
+def fewest_seeds(cells: list[dict]) -> int:
+    """Seeds of the trained row that has the fewest; LEAST_SEEDS where no row is trained."""
+    seeds: dict[tuple[str, str], set[int]] = {}
+    for cell in cells:
+        if trained(cell["row"]):
+            seeds.setdefault((cell["row"], cell["policy"]), set()).add(cell["seed"])
+    return min(map(len, seeds.values()), default=LEAST_SEEDS)
 
 
 def decided(found: list[dict]) -> list[dict]:
@@ -112,14 +133,16 @@ def value(what: str, cells: list[dict], measure: results.Measure, test: Test) ->
     return comparison(what, measured, cells, test, len(users))
 
 
-def difference(what: str, cells: list[dict], others: list[dict], measure: results.Measure, test: Test) -> dict | None:
-    """A measure of one row minus that of another, paired over users. None where one has none."""
+def difference(
+    what: str, cells: list[dict], others: list[dict], measure: results.Measure, test: Test, seeds: int | None = None
+) -> dict | None:
+    """A measure of one row minus that of another, paired over users. None where one has none. seeds: as in `comparison`."""
     measured = lambda level: results.difference(cells, others, measure, level=level, widened=True)  # noqa: E731
     one = measured(LEVEL)
     if one is None:
         return None
     used = [cell for cell in [*cells, *others] if measure(cell) is not None]
-    return comparison(what, measured, used, test, one["users"])
+    return comparison(what, measured, used, test, one["users"], seeds=seeds)
 
 
 def win_rate(what: str, cells: list[dict], test: Test) -> dict | None:

@@ -71,6 +71,11 @@ def has(row: str) -> set[str]:
     return {"reward", "policy", "weight", "text", "win"}
 
 
+def trained(row: str) -> bool:
+    """Is something trained for the row, so that its seeds differ in more than what they draw?"""
+    return row not in (UNGUIDED, *SCORERS) and row.split(",")[0] not in ALONE[1:]
+
+
 class Spec(NamedTuple):
     """title; data: the paper's data set; rows in the paper's order; metrics; scales: the paper's policies that are shown.
 
