@@ -64,7 +64,7 @@ def cell(
         if win is not None:
             values["generations"]["win_rate"] = {"win_rate": win, "tie_rate": 0.0, "n": 200, "unscored": 0}
     return {"profile": "cpu", "set": SETS[data], "stands_for": data, "policy": by, "row": row, "seed": seed, "values": values,
-            "answers": answers}  # fmt: skip
+            "dtype": "float32", "answers": answers}  # fmt: skip
 
 
 def rows(data, levels: dict, key: str, **more) -> list[dict]:
@@ -213,6 +213,12 @@ def test_few_seeds_decide_nothing(id):
         else:
             assert found["verdict"] == OPEN
             assert {one["why"] for one in found["ours"]} == {"2 seeds: another training run may differ"}
+
+
+def test_rounding_is_not_taken_for_the_decoder():
+    for cells in FLIPS["weight_0"]:
+        found = verdict("weight_0", [one | {"dtype": "bfloat16"} for one in cells])
+        assert found["verdict"] == OPEN and "round differently" in found["reason"]
 
 
 @pytest.mark.parametrize("id", FLIPS)

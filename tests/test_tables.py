@@ -178,6 +178,19 @@ def test_the_decoder_alone_is_told_from_the_reward(folder):
     assert f"({best}), ROUGE-1: {gain:+.2f} [" in note and "the paper's: -1.45" in note
 
 
+@pytest.mark.parametrize("name", ["5", "9"])
+def test_rounding_is_measured_by_rows_that_do_not_guide(name, tmp_path):
+    rows = [made.cell(row, dtype="bfloat16") for row in ("PReF", "LoRE", "ARGS, weight 0", "Zero-Shot")]
+    rows[0]["values"] |= {"relative": 0}
+    rows[0]["values"]["generations"]["same_as_zero_shot"] = 67.6
+    rows[1]["values"] |= {"relative": 0.3}
+    made.write(tmp_path, *rows)
+    (note,) = [note for note in table(name, tmp_path)[0].notes if "rounding of bfloat16" in note]
+    assert "(PReF, seed 0: 67.6 percent)" in note
+    made.write(tmp_path, *(one | {"dtype": "float32"} for one in rows))
+    assert not any("rounding" in note for note in table(name, tmp_path)[0].notes)
+
+
 def test_rows_of_other_users_are_not_compared(tmp_path):
     other = made.cell("Global RM", set="same_content", stands_for=None)
     other["values"]["rm_accuracy"] = made.accuracy({"someone": "10"})

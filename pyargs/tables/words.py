@@ -76,6 +76,7 @@ def reading(spec: Spec, cells: list[dict]) -> list[str]:
         generations = [c["values"].get("generations") or {} for c in cells]
         models = sorted({one["bertscore_model"] for one in generations if one.get("bertscore_model")})
         said.append(spec.note.format(bertscore="; ".join(models) or "none yet"))
+    said += [text] if "same" in spec.metrics and (text := rounding(cells)) else []
     if "cut" in spec.metrics and (cut := [row for row in dict.fromkeys(c["row"] for c in cells) if _mostly_cut(row, cells)]):
         said.append(
             f"More than half of the answers are cut off by the token limit: {listed(cut)}. ROUGE is then about cut answers."
@@ -119,8 +120,24 @@ def controls(cells: list[dict], paper: dict | None, scale: str) -> list[str]:
     for what, (row, other, printed) in asked.items():
         if found := results.difference(own.get(row, []), own.get(other, []), rouge):
             interval = f" [{found['low']:+.2f} to {found['high']:+.2f}]" if found["low"] is not None else ""
-            said.append(f"{what}: {found['mean']:+.2f}{interval}{'; ' if printed else ''}{printed}.")
+            rounded = f" {rounding(cells)}".rstrip() if other == "Zero-Shot" else ""
+            said.append(f"{what}: {found['mean']:+.2f}{interval}{'; ' if printed else ''}{printed}.{rounded}")
     return said
+
+
+def rounding(cells: list[dict]) -> str:
+    """What differences from Zero-Shot contain where the policy is not float32, and how much that is; "" in float32."""
+    dtypes = sorted({c.get("dtype") or "unknown precision" for c in cells} - {"float32"})
+    if not dtypes:
+        return ""
+    unguided = [
+        f"{c['row']}, seed {c['seed']}: {one['value']:.1f} percent" for c in cells
+        if c["values"].get("relative") == 0 and (one := results.text(c, "same_as_zero_shot"))
+    ]  # fmt: skip
+    return (
+        f"Differences from Zero-Shot contain the rounding of {listed(dtypes)}, in which the decoders differ without a reward: "
+        f"`same as zero-shot` of a row whose chosen weight is 0 measures it ({'; '.join(unguided) or 'no such row here'})."
+    )
 
 
 def missing(
