@@ -25,11 +25,14 @@ Measure = Callable[[dict], "dict | None"]
 def read(folder: str | Path) -> list[dict]:
     """All cells below a results folder, by profile, set, policy, row and seed. Other JSON files there are left alone.
 
-    Raises PyargsError when there is no cell, or one is damaged (the message names file and key).
+    Raises PyargsError when there is no cell, one is damaged, or two that would stand in one table are of different data or
+    settings (the message names files and key).
     """
     folder = Path(folder)
     paths = [path for profile in PROFILES for path in sorted((folder / profile).glob("*/*/*.json"))]
-    cells = [_checked(path) for path in paths if not path.name.endswith(".stage.json")]
+    paths = [path for path in paths if not path.name.endswith(".stage.json")]
+    cells = [_checked(path) for path in paths]
+    _comparable(paths, cells)
     if not cells:
         raise PyargsError(f"no result cells below {folder}: `{command('smoke')}` makes some in minutes, or give --results")
     return sorted(cells, key=lambda c: (PROFILES.index(c["profile"]), c["set"], size(c["policy"]), c["row"], c["seed"]))
@@ -231,9 +234,12 @@ def difference(cells: list[dict], others: list[dict], measure: Measure, **interv
     if not all(sides) or not all(one["users"] for side in sides for one in side):
         return None
     own, rival = map(_pooled, sides)
+    rows = [f"{side[0]['row']} (profile {side[0]['profile']}, {side[0]['set']})" for side in (cells, others)]
     if own.keys() != rival.keys():
-        rows = [f"{side[0]['row']} (profile {side[0]['profile']}, {side[0]['set']})" for side in (cells, others)]
         raise PyargsError(f"{rows[0]} and {rows[1]} have different users: one was made on other data. {AGAIN.capitalize()}")
+    pairs = [{user: len(values) for user, values in one["users"].items()} for side in sides for one in side]
+    if any(each != pairs[0] for each in pairs):
+        raise PyargsError(f"{rows[0]} and {rows[1]} have different pairs: one was made on other data. {AGAIN.capitalize()}")
     return user_difference(own, rival, **interval)
 
 
@@ -261,6 +267,24 @@ def _pooled(found: Iterable[dict]) -> dict[str, list[float]]:
 AGAIN = "make it again: remove the file and run runs/reproduce.sh"
 
 
+OF_SET, OF_ROW = ("data", "dtype", "decode", "bertscore"), ("row", "tune")  # parts of a cell's key: what it was made with
+
+
+def _comparable(paths: list[Path], cells: list[dict]) -> None:
+    """The cells of a set are of the same data and settings, those of a row of the same recipe."""
+    first: dict[tuple, tuple[Path, object]] = {}
+    for path, cell in zip(paths, cells, strict=True):
+        of_set = (cell["profile"], cell["set"])
+        for place, names in ((of_set, OF_SET), ((*of_set, cell["policy"], cell["row"]), OF_ROW)):
+            for name in names:
+                other, given = first.setdefault((place, name), (path, cell["key"][name]))
+                if given != cell["key"][name]:
+                    raise PyargsError(
+                        f"{other} and {path} differ in 'key.{name}', so their numbers do not compare: for the one that is "
+                        f"out of date, {AGAIN}"
+                    )
+
+
 def _checked(path: Path) -> dict:
     cell = files.read_json(path)
     if not isinstance(cell, dict):
@@ -273,10 +297,14 @@ def _checked(path: Path) -> dict:
         "row": str,
         "seed": int,
         "values": dict,
+        "key": dict,
     }
     for key, kind in kinds.items():
         if key not in cell or not isinstance(cell[key], kind):
             raise PyargsError(f"{path}: '{key}' is {'wrong' if key in cell else 'missing'}; {AGAIN}")
+    for name in (*OF_SET, *OF_ROW):
+        if name not in cell["key"]:
+            raise PyargsError(f"{path}: 'key.{name}' is missing; {AGAIN}")
     place = (cell["profile"], cell["set"], slug(cell["policy"]), f"{slug(cell['row'])}-{cell['seed']}")
     for key, said, name in zip(("profile", "set", "policy", "row"), place, [*path.parts[-4:-1], path.stem], strict=True):
         if said != name:

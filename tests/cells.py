@@ -62,6 +62,7 @@ def cell(row: str, seed: int = 0, **other) -> dict:
         "profile": "cpu", "set": "pref_lamp", "stands_for": "Pref-LaMP", "data": "pref_lamp_like/ci, 40 users", "row": row,
         "policy": "smollm2-135m", "backbone": "smollm2-135m", "dtype": "bfloat16", "seed": seed, "method": method,
         "fields": {"freeze_backbone": True} if frozen else {}, "values": values, "answers": answers,
+        "key": {"data": None, "dtype": "bfloat16", "tune": [], "decode": [], "bertscore": "minilm", "row": [row]},
     } | other  # fmt: skip
 
 

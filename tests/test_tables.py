@@ -199,6 +199,33 @@ def test_rows_of_other_users_are_not_compared(tmp_path):
         table("same-content", tmp_path)
 
 
+def test_rows_of_other_pairs_are_not_compared(tmp_path):
+    """The same users, one of them with another pair more."""
+    other = made.cell("Global RM", set="same_content", stands_for=None)
+    each = other["values"]["rm_accuracy"]["each"]
+    other["values"]["rm_accuracy"] = made.accuracy(each | {"user 0": each["user 0"] + "1"})
+    made.write(tmp_path, made.cell("LoRE", set="same_content", stands_for=None), other)
+    with pytest.raises(PyargsError, match=r"LoRE .* and Global RM .* have different pairs"):
+        table("same-content", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["data", "dtype", "decode", "bertscore", "row", "tune"])
+def test_cells_of_other_settings_do_not_stand_in_one_table(name, tmp_path):
+    one, two, other = made.cell("LoRE"), made.cell("LoRE", 1), made.cell("MPU", policy="smollm2-360m")
+    made.write(tmp_path, one, two, other)
+    assert len(results.read(tmp_path)) == 3
+    changed = lambda cell: cell | {"key": cell["key"] | {name: ["changed"]}}  # noqa: E731
+    made.write(tmp_path, changed(other))
+    if name in ("row", "tune"):
+        assert len(results.read(tmp_path)) == 3, "of another row"
+    else:
+        with pytest.raises(PyargsError, match=rf"lore-0.json and .*mpu-0.json differ in 'key.{name}'"):
+            results.read(tmp_path)
+    made.write(tmp_path, other, changed(two))
+    with pytest.raises(PyargsError, match=rf"lore-0.json and .*lore-1.json differ in 'key.{name}'"):
+        results.read(tmp_path)
+
+
 # --- what is missing
 
 
@@ -378,6 +405,8 @@ DAMAGE = {
     "seed": lambda c: c.update(seed="0"),
     "row": lambda c: c.update(row="MPU"),
     "profile": lambda c: c.update(profile="gpu"),
+    "key": lambda c: c.pop("key"),
+    "key.decode": lambda c: c["key"].pop("decode"),
     "values.rm_accuracy": lambda c: c["values"].update(rm_accuracy=3),
     "values.rm_accuracy.accuracy": lambda c: c["values"]["rm_accuracy"].update(accuracy=float("nan")),
     "values.rm_accuracy.accuracy ": lambda c: c["values"]["rm_accuracy"].update(accuracy=1.25),
