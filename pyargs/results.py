@@ -12,6 +12,7 @@ import random
 import re
 import shlex
 from collections.abc import Callable, Iterable
+from itertools import chain
 from pathlib import Path
 
 from pyargs import files
@@ -311,9 +312,32 @@ def _checked(path: Path) -> dict:
             raise PyargsError(
                 f"{path}: '{key}' says {said}, the path says {name}; a cell may not be moved or renamed, {AGAIN}"
             )
-    for name, problem in _problems(cell):
+    for name, problem in chain(_notes(cell), _problems(cell)):
         raise PyargsError(f"{path}: '{name}' {problem}; {AGAIN}")
     return cell
+
+
+def _notes(cell: dict):
+    """What is wrong with what a cell says about itself, as (key, problem). All of it may be absent or null."""
+    kinds = {"data": str, "backbone": str, "dtype": str, "method": str, "fields": dict, "seconds": dict, "provenance": dict,
+             "answers": list}  # fmt: skip
+    for name, kind in kinds.items():
+        if not isinstance(cell.get(name), kind | None):
+            yield name, f"is {cell[name]!r:.40}, not {'text' if kind is str else 'a list' if kind is list else 'an object'}"
+    for stage, took in (_dict(cell.get("seconds")) or {}).items():
+        if took is None:
+            yield f"seconds.{stage}", "is null, not a number"
+        yield from _number(took, f"seconds.{stage}")
+    provenance = _dict(cell.get("provenance")) or {}
+    if not isinstance(provenance.get("commit"), str | None):
+        yield "provenance.commit", "is not text"
+    for name in ("hardware", "versions"):
+        if not isinstance(provenance.get(name), dict | None):
+            yield f"provenance.{name}", "is not an object"
+    hardware = _dict(provenance.get("hardware")) or {}
+    for name in ("cpu", "gpu"):
+        if not isinstance(hardware.get(name), str | None):
+            yield f"provenance.hardware.{name}", "is not text"
 
 
 def _problems(cell: dict):
@@ -333,7 +357,7 @@ def _problems(cell: dict):
         if values.get(key) is not None and not isinstance(values[key], dict):
             yield f"values.{key}", "is not an object"
     generations = _dict(values.get("generations")) or {}
-    for name in (*TEXT, "cut"):
+    for name in (*TEXT, "cut", "n"):
         yield from _number(generations.get(name), f"values.generations.{name}")
     win = generations.get("win_rate")
     if win is not None:
@@ -341,16 +365,22 @@ def _problems(cell: dict):
             yield "values.generations.win_rate", "has no win_rate"
         else:
             yield from _number(win["win_rate"], "values.generations.win_rate.win_rate")
-            yield from _number(win.get("tie_rate"), "values.generations.win_rate.tie_rate")
+            for name in ("tie_rate", "n"):
+                yield from _number(win.get(name), f"values.generations.win_rate.{name}")
             tokens = win.get("tokens", [0, 0])
             if not isinstance(tokens, list) or len(tokens) != 2:
                 yield "values.generations.win_rate.tokens", "is not a pair of numbers"
             else:
                 for side in tokens:
+                    if side is None:
+                        yield "values.generations.win_rate.tokens", "is not a pair of numbers"
                     yield from _number(side, "values.generations.win_rate.tokens")
+    if not isinstance(generations.get("bertscore_model"), str | None):
+        yield "values.generations.bertscore_model", "is not text"
     for number, answer in enumerate(cell.get("answers") or []):
-        if not isinstance(answer, dict) or not isinstance(answer.get("user_id"), str):
-            yield f"answers[{number}]", "has no user_id"
+        lacking = [one for one in ("user_id", "pair_id") if not isinstance((_dict(answer) or {}).get(one), str)]
+        if lacking:
+            yield f"answers[{number}]", f"has no {lacking[0]}"
         else:
             yield from _text(answer, f"answers[{number}]")
             for name in TEXT:
