@@ -44,9 +44,10 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def command(profile: str, rows: Iterable[str] = ()) -> str:
-    """The command that makes cells: of these rows, or of all."""
-    return " ".join(["runs/reproduce.sh", profile, *(["--only"] if rows else []), *map(shlex.quote, rows)])
+def command(profile: str, rows: Iterable[str] = (), sets: Iterable[str] = ()) -> str:
+    """The command that makes cells: of these rows, or of all; on these sets, or on all."""
+    words = [profile, *(["--only", *rows] if rows else []), *(["--sets", *sets] if sets else [])]
+    return " ".join(["runs/reproduce.sh", *map(shlex.quote, words)])
 
 
 def size(policy: str) -> tuple[float, str]:

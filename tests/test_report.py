@@ -444,6 +444,7 @@ def test_one_cell_alone_and_no_paper_beside_it(tmp_path):
 def test_commands_name_rows_that_exist():
     rows = {*made.ROWS, *(f"{row}, {shots} shots" for row in ("ICL", "ICL-RAG") for shots in (2, 4, 16))}
     for one in findings([cell(data, "no row", rm=10) for data in SETS], PAPER, "cpu"):
-        named = re.findall(r"`runs/reproduce.sh cpu --only (.*?)`", one["reason"])
-        assert all(set(shlex.split(words)) <= rows for words in named), one["reason"]
+        named = re.findall(r"`runs/reproduce.sh cpu --only (.*?)(?: --sets (\w+))?`", one["reason"])
+        assert all(set(shlex.split(words)) <= rows for words, _ in named), one["reason"]
+        assert all(name == SETS.get(one["data"], "same_content" * (one["data"] in SETS.values())) for _, name in named)
         assert one["verdict"] == UNTESTABLE and (named or "Needs" in one["reason"])

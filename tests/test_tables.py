@@ -236,7 +236,7 @@ def test_a_missing_row_names_its_command(folder, tmp_path):
     assert about["missing"] == ["Global RM-v2", "VPL"]
     assert row_of(found, "VPL")["rm_accuracy"] == row_of(found, "VPL")["weight"] == MISSING
     (note,) = [note for note in found.notes if note.startswith("Missing")]
-    assert "`runs/reproduce.sh cpu --only 'Global RM-v2' VPL`" in note
+    assert "`runs/reproduce.sh cpu --only 'Global RM-v2' VPL --sets pref_lamp`" in note
     assert row_of(found, "PAL").get("policy_accuracy") is None, "PAL can not guide: nothing is missing"
     assert any("paper.json" in note for note in found.notes)  # not beside these results
     text = markdown(found)

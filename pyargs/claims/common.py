@@ -65,9 +65,9 @@ def claim(
     if data in (*SCALES, "same_content") and not world.sets.get(data):
         verdict, reason = UNTESTABLE, f"Profile {world.profile} has no cells of {data}; `{results.command(world.profile)}`"
     elif needs and not any(one["for"] is False for one in found):
-        verdict, reason = UNTESTABLE, f"Needs {needs}." + (f" {missing(world, lacking)}" if lacking else "")
+        verdict, reason = UNTESTABLE, f"Needs {needs}." + (f" {missing(world, lacking, data)}" if lacking else "")
     elif not found:
-        verdict, reason = UNTESTABLE, missing(world, lacking)
+        verdict, reason = UNTESTABLE, missing(world, lacking, data)
     else:
         verdict, reason = judge(found, lacking)
     return {
@@ -76,10 +76,11 @@ def claim(
     }  # fmt: skip
 
 
-def missing(world: World, lacking: list[str]) -> str:
+def missing(world: World, lacking: list[str], data: str) -> str:
     """What lacks, and the command that makes it. lacking: rows, perhaps with words behind: "LoRE on TLDR", "MPU with .."."""
+    sets = sorted({cell["set"] for cell in world.sets.get(data, [])})
     rows = dict.fromkeys(re.split(r" (?:on|with) ", one)[0] for one in lacking)
-    return f"Missing: {listed(dict.fromkeys(lacking))}. `{results.command(world.profile, rows)}`"
+    return f"Missing: {listed(dict.fromkeys(lacking))}. `{results.command(world.profile, rows, sets)}`"
 
 
 # --- comparisons of rows

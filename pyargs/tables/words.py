@@ -162,7 +162,7 @@ def missing(
         groups.setdefault(tuple(headings) if any(c["row"] == row for c in cells) else (), []).append(row)
     for headings, rows in groups.items():
         what = f"{'; '.join(headings)} of " if headings else ""
-        said.append(f"Missing: {what}{listed(rows)}. `{results.command(profile, rows)}`")
+        said.append(f"Missing: {what}{listed(rows)}. `{results.command(profile, rows, sorted({c['set'] for c in cells}))}`")
     if groups:
         said.append(f"Where profile {profile} does not run a row on these data (experiments/profiles.py), a larger one does.")
     return said
