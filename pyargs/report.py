@@ -28,6 +28,8 @@ from pyargs.tables.render import shown
 from pyargs.tables.specs import LAMP, LORA, METRICS, SCORERS, UNGUIDED
 from pyargs.tables.words import backbones, listed
 
+# The project's own, in the source tree that pyargs is installed from: what stands beside other results is not executed.
+REPRODUCE = Path(__file__).resolve().parent.parent / "experiments/reproduce.py"
 ORDER = (*LAMP, *LORA, UNGUIDED, *SCORERS)
 USERS, PROMPTS = 4, 2  # whose answers are shown, and how many of each
 FIGURES = {
@@ -46,7 +48,7 @@ def report(folder: str | Path, profile: str | None = None, data=None) -> dict:
     numbers = Path(folder).absolute().parent / "expected/paper.json"
     judged = findings(cells, files.read_json(numbers), profile) if numbers.is_file() else []
     return {
-        "profile": profile, "summary": _summary(cells), "grid": _grid(folder, profile, cells), "findings": judged,
+        "profile": profile, "summary": _summary(cells), "grid": _grid(profile, cells), "findings": judged,
         "no_findings": "" if judged else f"There is no {numbers}; `python experiments/paper_numbers.py` makes it.",
         "verdicts": {verdict: sum(one["verdict"] == verdict for one in judged) for verdict in VERDICTS}, "least": LEAST,
         "least_seeds": LEAST_SEEDS,
@@ -78,7 +80,7 @@ def _summary(cells: list[dict]) -> dict:
     notes = [c.get("provenance") or {} for c in cells]
     hardware = [n.get("hardware") or {} for n in notes]
     versions = [n.get("versions") or {} for n in notes]
-    words = [", ".join(filter(None, [h.get("gpu"), h.get("cpu"), f"{h['threads']} threads" if "threads" in h else None]))
+    words = [", ".join(filter(None, [h.get("gpu"), h.get("cpu"), _threads(h.get("threads"))]))
              for h in hardware]  # fmt: skip
     return {
         "cells": len(cells), "seeds": sorted({c["seed"] for c in cells}),
@@ -87,6 +89,10 @@ def _summary(cells: list[dict]) -> dict:
         "versions": _distinct([", ".join(f"{key} {value}" for key, value in v.items() if value) for v in versions]),
         "sets": [_about(own) for own in _by_set(cells)],
     }  # fmt: skip
+
+
+def _threads(count: int | None) -> str:
+    return "" if count is None else f"{count} thread{'s' * (count != 1)}"
 
 
 def _about(cells: list[dict]) -> dict:
@@ -118,16 +124,15 @@ def _distinct(words: list[str]) -> list[str]:
     return [f"{word} ({count} cells)" if len(counts) > 1 else word for word, count in counts.most_common()]
 
 
-def _grid(folder: str | Path, profile: str, cells: list[dict]) -> dict | None:
-    """How many cells the profile has to have, and which of them are not there, by set; None where no reproduce.py tells."""
-    script = Path(folder).absolute().parent / "reproduce.py"
-    if not script.is_file():
+def _grid(profile: str, cells: list[dict]) -> dict | None:
+    """How many cells the profile has to have, and which of them are not there, by set; None without a source tree to tell."""
+    if not REPRODUCE.is_file():
         return None
     # In a process of its own: the scripts' modules have names that anything may have.
     asked = f"import json, reproduce; print(json.dumps([cell._asdict() for cell in reproduce.cells({profile!r})]))"
-    told = subprocess.run([sys.executable, "-c", asked], cwd=script.parent, capture_output=True, text=True)
+    told = subprocess.run([sys.executable, "-c", asked], cwd=REPRODUCE.parent, capture_output=True, text=True)
     if told.returncode:
-        raise PyargsError(f"{script} does not tell the profile's cells: {told.stderr.strip().splitlines()[-1:]}; mend it")
+        raise PyargsError(f"{REPRODUCE} does not tell the profile's cells: {told.stderr.strip().splitlines()[-1:]}; mend it")
     planned, there = json.loads(told.stdout.splitlines()[-1]), {name(cell) for cell in cells}
     absent = [one for one in planned if name(one) not in there]
     missing: dict[str, dict[str, set[int]]] = {}

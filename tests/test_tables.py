@@ -285,6 +285,7 @@ def test_a_full_table_misses_no_row_of_the_paper(name, folder):
         assert bool(about["missing"]) == (name in ("10", "11", "12")), "one policy, beside the smallest"
         assert {"word overlap", "MiniLM cosine"} <= {row["row"] for row in found.rows} or name == "5"
     said = found.caption
+    assert said.endswith(".")
     assert "profile cpu" in said and (name in ("1",) or "pref_lamp_like/ci" in said)
     if name in SPECS:
         assert f"stands in for the paper's {SPECS[name].data}" in said and "frozen" in said

@@ -35,9 +35,7 @@ def caption(title: str, cells: list[dict], profile: str, data: str | None, besid
     frozen, trained = backbones(cells)
     backbone = ""
     if frozen:
-        backbone = " The reward models' backbone is frozen" + (
-            f", but trained with LoRA in {listed(trained)}." * bool(trained)
-        )
+        backbone = f" The reward models' backbone is frozen{f', but trained with LoRA in {listed(trained)}' * bool(trained)}."
     elif trained:
         backbone = " Backbones are trained with LoRA."
     return f"{title}. Ours: profile {profile}; data {names}{stands}; {_policies(cells, beside)}.{backbone}"
