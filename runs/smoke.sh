@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The evaluation at smoke size: every row of the paper's tables with a tiny random model on planted users, then a table and a
-# figure of it. A killed run and a second one do nothing twice.
+# The evaluation at smoke size: every row of the paper's tables with a tiny random model on planted users, then tables, a
+# figure and the report of it. A killed run and a second one do nothing twice.
 #   runs/smoke.sh [FOLDER]        (default: a temporary folder). About two minutes on two cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -22,6 +22,7 @@ grid
 grep -q '"run_now": 0' "$out/grid.json" || { echo "smoke: a finished cell was run twice" >&2; exit 1; }
 for number in 4 5 6 9; do show table "$number" --results "$out/results" --out "$out/table-$number.md"; done
 show figure 2 --results "$out/results" --out "$out/figure-2.png"
+show report --results "$out/results" --out "$out/report.html" > /dev/null
 
 # The planted users disagree as often as they agree: a personal reward gets nearly all pairs right, a shared one half of them.
 "$PYTHON" - "$out/results/smoke/synthetic/tiny-random" <<'PY'
