@@ -28,8 +28,8 @@ def figure(number: str, folder: str | Path, profile: str | None = None):
     profile and the paper's numbers: as in tables.table. Raises PyargsError when there is nothing of ours to draw.
     """
     cells = results.read(folder)
-    numbers = Path(folder).absolute().parent / "expected/paper.json"
-    paper = files.read_json(numbers)["tables"] if numbers.is_file() else {}
+    _, numbers = results.of_paper(folder)
+    paper = numbers["tables"] if numbers else {}
     draw = {"1": _scatter, "2": _quality, "3": _shots}[number]
     profile = results.choose_profile(cells, "PRISM" if number == "1" else "Pref-LaMP", profile)
     made, missing = draw([c for c in cells if c["profile"] == profile], paper, profile)

@@ -14,7 +14,6 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from difflib import SequenceMatcher
 from pathlib import Path
 from statistics import quantiles
 
@@ -45,8 +44,8 @@ def report(folder: str | Path, profile: str | None = None, data=None) -> dict:
     every = results.read(folder)
     profile = results.choose_profile(every, None, profile)
     cells = [c for c in every if c["profile"] == profile]
-    numbers = Path(folder).absolute().parent / "expected/paper.json"
-    judged = findings(cells, files.read_json(numbers), profile) if numbers.is_file() else []
+    numbers, paper = results.of_paper(folder)
+    judged = [] if paper is None else findings(cells, paper, profile)
     return {
         "profile": profile, "summary": _summary(cells), "grid": _grid(profile, cells), "findings": judged,
         "no_findings": "" if judged else f"There is no {numbers}; `python experiments/paper_numbers.py` makes it.",
@@ -198,10 +197,7 @@ def _line_of_chart(cells: list[dict], row: str, measure: results.Measure) -> dic
     found = results.summary(own, measure)
     if found is None:
         return None
-    together: dict[str, list[float]] = {}
-    for cell in own:
-        for user, values in ((measure(cell) or {}).get("users") or {}).items():
-            together.setdefault(user, []).extend(values)
+    together = results.pooled(one for cell in own if (one := measure(cell)) is not None)
     users = [(user, sum(values) / len(values)) for user, values in sorted(together.items())]
     box = quantiles([value for _, value in users], n=4, method="inclusive") if len(users) > 1 else None
     return {"row": row, **{key: found[key] for key in ("mean", "low", "high", "n")}, "users": users, "box": box}
@@ -255,12 +251,9 @@ def _answers(cells: list[dict], data) -> list[dict]:
 
 def _copied(answer: dict, prompt: str) -> tuple[int, int]:
     """The longest run of words that the answer has from the prompt (as noted where its text is left out), and how many."""
-    from pyargs.metrics.blind import words
+    from pyargs.metrics.overlap import copied
 
-    if answer["text"] is None:
-        return answer["copied"], answer["words"]
-    own, given = words(answer["text"]), words(prompt)
-    return SequenceMatcher(None, own, given, autojunk=False).find_longest_match().size, len(own)
+    return (answer["copied"], answer["words"]) if answer["text"] is None else copied(answer["text"], [prompt])
 
 
 def _prompt(key: tuple[str, str], texts: dict[str, dict], originals: dict) -> dict:

@@ -39,6 +39,12 @@ def read(folder: str | Path) -> list[dict]:
     return sorted(cells, key=lambda c: (PROFILES.index(c["profile"]), c["set"], size(c["policy"]), c["row"], c["seed"]))
 
 
+def of_paper(folder: str | Path) -> tuple[Path, dict | None]:
+    """Where the paper's numbers belong, beside a results folder, and the numbers if they are there."""
+    path = Path(folder).absolute().parent / "expected/paper.json"
+    return path, files.read_json(path) if path.is_file() else None
+
+
 def slug(name: str) -> str:
     """A row's or policy's name in a path: "Global RM, LoRA" -> global-rm-lora."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
@@ -214,9 +220,9 @@ def summary(cells: list[dict], measure: Measure, **interval) -> dict | None:
     if not found:
         return None
     values = [one["value"] for one in found.values()]
-    pooled = _pooled(found.values())
-    whole = pooled and all(one["users"] for one in found.values())
-    over_users = user_interval(pooled, **interval) if whole else {"low": None, "high": None}
+    of_user = pooled(found.values())
+    whole = of_user and all(one["users"] for one in found.values())
+    over_users = user_interval(of_user, **interval) if whole else {"low": None, "high": None}
     return {
         "mean": sum(values) / len(values),
         "std": stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None,
@@ -235,7 +241,7 @@ def difference(cells: list[dict], others: list[dict], measure: Measure, **interv
     sides = [[one for cell in side if (one := measure(cell)) is not None] for side in (cells, others)]
     if not all(sides) or not all(one["users"] for side in sides for one in side):
         return None
-    own, rival = map(_pooled, sides)
+    own, rival = map(pooled, sides)
     rows = [f"{side[0]['row']} (profile {side[0]['profile']}, {side[0]['set']})" for side in (cells, others)]
     if own.keys() != rival.keys():
         raise PyargsError(f"{rows[0]} and {rows[1]} have different users: one was made on other data. {AGAIN.capitalize()}")
@@ -255,7 +261,8 @@ def points(cells: list[dict], rows: Iterable[str], x: Measure, y: Measure) -> di
     return found
 
 
-def _pooled(found: Iterable[dict]) -> dict[str, list[float]]:
+def pooled(found: Iterable[dict]) -> dict[str, list[float]]:
+    """The values of several measures together, by user."""
     together: dict[str, list[float]] = {}
     for one in found:
         for user, values in one["users"].items():

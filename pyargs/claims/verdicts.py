@@ -209,22 +209,24 @@ def correlation_change(what: str, first: list[dict], last: list[dict], rows, x, 
 
 def all_of(found: list[dict], lacking: list[str]) -> tuple[str, str]:
     """Holds if every comparison is for the claim and none lacks; does not hold if one is against it."""
-    against, undecided = ([one for one in found if one["for"] is kind] for kind in (False, None))
-    if against:
-        return FAILS, f"Against it, {len(against)} of {len(found)} comparisons: {_listed(against)}."
-    if undecided or lacking:
-        return OPEN, " ".join([*([f"Undecided: {_listed(undecided)}."] if undecided else []), *_lacks(lacking)])
-    return HOLDS, f"{_count(found)} for it, none against."
+    return _judged(found, lacking, False, FAILS, "Against it", HOLDS, "for it, none against")
 
 
 def any_of(found: list[dict], lacking: list[str]) -> tuple[str, str]:
     """Holds if one comparison is for the claim; does not hold if all are against it and none lacks."""
-    own, undecided = ([one for one in found if one["for"] is kind] for kind in (True, None))
+    return _judged(found, lacking, True, HOLDS, "For it", FAILS, "against it, none for")
+
+
+def _judged(
+    found: list[dict], lacking: list[str], deciding: bool, verdict: str, words: str, otherwise: str, all_words: str
+) -> tuple[str, str]:
+    """`verdict` if one comparison is of the deciding kind, `otherwise` if none is, none is undecided and none lacks."""
+    own, undecided = ([one for one in found if one["for"] is kind] for kind in (deciding, None))
     if own:
-        return HOLDS, f"For it, {len(own)} of {len(found)} comparisons: {_listed(own)}."
+        return verdict, f"{words}, {len(own)} of {len(found)} comparisons: {_listed(own)}."
     if undecided or lacking:
         return OPEN, " ".join([*([f"Undecided: {_listed(undecided)}."] if undecided else []), *_lacks(lacking)])
-    return FAILS, f"{_count(found)} against it, none for."
+    return otherwise, f"{_count(found)} {all_words}."
 
 
 def _count(found: list[dict]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pyargs import files, results
+from pyargs import results
 from pyargs.tables import words
 from pyargs.tables.methods import correlations, methods, policies
 from pyargs.tables.render import MISSING, OURS, PLAIN, Column, Table
@@ -23,8 +23,7 @@ def table(name: str, folder: str | Path, profile: str | None = None) -> tuple[Ta
     profile: as in results.choose_profile. The paper's numbers are read from FOLDER/../expected/paper.json.
     """
     cells = results.read(folder)
-    numbers = Path(folder).absolute().parent / "expected/paper.json"
-    paper = files.read_json(numbers) if numbers.is_file() else None
+    numbers, paper = results.of_paper(folder)
     if name == "same-content":
         profile = results.choose_profile([c for c in cells if c["set"] == "same_content"] or cells, None, profile)
         made, lacking = _same_content([c for c in cells if c["profile"] == profile and c["set"] == "same_content"], profile)
