@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 from collections import Counter
-from dataclasses import asdict
 
 from pyargs import data, fit
+from pyargs.config import add_options, from_args
 from pyargs.tune import Tuning
 
 PER_WORD = 1.3  # tokens of SmolLM2 per word of the abstracts of pref_lamp_like/ci (1.27; of the titles 1.58)
@@ -51,12 +52,12 @@ def tokens(row, settings: dict, size: dict) -> int:
     if method == "pal":
         return total
     if method != "pdpo":
-        tuning = asdict(Tuning())
-        objective = settings["tune"][settings["tune"].index("--objective") + 1] if "--objective" in settings["tune"] else ""
-        grid = _values(settings["tune"], "--grid") or tuning["grid"]
-        prompts = min(_number(settings["tune"], "--prompts", tuning["prompts"]), pairs["train_test"])
-        step = prompt + _number(settings["tune"], "--max-new-tokens", tuning["max_new_tokens"])
-        total += 2 * prompts * step * (len(grid) if objective else 1) + (0 if frozen else pairs["train_test"] * pair)
+        parser = argparse.ArgumentParser()
+        add_options(parser, Tuning)
+        tuning = from_args(Tuning, parser.parse_args(settings["tune"]))
+        weights = 1 if tuning.objective == "policy_accuracy" else len(tuning.grid)
+        total += 2 * min(tuning.prompts, pairs["train_test"]) * (prompt + tuning.max_new_tokens) * weights
+        total += 0 if frozen else pairs["train_test"] * pair
     return total + answers * 4 * (prompt + length)  # written by policy and reward model, judged by both
 
 
@@ -91,11 +92,3 @@ def plan(cells: list[tuple[str, tuple, int | None, float | None]], measured: lis
 
 def _number(flags: list[str], name: str, default: int) -> int:
     return int(flags[flags.index(name) + 1]) if name in flags else default
-
-
-def _values(flags: list[str], name: str) -> list[str]:
-    if name not in flags:
-        return []
-    rest = flags[flags.index(name) + 1 :]
-    end = next((i for i, word in enumerate(rest) if word.startswith("--")), len(rest))
-    return rest[:end]

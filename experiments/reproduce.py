@@ -241,14 +241,19 @@ def key(cell: Cell, places: Places) -> dict:
     return json.loads(json.dumps(found))
 
 
-def done(cell: Cell, places: Places) -> bool:
-    """Whether the cell's file is there and of these settings and data; a damaged one is not."""
+def written(cell: Cell, places: Places) -> dict:
+    """What the cell's file holds; empty where there is none, or a damaged one."""
     file = result_file(cell, places)
     try:
-        found = files.read_json(file) if file.exists() else None
+        found = files.read_json(file) if file.exists() else {}
     except PyargsError:
-        return False
-    return isinstance(found, dict) and found.get("key") == key(cell, places)
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def done(cell: Cell, places: Places) -> bool:
+    """Whether the cell's file is there and of these settings and data."""
+    return written(cell, places).get("key") == key(cell, places)
 
 
 def run(cell: Cell, places: Places) -> dict:
@@ -369,8 +374,7 @@ def plan(asked: list[Cell], places: Places) -> dict:
     sizes, lines, finished = {}, [], 0
     taken: dict[tuple, list[float]] = {}
     for cell in asked:
-        file = result_file(cell, places)
-        if file.exists() and (seconds := files.read_json(file).get("seconds")):
+        if seconds := written(cell, places).get("seconds"):
             taken.setdefault((cell.set, cell.row), []).append(sum(seconds.values()))
     for cell in asked:
         if cell.set not in sizes:
@@ -387,9 +391,9 @@ def plan(asked: list[Cell], places: Places) -> dict:
         steps = () if cell.row in NO_POLICY else stages(cell, places)
         measured = taken.get((cell.set, cell.row))
         lines.append((cell.name(), steps, count if steps else 0, sum(measured) / len(measured) if measured else None))
+    sets = PROFILES[asked[0].profile]["sets"]
     both = [
-        (estimate.tokens(PROFILES[asked[0].profile]["sets"][name]["rows"][row], PROFILES[asked[0].profile]["sets"][name],
-                         sizes[name]), sum(seconds) / len(seconds))
+        (estimate.tokens(sets[name]["rows"][row], sets[name], sizes[name]), sum(seconds) / len(seconds))
         for (name, row), seconds in taken.items() if "pairs" in sizes[name]
     ]  # fmt: skip
     return {"done": finished, "sets": sizes, **estimate.plan(lines, both)}
