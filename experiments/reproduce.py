@@ -39,7 +39,7 @@ from pyargs.results import slug
 
 HERE = Path(__file__).parent
 NO_POLICY = {"word overlap", "MiniLM cosine"}  # rows that score texts
-RECIPE = 1  # raised when a stage computes something else: the cells are then made again
+RECIPE = 2  # raised when a stage computes something else: the cells are then made again
 KILLED = 3  # times that workers may be killed before the cells in hand count as failed
 QUOTED = 8  # words in a row from the data that make an answer the authors' text rather than ours
 
@@ -123,22 +123,26 @@ def stages(cell: Cell, places: Places) -> dict[str, list[str]]:
         "train": ["train", method, *words, *flags(fields), "--out", seen],
         "adapt": ["adapt", seen, *words, "--out", model],
     }
-    ranks_only = method == "pal" and fields.get("variant", "B") == "B"
     itself = method in ("icl", "pdpo")
-    guided = not itself and not ranks_only
-    if guided:
+    if guides(cell):
         found["tune"] = ["tune", model, *policy, *words, *settings["tune"], "--out", str(out / "tune.json")]
         policy += ["--tuned", str(out / "tune.json")]
-    if ranks_only or itself:
+    else:
         policy = []
-    if generates and not ranks_only:
-        found["decode"] = ["decode", model, *policy, *words, *settings["decode"], "--out", str(answers)]
-        if guided:
-            measures += ["--zero-shot", str(out_folder(zero_shot(cell), places) / "answers.jsonl")]
-    elif ranks_only:
+    if not (guides(cell) or itself):
         measures = []
+    elif generates:
+        found["decode"] = ["decode", model, *policy, *words, *settings["decode"], "--out", str(answers)]
+        if guides(cell):
+            measures += ["--zero-shot", str(out_folder(zero_shot(cell), places) / "answers.jsonl")]
     found["evaluate"] = ["evaluate", model, *policy, *words, *measures, "--out", str(out / "result.json")]
     return found
+
+
+def guides(cell: Cell) -> bool:
+    """Whether the row's rewards guide a policy: not PAL-B's, which ranks only, nor a row that answers by itself."""
+    method, fields = cell.settings()["rows"][cell.row] or (None, {})
+    return method not in (None, "icl", "pdpo") and (method, fields.get("variant", "B")) != ("pal", "B")
 
 
 def flags(fields: dict) -> list[str]:
@@ -223,11 +227,11 @@ def recipe(cell: Cell) -> list | None:
 def wanted(cell: Cell) -> dict:
     """The settings that the cell's numbers depend on."""
     settings = cell.settings()
-    guided = settings["decode"] is not None and cell.row != "Zero-Shot"
+    compared = settings["decode"] is not None and guides(cell)
     return {
         "recipe": RECIPE, "row": recipe(cell), "dtype": PROFILES[cell.profile]["dtype"],
         **{name: settings.get(name) for name in ("stands_for", "about", "tune", "decode", "bertscore")},
-        "compared_with": recipe(zero_shot(cell)) if guided else None,
+        "compared_with": recipe(zero_shot(cell)) if compared else None,
     }  # fmt: skip
 
 
@@ -270,7 +274,7 @@ def run(cell: Cell, places: Places) -> dict:
     else:
         if cell.row == "ARGS, weight 0":
             do(cell._replace(row="Global RM"), places, last="adapt")
-        elif settings["decode"] is not None and cell.row != "Zero-Shot":
+        elif settings["decode"] is not None and guides(cell):
             do(zero_shot(cell), places, last="decode")
         seconds, out = do(cell, places), out_folder(cell, places)
         result = files.read_json(out / "result.json")

@@ -144,9 +144,10 @@ class Features:
         length = end - start
         position = torch.arange(int(length.max()) if len(index) else 1)
         mask = position < length.unsqueeze(-1)  # [n, 2, T]
-        token = (start.unsqueeze(-1) + position).clamp(max=len(self.hidden) - 1)
+        hidden = self.hidden.new_zeros(*mask.shape, self.hidden.shape[-1])
+        hidden[mask] = self.hidden[(start.unsqueeze(-1) + position)[mask]]  # padding can be most of a batch
         prompt = None if self.prompt is None else self.hidden[self.offsets[self.prompt[index] + 1] - 1]
-        return Batch(self.hidden[token] * mask.unsqueeze(-1), mask, user_rows[index], pair=index, prompt=prompt)
+        return Batch(hidden, mask, user_rows[index], pair=index, prompt=prompt)
 
 
 @dataclass

@@ -133,6 +133,8 @@ def test_the_whole_path_and_nothing_twice(stages, capsys):
 
 def test_a_file_of_someone_else_is_left_alone(stages, capsys, tmp_path):
     folder, steps = stages
+    for verb in ("train", "adapt", "tune"):
+        call(capsys, steps[verb])
     mine = tmp_path / "answers.jsonl"
     mine.write_text("precious")
     words = [str(mine) if word == str(folder / "answers.jsonl") else word for word in steps["decode"]]

@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import reward_model, tiny_lm
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_decode import USERS, arguments, plain, prompts, same
 
 from pyargs.decode import args, native, passes
+from pyargs.decode import plain as policy_alone
 from pyargs.decode.request import check
 from pyargs.errors import PyargsError
 from pyargs.lm import lora
@@ -263,6 +266,72 @@ def test_features_and_log_probs_take_the_stack(monkeypatch):
     response_states(lm.get_decoder(), [([5], [[6]])])
     response_logprobs(lm, [([5], [[6]])])
     assert len(packed) == 2
+
+
+# -- the policy by itself ------------------------------------------------------------------------------------------------
+
+
+def alike(lengths, seed=0):
+    """Prompts of which many begin as the one before did: [(tokens taken over from it, length)]."""
+    rows, generator = [[]], torch.Generator().manual_seed(seed)
+    for kept, length in lengths:
+        taken = rows[-1][: min(kept, length)]
+        rows.append(taken + torch.randint(2, 61, (length - len(taken),), generator=generator).tolist())
+    return rows[1:]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    family=st.sampled_from(["llama", "qwen2"]),
+    lengths=st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), min_size=1, max_size=5),
+    new=st.integers(1, 7), stop=st.sampled_from([None, 1, [1, 5, 9, 20, 33, 40, 41]]), seed=st.integers(0, 20),
+)  # fmt: skip
+def test_greedy_is_that_of_transformers(family, lengths, new, stop, seed):
+    policy, rows = tiny_lm(family, seed=seed, dtype=torch.float32), alike(lengths, seed)
+    policy.generation_config.eos_token_id = stop
+    ours = policy_alone.generate(policy, rows, max_new_tokens=new)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "possible", lambda *models: False)
+        theirs = policy_alone.generate(policy, rows, max_new_tokens=new)
+    same(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_greedy_is_args_at_weight_0(dtype):
+    policy, rows = tiny_lm(dtype=dtype, seed=3), prompts([4, 7, 2])
+    model = reward_model(policy)
+    guided = decoded(policy, model, rows, USERS, reward_weight=0.0, max_new_tokens=20)
+    assert policy_alone.generate(policy, rows, max_new_tokens=20).tokens.tolist() == guided.tokens.tolist()
+
+
+def test_what_prompts_share_is_computed_once(monkeypatch):
+    policy, rows = tiny_lm(dtype=torch.float32), alike([(0, 9), (7, 9), (9, 9), (8, 8), (0, 3)])
+    stack, counts, call = stacks.stack_of(policy), [], stacks.Stack.__call__
+    monkeypatch.setattr(
+        stacks.Stack, "__call__", lambda self, ids, *a, **k: (counts.append(ids.numel()), call(self, ids, *a, **k))[1]
+    )
+    policy_alone.generate(policy, rows, max_new_tokens=1)
+    assert counts == [9, 2, 1, 1, 3]  # a prompt that another begins with still needs its own last state
+    counts.clear()
+    groups = [(row, [[5, 6]]) for row in rows]
+    together = list(stacks.continuations(stack, groups))
+    assert counts[::2] == [9, 2, 1, 1, 3]
+    for group, (last, (states,)) in zip(groups, together, strict=True):
+        ((alone, (its,)),) = stacks.continuations(stack, [group])
+        assert torch.equal(last, alone) and torch.equal(states, its)
+
+
+def test_a_policy_that_can_not_answer_says_so():
+    policy = tiny_lm(dtype=torch.float32)
+    with pytest.raises(PyargsError, match="without a token"):
+        policy_alone.generate(policy, [[5], []], max_new_tokens=2)
+    with pytest.raises(PyargsError, match="exceed the model's 128 positions"):
+        policy_alone.generate(policy, [[5] * 120], max_new_tokens=9)
+    with pytest.raises(PyargsError, match="vocabulary"):
+        policy_alone.generate(policy, [[5, 61]], max_new_tokens=2)
+    policy.lm_head.weight.data[:] = float("nan")
+    with pytest.raises(PyargsError, match=r"not numbers in row\(s\) \[0, 1\]"):
+        policy_alone.generate(policy, [[5], [6]], max_new_tokens=2)
 
 
 def test_models_of_inference_mode():

@@ -198,19 +198,20 @@ struct Cache {
     }
   }
 
-  // The first `count` rows become what the first of them is.
-  void spread(int64_t count) {
-    check(count <= rows, "more rows than the cache has");
-    const int64_t k = padded(length[0]) * head_dim, v = length[0] * padded(head_dim);
-    for (int64_t to = 1; to < count; ++to) {
-      length[to] = length[0];
-      branch[to].clear();
-      for (int64_t l = 0; l < layers; ++l) {
-        for (int64_t h = 0; h < kv_heads; ++h) {
-          const int64_t from = (l * rows * kv_heads + h) * capacity, at = from + to * kv_heads * capacity;
-          std::memcpy(keys + at * head_dim, keys + from * head_dim, k * sizeof(float));
-          std::memcpy(values + at * padded(head_dim), values + from * padded(head_dim), v * sizeof(float));
-        }
+  // Row `to` becomes the first `tokens` of row `from`.
+  void copy(int64_t to, int64_t from, int64_t tokens) {
+    check(std::min(to, from) >= 0 && std::max(to, from) < rows, "a row is not in the cache");
+    check(to != from, "a row is no copy of itself");
+    check(tokens >= 0 && tokens <= length[from], "a row has not as many tokens");
+    const int64_t k = padded(tokens) * head_dim, v = tokens * padded(head_dim);
+    length[to] = tokens;
+    branch[to].clear();
+    for (int64_t l = 0; l < layers; ++l) {
+      for (int64_t h = 0; h < kv_heads; ++h) {
+        const int64_t source = ((l * rows + from) * kv_heads + h) * capacity;
+        const int64_t target = ((l * rows + to) * kv_heads + h) * capacity;
+        std::memcpy(keys + target * head_dim, keys + source * head_dim, k * sizeof(float));
+        std::memcpy(values + target * padded(head_dim), values + source * padded(head_dim), v * sizeof(float));
       }
     }
   }
@@ -492,7 +493,7 @@ void bind(py::module_& m) {
   py::class_<Cache>(m, "Cache")
       .def(py::init<int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t>())
       .def("commit", &Cache::commit)
-      .def("spread", &Cache::spread)
+      .def("copy", &Cache::copy)
       .def_readonly("rows", &Cache::rows)
       .def_property(
           "length", [](const Cache& cache) { return cache.length; },

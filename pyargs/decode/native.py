@@ -1,4 +1,4 @@
-"""The passes of a step on a CPU, through the native stack, which reads the weights once at the rate of the memory.
+"""Decoding on a CPU through the native stack, which reads the weights once at the rate of the memory.
 
 Where policy and reward model rest on the same weights, one pass serves both. A frozen backbone's states of the candidates are
 the policy's too. With LoRA, the policy's rows of the likeliest candidates ride in the reward model's pass; if another one
@@ -8,10 +8,13 @@ winner changes no token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from pyargs.decode.request import Request
+from pyargs.errors import PyargsError
 from pyargs.lm import lora, native
 from pyargs.lm.hf import plain_output_layer
 from pyargs.models.reward_model import RewardModel
@@ -21,9 +24,9 @@ GUESSES = {1: 2, 2: 1}
 the reward model's rows alone keep the processor busy (docs/performance.md)."""
 
 
-def possible(policy, reward_model: RewardModel) -> bool:
+def possible(policy, reward_model: RewardModel | None = None) -> bool:
     """Whether the native stack computes what these models do, on this machine."""
-    models = policy, reward_model.backbone
+    models = [policy] if reward_model is None else [policy, reward_model.backbone]
     return all(native.can_pack(model) for model in models) and plain_output_layer(policy)
 
 
@@ -98,6 +101,36 @@ class OneStack:
 
     def _delta(self, rows: int) -> Tensor | bool:
         return torch.arange(2 * rows) >= rows if self.adapted else False
+
+
+def greedy(lm, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, vocabulary: int, stop: list[int], pad: int) -> Tensor:
+    """The likeliest of the first `vocabulary` tokens, step by step, int64 [B, N]; behind a stop token stands `pad`.
+
+    What a prompt begins with as the one before did is computed once: demonstrations of one user's prompts in a row.
+    """
+    stack, rows = native.stack_of(lm), len(prompts)
+    cache = stack.cache(rows, max(map(len, prompts)) + max_new_tokens)
+    states = []
+    for row, prompt in enumerate(prompts):
+        known = native.shared(prompts[row - 1], prompt) if row else 0
+        if known:
+            cache.copy(row, row - 1, known)
+        states.append(stack(torch.tensor([prompt[known:]]), cache, rows=[row])[0, -1])
+    state, going = torch.stack(states), torch.arange(rows)
+    tokens, stops = torch.full((rows, max_new_tokens), pad), torch.tensor(stop, dtype=torch.long)
+    for step in range(max_new_tokens):
+        score, token = stack.logits(state)[:, :vocabulary].max(1)
+        if score.isnan().any():
+            raise PyargsError(
+                f"the logits are not numbers in row(s) {going[score.isnan()].tolist()}: check the model's weights"
+            )
+        tokens[going, step] = token
+        on = ~torch.isin(token, stops)
+        going, token = going[on], token[on]
+        if not len(going) or step + 1 == max_new_tokens:
+            return tokens[:, : step + 1]
+        state = stack(token.unsqueeze(1), cache, rows=going)[:, 0]
+    return tokens
 
 
 def _for(ids: Tensor, finished: Tensor) -> Tensor:

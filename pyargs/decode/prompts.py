@@ -16,6 +16,7 @@ from pyargs.models import load_model
 from pyargs.models.folder import locate, read_config
 from pyargs.models.token_reward import TokenReward
 from pyargs.models.user_policy import UserPolicy
+from pyargs.ops.library import has_extension
 from pyargs.store import Store
 from pyargs.types import Decoded
 
@@ -45,7 +46,7 @@ def load_pair(policy: str | None, model: str, *, dtype: str = "float32"):
 def decode_prompts(
     policy, model, prompts, users, *, batch_size: int = 8, best_of: int = 0, progress: str = "decode", **more
 ) -> Iterator[tuple[list[int], list[list[int]], Decoded]]:
-    """Answers to any number of prompts, batch by batch of similar length, each for its user, in any order.
+    """Answers to any number of prompts, batch by batch of similar prompts, each for its user, in any order.
 
     A RewardModel guides through `args`, or picks the best of `best_of` samples; a TokenReward likewise through `tokenwise`; a
     UserPolicy answers by itself. prompts: str or messages; users: one id each; reward_weight: one for all, or a list with one
@@ -71,7 +72,10 @@ def decode_prompts(
     weights = list(weight) if isinstance(weight, (list, tuple)) else [weight] * len(encoded)
     sampled = own and more.get("do_sample")
     batch_size = 1 if best_of or sampled else batch_size  # transformers samples a whole batch by one seed
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+    shown = (
+        own and model.demonstrations is not None
+    )  # one user's prompts begin alike, and are read once where they are neighbours
+    order = sorted(range(len(encoded)), key=lambda i: encoded[i] if shown else len(encoded[i]))
     with tqdm(total=len(order), desc=progress, unit="prompt") as bar:
         for start in range(0, len(order), batch_size):
             take = order[start : start + batch_size]
@@ -100,6 +104,7 @@ def greedy_answers(
     policy: embedded name, local folder or hub name; max_tokens: longest prompt, cut as `encode_prompt` does.
     """
     settings = {"policy": hub.identity(policy), "dtype": dtype, "max_new_tokens": max_new_tokens, "max_tokens": max_tokens}
+    settings |= {"native": has_extension}  # which rounds otherwise than transformers
     with Store(hub.cache_dir() / "answers" / f"{short_hash(settings)}.sqlite") as store:
         found = store.get(prompts)
         missing = sorted(set(prompts) - found.keys())

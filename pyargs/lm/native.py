@@ -65,10 +65,10 @@ class Cache:
             raise PyargsError(f"a row cannot keep {length} tokens")
         self.native.length = [min(length, kept) for kept in self.length]
 
-    def spread(self, rows: int) -> None:
-        """The first rows become copies of row 0."""
+    def copy(self, row: int, source: int, length: int) -> None:
+        """Row `row` becomes the first `length` tokens of row `source`."""
         with _errors():
-            self.native.spread(rows)
+            self.native.copy(row, source, length)
 
 
 class Stack:
@@ -357,16 +357,19 @@ PLACES = 2048
 @torch.no_grad()
 def continuations(stack: Stack, groups, progress: str = "states") -> Iterator[tuple[Tensor, list[Tensor]]]:
     """States behind a prompt that is computed once: for each (prompt ids, [response ids]) the prompt's last state [1, D]
-    ([0, D] of an empty prompt) and those of each response [T, D]. Short responses share a pass."""
+    ([0, D] of an empty prompt) and those of each response [T, D]. Short responses share a pass, and what a prompt begins with
+    as the one before did is not computed again."""
     longest = max((len(prompt) + max(map(len, several), default=0) for prompt, several in groups), default=0)
     passes = [_together(several, PLACES // max(longest, 1)) for _, several in groups]
     cache = stack.cache(max((len(some) for parts in passes for some in parts), default=1), max(longest, 1))
     bar = tqdm(groups, desc=progress, unit="prompt", disable=len(groups) < 32)
+    before: Sequence[int] = []
     for (prompt, _), parts in zip(bar, passes, strict=True):
-        cache.cut(0)
-        last = stack(torch.tensor([prompt]), cache)[0, -1:] if prompt else torch.empty(0, stack.dim)
-        cache.spread(max(map(len, parts), default=1))
-        states = []
+        cache.cut(known := shared(before, prompt))
+        last = stack(torch.tensor([prompt[known:]]), cache)[0, -1:] if prompt else torch.empty(0, stack.dim)
+        for row in range(1, max(map(len, parts), default=1)):
+            cache.copy(row, 0, len(prompt))
+        states, before = [], prompt
         for some in parts:
             cache.cut(len(prompt))
             ids = nn.utils.rnn.pad_sequence([torch.tensor(one, dtype=torch.long) for one in some], batch_first=True)
@@ -374,6 +377,12 @@ def continuations(stack: Stack, groups, progress: str = "states") -> Iterator[tu
             mask = torch.arange(ids.shape[1]) < lengths.unsqueeze(1)
             states += stack(ids, cache, mask)[mask].split(lengths.tolist())
         yield last, states
+
+
+def shared(before: Sequence[int], prompt: Sequence[int]) -> int:
+    """How many tokens a prompt begins with as the one before did; never all, since its last state is wanted."""
+    pairs = zip(before, prompt[:-1], strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(before), max(len(prompt) - 1, 0)))
 
 
 def _together(several: Sequence[Sequence[int]], most: int) -> list[list[Sequence[int]]]:

@@ -88,9 +88,11 @@ class RewardModel(nn.Module):
 
     def token_rewards(self, batch: Batch) -> Tensor:
         """Reward of the prefix that ends in each token, [N, 2, T]; 0 outside the mask."""
-        user = batch.user[:, None, None].expand(batch.mask.shape)
-        prompt = () if batch.prompt is None else (batch.prompt[:, None, None],)
-        return self.head(batch.hidden, user, *prompt) * batch.mask
+        mask = batch.mask
+        if batch.prompt is not None:  # one serves all tokens of its pair
+            return self.head(batch.hidden, batch.user[:, None, None].expand(mask.shape), batch.prompt[:, None, None]) * mask
+        rewards = self.head(batch.hidden[mask], batch.user[mask.nonzero()[:, 0]])  # padding can be most of a batch
+        return rewards.new_zeros(mask.shape).masked_scatter(mask, rewards)
 
     def step_rewards(self, batch: Batch) -> Tensor:
         """What a decoder adds at each token, [N, 2, T]: `token_rewards`, or their running mean (step_reward="prefix_mean")."""
