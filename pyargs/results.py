@@ -155,7 +155,7 @@ def same_text(one: dict, other: dict) -> bool:
 def win_rate(cell: dict) -> dict | None:
     """Share of answers that the row's own reward model puts above the zero-shot answer, percent; ties are no wins."""
     found = (cell["values"].get("generations") or {}).get("win_rate")
-    return None if found is None else {"value": found["win_rate"], "users": {}, "ties": found.get("tie_rate")}
+    return None if found is None else _accuracy({**found, "accuracy": found["win_rate"]})
 
 
 def win_tokens(cell: dict, side: int) -> dict | None:
@@ -369,20 +369,14 @@ def _problems(cell: dict):
         yield from _number(generations.get(name), f"values.generations.{name}")
     win = generations.get("win_rate")
     if win is not None:
-        if not isinstance(win, dict) or win.get("win_rate") is None:
-            yield "values.generations.win_rate", "has no win_rate"
+        yield from _outcomes(win, "values.generations.win_rate", "win_rate")
+        yield from _number(_dict(win) and win.get("n"), "values.generations.win_rate.n")
+        tokens = (_dict(win) or {}).get("tokens", [0, 0])
+        if not isinstance(tokens, list) or len(tokens) != 2 or None in tokens:
+            yield "values.generations.win_rate.tokens", "is not a pair of numbers"
         else:
-            yield from _number(win["win_rate"], "values.generations.win_rate.win_rate")
-            for name in ("tie_rate", "n"):
-                yield from _number(win.get(name), f"values.generations.win_rate.{name}")
-            tokens = win.get("tokens", [0, 0])
-            if not isinstance(tokens, list) or len(tokens) != 2:
-                yield "values.generations.win_rate.tokens", "is not a pair of numbers"
-            else:
-                for side in tokens:
-                    if side is None:
-                        yield "values.generations.win_rate.tokens", "is not a pair of numbers"
-                    yield from _number(side, "values.generations.win_rate.tokens")
+            for side in tokens:
+                yield from _number(side, "values.generations.win_rate.tokens")
     if not isinstance(generations.get("bertscore_model"), str | None):
         yield "values.generations.bertscore_model", "is not text"
     for number, answer in enumerate(cell.get("answers") or []):
@@ -421,14 +415,14 @@ def _number(value, name: str):
         yield name, f"is {value!r}, not a number"
 
 
-def _outcomes(found, name: str):
-    """An accuracy is a percentage and what its outcomes say."""
-    if not isinstance(found, dict) or not isinstance(found.get("accuracy"), int | float):
-        yield name, "has no accuracy"
+def _outcomes(found, name: str, share: str = "accuracy"):
+    """An accuracy, or another share, is a percentage and what its outcomes say."""
+    if not isinstance(found, dict) or not isinstance(found.get(share), int | float):
+        yield name, f"has no {share}"
         return
     yield from _number(found.get("tie_rate"), f"{name}.tie_rate")
-    if not 0 <= found["accuracy"] <= 100:  # catches nan, too
-        yield f"{name}.accuracy", f"is {found['accuracy']}, no percentage"
+    if not 0 <= found[share] <= 100:  # catches nan, too
+        yield f"{name}.{share}", f"is {found[share]}, no percentage"
     each = found.get("each")
     if each is None:
         return
@@ -440,5 +434,5 @@ def _outcomes(found, name: str):
             yield f"{name}.each", f"is {outcomes!r} for user {user}, not a 0 or 1 for each pair"
             return
     together = "".join(each.values())
-    if abs(100 * together.count("1") / len(together) - found["accuracy"]) > 0.01:
-        yield f"{name}.accuracy", f"is {found['accuracy']}, which is not what its outcomes say"
+    if abs(100 * together.count("1") / len(together) - found[share]) > 0.01:
+        yield f"{name}.{share}", f"is {found[share]}, which is not what its outcomes say"

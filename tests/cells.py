@@ -53,8 +53,10 @@ def cell(row: str, seed: int = 0, **other) -> dict:
         }  # fmt: skip
         if "win" in kinds:
             values["generations"]["same_as_zero_shot"] = 100 * draw.random()
+            won = made()
             values["generations"]["win_rate"] = {
-                "win_rate": 100 * draw.random(), "tie_rate": 2.0, "n": len(answers), "unscored": 0, "tokens": [11.0, 10.5]
+                "win_rate": won["accuracy"], "tie_rate": 2.0, "n": len(answers), "unscored": 0, "tokens": [11.0, 10.5],
+                "each": won["each"],
             }  # fmt: skip
     method = None if row in (UNGUIDED, *SCORERS) else "icl" if row.split(",")[0] in ALONE[1:] else "lore"
     frozen = not row.endswith(", LoRA") and row not in ("GenARM", "P-DPO")

@@ -184,7 +184,14 @@ def test_win_rate_by_hand():
     prompts, users = [[9], [9], [9], [9]], ["a", "b", "a", "b"]
     ours, theirs = [[1, 1], [1, 1], [1], []], [[1], [2], [1], [2]]
     found = win_rate(Longest(), prompts, users, ours, theirs)
-    assert found == {"win_rate": 25, "tie_rate": 25, "n": 4, "unscored": 1, "tokens": [1.25, 1]}
+    assert found == {
+        "win_rate": 25,
+        "tie_rate": 25,
+        "n": 4,
+        "unscored": 1,
+        "each": {"a": "10", "b": "00"},
+        "tokens": [1.25, 1],
+    }
     assert win_rate(Longest(), prompts, users, ours, ours)["win_rate"] == 0  # never over oneself
     swapped = win_rate(Longest(), prompts, users, theirs, ours)
     assert found["win_rate"] + swapped["win_rate"] + found["tie_rate"] + 25 * found["unscored"] == 100

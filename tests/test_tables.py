@@ -417,6 +417,8 @@ DAMAGE = {
     "values.generations.rouge1": lambda c: c["values"]["generations"].update(rouge1="20"),
     "values.generations.rougeL": lambda c: c["values"]["generations"].update(rougeL=float("inf")),
     "values.generations.win_rate": lambda c: c["values"]["generations"].update(win_rate={}),
+    "values.generations.win_rate.each": lambda c: c["values"]["generations"]["win_rate"].update(each={"user 0": "x"}),
+    "values.generations.win_rate.win_rate": lambda c: c["values"]["generations"]["win_rate"].update(win_rate=-1.0),
     "values.relative": lambda c: c["values"].update(relative=[1]),
     "answers[3]": lambda c: c["answers"].__setitem__(3, {}),
     "answers": lambda c: c.update(answers=5),

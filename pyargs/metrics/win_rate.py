@@ -15,16 +15,22 @@ def win_rate(model, prompts: Sequence[Sequence[int]], users: Sequence[str], ours
 
     model: a RewardModel or TokenReward; prompts, ours, theirs: token ids without stop tokens on either side, N each; users: N
     ids. A prompt with an empty answer on either side has nothing to be read at: it is no win, and counted in `unscored`.
-    `tokens`: mean lengths of both sides, since sums of log-probs (GenARM) depend on them. Raises PyargsError without prompts.
+    `each`: by user a string of 1 for a win and 0 for none, in the order given. `tokens`: mean lengths of both sides, since
+    sums of log-probs (GenARM) depend on them. Raises PyargsError without prompts.
     """
     if not len(prompts):
         raise PyargsError("no answers to compare")
     both = [i for i, (own, other) in enumerate(zip(ours, theirs, strict=True)) if len(own) and len(other)]
     found = model.score([(prompts[i], [ours[i], theirs[i]]) for i in both], [users[i] for i in both]) if both else []
+    won = dict(zip(both, (bool(own > other) for own, other in found), strict=True))
+    each: dict[str, str] = {}
+    for i, user in enumerate(users):
+        each[user] = each.get(user, "") + str(int(won.get(i, False)))
     return {
-        "win_rate": 100 * sum(bool(own > other) for own, other in found) / len(prompts),
+        "win_rate": 100 * sum(won.values()) / len(prompts),
         "tie_rate": 100 * sum(bool(own == other) for own, other in found) / len(prompts),
         "n": len(prompts),
         "unscored": len(prompts) - len(both),
+        "each": each,
         "tokens": [sum(map(len, side)) / len(prompts) for side in (ours, theirs)],
     }

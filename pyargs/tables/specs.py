@@ -50,7 +50,7 @@ METRICS = {
     "perplexity": Metric("perplexity", partial(results.text, name="perplexity"), "text", PLAIN),
     "words": Metric("words", partial(results.text, name="words"), "text", PLAIN, digits=1),
     "cut": Metric("cut", results.cut, "text", PLAIN, digits=1),
-    "win_rate": Metric("win rate", results.win_rate, "win", ("mean", "std", "n"), paper="win_rate"),
+    "win_rate": Metric("win rate", results.win_rate, "win", paper="win_rate"),
     "win_ties": Metric("ties", results.ties(results.win_rate), "win", PLAIN),
     "win_tokens": Metric("tokens", partial(results.win_tokens, side=0), "win", PLAIN, digits=1),
     "zero_shot_tokens": Metric("tokens, zero-shot", partial(results.win_tokens, side=1), "win", PLAIN, digits=1),
