@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import json
 import os
 import sys
@@ -32,7 +31,7 @@ from filelock import FileLock
 from profiles import PROFILES
 from tqdm import tqdm
 
-from pyargs import data, files, fit
+from pyargs import cli, data, files, fit
 from pyargs.errors import PyargsError, did_you_mean
 from pyargs.lm import hub
 from pyargs.results import slug
@@ -159,10 +158,8 @@ def zero_shot(cell: Cell) -> Cell:
 
 def command(verb: str, *words: str) -> dict:
     """`pyargs VERB WORDS` in this process."""
-    module = importlib.import_module(f"pyargs.commands.{verb}")
-    parser = argparse.ArgumentParser(prog=f"pyargs {verb}")
-    module.add_arguments(parser, list(words))
-    return module.run(parser.parse_args(words))
+    run_verb, args = cli.parse(verb, list(words))
+    return run_verb(args)
 
 
 def do(cell: Cell, places: Places, last: str | None = None) -> dict[str, float]:

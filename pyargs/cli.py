@@ -12,6 +12,7 @@ import json
 import os
 import pkgutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from pyargs import commands
@@ -25,6 +26,16 @@ def verbs() -> dict[str, str]:
         source = Path(commands.__path__[0], f"{module.name}.py").read_text(encoding="utf-8")
         found[module.name] = (ast.get_docstring(ast.parse(source)) or "").split("\n")[0]
     return found
+
+
+def parse(verb: str, words: list[str]) -> tuple[Callable[[argparse.Namespace], dict | None], argparse.Namespace]:
+    """What a verb runs, and what the words behind it ask for."""
+    module = importlib.import_module(f"pyargs.commands.{verb}")
+    parser = argparse.ArgumentParser(
+        prog=f"pyargs {verb}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    module.add_arguments(parser, words)  # the words, since the flags of `train` depend on the method
+    return module.run, parser.parse_args(words)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,13 +62,9 @@ def main(argv: list[str] | None = None) -> int:
     if own.verb not in known:
         parser.error(f"unknown verb '{own.verb}'.{did_you_mean(own.verb, known)}")
 
-    module = importlib.import_module(f"pyargs.commands.{own.verb}")
-    parser = argparse.ArgumentParser(
-        prog=f"pyargs {own.verb}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
     try:
-        module.add_arguments(parser, argv[1:])  # the words, since the flags of `train` depend on the method
-        result = module.run(parser.parse_args(argv[1:]))
+        run, args = parse(own.verb, argv[1:])
+        result = run(args)
     except PyargsError as error:
         print(f"pyargs {own.verb}: {error}", file=sys.stderr)
         return 1

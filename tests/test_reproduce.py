@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pyargs import files
+from pyargs import cli, files
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 
@@ -38,9 +37,7 @@ def test_every_command_is_understood_and_every_cell_has_a_file_of_its_own(profil
         if cell.row in reproduce.NO_POLICY:
             continue
         for stage, (verb, *words) in reproduce.stages(cell, places).items():
-            module, parser = importlib.import_module(f"pyargs.commands.{verb}"), argparse.ArgumentParser()
-            module.add_arguments(parser, words)
-            known = vars(parser.parse_args(words))  # exits on a flag or a value that does not exist
+            known = vars(cli.parse(verb, words)[1])  # exits on a flag or a value that does not exist
             assert stage in ("train", "adapt", "tune", "decode", "evaluate") and not any("{" in str(v) for v in known.values())
     for name, one in settings["sets"].items():
         rows = {cell.row for cell in cells if cell.set == name}
@@ -50,10 +47,7 @@ def test_every_command_is_understood_and_every_cell_has_a_file_of_its_own(profil
             assert seeds == set(settings["seeds"]), f"{name}, {row}: a row has each of the profile's seeds"
         if "build" in one:
             dataset, *words = one["build"]
-            module, parser = importlib.import_module("pyargs.commands.data"), argparse.ArgumentParser()
-            words = ["build", dataset, *words, "--out", "x"]
-            module.add_arguments(parser, words)
-            parser.parse_args(words)
+            cli.parse("data", ["build", dataset, *words, "--out", "x"])
 
 
 def test_sets_that_are_built_otherwise_lie_elsewhere(reproduce):
