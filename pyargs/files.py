@@ -107,7 +107,10 @@ def writing(path: str | Path, replaceable: Iterable[str] = ()):
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield scratch / path.name
-        if path.is_dir() and (scratch / path.name).is_dir():
+        folder = (scratch / path.name).is_dir()
+        if path.exists() and path.is_dir() != folder:
+            raise PyargsError(f"{path} is a {'file' if folder else 'folder'}: name a {'folder' if folder else 'file'}")
+        if path.is_dir():
             foreign = {p.name for p in path.iterdir()} - {p.name for p in (scratch / path.name).iterdir()} - set(replaceable)
             if foreign:
                 raise PyargsError(f"{path} holds '{min(foreign)}', which is not ours to delete: choose another folder")

@@ -229,6 +229,14 @@ def test_a_weight_tuned_for_another_model_is_refused(stages, capsys, tmp_path):
     assert "no file of `pyargs tune`" in call(capsys, words, expect=1)
 
 
+def test_a_folder_is_no_file(tmp_path, capsys):
+    assert f"{tmp_path} is a folder: name a file" in call(capsys, ["table", "1", "--out", str(tmp_path)], expect=1)
+    (tmp_path / "mine").write_text("precious")
+    with pytest.raises(PyargsError, match="mine is a file: name a folder"), files.writing(tmp_path / "mine") as new:
+        new.mkdir()
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
 def test_nothing_foreign_is_ever_deleted(tmp_path, monkeypatch):
     (tmp_path / "rm").mkdir()
     (tmp_path / "rm/thesis.tex").write_text("precious")
