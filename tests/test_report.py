@@ -217,8 +217,14 @@ def test_few_seeds_decide_nothing(id):
 
 def test_rounding_is_not_taken_for_the_decoder():
     for cells in FLIPS["weight_0"]:
-        found = verdict("weight_0", [one | {"dtype": "bfloat16"} for one in cells])
+        texts = [one | {"answers": [answer | {"text": one["row"]} for answer in one["answers"]]} for one in cells]
+        found = verdict("weight_0", [one | {"dtype": "bfloat16"} for one in texts])
         assert found["verdict"] == OPEN and "round differently" in found["reason"]
+    cells = [one | {"dtype": "bfloat16"} for one in FLIPS["weight_0"][0]]
+    plain = {one["policy"]: one for one in cells if one["row"] == "Zero-Shot"}
+    copied = [one | {name: plain[one["policy"]][name] for name in ("values", "answers")} for one in cells]
+    found = verdict("weight_0", copied)  # the same answers, word for word: there is nothing to be taken for anything
+    assert found["verdict"] == FAILS and all(one["mean"] == 0 for one in found["ours"])
 
 
 @pytest.mark.parametrize("id", FLIPS)

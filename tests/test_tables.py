@@ -187,6 +187,10 @@ def test_rounding_is_measured_by_rows_that_do_not_guide(name, tmp_path):
     made.write(tmp_path, *rows)
     (note,) = [note for note in table(name, tmp_path)[0].notes if "rounding of bfloat16" in note]
     assert "(PReF, seed 0: 67.6 percent)" in note
+    rows[0]["values"]["generations"]["same_as_zero_shot"] = 100.0
+    made.write(tmp_path, *rows)
+    assert not any("rounding" in note for note in table(name, tmp_path)[0].notes)
+    rows[0]["values"]["generations"]["same_as_zero_shot"] = 67.6
     made.write(tmp_path, *(one | {"dtype": "float32"} for one in rows))
     assert not any("rounding" in note for note in table(name, tmp_path)[0].notes)
 

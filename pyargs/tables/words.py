@@ -124,17 +124,21 @@ def controls(cells: list[dict], paper: dict | None, scale: str) -> list[str]:
 
 
 def rounding(cells: list[dict]) -> str:
-    """What differences from Zero-Shot contain where the policy is not float32, and how much that is; "" in float32."""
+    """What differences from Zero-Shot contain where two decoders may round differently, and how much; "" in float32, and
+    where no answer of a row that does not guide is another than Zero-Shot's."""
     dtypes = sorted({c.get("dtype") or "unknown precision" for c in cells} - {"float32"})
     if not dtypes:
         return ""
-    unguided = [
-        f"{c['row']}, seed {c['seed']}: {one['value']:.1f} percent" for c in cells
+    same = {
+        f"{c['row']}, seed {c['seed']}": one["value"] for c in cells
         if c["values"].get("relative") == 0 and (one := results.text(c, "same_as_zero_shot"))
-    ]  # fmt: skip
+    }  # fmt: skip
+    if same and min(same.values()) == 100:
+        return ""
+    unguided = "; ".join(f"{row}: {value:.1f} percent" for row, value in same.items())
     return (
-        f"Differences from Zero-Shot contain the rounding of {listed(dtypes)}, in which the decoders differ without a reward: "
-        f"`same as zero-shot` of a row whose chosen weight is 0 measures it ({'; '.join(unguided) or 'no such row here'})."
+        f"Differences from Zero-Shot may contain the rounding of {listed(dtypes)}: two decoders can differ without a reward; "
+        f"`same as zero-shot` of a row whose chosen weight is 0 measures it ({unguided or 'no such row here'})."
     )
 
 
