@@ -106,14 +106,15 @@ def stages(cell: Cell, places: Places) -> dict[str, list[str]]:
     settings, profile = cell.settings(), PROFILES[cell.profile]
     words, out = data_words(cell, places), out_folder(cell, places)
     policy = ["--policy", cell.policy, "--dtype", profile["dtype"]]
-    answers, generates = out / "answers.jsonl", settings["decode"] is not None
+    method, fields = settings["rows"][cell.row] or (None, {})
+    ranks_only = method is not None and not guides(cell) and method not in ("icl", "pdpo")
+    answers, generates = out / "answers.jsonl", settings["decode"] is not None and not ranks_only
     measures = ["--generations", str(answers), "--bertscore", settings["bertscore"]] if generates else []
     if cell.row == "ARGS, weight 0":  # any reward model: its rewards do not count
         model = str(model_folder(cell._replace(row="Global RM"), places) / "model")
         policy += ["--reward-weight", "0", *words]
         found = {"decode": ["decode", model, *policy, *settings["decode"], "--out", str(answers)]} if generates else {}
         return {**found, "evaluate": ["evaluate", model, *policy, *measures, "--out", str(out / "result.json")]}
-    method, fields = settings["rows"][cell.row]
     folder = model_folder(cell, places)
     seen, model = str(folder / "seen"), str(folder / "model")
     backbone = cell.policy if method == "icl" else settings["backbone"]
@@ -122,15 +123,12 @@ def stages(cell: Cell, places: Places) -> dict[str, list[str]]:
         "train": ["train", method, *words, *flags(fields), "--out", seen],
         "adapt": ["adapt", seen, *words, "--out", model],
     }
-    itself = method in ("icl", "pdpo")
     if guides(cell):
         found["tune"] = ["tune", model, *policy, *words, *settings["tune"], "--out", str(out / "tune.json")]
         policy += ["--tuned", str(out / "tune.json")]
     else:
         policy = []
-    if not (guides(cell) or itself):
-        measures = []
-    elif generates:
+    if generates:
         found["decode"] = ["decode", model, *policy, *words, *settings["decode"], "--out", str(answers)]
         if guides(cell):
             measures += ["--zero-shot", str(out_folder(zero_shot(cell), places) / "answers.jsonl")]

@@ -370,8 +370,9 @@ def _problems(cell: dict):
     win = generations.get("win_rate")
     if win is not None:
         yield from _outcomes(win, "values.generations.win_rate", "win_rate")
-        yield from _number(_dict(win) and win.get("n"), "values.generations.win_rate.n")
-        tokens = (_dict(win) or {}).get("tokens", [0, 0])
+        win = _dict(win) or {}
+        yield from _number(win.get("n"), "values.generations.win_rate.n")
+        tokens = win.get("tokens", [0, 0])
         if not isinstance(tokens, list) or len(tokens) != 2 or None in tokens:
             yield "values.generations.win_rate.tokens", "is not a pair of numbers"
         else:

@@ -17,12 +17,14 @@ from test_decode import USERS, arguments, plain, prompts, same
 
 from pyargs.decode import args, native, passes
 from pyargs.decode import plain as policy_alone
+from pyargs.decode.prompts import decode_prompts
 from pyargs.decode.request import check
 from pyargs.errors import PyargsError
 from pyargs.lm import lora
 from pyargs.lm import native as stacks
 from pyargs.lm.encode import left_pad
 from pyargs.lm.hf import response_logprobs, response_states
+from pyargs.models.user_policy import UserPolicy
 from pyargs.ops.library import has_extension
 
 pytestmark = pytest.mark.skipif(not has_extension, reason="no extension")
@@ -305,33 +307,68 @@ def test_greedy_is_args_at_weight_0(dtype):
 
 
 def test_what_prompts_share_is_computed_once(monkeypatch):
-    policy, rows = tiny_lm(dtype=torch.float32), alike([(0, 9), (7, 9), (9, 9), (8, 8), (0, 3)])
+    policy, rows = tiny_lm(dtype=torch.float32), alike([(0, 9), (7, 9), (9, 9), (8, 8), (0, 3), (2, 7)])
     stack, counts, call = stacks.stack_of(policy), [], stacks.Stack.__call__
-    monkeypatch.setattr(
-        stacks.Stack, "__call__", lambda self, ids, *a, **k: (counts.append(ids.numel()), call(self, ids, *a, **k))[1]
-    )
+
+    def counted(self, ids, cache, mask=None, **more):
+        counts.append(ids.numel() if mask is None else int(mask.sum()))
+        return call(self, ids, cache, mask, **more)
+
+    monkeypatch.setattr(stacks.Stack, "__call__", counted)
     policy_alone.generate(policy, rows, max_new_tokens=1)
-    assert counts == [9, 2, 1, 1, 3]  # a prompt that another begins with still needs its own last state
+    assert counts == [9 + 3 + 7, 2 + 2 + 1]  # a prompt that another begins with still needs its own last state
     counts.clear()
     groups = [(row, [[5, 6]]) for row in rows]
     together = list(stacks.continuations(stack, groups))
-    assert counts[::2] == [9, 2, 1, 1, 3]
+    assert counts[::2] == [9, 2, 1, 1, 3, 5]
     for group, (last, (states,)) in zip(groups, together, strict=True):
         ((alone, (its,)),) = stacks.continuations(stack, [group])
         assert torch.equal(last, alone) and torch.equal(states, its)
 
 
-def test_a_policy_that_can_not_answer_says_so():
+def test_prompts_with_one_users_demonstrations_are_neighbours(monkeypatch):
+    model = UserPolicy(tiny_lm(dtype=torch.float32), tokenizer=range(61), demonstrations="some")
+    shown = {"ann": [9, 8, 7], "bob": [3, 4, 5, 6]}
+    monkeypatch.setattr(model, "prompt_ids", lambda prompt, user, room: shown[user] + prompt)
+    asked, users = [[11, 12], [20], [30, 31, 32], [40, 41]], ["ann", "bob", "ann", "bob"]
+    for possible, expected in ((True, [[1, 3, 0, 2]]), (False, [[0, 1, 2, 3]])):
+        monkeypatch.setattr(native, "possible", lambda *models, possible=possible: possible)
+        got = list(decode_prompts(None, model, asked, users, batch_size=4, max_new_tokens=2))
+        assert [numbers for numbers, _, _ in got] == expected
+        for numbers, ids, decoded in got:
+            assert ids == [shown[users[i]] + asked[i] for i in numbers] and len(decoded.tokens) == 4
+
+
+def test_tokens_that_the_tokenizer_has_not_are_never_chosen():
+    policy = tiny_lm(dtype=torch.float32, seed=2)
+    rows = prompts([4, 7])
+    policy.generation_config.eos_token_id = None
+    free = policy_alone.generate(policy, rows, max_new_tokens=20).tokens
+    policy.tokenizer = range(int(free.max()))  # the largest that was chosen is no token now
+    for possible in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(native, "possible", lambda *models, possible=possible: possible)
+            assert policy_alone.generate(policy, rows, max_new_tokens=20).tokens.max() < free.max()
+
+
+@pytest.mark.parametrize("possible", [True, False])
+def test_a_policy_that_can_not_answer_says_so(possible, monkeypatch):
     policy = tiny_lm(dtype=torch.float32)
-    with pytest.raises(PyargsError, match="without a token"):
-        policy_alone.generate(policy, [[5], []], max_new_tokens=2)
-    with pytest.raises(PyargsError, match="exceed the model's 128 positions"):
-        policy_alone.generate(policy, [[5] * 120], max_new_tokens=9)
-    with pytest.raises(PyargsError, match="vocabulary"):
-        policy_alone.generate(policy, [[5, 61]], max_new_tokens=2)
-    policy.lm_head.weight.data[:] = float("nan")
+    if not possible:
+        monkeypatch.setattr(native, "possible", lambda *models: False)
+    for prompt, new, message in [
+        ([], 2, "without a token"), ([5], 0, "at least 1, got 0"), ([5], -3, "at least 1"),
+        ([5] * 120, 9, "120 prompt . 9 new tokens exceed the model's 128 positions"),
+    ]:  # fmt: skip
+        with pytest.raises(PyargsError, match=message):
+            policy_alone.generate(policy, [[5], prompt], max_new_tokens=new)
+    if possible:
+        with pytest.raises(PyargsError, match="vocabulary"):
+            policy_alone.generate(policy, [[5, 61]], max_new_tokens=2)
+    broken = tiny_lm(dtype=torch.float32)  # not one that was found to be whole before
+    broken.lm_head.weight.data[:] = float("nan")
     with pytest.raises(PyargsError, match=r"not numbers in row\(s\) \[0, 1\]"):
-        policy_alone.generate(policy, [[5], [6]], max_new_tokens=2)
+        policy_alone.generate(broken, [[5], [6]], max_new_tokens=2)
 
 
 def test_models_of_inference_mode():

@@ -17,7 +17,7 @@ from pyargs.lm.encode import encode_prompt, encode_response, pack
 from pyargs.lm.hf import load_lm, packed_states, response_logprobs, response_states, spans
 from pyargs.models.reward_model import RewardModel
 from pyargs.ops import score_select
-from pyargs.types import Batch, Users
+from pyargs.types import Batch, Features, Users
 
 HEADS = ("linear", "mlp", "personal mlp")
 
@@ -44,6 +44,34 @@ def test_no_head_has_an_output_bias():
         assert head(torch.zeros(1, 4), torch.tensor([0])).isfinite()
         assert not any(name.startswith("last.bias") for name, _ in head.named_parameters())
     assert linear.Head(4, 1, Users())(torch.zeros(1, 4), torch.tensor([0])).item() == 0
+
+
+@pytest.mark.parametrize("pool", ["last", "mean", "hidden"])
+@settings(max_examples=15, deadline=None)
+@given(lengths=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=5), seed=st.integers(0, 99))
+def test_only_tokens_reach_a_head(pool, lengths, seed):
+    """Values and gradients are those of each pair alone, without padding; what stands in the padding is never seen."""
+    torch.manual_seed(seed)
+    count = torch.tensor(lengths)
+    features = Features(
+        torch.randn(int(count.sum()), 32), torch.cat([torch.zeros(1, dtype=torch.long), count.flatten().cumsum(0)]),
+        torch.arange(len(count)) * 2, torch.arange(len(count)) * 2 + 1, ["x"] * len(count),
+    )  # fmt: skip
+    user, seen = torch.randint(0, 3, (len(count),)), []
+    model = reward_model(tiny_lm(), head="personal mlp", pool=pool)
+    model.head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
+    batch = features.batch(user, last=False)
+    assert torch.equal(batch.mask.sum(-1), count) and torch.equal(batch.hidden[batch.mask], features.hidden)
+    batch.hidden[~batch.mask] = float("nan") if pool != "hidden" else 1e9
+    values = model.rewards(batch)
+    assert seen == [(count.sum() if pool == "mean" else count.numel(), 32)]
+    (gradient,) = torch.autograd.grad(values.diff().sum(), model.head.first.weight)
+    alone = [model.rewards(features.batch(user, torch.tensor([i]), last=False)) for i in range(len(count))]
+    torch.testing.assert_close(values, torch.cat(alone))
+    (expected,) = torch.autograd.grad(torch.cat(alone).diff().sum(), model.head.first.weight)
+    torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-4)
+    with pytest.raises(PyargsError, match="without a token"):
+        model.rewards(Batch(batch.hidden, torch.zeros_like(batch.mask), user))
 
 
 def test_a_constant_moves_the_papers_policy_accuracy_only():

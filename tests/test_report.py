@@ -62,7 +62,14 @@ def cell(
         answers = [{"user_id": f"u{n}", "pair_id": f"u{n}-0", "text": text, "rouge1": rouge} for n in range(USERS)]
         values["generations"] = {"n": USERS, "rouge1": rouge}
         if win is not None:
-            values["generations"]["win_rate"] = {"win_rate": win, "tie_rate": 0.0, "n": 200, "unscored": 0}
+            won = {f"u{n}": "1" * int(win) + "0" * (100 - int(win)) for n in range(USERS)}
+            values["generations"]["win_rate"] = {
+                "win_rate": win,
+                "tie_rate": 0.0,
+                "n": 100 * USERS,
+                "unscored": 0,
+                "each": won,
+            }
     return {"profile": "cpu", "set": SETS[data], "stands_for": data, "policy": by, "row": row, "seed": seed, "values": values,
             "dtype": "float32", "answers": answers}  # fmt: skip
 
@@ -193,7 +200,7 @@ def test_few_users_decide_nothing(id):
         if "generations" in values:
             values["generations"] = dict(values["generations"])
             if "win_rate" in values["generations"]:
-                values["generations"]["win_rate"] = {"win_rate": 100.0, "n": 3}
+                values["generations"]["win_rate"] = {"win_rate": 100.0, "n": 3, "each": {"u0": "111"}}
         few.append(one | {"values": values, "answers": one["answers"][: LEAST - 1]})
     if "corr" in id or "tau" in id or id == "t6_range":
         few = [one for one in FLIPS[id][0] if one["row"] in ("LoRE", "MPU", "VPL")]

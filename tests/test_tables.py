@@ -195,6 +195,13 @@ def test_rounding_is_measured_by_rows_that_do_not_guide(name, tmp_path):
     assert not any("rounding" in note for note in table(name, tmp_path)[0].notes)
 
 
+def test_win_rates_have_intervals_over_users(folder):
+    found = table("5", folder)[0]
+    for row in GUIDES:
+        one = row_of(found, row)["win_rate_smollm2-135m"]
+        assert one["low"] < one["mean"] < one["high"], row
+
+
 def test_rows_of_other_users_are_not_compared(tmp_path):
     other = made.cell("Global RM", set="same_content", stands_for=None)
     other["values"]["rm_accuracy"] = made.accuracy({"someone": "10"})

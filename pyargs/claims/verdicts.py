@@ -146,25 +146,9 @@ def difference(
 
 
 def win_rate(what: str, cells: list[dict], test: Test) -> dict | None:
-    """The win rate over the seeds; its interval is binomial (exact) over the answers of one seed. None without a win rate."""
-    from scipy.stats import binomtest
-
-    cells = [cell for cell in cells if results.win_rate(cell) is not None]
-    if not cells:
-        return None
-    rate = sum(results.win_rate(cell)["value"] for cell in cells) / len(cells)
-    answers = min((cell["values"]["generations"]["win_rate"].get("n") or 0) for cell in cells)
-
-    def measured(level: float) -> dict:
-        if not answers:
-            return {"mean": rate, "low": None, "high": None}
-        interval = binomtest(round(rate * answers / 100), answers).proportion_ci(level)
-        return {"mean": rate, "low": 100 * float(interval.low), "high": 100 * float(interval.high)}
-
-    ties = [found["ties"] for cell in cells if (found := results.win_rate(cell))["ties"] is not None]
-    what += f" (ties: {sum(ties) / len(ties):.1f} percent)" if ties else ""
-    users = {answer["user_id"] for cell in cells for answer in cell.get("answers") or []}
-    return comparison(what, measured, cells, test, len(users))
+    """The win rate over the seeds, and its ties. None without a win rate."""
+    ties = results.summary(cells, results.ties(results.win_rate))
+    return value(what + (f" (ties: {ties['mean']:.1f} percent)" if ties else ""), cells, results.win_rate, test)
 
 
 def correlation(what: str, cells: list[dict], rows, x, y, statistic: str, test: Test) -> dict | None:

@@ -11,10 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pyargs.decode.request import Request
-from pyargs.errors import PyargsError
+from pyargs.decode.request import Request, check_numbers
 from pyargs.lm import lora, native
 from pyargs.lm.hf import plain_output_layer
 from pyargs.models.reward_model import RewardModel
@@ -106,24 +105,15 @@ class OneStack:
 def greedy(lm, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, vocabulary: int, stop: list[int], pad: int) -> Tensor:
     """The likeliest of the first `vocabulary` tokens, step by step, int64 [B, N]; behind a stop token stands `pad`.
 
-    What a prompt begins with as the one before did is computed once: demonstrations of one user's prompts in a row.
+    What prompts have in common with one before them, the demonstrations of one user say, is computed once.
     """
     stack, rows = native.stack_of(lm), len(prompts)
     cache = stack.cache(rows, max(map(len, prompts)) + max_new_tokens)
-    states = []
-    for row, prompt in enumerate(prompts):
-        known = native.shared(prompts[row - 1], prompt) if row else 0
-        if known:
-            cache.copy(row, row - 1, known)
-        states.append(stack(torch.tensor([prompt[known:]]), cache, rows=[row])[0, -1])
-    state, going = torch.stack(states), torch.arange(rows)
+    state, going = _read(stack, cache, prompts), torch.arange(rows)
     tokens, stops = torch.full((rows, max_new_tokens), pad), torch.tensor(stop, dtype=torch.long)
     for step in range(max_new_tokens):
         score, token = stack.logits(state)[:, :vocabulary].max(1)
-        if score.isnan().any():
-            raise PyargsError(
-                f"the logits are not numbers in row(s) {going[score.isnan()].tolist()}: check the model's weights"
-            )
+        check_numbers(torch.zeros(rows, dtype=torch.bool).index_put((going,), score.isnan()))
         tokens[going, step] = token
         on = ~torch.isin(token, stops)
         going, token = going[on], token[on]
@@ -131,6 +121,31 @@ def greedy(lm, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, vocabul
             return tokens[:, : step + 1]
         state = stack(token.unsqueeze(1), cache, rows=going)[:, 0]
     return tokens
+
+
+def _read(stack: native.Stack, cache: native.Cache, prompts: Sequence[Sequence[int]]) -> Tensor:
+    """The prompts' last states [B, D], in two passes: prompts that begin as none before them, then what others add to those.
+
+    A prompt is continued from the last of the first kind if it takes half of its tokens over.
+    """
+    source, known = [], []
+    for row, prompt in enumerate(prompts):
+        same = native.shared(prompts[source[-1]], prompt) if source else 0
+        own = 2 * same < len(prompt)
+        source.append(row if own else source[-1])
+        known.append(0 if own else same)
+    state = torch.empty(len(prompts), stack.dim)
+    for continued in (False, True):
+        rows = [row for row, other in enumerate(source) if (row != other) == continued]
+        for row in rows if continued else ():
+            cache.copy(row, source[row], known[row])
+        if rows:
+            new = [torch.tensor(prompts[row][known[row] :]) for row in rows]
+            length = torch.tensor([len(ids) for ids in new])
+            ids = nn.utils.rnn.pad_sequence(new, batch_first=True)
+            states = stack(ids, cache, torch.arange(ids.shape[1]) < length.unsqueeze(1), rows=rows)
+            state[rows] = states[torch.arange(len(rows)), length - 1]
+    return state
 
 
 def _for(ids: Tensor, finished: Tensor) -> Tensor:

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Sequence
 
 from tqdm import tqdm
 
-from pyargs.decode import args, best_of_n, plain, tokenwise
+from pyargs.decode import args, best_of_n, native, plain, tokenwise
 from pyargs.errors import PyargsError
 from pyargs.files import short_hash
 from pyargs.lm import hub
 from pyargs.lm.encode import encode_prompt, left_pad
 from pyargs.lm.hf import load_lm
+from pyargs.models import folder as folders
 from pyargs.models import load_model
 from pyargs.models.folder import locate, read_config
 from pyargs.models.token_reward import TokenReward
@@ -72,10 +73,9 @@ def decode_prompts(
     weights = list(weight) if isinstance(weight, (list, tuple)) else [weight] * len(encoded)
     sampled = own and more.get("do_sample")
     batch_size = 1 if best_of or sampled else batch_size  # transformers samples a whole batch by one seed
-    shown = (
-        own and model.demonstrations is not None
-    )  # one user's prompts begin alike, and are read once where they are neighbours
-    order = sorted(range(len(encoded)), key=lambda i: encoded[i] if shown else len(encoded[i]))
+    # One user's demonstrations are read once where the user's prompts are neighbours.
+    alike = own and model.demonstrations is not None and native.possible(model.lm)
+    order = sorted(range(len(encoded)), key=lambda i: encoded[i] if alike else len(encoded[i]))
     with tqdm(total=len(order), desc=progress, unit="prompt") as bar:
         for start in range(0, len(order), batch_size):
             take = order[start : start + batch_size]
@@ -104,7 +104,7 @@ def greedy_answers(
     policy: embedded name, local folder or hub name; max_tokens: longest prompt, cut as `encode_prompt` does.
     """
     settings = {"policy": hub.identity(policy), "dtype": dtype, "max_new_tokens": max_new_tokens, "max_tokens": max_tokens}
-    settings |= {"native": has_extension}  # which rounds otherwise than transformers
+    settings |= {"native": has_extension, "device": folders.device_or_default(None).type}  # which may round otherwise
     with Store(hub.cache_dir() / "answers" / f"{short_hash(settings)}.sqlite") as store:
         found = store.get(prompts)
         missing = sorted(set(prompts) - found.keys())

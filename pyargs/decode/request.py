@@ -77,9 +77,7 @@ def check(
         raise PyargsError(f"temperature must be > 0, got {temperature}; for the greedy choice leave do_sample out")
     if eos_reward not in ("before", "state"):
         raise PyargsError(f"eos_reward is 'before' or 'state', not '{eos_reward}'")
-    if max_new_tokens < 1:
-        raise PyargsError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-
+    check_length(max_new_tokens)
     tokenizer = tokenizer if tokenizer is not None else getattr(policy, "tokenizer", None)  # `load_lm` leaves it there
     theirs = reward_model.tokenizer
     if tokenizer is None and theirs is not None and policy.name_or_path != reward_model.backbone.name_or_path:
@@ -113,6 +111,17 @@ def check(
         prefix_mean=reward_model.step_reward == "prefix_mean", temperature=temperature,
         uniform=None if uniform is None else uniform.to(device), token_callback=token_callback,
     )  # fmt: skip
+
+
+def check_length(max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise PyargsError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+
+
+def check_numbers(bad: Tensor) -> None:
+    """Raises PyargsError that names the rows of bad bool [B] that met a NaN."""
+    if rows := bad.nonzero().flatten().tolist():
+        raise PyargsError(f"the policy's logits or the rewards are not numbers in row(s) {rows}: check the models' weights")
 
 
 def check_room(lm, length: int, new: int) -> None:
@@ -199,10 +208,7 @@ class Output:
 
     def _all_done(self, flags: Tensor) -> bool:
         """flags bool [B + 1]: rows that met a NaN, and whether all have finished."""
-        if rows := flags[:-1].nonzero().flatten().tolist():
-            raise PyargsError(
-                f"the policy's logits or the rewards are not numbers in row(s) {rows}: check the models' weights"
-            )
+        check_numbers(flags[:-1])
         return bool(flags[-1])
 
 

@@ -39,20 +39,19 @@ class Head(nn.Module):
 
     def forward(self, hidden: Tensor, user: Tensor) -> Tensor:
         """Rows of one user are brought together, so that its weights, larger than their states, are read once."""
-        row = user.flatten() if hidden.dim() <= 2 else user.reshape(len(user), -1)[:, 0]
-        states = hidden.float().reshape(len(row), -1, self.dim)
+        row, states = user.flatten(), hidden.float().reshape(-1, self.dim)
         users, group, count = row.unique(return_inverse=True, return_counts=True)
         order = group.argsort(stable=True)
         place = torch.empty_like(order)
         place[order] = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[group[order]]
-        several = states.new_zeros(len(users), int(count.max()), *states.shape[1:])
+        several = states.new_zeros(len(users), int(count.max()), self.dim)
         several[group, place] = states
 
         # Sparse gradients let SparseAdam leave the moments of absent users alone. New users are fitted all at once.
         look_up = lambda name: F.embedding(users, self.users.vectors[name], sparse=self.training)  # noqa: E731
         first = look_up("first").view(len(users), self.hidden, self.dim)
-        x = torch.baddbmm(look_up("bias").unsqueeze(1), several.flatten(1, 2), first.transpose(1, 2)).relu()
-        reward = (x @ look_up("last").unsqueeze(2)).view(several.shape[:3])
+        x = torch.baddbmm(look_up("bias").unsqueeze(1), several, first.transpose(1, 2)).relu()
+        reward = (x @ look_up("last").unsqueeze(2)).squeeze(2)
         return reward[group, place].view(user.shape)
 
     def fold(self) -> Folded:

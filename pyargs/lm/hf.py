@@ -186,7 +186,7 @@ def plain_output_layer(model: nn.Module) -> bool:
         probe = torch.zeros(1, 4, dtype=torch.long, device=model.device)
         with torch.no_grad():
             expected = model.get_output_embeddings()(model.get_decoder()(probe).last_hidden_state)
-            _plain[model] = torch.allclose(model(probe).logits, expected, atol=1e-3, rtol=1e-3)
+            _plain[model] = torch.allclose(model(probe).logits, expected, atol=1e-3, rtol=1e-3, equal_nan=True)
     return _plain[model]
 
 

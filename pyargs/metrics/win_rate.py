@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from pyargs.errors import PyargsError
+from pyargs.metrics.rm_accuracy import compare
 
 
 def win_rate(model, prompts: Sequence[Sequence[int]], users: Sequence[str], ours, theirs) -> dict:
@@ -16,21 +19,19 @@ def win_rate(model, prompts: Sequence[Sequence[int]], users: Sequence[str], ours
     model: a RewardModel or TokenReward; prompts, ours, theirs: token ids without stop tokens on either side, N each; users: N
     ids. A prompt with an empty answer on either side has nothing to be read at: it is no win, and counted in `unscored`.
     `each`: by user a string of 1 for a win and 0 for none, in the order given. `tokens`: mean lengths of both sides, since
-    sums of log-probs (GenARM) depend on them. Raises PyargsError without prompts.
+    sums of log-probs (GenARM) depend on them. Raises PyargsError without prompts, and
+    with a reward that is not a number.
     """
     if not len(prompts):
         raise PyargsError("no answers to compare")
     both = [i for i, (own, other) in enumerate(zip(ours, theirs, strict=True)) if len(own) and len(other)]
-    found = model.score([(prompts[i], [ours[i], theirs[i]]) for i in both], [users[i] for i in both]) if both else []
-    won = dict(zip(both, (bool(own > other) for own, other in found), strict=True))
-    each: dict[str, str] = {}
-    for i, user in enumerate(users):
-        each[user] = each.get(user, "") + str(int(won.get(i, False)))
+    scores = torch.tensor([[0.0, 1.0]]).repeat(len(prompts), 1)  # neither a win nor a tie
+    if both:
+        found = model.score([(prompts[i], [ours[i], theirs[i]]) for i in both], [users[i] for i in both])
+        scores[both] = torch.stack([torch.as_tensor(pair, dtype=torch.float32).cpu() for pair in found])
+    compared = compare(*scores.T, users)
     return {
-        "win_rate": 100 * sum(won.values()) / len(prompts),
-        "tie_rate": 100 * sum(bool(own == other) for own, other in found) / len(prompts),
-        "n": len(prompts),
+        "win_rate": compared["accuracy"], **{name: compared[name] for name in ("tie_rate", "n", "each")},
         "unscored": len(prompts) - len(both),
-        "each": each,
         "tokens": [sum(map(len, side)) / len(prompts) for side in (ours, theirs)],
-    }
+    }  # fmt: skip

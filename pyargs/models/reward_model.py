@@ -91,8 +91,9 @@ class RewardModel(nn.Module):
         mask = batch.mask
         if batch.prompt is not None:  # one serves all tokens of its pair
             return self.head(batch.hidden, batch.user[:, None, None].expand(mask.shape), batch.prompt[:, None, None]) * mask
-        rewards = self.head(batch.hidden[mask], batch.user[mask.nonzero()[:, 0]])  # padding can be most of a batch
-        return rewards.new_zeros(mask.shape).masked_scatter(mask, rewards)
+        pair, side, place = mask.nonzero(as_tuple=True)  # padding can be most of a batch
+        rewards = self.head(batch.hidden[pair, side, place], batch.user[pair])
+        return rewards.new_zeros(mask.shape).index_put((pair, side, place), rewards)
 
     def step_rewards(self, batch: Batch) -> Tensor:
         """What a decoder adds at each token, [N, 2, T]: `token_rewards`, or their running mean (step_reward="prefix_mean")."""
@@ -105,6 +106,8 @@ class RewardModel(nn.Module):
     def rewards(self, batch: Batch) -> Tensor:
         """Sequence rewards [N, 2] of the chosen and the rejected responses."""
         length = batch.mask.sum(-1, keepdim=True)
+        if (length == 0).any():
+            raise PyargsError("a response without a token has no reward")
         if self.pool == "mean":
             return self.token_rewards(batch).sum(-1) / length.squeeze(-1)
         if self.pool == "hidden":
