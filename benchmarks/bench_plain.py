@@ -1,0 +1,54 @@
+"""Greedy answers of the policy by itself, whole, prompts included: the native stack against `generate` of transformers.
+
+    python benchmarks/bench_plain.py [--json FILE] [--quick] [--threads N]
+
+SmolLM2-135M. Eight prompts of random ids, of which the first `shared` are the same in all, as one user's demonstrations are.
+Both ways are those of `pyargs.decode.plain`. `same` is the share of the answers' tokens before the first that differs.
+"""
+
+from __future__ import annotations
+
+from unittest.mock import patch
+
+import torch
+from timing import interleaved, main
+
+from pyargs.decode import native, plain
+from pyargs.lm.hf import load_lm
+
+COLUMNS = ["dtype", "prompts", "tokens", "shared", "new", "ours ms", "HF ms", "ratio", "same"]
+
+
+def measure(quick: bool, rate: float) -> list[dict]:
+    sizes = [(64, 0, 4)] if quick else [(64, 0, 32), (256, 0, 32), (1536, 1280, 32)]
+    rows = []
+    for dtype in ("float32",) if quick else ("float32", "bfloat16"):
+        lm, _ = load_lm("smollm2-135m", device="cpu", dtype=dtype)
+        lm.generation_config.eos_token_id = None  # so that both write all tokens
+        rows += [compare(lm, dtype, *size, repeats=1 if quick else 3) for size in sizes]
+    return rows
+
+
+def compare(lm, dtype: str, length: int, shared: int, new: int, repeats: int) -> dict:
+    ids = torch.randint(3, 4000, (8, length), generator=torch.Generator().manual_seed(0))
+    ids[:, :shared] = ids[0, :shared]
+    prompts = ids.tolist()
+
+    def ours() -> torch.Tensor:
+        return plain.generate(lm, prompts, max_new_tokens=new).tokens
+
+    def theirs() -> torch.Tensor:
+        with patch.object(native, "possible", lambda *models: False):
+            return ours()
+
+    seconds = interleaved({"ours": ours, "HF": theirs}, repeats=repeats, warmup=1)
+    same = (ours() == theirs()).cumprod(1).double().mean().item()
+    return {
+        "dtype": dtype, "prompts": len(prompts), "tokens": length, "shared": shared, "new": new,
+        **{f"{name} ms": round(1e3 * s, 1) for name, s in seconds.items()},
+        "ratio": round(seconds["HF"] / seconds["ours"], 2), "same": round(same, 3),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(__doc__, measure, COLUMNS)
