@@ -107,7 +107,7 @@ def stages(cell: Cell, places: Places) -> dict[str, list[str]]:
     words, out = data_words(cell, places), out_folder(cell, places)
     policy = ["--policy", cell.policy, "--dtype", profile["dtype"]]
     method, fields = settings["rows"][cell.row] or (None, {})
-    ranks_only = method is not None and not guides(cell) and method not in ("icl", "pdpo")
+    ranks_only = method == "pal" and not guides(cell)
     answers, generates = out / "answers.jsonl", settings["decode"] is not None and not ranks_only
     measures = ["--generations", str(answers), "--bertscore", settings["bertscore"]] if generates else []
     if cell.row == "ARGS, weight 0":  # any reward model: its rewards do not count

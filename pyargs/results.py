@@ -128,7 +128,8 @@ def policy_accuracy(cell: dict, normalize: str = "paper") -> dict | None:
 
 
 def text(cell: dict, name: str) -> dict | None:
-    """rouge1, rougeL or bertscore of the generated answers; perplexity and words too, which have no users."""
+    """rouge1, rougeL or bertscore of the generated answers; perplexity, words and cut (percent that ran into the token limit)
+    too, which have no users."""
     value = (cell["values"].get("generations") or {}).get(name)
     if value is None:
         return None
@@ -137,12 +138,6 @@ def text(cell: dict, name: str) -> dict | None:
         if answer.get(name) is not None:
             by_user.setdefault(answer["user_id"], []).append(answer[name])
     return {"value": value, "users": by_user}
-
-
-def cut(cell: dict) -> dict | None:
-    """Percent of the answers that ran into the token limit."""
-    value = (cell["values"].get("generations") or {}).get("cut")
-    return None if value is None else {"value": value, "users": {}}
 
 
 def same_text(one: dict, other: dict) -> bool:

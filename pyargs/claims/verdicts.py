@@ -7,7 +7,7 @@ run would change.
 
 Of many comparisons one is always for a claim, or against it, by chance: those of a claim with m of them have intervals of
 level 1 - 0.05 / m (Bonferroni). Intervals over users are widened for few users (metrics.bootstrap.small_sample); those over
-methods, and the exact binomial ones of win rates, are not. So where nothing differs at most about one claim in forty holds
+methods are not. So where nothing differs at most about one claim in forty holds
 by chance, and one in forty fails.
 """
 

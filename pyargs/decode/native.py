@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyargs.decode.request import Request, check_numbers
 from pyargs.lm import lora, native
+from pyargs.lm.encode import left_pad
 from pyargs.lm.hf import plain_output_layer
 from pyargs.models.reward_model import RewardModel
 
@@ -140,11 +141,8 @@ def _read(stack: native.Stack, cache: native.Cache, prompts: Sequence[Sequence[i
         for row in rows if continued else ():
             cache.copy(row, source[row], known[row])
         if rows:
-            new = [torch.tensor(prompts[row][known[row] :]) for row in rows]
-            length = torch.tensor([len(ids) for ids in new])
-            ids = nn.utils.rnn.pad_sequence(new, batch_first=True)
-            states = stack(ids, cache, torch.arange(ids.shape[1]) < length.unsqueeze(1), rows=rows)
-            state[rows] = states[torch.arange(len(rows)), length - 1]
+            ids, mask = left_pad([prompts[row][known[row] :] for row in rows], 0)
+            state[rows] = stack(ids, cache, mask, rows=rows)[:, -1]
     return state
 
 

@@ -12,9 +12,8 @@ from pyargs.files import short_hash
 from pyargs.lm import hub
 from pyargs.lm.encode import encode_prompt, left_pad
 from pyargs.lm.hf import load_lm
-from pyargs.models import folder as folders
 from pyargs.models import load_model
-from pyargs.models.folder import locate, read_config
+from pyargs.models.folder import device_or_default, locate, read_config
 from pyargs.models.token_reward import TokenReward
 from pyargs.models.user_policy import UserPolicy
 from pyargs.ops.library import has_extension
@@ -104,7 +103,7 @@ def greedy_answers(
     policy: embedded name, local folder or hub name; max_tokens: longest prompt, cut as `encode_prompt` does.
     """
     settings = {"policy": hub.identity(policy), "dtype": dtype, "max_new_tokens": max_new_tokens, "max_tokens": max_tokens}
-    settings |= {"native": has_extension, "device": folders.device_or_default(None).type}  # which may round otherwise
+    settings |= {"native": has_extension, "device": device_or_default(None).type}  # which may round otherwise
     with Store(hub.cache_dir() / "answers" / f"{short_hash(settings)}.sqlite") as store:
         found = store.get(prompts)
         missing = sorted(set(prompts) - found.keys())

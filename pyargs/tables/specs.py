@@ -49,7 +49,7 @@ METRICS = {
     "bertscore": Metric("BERTScore-F1", partial(results.text, name="bertscore"), "text", paper="bertscore"),
     "perplexity": Metric("perplexity", partial(results.text, name="perplexity"), "text", PLAIN),
     "words": Metric("words", partial(results.text, name="words"), "text", PLAIN, digits=1),
-    "cut": Metric("cut", results.cut, "text", PLAIN, digits=1),
+    "cut": Metric("cut", partial(results.text, name="cut"), "text", PLAIN, digits=1),
     "win_rate": Metric("win rate", results.win_rate, "win", paper="win_rate"),
     "win_ties": Metric("ties", results.ties(results.win_rate), "win", PLAIN),
     "win_tokens": Metric("tokens", partial(results.win_tokens, side=0), "win", PLAIN, digits=1),

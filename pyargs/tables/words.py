@@ -83,7 +83,7 @@ def reading(spec: Spec, cells: list[dict]) -> list[str]:
 
 
 def _mostly_cut(row: str, cells: list[dict]) -> bool:
-    found = results.summary([c for c in cells if c["row"] == row], results.cut)
+    found = results.summary([c for c in cells if c["row"] == row], METRICS["cut"].measure)
     return found is not None and found["mean"] > 50
 
 
