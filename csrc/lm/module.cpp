@@ -365,10 +365,10 @@ class Stack {
       projection.logits = reinterpret_cast<float*>(logits) + begin * vocabulary_;
       Layout layout;
       const int64_t x = layout.add(kQueriesPerPass * padded(model_.dim) * size());
-      const int64_t phases = layout.add(2 * sizeof(Phase));
+      const int64_t phases = layout.add(2 * projection.workers * sizeof(Phase));
       char* memory = memory_.reserve(layout);
       projection.x = memory + x;
-      projection.phase = zeroed(memory + phases, 2);
+      projection.phase = zeroed(memory + phases, 2 * projection.workers);
       in_parallel(projection.workers, [&projection](int64_t worker) {
 #ifdef PYARGS_X86
         if (cpu_capability() == Capability::kAvx512Bf16) return avx512_bf16::run_projection(projection, worker);
@@ -452,7 +452,7 @@ class Stack {
                   reads = std::max(pass.inner, pass.heads * pass.head_dim);
     pass.scratch_size =
         padded(std::max(rows * (pass.head_dim + wide + kAttentionPlaces + 2), std::max(reads, pass.dim) + 1));
-    const int64_t phases = pass.layers * kPhasesPerLayer + 2;
+    const int64_t phases = (pass.layers * kPhasesPerLayer + 2) * pass.workers;
     Layout layout;
     const int64_t residual = layout.add(count * padded(pass.dim) * 4),
                   qkv = layout.add(count * layers_[0].qkv.columns * 4), low = layout.add(count * max_rank_ * 4),

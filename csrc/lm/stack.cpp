@@ -15,18 +15,22 @@ namespace {
 
 using namespace lm;
 
-// Whoever is free takes the next task, and a phase ends when its tasks are done: a thread that comes late, or not at
-// all, holds nobody up. Which thread computes a number does not change it.
+// A phase's tasks are shared out in stretches, one for each worker: rows of a pass stay in the cache of the core that
+// computed them, and weights are read in order. Who is done takes over what others have left, and a phase ends when its
+// tasks are done: a thread that comes late, or not at all, holds nobody up. Which thread computes a number does not
+// change it.
 struct Worker {
-  Phase* phase;
+  Phase* phase;  // as many as workers; the first one's `done` counts for all
   int64_t id, workers;
 
-  // Tasks are taken `grain` at a time.
   template <class F>
-  void run(int64_t tasks, const F& task, int64_t grain = 1) {
+  void run(int64_t tasks, const F& task) {
     int64_t done = 0;
-    for (int64_t begin; (begin = __atomic_fetch_add(&phase->taken, grain, __ATOMIC_RELAXED)) < tasks;) {
-      for (int64_t i = begin; i < min(begin + grain, tasks); ++i, ++done) task(i);
+    for (int64_t w = 0; w < workers; ++w) {
+      const int64_t share = (id + w) % workers, begin = tasks * share / workers;
+      const int64_t count = tasks * (share + 1) / workers - begin;
+      for (int64_t i; (i = __atomic_fetch_add(&phase[share].taken, 1, __ATOMIC_RELAXED)) < count; ++done)
+        task(begin + i);
     }
     if (done > 0) __atomic_fetch_add(&phase->done, done, __ATOMIC_RELEASE);
     // After some 20 us the thread that is waited for has most likely lost its core to another process: let that one
@@ -40,7 +44,7 @@ struct Worker {
 #endif
       }
     }
-    ++phase;
+    phase += workers;
   }
 };
 
@@ -50,10 +54,10 @@ template <class T, class Store>
 void product(Worker& worker, const Matrix& matrix, int panels, const typename T::Element* x, int64_t x_stride,
              int64_t rows, const float* low, const Store& store) {
   const int64_t width = panels * kPanel, parts = (rows + kTaskRows - 1) / kTaskRows;
-  const int64_t tasks = matrix.columns / width * parts;
+  const int64_t stretches = matrix.columns / width;
   const auto compute = [&](int64_t task) {
-    const int64_t column = task / parts * width;
-    const int64_t begin = rows * (task % parts) / parts, count = rows * (task % parts + 1) / parts - begin;
+    const int64_t column = task % stretches * width, part = task / stretches;
+    const int64_t begin = rows * part / parts, count = rows * (part + 1) / parts - begin;
     alignas(64) float sums[kTaskRows * 2 * kPanel];
     for (int64_t i = 0; i < count * width; ++i) sums[i] = 0.0f;
     for (int64_t panel = 0; panel < panels; ++panel) {
@@ -74,7 +78,7 @@ void product(Worker& worker, const Matrix& matrix, int panels, const typename T:
       store(begin + r, column, row, width);
     }
   };
-  worker.run(tasks, compute, max(1, tasks / (4 * worker.workers)));  // memory is read fastest in long stretches
+  worker.run(stretches * parts, compute);
 }
 
 // x A^T of the queries that want the delta, zero for the others; null if nobody wants it.
@@ -248,9 +252,8 @@ void forward(const Pass& pass, Worker worker) {
                  std::memcpy(pass.qkv + q * stride + column, sums, count * sizeof(float));
                });
     worker.run(rows, [&](int64_t q) { write_cache(pass, l, q, stride); });
-    worker.run(pass.groups * pass.kv_heads, [&](int64_t task) {  // the longest first
-      const int64_t group = pass.groups - 1 - task / pass.kv_heads;
-      attend<T>(pass, worker, l, pass.group[group], task % pass.kv_heads, stride, y, y_stride);
+    worker.run(pass.groups * pass.kv_heads, [&](int64_t task) {
+      attend<T>(pass, worker, l, pass.group[task / pass.kv_heads], task % pass.kv_heads, stride, y, y_stride);
     });
     low = low_rank<T>(worker, pass, layer.o, y, y_stride);
     product<T>(worker, layer.o, 1, y, y_stride, rows, low, add);

@@ -36,7 +36,7 @@ struct Group {
   int32_t begin, end;
 };
 
-// Tasks of a phase that were taken, and those that are done.
+// How many tasks of a worker's share in a phase were taken; and how many of the whole phase are done.
 struct alignas(64) Phase {
   int64_t taken, done;
 };
