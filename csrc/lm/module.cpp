@@ -364,7 +364,7 @@ class Stack {
       projection.states = pointer<float>(states) + begin * model_.dim;
       projection.logits = reinterpret_cast<float*>(logits) + begin * vocabulary_;
       Layout layout;
-      const int64_t x = layout.add(kQueriesPerPass * padded(model_.dim) * size());
+      const int64_t x = layout.add(projection.rows * padded(model_.dim) * size());
       const int64_t phases = layout.add(2 * projection.workers * sizeof(Phase));
       char* memory = memory_.reserve(layout);
       projection.x = memory + x;

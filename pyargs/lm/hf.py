@@ -220,11 +220,14 @@ def _native_logprobs(stack: native.Stack, groups: Sequences, progress: str) -> l
     for (_, several), (last, states) in zip(groups, native.continuations(stack, groups, progress), strict=True):
         predicting = torch.cat([row for state in states for row in (last[: len(state)], state[:-1])] or [last[:0]])
         ids = torch.tensor([token for response in several for token in response], dtype=torch.long).unsqueeze(1)
-        logits = ((stack.logits(rows), part) for rows, part in zip(predicting.split(16), ids.split(16), strict=True))
-        # The op's sum, unlike torch's, is the same for a row whatever the others are.
-        values = [x.gather(1, part).squeeze(1) - topk_logprobs(x, 1)[2] for x, part in logits]
+        values = [_logprobs(stack.logits(rows), part) for rows, part in zip(predicting.split(16), ids.split(16), strict=True)]
         found.append(list(torch.cat(values).split([len(response) for response in several])))
     return found
+
+
+def _logprobs(logits: Tensor, ids: Tensor) -> Tensor:
+    """Of ids [T, 1], float32 [T]. The op's sum, unlike torch's, is the same for a row whatever the others are."""
+    return logits.gather(1, ids).squeeze(1) - topk_logprobs(logits, 1)[2]
 
 
 def forward_step(model, ids: Tensor, mask: Tensor, cache, padded: bool, **more):

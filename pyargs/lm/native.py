@@ -350,7 +350,7 @@ class _errors:
 ROWS = 48
 """Tokens in a pass up to which its weights are read once (kTaskRows of csrc/lm/stack.h): what short responses share."""
 
-PLACES = 2048
+PLACES = 512
 """Tokens that the cache holds for responses of one pass, each behind a copy of the prompt."""
 
 
