@@ -3,7 +3,7 @@
     python benchmarks/bench_scoring.py [--json FILE] [--quick] [--threads N]
 
 SmolLM2-135M, float32. two forwards: each whole sequence through the model, log_softmax of all logits, the response's
-gathered. ours: `pyargs.lm.hf.response_logprobs`, which computes the prompt once, keeps logits of 16 positions at most, and
+gathered. ours: `pyargs.lm.hf.response_logprobs`, which computes the prompt once, keeps logits of 12 positions at most, and
 goes through the native stack. MiB is the most memory that a call needs beside the weights: the peak of the process, reset
 before the call, with an allocator that gives memory back (the script starts itself again with MALLOC_MMAP_THRESHOLD_ set).
 """

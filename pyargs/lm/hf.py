@@ -220,7 +220,7 @@ def _native_logprobs(stack: native.Stack, groups: Sequences, progress: str) -> l
     for (_, several), (last, states) in zip(groups, native.continuations(stack, groups, progress), strict=True):
         predicting = torch.cat([row for state in states for row in (last[: len(state)], state[:-1])] or [last[:0]])
         ids = torch.tensor([token for response in several for token in response], dtype=torch.long).unsqueeze(1)
-        values = [_logprobs(stack.logits(rows), part) for rows, part in zip(predicting.split(16), ids.split(16), strict=True)]
+        values = [_logprobs(stack.logits(rows), part) for rows, part in zip(predicting.split(12), ids.split(12), strict=True)]
         found.append(list(torch.cat(values).split([len(response) for response in several])))
     return found
 
