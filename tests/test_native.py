@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -381,3 +384,15 @@ def test_args_of_two_users_on_smollm2(smollm2):
         assert token.tolist() == decoded.tokens[:, step].tolist()
         stack.commit(cache, slot, rows=reward)
         state = stack(token[:, None], cache, rows=policy)[:, -1]
+
+
+def test_a_pass_ends_with_fewer_threads_than_asked_for():
+    """Whoever is there takes the share of those who never come."""
+    code = (
+        "import torch; from conftest import tiny_lm; from pyargs.lm import native; torch.set_num_threads(8);"
+        "stack = native.pack(tiny_lm(dtype=torch.float32)); ids = torch.arange(40).view(2, 20);"
+        "many = stack(ids, stack.cache(2, 20)); torch.set_num_threads(1);"
+        "assert many.equal(stack(ids, stack.cache(2, 20)))"
+    )
+    environment = os.environ | {"OMP_THREAD_LIMIT": "2", "PYTHONPATH": str(Path(__file__).parent)}
+    subprocess.run([sys.executable, "-c", code], env=environment, timeout=300, check=True)

@@ -29,8 +29,13 @@ struct Worker {
     for (int64_t w = 0; w < workers; ++w) {
       const int64_t share = (id + w) % workers, begin = tasks * share / workers;
       const int64_t count = tasks * (share + 1) / workers - begin;
-      for (int64_t i; (i = __atomic_fetch_add(&phase[share].taken, 1, __ATOMIC_RELAXED)) < count; ++done)
+      int64_t* taken = &phase[share].taken;  // read before it is changed: most shares of others are done by then
+      while (__atomic_load_n(taken, __ATOMIC_RELAXED) < count) {
+        const int64_t i = __atomic_fetch_add(taken, 1, __ATOMIC_RELAXED);
+        if (i >= count) break;
         task(begin + i);
+        ++done;
+      }
     }
     if (done > 0) __atomic_fetch_add(&phase->done, done, __ATOMIC_RELEASE);
     // After some 20 us the thread that is waited for has most likely lost its core to another process: let that one
