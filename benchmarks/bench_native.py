@@ -34,12 +34,13 @@ def passes(model, stack, rows: int) -> dict[str, Callable[[], torch.Tensor]]:
     decoder, config = model.get_decoder(), model.config
     torch.manual_seed(rows)
     prompt, ids = torch.randint(0, 40000, (1, PREFIX)), torch.randint(0, 40000, (1, rows))
-    hf_cache, cache = PrefixCache(config, 1, PREFIX + rows, "cpu"), stack.cache(1, PREFIX + rows)
+    hf_cache = PrefixCache(config, 1, PREFIX + rows, "cpu")
     if rows > 30:  # a prompt
         return {
             "HF": lambda: prefill(decoder, ids, hf_cache),
             "native": lambda: stack(ids, stack.cache(1, rows)),
         }
+    cache = stack.cache(1, PREFIX + rows)
     prefill(decoder, prompt, hf_cache)
     stack(prompt, cache)
     mask, positions = hf_cache.branches(rows), torch.full((1, rows), PREFIX)

@@ -59,9 +59,9 @@ template <class T, class Store>
 void product(Worker& worker, const Matrix& matrix, int panels, const typename T::Element* x, int64_t x_stride,
              int64_t rows, const float* low, const Store& store) {
   const int64_t width = panels * kPanel, parts = (rows + kTaskRows - 1) / kTaskRows;
-  const int64_t stretches = matrix.columns / width;
+  const int64_t strips = matrix.columns / width;
   const auto compute = [&](int64_t task) {
-    const int64_t column = task % stretches * width, part = task / stretches;
+    const int64_t column = task % strips * width, part = task / strips;
     const int64_t begin = rows * part / parts, count = rows * (part + 1) / parts - begin;
     alignas(64) float sums[kTaskRows * 2 * kPanel];
     for (int64_t i = 0; i < count * width; ++i) sums[i] = 0.0f;
@@ -83,7 +83,7 @@ void product(Worker& worker, const Matrix& matrix, int panels, const typename T:
       store(begin + r, column, row, width);
     }
   };
-  worker.run(stretches * parts, compute);
+  worker.run(strips * parts, compute);
 }
 
 // x A^T of the queries that want the delta, zero for the others; null if nobody wants it.

@@ -215,12 +215,17 @@ def response_logprobs(model: nn.Module, groups: Sequences, *, max_tokens: int = 
     return found
 
 
+POSITIONS = 12
+"""Whose logits are kept at a time: rows of one block of the output layer's product (kBlockRows of csrc/lm/gemm.h)."""
+
+
 def _native_logprobs(stack: native.Stack, groups: Sequences, progress: str) -> list[list[Tensor]]:
     found = []
     for (_, several), (last, states) in zip(groups, native.continuations(stack, groups, progress), strict=True):
         predicting = torch.cat([row for state in states for row in (last[: len(state)], state[:-1])] or [last[:0]])
         ids = torch.tensor([token for response in several for token in response], dtype=torch.long).unsqueeze(1)
-        values = [_logprobs(stack.logits(rows), part) for rows, part in zip(predicting.split(12), ids.split(12), strict=True)]
+        parts = zip(predicting.split(POSITIONS), ids.split(POSITIONS), strict=True)
+        values = [_logprobs(stack.logits(rows), part) for rows, part in parts]
         found.append(list(torch.cat(values).split([len(response) for response in several])))
     return found
 

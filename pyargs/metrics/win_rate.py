@@ -19,8 +19,7 @@ def win_rate(model, prompts: Sequence[Sequence[int]], users: Sequence[str], ours
     model: a RewardModel or TokenReward; prompts, ours, theirs: token ids without stop tokens on either side, N each; users: N
     ids. A prompt with an empty answer on either side has nothing to be read at: it is no win, and counted in `unscored`.
     `each`: by user a string of 1 for a win and 0 for none, in the order given. `tokens`: mean lengths of both sides, since
-    sums of log-probs (GenARM) depend on them. Raises PyargsError without prompts and with a reward
-    that is not a number.
+    sums of log-probs (GenARM) depend on them. Raises PyargsError without prompts and with a reward that is not a number.
     """
     if not len(prompts):
         raise PyargsError("no answers to compare")
