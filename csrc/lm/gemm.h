@@ -24,6 +24,7 @@ constexpr int kWidth = 8, kBlockRows = 2;
 constexpr int kWidth = 4, kBlockRows = 1;
 #endif
 constexpr int kVectors = kPanel / kWidth;
+constexpr int64_t kScreenAhead = 4 * kGroupBytes;  // bytes from what is multiplied to what is fetched
 
 typedef float Vector __attribute__((vector_size(4 * kWidth)));
 typedef uint32_t Bits __attribute__((vector_size(4 * kWidth)));
@@ -129,6 +130,53 @@ void multiply(int64_t rows, const typename T::Element* x, int64_t x_stride, cons
     block_of<T>(count, std::make_integer_sequence<int, kBlockRows>(), x + begin * x_stride, x_stride, w, w_stride,
                 depth, ahead, sums + begin * sums_stride, sums_stride);
   }
+}
+
+// sums [rows, kPanel] += x [rows, depth] times a panel of a Screen.
+template <int rows>
+void screen_block(const float* x, int64_t x_stride, const char* panel, int64_t depth, float* sums) {
+  typedef int32_t Integers __attribute__((vector_size(4 * kWidth)));
+  for (int64_t d = 0; d < depth; d += kGroup, panel += kGroupBytes) {
+    const char* w = panel + kPanel * sizeof(float);
+    Vector sum[rows][kVectors] = {};
+    for (int64_t i = 0; i < kGroup; i += 4) {
+      Bits four[kVectors];
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) {
+        four[v] = (Bits)load(w + i * kPanel + v * sizeof(Vector));
+        __builtin_prefetch(w + i * kPanel + v * sizeof(Vector) + kScreenAhead);
+      }
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        Vector weights[kVectors];
+#pragma GCC unroll 16
+        for (int v = 0; v < kVectors; ++v) {
+          weights[v] = __builtin_convertvector((Integers)(four[v] << (24 - 8 * j)) >> 24, Vector);
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; ++r) {
+          const float input = x[r * x_stride + d + i + j];
+#pragma GCC unroll 16
+          for (int v = 0; v < kVectors; ++v) sum[r][v] += weights[v] * input;
+        }
+      }
+    }
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) {
+      const Vector scale = load(panel + v * sizeof(Vector));
+#pragma GCC unroll 16
+      for (int r = 0; r < rows; ++r) {
+        float* to = sums + r * kPanel + v * kWidth;
+        store(to, load(to) + sum[r][v] * scale);
+      }
+    }
+  }
+}
+
+template <int... rows>
+void screen_block_of(int64_t count, std::integer_sequence<int, rows...>, const float* x, int64_t x_stride,
+                     const char* panel, int64_t depth, float* sums) {
+  (void)((count == rows + 1 && (screen_block<rows + 1>(x, x_stride, panel, depth, sums), true)) || ...);
 }
 
 inline float dot(const float* x, const float* y, int64_t n) {

@@ -8,7 +8,9 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cmath>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -252,7 +254,10 @@ class Stack {
       add(layer.down, padded(dim), inner);
     }
     add(head_, unembedding ? padded(vocabulary) : 0, dim);
+    const int64_t panels = layout.add(head_.columns * padded(dim) / (kPanel * kGroup) * kGroupBytes);
+    const int64_t error = layout.add(head_.columns * sizeof(float));
     char* data = weights_->reserve(layout);
+    screen_ = {data + panels, reinterpret_cast<float*>(data + error)};
     for (auto [matrix, at] : places) matrix->weight = data + at;
   }
 
@@ -261,6 +266,7 @@ class Stack {
       : model_(other.model_),
         layers_(other.layers_),
         head_(other.head_),
+        screen_(other.screen_),
         vocabulary_(other.vocabulary_),
         max_rank_(other.max_rank_),
         weights_(other.weights_),
@@ -285,7 +291,11 @@ class Stack {
                                   : packer<float, uint16_t>(to, offset, alternate, weight, rows, depth));
     }
     torch::stable::parallel_for(0, tasks.size(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) panels[tasks[i].first](tasks[i].second);
+      for (int64_t i = begin; i < end; ++i) {
+        const auto [part, panel] = tasks[i];
+        panels[part](panel);
+        if (std::get<0>(parts[part]) == "head") screen(panel);
+      }
     });
   }
 
@@ -351,24 +361,38 @@ class Stack {
     }
   }
 
-  void logits(uintptr_t states, int64_t rows, uintptr_t logits) {
+  void logits(uintptr_t states, int64_t rows, int64_t top, int64_t vocabulary, uintptr_t logits) {
     const std::lock_guard lock(mutex_);
+    check(vocabulary > 0 && vocabulary <= vocabulary_, "the model has fewer tokens");
+    const int64_t most =
+        bfloat16() ? 2 : 8;  // rows: from there on computing takes as long as reading the whole weights
+    if (rows > most || top > std::min(kTop, vocabulary) || head_.bias) top = 0;
     for (int64_t begin = 0; begin < rows; begin += kQueriesPerPass) {
       Projection projection{};
       projection.dtype = model_.dtype;
       projection.matrix = head_;
+      projection.matrix.columns = padded(vocabulary);
+      projection.screen = screen_;
       projection.rows = std::min(kQueriesPerPass, rows - begin);
       projection.dim = model_.dim;
-      projection.vocabulary = vocabulary_;
+      projection.vocabulary = vocabulary;
+      projection.top = top;
       projection.workers = torch::stable::get_num_threads();
       projection.states = pointer<float>(states) + begin * model_.dim;
-      projection.logits = reinterpret_cast<float*>(logits) + begin * vocabulary_;
+      projection.logits = reinterpret_cast<float*>(logits) + begin * vocabulary;
+      const int64_t numbers = projection.rows * padded(model_.dim), best = projection.workers * projection.rows * top;
+      const int64_t phases = (2 + (top > 0 ? projection.rows : 0)) * projection.workers;
       Layout layout;
-      const int64_t x = layout.add(projection.rows * padded(model_.dim) * size());
-      const int64_t phases = layout.add(2 * projection.workers * sizeof(Phase));
+      const int64_t x = layout.add(numbers * size()), floats = layout.add(top > 0 ? numbers * sizeof(float) : 0),
+                    length = layout.add(projection.rows * sizeof(float)), bests = layout.add(best * sizeof(float)),
+                    phase = layout.add(phases * sizeof(Phase));
       char* memory = memory_.reserve(layout);
       projection.x = memory + x;
-      projection.phase = zeroed(memory + phases, 2 * projection.workers);
+      projection.floats = reinterpret_cast<float*>(memory + floats);
+      projection.length = reinterpret_cast<float*>(memory + length);
+      projection.best = reinterpret_cast<float*>(memory + bests);
+      std::fill_n(projection.best, best, -std::numeric_limits<float>::infinity());
+      projection.phase = zeroed(memory + phase, phases);
       in_parallel(projection.workers, [&projection](int64_t worker) {
 #ifdef PYARGS_X86
         if (cpu_capability() == Capability::kAvx512Bf16) return avx512_bf16::run_projection(projection, worker);
@@ -407,6 +431,42 @@ class Stack {
         }
       }
     };
+  }
+
+  // A packed panel of the head in eight bits. The error is that of the weights and what the sums of both products lose
+  // by rounding, each at most depth / 2^24 |w| |x|, with as much again to spare.
+  void screen(int64_t panel) {
+    const int64_t dim = model_.dim, groups = padded(dim) / kGroup, pair = 4 / size();
+    char* screened = const_cast<char*>(screen_.panels) + panel * groups * kGroupBytes;
+    std::vector<float> weight(groups * kGroup);
+    for (int64_t n = 0; n < kPanel; ++n) {
+      double length = 0.0, wrong = 0.0;
+      for (int64_t d = 0; d < dim; ++d) {
+        const int64_t at = panel * kPanel * head_.depth + d / pair * pair * kPanel + n * pair + d % pair;
+        weight[d] = bfloat16() ? float_from_bfloat16(static_cast<const uint16_t*>(head_.weight)[at])
+                               : static_cast<const float*>(head_.weight)[at];
+        length += static_cast<double>(weight[d]) * weight[d];
+      }
+      const bool finite = std::isfinite(length);
+      for (int64_t g = 0; g < groups && finite; ++g) {
+        const float* from = &weight[g * kGroup];
+        float largest = 0.0f;
+        for (int64_t i = 0; i < kGroup; ++i) largest = std::max(largest, std::abs(from[i]));
+        const float scale = largest / 127.0f;
+        char* group = screened + g * kGroupBytes;
+        std::memcpy(group + n * sizeof scale, &scale, sizeof scale);
+        for (int64_t i = 0; i < kGroup; ++i) {
+          const float near = scale > 0.0f ? std::clamp(std::round(from[i] / scale), -127.0f, 127.0f) : 0.0f;
+          group[kPanel * sizeof scale + i / 4 * 4 * kPanel + n * 4 + i % 4] =
+              static_cast<char>(static_cast<int8_t>(near));
+          const double off = from[i] - static_cast<double>(near) * scale;
+          wrong += off * off;
+        }
+      }
+      const double bound = std::sqrt(wrong) + std::ldexp(dim + kPanel, -22) * (std::sqrt(length) + std::sqrt(wrong));
+      const_cast<float*>(screen_.error)[panel * kPanel + n] =
+          finite ? static_cast<float>(bound * 1.001) : std::numeric_limits<float>::infinity();
+    }
   }
 
   const float* keep(uintptr_t values, int64_t count) {
@@ -478,6 +538,7 @@ class Stack {
   Pass model_{};
   std::vector<Layer> layers_;
   Matrix head_{};
+  Screen screen_{};
   int64_t vocabulary_, max_rank_ = 0;
   std::shared_ptr<Memory> weights_;
   std::vector<std::shared_ptr<const std::vector<float>>> kept_;  // biases, norms, deltas

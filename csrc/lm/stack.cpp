@@ -53,37 +53,44 @@ struct Worker {
   }
 };
 
-// Calls store(row, column, sums, count) for every row and `panels` panels side by side of x W^T + bias + delta: count
-// is panels * kPanel. low: [rows, rank], x A^T for the rows that want the delta and zero for others; or null.
+// Calls store(row, column, sums, count) for every row of `rows`, at most kTaskRows, and the `panels` panels side by
+// side at `column` of x W^T + bias + delta: count is panels * kPanel. low: [rows, rank], x A^T for the rows that want
+// the delta and zero for others; or null.
+template <class T, class Store>
+void strip(const Matrix& matrix, int panels, const typename T::Element* x, int64_t x_stride, int64_t rows,
+           const float* low, int64_t column, const Store& store) {
+  const int64_t width = panels * kPanel;
+  alignas(64) float sums[kTaskRows * 2 * kPanel];
+  for (int64_t i = 0; i < rows * width; ++i) sums[i] = 0.0f;
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    const auto* w = static_cast<const typename T::Element*>(matrix.weight) + (column + panel * kPanel) * matrix.depth;
+    for (int64_t d = 0; d < matrix.depth; d += kTaskDepth) {
+      multiply<T>(rows, x + d, x_stride, w + d * kPanel, kPanel * T::kDepth, min(kTaskDepth, matrix.depth - d),
+                  sums + panel * kPanel, width);
+    }
+  }
+  for (int64_t panel = 0; low && panel < panels; ++panel) {
+    const float* b = matrix.b + (column + panel * kPanel) * matrix.rank;
+    multiply<Float32>(rows, low, matrix.rank, b, kPanel, matrix.rank, sums + panel * kPanel, width);
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    float* row = sums + r * width;
+    for (int64_t i = 0; matrix.bias && i < width; ++i) row[i] += matrix.bias[column + i];
+    store(r, column, row, width);
+  }
+}
+
+// The same for any number of rows and all panels, shared out among the workers.
 template <class T, class Store>
 void product(Worker& worker, const Matrix& matrix, int panels, const typename T::Element* x, int64_t x_stride,
              int64_t rows, const float* low, const Store& store) {
-  const int64_t width = panels * kPanel, parts = (rows + kTaskRows - 1) / kTaskRows;
-  const int64_t strips = matrix.columns / width;
-  const auto compute = [&](int64_t task) {
-    const int64_t column = task % strips * width, part = task / strips;
-    const int64_t begin = rows * part / parts, count = rows * (part + 1) / parts - begin;
-    alignas(64) float sums[kTaskRows * 2 * kPanel];
-    for (int64_t i = 0; i < count * width; ++i) sums[i] = 0.0f;
-    for (int64_t panel = 0; panel < panels; ++panel) {
-      const auto* w = static_cast<const typename T::Element*>(matrix.weight) + (column + panel * kPanel) * matrix.depth;
-      for (int64_t d = 0; d < matrix.depth; d += kTaskDepth) {
-        multiply<T>(count, x + begin * x_stride + d, x_stride, w + d * kPanel, kPanel * T::kDepth,
-                    min(kTaskDepth, matrix.depth - d), sums + panel * kPanel, width);
-      }
-    }
-    for (int64_t panel = 0; low && panel < panels; ++panel) {
-      const float* b = matrix.b + (column + panel * kPanel) * matrix.rank;
-      multiply<Float32>(count, low + begin * matrix.rank, matrix.rank, b, kPanel, matrix.rank, sums + panel * kPanel,
-                        width);
-    }
-    for (int64_t r = 0; r < count; ++r) {
-      float* row = sums + r * width;
-      for (int64_t i = 0; matrix.bias && i < width; ++i) row[i] += matrix.bias[column + i];
-      store(begin + r, column, row, width);
-    }
-  };
-  worker.run(strips * parts, compute);
+  const int64_t strips = matrix.columns / (panels * kPanel), parts = (rows + kTaskRows - 1) / kTaskRows;
+  worker.run(strips * parts, [&](int64_t task) {
+    const int64_t part = task / strips, begin = rows * part / parts, count = rows * (part + 1) / parts - begin;
+    strip<T>(matrix, panels, x + begin * x_stride, x_stride, count, low ? low + begin * matrix.rank : nullptr,
+             task % strips * panels * kPanel,
+             [&](int64_t r, int64_t column, float* sums, int64_t width) { store(begin + r, column, sums, width); });
+  });
 }
 
 // x A^T of the queries that want the delta, zero for the others; null if nobody wants it.
@@ -279,18 +286,90 @@ void forward(const Pass& pass, Worker worker) {
   });
 }
 
+// Puts value in its place among the largest, which stand in falling order. NaN has none.
+inline void keep_largest(float* best, int64_t count, float value) {
+  if (!(value > best[count - 1])) return;
+  int64_t at = count - 1;
+  for (; at > 0 && value > best[at - 1]; --at) best[at] = best[at - 1];
+  best[at] = value;
+}
+
+// All logits from the screen, then those again that can be among the `top` largest of their row: where the screen's
+// logit plus its error reaches the smallest that `top` of them have for certain.
+template <class T>
+void project_largest(const Projection& projection, Worker worker, const typename T::Element* x, int64_t wide) {
+  const int64_t rows = projection.rows, top = projection.top, vocabulary = projection.vocabulary;
+  const int64_t panels = padded(vocabulary) / kPanel, panel_bytes = wide / kGroup * kGroupBytes;
+
+  worker.run(panels, [&](int64_t panel) {
+    const int64_t column = panel * kPanel, count = min(kPanel, vocabulary - column);
+    const float* __restrict error = projection.screen.error + column;
+    for (int64_t begin = 0; begin < rows; begin += kBlockRows) {
+      const int64_t end = min(begin + kBlockRows, rows);
+      alignas(64) float sums[kBlockRows * kPanel] = {};
+      screen_block_of(end - begin, std::make_integer_sequence<int, kBlockRows>(), projection.floats + begin * wide,
+                      wide, projection.screen.panels + panel * panel_bytes, wide, sums);
+      for (int64_t row = begin; row < end; ++row) {
+        float* __restrict sum = sums + (row - begin) * kPanel;
+        std::memcpy(projection.logits + row * vocabulary + column, sum, count * sizeof(float));
+        const float length = projection.length[row];
+        float* best = projection.best + (worker.id * rows + row) * top;
+        float largest = -INFINITY;
+#pragma omp simd reduction(max : largest)
+        for (int64_t i = 0; i < kPanel; ++i) {
+          sum[i] -= length * error[i];
+          largest = sum[i] > largest ? sum[i] : largest;
+        }
+        if (!(largest > best[top - 1])) continue;
+        for (int64_t i = 0; i < count; ++i) keep_largest(best, top, sum[i]);
+      }
+    }
+  });
+
+  for (int64_t row = 0; row < rows; ++row) {
+    float best[kTop];
+    std::memcpy(best, projection.best + row * top, top * sizeof(float));
+    for (int64_t w = 1; w < worker.workers; ++w) {
+      const float* other = projection.best + (w * rows + row) * top;
+      for (int64_t i = 0; i < top; ++i) keep_largest(best, top, other[i]);
+    }
+    const float length = projection.length[row], least = best[top - 1];
+    worker.run(panels, [&](int64_t panel) {
+      const int64_t column = panel * kPanel, count = min(kPanel, vocabulary - column);
+      const float* __restrict error = projection.screen.error + column;
+      float* __restrict logits = projection.logits + row * vocabulary + column;
+      int possible = 0;
+#pragma omp simd reduction(| : possible)
+      for (int64_t i = 0; i < count; ++i) possible |= !(logits[i] + length * error[i] < least);
+      if (!possible) return;
+      strip<T>(projection.matrix, 1, x + row * wide, wide, 1, nullptr, column,
+               [&](int64_t, int64_t, const float* sums, int64_t) { std::memcpy(logits, sums, count * sizeof(float)); });
+    });
+  }
+}
+
 template <class T>
 void project(const Projection& projection, Worker worker) {
   auto* x = static_cast<typename T::Element*>(projection.x);
-  const int64_t wide = padded(projection.dim), vocabulary = projection.vocabulary;
+  const int64_t dim = projection.dim, wide = padded(dim), vocabulary = projection.vocabulary;
   worker.run(projection.rows, [&](int64_t row) {
-    if (projection.dim % T::kDepth) x[row * wide + projection.dim] = 0;
-    T::put(x + row * wide, projection.states + row * projection.dim, projection.dim);
+    if (dim % T::kDepth) x[row * wide + dim] = 0;
+    T::put(x + row * wide, projection.states + row * dim, dim);
+    if (projection.top > 0) {
+      float* floats = projection.floats + row * wide;
+      const float* from = as_floats(projection.dtype, x, row * wide, static_cast<int>(dim), floats);
+      if (from != floats) std::memcpy(floats, from, dim * sizeof(float));
+      for (int64_t i = dim; i < wide; ++i) floats[i] = 0.0f;
+      projection.length[row] = sqrtf(dot(floats, floats, dim));
+    }
   });
+  if (projection.top > 0) return project_largest<T>(projection, worker, x, wide);
   product<T>(worker, projection.matrix, 1, x, wide, projection.rows, nullptr,
              [&](int64_t row, int64_t column, const float* sums, int64_t count) {
-               std::memcpy(projection.logits + row * vocabulary + column, sums,
-                           min(count, vocabulary - column) * sizeof(float));
+               if (column < vocabulary) {
+                 std::memcpy(projection.logits + row * vocabulary + column, sums,
+                             min(count, vocabulary - column) * sizeof(float));
+               }
              });
 }
 

@@ -18,6 +18,14 @@ struct Matrix {
   const float *bias, *a, *b;  // [columns] or null; [rank, depth] and panels [rank][kPanel], or null
 };
 
+// A matrix in eight bits, enough to tell which few of its outputs can be the largest. Panels of groups of kGroup
+// depths: a scale of each column, float [kPanel], and int8 [kGroup / 4][kPanel][4]. What it gives for x is off by error
+// * |x| at most.
+struct Screen {
+  const char* panels;
+  const float* error;  // [columns]; infinite where a weight is not finite
+};
+
 struct Layer {
   Matrix qkv, o, gate_up, down;  // panels of gate and up take turns
   const float *attention_norm, *mlp_norm;
@@ -71,16 +79,24 @@ struct Pass {
   Phase* phase;
 };
 
-// logits [rows, vocabulary] = states W^T
+// logits [rows, vocabulary] = states W^T. With `top` the largest ones only: the others are those of the screen, and
+// smaller than these.
 struct Projection {
   Dtype dtype;
   Matrix matrix;
-  int64_t rows, dim, vocabulary, workers;
+  Screen screen;
+  int64_t rows, dim, vocabulary, top, workers;
   const float* states;
   float* logits;
   void* x;
+  float *floats, *length;  // x and its length, for the screen
+  float* best;             // [workers, rows, top], minus infinity at first
   Phase* phase;
 };
+
+constexpr int64_t kGroup = 32;  // of depths that share a scale, as in many a file of eight-bit weights
+constexpr int64_t kGroupBytes = kPanel * (4 + kGroup);
+constexpr int64_t kTop = 64;  // the most that are looked for with a screen
 
 constexpr int64_t kTaskRows = 48;          // of a matrix product, and
 constexpr int64_t kTaskDepth = 1024;       // of a panel that stays in the second-level cache for all of them

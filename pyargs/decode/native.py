@@ -48,8 +48,9 @@ class TwoStacks:
 
     def begin(self, request: Request) -> tuple[Tensor, Tensor]:
         ids, mask = request.input_ids, request.attention_mask
+        self.wanted = _wanted(request)
         state = self.policy(ids, self.policy_cache, mask)[:, -1]
-        return self.policy.logits(state), self.backbone(ids, self.reward_cache, mask)[:, -1]
+        return self.policy.logits(state, **self.wanted), self.backbone(ids, self.reward_cache, mask)[:, -1]
 
     def branch(self, candidates: Tensor, finished: Tensor) -> Tensor:
         return self.backbone(candidates, self.reward_cache, _for(candidates, finished), branches=True)
@@ -57,7 +58,7 @@ class TwoStacks:
     def follow(self, token: Tensor, slot: Tensor, finished: Tensor) -> Tensor:
         self.backbone.commit(self.reward_cache, slot.masked_fill(finished, -1))
         ids = token.unsqueeze(1)
-        return self.policy.logits(self.policy(ids, self.policy_cache, _for(ids, finished))[:, 0])
+        return self.policy.logits(self.policy(ids, self.policy_cache, _for(ids, finished))[:, 0], **self.wanted)
 
 
 class OneStack:
@@ -70,10 +71,11 @@ class OneStack:
 
     def begin(self, request: Request) -> tuple[Tensor, Tensor]:
         ids, mask, rows = request.input_ids, request.attention_mask, len(request.input_ids)
+        self.wanted = _wanted(request)
         if self.adapted:
             ids, mask = ids.repeat(2, 1), mask.repeat(2, 1)
         state = self.stack(ids, self.cache, mask, delta=self._delta(rows))[:, -1]
-        return self.stack.logits(state[:rows]), state[-rows:]
+        return self.stack.logits(state[:rows], **self.wanted), state[-rows:]
 
     def branch(self, candidates: Tensor, finished: Tensor) -> Tensor:
         wanted = _for(candidates, finished)
@@ -97,7 +99,7 @@ class OneStack:
         missed = (~hit & ~finished).nonzero().flatten()
         if len(missed):
             state[missed] = self.stack(token[missed].unsqueeze(1), self.cache, rows=missed)[:, 0]
-        return self.stack.logits(state)
+        return self.stack.logits(state, **self.wanted)
 
     def _delta(self, rows: int) -> Tensor | bool:
         return torch.arange(2 * rows) >= rows if self.adapted else False
@@ -113,7 +115,7 @@ def greedy(lm, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, vocabul
     state, going = _read(stack, cache, prompts), torch.arange(rows)
     tokens, stops = torch.full((rows, max_new_tokens), pad), torch.tensor(stop, dtype=torch.long)
     for step in range(max_new_tokens):
-        score, token = stack.logits(state)[:, :vocabulary].max(1)
+        score, token = stack.logits(state, top=1, vocabulary=vocabulary).max(1)
         check_numbers(torch.zeros(rows, dtype=torch.bool).index_put((going,), score.isnan()))
         tokens[going, step] = token
         on = ~torch.isin(token, stops)
@@ -144,6 +146,11 @@ def _read(stack: native.Stack, cache: native.Cache, prompts: Sequence[Sequence[i
             ids, mask = left_pad([prompts[row][known[row] :] for row in rows], 0)
             state[rows] = stack(ids, cache, mask, rows=rows)[:, -1]
     return state
+
+
+def _wanted(request: Request) -> dict[str, int]:
+    """Of the logits: only the candidates' need to be exact. What the others are off by moves all log-probs of a step alike."""
+    return {"top": request.num_candidates or 0, "vocabulary": request.vocabulary}
 
 
 def _for(ids: Tensor, finished: Tensor) -> Tensor:

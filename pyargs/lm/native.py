@@ -130,13 +130,18 @@ class Stack:
         with _errors():
             cache.native.commit(slot.data_ptr(), _pointer(rows), len(slot))
 
-    def logits(self, states: Tensor) -> Tensor:
-        """The output layer: float32 [B, dim] -> float32 [B, vocabulary]."""
+    def logits(self, states: Tensor, *, top: int = 0, vocabulary: int | None = None) -> Tensor:
+        """The output layer: float32 [B, dim] -> float32 [B, vocabulary], of the first `vocabulary` tokens, all by default.
+
+        top: only the `top` largest logits of a row are asked for: the others may be estimates, which are smaller than these.
+        A copy of the weights in eight bits, with a bound of its error, then says which few outputs need the whole weights.
+        """
         if not self.has_logits:
             raise PyargsError("this stack was packed from a decoder, which has no output layer: pack the causal LM")
         states = _dense(states, torch.float32, (len(states), self.dim), "states")
-        logits = torch.empty(len(states), self.vocabulary)
-        self._native.logits(states.data_ptr(), len(states), logits.data_ptr())
+        logits = torch.empty(len(states), self.vocabulary if vocabulary is None else vocabulary)
+        with _errors():
+            self._native.logits(states.data_ptr(), len(states), top, logits.shape[1], logits.data_ptr())
         return logits
 
 
