@@ -363,7 +363,6 @@ class Stack {
 
   void logits(uintptr_t states, int64_t rows, int64_t top, int64_t vocabulary, uintptr_t logits) {
     const std::lock_guard lock(mutex_);
-    check(vocabulary > 0 && vocabulary <= vocabulary_, "the model has fewer tokens");
     const int64_t most =
         bfloat16() ? 2 : 8;  // rows: from there on computing takes as long as reading the whole weights
     if (rows > most || top > std::min(kTop, vocabulary) || head_.bias) top = 0;

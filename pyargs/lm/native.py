@@ -139,9 +139,11 @@ class Stack:
         if not self.has_logits:
             raise PyargsError("this stack was packed from a decoder, which has no output layer: pack the causal LM")
         states = _dense(states, torch.float32, (len(states), self.dim), "states")
-        logits = torch.empty(len(states), self.vocabulary if vocabulary is None else vocabulary)
-        with _errors():
-            self._native.logits(states.data_ptr(), len(states), top, logits.shape[1], logits.data_ptr())
+        vocabulary = self.vocabulary if vocabulary is None else vocabulary
+        if top < 0 or not 0 < vocabulary <= self.vocabulary:
+            raise PyargsError(f"no logits are the largest {top} of {vocabulary} tokens: the model has {self.vocabulary}")
+        logits = torch.empty(len(states), vocabulary)
+        self._native.logits(states.data_ptr(), len(states), top, vocabulary, logits.data_ptr())
         return logits
 
 
