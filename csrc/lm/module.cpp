@@ -294,7 +294,7 @@ class Stack {
       for (int64_t i = begin; i < end; ++i) {
         const auto [part, panel] = tasks[i];
         panels[part](panel);
-        if (std::get<0>(parts[part]) == "head") screen(panel);
+        if (std::get<0>(parts[part]) == "head") screen(panel);  // its only part
       }
     });
   }
@@ -363,9 +363,7 @@ class Stack {
 
   void logits(uintptr_t states, int64_t rows, int64_t top, int64_t vocabulary, uintptr_t logits) {
     const std::lock_guard lock(mutex_);
-    const int64_t most =
-        bfloat16() ? 2 : 8;  // rows: from there on computing takes as long as reading the whole weights
-    if (rows > most || top > std::min(kTop, vocabulary) || head_.bias) top = 0;
+    if (rows > (bfloat16() ? kScreenRows16 : kScreenRows) || top > std::min(kTop, vocabulary) || head_.bias) top = 0;
     for (int64_t begin = 0; begin < rows; begin += kQueriesPerPass) {
       Projection projection{};
       projection.dtype = model_.dtype;
@@ -380,7 +378,7 @@ class Stack {
       projection.states = pointer<float>(states) + begin * model_.dim;
       projection.logits = reinterpret_cast<float*>(logits) + begin * vocabulary;
       const int64_t numbers = projection.rows * padded(model_.dim), best = projection.workers * projection.rows * top;
-      const int64_t phases = (2 + (top > 0 ? projection.rows : 0)) * projection.workers;
+      const int64_t phases = 3 * projection.workers;  // at most
       Layout layout;
       const int64_t x = layout.add(numbers * size()), floats = layout.add(top > 0 ? numbers * sizeof(float) : 0),
                     length = layout.add(projection.rows * sizeof(float)), bests = layout.add(best * sizeof(float)),
@@ -435,36 +433,47 @@ class Stack {
   // A packed panel of the head in eight bits. The error is that of the weights and what the sums of both products lose
   // by rounding, each at most depth / 2^24 |w| |x|, with as much again to spare.
   void screen(int64_t panel) {
-    const int64_t dim = model_.dim, groups = padded(dim) / kGroup, pair = 4 / size();
-    char* screened = const_cast<char*>(screen_.panels) + panel * groups * kGroupBytes;
-    std::vector<float> weight(groups * kGroup);
-    for (int64_t n = 0; n < kPanel; ++n) {
-      double length = 0.0, wrong = 0.0;
-      for (int64_t d = 0; d < dim; ++d) {
-        const int64_t at = panel * kPanel * head_.depth + d / pair * pair * kPanel + n * pair + d % pair;
-        weight[d] = bfloat16() ? float_from_bfloat16(static_cast<const uint16_t*>(head_.weight)[at])
-                               : static_cast<const float*>(head_.weight)[at];
-        length += static_cast<double>(weight[d]) * weight[d];
-      }
-      const bool finite = std::isfinite(length);
-      for (int64_t g = 0; g < groups && finite; ++g) {
-        const float* from = &weight[g * kGroup];
-        float largest = 0.0f;
-        for (int64_t i = 0; i < kGroup; ++i) largest = std::max(largest, std::abs(from[i]));
-        const float scale = largest / 127.0f;
-        char* group = screened + g * kGroupBytes;
-        std::memcpy(group + n * sizeof scale, &scale, sizeof scale);
-        for (int64_t i = 0; i < kGroup; ++i) {
-          const float near = scale > 0.0f ? std::clamp(std::round(from[i] / scale), -127.0f, 127.0f) : 0.0f;
-          group[kPanel * sizeof scale + i / 4 * 4 * kPanel + n * 4 + i % 4] =
-              static_cast<char>(static_cast<int8_t>(near));
-          const double off = from[i] - static_cast<double>(near) * scale;
-          wrong += off * off;
+    const int64_t dim = model_.dim, groups = padded(dim) / kGroup, first = panel * kPanel * head_.depth;
+    char* group = const_cast<char*>(screen_.panels) + panel * groups * kGroupBytes;
+    float length[kPanel] = {}, wrong[kPanel] = {};  // squared
+    bool empty[kPanel];
+    std::fill_n(empty, kPanel, true);
+    for (int64_t start = 0; start < dim; start += kGroup, group += kGroupBytes) {
+      float weight[kGroup][kPanel] = {}, largest[kPanel] = {}, scale[kPanel], inverse[kPanel];
+      for (int64_t i = 0; i < std::min(kGroup, dim - start); ++i) {
+        const int64_t d = start + i;
+        for (int64_t n = 0; n < kPanel; ++n) {
+          weight[i][n] = bfloat16() ? float_from_bfloat16(static_cast<const uint16_t*>(
+                                          head_.weight)[first + d / 2 * 2 * kPanel + n * 2 + d % 2])
+                                    : static_cast<const float*>(head_.weight)[first + d * kPanel + n];
+        }
+        for (int64_t n = 0; n < kPanel; ++n) {
+          largest[n] = std::max(largest[n], std::abs(weight[i][n]));
+          length[n] += weight[i][n] * weight[i][n];
         }
       }
-      const double bound = std::sqrt(wrong) + std::ldexp(dim + kPanel, -22) * (std::sqrt(length) + std::sqrt(wrong));
-      const_cast<float*>(screen_.error)[panel * kPanel + n] =
-          finite ? static_cast<float>(bound * 1.001) : std::numeric_limits<float>::infinity();
+      for (int64_t n = 0; n < kPanel; ++n) {
+        scale[n] = largest[n] > kShortest * kShortest ? largest[n] / 127.0f : 0.0f;
+        inverse[n] = scale[n] > 0.0f ? 1.0f / scale[n] : 0.0f;
+        empty[n] &= largest[n] == 0.0f;
+      }
+      std::memcpy(group, scale, sizeof scale);
+      for (int64_t i = 0; i < kGroup; ++i) {
+        for (int64_t n = 0; n < kPanel; ++n) {
+          constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+          const float near = (weight[i][n] * inverse[n] + kRound) - kRound;
+          const float held = std::abs(near) <= 127.0f ? near : 0.0f;
+          const float off = weight[i][n] - held * scale[n];
+          wrong[n] += off * off;
+          group[sizeof scale + i / 4 * 4 * kPanel + n * 4 + i % 4] = static_cast<char>(static_cast<int8_t>(held));
+        }
+      }
+    }
+    for (int64_t n = 0; n < kPanel; ++n) {
+      const float all = std::sqrt(length[n]), off = std::sqrt(wrong[n]);
+      const float error = (off + std::ldexp(static_cast<float>(dim + kGroup), -22) * (all + off)) * 1.01f;
+      const bool known = (all >= kShortest && all <= kLongest) || (all == 0.0f && empty[n]);
+      const_cast<float*>(screen_.error)[panel * kPanel + n] = known ? error : std::numeric_limits<float>::infinity();
     }
   }
 

@@ -326,6 +326,7 @@ void project_largest(const Projection& projection, Worker worker, const typename
     }
   });
 
+  float least[kScreenRows];
   for (int64_t row = 0; row < rows; ++row) {
     float best[kTop];
     std::memcpy(best, projection.best + row * top, top * sizeof(float));
@@ -333,19 +334,41 @@ void project_largest(const Projection& projection, Worker worker, const typename
       const float* other = projection.best + (w * rows + row) * top;
       for (int64_t i = 0; i < top; ++i) keep_largest(best, top, other[i]);
     }
-    const float length = projection.length[row], least = best[top - 1];
-    worker.run(panels, [&](int64_t panel) {
-      const int64_t column = panel * kPanel, count = min(kPanel, vocabulary - column);
-      const float* __restrict error = projection.screen.error + column;
-      float* __restrict logits = projection.logits + row * vocabulary + column;
+    least[row] = best[top - 1];
+  }
+  worker.run(panels, [&](int64_t panel) {
+    const int64_t column = panel * kPanel, count = min(kPanel, vocabulary - column);
+    const float* __restrict error = projection.screen.error + column;
+    int wanted[kScreenRows], any = 0;
+    for (int64_t row = 0; row < rows; ++row) {
+      const float* __restrict logits = projection.logits + row * vocabulary + column;
+      const float length = projection.length[row], enough = least[row];
       int possible = 0;
 #pragma omp simd reduction(| : possible)
-      for (int64_t i = 0; i < count; ++i) possible |= !(logits[i] + length * error[i] < least);
-      if (!possible) return;
-      strip<T>(projection.matrix, 1, x + row * wide, wide, 1, nullptr, column,
-               [&](int64_t, int64_t, const float* sums, int64_t) { std::memcpy(logits, sums, count * sizeof(float)); });
-    });
+      for (int64_t i = 0; i < count; ++i) {
+        const float off = length * error[i];  // zero: of a row that has finished, say; NaN: not known
+        possible |= off != 0.0f && !(logits[i] + off < enough);
+      }
+      wanted[row] = possible;
+      any |= possible;
+    }
+    if (!any) return;
+    strip<T>(projection.matrix, 1, x, wide, rows, nullptr, column,
+             [&](int64_t row, int64_t, const float* sums, int64_t) {
+               float* logits = projection.logits + row * vocabulary + column;
+               if (wanted[row]) std::memcpy(logits, sums, count * sizeof(float));
+             });
+  });
+}
+
+// The length of a state; infinite where sums of squares or products could leave the range of normal numbers.
+inline float length_of(const float* x, int64_t n) {
+  const float length = sqrtf(dot(x, x, n));
+  if (length >= kShortest && length <= kLongest) return length;
+  for (int64_t i = 0; i < n; ++i) {
+    if (!(x[i] == 0.0f)) return INFINITY;
   }
+  return 0.0f;
 }
 
 template <class T>
@@ -360,16 +383,14 @@ void project(const Projection& projection, Worker worker) {
       const float* from = as_floats(projection.dtype, x, row * wide, static_cast<int>(dim), floats);
       if (from != floats) std::memcpy(floats, from, dim * sizeof(float));
       for (int64_t i = dim; i < wide; ++i) floats[i] = 0.0f;
-      projection.length[row] = sqrtf(dot(floats, floats, dim));
+      projection.length[row] = length_of(floats, dim);
     }
   });
   if (projection.top > 0) return project_largest<T>(projection, worker, x, wide);
   product<T>(worker, projection.matrix, 1, x, wide, projection.rows, nullptr,
              [&](int64_t row, int64_t column, const float* sums, int64_t count) {
-               if (column < vocabulary) {
-                 std::memcpy(projection.logits + row * vocabulary + column, sums,
-                             min(count, vocabulary - column) * sizeof(float));
-               }
+               std::memcpy(projection.logits + row * vocabulary + column, sums,
+                           min(count, vocabulary - column) * sizeof(float));
              });
 }
 

@@ -19,11 +19,11 @@ struct Matrix {
 };
 
 // A matrix in eight bits, enough to tell which few of its outputs can be the largest. Panels of groups of kGroup
-// depths: a scale of each column, float [kPanel], and int8 [kGroup / 4][kPanel][4]. What it gives for x is off by error
-// * |x| at most.
+// depths: a scale of each column, float [kPanel], and int8 [kGroup / 4][kPanel][4]. What it gives for x differs from
+// the matrix's product, as computed, by error * |x| at most.
 struct Screen {
   const char* panels;
-  const float* error;  // [columns]; infinite where a weight is not finite
+  const float* error;  // [columns]; infinite where it is not known
 };
 
 struct Layer {
@@ -96,7 +96,11 @@ struct Projection {
 
 constexpr int64_t kGroup = 32;  // of depths that share a scale, as in many a file of eight-bit weights
 constexpr int64_t kGroupBytes = kPanel * (4 + kGroup);
-constexpr int64_t kTop = 64;  // the most that are looked for with a screen
+constexpr int64_t kTop = 64;          // the most outputs that are looked for with a screen, and
+constexpr int64_t kScreenRows = 8;    // the most rows: for more, computing takes as long as reading the whole matrix
+constexpr int64_t kScreenRows16 = 2;  // the same in bfloat16
+constexpr float kShortest = 0x1p-40f, kLongest = 0x1p60f;  // of states and columns: what is lost below normal numbers
+                                                           // is then nothing beside the rounding of their products
 
 constexpr int64_t kTaskRows = 48;          // of a matrix product, and
 constexpr int64_t kTaskDepth = 1024;       // of a panel that stays in the second-level cache for all of them

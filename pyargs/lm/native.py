@@ -133,15 +133,16 @@ class Stack:
     def logits(self, states: Tensor, *, top: int = 0, vocabulary: int | None = None) -> Tensor:
         """The output layer: float32 [B, dim] -> float32 [B, vocabulary], of the first `vocabulary` tokens, all by default.
 
-        top: only the `top` largest logits of a row are asked for: the others may be estimates, which are smaller than these.
-        A copy of the weights in eight bits, with a bound of its error, then says which few outputs need the whole weights.
+        top: only the `top` largest logits of a row are asked for (0: all): the others may be estimates, smaller than these, so
+        a logsumexp of them is one, too. A copy of the weights in eight bits, with a bound of its error, then says which few
+        outputs need the whole weights. Of more than 64, and of more rows than that pays for, all are exact.
         """
         if not self.has_logits:
             raise PyargsError("this stack was packed from a decoder, which has no output layer: pack the causal LM")
         states = _dense(states, torch.float32, (len(states), self.dim), "states")
         vocabulary = self.vocabulary if vocabulary is None else vocabulary
         if top < 0 or not 0 < vocabulary <= self.vocabulary:
-            raise PyargsError(f"no logits are the largest {top} of {vocabulary} tokens: the model has {self.vocabulary}")
+            raise PyargsError(f"cannot give the {top} largest logits of {vocabulary} tokens: the model has {self.vocabulary}")
         logits = torch.empty(len(states), vocabulary)
         self._native.logits(states.data_ptr(), len(states), top, vocabulary, logits.data_ptr())
         return logits
@@ -413,7 +414,8 @@ def can_pack(model: nn.Module) -> bool:
     except PyargsError:
         return False
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    return decoder in _stacks or 1.2 * size < _available()
+    screen = 0 if head is None else head.weight.numel()
+    return decoder in _stacks or 1.2 * (size + screen) < _available()
 
 
 CGROUP = Path("/sys/fs/cgroup")
