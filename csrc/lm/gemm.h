@@ -4,6 +4,7 @@
 // the rows beside it: a token has the same state, bit by bit, in a prompt, alone, and among branches.
 #pragma once
 
+#include <type_traits>
 #include <utility>
 
 #include "../cpu.h"
@@ -111,25 +112,32 @@ void block(const typename T::Element* x, int64_t x_stride, const typename T::Ele
   }
 }
 
-template <class T, int... rows>
-void block_of(int64_t count, std::integer_sequence<int, rows...>, const typename T::Element* x, int64_t x_stride,
-              const typename T::Element* w, int64_t w_stride, int64_t depth, int64_t ahead, float* sums,
-              int64_t sums_stride) {
-  (void)((count == rows + 1 && (block<T, rows + 1>(x, x_stride, w, w_stride, depth, ahead, sums, sums_stride), true)) ||
-         ...);
+template <class F, int... rows>
+void with_rows(int64_t count, std::integer_sequence<int, rows...>, const F& f) {
+  (void)((count == rows + 1 && (f(std::integral_constant<int, rows + 1>()), true)) || ...);
 }
 
-// The same for any number of rows, in blocks of nearly equal size.
+// Calls f(begin, count) for blocks of nearly equal size; the count is a constant.
+template <class F>
+void in_blocks(int64_t rows, const F& f) {
+  const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t begin = rows * b / blocks;
+    with_rows(rows * (b + 1) / blocks - begin, std::make_integer_sequence<int, kBlockRows>(),
+              [&](auto count) { f(begin, count); });
+  }
+}
+
+// The same for any number of rows.
 template <class T>
 void multiply(int64_t rows, const typename T::Element* x, int64_t x_stride, const typename T::Element* w,
               int64_t w_stride, int64_t depth, float* sums, int64_t sums_stride) {
-  const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
-  for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t begin = rows * b / blocks, count = rows * (b + 1) / blocks - begin;
-    const int64_t ahead = b > 0 ? 0 : (count <= 4 ? 16 : 64) * w_stride;  // later blocks find the panel in the cache
-    block_of<T>(count, std::make_integer_sequence<int, kBlockRows>(), x + begin * x_stride, x_stride, w, w_stride,
-                depth, ahead, sums + begin * sums_stride, sums_stride);
-  }
+  in_blocks(rows, [&](int64_t begin, auto count) {
+    constexpr int kCount = decltype(count)::value;
+    const int64_t ahead = begin > 0 ? 0 : (kCount <= 4 ? 16 : 64) * w_stride;  // later blocks find it in the cache
+    block<T, kCount>(x + begin * x_stride, x_stride, w, w_stride, depth, ahead, sums + begin * sums_stride,
+                     sums_stride);
+  });
 }
 
 // sums [rows, kPanel] += x [rows, depth] times a panel of a Screen.
@@ -173,10 +181,12 @@ void screen_block(const float* x, int64_t x_stride, const char* panel, int64_t d
   }
 }
 
-template <int... rows>
-void screen_block_of(int64_t count, std::integer_sequence<int, rows...>, const float* x, int64_t x_stride,
-                     const char* panel, int64_t depth, float* sums) {
-  (void)((count == rows + 1 && (screen_block<rows + 1>(x, x_stride, panel, depth, sums), true)) || ...);
+// The same for any number of rows.
+inline void multiply_screen(int64_t rows, const float* x, int64_t x_stride, const char* panel, int64_t depth,
+                            float* sums) {
+  in_blocks(rows, [&](int64_t begin, auto count) {
+    screen_block<decltype(count)::value>(x + begin * x_stride, x_stride, panel, depth, sums + begin * kPanel);
+  });
 }
 
 inline float dot(const float* x, const float* y, int64_t n) {

@@ -294,7 +294,7 @@ class Stack {
       for (int64_t i = begin; i < end; ++i) {
         const auto [part, panel] = tasks[i];
         panels[part](panel);
-        if (std::get<0>(parts[part]) == "head") screen(panel);  // its only part
+        if (std::get<0>(parts[part]) == "head") bfloat16() ? screen<uint16_t>(panel) : screen<float>(panel);
       }
     });
   }
@@ -380,7 +380,8 @@ class Stack {
       const int64_t numbers = projection.rows * padded(model_.dim), best = projection.workers * projection.rows * top;
       const int64_t phases = 3 * projection.workers;  // at most
       Layout layout;
-      const int64_t x = layout.add(numbers * size()), floats = layout.add(top > 0 ? numbers * sizeof(float) : 0),
+      const int64_t x = layout.add(numbers * size()),
+                    floats = layout.add(top > 0 && bfloat16() ? numbers * sizeof(float) : 0),
                     length = layout.add(projection.rows * sizeof(float)), bests = layout.add(best * sizeof(float)),
                     phase = layout.add(phases * sizeof(Phase));
       char* memory = memory_.reserve(layout);
@@ -409,11 +410,18 @@ class Stack {
     return name == "qkv" ? of.qkv : name == "o" ? of.o : name == "gate_up" ? of.gate_up : of.down;
   }
 
+  // Where a packed matrix has a column's weight.
+  template <class To>
+  static int64_t place(const Matrix& matrix, int64_t column, int64_t d) {
+    constexpr int64_t kPair = 4 / sizeof(To);
+    return column / kPanel * kPanel * matrix.depth + (d / kPair * kPanel + column % kPanel) * kPair + d % kPair;
+  }
+
   // Packs one panel of the rows.
   template <class To, class From>
   std::function<void(int64_t)> packer(const Matrix& matrix, int64_t offset, bool alternate, uintptr_t weight,
                                       int64_t rows, int64_t depth) {
-    constexpr int64_t kPair = 4 / sizeof(To), kDepth = 64;  // a part of a panel that stays in the first-level cache
+    constexpr int64_t kDepth = 64;  // a part of a panel that stays in the first-level cache
     const auto column = [=](int64_t n) { return offset + n + (alternate ? n / kPanel * kPanel : 0); };
     check(depth <= matrix.depth && column(rows - 1) < matrix.columns, "a weight is too large for its matrix");
     To* packed = static_cast<To*>(const_cast<void*>(matrix.weight));
@@ -421,9 +429,8 @@ class Stack {
       for (int64_t start = 0; start < depth; start += kDepth) {
         for (int64_t n = panel * kPanel; n < std::min((panel + 1) * kPanel, rows); ++n) {
           const From* from = pointer<From>(weight) + n * depth;
-          To* to = packed + column(n) / kPanel * kPanel * matrix.depth + column(n) % kPanel * kPair;
           for (int64_t d = start; d < std::min(start + kDepth, depth); ++d) {
-            to[d / kPair * kPair * kPanel + d % kPair] = convert<To>(from[d]);
+            packed[place<To>(matrix, column(n), d)] = convert<To>(from[d]);
           }
         }
       }
@@ -432,22 +439,19 @@ class Stack {
 
   // A packed panel of the head in eight bits. The error is that of the weights and what the sums of both products lose
   // by rounding, each at most depth / 2^24 |w| |x|, with as much again to spare.
+  template <class To>
   void screen(int64_t panel) {
-    const int64_t dim = model_.dim, groups = padded(dim) / kGroup, first = panel * kPanel * head_.depth;
-    char* group = const_cast<char*>(screen_.panels) + panel * groups * kGroupBytes;
+    const int64_t dim = model_.dim;
+    const auto* packed = static_cast<const To*>(head_.weight);
+    char* group = const_cast<char*>(screen_.panels) + panel * (padded(dim) / kGroup) * kGroupBytes;
     float length[kPanel] = {}, wrong[kPanel] = {};  // squared
     bool empty[kPanel];
     std::fill_n(empty, kPanel, true);
     for (int64_t start = 0; start < dim; start += kGroup, group += kGroupBytes) {
       float weight[kGroup][kPanel] = {}, largest[kPanel] = {}, scale[kPanel], inverse[kPanel];
       for (int64_t i = 0; i < std::min(kGroup, dim - start); ++i) {
-        const int64_t d = start + i;
         for (int64_t n = 0; n < kPanel; ++n) {
-          weight[i][n] = bfloat16() ? float_from_bfloat16(static_cast<const uint16_t*>(
-                                          head_.weight)[first + d / 2 * 2 * kPanel + n * 2 + d % 2])
-                                    : static_cast<const float*>(head_.weight)[first + d * kPanel + n];
-        }
-        for (int64_t n = 0; n < kPanel; ++n) {
+          weight[i][n] = convert<float>(packed[place<To>(head_, panel * kPanel + n, start + i)]);
           largest[n] = std::max(largest[n], std::abs(weight[i][n]));
           length[n] += weight[i][n] * weight[i][n];
         }

@@ -300,29 +300,27 @@ template <class T>
 void project_largest(const Projection& projection, Worker worker, const typename T::Element* x, int64_t wide) {
   const int64_t rows = projection.rows, top = projection.top, vocabulary = projection.vocabulary;
   const int64_t panels = padded(vocabulary) / kPanel, panel_bytes = wide / kGroup * kGroupBytes;
+  const float* floats =
+      projection.dtype == Dtype::kFloat32 ? static_cast<const float*>(projection.x) : projection.floats;
 
   worker.run(panels, [&](int64_t panel) {
     const int64_t column = panel * kPanel, count = min(kPanel, vocabulary - column);
     const float* __restrict error = projection.screen.error + column;
-    for (int64_t begin = 0; begin < rows; begin += kBlockRows) {
-      const int64_t end = min(begin + kBlockRows, rows);
-      alignas(64) float sums[kBlockRows * kPanel] = {};
-      screen_block_of(end - begin, std::make_integer_sequence<int, kBlockRows>(), projection.floats + begin * wide,
-                      wide, projection.screen.panels + panel * panel_bytes, wide, sums);
-      for (int64_t row = begin; row < end; ++row) {
-        float* __restrict sum = sums + (row - begin) * kPanel;
-        std::memcpy(projection.logits + row * vocabulary + column, sum, count * sizeof(float));
-        const float length = projection.length[row];
-        float* best = projection.best + (worker.id * rows + row) * top;
-        float largest = -INFINITY;
+    alignas(64) float sums[kScreenRows * kPanel] = {};
+    multiply_screen(rows, floats, wide, projection.screen.panels + panel * panel_bytes, wide, sums);
+    for (int64_t row = 0; row < rows; ++row) {
+      float* __restrict sum = sums + row * kPanel;
+      std::memcpy(projection.logits + row * vocabulary + column, sum, count * sizeof(float));
+      const float length = projection.length[row];
+      float* best = projection.best + (worker.id * rows + row) * top;
+      float largest = -INFINITY;
 #pragma omp simd reduction(max : largest)
-        for (int64_t i = 0; i < kPanel; ++i) {
-          sum[i] -= length * error[i];
-          largest = sum[i] > largest ? sum[i] : largest;
-        }
-        if (!(largest > best[top - 1])) continue;
-        for (int64_t i = 0; i < count; ++i) keep_largest(best, top, sum[i]);
+      for (int64_t i = 0; i < kPanel; ++i) {
+        sum[i] -= length * error[i];
+        largest = sum[i] > largest ? sum[i] : largest;
       }
+      if (!(largest > best[top - 1])) continue;
+      for (int64_t i = 0; i < count; ++i) keep_largest(best, top, sum[i]);
     }
   });
 
@@ -376,14 +374,12 @@ void project(const Projection& projection, Worker worker) {
   auto* x = static_cast<typename T::Element*>(projection.x);
   const int64_t dim = projection.dim, wide = padded(dim), vocabulary = projection.vocabulary;
   worker.run(projection.rows, [&](int64_t row) {
-    if (dim % T::kDepth) x[row * wide + dim] = 0;
     T::put(x + row * wide, projection.states + row * dim, dim);
+    for (int64_t i = dim; i < wide; ++i) x[row * wide + i] = 0;
     if (projection.top > 0) {
-      float* floats = projection.floats + row * wide;
-      const float* from = as_floats(projection.dtype, x, row * wide, static_cast<int>(dim), floats);
-      if (from != floats) std::memcpy(floats, from, dim * sizeof(float));
-      for (int64_t i = dim; i < wide; ++i) floats[i] = 0.0f;
-      projection.length[row] = length_of(floats, dim);
+      const int n = static_cast<int>(wide);
+      projection.length[row] =
+          length_of(as_floats(projection.dtype, x, row * wide, n, projection.floats + row * wide), n);
     }
   });
   if (projection.top > 0) return project_largest<T>(projection, worker, x, wide);

@@ -89,7 +89,7 @@ struct Projection {
   const float* states;
   float* logits;
   void* x;
-  float *floats, *length;  // x and its length, for the screen
+  float *floats, *length;  // for the screen: x, if it is not in float32, and its length
   float* best;             // [workers, rows, top], minus infinity at first
   Phase* phase;
 };

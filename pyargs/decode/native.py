@@ -150,7 +150,7 @@ def _read(stack: native.Stack, cache: native.Cache, prompts: Sequence[Sequence[i
 
 def _wanted(request: Request) -> dict[str, int]:
     """Of the logits: only the candidates' need to be exact. What the others are off by moves all log-probs of a step alike."""
-    return {"top": request.num_candidates or 0, "vocabulary": request.vocabulary}
+    return {"top": request.num_candidates, "vocabulary": request.vocabulary}
 
 
 def _for(ids: Tensor, finished: Tensor) -> Tensor:
