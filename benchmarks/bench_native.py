@@ -23,7 +23,7 @@ from tqdm import tqdm
 import pyargs
 from pyargs.files import write_json
 from pyargs.lm import native
-from pyargs.lm.cache import PrefixCache
+from pyargs.lm.cache import PrefixCache, cache_name
 
 PREFIX = 64
 COLUMNS = ["pass", "HF ms", "native ms", "HF/native", "GB/s", "of stream", "GFLOP/s", "largest error"]
@@ -46,9 +46,7 @@ def passes(model, stack, rows: int) -> dict[str, Callable[[], torch.Tensor]]:
     mask, positions = hf_cache.branches(rows), torch.full((1, rows), PREFIX)
     return {
         "HF": lambda: (
-            decoder(
-                ids, attention_mask=mask, position_ids=positions, past_key_values=hf_cache, use_cache=True
-            ).last_hidden_state
+            decoder(ids, attention_mask=mask, position_ids=positions, **{cache_name(decoder): hf_cache}).last_hidden_state
         ),
         "native": lambda: stack(ids, cache, branches=True),
     }
@@ -56,7 +54,7 @@ def passes(model, stack, rows: int) -> dict[str, Callable[[], torch.Tensor]]:
 
 def prefill(decoder, ids: torch.Tensor, cache: PrefixCache) -> torch.Tensor:
     cache.begin(torch.ones_like(ids))
-    states = decoder(ids, past_key_values=cache, use_cache=True).last_hidden_state
+    states = decoder(ids, **{cache_name(decoder): cache}).last_hidden_state
     cache.advance(ids.shape[1])
     return states
 

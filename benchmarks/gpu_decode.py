@@ -38,7 +38,7 @@ from pyargs.decode.request import check
 from pyargs.files import write_json
 from pyargs.heads import linear
 from pyargs.lm import lora
-from pyargs.lm.cache import PrefixCache
+from pyargs.lm.cache import PrefixCache, cache_name
 from pyargs.lm.launches import few_launches
 from pyargs.models.reward_model import RewardModel
 from pyargs.ops import topk_logprobs
@@ -149,15 +149,15 @@ def greedy(policy, ids: Tensor, steps: int) -> float:
     cache = PrefixCache(policy.config, rows, places, ids.device)
     cache.begin(torch.ones_like(ids))
     positions = torch.arange(length, device=ids.device).expand(rows, -1)
-    logits = policy(input_ids=ids, position_ids=positions, past_key_values=cache, logits_to_keep=1).logits[:, -1].clone()
+    cached = {cache_name(policy): cache}
+    logits = policy(input_ids=ids, position_ids=positions, logits_to_keep=1, **cached).logits[:, -1].clone()
     cache.advance(length)
     cache.count_on_device()
 
     def step() -> None:
         token = topk_logprobs(logits, 1)[1]
         logits.copy_(policy(
-            input_ids=token, attention_mask=cache.branches(1), position_ids=cache.position, past_key_values=cache,
-            logits_to_keep=1,
+            input_ids=token, attention_mask=cache.branches(1), position_ids=cache.position, logits_to_keep=1, **cached,
         ).logits[:, -1])  # fmt: skip
         cache.advance(1)
 

@@ -13,6 +13,7 @@ import torch
 from transformers import DynamicCache
 
 import pyargs
+from pyargs.lm.cache import cache_name
 from pyargs.ops import score_select, topk_logprobs
 
 
@@ -28,8 +29,10 @@ def decode(policy, model, input_ids, attention_mask, users, weight: float, stop:
 
     mask, place = attention_mask, (attention_mask.cumsum(1) - 1).clamp(min=0)
     policy_cache, reward_cache = DynamicCache(config=policy.config), DynamicCache(config=policy.config)
-    logits = policy(input_ids, attention_mask=mask, position_ids=place, past_key_values=policy_cache).logits[:, -1]
-    hidden = model.backbone(input_ids, attention_mask=mask, position_ids=place, past_key_values=reward_cache).last_hidden_state
+    # One name for all models since transformers 5.24, another before.
+    policy_cached, reward_cached = {cache_name(policy): policy_cache}, {cache_name(model.backbone): reward_cache}
+    logits = policy(input_ids, attention_mask=mask, position_ids=place, **policy_cached).logits[:, -1]
+    hidden = model.backbone(input_ids, attention_mask=mask, position_ids=place, **reward_cached).last_hidden_state
     before = model.head(hidden[:, -1], user)  # the reward of the text so far: what a stop token earns
     reward_cache.reorder_cache(copies)
 
@@ -39,7 +42,7 @@ def decode(policy, model, input_ids, attention_mask, users, weight: float, stop:
         logprobs, candidates, _ = topk_logprobs(logits[:, : len(model.tokenizer)], k)
         mask, place = torch.cat([mask, mask.new_ones(batch, 1)], dim=1), place[:, -1:] + 1
         hidden = model.backbone(
-            candidates.reshape(-1, 1), attention_mask=mask[copies], position_ids=place[copies], past_key_values=reward_cache
+            candidates.reshape(-1, 1), attention_mask=mask[copies], position_ids=place[copies], **reward_cached
         ).last_hidden_state
         token, slot, reward, finished = score_select(
             hidden.view(batch, k, -1), directions, user, weights, logprobs, candidates, finished,
@@ -51,7 +54,7 @@ def decode(policy, model, input_ids, attention_mask, users, weight: float, stop:
         before = reward.gather(1, slot.unsqueeze(1)).squeeze(1)
         reward_cache.reorder_cache((torch.arange(batch, device=device) * k + slot)[copies])  # all copies follow the winner
         logits = policy(
-            token.unsqueeze(1), attention_mask=mask, position_ids=place, past_key_values=policy_cache
+            token.unsqueeze(1), attention_mask=mask, position_ids=place, **policy_cached
         ).logits[:, -1]  # fmt: skip
     return torch.stack(tokens, dim=1)
 

@@ -13,6 +13,7 @@ from pyargs.data.synthetic import tiny_lm as saved_lm
 from pyargs.errors import PyargsError, UnknownUser
 from pyargs.heads import linear, mlp
 from pyargs.lm import lora
+from pyargs.lm.cache import cache_name, can_branch
 from pyargs.lm.encode import encode_prompt, encode_response, pack
 from pyargs.lm.hf import load_lm, packed_states, response_logprobs, response_states, spans
 from pyargs.models.reward_model import RewardModel
@@ -137,6 +138,31 @@ def test_models_that_cannot_branch_get_a_row_for_each_response():
             for response, state in zip(several, ours, strict=True):
                 full = lm.get_decoder()(torch.tensor([prompt + response])).last_hidden_state[0]
                 torch.testing.assert_close(state, full[len(prompt) :].float(), atol=1e-5, rtol=1e-5)
+
+
+class Takes:
+    """Models by what their `forward` calls a cache."""
+
+    class Today:
+        def forward(self, input_ids, cache=None, past_key_values=None): ...
+
+    class Before:
+        def forward(self, input_ids, past_key_values=None): ...
+
+    class StateSpace:
+        def forward(self, input_ids, cache_params=None): ...
+
+    class Wrapped:
+        def forward(self, *args, **kwargs): ...
+
+
+def test_a_cache_goes_by_the_name_that_the_model_has_for_it():
+    names = {Takes.Today: "cache", Takes.Before: "past_key_values", Takes.StateSpace: "cache_params"}
+    assert {kind: cache_name(kind()) for kind in names} == names
+    with pytest.raises(PyargsError, match=r"Wrapped.forward takes no cache"):
+        cache_name(Takes.Wrapped())
+    # What transformers has today: without its name the cache would be left out, and every token would be read alone.
+    assert all(can_branch(tiny_lm(family)) for family in FULL_ATTENTION)
 
 
 @pytest.mark.parametrize("pool", ["last", "mean"])

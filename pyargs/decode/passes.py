@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyargs.decode.request import Request
 from pyargs.lm import lora
-from pyargs.lm.cache import PrefixCache
+from pyargs.lm.cache import PrefixCache, cache_name
 from pyargs.lm.hf import additive, plain_output_layer
 from pyargs.models.reward_model import RewardModel
 
@@ -105,7 +105,7 @@ def _prompt(model, request: Request, cache: PrefixCache, times: int = 1, **more)
     cache.begin(mask)
     output = model(
         input_ids=request.input_ids.repeat(times, 1).to(model.device), attention_mask=_mask(cache.causal(), model),
-        position_ids=(mask.cumsum(1) - 1).clamp(min=0), past_key_values=cache, use_cache=True, **more,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=True, **{cache_name(model): cache}, **more,
     )  # fmt: skip
     cache.advance(mask.shape[1])
     return output
@@ -114,7 +114,7 @@ def _prompt(model, request: Request, cache: PrefixCache, times: int = 1, **more)
 def _branches(model, ids: Tensor, cache: PrefixCache, **more):
     return model(
         input_ids=ids, attention_mask=_mask(cache.branches(ids.shape[1]), model),
-        position_ids=cache.position.expand(ids.shape), past_key_values=cache, use_cache=True, **more,
+        position_ids=cache.position.expand(ids.shape), use_cache=True, **{cache_name(model): cache}, **more,
     )  # fmt: skip
 
 

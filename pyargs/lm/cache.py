@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
+from pyargs.errors import PyargsError
 from pyargs.ops.commit import MOST, commit
 
 
@@ -160,12 +161,26 @@ def can_branch(model) -> bool:
     config = model.config.get_text_config(decoder=True)
     if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
         return False
-    if config._attn_implementation not in ("sdpa", "eager") or not {
-        "position_ids", "past_key_values",
-    } <= parameters(type(model)):  # fmt: skip
+    known = parameters(type(model))
+    if config._attn_implementation not in ("sdpa", "eager") or "position_ids" not in known or not known & set(CACHE_NAMES[:2]):
         return False
     layers = DynamicCache(config=config).layers
     return len(layers) > 0 and all(type(layer) is DynamicLayer for layer in layers)
+
+
+CACHE_NAMES = "cache", "past_key_values", "cache_params"
+"""What `forward` calls a cache: all models since transformers 5.24; those before; state-space models before."""
+
+
+def cache_name(model) -> str:
+    """The name that the model's `forward` has for its cache. Raises PyargsError where it has none."""
+    for name in CACHE_NAMES:
+        if name in parameters(type(model)):
+            return name
+    raise PyargsError(
+        f"{type(model).__name__}.forward takes no cache ({', '.join(CACHE_NAMES)}), so it cannot go on token by token: "
+        f"give the model of transformers itself, without what wraps it"
+    )
 
 
 @once

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from pyargs.errors import PyargsError
 from pyargs.lm import native
-from pyargs.lm.cache import can_branch, parameters
+from pyargs.lm.cache import cache_name, can_branch, parameters
 from pyargs.lm.encode import Packed, pack
 from pyargs.lm.hub import resolve
 from pyargs.lm.lora import ARCHITECTURE
@@ -241,8 +241,8 @@ def forward_step(model, ids: Tensor, mask: Tensor, cache, padded: bool, **more):
     mask [B, all tokens so far]; padded: whether it has zeros. For any model of transformers, whatever it calls its cache.
     """
     known = parameters(type(model))
-    name = "past_key_values" if "past_key_values" in known else "cache_params"
     cache = DynamicCache(config=model.config.get_text_config(decoder=True)) if cache is None else cache
+    name = cache_name(model)
     inputs = {"input_ids": ids, name: cache, "use_cache": True, **more}
     # A state-space model has seen the padding once it is past it. Without padding a mask only costs time.
     if padded and ("position_ids" in known or mask.shape == ids.shape):
