@@ -24,6 +24,16 @@ def sizes(rows) -> dict:
     }  # fmt: skip
 
 
+def counted(row: dict) -> dict:
+    """The same from a row of results/data_statistics.json, for a set that is not built yet."""
+    words = {name: row["words"][name]["mean"] for name in ("prompt", "chosen", "rejected")}
+    return {
+        "pairs": {split: of["pairs"] for split, of in row["splits"].items()}, "users": row["users"],
+        "prompt_tokens": round(PER_WORD * words["prompt"]),
+        "response_tokens": round(PER_WORD * (words["chosen"] + words["rejected"]) / 2),
+    }  # fmt: skip
+
+
 def tokens(row, settings: dict, size: dict) -> int:
     """Tokens that go through a language model for one cell, a training step's counted three times.
 
@@ -61,9 +71,11 @@ def tokens(row, settings: dict, size: dict) -> int:
     return total + answers * 4 * (prompt + length)  # written by policy and reward model, judged by both
 
 
-def plan(cells: list[tuple[str, tuple, int | None, float | None]], measured: list[tuple[int, float]]) -> dict:
+def plan(
+    cells: list[tuple[str, tuple, int | None, float | None]], measured: list[tuple[int, float]], workers: int = 1
+) -> dict:
     """What the cells that are left take. cells: name, stages, tokens (None where the data are not there), seconds that the
-    same row took with another seed; measured: tokens and seconds of rows that are done.
+    same row took with another seed; measured: tokens and seconds of rows that are done; workers: that share the cells.
 
     Hours are those seconds, or tokens by the tokens per second of all rows; without any the rate is said that would do.
     """
@@ -71,14 +83,14 @@ def plan(cells: list[tuple[str, tuple, int | None, float | None]], measured: lis
     rate = sum(count for count, _ in measured) / sum(seconds for _, seconds in measured) if measured else None
     total = sum(count or 0 for *_, count, _ in cells)
     missing = sum(count is None for *_, count, _ in cells)
-    needed = sum(seconds or (count or 0) / rate for *_, count, seconds in cells) if rate else None
+    needed = sum(seconds or (count or 0) / rate for *_, count, seconds in cells) / workers if rate else None
     lines = [
         {"cell": name, "stages": list(stages), "tokens": count, "minutes": None if not seconds else round(seconds / 60, 1)}
         for name, stages, count, seconds in cells
     ]
     found = {
         "cells": lines,
-        "tokens": total, "cells_without_data": missing,
+        "tokens": total, "cells_without_data": missing, "workers": workers,
         "tokens_per_second": None if rate is None else round(rate),
         "hours": None if rate is None else round(needed / 3600, 2),
         "fits_30_minutes_of_a_gpu": None if rate is None else needed < 60 * GPU_MINUTES,

@@ -2,9 +2,10 @@
 
 A profile: workers (processes), seeds, dtype, sets. A set: stands_for (the paper's data set whose tables it fills; None: an
 extra table), about, data (flags of every command; {shared} and {work} are folders), build (flags of `pyargs data build` where
-the set has to be made), needs (what must be there), backbone (of the reward models), policies, rows (name -> method and the
-fields that are not its defaults; None: a control that is no method), once (rows that are run for the first seed only), tune
-(flags), decode (flags; None: nothing is generated), bertscore (its model).
+the set has to be made), counted (its row of results/data_statistics.json), needs (what must be there), backbone (of the
+reward models), policies, rows (name -> method and the fields that are not its defaults; None: a control that is no method),
+once (rows that are run for the first seed only), tune (flags), decode (flags; None: nothing is generated), bertscore (its
+model).
 """
 
 from __future__ import annotations
@@ -97,6 +98,7 @@ CPU_SETS = {
         **CPU, "stands_for": None, "needs": "{shared}/pref_lamp_like/ci", "data": ["--data", "{work}/data/same_content"],
         "build": ["pref_lamp", "--source", "{shared}/pref_lamp_like/ci", "--negatives", "policy", "--dtype", "bfloat16",
                   "--embedder", "minilm"],
+        "counted": "pref_lamp, 40 users, policy's titles",
         "about": "pref_lamp_like/ci, rejected: SmolLM2-135M's own title of the same abstract",
         "rows": {**ZERO_SHOT, **FROZEN, **BLIND}, "once": [],
         "tune": ["--prompts", "24", "--max-new-tokens", "24"], "decode": None,
@@ -110,7 +112,7 @@ GPU_LORA = fields({**GPU_LANGUAGE_MODELS, **named(HEADS, "LoRA", "Global RM", "L
 GPU_SETS = {
     "pref_lamp": {
         **CPU_SETS["pref_lamp"], "data": ["--data", "{work}/data/pref_lamp_like"], "needs": "{shared}/pref_lamp_like",
-        "build": ["pref_lamp", "--source", "{shared}/pref_lamp_like", "--embedder", "minilm"],
+        "build": ["pref_lamp", "--source", "{shared}/pref_lamp_like", "--embedder", "minilm"], "counted": "pref_lamp",
         "about": "pref_lamp_like: titles of papers of 485 + 126 authors (ACL, arXiv), neighbours by MiniLM",
         "rows": {**ZERO_SHOT, **FROZEN, **UNGUIDED, **BLIND, **GPU_LORA, **fields({**ICL, **SHOTS}, **TITLES)},
         "once": [*GPU_LORA, *SHOTS, "ICL-RAG"],

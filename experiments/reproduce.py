@@ -230,11 +230,11 @@ def wanted(cell: Cell) -> dict:
     }  # fmt: skip
 
 
-def key(cell: Cell, places: Places) -> dict:
-    """What the cell's numbers depend on: its settings (not where things lie), the data, the models."""
+def key(cell: Cell, places: Places, built: bool = True) -> dict:
+    """What the cell's numbers depend on: its settings (not where things lie), the data (if they are built), the models."""
     settings = cell.settings()
     found = {
-        **wanted(cell), "data": dataset_hash(tuple(data_words(cell, places))),
+        **wanted(cell), "data": dataset_hash(tuple(data_words(cell, places))) if built else None,
         "models": [hub.identity(settings["backbone"]), hub.identity(cell.policy)],
     }  # fmt: skip
     return json.loads(json.dumps(found))
@@ -250,9 +250,10 @@ def written(cell: Cell, places: Places) -> dict:
     return found if isinstance(found, dict) else {}
 
 
-def done(cell: Cell, places: Places) -> bool:
-    """Whether the cell's file is there and of these settings and data."""
-    return written(cell, places).get("key") == key(cell, places)
+def done(cell: Cell, places: Places, built: bool = True) -> bool:
+    """Whether the cell's file is there and of these settings and data; of data that are not built only they can tell."""
+    found = written(cell, places).get("key")
+    return found is not None and (found if built else {**found, "data": None}) == key(cell, places, built)
 
 
 def run(cell: Cell, places: Places) -> dict:
@@ -368,7 +369,20 @@ def run_all(todo: list[Cell], places: Places, workers: int, bar) -> dict[Cell, B
     return failed
 
 
-def plan(asked: list[Cell], places: Places) -> dict:
+def size(cell: Cell, places: Places) -> dict:
+    """Of the cell's set; of one that is not there yet as it was counted when it was, if it ever was."""
+    try:
+        return estimate.sizes(load(data_words(cell, places)))
+    except PyargsError as error:
+        settings = cell.settings()
+        words = " ".join(settings.get("build", []))
+        found = {"not there yet": f"is built first: pyargs data build {words}" if words else str(error)}
+        if "counted" in settings:
+            found |= estimate.counted(files.read_json(HERE / "results/data_statistics.json")["sets"][settings["counted"]])
+        return found
+
+
+def plan(asked: list[Cell], places: Places, workers: int) -> dict:
     """What is left of the cells, with sizes, and what it would take (`estimate.plan`)."""
     sizes, lines, finished = {}, [], 0
     taken: dict[tuple, list[float]] = {}
@@ -377,13 +391,9 @@ def plan(asked: list[Cell], places: Places) -> dict:
             taken.setdefault((cell.set, cell.row), []).append(sum(seconds.values()))
     for cell in asked:
         if cell.set not in sizes:
-            try:
-                sizes[cell.set] = estimate.sizes(load(data_words(cell, places)))
-            except PyargsError as error:
-                words = " ".join(cell.settings().get("build", []))
-                sizes[cell.set] = {"not there yet": f"is built first: pyargs data build {words}" if words else str(error)}
+            sizes[cell.set] = size(cell, places)
         known, settings = "pairs" in sizes[cell.set], cell.settings()
-        if known and done(cell, places):
+        if done(cell, places, built="not there yet" not in sizes[cell.set]):
             finished += 1
             continue
         count = estimate.tokens(settings["rows"][cell.row], settings, sizes[cell.set]) if known else None
@@ -395,7 +405,7 @@ def plan(asked: list[Cell], places: Places) -> dict:
         (estimate.tokens(sets[name]["rows"][row], sets[name], sizes[name]), sum(seconds) / len(seconds))
         for (name, row), seconds in taken.items() if "pairs" in sizes[name]
     ]  # fmt: skip
-    return {"done": finished, "sets": sizes, **estimate.plan(lines, both)}
+    return {"done": finished, "sets": sizes, **estimate.plan(lines, both, workers)}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -425,14 +435,15 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"no cell of profile {args.profile} is all of that: its seeds are {profile['seeds']}")
     if args.workers is not None and args.workers < 1:
         parser.error(f"--workers must be at least 1, got {args.workers}")
+    workers = args.workers or profile["workers"]
     if args.dry_run:
-        print(json.dumps(plan(asked, places), indent=1))
+        print(json.dumps(plan(asked, places, workers), indent=1))
         return 0
     there = {name: prepare(name, args.profile, places) for name in dict.fromkeys(cell.set for cell in asked)}
     asked = [cell for cell in asked if there[cell.set]]
     todo = [cell for cell in asked if not done(cell, places)]
     (places.work / "logs").mkdir(parents=True, exist_ok=True)
-    workers, failed = args.workers or profile["workers"], {}
+    failed = {}
     with tqdm(total=len(asked), initial=len(asked) - len(todo), desc=args.profile, unit="cell") as bar:
         # What the others wait for comes first, and alone.
         for some in ([c for c in todo if c.row == "Zero-Shot"], [c for c in todo if c.row != "Zero-Shot"]):

@@ -155,6 +155,17 @@ def test_a_dry_run_begins_nothing_and_missing_data_are_said(reproduce, tmp_path,
     plan = json.loads(capsys.readouterr().out)
     assert len(plan["cells"]) == len(reproduce.cells("smoke")) and plan["tokens"] > 0 and plan["hours"] is None
     assert "would fit" in plan["note"] and not list(tmp_path.iterdir())
+    # A set that is not built yet is taken as it was counted, and a cell that came with the project as done.
+    assert reproduce.main(["gpu", "--dry-run", *words]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    sizes = plan["sets"]["pref_lamp"]
+    assert sizes["users"] == 611 and sizes["pairs"]["query"] > 1000 and "is built first" in sizes["not there yet"]
+    tokens = {line["cell"].split(" / ")[2]: line["tokens"] for line in plan["cells"]}
+    assert tokens["GenARM"] > tokens["LoRE"] > tokens["Zero-Shot"] > sizes["pairs"]["query"] * sizes["prompt_tokens"]
+    words[-1] = str(EXPERIMENTS / "results")
+    assert reproduce.main(["cpu", "--sets", "same_content", "--dry-run", *words]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["done"] == len([cell for cell in reproduce.cells("cpu") if cell.set == "same_content"]) and not plan["cells"]
     assert reproduce.main(["cpu", "--sets", "length_prefs", *words]) == 0
     out = capsys.readouterr()
     assert "no data at" in out.err and json.loads(out.out)["cells"] == 0
@@ -199,6 +210,7 @@ def test_measured_cells_tell_the_hours(reproduce):
     assert count["LoRE, LoRA"] > count["LoRE"] > 0 and count["ICL"] > count["Zero-Shot"]
     found = plan([("a", ("train",), 1000, 3600.0), ("b", ("train",), 360_000, None)], [(1000, 10.0)])
     assert found["tokens_per_second"] == 100 and found["hours"] == 2.0 and found["fits_30_minutes_of_a_gpu"] is False
+    assert plan([("a", ("train",), 1000, 3600.0)], [(1000, 10.0)], workers=2)["hours"] == 0.5
     assert plan([("a", ("train",), 1800, None)], [])["hours"] is None
 
 
