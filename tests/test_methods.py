@@ -492,6 +492,33 @@ def test_formula_of_pal(variant, weighting):
     compare(pal.loss(model, batch, config), total / len(batch), ours, p)
 
 
+@pytest.mark.parametrize("variant, rank", [("A", 3), ("B", 3), ("B", 9)])
+def test_pal_fits_new_users_by_its_loss(variant, rank):
+    """With its short cuts (tokens projected once, B into the span of a prompt's K projections, even if K > P) and without."""
+    torch.manual_seed(0)
+    config = pal.Config(variant=variant, rank=rank, width=6, adapt_steps=100)
+    model = pal.build(planted.Backbone(), None, USERS, config)
+    offsets = torch.randint(1, 5, (30,)).cumsum(0)
+    offsets = torch.cat([offsets.new_zeros(1), offsets])
+    number = torch.arange(10)
+    support = Features(
+        torch.randn(int(offsets[-1]), planted.DIM), offsets, number, number + 10, ["new"] * 6 + ["other"] * 4,
+        number + 20 if variant == "B" else None,
+    )  # fmt: skip
+
+    def plain(probe, batch):
+        one = [Batch(batch.hidden[n : n + 1], batch.mask[n : n + 1], batch.user[n : n + 1], batch.pair[n : n + 1],
+                     None if batch.prompt is None else batch.prompt[n : n + 1]) for n in range(len(batch))]  # fmt: skip
+        return torch.stack([pal.loss(probe, pair, config) for pair in one])
+
+    ids = ["new", "other"]
+    start = fit.randn_rows(ids, rank, seed=0)
+    initial = {"mixture": start.clone()}
+    want = fit.fit_users(model, support, ids, initial, steps=100, lr=config.user_lr, loss=plain)["mixture"]
+    assert (want - start).abs().max() > 0.1
+    torch.testing.assert_close(pal.adapt(model, support, ids, config)["mixture"], want, atol=1e-4, rtol=1e-4)
+
+
 def test_formula_of_vpl(monkeypatch):
     torch.manual_seed(0)
     config = vpl.Config(latent=6, kl=0.3, kl_period=100)

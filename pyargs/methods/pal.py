@@ -116,6 +116,25 @@ def loss(model: RewardModel, batch: Batch, config: Config) -> Tensor:
     return pair_losses(head, head.project(tokens.states), head.target(batch.user, *prompt), tokens, config).mean()
 
 
+def projections(head, batch: Batch, config: Config) -> tuple[Tokens, Tensor, tuple[Tensor, ...]]:
+    """What stays while only mixtures move: the compared tokens, f of their states, and B's g of the prompts.
+
+    A query of B lies in the span of its prompt's K projections. In an orthonormal basis of that, and with the length of what
+    lies outside of it, f and g have K + 1 numbers instead of P, and the same cosines.
+    """
+    tokens = compared_tokens(batch, config)
+    parts = tokens.states.split(4096)
+    if batch.prompt is None:
+        return tokens, torch.cat([head.project(part) for part in parts]), ()
+    basis, queries = torch.linalg.qr(head.project_prompt(batch.prompt).mT)  # [N, P, K], [N, K, K]
+    found = []
+    for part, pair in zip(parts, tokens.pair.split(4096), strict=True):
+        projected, axes = head.project(part), basis[pair]
+        inside = projected @ axes
+        found.append(torch.cat([inside, (projected - inside @ axes.mT).norm(dim=-1, keepdim=True)], dim=-1))
+    return tokens, torch.cat(found), (F.pad(queries.mT, (0, 1)),)
+
+
 def adapt(model: RewardModel, support: Features, ids: list[str], config: Config) -> dict[str, Tensor]:
     """Only the mixtures move, so tokens and prompts are projected once."""
     fixed = []
@@ -123,10 +142,7 @@ def adapt(model: RewardModel, support: Features, ids: list[str], config: Config)
     def losses(probe: RewardModel, batch: Batch) -> Tensor:
         if not fixed:
             with torch.no_grad():
-                tokens = compared_tokens(batch, config)
-                projected = torch.cat([probe.head.project(part) for part in tokens.states.split(4096)])
-                prompt = () if batch.prompt is None else (probe.head.project_prompt(batch.prompt),)
-                fixed.extend((tokens._replace(states=None), projected, prompt))
+                fixed.extend(projections(probe.head, batch, config))
         tokens, projected, prompt = fixed
         return pair_losses(probe.head, projected, probe.head.target(batch.user, *prompt), tokens, config)
 
