@@ -292,9 +292,10 @@ def run(cell: Cell, places: Places) -> dict:
 
 
 def without_quotation(answer: dict) -> dict:
-    """An answer that repeats much of what its authors wrote keeps its numbers and the digest of its text, not the text."""
-    quotes = answer["copied"] >= min(QUOTED, max(answer["words"], 1))
-    return {**answer, "text": None} if quotes else answer
+    """An answer that repeats much of what its authors wrote, or a whole title, keeps numbers and a digest, not its text."""
+    kept = {name: value for name, value in answer.items() if name != "quotes"}
+    quotes = answer["quotes"] or answer["copied"] >= min(QUOTED, max(answer["words"], 1))
+    return {**kept, "text": None} if quotes else kept
 
 
 def blind(cell: Cell, places: Places) -> dict:

@@ -100,7 +100,7 @@ def test_the_whole_path_and_nothing_twice(stages, capsys):
     assert found["win_rate"]["n"] == 5 and 0 <= found["win_rate"]["win_rate"] + found["win_rate"]["tie_rate"] <= 100
     written = result["values"]["answers"]
     assert found["rouge1"] == pytest.approx(sum(a["rouge1"] for a in written) / 5, abs=0.01)
-    names = {"user_id", "pair_id", "text", "digest", "words", "copied", "rouge1", "rougeL", "bertscore"}
+    names = {"user_id", "pair_id", "text", "digest", "words", "copied", "quotes", "rouge1", "rougeL", "bertscore"}
     assert all(set(a) == names for a in written) and 0 <= found["cut"] <= 100
     # Answers that are not this model's, of another weight, twice there or no answers at all are refused.
     other = [*steps["evaluate"][:-1], str(folder / "other.json")]

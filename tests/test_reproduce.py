@@ -130,11 +130,23 @@ def test_an_answer_that_quotes_its_prompt_loses_its_text(quoted, reproduce):
     text = " ".join([*prompt.split()[5 : 5 + quoted], "and", "something", "of", "its", "own"])
     run, length = copied(text.upper(), ["nothing about this", prompt])
     assert (run, length) == (quoted, quoted + 5)
-    kept = reproduce.without_quotation({"text": text, "copied": run, "words": length, "digest": "d"})
+    own = {"text": text, "copied": run, "words": length, "digest": "d"}
+    kept = reproduce.without_quotation({**own, "quotes": False})
     assert kept["text"] == (text if quoted < 8 else None) and kept["digest"] == "d"
-    whole = {"text": "word3 word4", "copied": 2, "words": 2}
+    assert reproduce.without_quotation({**own, "quotes": True}) == {**own, "text": None}
+    whole = {"text": "word3 word4", "copied": 2, "words": 2, "quotes": False}
     assert reproduce.without_quotation(whole)["text"] is None, "nothing of it is ours"
-    assert reproduce.without_quotation({"text": "", "copied": 0, "words": 0})["text"] == ""
+    assert reproduce.without_quotation({"text": "", "copied": 0, "words": 0, "quotes": False})["text"] == ""
+
+
+def test_a_whole_title_is_a_quotation():
+    from pyargs.metrics.overlap import quotes
+
+    title = "SpeedRead: a fast pipeline"
+    assert quotes("We present speedread, a FAST pipeline for names", ["something else", title], 4)
+    assert not quotes("SpeedRead: a fast pipe", [title], 4) and not quotes("a fast pipeline", [title], 4)
+    assert not quotes("of a fast pipeline", ["a fast pipeline"], 4), "three words are anybody's"
+    assert not quotes("", [title, ""], 4)
 
 
 def test_a_cell_holds_no_text_of_the_data(smoke, reproduce, places):

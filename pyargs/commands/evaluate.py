@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+WHOLE = 4  # words from which a source that stands in an answer is a quotation: shorter titles are anybody's words
+
 
 def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
     from pyargs.commands import add_data, add_policy
@@ -84,7 +86,7 @@ def _generations(args: argparse.Namespace, model, policy, rows, weight: float | 
     from pyargs import files
     from pyargs.errors import PyargsError
     from pyargs.lm.encode import encode_prompt
-    from pyargs.metrics.overlap import bertscore, copied, rouge
+    from pyargs.metrics.overlap import bertscore, copied, quotes, rouge
     from pyargs.metrics.perplexity import perplexity
     from pyargs.metrics.win_rate import win_rate
 
@@ -137,7 +139,8 @@ def _generations(args: argparse.Namespace, model, policy, rows, weight: float | 
         run, length = copied(line["text"], sources)
         singles.append({
             **{name: line[name] for name in ("user_id", "pair_id", "text")}, "digest": files.short_hash(line["text"]),
-            "words": length, "copied": run, **{name: round(v[i], 2) for name, v in each.items()},
+            "words": length, "copied": run, "quotes": quotes(line["text"], sources, WHOLE),
+            **{name: round(v[i], 2) for name, v in each.items()},
         })  # fmt: skip
     return {"generations": found, "answers": singles}
 

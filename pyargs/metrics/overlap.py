@@ -78,6 +78,13 @@ def copied(text: str, sources: Sequence[str]) -> tuple[int, int]:
     return longest, len(own)
 
 
+def quotes(text: str, sources: Sequence[str], least: int) -> bool:
+    """Whether a text has one of the sources that have at least `least` words in it as a whole; case does not count."""
+    own = f" {' '.join(words(text))} "
+    whole = (words(source) for source in sources)
+    return any(len(source) >= least and f" {' '.join(source)} " in own for source in whole)
+
+
 def _scorer(model: str, rescale: bool, device: str | None):
     """bert-score's scorer and the layer that it reads."""
     from bert_score import BERTScorer
