@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from typing import NamedTuple
 
 from pyargs import data, fit
 from pyargs.config import add_options, from_args
@@ -71,31 +72,54 @@ def tokens(row, settings: dict, size: dict) -> int:
     return total + answers * 4 * (prompt + length)  # written by policy and reward model, judged by both
 
 
-def plan(
-    cells: list[tuple[str, tuple, int | None, float | None]], measured: list[tuple[int, float]], workers: int = 1
-) -> dict:
-    """What the cells that are left take. cells: name, stages, tokens (None where the data are not there), seconds that the
-    same row took with another seed; measured: tokens and seconds of rows that are done; workers: that share the cells.
+class Left(NamedTuple):
+    """A cell that is left: its name, stages, what it trains ("head", "language model", "nothing"), tokens (None where the data
+    are not there), and the seconds that the same row took with another seed."""
 
-    Hours are those seconds, or tokens by the tokens per second of all rows; without any the rate is said that would do.
+    name: str
+    stages: tuple
+    trains: str
+    tokens: int | None
+    seconds: float | None
+
+
+def trains(row) -> str:
+    if row is None or row[0] == "icl":
+        return "nothing"
+    return "head" if row[1].get("freeze_backbone") else "language model"
+
+
+def plan(left: list[Left], measured: list[tuple[str, int, float]], workers: int = 1) -> dict:
+    """What the cells that are left take. measured: what they train, tokens and seconds of rows that are done; workers: that
+    share the cells.
+
+    Hours are the seconds of the same row, or tokens by the tokens per second of rows that train the same; cells with neither
+    are counted. Where none is measured the rate is said that would do.
     """
-    measured = [(count, seconds) for count, seconds in measured if count and seconds]
-    rate = sum(count for count, _ in measured) / sum(seconds for _, seconds in measured) if measured else None
-    total = sum(count or 0 for *_, count, _ in cells)
-    missing = sum(count is None for *_, count, _ in cells)
-    needed = sum(seconds or (count or 0) / rate for *_, count, seconds in cells) / workers if rate else None
+    rates = {}
+    for kind in dict.fromkeys(kind for kind, tokens, seconds in measured if tokens and seconds):
+        own = [(tokens, seconds) for other, tokens, seconds in measured if other == kind and tokens and seconds]
+        rates[kind] = sum(tokens for tokens, _ in own) / sum(seconds for _, seconds in own)
+    total, missing = sum(one.tokens or 0 for one in left), sum(one.tokens is None for one in left)
+
+    def needs(one: Left) -> float | None:
+        if one.seconds or not one.stages:
+            return one.seconds or 0.0
+        return one.tokens / rates[one.trains] if one.tokens and one.trains in rates else None
+
+    seconds = [needs(one) for one in left]
+    unknown, hours = seconds.count(None), sum(filter(None, seconds)) / workers / 3600
     lines = [
-        {"cell": name, "stages": list(stages), "tokens": count, "minutes": None if not seconds else round(seconds / 60, 1)}
-        for name, stages, count, seconds in cells
+        {"cell": one.name, "stages": list(one.stages), "tokens": one.tokens, "minutes": took and round(took / 60, 1)}
+        for one, took in zip(left, seconds, strict=True)
     ]
     found = {
-        "cells": lines,
-        "tokens": total, "cells_without_data": missing, "workers": workers,
-        "tokens_per_second": None if rate is None else round(rate),
-        "hours": None if rate is None else round(needed / 3600, 2),
-        "fits_30_minutes_of_a_gpu": None if rate is None else needed < 60 * GPU_MINUTES,
+        "cells": lines, "tokens": total, "cells_without_data": missing, "cells_without_estimate": unknown, "workers": workers,
+        "tokens_per_second": {kind: round(rate) for kind, rate in rates.items()},
+        "hours": round(hours, 2) if rates or not unknown else None,
+        "fits_30_minutes_of_a_gpu": None if unknown else hours < GPU_MINUTES / 60,
     }  # fmt: skip
-    if rate is None and not missing:
+    if not rates and total and not missing:
         found["note"] = (
             f"no cell of this profile has been measured: {total / 60 / GPU_MINUTES:.0f} tokens/s would fit 30 minutes"
         )

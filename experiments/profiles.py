@@ -10,6 +10,8 @@ model).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 ZERO_SHOT = {"Zero-Shot": ("icl", {"shots": 0})}
 HEADS = {
     "Global RM": ("global_rm", {}),
@@ -91,7 +93,7 @@ CPU_SETS = {
         **CPU, "stands_for": "PRISM", "needs": "{shared}/hh_rlhf_users",
         "data": ["--data", "hh_rlhf_users", "--source", "{shared}/hh_rlhf_users/two_types_prefs.jsonl.gz"],
         "about": "hh_rlhf_users/two_types_prefs: dialogues of HH-RLHF, 40 + 20 constructed users who want helpful or harmless",
-        "rows": {**ZERO_SHOT, **FROZEN, **BLIND}, "once": [],
+        "rows": {**ZERO_SHOT, **FROZEN, **UNGUIDED, **BLIND}, "once": [],
         "tune": ["--prompts", "24", "--max-new-tokens", "24"], "decode": None,
     },
     "same_content": {
@@ -170,3 +172,33 @@ PROFILES = {
     "gpu": {"workers": 1, "seeds": [0, 1, 2], "dtype": "bfloat16", "sets": GPU_SETS},
     "paper": {"workers": 1, "seeds": [0, 1, 2], "dtype": "bfloat16", "sets": PAPER_SETS},
 }
+
+# -- cells: one row with one seed each ---------------------------------------------------------------------------------------
+
+
+class Cell(NamedTuple):
+    profile: str
+    set: str
+    policy: str
+    row: str
+    seed: int
+
+    def name(self) -> str:
+        return f"{self.set} / {self.policy} / {self.row} / seed {self.seed}"
+
+    def settings(self) -> dict:
+        return PROFILES[self.profile]["sets"][self.set]
+
+
+def cells(profile: str) -> list[Cell]:
+    """In the order in which they are run: a set's unguided row first, since the others are compared with it."""
+    found = []
+    for name, settings in PROFILES[profile]["sets"].items():
+        for number, seed in enumerate(PROFILES[profile]["seeds"]):
+            for policy in settings["policies"]:
+                for row, method in settings["rows"].items():
+                    once = row in settings["once"] or method is None or row == "Zero-Shot"
+                    own = method is not None and method[0] == "pdpo" and policy != settings["backbone"]
+                    if not (once and number) and not own:
+                        found.append(Cell(profile, name, policy, row, seed))
+    return found

@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import estimate
 from filelock import FileLock
-from profiles import PROFILES
+from profiles import PROFILES, Cell, cells
 from tqdm import tqdm
 
 from pyargs import cli, data, files, fit
@@ -43,38 +43,10 @@ KILLED = 3  # times that workers may be killed before the cells in hand count as
 QUOTED = 8  # words in a row from the data that make an answer the authors' text rather than ours
 
 
-class Cell(NamedTuple):
-    profile: str
-    set: str
-    policy: str
-    row: str
-    seed: int
-
-    def name(self) -> str:
-        return f"{self.set} / {self.policy} / {self.row} / seed {self.seed}"
-
-    def settings(self) -> dict:
-        return PROFILES[self.profile]["sets"][self.set]
-
-
 class Places(NamedTuple):
     shared: Path
     work: Path
     results: Path
-
-
-def cells(profile: str) -> list[Cell]:
-    """In the order in which they are run: a set's unguided row first, since the others are compared with it."""
-    found = []
-    for name, settings in PROFILES[profile]["sets"].items():
-        for number, seed in enumerate(PROFILES[profile]["seeds"]):
-            for policy in settings["policies"]:
-                for row, method in settings["rows"].items():
-                    once = row in settings["once"] or method is None or row == "Zero-Shot"
-                    own = method is not None and method[0] == "pdpo" and policy != settings["backbone"]
-                    if not (once and number) and not own:
-                        found.append(Cell(profile, name, policy, row, seed))
-    return found
 
 
 # -- stages ----------------------------------------------------------------------------------------------------------------
@@ -192,8 +164,14 @@ def prepare(name: str, profile: str, places: Places) -> bool:
         print(f"{name}: no data at {source}: skipped", file=sys.stderr)
         return False
     if "build" in settings:
-        command("data", "build", *(word.format(**places_of) for word in settings["build"]), "--out", str(built))
+        command(*build_words(settings, places))
     return True
+
+
+def build_words(settings: dict, places: Places) -> list[str]:
+    """Words of the `pyargs` that builds a set."""
+    of = {"shared": places.shared, "work": places.work}
+    return ["data", "build", *(word.format(**of) for word in settings["build"]), "--out", settings["data"][1].format(**of)]
 
 
 # -- cells -----------------------------------------------------------------------------------------------------------------
@@ -247,7 +225,8 @@ def written(cell: Cell, places: Places) -> dict:
         found = files.read_json(file) if file.exists() else {}
     except PyargsError:
         return {}
-    return found if isinstance(found, dict) else {}
+    whole = isinstance(found, dict) and all(isinstance(found.get(name), dict) for name in ("key", "values"))
+    return found if whole and isinstance(found.get("seconds", {}), dict) else {}
 
 
 def done(cell: Cell, places: Places, built: bool = True) -> bool:
@@ -376,8 +355,10 @@ def size(cell: Cell, places: Places) -> dict:
         return estimate.sizes(load(data_words(cell, places)))
     except PyargsError as error:
         settings = cell.settings()
-        words = " ".join(settings.get("build", []))
-        found = {"not there yet": f"is built first: pyargs data build {words}" if words else str(error)}
+        words = f"is built first: pyargs {' '.join(build_words(settings, places))}" if "build" in settings else ""
+        if settings["needs"] and not (source := Path(settings["needs"].format(shared=places.shared))).exists():
+            words = f"no data at {source}: the run skips this set until they are there"
+        found = {"not there yet": words or str(error)}
         if "counted" in settings:
             found |= estimate.counted(files.read_json(HERE / "results/data_statistics.json")["sets"][settings["counted"]])
         return found
@@ -385,7 +366,7 @@ def size(cell: Cell, places: Places) -> dict:
 
 def plan(asked: list[Cell], places: Places, workers: int) -> dict:
     """What is left of the cells, with sizes, and what it would take (`estimate.plan`)."""
-    sizes, lines, finished = {}, [], 0
+    sizes, left, finished = {}, [], 0
     taken: dict[tuple, list[float]] = {}
     for cell in asked:
         if seconds := written(cell, places).get("seconds"):
@@ -399,14 +380,17 @@ def plan(asked: list[Cell], places: Places, workers: int) -> dict:
             continue
         count = estimate.tokens(settings["rows"][cell.row], settings, sizes[cell.set]) if known else None
         steps = () if cell.row in NO_POLICY else stages(cell, places)
-        measured = taken.get((cell.set, cell.row))
-        lines.append((cell.name(), steps, count if steps else 0, sum(measured) / len(measured) if measured else None))
+        same = taken.get((cell.set, cell.row))
+        seconds = sum(same) / len(same) if same else None
+        row = settings["rows"][cell.row]
+        left.append(estimate.Left(cell.name(), tuple(steps), estimate.trains(row), count if steps else 0, seconds))
     sets = PROFILES[asked[0].profile]["sets"]
-    both = [
-        (estimate.tokens(sets[name]["rows"][row], sets[name], sizes[name]), sum(seconds) / len(seconds))
-        for (name, row), seconds in taken.items() if "pairs" in sizes[name]
-    ]  # fmt: skip
-    return {"done": finished, "sets": sizes, **estimate.plan(lines, both, workers)}
+    measured = []
+    for (name, row), seconds in taken.items():
+        if "pairs" in sizes[name]:
+            of = sets[name]["rows"][row]
+            measured.append((estimate.trains(of), estimate.tokens(of, sets[name], sizes[name]), sum(seconds) / len(seconds)))
+    return {"done": finished, "sets": sizes, **estimate.plan(left, measured, workers)}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -433,12 +417,13 @@ def main(argv: list[str] | None = None) -> int:
         and (args.seeds is None or cell.seed in args.seeds)
     ]  # fmt: skip
     if not asked:
-        parser.error(f"no cell of profile {args.profile} is all of that: its seeds are {profile['seeds']}")
+        has = "; ".join(f"{name}: {', '.join(of['rows'])}" for name, of in profile["sets"].items())
+        parser.error(f"no cell of profile {args.profile} is all of that: its seeds are {profile['seeds']}, its rows {has}")
     if args.workers is not None and args.workers < 1:
         parser.error(f"--workers must be at least 1, got {args.workers}")
     workers = args.workers or profile["workers"]
     if args.dry_run:
-        print(json.dumps(plan(asked, places, workers), indent=1))
+        print(json.dumps(plan(asked, places, min(workers, os.cpu_count() or 1)), indent=1))
         return 0
     there = {name: prepare(name, args.profile, places) for name in dict.fromkeys(cell.set for cell in asked)}
     asked = [cell for cell in asked if there[cell.set]]

@@ -63,7 +63,7 @@ def read_json(path: str | Path):
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise PyargsError(f"{path} does not exist") from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError, OSError) as error:  # neither JSON nor UTF-8, nested without end, a folder
         raise PyargsError(f"{path} is not JSON: {error}") from error
 
 

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import random
 import re
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from statistics import quantiles
@@ -22,13 +19,11 @@ from pyargs.claims import VERDICTS, findings
 from pyargs.claims.verdicts import LEAST, LEAST_SEEDS, name
 from pyargs.errors import PyargsError
 from pyargs.figures import figure
-from pyargs.tables import NAMES, table
+from pyargs.tables import NAMES, planned, table
 from pyargs.tables.render import shown
 from pyargs.tables.specs import LAMP, LORA, METRICS, SCORERS, UNGUIDED
-from pyargs.tables.words import backbones, listed
+from pyargs.tables.words import backbones, listed, with_seeds
 
-# The project's own, in the source tree that pyargs is installed from: what stands beside other results is not executed.
-REPRODUCE = Path(__file__).resolve().parent.parent / "experiments/reproduce.py"
 ORDER = (*LAMP, *LORA, UNGUIDED, *SCORERS)
 USERS, PROMPTS = 4, 2  # whose answers are shown, and how many of each
 FIGURES = {
@@ -125,22 +120,14 @@ def _distinct(words: list[str]) -> list[str]:
 
 def _grid(profile: str, cells: list[dict]) -> dict | None:
     """How many cells the profile has to have, and which of them are not there, by set; None without a source tree to tell."""
-    if not REPRODUCE.is_file():
+    told = planned.cells(profile)
+    if told is None:
         return None
-    # In a process of its own: the scripts' modules have names that anything may have.
-    asked = f"import json, reproduce; print(json.dumps([cell._asdict() for cell in reproduce.cells({profile!r})]))"
-    told = subprocess.run([sys.executable, "-c", asked], cwd=REPRODUCE.parent, capture_output=True, text=True)
-    if told.returncode:
-        raise PyargsError(f"{REPRODUCE} does not tell the profile's cells: {told.stderr.strip().splitlines()[-1:]}; mend it")
-    planned, there = json.loads(told.stdout.splitlines()[-1]), {name(cell) for cell in cells}
-    absent = [one for one in planned if name(one) not in there]
-    missing: dict[str, dict[str, set[int]]] = {}
-    for one in absent:
-        missing.setdefault(one["set"], {}).setdefault(one["row"], set()).add(one["seed"])
-    seeds = lambda found: f"seed{'s' * (len(found) > 1)} {', '.join(map(str, sorted(found)))}"  # noqa: E731
+    absent = planned.absent(profile, cells)
+    sets = dict.fromkeys(one["set"] for one in absent)
+    missing = {name: with_seeds(planned.seeds(one for one in absent if one["set"] == name)) for name in sets}
     return {
-        "cells": len(planned), "there": len(planned) - len(absent), "command": results.command(profile),
-        "missing": {name: [f"{row} ({seeds(found)})" for row, found in rows.items()] for name, rows in missing.items()},
+        "cells": len(told), "there": len(told) - len(absent), "command": results.command(profile), "missing": missing,
     }  # fmt: skip
 
 

@@ -42,7 +42,13 @@ def read(folder: str | Path) -> list[dict]:
 def of_paper(folder: str | Path) -> tuple[Path, dict | None]:
     """Where the paper's numbers belong, beside a results folder, and the numbers if they are there."""
     path = Path(folder).absolute().parent / "expected/paper.json"
-    return path, files.read_json(path) if path.is_file() else None
+    if not path.is_file():
+        return path, None
+    found = files.read_json(path)
+    tables = found.get("tables") if isinstance(found, dict) else None  # what Table 6 holds is elsewhere
+    if not isinstance(tables, dict) or not {str(number) for number in range(1, 13) if number != 6} <= set(tables):
+        raise PyargsError(f"{path} does not hold the paper's tables: `python experiments/paper_numbers.py` makes it")
+    return path, found
 
 
 def slug(name: str) -> str:
@@ -375,6 +381,7 @@ def _problems(cell: dict):
                 yield from _number(side, "values.generations.win_rate.tokens")
     if not isinstance(generations.get("bertscore_model"), str | None):
         yield "values.generations.bertscore_model", "is not text"
+    yield from _means(generations, cell.get("answers") or [])
     for number, answer in enumerate(cell.get("answers") or []):
         lacking = [one for one in ("user_id", "pair_id") if not isinstance((_dict(answer) or {}).get(one), str)]
         if lacking:
@@ -383,6 +390,19 @@ def _problems(cell: dict):
             yield from _text(answer, f"answers[{number}]")
             for name in TEXT:
                 yield from _number(answer.get(name), f"answers[{number}].{name}")
+
+
+def _means(generations: dict, answers: list):
+    """ROUGE is a percentage, and what is said of all answers is the mean over them."""
+    for name in ("rouge1", "rougeL", "bertscore"):
+        value = generations.get(name)
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            continue  # absent, or said already
+        if name != "bertscore" and not 0 <= value <= 100:
+            yield f"values.generations.{name}", f"is {value}, no percentage"
+        each = [answer.get(name) for answer in answers if isinstance(answer, dict)]
+        if each and all(isinstance(one, int | float) for one in each) and abs(sum(each) / len(each) - value) > 0.01:
+            yield f"values.generations.{name}", f"is {value}, which is not the mean of the answers' values"
 
 
 def _text(answer: dict, name: str):

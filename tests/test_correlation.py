@@ -126,6 +126,14 @@ def test_a_difference_is_paired():
         user_difference(own, {"0": [1]})
 
 
+def test_rows_that_are_the_same_differ_by_nothing():
+    """Whatever the order in which their values are added up, and however many seeds they have."""
+    draw = np.random.default_rng(0)
+    own = {str(n): list(draw.uniform(0, 90, 17)) for n in range(10)}
+    found = user_difference({user: values * 3 for user, values in own.items()}, own, widened=True)
+    assert (found["mean"], found["low"], found["high"]) == (0, 0, 0) and str(found["low"]) == "0.0"
+
+
 def test_a_widened_interval_covers_what_it_should():
     """Means of ten users each: the plain interval misses the truth too often, the widened one does not."""
     draw, missed = np.random.default_rng(0), {False: 0, True: 0}

@@ -34,7 +34,7 @@ from pyargs.claims.verdicts import (
     within,
 )
 from pyargs.errors import PyargsError
-from pyargs.tables import table
+from pyargs.tables import planned, table
 from pyargs.tables.render import shown
 from pyargs.tables.specs import GUIDES, PRISM_EIGHT, PRISM_ROWS, TLDR_EIGHT, UNGUIDED
 
@@ -443,14 +443,14 @@ def test_texts_that_are_left_out(tmp_path, pairs):
 
 def test_a_script_beside_the_results_is_not_executed(tmp_path):
     made.write(tmp_path / "results", made.cell("word overlap", provenance={"hardware": {"cpu": "x", "threads": 1}}))
-    (tmp_path / "reproduce.py").write_text("open('planted', 'w')\ndef cells(profile): return []\n", encoding="utf-8")
+    (tmp_path / "profiles.py").write_text("open('planted', 'w')\ndef cells(profile): return []\n", encoding="utf-8")
     found = report.report(tmp_path / "results")
     assert not (tmp_path / "planted").exists() and found["grid"]["cells"] > 50, "the project's own tells the grid"
     assert found["summary"]["hardware"] == ["x, 1 thread"]
 
 
 def test_one_cell_alone_and_no_paper_beside_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "REPRODUCE", tmp_path / "reproduce.py")  # as without a source tree
+    monkeypatch.setattr(planned, "PROFILES", tmp_path / "profiles.py")  # as without a source tree
     made.write(tmp_path / "results", made.cell("word overlap"))
     found = report.report(tmp_path / "results")
     report.write(tmp_path / "a.html", found)

@@ -109,9 +109,10 @@ def test_a_killed_cell_goes_on_where_it_was(smoke, reproduce, places, monkeypatc
     for name in ("data", "row", "tune", "models", "stands_for", "compared_with", "recipe"):
         files.write_json(reproduce.result_file(cell, places), {**old, "key": {**old["key"], name: "other"}})
         assert not reproduce.done(cell, places)
-    for text in ("", "[]", "{}", '{"key"'):
-        reproduce.result_file(cell, places).write_text(text)
-        assert not reproduce.done(cell, places)
+    for text in (b"", b"[]", b"{}", b'{"key"', b'{"key": "abc"}', b'{"key": {}, "values": {}, "seconds": 5}', b"\xff\xfe"):
+        reproduce.result_file(cell, places).write_bytes(text)
+        assert not reproduce.done(cell, places) and not reproduce.done(cell, places, built=False)
+        assert not reproduce.written(cell, places)
     # With other settings the stages that depend on them are made again, and no others.
     del done[:]
     settings = reproduce.PROFILES["smoke"]["sets"]["synthetic"]
@@ -171,13 +172,16 @@ def test_a_dry_run_begins_nothing_and_missing_data_are_said(reproduce, tmp_path,
     assert reproduce.main(["gpu", "--dry-run", *words]) == 0
     plan = json.loads(capsys.readouterr().out)
     sizes = plan["sets"]["pref_lamp"]
-    assert sizes["users"] == 611 and sizes["pairs"]["query"] > 1000 and "is built first" in sizes["not there yet"]
+    assert sizes["users"] == 611 and sizes["pairs"]["query"] > 1000 and "no data at" in sizes["not there yet"]
     tokens = {line["cell"].split(" / ")[2]: line["tokens"] for line in plan["cells"]}
     assert tokens["GenARM"] > tokens["LoRE"] > tokens["Zero-Shot"] > sizes["pairs"]["query"] * sizes["prompt_tokens"]
     words[-1] = str(EXPERIMENTS / "results")
+    (tmp_path / "nowhere/pref_lamp_like/ci").mkdir(parents=True)
     assert reproduce.main(["cpu", "--sets", "same_content", "--dry-run", *words]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["done"] == len([cell for cell in reproduce.cells("cpu") if cell.set == "same_content"]) and not plan["cells"]
+    said = plan["sets"]["same_content"]["not there yet"]
+    assert said.startswith("is built first: pyargs data build pref_lamp --source") and "{" not in said and "--out" in said
     assert reproduce.main(["cpu", "--sets", "length_prefs", *words]) == 0
     out = capsys.readouterr()
     assert "no data at" in out.err and json.loads(out.out)["cells"] == 0
@@ -212,7 +216,7 @@ def test_a_cell_that_fails_does_not_stop_the_others(reproduce, tmp_path, capsys)
 
 
 def test_measured_cells_tell_the_hours(reproduce):
-    from estimate import plan, sizes, tokens
+    from estimate import Left, plan, sizes, tokens, trains
 
     import pyargs.data
 
@@ -220,10 +224,21 @@ def test_measured_cells_tell_the_hours(reproduce):
     settings = reproduce.PROFILES["smoke"]["sets"]["synthetic"]
     count = {name: tokens(row, settings, size) for name, row in settings["rows"].items()}
     assert count["LoRE, LoRA"] > count["LoRE"] > 0 and count["ICL"] > count["Zero-Shot"]
-    found = plan([("a", ("train",), 1000, 3600.0), ("b", ("train",), 360_000, None)], [(1000, 10.0)])
-    assert found["tokens_per_second"] == 100 and found["hours"] == 2.0 and found["fits_30_minutes_of_a_gpu"] is False
-    assert plan([("a", ("train",), 1000, 3600.0)], [(1000, 10.0)], workers=2)["hours"] == 0.5
-    assert plan([("a", ("train",), 1800, None)], [])["hours"] is None
+    assert {trains(row) for row in settings["rows"].values()} == {"nothing", "head", "language model"}
+    measured = [("head", 1000, 10.0), ("nothing", 1000, 1.0)]
+    known, like, other = (
+        Left("a", ("train",), "head", 1000, 3600.0), Left("b", ("train",), "head", 360_000, None),
+        Left("c", ("decode",), "nothing", 3_600_000, None),
+    )  # fmt: skip
+    found = plan([known, like, other], measured)
+    assert found["tokens_per_second"] == {"head": 100, "nothing": 1000} and found["cells_without_estimate"] == 0
+    assert [line["minutes"] for line in found["cells"]] == [60, 60, 60] and found["hours"] == 3.0
+    assert found["fits_30_minutes_of_a_gpu"] is False and plan([known], measured, workers=2)["hours"] == 0.5
+    lora = plan([known, Left("d", ("train",), "language model", 5, None), Left("e", ("train",), "head", 0, None)], measured)
+    assert lora["hours"] == 1.0 and lora["cells_without_estimate"] == 2 and lora["fits_30_minutes_of_a_gpu"] is None
+    nothing = plan([like], [])
+    assert nothing["hours"] is None and nothing["note"].endswith("200 tokens/s would fit 30 minutes")
+    assert "note" not in plan([Left("e", ("train",), "head", 0, None)], [])
 
 
 def children(pid: int) -> list[int]:

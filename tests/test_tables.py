@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import shlex
 from collections import Counter
 from pathlib import Path
 from statistics import mean, stdev
@@ -19,9 +20,10 @@ from pyargs import cli, files, results
 from pyargs.errors import PyargsError
 from pyargs.metrics.bootstrap import user_interval
 from pyargs.metrics.correlation import correlate_methods
-from pyargs.tables import NAMES, table
+from pyargs.tables import NAMES, planned, table
 from pyargs.tables.render import MISSING, OURS, Column, Table, as_csv, escape, latex, markdown
 from pyargs.tables.specs import GUIDES, SPECS, TLDR_EIGHT
+from pyargs.tables.words import makes
 
 ROOT = Path(__file__).resolve().parent.parent
 SETS = {"pref_lamp": "Pref-LaMP", "length_prefs": "TLDR", "two_types": "PRISM", "same_content": None}
@@ -246,12 +248,29 @@ def test_a_missing_row_names_its_command(folder, tmp_path):
     found, about = table("4", tmp_path)
     assert about["missing"] == ["Global RM-v2", "VPL"]
     assert row_of(found, "VPL")["rm_accuracy"] == row_of(found, "VPL")["weight"] == MISSING
-    (note,) = [note for note in found.notes if note.startswith("Missing")]
+    note, seeds = [note for note in found.notes if note.startswith("Missing")]
     assert "`runs/reproduce.sh cpu --only 'Global RM-v2' VPL --sets pref_lamp`" in note
+    assert "LoRE (seeds 1, 2); " in seeds and "--only 'Global RM' LoRE " in seeds and "Zero-Shot" not in seeds
     assert row_of(found, "PAL").get("policy_accuracy") is None, "PAL can not guide: nothing is missing"
     assert any("paper.json" in note for note in found.notes)  # not beside these results
     text = markdown(found)
     assert text.count(MISSING) > 8 and "| VPL | —" in text
+
+
+def test_a_row_that_the_profile_does_not_run_names_one_that_does(tmp_path):
+    """Of what the command names every row has a cell, so that none is refused or left out."""
+    sets = {"2": ("length_prefs", "TLDR"), "7": ("two_types", "PRISM")}
+    for name, (own, data) in sets.items():
+        made.write(tmp_path, made.cell("LoRE", set=own, stands_for=data))
+        (note,) = [n for n in table(name, tmp_path)[0].notes if n.startswith("Missing") and "VPL" in n]
+        for line in re.findall(r"`runs/reproduce.sh (.*?)`", note):
+            profile, _, *words = shlex.split(line)
+            rows, named = words[: words.index("--sets")], words[words.index("--sets") + 1 :]
+            assert rows and set(rows) <= {cell["row"] for cell in planned.cells(profile) if cell["set"] in named}
+        assert ("paper --only P-DPO --sets tldr" in note) == (name == "2")
+    assert makes("paper", ["LoRE", "Nobody"], ["prism"]) == (
+        "`runs/reproduce.sh paper --only LoRE --sets prism`; no profile runs Nobody on these data (experiments/profiles.py)"
+    )
 
 
 def test_a_missing_value_is_named(tmp_path):
@@ -430,6 +449,8 @@ DAMAGE = {
     "values.generations.win_rate": lambda c: c["values"]["generations"].update(win_rate={}),
     "values.generations.win_rate.each": lambda c: c["values"]["generations"]["win_rate"].update(each={"user 0": "x"}),
     "values.generations.win_rate.win_rate": lambda c: c["values"]["generations"]["win_rate"].update(win_rate=-1.0),
+    "values.generations.rouge1 ": lambda c: c["values"]["generations"].update(rouge1=90.0),
+    "values.generations.rougeL ": lambda c: (c.pop("answers"), c["values"]["generations"].update(rougeL=-5.0)),
     "values.relative": lambda c: c["values"].update(relative=[1]),
     "answers[3]": lambda c: c["answers"].__setitem__(3, {}),
     "answers": lambda c: c.update(answers=5),
@@ -475,6 +496,23 @@ def test_half_a_file_and_no_cell(tmp_path):
     path.write_text("[]")
     with pytest.raises(PyargsError, match="lore-0.json is no cell"):
         results.read(tmp_path)
+    for damage in (b"\xff\xfe", b"[" * 100_000):
+        path.write_bytes(damage)
+        with pytest.raises(PyargsError, match="lore-0.json is not JSON"):
+            results.read(tmp_path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(PyargsError, match="lore-0.json is not JSON"):
+        results.read(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"tables": {}}', '{"tables": {"1": {}}}'])
+def test_paper_numbers_that_are_none(text, tmp_path):
+    made.write(tmp_path / "results", made.cell("MPU"))
+    (tmp_path / "expected").mkdir()
+    (tmp_path / "expected/paper.json").write_text(text)
+    with pytest.raises(PyargsError, match="does not hold the paper's tables"):
+        table("9", tmp_path / "results")
 
 
 def test_cut_answers_are_said(tmp_path):

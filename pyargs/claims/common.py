@@ -23,7 +23,7 @@ from pyargs.claims.verdicts import (
     within,
 )
 from pyargs.tables.specs import GUIDES, SCALES
-from pyargs.tables.words import listed, number_or_range
+from pyargs.tables.words import listed, makes, number_or_range
 
 # What words such as "almost identical" are taken to mean (defaults: the paper gives no numbers for them).
 SAME_ROUGE = 1.0  # points of ROUGE-1
@@ -78,9 +78,9 @@ def claim(
 
 def missing(world: World, lacking: list[str], data: str) -> str:
     """What lacks, and the command that makes it. lacking: rows, perhaps with words behind: "LoRE on TLDR", "MPU with .."."""
-    sets = sorted({cell["set"] for cell in world.sets.get(data, [])})
+    sets = {cell["set"] for cell in world.sets.get(data, [])}
     rows = dict.fromkeys(re.split(r" (?:on|with) ", one)[0] for one in lacking)
-    return f"Missing: {listed(dict.fromkeys(lacking))}. `{results.command(world.profile, rows, sets)}`"
+    return f"Missing: {listed(dict.fromkeys(lacking))}. {makes(world.profile, rows, sets)}"
 
 
 # --- comparisons of rows

@@ -250,4 +250,6 @@ def forward_step(model, ids: Tensor, mask: Tensor, cache, padded: bool, **more):
     if "position_ids" in known:
         inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     output = model(**{key: value for key, value in inputs.items() if key in known})
+    if output.get(name) is None:
+        raise PyargsError(f"{type(model).__name__} keeps its state to itself and returns no cache: it can not serve here")
     return output, output[name]

@@ -47,7 +47,7 @@ def user_difference(
         raise PyargsError("a difference over users needs the same users on both sides: these cells were made on other data")
     users = sorted(values)
     (sums, counts), (other_sums, other_counts) = _sums(values, users), _sums(others, users)
-    difference = float(sums.sum() / counts.sum() - other_sums.sum() / other_counts.sum())
+    difference = _exact(sums.sum() / counts.sum() - other_sums.sum() / other_counts.sum())
     found = {"mean": difference, "low": None, "high": None, "n": int(counts.sum()), "users": len(users)}
     if len(users) > 1:
         taken = resamples(len(users), draws, seed)
@@ -95,4 +95,9 @@ def _interval(mean: float, drawn: np.ndarray, level: float, widened_for: int | N
     ends = np.quantile(drawn, tails(level))
     if widened_for is not None:
         ends = mean + small_sample(widened_for, level) * (ends - mean)
-    return {"low": float(ends[0]), "high": float(ends[1])}
+    return {"low": _exact(ends[0]), "high": _exact(ends[1])}
+
+
+def _exact(value: float) -> float:
+    """Without what sums in another order leave of it: rows that are the same differ by 0."""
+    return round(float(value), 9) + 0.0

@@ -38,11 +38,11 @@ def methods(name: str, spec: Spec, cells: list[dict], paper: dict | None, profil
             lacking[row] = lacks
         rows.append({"row": row, **found, "seeds": _seeds(found)})
     columns = [Column("row", "method"), *(slot.column for slot in slots), Column("seeds", "seeds")]
-    notes = words.reading(spec, cells)
+    notes = words.reading(spec, [c for c in cells if c["policy"] in beside.values()] if beside else cells)
     if "rouge1" in spec.metrics:
         for scale, policy in beside.items():
             notes += words.controls([c for c in cells if c["policy"] == policy], paper, scale)
-    notes += words.missing(lacking, cells, profile, spec.data, beside)
+    notes += words.missing(lacking, [row["row"] for row in rows], cells, profile, spec.data, beside)
     caption = words.caption(f"Table {name}. {spec.title}", cells, profile, spec.data, beside)
     table = Table(caption, columns, rows, notes)
     if spec.pairs:

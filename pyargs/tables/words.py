@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from pyargs import results
+from pyargs.tables import planned
 from pyargs.tables.render import MISSING
 from pyargs.tables.specs import GUIDES, METRICS, UNGUIDED, Spec
 
@@ -143,13 +144,17 @@ def rounding(cells: list[dict]) -> str:
 
 
 def missing(
-    lacking: dict[str, list[str]], cells: list[dict], profile: str, data: str | None, beside: dict[str, str | None]
-) -> list[str]:
-    """A line for each set of rows that lack the same, with the command that makes them. lacking: row -> headings."""
+    lacking: dict[str, list[str]], rows: Iterable[str], cells: list[dict], profile: str, data: str | None,
+    beside: dict[str, str | None],
+) -> list[str]:  # fmt: skip
+    """A line for each set of rows that lack the same, and for seeds, with the commands that make them.
+
+    lacking: row -> headings; rows: all that the table shows.
+    """
     if not cells:
         what = f"no cells for {data}" if data else "no such cells"
-        makes = f"`{results.command(profile)}` makes what this profile has, `{results.command('paper')}` the paper's own sets"
-        return [f"Missing: all of ours. Profile {profile} has {what}; {makes}."]
+        said = f"`{results.command(profile)}` makes what this profile has, `{results.command('paper')}` the paper's own sets"
+        return [f"Missing: all of ours. Profile {profile} has {what}; {said}."]
     said = []
     without = [scale for scale, policy in beside.items() if policy is None]
     if without:
@@ -162,12 +167,44 @@ def missing(
     groups: dict[tuple[str, ...], list[str]] = {}
     for row, headings in lacking.items():
         groups.setdefault(tuple(headings) if any(c["row"] == row for c in cells) else (), []).append(row)
-    for headings, rows in groups.items():
+    sets = {c["set"] for c in cells}
+    for headings, alike in groups.items():
         what = f"{'; '.join(headings)} of " if headings else ""
-        said.append(f"Missing: {what}{listed(rows)}. `{results.command(profile, rows, sorted({c['set'] for c in cells}))}`")
-    if groups:
-        said.append(f"Where profile {profile} does not run a row on these data (experiments/profiles.py), a larger one does.")
+        said.append(f"Missing: {what}{listed(alike)}. {_sentence(makes(profile, alike, sets))}")
+    begun = {c["row"] for c in cells} & set(rows)
+    absent = planned.seeds(c for c in planned.absent(profile, cells) or () if c["set"] in sets and c["row"] in begun)
+    if absent:
+        said.append(f"Missing: {'; '.join(with_seeds(absent))}. {_sentence(makes(profile, absent, sets))}")
     return said
+
+
+def makes(profile: str, rows: Iterable[str], sets: Iterable[str]) -> str:
+    """What makes rows of these sets: a command of the profile, and of another one for rows that it does not run there."""
+    rows, sets = list(rows), sorted(sets)
+    told = planned.cells(profile)
+    runs = {one["row"] for one in told or () if one["set"] in sets} if told and sets else set(rows)
+    here, others = [row for row in rows if row in runs], [row for row in rows if row not in runs]
+    said = [f"`{results.command(profile, here, sets)}`"] if here else []
+    if others:
+        stands = {one["stands_for"] for one in told if one["set"] in sets} - {None}
+        for larger in results.PROFILES[: results.PROFILES.index(profile)][::-1]:
+            there = {one["row"]: one["set"] for one in planned.cells(larger) if one["stands_for"] in stands}
+            if both := [row for row in others if row in there]:
+                run = results.command(larger, both, sorted({there[row] for row in both}))
+                said.append(f"profile {profile} does not run {listed(both)} on these data, `{run}` does")
+                others = [row for row in others if row not in there]
+    if others:
+        said.append(f"no profile runs {listed(others)} on these data (experiments/profiles.py)")
+    return "; ".join(said)
+
+
+def with_seeds(lacking: dict[str, list[int]]) -> list[str]:
+    """Rows and their seeds: PAL (seeds 1, 2)."""
+    return [f"{row} (seed{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))})" for row, numbers in lacking.items()]
+
+
+def _sentence(text: str) -> str:
+    return text if text.startswith("`") else text[0].upper() + text[1:]
 
 
 def correlation_notes(spec: Spec, cells: list[dict]) -> list[str]:
