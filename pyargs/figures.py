@@ -13,7 +13,7 @@ from pathlib import Path
 from pyargs import files, results
 from pyargs.errors import PyargsError
 from pyargs.metrics.correlation import correlate_methods
-from pyargs.tables import words
+from pyargs.tables import planned, words
 from pyargs.tables.specs import GUIDES, LAMP, LORA, METRICS, SCALES, SPECS, UNGUIDED
 
 SHOTS = (0, 2, 4, 8, 16)
@@ -51,7 +51,8 @@ def save(made, path: str | Path) -> None:
 
 
 def _scatter(cells: list[dict], paper: dict, profile: str):
-    panels = []
+    panels, missing = [], set()
+    told = planned.cells(profile)
     for data in (*SCALES, None):  # None: our own sets
         for name in sorted({c["set"] for c in cells if c["stands_for"] == data}):
             own = [c for c in cells if c["set"] == name]
@@ -60,6 +61,8 @@ def _scatter(cells: list[dict], paper: dict, profile: str):
             for policy in results.policies(own):
                 there = [c for c in own if c["policy"] == policy]
                 points = results.points(there, (*GUIDES, *LORA), results.rm_accuracy, results.policy_accuracy)
+                rows = GUIDES if told is None else {one["row"] for one in told if one["set"] == name}
+                missing |= {row for row in GUIDES if row in rows and row not in points}
                 if points:
                     panels.append(
                         (
@@ -72,6 +75,7 @@ def _scatter(cells: list[dict], paper: dict, profile: str):
                     )
     if not panels:
         raise PyargsError(f"Figure 1 needs RM and policy accuracies; `{results.command(profile, GUIDES)}` makes them")
+    lacking = [row for row in GUIDES if row in missing]
     plt = _pyplot()
     wide = min(3, len(panels))
     high = -(-len(panels) // wide)
@@ -103,9 +107,10 @@ def _scatter(cells: list[dict], paper: dict, profile: str):
     _title(
         made,
         f"RM accuracy against policy accuracy, all queries; {_stand_ins(cells, profile)}. Correlations over method x seed "
-        "as in Tables 2, 4 and 7 (without the LoRA rows), with 95% intervals that resample the methods.",
+        "as in Tables 2, 4 and 7 (here without the LoRA rows, and with all queries where Table 7 and the paper's PRISM have "
+        f"one of each user), with 95% intervals that resample the methods. {_missing(lacking)}".rstrip(),
     )
-    return made, [row for row in GUIDES if not any(row in points for *_, points, _ in panels)]
+    return made, lacking
 
 
 def _title_of(name: str, data: str | None, profile: str) -> str:

@@ -557,6 +557,10 @@ def test_figures_of_little(tmp_path, capsys):
     for number in "123":
         assert cli.main(["figure", number, "--results", str(tmp_path), "--out", str(tmp_path / "f.png")]) == 0
         assert json.loads(capsys.readouterr().out)["command"].startswith("runs/reproduce.sh cpu --only")
+    # A row that one panel has and another lacks is missing.
+    made.write(tmp_path, made.cell("VPL", set="length_prefs", stands_for="TLDR"))
+    assert cli.main(["figure", "1", "--results", str(tmp_path), "--out", str(tmp_path / "f.png")]) == 0
+    assert {"LoRE", "VPL"} <= set(json.loads(capsys.readouterr().out)["missing"])
     assert cli.main(["figure", "1", "--results", str(tmp_path), "--out", str(tmp_path / "f.pdf")]) == 1
 
 
