@@ -1,10 +1,11 @@
-"""What a reward could rank at most of two_types, had it been told each user's type: a bound for all personal methods there.
+"""What a linear reward ranks of two_types when it is told each user's type, and what the methods rank that are not told.
 
     python experiments/known_types.py [--data FILE]
 
 Logistic regression with a ridge on the states of SmolLM2-135M's frozen backbone (bfloat16, as in profile cpu; of the last
 token, and the mean over the response), once for everybody and once for each type by itself. The ridge is chosen on the seen
-users' held-out pairs, and the query pairs of the new users are ranked. No method is told the types. The numbers go to
+users' held-out pairs, and the query pairs of the new users are ranked: all, and those whose two labels are opposed, the only
+ones where the type has to decide. Beside it what the cells of profile cpu rank of the same pairs. The numbers go to
 results/known_types.json; ten minutes on two cores, nearly all of them the backbone's.
 """
 
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from scipy.optimize import minimize
 
-from pyargs import data, files
+from pyargs import data, files, results
 from pyargs.data import of_split
 from pyargs.features import features
 from pyargs.lm.hf import load_lm
@@ -27,7 +28,7 @@ from pyargs.metrics.rm_accuracy import rm_accuracy
 HERE = Path(__file__).parent
 DATA = HERE.parent.parent / "shared/data/hh_rlhf_users/two_types_prefs.jsonl.gz"
 OUT = HERE / "results/known_types.json"
-RIDGES = [1e-4, 1e-3, 1e-2, 1e-1, 1.0]
+RIDGES = [1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0]
 TYPES = ["helpful", "harmless"]
 
 
@@ -83,15 +84,35 @@ def main() -> None:
                 **{name: found[name] for name in ("accuracy", "n", "users", "each")},
             }  # fmt: skip
         each["each type by itself"] = {"each": {user: right for kind in TYPES for user, right in each[kind]["each"].items()}}
-        for one in each.values():
-            own = {user: [100.0 * int(right) for right in values] for user, values in one["each"].items()}
-            one |= {"interval": user_interval(own, widened=True)}
-        result[read] = each
-    for read, each in result.items():
-        for name, one in each.items():
-            i = one["interval"]
-            print(f"{read}, {name}: {i['mean']:.1f} ({i['low']:.1f} to {i['high']:.1f}), {i['n']} pairs of {i['users']} users")
+        result |= {f"{name}, {read}": one for name, one in each.items()}
+    labels = {pair["pair_id"]: pair for pair in files.read_jsonl(options.data.with_name("pairs.jsonl.gz"))}
+    opposed: dict[str, list[bool]] = {}
+    for user, pair in zip(rows["query"]["user_id"], rows["query"]["pair_id"], strict=True):
+        both = labels[pair]["label_helpful"], labels[pair]["label_harmless"]
+        opposed.setdefault(user, []).append(None not in both and both[0] != both[1])
+    for one in result.values():
+        one |= split([one["each"]], opposed)
+    by_row: dict[str, list[dict]] = {}
+    for cell in results.read(HERE / "results"):
+        if cell["profile"] == "cpu" and cell["set"] == "two_types" and "rm_accuracy" in cell["values"]:
+            by_row.setdefault(cell["row"], []).append(cell["values"]["rm_accuracy"]["each"])
+    result |= {row: split(seeds, opposed) for row, seeds in by_row.items()}
+    for name, one in result.items():
+        print(name + "".join(f"; {which} {v['mean']:.1f} ({v['low']:.1f} to {v['high']:.1f}), {v['n']}"
+                             for which in ("all", "opposed", "others") if (v := one[which])))  # fmt: skip
     files.write_json(OUT, {**result, "data": files.sha256(options.data), "provenance": files.provenance()})
+
+
+def split(seeds: list[dict[str, str]], opposed: dict[str, list[bool]]) -> dict:
+    """Accuracy over all pairs, the opposed and the others, each with its widened interval over users; all seeds together."""
+    found = {}
+    for which, wanted in (("all", (True, False)), ("opposed", (True,)), ("others", (False,))):
+        right: dict[str, list[float]] = {}
+        for user, outcomes in ((user, outcomes) for each in seeds for user, outcomes in each.items()):
+            of_user = zip(outcomes, opposed[user], strict=True)
+            right.setdefault(user, []).extend(100.0 * int(one) for one, kind in of_user if kind in wanted)
+        found[which] = user_interval({user: values for user, values in right.items() if values}, widened=True)
+    return found
 
 
 if __name__ == "__main__":

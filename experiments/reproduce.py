@@ -368,7 +368,8 @@ def plan(asked: list[Cell], places: Places, workers: int) -> dict:
     """What is left of the cells, with sizes, and what it would take (`estimate.plan`)."""
     sizes, left, finished = {}, [], 0
     taken: dict[tuple, list[float]] = {}
-    for cell in asked:
+    sets = {cell.set for cell in asked}
+    for cell in (cell for cell in cells(asked[0].profile) if cell.set in sets):  # rows that are not asked for tell the rates
         if seconds := written(cell, places).get("seconds"):
             taken.setdefault((cell.set, cell.row), []).append(sum(seconds.values()))
     for cell in asked:
@@ -384,12 +385,12 @@ def plan(asked: list[Cell], places: Places, workers: int) -> dict:
         seconds = sum(same) / len(same) if same else None
         row = settings["rows"][cell.row]
         left.append(estimate.Left(cell.name(), tuple(steps), estimate.trains(row), count if steps else 0, seconds))
-    sets = PROFILES[asked[0].profile]["sets"]
     measured = []
     for (name, row), seconds in taken.items():
         if "pairs" in sizes[name]:
-            of = sets[name]["rows"][row]
-            measured.append((estimate.trains(of), estimate.tokens(of, sets[name], sizes[name]), sum(seconds) / len(seconds)))
+            settings = PROFILES[asked[0].profile]["sets"][name]
+            of = settings["rows"][row]
+            measured.append((estimate.trains(of), estimate.tokens(of, settings, sizes[name]), sum(seconds) / len(seconds)))
     return {"done": finished, "sets": sizes, **estimate.plan(left, measured, workers)}
 
 

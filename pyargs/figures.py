@@ -33,7 +33,9 @@ def figure(number: str, folder: str | Path, profile: str | None = None):
     draw = {"1": _scatter, "2": _quality, "3": _shots}[number]
     profile = results.choose_profile(cells, "PRISM" if number == "1" else "Pref-LaMP", profile)
     made, missing = draw([c for c in cells if c["profile"] == profile], paper, profile)
-    return made, {"profile": profile, "missing": missing, "command": results.command(profile, missing) if missing else None}
+    data = None if number == "1" else "Pref-LaMP"
+    here, sets = words.runs(profile, missing, (), data)
+    return made, {"profile": profile, "missing": missing, "command": results.command(profile, here, sets) if here else None}
 
 
 def save(made, path: str | Path) -> None:
@@ -74,7 +76,7 @@ def _scatter(cells: list[dict], paper: dict, profile: str):
                         )
                     )
     if not panels:
-        raise PyargsError(f"Figure 1 needs RM and policy accuracies; `{results.command(profile, GUIDES)}` makes them")
+        raise PyargsError(f"Figure 1 needs RM and policy accuracies; {words.makes(profile, GUIDES, ())}")
     lacking = [row for row in GUIDES if row in missing]
     plt = _pyplot()
     wide = min(3, len(panels))
@@ -153,7 +155,7 @@ def _quality(cells: list[dict], paper: dict, profile: str):
     beside = {policy: scale for scale, policy in results.match(SCALES["Pref-LaMP"], policies).items() if policy}
     metrics = [key for key in ("rouge1", "rougeL", "bertscore") if any(METRICS[key].measure(c) for c in cells)]
     if not metrics:
-        raise PyargsError(f"Figure 2 needs generated answers; `{results.command(profile, rows)}` makes them")
+        raise PyargsError(f"Figure 2 needs generated answers; {words.makes(profile, rows, (), 'Pref-LaMP')}")
     plt = _pyplot()
     size = (4.3 * len(metrics) + 1.2, 0.36 * len(rows) * max(1, 0.6 * len(policies)) + 2.6)
     made, axes = plt.subplots(1, len(metrics), figsize=size, layout="constrained", sharey=True, squeeze=False)
@@ -211,7 +213,7 @@ def _shots(cells: list[dict], paper: dict, profile: str):
     every = list(dict.fromkeys(row for rows in names.values() for row in rows))
     missing = [row for row in every if _lacks(cells, row, policies, "rouge1")]
     if not any(c["row"] in every and METRICS["rouge1"].measure(c) for c in cells):
-        raise PyargsError(f"Figure 3 needs generated answers; `{results.command(profile, every)}` makes them")
+        raise PyargsError(f"Figure 3 needs generated answers; {words.makes(profile, every, (), 'Pref-LaMP')}")
     plt = _pyplot()
     size = (4.6 * min(2, len(policies)) + 0.6, 3.8 * -(-len(policies) // 2) + 1.4)
     made, axes = plt.subplots(-(-len(policies) // 2), min(2, len(policies)), figsize=size, layout="constrained", squeeze=False)

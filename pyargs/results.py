@@ -296,7 +296,10 @@ def _comparable(paths: list[Path], cells: list[dict]) -> None:
 
 
 def _checked(path: Path) -> dict:
-    cell = files.read_json(path)
+    try:
+        cell = files.read_json(path)
+    except PyargsError as error:
+        raise PyargsError(f"{error}; {AGAIN}") from error
     if not isinstance(cell, dict):
         raise PyargsError(f"{path} is no cell; {AGAIN}")
     kinds = {

@@ -182,6 +182,22 @@ def test_a_dry_run_begins_nothing_and_missing_data_are_said(reproduce, tmp_path,
     assert plan["done"] == len([cell for cell in reproduce.cells("cpu") if cell.set == "same_content"]) and not plan["cells"]
     said = plan["sets"]["same_content"]["not there yet"]
     assert said.startswith("is built first: pyargs data build pref_lamp --source") and "{" not in said and "--out" in said
+    # The rates are those of all rows of the set, whichever are asked for.
+    shared = EXPERIMENTS.parent.parent / "shared/data"
+    if shared.is_dir():
+        line = [
+            "cpu",
+            "--only",
+            "ICL-RAG, 16 shots",
+            "--dry-run",
+            "--shared",
+            str(shared),
+            "--results",
+            str(EXPERIMENTS / "results"),
+        ]
+        assert reproduce.main(line) == 0
+        plan = json.loads(capsys.readouterr().out)
+        assert plan["done"] == 1 or plan["hours"] > 0.05
     assert reproduce.main(["cpu", "--sets", "length_prefs", *words]) == 0
     out = capsys.readouterr()
     assert "no data at" in out.err and json.loads(out.out)["cells"] == 0

@@ -23,7 +23,7 @@ from pyargs.metrics.correlation import correlate_methods
 from pyargs.tables import NAMES, planned, table
 from pyargs.tables.render import MISSING, OURS, Column, Table, as_csv, escape, latex, markdown
 from pyargs.tables.specs import GUIDES, SPECS, TLDR_EIGHT
-from pyargs.tables.words import makes
+from pyargs.tables.words import makes, runs
 
 ROOT = Path(__file__).resolve().parent.parent
 SETS = {"pref_lamp": "Pref-LaMP", "length_prefs": "TLDR", "two_types": "PRISM", "same_content": None}
@@ -271,6 +271,13 @@ def test_a_row_that_the_profile_does_not_run_names_one_that_does(tmp_path):
     assert makes("paper", ["LoRE", "Nobody"], ["prism"]) == (
         "`runs/reproduce.sh paper --only LoRE --sets prism`; no profile runs Nobody on these data (experiments/profiles.py)"
     )
+    # Of data that a profile has no set for, or with rows that it does not run: the larger profile alone.
+    unguided = makes("smoke", ["ARGS, weight 0"], (), "TLDR")
+    assert (
+        "`runs/reproduce.sh cpu --only 'ARGS, weight 0' --sets length_prefs` does" in unguided
+        and "smoke --only" not in unguided
+    )
+    assert runs("smoke", ["ICL", "ICL, 2 shots"], (), "Pref-LaMP") == (["ICL"], ["synthetic"])
 
 
 def test_a_missing_value_is_named(tmp_path):

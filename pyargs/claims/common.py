@@ -79,8 +79,9 @@ def claim(
 def missing(world: World, lacking: list[str], data: str) -> str:
     """What lacks, and the command that makes it. lacking: rows, perhaps with words behind: "LoRE on TLDR", "MPU with .."."""
     sets = {cell["set"] for cell in world.sets.get(data, [])}
-    rows = dict.fromkeys(re.split(r" (?:on|with) ", one)[0] for one in lacking)
-    return f"Missing: {listed(dict.fromkeys(lacking))}. {makes(world.profile, rows, sets)}"
+    rows = list(dict.fromkeys(re.split(r" (?:on|with) ", one)[0] for one in lacking))
+    paper = data if data in SCALES else None
+    return f"Missing: {listed(dict.fromkeys(lacking))}. {makes(world.profile, rows, sets, paper)}"
 
 
 # --- comparisons of rows

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> dict:
         name: files.sha256(file) for name in ("tuned", "generations", "zero_shot") if (file := getattr(args, name)) is not None
     }
     settings = {name: getattr(args, name) for name in ("policy", "dtype", "split", "reward_weight", "bertscore", "rescale")}
-    key = files.stage_key({"stage": "evaluate", **settings}, inputs)
+    key = files.stage_key({"stage": "evaluate", **settings, "whole": WHOLE}, inputs)
     if done := files.finished(args.out, key):
         return {**done, "already_done": True}
 

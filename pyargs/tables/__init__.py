@@ -71,7 +71,8 @@ def _configurations(cells: list[dict], paper: dict | None, profile: str) -> tupl
         for data, printed in (paper or {"tables": {"1": {}}})["tables"]["1"].items()
         if "note" in printed
     ]
-    notes += [f"Missing: cells for {words.listed(lacking)}. `{results.command(profile)}`"] if lacking else []
+    if lacking:
+        notes.append(f"Missing: cells for {words.listed(lacking)}. {words.whole(profile)}.")
     return Table(f"Table 1. Model configurations. Ours: profile {profile}.", columns, rows, notes), lacking
 
 

@@ -153,8 +153,7 @@ def missing(
     """
     if not cells:
         what = f"no cells for {data}" if data else "no such cells"
-        said = f"`{results.command(profile)}` makes what this profile has, `{results.command('paper')}` the paper's own sets"
-        return [f"Missing: all of ours. Profile {profile} has {what}; {said}."]
+        return [f"Missing: all of ours. Profile {profile} has {what}; {whole(profile)}."]
     said = []
     without = [scale for scale, policy in beside.items() if policy is None]
     if without:
@@ -178,24 +177,38 @@ def missing(
     return said
 
 
-def makes(profile: str, rows: Iterable[str], sets: Iterable[str]) -> str:
-    """What makes rows of these sets: a command of the profile, and of another one for rows that it does not run there."""
-    rows, sets = list(rows), sorted(sets)
-    told = planned.cells(profile)
-    runs = {one["row"] for one in told or () if one["set"] in sets} if told and sets else set(rows)
-    here, others = [row for row in rows if row in runs], [row for row in rows if row not in runs]
+def whole(profile: str) -> str:
+    return f"`{results.command(profile)}` makes what this profile has, `{results.command('paper')}` the paper's own sets"
+
+
+def makes(profile: str, rows: Iterable[str], sets: Iterable[str], data: str | None = None) -> str:
+    """What makes rows of these sets: a command of the profile, and of a larger one for rows that it does not run there.
+
+    data: the paper's data set that they stand for, which says the sets where there are none yet.
+    """
+    here, sets = runs(profile, rows, sets, data)
+    others = [row for row in rows if row not in here]
     said = [f"`{results.command(profile, here, sets)}`"] if here else []
-    if others:
-        stands = {one["stands_for"] for one in told if one["set"] in sets} - {None}
-        for larger in results.PROFILES[: results.PROFILES.index(profile)][::-1]:
-            there = {one["row"]: one["set"] for one in planned.cells(larger) if one["stands_for"] in stands}
-            if both := [row for row in others if row in there]:
-                run = results.command(larger, both, sorted({there[row] for row in both}))
-                said.append(f"profile {profile} does not run {listed(both)} on these data, `{run}` does")
-                others = [row for row in others if row not in there]
+    stands = {one["stands_for"] for one in planned.cells(profile) or () if one["set"] in sets} | {data}
+    for larger in results.PROFILES[: results.PROFILES.index(profile)][::-1] if others else ():
+        there = {one["row"]: one["set"] for one in planned.cells(larger) if one["stands_for"] in stands - {None}}
+        if both := [row for row in others if row in there]:
+            run = results.command(larger, both, sorted({there[row] for row in both}))
+            said.append(f"profile {profile} does not run {listed(both)} on these data, `{run}` does")
+            others = [row for row in others if row not in there]
     if others:
         said.append(f"no profile runs {listed(others)} on these data (experiments/profiles.py)")
     return "; ".join(said)
+
+
+def runs(profile: str, rows: Iterable[str], sets: Iterable[str], data: str | None = None) -> tuple[list[str], list[str]]:
+    """Those of the rows that a profile runs on these sets, and the sets (those for `data` where there are none)."""
+    told = planned.cells(profile)
+    if told is None:
+        return list(rows), sorted(sets)
+    sets = sorted(sets) or sorted({one["set"] for one in told if data is not None and one["stands_for"] == data})
+    known = {one["row"] for one in told if one["set"] in sets or not (sets or data)}
+    return [row for row in rows if row in known], sets
 
 
 def with_seeds(lacking: dict[str, list[int]]) -> list[str]:
