@@ -6,6 +6,7 @@ position t of the response while it trains, and takes the last token when it is 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -70,8 +71,9 @@ def token_weights(batch: Batch, weighting: str) -> Tensor:
     """
     longer = batch.mask.any(1)
     position = torch.arange(longer.shape[1], device=longer.device)
-    size = batch.hidden.abs().amax((1, 2, 3), keepdim=True).squeeze(1)
-    differ = (batch.hidden[:, 0] - batch.hidden[:, 1]).abs().amax(-1) > 1e-3 * size.squeeze(-1)
+    size = torch.linalg.vector_norm(batch.hidden.flatten(1), math.inf, dim=1, keepdim=True)
+    # Pair by pair: of all new users' pairs at once such differences would be gigabytes.
+    differ = torch.stack([(chosen - rejected).abs().amax(-1) for chosen, rejected in batch.hidden]) > 1e-3 * size
     differ = differ | (batch.mask[:, 0] != batch.mask[:, 1])
     first = torch.where(differ.any(1), differ.int().argmax(1), longer.sum(1) - 1).unsqueeze(1)
     index = (position - first + 1).clamp(min=0) * longer  # 1, 2, ... from the first differing token
