@@ -13,7 +13,7 @@ from pathlib import Path
 from pyargs import files, results
 from pyargs.errors import PyargsError
 from pyargs.metrics.correlation import correlate_methods
-from pyargs.tables import planned, words
+from pyargs.tables import words
 from pyargs.tables.specs import GUIDES, LAMP, LORA, METRICS, SCALES, SPECS, UNGUIDED
 
 SHOTS = (0, 2, 4, 8, 16)
@@ -54,7 +54,6 @@ def save(made, path: str | Path) -> None:
 
 def _scatter(cells: list[dict], paper: dict, profile: str):
     panels, missing = [], set()
-    told = planned.cells(profile)
     for data in (*SCALES, None):  # None: our own sets
         for name in sorted({c["set"] for c in cells if c["stands_for"] == data}):
             own = [c for c in cells if c["set"] == name]
@@ -63,8 +62,7 @@ def _scatter(cells: list[dict], paper: dict, profile: str):
             for policy in results.policies(own):
                 there = [c for c in own if c["policy"] == policy]
                 points = results.points(there, (*GUIDES, *LORA), results.rm_accuracy, results.policy_accuracy)
-                rows = GUIDES if told is None else {one["row"] for one in told if one["set"] == name}
-                missing |= {row for row in GUIDES if row in rows and row not in points}
+                missing |= set(words.runs(profile, GUIDES, [name])[0]) - set(points)
                 if points:
                     panels.append(
                         (

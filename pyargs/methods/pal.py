@@ -119,13 +119,13 @@ def loss(model: RewardModel, batch: Batch, config: Config) -> Tensor:
 
 
 def projections(head, batch: Batch, config: Config) -> tuple[Tokens, Tensor, tuple[Tensor, ...]]:
-    """What stays while only mixtures move: the compared tokens, f of their states, and B's g of the prompts.
+    """What stays while only mixtures move: the compared tokens (without states), f of these, and B's g of the prompts.
 
     A query of B lies in the span of its prompt's K projections. In an orthonormal basis of that, and with the length of what
     lies outside of it, f and g have K + 1 numbers instead of P, and the same cosines.
     """
     tokens = compared_tokens(batch, config)
-    parts = tokens.states.split(4096)
+    parts, tokens = tokens.states.split(4096), tokens._replace(states=None)
     if batch.prompt is None:
         return tokens, torch.cat([head.project(part) for part in parts]), ()
     basis, queries = torch.linalg.qr(head.project_prompt(batch.prompt).mT)  # [N, P, K], [N, K, K]
