@@ -34,6 +34,7 @@ from tqdm import tqdm
 from pyargs import cli, data, files, fit
 from pyargs.errors import PyargsError, did_you_mean
 from pyargs.lm import hub
+from pyargs.results import name as name_of
 from pyargs.results import slug
 
 HERE = Path(__file__).parent
@@ -178,7 +179,7 @@ def build_words(settings: dict, places: Places) -> list[str]:
 
 
 def result_file(cell: Cell, places: Places) -> Path:
-    return places.results / cell.profile / cell.set / slug(cell.policy) / f"{slug(cell.row)}-{cell.seed}.json"
+    return places.results / name_of(cell._asdict())
 
 
 @cache

@@ -16,7 +16,7 @@ from statistics import quantiles
 
 from pyargs import files, results
 from pyargs.claims import VERDICTS, findings
-from pyargs.claims.verdicts import LEAST, LEAST_SEEDS, name
+from pyargs.claims.verdicts import LEAST, LEAST_SEEDS
 from pyargs.errors import PyargsError
 from pyargs.figures import figure
 from pyargs.tables import NAMES, planned, table
@@ -194,7 +194,7 @@ def _line(cell: dict) -> dict:
     """A cell in the list at the end: its file and its main numbers."""
     measures = ("rm_accuracy", "policy_accuracy", "policy_accuracy_all", "rouge1")
     found = {key: one["value"] if (one := METRICS[key].measure(cell)) else None for key in measures}
-    return {"file": name(cell), **found, "weight": cell["values"].get("relative"),
+    return {"file": results.name(cell), **found, "weight": cell["values"].get("relative"),
             "commit": (cell.get("provenance") or {}).get("commit")}  # fmt: skip
 
 
@@ -227,7 +227,7 @@ def _answers(cells: list[dict], data) -> list[dict]:
         ]
         originals = {} if data is None else _originals(own, data, keys)
         if data is None or originals:
-            found.append({"set": own[0]["set"], "policy": policy, "files": [name(cell) for cell in first.values()],
+            found.append({"set": own[0]["set"], "policy": policy, "files": [results.name(cell) for cell in first.values()],
                           "prompts": [_prompt(key, texts, originals) for key in keys]})  # fmt: skip
     if data is not None and not found:
         sets = listed(sorted({c["set"] for c in cells if c.get("answers")})) or "none"

@@ -56,6 +56,11 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+def name(cell: dict) -> str:
+    """Where a cell's file is, below the results' folder."""
+    return f"{cell['profile']}/{cell['set']}/{slug(cell['policy'])}/{slug(cell['row'])}-{cell['seed']}.json"
+
+
 def command(profile: str, rows: Iterable[str] = (), sets: Iterable[str] = ()) -> str:
     """The command that makes cells: of these rows, or of all; on these sets, or on all."""
     words = [profile, *(["--only", *rows] if rows else []), *(["--sets", *sets] if sets else [])]

@@ -30,7 +30,6 @@ from pyargs.claims.verdicts import (
     comparison,
     decided,
     difference,
-    name,
     within,
 )
 from pyargs.errors import PyargsError
@@ -182,7 +181,7 @@ def test_a_verdict_turns_with_its_cells(id):
     for other in others:
         assert (own["verdict"], other["verdict"]) == (HOLDS, FAILS), (own, other)
         assert own["claim"] == other["claim"] and own["rule"] == other["rule"]  # nothing but numbers knows the result
-    assert all(set(one["cells"]) <= set(map(name, FLIPS[id][0])) and one["cells"] for one in own["ours"])
+    assert all(set(one["cells"]) <= set(map(results.name, FLIPS[id][0])) and one["cells"] for one in own["ours"])
 
 
 @pytest.mark.parametrize("id", FLIPS)

@@ -88,7 +88,13 @@ def comparison(
         why = "no interval: undefined in too many draws" if of == "methods" else "no interval: no values by user"
     elif seeds < LEAST_SEEDS:
         why = f"{seeds} seed{'s' * (seeds > 1)}: another training run may differ"
-    return {"what": what, "measured": measured, "test": test, "why": why, "cells": sorted({name(cell) for cell in cells})}
+    return {
+        "what": what,
+        "measured": measured,
+        "test": test,
+        "why": why,
+        "cells": sorted({results.name(cell) for cell in cells}),
+    }
 
 
 def fewest_seeds(cells: list[dict]) -> int:
@@ -116,11 +122,6 @@ def decided(found: list[dict]) -> list[dict]:
             "for": None if one["why"] else test(number), "cells": one["cells"],
         })  # fmt: skip
     return made
-
-
-def name(cell: dict) -> str:
-    """Where a cell's file is, below the results' folder."""
-    return f"{cell['profile']}/{cell['set']}/{results.slug(cell['policy'])}/{results.slug(cell['row'])}-{cell['seed']}.json"
 
 
 def value(what: str, cells: list[dict], measure: results.Measure, test: Test) -> dict | None:

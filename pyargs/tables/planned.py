@@ -39,13 +39,8 @@ def _told(path: Path, profile: str) -> list[dict]:
 
 def absent(profile: str, there: Iterable[dict]) -> list[dict] | None:
     """The cells that a profile has to have and that are not there; None without a source tree to tell."""
-    told, found = cells(profile), {_place(cell) for cell in there}
-    return None if told is None else [one for one in told if _place(one) not in found]
-
-
-def _place(cell: dict) -> tuple:
-    """What tells cells of one profile apart: names of files, since a policy may be a path."""
-    return cell["set"], results.slug(cell["policy"]), results.slug(cell["row"]), cell["seed"]
+    told, found = cells(profile), {results.name(cell) for cell in there}
+    return None if told is None else [one for one in told if results.name(one) not in found]
 
 
 def seeds(missing: Iterable[dict]) -> dict[str, list[int]]:
