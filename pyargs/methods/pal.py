@@ -72,8 +72,8 @@ def token_weights(batch: Batch, weighting: str) -> Tensor:
     longer = batch.mask.any(1)
     position = torch.arange(longer.shape[1], device=longer.device)
     size = torch.linalg.vector_norm(batch.hidden.flatten(1), math.inf, dim=1, keepdim=True)
-    # Pair by pair: of all new users' pairs at once such differences would be gigabytes.
-    differ = torch.stack([(chosen - rejected).abs().amax(-1) for chosen, rejected in batch.hidden]) > 1e-3 * size
+    # In parts: of all new users' pairs at once such differences would be gigabytes.
+    differ = torch.cat([(part[:, 0] - part[:, 1]).abs().amax(-1) for part in batch.hidden.split(64)]) > 1e-3 * size
     differ = differ | (batch.mask[:, 0] != batch.mask[:, 1])
     first = torch.where(differ.any(1), differ.int().argmax(1), longer.sum(1) - 1).unsqueeze(1)
     index = (position - first + 1).clamp(min=0) * longer  # 1, 2, ... from the first differing token
