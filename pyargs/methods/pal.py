@@ -6,7 +6,6 @@ position t of the response while it trains, and takes the last token when it is 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -71,10 +70,8 @@ def token_weights(batch: Batch, weighting: str) -> Tensor:
     """
     longer = batch.mask.any(1)
     position = torch.arange(longer.shape[1], device=longer.device)
-    size = torch.linalg.vector_norm(batch.hidden.flatten(1), math.inf, dim=1, keepdim=True)
-    # In parts: of all new users' pairs at once such differences would be gigabytes.
-    differ = torch.cat([(part[:, 0] - part[:, 1]).abs().amax(-1) for part in batch.hidden.split(64)]) > 1e-3 * size
-    differ = differ | (batch.mask[:, 0] != batch.mask[:, 1])
+    # In parts: of all new users' pairs at once what is compared would be gigabytes.
+    differ = torch.cat([_differ(part) for part in batch.hidden.split(64)]) | (batch.mask[:, 0] != batch.mask[:, 1])
     first = torch.where(differ.any(1), differ.int().argmax(1), longer.sum(1) - 1).unsqueeze(1)
     index = (position - first + 1).clamp(min=0) * longer  # 1, 2, ... from the first differing token
     if weighting == "mean":
@@ -82,6 +79,11 @@ def token_weights(batch: Batch, weighting: str) -> Tensor:
     elif weighting == "last":
         index = (index == index.amax(1, keepdim=True)).int()
     return index / index.sum(1, keepdim=True)
+
+
+def _differ(hidden: Tensor) -> Tensor:
+    """Where the states [n, 2, T, D] of two responses differ by more than rounding: bool [n, T]."""
+    return (hidden[:, 0] - hidden[:, 1]).abs().amax(-1) > 1e-3 * hidden.abs().amax((1, 2, 3)).unsqueeze(1)
 
 
 class Tokens(NamedTuple):
