@@ -96,10 +96,12 @@ def plan(left: list[Left], measured: list[tuple[str, int, float]], workers: int 
     Hours are the seconds of the same row, or tokens by the tokens per second of rows that train the same; cells with neither
     are counted. Where none is measured the rate is said that would do.
     """
-    rates = {}
-    for kind in dict.fromkeys(kind for kind, tokens, seconds in measured if tokens and seconds):
-        own = [(tokens, seconds) for other, tokens, seconds in measured if other == kind and tokens and seconds]
-        rates[kind] = sum(tokens for tokens, _ in own) / sum(seconds for _, seconds in own)
+    sums: dict[str, list[float]] = {}
+    for kind, tokens, seconds in measured:
+        if tokens and seconds:
+            of = sums.setdefault(kind, [0, 0.0])
+            of[0], of[1] = of[0] + tokens, of[1] + seconds
+    rates = {kind: tokens / seconds for kind, (tokens, seconds) in sums.items()}
     total, missing = sum(one.tokens or 0 for one in left), sum(one.tokens is None for one in left)
 
     def needs(one: Left) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from pyargs import results
 from pyargs.tables import planned
@@ -181,7 +181,7 @@ def whole(profile: str) -> str:
     return f"`{results.command(profile)}` makes what this profile has, `{results.command('paper')}` the paper's own sets"
 
 
-def makes(profile: str, rows: Iterable[str], sets: Iterable[str], data: str | None = None) -> str:
+def makes(profile: str, rows: Collection[str], sets: Iterable[str], data: str | None = None) -> str:
     """What makes rows of these sets: a command of the profile, and of a larger one for rows that it does not run there.
 
     data: the paper's data set that they stand for, which says the sets where there are none yet.
