@@ -104,14 +104,14 @@ def main() -> None:
 
 
 def split(seeds: list[dict[str, str]], opposed: dict[str, list[bool]]) -> dict:
-    """Accuracy over all pairs, the opposed and the others, each with its widened interval over users; all seeds together."""
+    """Accuracy over all pairs, the opposed and the others, each with its interval over users; all seeds together."""
     found = {}
     for which, wanted in (("all", (True, False)), ("opposed", (True,)), ("others", (False,))):
         right: dict[str, list[float]] = {}
         for user, outcomes in ((user, outcomes) for each in seeds for user, outcomes in each.items()):
             of_user = zip(outcomes, opposed[user], strict=True)
             right.setdefault(user, []).extend(100.0 * int(one) for one, kind in of_user if kind in wanted)
-        found[which] = user_interval({user: values for user, values in right.items() if values}, widened=True)
+        found[which] = user_interval({user: values for user, values in right.items() if values})
     return found
 
 

@@ -215,8 +215,8 @@ def _accuracy(found: dict | None) -> dict | None:
 def summary(cells: list[dict], measure: Measure, **interval) -> dict | None:
     """A measure over the seeds of one row: mean, std (sample, None for one seed), low, high, n and the seeds' values.
 
-    low and high: the interval over users (`level`, `widened` as in metrics.bootstrap; 95%), all seeds of a user together; None
-    where the cells have no values by user. None if no cell has the measure.
+    low and high: the interval over users (`level` as in metrics.bootstrap; 95%), all seeds of a user together; None where the
+    cells have no values by user. None if no cell has the measure.
     """
     from statistics import stdev
 
@@ -240,7 +240,7 @@ def summary(cells: list[dict], measure: Measure, **interval) -> dict | None:
 def difference(cells: list[dict], others: list[dict], measure: Measure, **interval) -> dict | None:
     """A measure of one row minus that of another over the same users: mean, low, high (paired). None if one lacks it.
 
-    interval: `level` and `widened` as in metrics.bootstrap (95%, not widened).
+    interval: `level` as in metrics.bootstrap (95%).
     """
     from pyargs.metrics.bootstrap import user_difference
 

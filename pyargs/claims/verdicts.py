@@ -7,8 +7,7 @@ run would change.
 
 Of many comparisons one is always for a claim, or against it, by chance: those of a claim with m of them have intervals of
 level 1 - 0.05 / m (Bonferroni). Intervals over users are widened for few users (metrics.bootstrap.small_sample); those over
-methods are not. So where nothing differs at most about one claim in forty holds
-by chance, and one in forty fails.
+methods are not. So where nothing differs at most about one claim in forty holds by chance, and one in forty fails.
 """
 
 from __future__ import annotations
@@ -130,7 +129,7 @@ def value(what: str, cells: list[dict], measure: results.Measure, test: Test) ->
     if not cells:
         return None
     users = {user for cell in cells for user in measure(cell)["users"]}
-    measured = lambda level: results.summary(cells, measure, level=level, widened=True)  # noqa: E731
+    measured = lambda level: results.summary(cells, measure, level=level)  # noqa: E731
     return comparison(what, measured, cells, test, len(users))
 
 
@@ -138,7 +137,7 @@ def difference(
     what: str, cells: list[dict], others: list[dict], measure: results.Measure, test: Test, seeds: int | None = None
 ) -> dict | None:
     """A measure of one row minus that of another, paired over users. None where one has none. seeds: as in `comparison`."""
-    measured = lambda level: results.difference(cells, others, measure, level=level, widened=True)  # noqa: E731
+    measured = lambda level: results.difference(cells, others, measure, level=level)  # noqa: E731
     one = measured(LEVEL)
     if one is None:
         return None

@@ -134,8 +134,8 @@ def _same_content(cells: list[dict], profile: str) -> tuple[Table, list[str]]:
             notes.append(f"{heading}: {words.listed(above[key]) or 'nothing'} above Global RM beyond the 95% interval.")
         notes.append(
             f"{words.counted(cells)}Mean ± sample std over seeds [95% interval over users]. Differences are paired over "
-            "users, of LoRA rows with Global RM's LoRA row. Of rows that do not differ one in forty lies above, of few users "
-            f"more. {words.NARROW}"
+            "users, of LoRA rows with Global RM's LoRA row. Of rows that do not differ one in forty lies above. "
+            f"{words.WIDENED}"
         )
     notes += words.missing(lacking, names, cells, profile, None, {})
     title = "Where content can not decide: chosen and rejected are of the same prompt (not a table of the paper)"

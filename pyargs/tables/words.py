@@ -20,7 +20,9 @@ SUBSET = (
     "One query of each user, as in the paper: a fixed seed draws it, and it is the same in all rows (Table 8 has all "
     "queries). Ties are those of all queries."
 )
-NARROW = "The intervals are plain percentiles of a bootstrap: below some 20 users they are too narrow."
+WIDENED = (
+    "Intervals resample users and are as much wider as so few users need (Student's t over the normal): one may end above 100."
+)
 INTERVALS = (
     "In brackets the 95% interval: whole methods are resampled, each with all of its seeds. Undefined: fewer than 3 points, "
     "or one side is constant. The paper does not say what its points are; its numbers fit method x seed."
@@ -67,7 +69,7 @@ def reading(spec: Spec, cells: list[dict]) -> list[str]:
     """How to read a table with methods in its rows."""
     said = [
         f"{counted(cells)}Percent; mean ± sample std over seeds [95% interval over users]; {MISSING}: missing, see below; "
-        f"empty: the row has no such value. {NARROW}"
+        f"empty: the row has no such value. {WIDENED}"
     ]
     said += [SUBSET] if spec.subset else []
     said += [text for key, text in COLUMNS.items() if key in spec.metrics]
