@@ -11,7 +11,7 @@ import pkgutil
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -405,11 +405,21 @@ def adapt(model, dataset, *, steps: int | None = None) -> list[str]:
     known = [user for user in ids if user in model.known_users]
     if known:
         raise PyargsError(f"user '{known[0]}' is there already: new users need new ids")
-    torch.manual_seed(config.seed)
-    support = recipe.support(model, rows) if hasattr(recipe, "support") else model.read(rows)
-    model.users.append(ids, **recipe.adapt(model, support, ids, config))
+    found = []
+    # Each user by itself, from reading its pairs on: in a batch with others its states would be rounded otherwise.
+    for user, own in zip(ids, pairs_of_users(rows["user_id"], ids), strict=True):
+        torch.manual_seed(config.seed)
+        pairs = rows.select(own.tolist())
+        support = recipe.support(model, pairs) if hasattr(recipe, "support") else model.read(pairs)
+        found.append(recipe.adapt(model, support, [user], config))
+    model.users.append(ids, **{name: torch.cat([one[name] for one in found]) for name in found[0]})
     model.to(model.device)
     return ids
+
+
+def losses_of(model: RewardModel, batch: Batch) -> Callable[[], Tensor]:
+    """Bradley-Terry of the pairs [N], as a function of the vectors as they are when it is called."""
+    return lambda: bradley_terry(model, batch)
 
 
 def fit_users(
@@ -421,28 +431,37 @@ def fit_users(
     steps: int,
     lr: float,
     weight_decay: float = 0.0,
-    loss: Callable = bradley_terry,
+    objective: Callable[[RewardModel, Batch], Callable[[], Tensor]] = losses_of,
 ) -> dict[str, Tensor]:
-    """Fits vectors of new users on their support pairs by Adam, all users in one full batch, the rest frozen.
+    """Fits vectors of new users on their support pairs by full-batch Adam, the rest frozen.
 
-    initial: start rows [n, ...] for each kind of vector; weight_decay: L2, as a term of the gradient; loss(model, batch) ->
-    [N], one for each pair. The sum over users of each one's mean is minimised, so that no user's result depends on who else
-    is adapted. Raises PyargsError for a user without a pair.
+    initial: start rows [n, ...] for each kind of vector; weight_decay: L2, as a term of the gradient; objective(model, batch)
+    -> a function that gives the loss [N] of each of the user's pairs; their mean is minimised. One user after the other, each
+    in a batch of its own: the order in which a product adds up depends on the batch, and Adam makes much of a last digit, so
+    that in a common batch a user would depend on who else is adapted. Raises PyargsError for a user without a pair.
     """
-    users = Users(ids, **initial)
-    rows = users.rows(support.users)
-    weight = shares(rows, users)
-    head = copy.deepcopy(model.head, {id(model.users): users}).requires_grad_(False).eval()  # with these users for its own
+    found = []
+    for row, own in enumerate(pairs_of_users(support.users, ids)):
+        start = {name: value[row : row + 1] for name, value in initial.items()}
+        options = dict(steps=steps, lr=lr, weight_decay=weight_decay, objective=objective)
+        found.append(_fit_user(model, support.select(own), start, **options))
+    return {name: torch.cat([one[name] for one in found]) for name in initial}
+
+
+def _fit_user(model: RewardModel, support: Features, initial: dict[str, Tensor], *, steps, lr, weight_decay, objective):
+    """The vectors [1, ...] of the one user whose pairs these are."""
+    users = Users(support.users[:1], **{name: value.clone() for name, value in initial.items()})
+    head = copy.deepcopy(model.head, {id(model.users): users}).requires_grad_(False).eval()  # with this user for its own
     users.requires_grad_(True)
     probe = RewardModel(model.backbone, model.tokenizer, head.to(model.device), pool=model.pool, whole=model.whole)
-    batch = support.batch(rows, last=not model.whole).to(model.device)
+    losses = objective(probe, support.batch(users.rows(support.users), last=not model.whole).to(model.device))
     optimizer = torch.optim.Adam(users.parameters(), lr=lr, weight_decay=weight_decay)
     with torch.enable_grad():
         for step in range(steps):
             optimizer.zero_grad()
-            total = (loss(probe, batch) * weight.to(model.device)).sum()
-            _check_finite(total, step)
-            total.backward()
+            loss = losses().mean()
+            _check_finite(loss, step)
+            loss.backward()
             optimizer.step()
     return {name: value.detach() for name, value in users.vectors.items()}
 
@@ -453,9 +472,12 @@ def randn_rows(ids: Iterable[str], *shape: int, seed: int) -> Tensor:
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(number)) for number in numbers])
 
 
-def shares(rows: Tensor, users: Users) -> Tensor:
-    """1 / (pairs of the user) for each pair [N], from its user's row. Raises PyargsError for a user without a pair."""
-    count = torch.bincount(rows, minlength=len(users))
-    if (count == 0).any():
-        raise PyargsError(f"user '{list(users.ids)[int((count == 0).nonzero()[0])]}' has no support pair")
-    return 1.0 / count[rows]
+def pairs_of_users(users: Sequence[str], ids: Iterable[str]) -> list[Tensor]:
+    """For each id the numbers of its pairs, int64 [n]; users: the user of each pair. Raises PyargsError for one without."""
+    numbers: dict[str, list[int]] = {user: [] for user in ids}
+    for number, user in enumerate(users):
+        numbers[user].append(number)
+    for user, own in numbers.items():
+        if not own:
+            raise PyargsError(f"user '{user}' has no support pair")
+    return [torch.tensor(own) for own in numbers.values()]

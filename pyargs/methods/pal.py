@@ -141,14 +141,11 @@ def projections(head, batch: Batch, config: Config) -> tuple[Tokens, Tensor, tup
 
 def adapt(model: RewardModel, support: Features, ids: list[str], config: Config) -> dict[str, Tensor]:
     """Only the mixtures move, so tokens and prompts are projected once."""
-    fixed = []
 
-    def losses(probe: RewardModel, batch: Batch) -> Tensor:
-        if not fixed:
-            with torch.no_grad():
-                fixed.extend(projections(probe.head, batch, config))
-        tokens, projected, prompt = fixed
-        return pair_losses(probe.head, projected, probe.head.target(batch.user, *prompt), tokens, config)
+    def objective(probe: RewardModel, batch: Batch):
+        with torch.no_grad():
+            tokens, projected, prompt = projections(probe.head, batch, config)
+        return lambda: pair_losses(probe.head, projected, probe.head.target(batch.user, *prompt), tokens, config)
 
     start = {"mixture": randn_rows(ids, config.rank, seed=config.seed)}
-    return fit_users(model, support, ids, start, steps=config.adapt_steps, lr=config.user_lr, loss=losses)
+    return fit_users(model, support, ids, start, steps=config.adapt_steps, lr=config.user_lr, objective=objective)

@@ -12,7 +12,7 @@ from tqdm import trange
 
 from pyargs.config import option
 from pyargs.errors import PyargsError
-from pyargs.fit import FitConfig, shares
+from pyargs.fit import FitConfig, pairs_of_users
 from pyargs.models.user_policy import SoftPrompt, UserPolicy, random_embeddings
 from pyargs.types import LogProbs, Users
 
@@ -89,29 +89,40 @@ def support(model: UserPolicy, rows) -> Support:
 
 
 def adapt(model: UserPolicy, support: Support, ids: list[str], config: Config) -> dict[str, Tensor]:
-    """New users' vectors by Adam, all support pairs at every step. LoRA and the generic prompt, where they begin, stay."""
+    """New users' vectors by Adam, all support pairs at every step. LoRA and the generic prompt, where they begin, stay.
+
+    One user after the other, for the reason that `fit_users` gives.
+    """
+    with trange(len(ids) * config.adapt_steps, desc="adapt", unit="step") as bar:
+        found = [_adapt_one(model, support, own, user, config, bar)
+                 for user, own in zip(ids, pairs_of_users(support.users, ids), strict=True)]  # fmt: skip
+    return {name: torch.cat([one[name] for one in found]) for name in found[0]}
+
+
+def _adapt_one(model: UserPolicy, support: Support, own: Tensor, user: str, config: Config, bar) -> dict[str, Tensor]:
+    """The vectors [1, ...] of one user from its pairs, whose numbers are `own`."""
     centres = model.soft.centres.detach()
     if config.clusters:
-        users = Users(ids, mixture=torch.zeros(len(ids), config.clusters))
+        users = Users([user], mixture=torch.zeros(1, config.clusters))
     else:
-        users = Users(ids, offset=torch.zeros(len(ids), *centres.shape[1:]))
+        users = Users([user], offset=torch.zeros(1, *centres.shape[1:]))
     users.to(model.device)
-    rows = users.rows(support.users)
-    weight = shares(rows, users)
     probe = UserPolicy(model.lm, model.tokenizer, soft=SoftPrompt(centres, users)).eval()
     probe.soft.centres.requires_grad_(False)
     probe.lm.requires_grad_(False)
     optimizer = torch.optim.Adam(users.parameters(), lr=config.adapt_lr)
-    parts = list(probe.packed_pairs(support.encoded, support.pairs))
+    parts = list(probe.packed_pairs(support.encoded, [support.pairs[i] for i in own.tolist()]))
+    reference = support.reference[own].to(model.device)
     with torch.enable_grad():
-        for step in trange(config.adapt_steps, desc="adapt", unit="step"):
+        for step in range(config.adapt_steps):
             optimizer.zero_grad()
             for take, packed in parts:  # the batch in parts, whose gradients add up
-                values = probe.logprobs(packed, rows[take].repeat_interleave(2).to(model.device))[0].sum(1).view(-1, 2)
-                each = dpo(values, support.reference[take].to(model.device), config.beta)
-                total = (each * weight[take].to(model.device)).sum()
+                row = torch.zeros(2 * len(take), dtype=torch.long, device=model.device)
+                values = probe.logprobs(packed, row)[0].sum(1).view(-1, 2)
+                total = dpo(values, reference[take], config.beta).sum() / len(own)
                 if not torch.isfinite(total):
                     raise PyargsError(f"the loss is {total.item()} at step {step}: lower adapt_lr or look for broken rows")
                 total.backward()
             optimizer.step()
+            bar.update()
     return {name: value.detach() for name, value in users.vectors.items()}

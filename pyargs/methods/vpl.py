@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from pyargs.config import option
 from pyargs.errors import PyargsError
-from pyargs.fit import HeadConfig, shares
+from pyargs.fit import HeadConfig, pairs_of_users
 from pyargs.heads import latent
 from pyargs.lm import lora
 from pyargs.models.reward_model import RewardModel
@@ -155,7 +155,7 @@ def support(model: RewardModel, rows) -> Features:
 def adapt(model: RewardModel, support: Features, ids: list[str], config: Config) -> dict[str, Tensor]:
     users = Users(ids)
     row = torch.tensor([users.ids[user] for user in support.users])
-    shares(row, users)  # raises for a user without a pair
+    pairs_of_users(support.users, ids)  # raises for a user without a pair
     return {
         "latent": infer(model, Context(support.last().to(model.device), _pairs_of(row, len(ids)).to(model.device)), config)
     }
