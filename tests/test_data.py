@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -97,12 +98,13 @@ def tldr_source(folder: Path) -> Path:
     """30 train rows of each train worker, 6 validation rows of every worker, and rows that must go."""
     rows = [comparison(w, texts=(f" {w} {i} long", f" {i}"), number=i) for w in tldr.TRAIN_WORKERS for i in range(30)]
     rows += [
-        comparison(w, split="valid1" if i % 2 else "valid2", number=100 + i)
+        comparison(w, split="valid1" if i % 2 else "valid2", texts=(f" {w} {i} v", f" v{i}"), number=100 + i)
         for w in (*tldr.TRAIN_WORKERS, *tldr.NEW_WORKERS)
         for i in range(6)
     ]
     rows += [comparison(tldr.TRAIN_WORKERS[0], policy=policy) for policy in ("sup4_ppo_rm3", "ref", "sup_cnn")]
     rows += [comparison(tldr.TRAIN_WORKERS[0], texts=(" same", " size"), number=7), comparison("somebody else")]
+    rows += [comparison(tldr.NEW_WORKERS[5], split="valid1", texts=(" same", " size"), number=200 + i) for i in range(3)]
     rows.append(comparison(tldr.TRAIN_WORKERS[1], post=None))
     for number, part in enumerate((rows[:200], rows[200:]), 3):
         write(folder / "comparisons" / f"batch{number}.json", part)
@@ -115,22 +117,35 @@ def test_tldr(tmp_path):
     out = tmp_path / "out"
     found = data.build("tldr", tldr_source(tmp_path / "source"), out, tldr.Config(support=4, embedder="none"))
     counts = found["counts"]
+    assert counts["pairs of equal length (or with an empty summary) dropped"] == 4
     assert counts["train rows"] == 306 and counts["train rows kept"] == 303 and counts["rows without a post"] == 1
     assert counts["rows of the ten workers"] == 301 and counts["validation rows of the ten workers"] == 60
     dataset = data.load(out)
     splits = {split: data.of_split(dataset, split) for split in data.SPLITS}
-    assert counts["train pairs before equal lengths are dropped"] == 270  # 301 * 0.9, rounded down
-    assert len(splits["train"]) + len(splits["train_test"]) == 300  # one pair has equal lengths
-    assert set(splits["train"]["user_id"]) == set(tldr.TRAIN_WORKERS)
+    assert len(splits["train"]) == 270 and counts["pairs that PAL holds out of the train rows, not used"] == 30
+    assert set(splits["train"]["user_id"]) == set(splits["train_test"]["user_id"]) == set(tldr.TRAIN_WORKERS)
     assert set(splits["query"]["user_id"]) == set(splits["support"]["user_id"]) == set(tldr.NEW_WORKERS)
-    assert len(splits["support"]) == 31 * 4 and len(splits["query"]) == 31 * 2
+    support = splits["support"]["user_id"][:]
+    assert {user: support.count(user) for user in support} == dict.fromkeys(tldr.NEW_WORKERS, 4), "none has fewer"
+    assert len(splits["query"]) == 31 * 2
     for r in dataset:
         longer = len(r["chosen"]) > len(r["rejected"])
         assert longer == (r["user_id"] not in tldr.SHORTER) == (r["user_type"] == "longer")
         assert r["prompt"].startswith(tldr.INSTRUCTION) and r["chosen"] == r["chosen"].strip()
     shorter = [*tldr.TRAIN_WORKERS[3:6], *tldr.NEW_WORKERS[22:]]  # methods.md 6.1
     assert tldr.SHORTER == set(shorter) and len(shorter) == 12 and not set(tldr.TRAIN_WORKERS) & set(tldr.NEW_WORKERS)
-    assert len(list(sources.rows(out / "seen_test.parquet"))) == 60 and found["check"]["problems"] == {}
+    assert found["check"]["problems"] == {}
+
+
+def test_the_weight_of_tldr_is_chosen_on_the_seen_users_test_split(tmp_path):
+    """Validation rows of the ten workers, which share no post with what was trained on (the paper's F.2)."""
+    data.build("tldr", tldr_source(tmp_path / "source"), tmp_path / "out", tldr.Config(support=4, embedder="none"))
+    dataset = data.load(tmp_path / "out")
+    held, train = (data.of_split(dataset, split) for split in ("train_test", "train"))  # what `pyargs tune` reads is the first
+    numbers = [int(re.search(r"Post (\d+) of", prompt)[1]) for prompt in held["prompt"]]
+    assert len(held) == 60 and min(numbers) >= 100, "validation rows, see tldr_source"
+    assert set(held["user_id"]) == set(train["user_id"]) and not set(held["prompt"]) & set(train["prompt"])
+    assert not any((tmp_path / "out").glob("seen_test*")), "no split that nobody reads"
 
 
 def test_tldr_splits_are_those_of_scikit_learn(tmp_path):
@@ -140,11 +155,12 @@ def test_tldr_splits_are_those_of_scikit_learn(tmp_path):
     source = tldr_source(tmp_path / "source")
     rows = [r for name in ("batch3", "batch4") for _, r in sources.rows(source / "comparisons" / f"{name}.json")]
     rows = [r for r in rows if "sup2" in r["summaries"][0]["policy"] and r["info"]["post"]]
+    rows = [r for r in rows if r["summaries"][0]["text"] != " same"]  # pairs without a label go first
     seen = [r for r in rows if r["split"] == "train" and r["worker"] in tldr.TRAIN_WORKERS]
     train, _ = train_test_split(seen, test_size=0.1, random_state=42, stratify=[r["worker"] for r in seen])
     data.build("tldr", source, tmp_path / "out", tldr.Config(support=4, embedder="none"))
     built = data.load(tmp_path / "out")
-    expected = [tldr.INSTRUCTION + r["info"]["post"] for r in train if r["summaries"][0]["text"] != " same"]
+    expected = [tldr.INSTRUCTION + r["info"]["post"] for r in train]
     assert data.of_split(built, "train")["prompt"][:] == expected
     worker = tldr.NEW_WORKERS[5]
     own, _ = train_test_split(
@@ -188,13 +204,13 @@ def test_tldr_parquet(tmp_path, layout):
 
 def test_tldr_asserts_the_published_counts(tmp_path, monkeypatch):
     source, config = tldr_source(tmp_path / "source"), tldr.Config(support=4, embedder="none")
-    monkeypatch.setattr(tldr, "FULL", {"train rows": 306, "validation rows": 246})
+    monkeypatch.setattr(tldr, "FULL", {"train rows": 306, "validation rows": 249})
     with pytest.raises(PyargsError, match="303.*38487"):
         data.build("tldr", source, tmp_path / "out", config)
     assert not (tmp_path / "out").exists()
     known = {
-        "train rows kept": 303, "validation rows kept": 246, "rows of the ten workers": 301,
-        "validation rows of the ten workers": 60, "train pairs before equal lengths are dropped": 270,
+        "train rows kept": 303, "validation rows kept": 249, "rows of the ten workers": 301,
+        "validation rows of the ten workers": 60,
     }  # fmt: skip
     assert list(known) == list(tldr.EXPECTED)
     monkeypatch.setattr(tldr, "EXPECTED", known)
@@ -219,7 +235,7 @@ def test_tldr_refuses(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(PyargsError, match="holds no .json"):
         tldr.build(str(tmp_path / "empty"), tldr.Config())
-    with pytest.raises(PyargsError, match="6 validation rows.*smaller --support"):
+    with pytest.raises(PyargsError, match="6 validation pairs.*smaller --support"):
         tldr.build(str(tldr_source(tmp_path / "source")), tldr.Config(support=6))
 
 
@@ -258,9 +274,7 @@ def test_prism(tmp_path):
     for user in of["query"]:
         halves = [sum(d.startswith(f"{user}-") and s == {name} for d, s in splits.items()) for name in ("support", "query")]
         assert sum(halves) == DIALOGUES[user] and halves[0] - halves[1] in (0, 1)
-    marked = [r["user_id"] for r in rows if r["subset"] == "one_per_user"]
-    assert sorted(marked) == sorted(of["query"]) and found["counts"]["query pairs marked one_per_user"] == len(marked)
-    assert set(data.load(out)["subset"]) == {None, "one_per_user"} and found["check"]["problems"] == {}
+    assert found["check"]["problems"] == {} and "subset" not in data.load(out).column_names
     assert found["statistics"]["users_per_pair"]["max"] == 1
     assert "users per pair: mean 1" in (out / "README.md").read_text()
 
@@ -457,6 +471,8 @@ def test_pref_lamp(tmp_path, encoder):
         assert other["user_split"] == mine["user_split"]
     for user, (kind, count) in users.items():
         own = [r for r in rows if r["user_id"] == user]
+        sides = [{r["rejected"] for r in own if (r["split"] in ("train_test", "query")) is held} for held in (True, False)]
+        assert all(sides) and not sides[0] & sides[1], "nothing is rejected again where it counts"
         held = [r for r in own if r["split"] in ("train_test", "query")]
         assert len(held) == int(0.2 * (count + 1) + 0.5)
         if kind == "dev":  # the newest, and the question

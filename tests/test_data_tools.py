@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rows import row, write
 
-from pyargs import data
+from pyargs import cli, data
 from pyargs.data import pref_lamp, preferences
 from pyargs.data.tools import check, mining, simulate, sources
 from pyargs.errors import PyargsError
@@ -132,6 +132,26 @@ def test_a_draw_depends_on_user_and_key_alone():
     assert all(n.cosine < limit for n in far) and max(n.cosine for n in one) > limit
     with pytest.raises(PyargsError, match="0 of 4 similar texts"):
         mining.hard_negatives(["a"] * 40, titles, vectors, k=4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 4), st.integers(2, 10), st.integers(1, 3), st.randoms(use_true_random=False))
+def test_no_title_is_rejected_in_both_parts_of_a_user(seed, users, each, k, random):
+    rng = np.random.default_rng(seed)
+    names = [str(u) for u in range(users) for _ in range(each)]
+    vectors = rng.standard_normal((len(names), 3)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    titles = [f"title {i % (each * users - 2)}" for i in range(len(names))]  # two are there twice
+    held = [random.random() < 0.3 for _ in names]
+    try:
+        found = mining.hard_negatives(names, titles, vectors, k=k, near=1.1, seed=seed, held=held)
+    except PyargsError as error:
+        assert "are left" in str(error)
+        return
+    sides = [{(u, titles[n.row]) for n, u, h in zip(found, names, held, strict=True) if h is part} for part in (True, False)]
+    assert not sides[0] & sides[1]
+    plain = mining.hard_negatives(names, titles, vectors, k=k, near=1.1, seed=seed)
+    assert [n for n, h in zip(found, held, strict=True) if h] == [n for n, h in zip(plain, held, strict=True) if h]
 
 
 def test_a_users_own_papers_do_not_use_up_the_neighbours(monkeypatch):
@@ -272,16 +292,19 @@ def test_a_clean_set_has_no_problems():
         ("users trained on and adapted to", [row(), row(role="query", prompt="q")]),
         ("one pair in two splits of a user", [row(role="support"), row(role="query")]),
         ("one pair in two splits of a user", [row(), row(role="train_test", chosen="bad", rejected="good")]),
-        ("pairs of train users among the adapt users'", [row(), row(user="u2", role="query")]),
+        (
+            "responses rejected in query that the same user rejects in support",
+            [row(role="support"), row(role="query", prompt="q", chosen="other", rejected="bad ")],
+        ),
+        (
+            "responses rejected in train_test that the same user rejects in train",
+            [row(), row(role="train_test", prompt="q", chosen="other")],
+        ),
         ("template markers in a text", [row(prompt="<|im_start|>user\nhi<|im_end|>")]),
         ("template markers in a text", [row(chosen="fine</s>")]),
         ("template markers in a text", [row(chosen="<|reserved_special_token_0|> fine")]),
         ("one answer to a prompt in two splits of a user", [row(role="support"), row(role="query", rejected="other")]),
         ("one answer to a prompt in two splits of a user", [row(), row(role="train_test", chosen="good ", rejected="other")]),
-        (
-            "answers of train users that are an adapt user's, to the same prompt",
-            [row(), row(user="b", role="query", rejected="x")],
-        ),
         ("one pair_id for different pairs", [row(pair_id="a"), row(pair_id="a", prompt="q")]),
         ("prompts of both kinds, texts and messages", [row(), row(prompt=[{"role": "user", "content": "x"}])]),
         (
@@ -306,7 +329,16 @@ def test_the_check_finds(kind, rows):
 @pytest.mark.parametrize(
     ("kind", "rows"),
     [
-        ("prompts in query and support", [row(role="support"), row(role="query", chosen="other")]),
+        ("pairs of train users among the adapt users'", [row(), row(user="u2", role="query")]),
+        (
+            "answers of train users that are an adapt user's, to the same prompt",
+            [row(), row(user="b", role="query", rejected="x")],
+        ),
+        (
+            "responses rejected in query that the same user rejects in support",
+            [row(role="support"), *(row(role="query", prompt=f"q{i}", rejected="bad" + "x" * i) for i in range(21))],
+        ),
+        ("prompts in query and support", [row(role="support"), row(role="query", chosen="other", rejected="worse")]),
         ("users with query pairs and no support pairs", [row(role="query")]),
         ("users with support pairs and no query pairs", [row(role="support")]),
         ("responses that differ in white space or case alone", [row(chosen="Good", rejected="good ")]),
@@ -361,6 +393,17 @@ def test_blind_cosine(encoder):
     assert found["accuracy"] == 50 * sum((one * two).sum(1) > (one * three).sum(1)) and found["n"] == 2
 
 
+def test_users_who_share_their_pairs_are_no_fault(tmp_path, capsys):
+    """Everybody judges everything, each in an own way: the point of personalisation."""
+    pairs = [(u, i, (f"a{i}", f"b{i}")[:: 1 if u % 2 else -1]) for u in range(6) for i in range(8)]
+    shared = write(tmp_path / "shared.jsonl", [
+        row(user=f"u{u}", role="train" if u < 3 else ("support", "query")[i % 2], prompt=f"p{i}", chosen=one, rejected=other)
+        for u, i, (one, other) in pairs
+    ])  # fmt: skip
+    assert cli.main(["data", "check", "--embedder", "none", str(shared)]) == 0
+    assert "pairs of train users among the adapt users'" in json.loads(capsys.readouterr().out)["notes"]
+
+
 def test_check_command(tmp_path):
     command = [sys.executable, "-m", "pyargs.cli", "data", "check", "--embedder", "none"]
     bad = write(tmp_path / "bad.jsonl", [row(role="support"), row(role="query")])
@@ -380,7 +423,8 @@ def test_check_command(tmp_path):
                                   "pandalm_annotators/prefs", "pref_lamp_like/ci/prefs_minilm"])  # fmt: skip
 def test_real_files_have_no_problems(file):
     found = check.check(preferences.read(SHARED / f"{file}.jsonl.gz"), embedder=None)
-    assert found["problems"] == {}
+    repeated = found["problems"].pop("responses rejected in query that the same user rejects in support", {"count": 0})
+    assert found["problems"] == {} and repeated["count"] == (50 if "pref_lamp" in file else 0)
 
 
 @needs_shared

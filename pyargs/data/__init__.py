@@ -7,7 +7,7 @@ rejected  str
 split     "train" and "train_test" for the users to train on; "support" and "query" for the users to adapt to
 pair_id   str; the same pair may be shown to several users
 
-and sometimes more (`user_type`, `attribute`, `subset`). It is TRL's preference format with a user.
+and sometimes more (`user_type`, `attribute`). It is TRL's preference format with a user.
 
 Sets that are made from a source have `build` as well (`pyargs data build NAME`), which writes a folder that loads as any file
 does. What builders share is in `tools`.

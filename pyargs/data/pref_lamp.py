@@ -312,6 +312,8 @@ def _neighbours(papers: list[dict], config: Config) -> tuple[list[dict], list[st
     from pyargs.lm.embed import embed
 
     rows = []
+    # What is held out of a train user's papers is known before the draws, as it is of a new user's.
+    papers = schema.carve([{"split": "train", **paper} for paper in papers], train_test=config.train_test, seed=config.seed)
     for kind in FILES.values():
         own = [paper for paper in papers if paper["user_split"] == kind]
         if not own:
@@ -320,6 +322,7 @@ def _neighbours(papers: list[dict], config: Config) -> tuple[list[dict], list[st
         found = hard_negatives(
             [paper["user_id"] for paper in own], [paper["title"] for paper in own], vectors, k=config.k, near=config.near,
             seed=config.seed, keys=[paper["item_id"] for paper in own], progress=partial(tqdm, desc=f"{kind} negatives"),
+            held=[paper["split"] in ("query", "train_test") for paper in own],
         )  # fmt: skip
         rows += [
             _row(paper, own[negative.row]["title"], similar=own[negative.row]["pair_id"], cosine=round(negative.cosine, 3))
@@ -328,6 +331,7 @@ def _neighbours(papers: list[dict], config: Config) -> tuple[list[dict], list[st
     mean = sum(row["cosine"] for row in rows) / len(rows)
     return rows, [
         f"Cosine between the abstracts of a pair's two titles: {mean:.3f} on average ({config.embedder}).",
+        "No title that a user rejects in support is rejected in the user's query, nor one of train in train_test.",
         "The rejected title belongs to another paper, so that content decides most pairs without knowing the user: see what "
         "word_overlap reaches above, and build --negatives policy for pairs where it cannot.",
     ]

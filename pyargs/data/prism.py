@@ -28,7 +28,7 @@ EXPECTED = {"dialogues without a usable turn": ["c2536", "c4146"], "train users 
 @dataclass
 class Config:
     max_characters: int = option(2300, "longest user turn + reply; longer ones give no pair (P-DPO)", least=1)
-    seed: int = option(0, "of the new users' halves and of the subset with one query pair a user (paper silent)")
+    seed: int = option(0, "of the new users' halves (paper silent)")
     embedder: str = option("minilm", "sentence encoder of the cosine on the card; none leaves it out")
 
 
@@ -37,8 +37,7 @@ def build(source: str, config: Config) -> Built:
 
     source: the folder with survey.jsonl and conversations.jsonl (plain, .gz or .parquet), or "hub". 90% of the users are train
     users, 90% of whose dialogues are train, the others train_test; users with a single dialogue are dropped. A new user's
-    dialogues are halved into support and query. Query pairs in the column `subset` marked "one_per_user" are the seeded single
-    pair of each user that the paper's main text is about. Columns beyond the common ones: dialogue, turn.
+    dialogues are halved into support and query. Columns beyond the common ones: dialogue, turn.
     Raises PyargsError, naming file and row: damaged files, an id twice, content that is no string, an unknown user.
     """
     if source == "hub":
@@ -73,10 +72,9 @@ def build(source: str, config: Config) -> Built:
     rows = [pair | {"split": split_of[dialogue]} for dialogue in split_of for pair in pairs[dialogue]]
     rows, lost = _whole(rows)
     counts["users dropped because a split of theirs has no pair"] = lost
-    counts["query pairs marked one_per_user"] = _mark_one_per_user(rows, config.seed)
     notes = [
         "Paper: 1,232 train users with 22.1 pairs and 139 new ones with 14.5 (support). Its main text rests on one query pair "
-        "for each new user (subset one_per_user), where the standard error of an accuracy is about 4 points.",
+        "for each new user, where the standard error of an accuracy is about 4 points: Tables 3 and 7 and Figure 1 draw it.",
         f"Dialogues without a usable turn: {', '.join(sorted(unusable)[:10]) or 'none'}.",
     ]
     if not full:
@@ -139,7 +137,7 @@ def _pairs(dialogue: str, user: str, turns: list[dict], longest: int, counts: Co
                 counts["pairs of the same or of empty texts"] += 1
             else:
                 pair = {
-                    "user_id": user, "prompt": [*history, asked], "chosen": chosen, "rejected": rejected, "subset": None,
+                    "user_id": user, "prompt": [*history, asked], "chosen": chosen, "rejected": rejected,
                     "dialogue": dialogue, "turn": number,
                 }  # fmt: skip
                 yield pair | {"pair_id": schema.text_id(pair)}
@@ -184,13 +182,3 @@ def _whole(rows: list[dict]) -> tuple[list[dict], int]:
         splits[row["user_id"]].add(row["split"])
     keep = {user for user, found in splits.items() if "train" in found or {"support", "query"} <= found}
     return [row for row in rows if row["user_id"] in keep], len(splits) - len(keep)
-
-
-def _mark_one_per_user(rows: list[dict], seed: int) -> int:
-    queries = defaultdict(list)
-    for row in rows:
-        if row["split"] == "query":
-            queries[row["user_id"]].append(row)
-    for user, own in queries.items():
-        random.Random(f"{seed} one {user}").choice(own)["subset"] = "one_per_user"
-    return len(queries)

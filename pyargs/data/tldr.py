@@ -46,7 +46,7 @@ PARTS = {"train": "train", "valid1": "validation", "valid2": "validation", "vali
 FULL = {"train rows": 92858, "validation rows": 86086}  # printed by public notebooks; then these must come out, too
 EXPECTED = {
     "train rows kept": 38487, "validation rows kept": 16294, "rows of the ten workers": 23299,
-    "validation rows of the ten workers": 4921, "train pairs before equal lengths are dropped": 20969,
+    "validation rows of the ten workers": 4921,
 }  # fmt: skip
 
 
@@ -57,12 +57,14 @@ class Config:
 
 
 def build(source: str, config: Config) -> Built:
-    """Rows of the ten train workers (train, train_test) and the 31 new ones (support, query), as methods of PAL split them.
+    """Pairs of the ten train workers (train, train_test) and the 31 new ones (support, query), as methods of PAL split them.
 
     source: the original folder (its `comparisons`, plain or .gz), a folder of the hub's parquet files, or "hub". Kept are rows
-    whose two policies contain "sup" and neither "ppo" nor "cnn". Pairs of equal length in characters have no label and are
-    dropped after the splits are drawn. The ten workers' validation rows come as the extra split `seen_test`. On the full
-    source the published counts are asserted. Raises PyargsError: damaged or foreign files, a new worker with too few rows.
+    whose two policies contain "sup" and neither "ppo" nor "cnn". Pairs of equal length in characters have no label and go
+    before the splits are drawn. train: 90% of the ten workers' train rows; the other 10% share their posts and are not used.
+    train_test: the ten workers' validation rows, the seen users' test split on which the paper chooses the weight (F.2). On
+    the full source the published counts are asserted. Raises PyargsError: damaged or foreign files, a new worker with too few
+    pairs.
     """
     if source == "hub":
         source = sources.from_hub(REPOSITORY, ["comparisons/**"], revision="refs/convert/parquet")
@@ -89,38 +91,41 @@ def build(source: str, config: Config) -> Built:
             else:
                 counts["rows without a post"] += 1
 
-    train, train_test = _stratified([row for row in kept["train"] if row["worker"] in TRAIN_WORKERS])
-    seen_test = [row for row in kept["validation"] if row["worker"] in TRAIN_WORKERS]
-    counts["rows of the ten workers"] = len(train) + len(train_test)
+    ten, seen_test = ([row for row in rows if row["worker"] in TRAIN_WORKERS] for rows in kept.values())
+    counts["rows of the ten workers"] = len(ten)
     counts["validation rows of the ten workers"] = len(seen_test)
-    counts["train pairs before equal lengths are dropped"] = len(train)
     full = all(counts[name] == count for name, count in FULL.items())
     if full:
         _expect({name: counts[name] for name in EXPECTED}, EXPECTED)
         _expect([worker for worker, _ in workers.most_common(10)], TRAIN_WORKERS)
-    splits = {"train": train, "train_test": train_test, "support": [], "query": [], "seen_test": seen_test}
+
+    def pairs(rows: list[dict]) -> list[dict]:
+        found = [pair for row in rows if (pair := _pair(row))]
+        counts["pairs of equal length (or with an empty summary) dropped"] += len(rows) - len(found)
+        return found
+
+    train, shares_posts = _stratified(pairs(ten))
+    counts["pairs that PAL holds out of the train rows, not used"] = len(shares_posts)
+    splits = {"train": train, "train_test": pairs(seen_test), "support": [], "query": []}
     for worker in NEW_WORKERS:
-        support, query = _support([row for row in kept["validation"] if row["worker"] == worker], worker, config.support)
+        own = pairs([row for row in kept["validation"] if row["worker"] == worker])
+        support, query = _support(own, worker, config.support)
         splits["support"] += support
         splits["query"] += query
-    made = {split: [pair for row in rows if (pair := _pair(row, split))] for split, rows in splits.items()}
-    counts["pairs of equal length (or with an empty summary) dropped"] = sum(map(len, splits.values())) - sum(
-        map(len, made.values())
-    )
-    counts["train pairs"] = len(made["train"])
+    counts["train pairs"] = len(train)
     longer = sum(worker not in SHORTER for worker in NEW_WORKERS)
     notes = [
         "The labels are a rule on length in characters, not the workers' choices. A reward that always prefers the longer "
         f"summary is right for {longer} of the {len(NEW_WORKERS)} new workers; without users hardly more can be had.",
-        "Several workers judge the same pairs of summaries, so that train and train_test share posts (PAL splits by row).",
-        f"Prompt: '{INSTRUCTION}' and the post. seen_test holds the ten workers' rows of the validation files.",
+        "train_test holds the ten workers' rows of the validation files (the paper's test split of seen users). New workers "
+        "judge some of the same pairs there.",
+        f"Prompt: '{INSTRUCTION}' and the post.",
     ]
     if not full:
         notes.append(
             f"Not the full source ({FULL['train rows']} + {FULL['validation rows']} rows): nothing could be asserted."
         )
-    extra = {"seen_test": made.pop("seen_test")}
-    return Built([row for rows in made.values() for row in rows], dict(counts), notes, paths, extra)
+    return Built([row | {"split": split} for split, rows in splits.items() for row in rows], dict(counts), notes, paths)
 
 
 def _paths(source: Path) -> list[Path]:
@@ -159,29 +164,29 @@ def _row(place: str, row: dict) -> tuple[str, dict]:
         ) from None
 
 
-def _stratified(rows: list[dict]) -> tuple[list[dict], list[dict]]:
-    """90% and 10% of every worker's rows, as scikit-learn draws them with PAL's seed."""
+def _stratified(pairs: list[dict]) -> tuple[list[dict], list[dict]]:
+    """90% and 10% of every worker's pairs, as scikit-learn draws them with PAL's seed."""
     from sklearn.model_selection import train_test_split
 
-    workers = [row["worker"] for row in rows]
+    workers = [pair["user_id"] for pair in pairs]
     try:
-        return train_test_split(rows, test_size=0.1, random_state=SEED, stratify=workers)
+        return train_test_split(pairs, test_size=0.1, random_state=SEED, stratify=workers)
     except ValueError as error:
-        raise PyargsError(f"The {len(rows)} train rows of the ten workers cannot be split 90/10: {error}") from None
+        raise PyargsError(f"The {len(pairs)} train pairs of the ten workers cannot be split 90/10: {error}") from None
 
 
-def _support(rows: list[dict], worker: str, size: int) -> tuple[list[dict], list[dict]]:
+def _support(pairs: list[dict], worker: str, size: int) -> tuple[list[dict], list[dict]]:
     from sklearn.model_selection import train_test_split
 
-    if len(rows) <= size:
+    if len(pairs) <= size:
         raise PyargsError(
-            f"worker {worker} has {len(rows)} validation rows that can be used: too few for {size} to adapt to and one query. "
-            "Fix: the full source, or a smaller --support."
+            f"worker {worker} has {len(pairs)} validation pairs that can be used: too few for {size} to adapt to and one "
+            "query. Fix: the full source, or a smaller --support."
         )
-    return train_test_split(rows, train_size=size, random_state=SEED)
+    return train_test_split(pairs, train_size=size, random_state=SEED)
 
 
-def _pair(row: dict, split: str) -> dict | None:
+def _pair(row: dict) -> dict | None:
     """The preference by length in characters, or None where both are as long, or one says nothing."""
     long, short = sorted(row["summaries"], key=lambda summary: -len(summary["text"]))
     if len(long["text"]) == len(short["text"]) or not short["text"].strip() or long["text"].strip() == short["text"].strip():
@@ -189,8 +194,7 @@ def _pair(row: dict, split: str) -> dict | None:
     chosen, rejected = (short, long) if row["worker"] in SHORTER else (long, short)
     pair = {
         "user_id": row["worker"], "prompt": INSTRUCTION + row["post"].strip(), "chosen": chosen["text"].strip(),
-        "rejected": rejected["text"].strip(), "split": split,
-        "user_type": "shorter" if row["worker"] in SHORTER else "longer",
+        "rejected": rejected["text"].strip(), "user_type": "shorter" if row["worker"] in SHORTER else "longer",
     }  # fmt: skip
     return pair | {"pair_id": schema.text_id(pair)}
 

@@ -14,6 +14,7 @@ from pyargs.data.tools import schema
 from pyargs.errors import PyargsError
 
 FIRST = 3  # rows named for each finding
+REPEATED = 5.0  # percent of a split's pairs from which responses that users have rejected before are an artefact
 ONE_SIDED = 5.0  # points between the two sides from which a matter of form counts as an artefact
 DECIDED = 75.0  # percent from which a scorer of form alone is worth a note
 # What belongs to a template, never to a text.
@@ -31,8 +32,9 @@ def check(rows: Iterable[tuple[str, dict]], *, embedder: str | None = "minilm") 
     """A report on rows with the columns of `pyargs.data`; (place, row) as `sources.rows` gives them.
 
     problems: what makes results wrong: rows that cannot be used, users who are both trained on and adapted to, an answer that
-    is known from another split, artefacts of form. notes: what a reader of results must know: prompts and pairs that splits
-    share otherwise, repetitions, contradictions, a form that decides. blind: accuracies of `metrics.blind`. Each finding has
+    is known from another split of the same user, artefacts of form. notes: what a reader of results must know: prompts and
+    pairs that splits or users share otherwise, repetitions, contradictions, a form that decides. That users share prompts and
+    pairs is no fault: whoever compares users asks them the same. blind: accuracies of `metrics.blind`. Each finding has
     a count and the first rows; an empty `problems` is a clean set. Raises PyargsError without a single readable row.
     """
     from pyargs.metrics.blind import FORM_SCORERS, blind
@@ -127,8 +129,9 @@ def _leaks(good, problems, notes) -> None:
     for same in of_pair.values():
         if len(same) > 1:
             _same_pair(same, problems, notes)
-    # With few prompts for many pairs an answer stands in several pairs; else it is what would have to be guessed.
+    # With few prompts for many pairs a response stands in several pairs; else it is what would have to be guessed.
     known = notes if len(of_prompt) < len(of_pair) / 2 else problems
+    _rejected_before(good, known, notes)
     for same in of_answer.values():
         for user in {row["user_id"] for _, row in same} if len(same) > 1 else ():
             own = [(place, row["split"]) for place, row in same if row["user_id"] == user]
@@ -141,7 +144,26 @@ def _leaks(good, problems, notes) -> None:
     for same in of_answer.values():
         if {schema.kind_of(row) for _, row in same} == {"train", "adapt"}:
             places = ", ".join(place for place, _ in same)
-            known["answers of train users that are an adapt user's, to the same prompt"].append(places)
+            notes["answers of train users that are an adapt user's, to the same prompt"].append(places)
+
+
+def _rejected_before(good, known, notes) -> None:
+    """Held-out pairs whose rejected response the same user rejects in a pair to learn from: the answer is half known.
+
+    A few come by chance where replies are short; from REPEATED percent on they are of the set's making.
+    """
+    of_response, count = defaultdict(lambda: defaultdict(list)), defaultdict(int)
+    for place, row in good:
+        of_response[row["user_id"], row["rejected"].strip()][row["split"]].append(place)
+        count[row["split"]] += 1
+    for held, other in (("query", "support"), ("train_test", "train")):
+        both = [(user, of[held], of[other]) for (user, _), of in of_response.items() if held in of and other in of]
+        share = 100 * sum(len(places) for _, places, _ in both) / max(1, count[held])
+        kind = known if share >= REPEATED else notes
+        for user, places, others in both:
+            for place in places:
+                what = f"responses rejected in {held} that the same user rejects in {other}"
+                kind[what].append(f"{user}: {place}, {others[0]}")
 
 
 def _same_pair(same: list[tuple[str, dict]], problems, notes) -> None:
@@ -159,6 +181,6 @@ def _same_pair(same: list[tuple[str, dict]], problems, notes) -> None:
     splits = {row["split"] for _, row in same}
     places = ", ".join(place for place, _ in same)
     if splits & {"train", "train_test"} and splits & {"support", "query"}:
-        problems["pairs of train users among the adapt users'"].append(places)
+        notes["pairs of train users among the adapt users'"].append(places)
     elif {"train", "train_test"} <= splits and len(by_user) > 1:
         notes["pairs of one user's train in another's train_test"].append(places)

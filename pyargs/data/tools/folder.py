@@ -20,14 +20,13 @@ class Built(NamedTuple):
     """What a data set's `build` gives: rows to be written, with what must be known about them.
 
     rows: dictionaries with the columns of `pyargs.data` and any more; counts: what was read, kept and dropped; notes:
-    sentences for the card; sources: the files that were read; extra: further splits, which `load` does not read.
+    sentences for the card; sources: the files that were read.
     """
 
     rows: list[dict]
     counts: dict[str, object]
     notes: list[str]
     sources: list[Path]
-    extra: dict[str, list[dict]] = {}
 
 
 def write(out: str | Path, built: Built, *, title: str, about: str, licence: str, how: dict, embedder: str | None) -> dict:
@@ -37,7 +36,7 @@ def write(out: str | Path, built: Built, *, title: str, about: str, licence: str
     Raises PyargsError for rows that `schema.check` refuses.
     """
     dataset = schema.to_dataset(schema.check(built.rows, where=title))
-    splits = {split: [row for row in built.rows if row["split"] == split] for split in data.SPLITS} | built.extra
+    splits = {split: [row for row in built.rows if row["split"] == split] for split in data.SPLITS}
     splits = {split: rows for split, rows in splits.items() if rows}
     base = Path(os.path.commonpath([path.parent for path in built.sources]))
     places = ((f"{split}.parquet, row {number}", row) for split in data.SPLITS
@@ -69,9 +68,6 @@ def _parquet(path: Path, rows: list[dict]) -> None:
 def card(found: dict, about: str, licence: str, splits: Iterable[str]) -> str:
     """The README.md of a built set: its header makes the folder a data set of the hub."""
     numbers, checked = found["statistics"], found["check"]
-    extra = [
-        f"`{split}` is a further split, which pyargs does not load." for split in splits if split not in numbers["splits"]
-    ]
     of_split = [
         [split, s["pairs"], s["users"], *(s["pairs_per_user"][key] for key in ("min", "median", "mean", "max"))]
         for split, s in numbers["splits"].items()
@@ -86,7 +82,6 @@ def card(found: dict, about: str, licence: str, splits: Iterable[str]) -> str:
         *(f"  - split: {split}\n    path: {split}.parquet" for split in splits), "---", "",
         f"# {found['name']}", "", about, "", f"Licence: {licence}", "",
         "## Splits", "", *_table(["split", "pairs", "users", "min per user", "median", "mean", "max"], of_split), "",
-        *([*extra, ""] if extra else []),
         f"{numbers['different_pairs']} different pairs (prompt and two responses) of {numbers['prompts']} prompts; users per "
         f"pair: mean {numbers['users_per_pair']['mean']}, at most {numbers['users_per_pair']['max']}.", "",
         *_table(["words", "min", "median", "mean", "max"], lengths), "",

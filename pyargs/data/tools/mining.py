@@ -27,14 +27,16 @@ def plain(text: str) -> str:
 
 def hard_negatives(
     users: Sequence[str], titles: Sequence[str], vectors: np.ndarray, *, k: int = 10, near: float = 0.95, seed: int = 0,
-    keys: Sequence[str] | None = None, progress: Callable = iter,
+    keys: Sequence[str] | None = None, held: Sequence[bool] | None = None, progress: Callable = iter,
 ) -> list[Negative]:  # fmt: skip
     """For each of N texts, one of the k nearest texts of other users, drawn by a hash of seed, user and key.
 
     users, titles: N each; vectors: unit vectors float32 [N, d]; keys: N ids (default: the row numbers), so that a draw does
-    not depend on the other rows. Left out: everything that has a title of the user's own (also in another user's hands), and
-    what is nearer than `near` in cosine, which is the same text again (default 0.95). Ties go to the lower row.
-    Raises PyargsError where fewer than k are left for a text.
+    not depend on the other rows; held: N, whether a text is held out (default: none is). Left out: everything that has a title
+    of the user's own (also in another user's hands), what is nearer than `near` in cosine, which is the same text again
+    (default 0.95), and, for the user's other texts, the titles taken for those that are held out: a title that a user has
+    rejected in training must not be what evaluation asks about. Ties go to the lower row. Raises PyargsError where fewer than
+    k are left for a text.
     """
     from sklearn.neighbors import NearestNeighbors
 
@@ -48,25 +50,30 @@ def hard_negatives(
     own: dict[str, set[str]] = {}
     for user, name in zip(users, names, strict=True):
         own.setdefault(user, set()).add(name)
-    count = min(len(pool), k + max(map(len, own.values())) + SPARE)
+    count = min(len(pool), k + 2 * max(map(len, own.values())) + SPARE)  # the user's own, and as many that are taken
     search = NearestNeighbors(n_neighbors=count, metric="cosine", algorithm="brute").fit(vectors[pool])
     distances, neighbours = search.kneighbors(vectors[pool])
 
-    found = []
-    for row in progress(range(len(names))):
+    held = [False] * len(names) if held is None else held
+    taken: dict[str, set[str]] = {user: set() for user in own}
+    found: dict[int, Negative] = {}
+    for row in progress(sorted(range(len(names)), key=lambda row: not held[row])):  # those that are held out first
         i = place[first[names[row], vectors[row].tobytes()]]
         allowed = []
         # Six digits: the seventh depends on the batch in which a text was embedded.
         for distance, j in sorted(zip(distances[i].round(6).tolist(), pool[neighbours[i]].tolist(), strict=True)):
-            if names[j] not in own[users[row]] and 1 - distance < near:
+            if names[j] not in own[users[row]] and 1 - distance < near and (held[row] or names[j] not in taken[users[row]]):
                 allowed.append(Negative(j, 1 - distance, len(allowed)))
                 if len(allowed) == k:
                     break
         if len(allowed) < k:
             raise PyargsError(
-                f"'{titles[row][:60]}' of user {users[row]}: {len(allowed)} of {k} similar texts of others are left after "
-                "the user's own and near-duplicates. Fix: more users, a smaller k, or a higher limit of nearness (near)."
+                f"'{titles[row][:60]}' of user {users[row]}: {len(allowed)} of {k} similar texts of others are left after the "
+                "user's own, near-duplicates and those taken for held-out texts. Fix: more users, a smaller k, or a higher "
+                "limit of nearness (near)."
             )
         key = keys[row] if keys is not None else row
-        found.append(random.Random(f"{seed} {users[row]} {key}").choice(allowed))
-    return found
+        found[row] = random.Random(f"{seed} {users[row]} {key}").choice(allowed)
+        if held[row]:
+            taken[users[row]].add(names[found[row].row])
+    return [found[row] for row in range(len(names))]

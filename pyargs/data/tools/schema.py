@@ -13,7 +13,7 @@ from pyargs.errors import PyargsError, did_you_mean
 if TYPE_CHECKING:
     from datasets import Dataset
 
-OPTIONAL = ("user_type", "attribute", "subset")
+OPTIONAL = ("user_type", "attribute")
 
 
 def check(rows: Iterable[dict] | Iterable[tuple[str, dict]], *, where: str = "rows") -> list[dict]:
