@@ -37,7 +37,7 @@ FAMILIES = {
     "pal_a": (
         "prototypes",
         "pal",
-        dict(variant="A", rank=3, width=32, projector_lr=3e-3, user_lr=3e-2, prototype_lr=3e-2, epochs=30, **FEW),
+        dict(variant="A", rank=3, projector_lr=3e-3, user_lr=3e-2, prototype_lr=3e-2, epochs=30, **FEW),
     ),
     "vpl": ("types", "vpl", dict(latent=64, vae_lr=1e-3, head_lr=1e-3, epochs=30)),
     "mpu": ("own", "mpu", dict(hidden=32, head_lr=1e-2, adapt_lr=1e-2, epochs=6, **FEW)),
@@ -453,7 +453,7 @@ def test_formula_of_pref(reg):
 @pytest.mark.parametrize("variant", ["A", "B"])
 def test_formula_of_pal(variant, weighting):
     torch.manual_seed(0)
-    config = pal.Config(variant=variant, rank=3, width=6, weighting=weighting)
+    config = pal.Config(variant=variant, rank=3, width=0 if variant == "A" else 6, weighting=weighting)
     model = pal.build(planted.Backbone(), None, USERS, config)
     batch = some_batch(tokens=5, prompt=variant == "B")
     batch.hidden[0, 1, 0] = batch.hidden[0, 0, 0]  # the first tokens of pair 0 are the same
@@ -463,8 +463,8 @@ def test_formula_of_pal(variant, weighting):
         act = F.relu if variant == "A" else lambda z: z * 0.5 * (1 + torch.erf(z / math.sqrt(2)))
         one = act(x @ p[f"{prefix}.first.weight"].T + p[f"{prefix}.first.bias"])
         two = act(one @ p[f"{prefix}.second.weight"].T + p[f"{prefix}.second.bias"])
-        two = two + one if variant == "A" else two
-        return two @ p[f"{prefix}.third.weight"].T + p[f"{prefix}.third.bias"]
+        three = two @ p[f"{prefix}.third.weight"].T + p[f"{prefix}.third.bias"]
+        return x + three if variant == "A" else three
 
     total = 0.0
     for n in range(len(batch)):
@@ -496,7 +496,7 @@ def test_formula_of_pal(variant, weighting):
 def test_pal_fits_new_users_by_its_loss(variant, rank):
     """With its short cuts (tokens projected once, B into the span of a prompt's K projections, even if K > P) and without."""
     torch.manual_seed(0)
-    config = pal.Config(variant=variant, rank=rank, width=6, adapt_steps=100)
+    config = pal.Config(variant=variant, rank=rank, width=0 if variant == "A" else 6, adapt_steps=100)
     model = pal.build(planted.Backbone(), None, USERS, config)
     offsets = torch.randint(1, 5, (30,)).cumsum(0)
     offsets = torch.cat([offsets.new_zeros(1), offsets])
@@ -608,7 +608,7 @@ def rows() -> Dataset:
 
 
 SMALL = {
-    "lore": dict(rank=3), "pref": dict(rank=3), "pal": dict(variant="A", rank=2, width=16), "vpl": dict(latent=16),
+    "lore": dict(rank=3), "pref": dict(rank=3), "pal": dict(variant="A", rank=2), "vpl": dict(latent=16),
     "mpu": dict(hidden=8), "pdpo": dict(soft_tokens=3, adapt_steps=5, adapt_lr=1e-2), "icl": dict(shots=3, max_length=768),
 }  # fmt: skip
 VARIANTS = [(name, {}) for name in METHODS] + [

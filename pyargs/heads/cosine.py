@@ -22,8 +22,8 @@ class Head(nn.Module):
 
     def __init__(self, dim: int, width: int, rank: int, users: Users):
         super().__init__()
-        self.project = Projector(dim, width, activation="gelu", residual=False)
-        self.queries = nn.ModuleList(Projector(dim, width, activation="gelu", residual=False) for _ in range(rank))
+        self.project = Projector(dim, width, activation="gelu", residual="none")
+        self.queries = nn.ModuleList(Projector(dim, width, activation="gelu", residual="none") for _ in range(rank))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.users = users
 

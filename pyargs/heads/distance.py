@@ -6,23 +6,34 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pyargs.errors import PyargsError
 from pyargs.heads import Folded
 from pyargs.types import Users
 
 
 class Projector(nn.Module):
-    """Three linear layers D -> P -> P -> P. PAL-A: relu, with the first layer's output added after the second (residual);
-    PAL-B: gelu without."""
+    """Three linear layers D -> P -> P -> P with an activation after the first two.
 
-    def __init__(self, dim: int, width: int, *, activation: str, residual: bool):
+    residual "input" adds the input to the output, so that P must be D; "hidden" adds the first layer's output before the
+    third; "none" adds nothing. PAL's code has relu and "input" for A, gelu and "none" for B.
+    """
+
+    def __init__(self, dim: int, width: int, *, activation: str, residual: str):
         super().__init__()
+        if residual not in ("input", "hidden", "none"):
+            raise PyargsError(f"a projector's residual is 'input', 'hidden' or 'none', not {residual!r}")
+        if residual == "input" and width != dim:
+            raise PyargsError(
+                f"width={width}: PAL-A's projector adds its input of {dim} numbers to its output, so leave width at 0"
+            )
         self.first, self.second, self.third = nn.Linear(dim, width), nn.Linear(width, width), nn.Linear(width, width)
         self.phi, self.residual = {"relu": F.relu, "gelu": F.gelu}[activation], residual
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.phi(self.first(x))
-        y = self.phi(self.second(x))
-        return self.third(y + x if self.residual else y)
+        one = self.phi(self.first(x))
+        two = self.phi(self.second(one))
+        y = self.third(two + one if self.residual == "hidden" else two)
+        return x + y if self.residual == "input" else y
 
 
 class Head(nn.Module):
@@ -30,11 +41,12 @@ class Head(nn.Module):
 
     prototypes [K, D], unit rows; the users' vector "mixture" [U, K] holds logits: the ideal point of user u is
     q_u = f(softmax(mixture_u)^T prototypes) [P].
+    residual: as in Projector. Folders saved before the field was there mean "hidden", and go on to give what they gave.
     """
 
-    def __init__(self, dim: int, width: int, rank: int, users: Users):
+    def __init__(self, dim: int, width: int, rank: int, users: Users, *, residual: str = "hidden"):
         super().__init__()
-        self.project = Projector(dim, width, activation="relu", residual=True)
+        self.project = Projector(dim, width, activation="relu", residual=residual)
         # Seed 42 whatever the seed of the run is, as in PAL's code.
         start = torch.randn(rank, dim, generator=torch.Generator().manual_seed(42))
         self.prototypes = nn.Parameter(F.normalize(start, dim=1))
@@ -42,7 +54,7 @@ class Head(nn.Module):
 
     def config(self) -> dict:
         rank, dim = self.prototypes.shape
-        return {"dim": dim, "width": self.project.first.out_features, "rank": rank}
+        return {"dim": dim, "width": self.project.first.out_features, "rank": rank, "residual": self.project.residual}
 
     def ideal(self) -> Tensor:
         """q [U, P]."""

@@ -1,7 +1,10 @@
 """PAL: users as mixtures of prototypes (arXiv 2406.08469). A: distance to an ideal point; B: cosine to a query.
 
-B's query is read from the prompt's last token, in training as afterwards. PAL's code pairs position t of the prompt with
-position t of the response while it trains, and takes the last token when it is used.
+Where this is not what PAL's code does: B's query is read from the prompt's last token, in training as afterwards (there
+position t of the prompt goes with position t of the response in training, and the last token is taken only in use). Past
+its end a response keeps its last state (there the states of padding are compared). The optimiser is AdamW (there Adam with
+L2). Responses have no end token. Early versions of PAL-A added a penalty on ideal points longer than 4, which later ones
+compute and leave out, as here.
 """
 
 from __future__ import annotations
@@ -27,7 +30,10 @@ class Config(AdaptConfig):
         choices=["A", "B"],
     )  # fmt: skip
     rank: int = option(8, "prototypes (A) or prompt projectors (B) (paper: 2 on TLDR, 8 on PRISM and Pref-LaMP)", least=1)
-    width: int = option(0, "P of the projectors D -> P -> P -> P; 0: P = D (PAL's configurations; paper silent)", least=0)
+    width: int = option(
+        0, "P of the projectors D -> P -> P -> P; 0: P = D (PAL's configurations; paper silent), which A needs, since its "
+        "projector adds its input to its output", least=0,
+    )  # fmt: skip
     weighting: str = option(
         "cumulative", "how tokens count, from the first that differs to the longer response's end: in proportion to their "
         "position (PAL's code), all alike, or only the last", choices=["cumulative", "mean", "last"],
@@ -37,13 +43,16 @@ class Config(AdaptConfig):
     user_lr: float = option(5e-3, "learning rate of the users' mixtures, in training and for new users (paper)")
     prototype_lr: float = option(5e-3, "learning rate of A's prototypes (PAL's code)")
     scale_lr: float = option(0.1, "learning rate of B's logit scale (PAL's code)")
+    adapt_steps: int = option(
+        500, "full-batch Adam steps for new users (as for the other methods; PAL's code: 20 epochs of AdamW in batches of 4)",
+        least=0,
+    )  # fmt: skip
 
 
 def build(lm, tokenizer, users: list[str], config: Config) -> RewardModel:
     dim = lm.config.get_text_config().hidden_size
-    kind = distance if config.variant == "A" else cosine
-    mixture = torch.randn(len(users), config.rank)
-    head = kind.Head(dim, config.width or dim, config.rank, Users(users, mixture=mixture))
+    sizes = (dim, config.width or dim, config.rank, Users(users, mixture=torch.randn(len(users), config.rank)))
+    head = distance.Head(*sizes, residual="input") if config.variant == "A" else cosine.Head(*sizes)
     return RewardModel(lm.get_decoder(), tokenizer, head, whole=config.weighting != "last", apart=config.variant == "B")
 
 
