@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import trange
 
+from pyargs import optimizers
 from pyargs.config import check, option
 from pyargs.data import of_split
 from pyargs.errors import PyargsError, did_you_mean
@@ -71,6 +72,10 @@ class FitConfig(ModelConfig):
     batch_size: int = option(32, "pairs per step (most of the methods' own codes; paper silent)", least=1)
     accumulation: int = option(1, "parts of a batch whose gradients are added up, to save memory (paper silent)", least=1)
     warmup: float = option(0.03, "share of the steps with rising rate, then cosine (VPL, P-DPO; paper silent)", least=0)
+    max_grad_norm: float = option(
+        0.0, "length to which a step's gradient is cut; 0: never, in full training too, where the Trainer of transformers by "
+        "itself cuts at 1 (paper silent)", least=0,
+    )  # fmt: skip
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass, to save memory (paper silent)")
     checkpoint_steps: int = option(
         100, "steps between checkpoints of full training, from which a killed one goes on (paper silent)", least=1
@@ -174,45 +179,6 @@ def train(name: str, dataset, config=None, *, checkpoints: str | Path | None = N
     return model.eval()
 
 
-class Together(torch.optim.Optimizer):
-    """Several optimisers as one, for schedulers and the Trainer; the parameter groups stay theirs."""
-
-    def __init__(self, *optimizers: torch.optim.Optimizer):
-        self.optimizers = optimizers
-        super().__init__([group for one in optimizers for group in one.param_groups], {})
-
-    def step(self, closure=None) -> None:
-        for one in self.optimizers:
-            one.step()
-
-    def state_dict(self) -> dict:
-        return {str(number): one.state_dict() for number, one in enumerate(self.optimizers)}
-
-    def load_state_dict(self, state: dict) -> None:
-        for number, one in enumerate(self.optimizers):
-            one.load_state_dict(state[str(number)])  # which replaces its groups
-        self.param_groups = [group for one in self.optimizers for group in one.param_groups]
-
-
-def _optimizer(recipe, model, config) -> torch.optim.Optimizer:
-    """AdamW over the recipe's `groups` (else head and users at head_lr) and LoRA at lora_lr; decay where a group has it.
-
-    A group with "sparse" goes to SparseAdam: rows of absent users then keep their values and moments, where Adam would move
-    them on by momentum.
-    """
-    if hasattr(recipe, "groups"):
-        groups = recipe.groups(model, config)
-    else:
-        groups = [{"params": model.head.parameters(), "lr": config.head_lr}] if hasattr(model, "head") else []
-    groups = [*groups, {"params": model.backbone.parameters(), "lr": getattr(config, "lora_lr", 0.0)}]
-    groups = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
-    dense = [group for group in groups if group["params"] and not group.get("sparse")]
-    sparse = [group for group in groups if group["params"] and group.pop("sparse", False)]
-    found = [torch.optim.AdamW(dense, betas=(0.9, 0.999), weight_decay=0.0)] if dense else []
-    found += [torch.optim.SparseAdam(sparse, betas=(0.9, 0.999))] if sparse else []
-    return found[0] if len(found) == 1 else Together(*found)
-
-
 def _turns(recipe, model, config) -> list[set]:
     """The parameter sets that a minibatch updates in turn, each after a forward pass of its own; one set for most methods."""
     everything = {p for p in model.parameters() if p.requires_grad}
@@ -224,7 +190,7 @@ def train_head(recipe, model: RewardModel, data: Features, config) -> None:
     from transformers import get_cosine_schedule_with_warmup
 
     rows = model.users.rows(data.users)
-    optimizer = _optimizer(recipe, model, config)
+    optimizer = optimizers.make(recipe, model, config)
     per_epoch = -(-len(data) // config.batch_size)
     steps = math.ceil(epochs(config) * per_epoch)  # as the Trainer counts
     schedule = get_cosine_schedule_with_warmup(optimizer, round(config.warmup * steps), steps)
@@ -288,7 +254,7 @@ def _train_all(recipe, model, rows, config, checkpoints: str | Path | None) -> N
 
         def create_optimizer(self, *_):
             if self.optimizer is None:
-                self.optimizer = _optimizer(recipe, model, config)
+                self.optimizer = optimizers.make(recipe, model, config)
             return self.optimizer
 
         def training_step(self, wrapped, inputs, num_items_in_batch=None):
@@ -335,7 +301,7 @@ def _train_all(recipe, model, rows, config, checkpoints: str | Path | None) -> N
             num_train_epochs=epochs(config),
             lr_scheduler_type="cosine",
             warmup_steps=round(config.warmup * steps_per_epoch * epochs(config)),
-            max_grad_norm=0.0,
+            max_grad_norm=0.0,  # the optimizer clips, as it does with a frozen backbone
             seed=config.seed,
             save_strategy="steps" if checkpoints else "no",
             save_steps=config.checkpoint_steps,

@@ -26,14 +26,24 @@ class Tuning:
         choices=["policy_accuracy", "harmonic", "fluency"],
     )
     grid: list[float] = option(
-        [0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0], "weights to try, in units of 1 / reward_std (paper silent)"
+        [0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0],
+        "weights to try, in units of 1 / reward_std (paper silent); while the largest is the best, larger ones are tried",
     )
-    max_perplexity: float = option(1.5, "bound of objective fluency, as a multiple of the unguided perplexity")
+    max_perplexity: float = option(
+        1.5, "as a multiple of the unguided perplexity: bound of fluency, and of weights tried beyond the grid"
+    )
     prompts: int = option(100, "held-out prompts to generate for, at each grid point (paper silent)")
     num_candidates: int = option(10, "k of ARGS")
     max_new_tokens: int = option(64, "length of the generated answers (64 for titles)")
     batch_size: int = option(8, "prompts decoded together")
     seed: int = option(0, "which prompts are taken")
+    eos_reward: str | None = option(
+        None, "what a stop token earns: the reward of the text before it, or of the state behind it, on which no head is "
+        "trained (default: before; GenARM has a reward of its own for it)", choices=["before", "state"],
+    )  # fmt: skip
+
+
+STEP, BEYOND = 3.0, 6  # how far apart weights beyond the grid are, and how many at most
 
 
 def reward_std(outputs: list[Decoded]) -> float:
@@ -45,8 +55,10 @@ def reward_std(outputs: list[Decoded]) -> float:
 def tune(model, policy, rows, config: Tuning) -> dict:
     """reward_std, the grid with what was measured at each point, and the chosen raw `reward_weight`.
 
-    rows: pairs of seen users that were held out (split "train_test"). Ties go to the smaller weight. Raises PyargsError
-    without rows or when the reward does not tell candidates apart (reward_std is 0).
+    rows: pairs of seen users that were held out (split "train_test"). Ties go to the smaller weight. While the largest weight
+    is the best and its answers keep to max_perplexity, the next is STEP times as large, BEYOND times at most; a choice that is
+    the largest all the same shows in the grid. Raises PyargsError without rows or when the reward does not tell candidates
+    apart (reward_std is 0).
     """
     if not hasattr(model, "pair_scores"):
         raise PyargsError(f"{model.about.get('method')} answers by itself: it has no weight to choose")
@@ -59,7 +71,10 @@ def tune(model, policy, rows, config: Tuning) -> dict:
         first.setdefault(str(row["prompt"]), row)
     sample = list(first.values())[: config.prompts]
     users = [row["user_id"] for row in sample]
-    options = dict(num_candidates=config.num_candidates, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size)
+    options = dict(
+        num_candidates=config.num_candidates, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size,
+        eos_reward=config.eos_reward,
+    )  # fmt: skip
 
     def answer(weight: float):
         texts, prompts, tokens, outputs = [""] * len(sample), [None] * len(sample), [[]] * len(sample), []
@@ -83,7 +98,9 @@ def tune(model, policy, rows, config: Tuning) -> dict:
     points, written, plain = [], [], None
     if config.objective != "harmonic":
         plain = perplexity(policy, prompts, unguided)
-    for relative in sorted(config.grid):
+
+    def measure(relative: float) -> list:
+        """Adds a point of the grid; returns the tokens that are written there, for all objectives but policy_accuracy."""
         weight = relative / unit
         accuracy = policy_accuracy(scores, weight, centre=centre)
         point = {
@@ -93,19 +110,10 @@ def tune(model, policy, rows, config: Tuning) -> dict:
         }
         points.append(point)
         if config.objective == "policy_accuracy":
-            continue
-        if relative:
-            texts, prompts, tokens, _ = answer(weight)
-        written.append(tokens)
-        point["rouge1"] = rouge(texts, [row["chosen"] for row in sample])["rouge1"]
-        if config.objective == "fluency":
-            point["perplexity"] = perplexity(policy, prompts, tokens)
-            if point["perplexity"] > config.max_perplexity * plain:
-                break  # larger weights only get worse; what was measured stays in the record
-    if config.objective == "harmonic":  # all weights' answers to a prompt behind one pass over it
-        plain, *found = perplexities(policy, prompts, [unguided, *written])
-        for point, value in zip(points, found, strict=True):
-            point["perplexity"] = value
+            return []
+        answers, _, own, _ = answer(weight) if relative else (texts, prompts, unguided, outputs)
+        point["rouge1"] = rouge(answers, [row["chosen"] for row in sample])["rouge1"]
+        return own
 
     def value(point: dict) -> float:
         if config.objective == "policy_accuracy":
@@ -115,9 +123,31 @@ def tune(model, policy, rows, config: Tuning) -> dict:
         parts = (point["rouge1"] / 100, 1 / point["perplexity"], point["policy_accuracy"]["paper"] / 100)
         return len(parts) / sum(1 / part for part in parts) if all(parts) else 0.0
 
+    for relative in sorted(config.grid):
+        written.append(measure(relative))
+        if config.objective == "fluency":
+            points[-1]["perplexity"] = perplexity(policy, prompts, written[-1])
+            if points[-1]["perplexity"] > config.max_perplexity * plain:
+                break  # larger weights only get worse; what was measured stays in the record
+    if config.objective == "harmonic":  # all weights' answers to a prompt behind one pass over it
+        plain, *found = perplexities(policy, prompts, [unguided, *written])
+        for point, one in zip(points, found, strict=True):
+            point["perplexity"] = one
     for point in points:
         point["value"] = value(point)
-    best = max(points, key=lambda point: point["value"])  # the first of equals, which is the smaller weight
+    for _ in range(BEYOND):
+        best, last = max(points, key=lambda point: point["value"]), points[-1]  # the first of equals: the smaller weight
+        if best is not last or not last["relative"]:
+            break
+        if "perplexity" not in last:
+            last["perplexity"] = perplexity(policy, prompts, answer(last["reward_weight"])[2])
+        if last["perplexity"] > config.max_perplexity * plain:
+            break  # the text is broken already
+        own = measure(STEP * last["relative"])
+        if own:
+            points[-1]["perplexity"] = perplexity(policy, prompts, own)
+        points[-1]["value"] = value(points[-1])
+    best = max(points, key=lambda point: point["value"])
     return {
         "objective": config.objective, "max_perplexity": config.max_perplexity, "reward_std": unit, "centre": centre,
         "unguided_perplexity": plain,

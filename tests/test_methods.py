@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from pyargs import fit, load_model, methods
+from pyargs import fit, load_model, methods, optimizers
 from pyargs.data import of_split, synthetic
 from pyargs.errors import PyargsError, UnknownUser
 from pyargs.heads import latent
@@ -193,7 +193,7 @@ def test_absent_users_do_not_move():
     config = mpu.Config(hidden=8)
     model = mpu.build(planted.Backbone(), None, ids(data.train), config)
     model.head.train()
-    optimizer = fit._optimizer(mpu, model, config)
+    optimizer = optimizers.make(mpu, model, config)
     rows = model.users.rows(data.train.users)
     first, second = (rows == 0).nonzero().flatten()[:8], (rows == 5).nonzero().flatten()[:8]
     for index in (first, second):
@@ -311,7 +311,7 @@ GROUPS = {  # (learning rate, weight decay, sparse) of every trained part; LoRA 
 
 
 def optimized(model, name: str, config) -> dict:
-    optimizer = fit._optimizer(fit.method(name), model, config)
+    optimizer = optimizers.make(fit.method(name), model, config)
     return {
         parameter: (group["lr"], group.get("weight_decay", 0), isinstance(one, torch.optim.SparseAdam))
         for one in getattr(optimizer, "optimizers", [optimizer])

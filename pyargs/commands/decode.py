@@ -24,6 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
     parser.add_argument("--do-sample", action="store_true", help="sample instead of the argmax")
     parser.add_argument("--temperature", type=float, help="of sampling (default: 0.7 among ARGS' candidates, else 1)")
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
+    parser.add_argument("--eos-reward", choices=["before", "state"], help="what a stop token earns: the reward of the text "
+                        "before it (default), or of the state behind it, on which no head is trained")  # fmt: skip
     parser.add_argument("--out", required=True, help="JSONL file, one answer a line")
     add_data(parser)
 
@@ -52,7 +54,7 @@ def run(args: argparse.Namespace) -> dict:
         )
     settings = {name: getattr(args, name) for name in (
         "policy", "dtype", "split", "limit", "num_candidates", "max_new_tokens", "batch_size", "do_sample", "temperature",
-        "seed", "whole_vocabulary", "best_of",
+        "seed", "whole_vocabulary", "best_of", "eos_reward",
     )}  # fmt: skip
     key = files.stage_key(
         {"stage": "decode", "reward_weight": weight, **settings},
@@ -67,7 +69,7 @@ def run(args: argparse.Namespace) -> dict:
         policy, model, [row["prompt"] for row in items], [row["user_id"] for row in items], reward_weight=weight,
         batch_size=args.batch_size, num_candidates=None if args.whole_vocabulary else args.num_candidates,
         max_new_tokens=args.max_new_tokens, do_sample=args.do_sample, temperature=args.temperature, seed=args.seed,
-        best_of=args.best_of or 0,
+        best_of=args.best_of or 0, eos_reward=args.eos_reward,
     ):  # fmt: skip
         texts = decoded.texts(model.tokenizer)
         for row, (i, text, tokens) in enumerate(zip(numbers, texts, decoded.answers(), strict=True)):

@@ -66,6 +66,10 @@ def decode_prompts(
         raise PyargsError("best_of samples anyway: leave do_sample out")
     if everything and not (token_reward and not best_of):
         raise PyargsError("only a TokenReward (GenARM) that guides has rewards for the whole vocabulary: leave it out")
+    if more.get("eos_reward", "") is None:
+        del more["eos_reward"]  # the decoder's own
+    elif "eos_reward" in more and (own or token_reward or best_of):
+        raise PyargsError("eos_reward is about the head of a RewardModel that guides: leave it out")
     if more.get("temperature", 0.0) is None:
         del more["temperature"]  # each decoder's own
     weight, seed = more.pop("reward_weight", None), more.pop("seed", 0)

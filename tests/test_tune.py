@@ -1,0 +1,92 @@
+"""The choice of the weight: the grid goes on while its largest weight is the best, and options reach the decoder."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+
+from pyargs import tune as module
+from pyargs.errors import PyargsError
+from pyargs.tune import BEYOND, STEP, Tuning, tune
+
+
+@pytest.fixture
+def made_up(monkeypatch):
+    """Tunes on made-up measurements: accuracy and perplexity by the weight in units of 1 / reward_std, which is 2."""
+
+    def run(accuracy, perplexity, **fields) -> tuple[dict, list[dict]]:
+        asked = []
+
+        def decode_prompts(policy, model, prompts, users, *, reward_weight, **more):
+            asked.append({"weight": reward_weight, **more})
+            decoded = SimpleNamespace(
+                spreads=torch.full((1, 3), 2.0),
+                lengths=torch.tensor([3]),
+                answers=lambda: [[reward_weight]],
+                texts=lambda _: ["x"],
+            )
+            yield [0], [[1, 2]], decoded
+
+        own = lambda tokens: perplexity(round(2 * tokens[0][0], 6))  # noqa: E731
+        monkeypatch.setattr(module, "decode_prompts", decode_prompts)
+        monkeypatch.setattr(module, "pair_scores", lambda *_: SimpleNamespace(mean_step_reward=lambda: 0.0))
+        monkeypatch.setattr(
+            module, "policy_accuracy", lambda _, weight, centre: {"paper": {"accuracy": accuracy(round(2 * weight, 6))}}
+        )
+        monkeypatch.setattr(module, "perplexity", lambda policy, prompts, tokens: own(tokens))
+        monkeypatch.setattr(module, "perplexities", lambda policy, prompts, several: [own(tokens) for tokens in several])
+        monkeypatch.setattr(module, "rouge", lambda texts, references: {"rouge1": 50.0})
+        rows = Dataset.from_list([{"user_id": "u", "prompt": "p", "chosen": "a", "rejected": "b"}])
+        model = SimpleNamespace(about={}, tokenizer=None, pair_scores=None)
+        return tune(model, None, rows, Tuning(**fields)), asked
+
+    return run
+
+
+@pytest.mark.parametrize("objective", ["policy_accuracy", "harmonic"])
+def test_the_grid_goes_on_until_the_best_weight_is_inside(objective, made_up):
+    peak = lambda weight: 90 - abs(weight - 9.5) if weight else 1.0  # noqa: E731
+    found, _ = made_up(peak, lambda _: 1.2, objective=objective, grid=[0.0, 0.5, 1.0])
+    assert [point["relative"] for point in found["grid"]] == [0, 0.5, 1, 3, 9, 27]
+    assert found["relative"] == 9 and found["reward_weight"] == 4.5
+    inside, asked = made_up(lambda weight: -abs(weight - 0.5), lambda _: 1.2, objective=objective, grid=[0.0, 0.5, 1.0])
+    assert len(inside["grid"]) == 3 and len(asked) == (1 if objective == "policy_accuracy" else 3), "nothing more is written"
+
+
+@pytest.mark.parametrize("objective", ["policy_accuracy", "fluency"])
+def test_weights_beyond_the_grid_end_where_the_text_breaks(objective, made_up):
+    found, _ = made_up(lambda weight: weight, lambda weight: 1.0 if weight < 5 else 1.6, objective=objective, grid=[0.0, 1.0])
+    assert [point["relative"] for point in found["grid"]] == [0, 1, 3, 9]
+    assert found["relative"] == (9 if objective == "policy_accuracy" else 3), "the largest tried shows in the grid"
+    assert found["grid"][-1]["perplexity"] == 1.6
+    broken, asked = made_up(lambda weight: weight, lambda weight: 1 + weight, objective="policy_accuracy", grid=[0.0, 1.0])
+    assert [point["relative"] for point in broken["grid"]] == [0, 1] and [one["weight"] for one in asked] == [0, 0.5]
+
+
+def test_weights_beyond_the_grid_are_not_tried_for_ever(made_up):
+    found, _ = made_up(lambda weight: weight, lambda _: 1.0, grid=[0.0, 1.0])
+    assert [point["relative"] for point in found["grid"]] == [0, *(STEP**n for n in range(BEYOND + 1))]
+    alone, _ = made_up(lambda _: 50.0, lambda _: 1.0, grid=[0.0])
+    assert len(alone["grid"]) == 1, "zero times anything is zero"
+
+
+def test_what_a_stop_token_earns_is_asked_of_the_decoder(made_up):
+    for eos_reward in (None, "state"):
+        _, asked = made_up(lambda weight: -weight, lambda _: 1.0, eos_reward=eos_reward)
+        assert {one["eos_reward"] for one in asked} == {eos_reward}
+
+
+def test_options_that_no_decoder_of_the_model_has_are_refused(monkeypatch):
+    from pyargs.decode import prompts
+    from pyargs.models.token_reward import TokenReward
+
+    model = TokenReward.__new__(TokenReward)
+    torch.nn.Module.__init__(model)
+    model.tokenizer, model.about = None, {}
+    monkeypatch.setattr(prompts, "encode_prompt", lambda *_: [1])
+    for more in ({}, {"best_of": 2}):
+        with pytest.raises(PyargsError, match="eos_reward is about the head of a RewardModel"):
+            next(prompts.decode_prompts(None, model, ["p"], ["u"], reward_weight=1.0, eos_reward="state", **more))
