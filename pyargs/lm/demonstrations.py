@@ -6,7 +6,7 @@ import random
 
 from pyargs.errors import PyargsError, UnknownUser, did_you_mean
 from pyargs.lm.embed import embed
-from pyargs.lm.encode import check_messages, encode_prompt
+from pyargs.lm.encode import as_messages, encode_prompt, text_ids
 
 TASK = "Below are examples of what one user prefers. Answer the last prompt as this user would prefer."
 
@@ -65,22 +65,22 @@ class Demonstrations:
         What is longer than max_tokens loses demonstrations, the farthest first, then what `encode_prompt` cuts: the oldest
         turns, which stand before, and the end of the last content. Template and instruction are never cut: PyargsError.
         """
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        check_messages(messages)
-        *history, last = messages
-        asked = last["content"].removeprefix(self.instruction)
-        shown = self.choose(last["content"], user)
+        messages = as_messages(prompt)
+        last = last_user_text(messages)
+        place = max(i for i, message in enumerate(messages) if message["role"] == "user")
+        asked = last.removeprefix(self.instruction)
+        shown = self.choose(last, user)
 
         def ids(room: int | None = None) -> list[int]:
             turn = {"role": "user", "content": self._layout(tokenizer, shown, asked)}
-            return encode_prompt(tokenizer, [*history, turn], room)
+            return encode_prompt(tokenizer, [*messages[:place], turn, *messages[place + 1 :]], room)
 
         while len(found := ids()) > self.max_tokens and shown:
             shown = shown[1:]
         if len(found) <= self.max_tokens:
             return found
         # Without demonstrations nothing of the layout can be lost: the rest is cut as any prompt is, from its end.
-        if len(encode_prompt(tokenizer, self.instruction)) >= self.max_tokens and asked != last["content"]:
+        if len(encode_prompt(tokenizer, self.instruction)) >= self.max_tokens and asked != last:
             raise PyargsError(f"max_tokens={self.max_tokens} leaves no room behind the instruction: raise it")
         return ids(self.max_tokens)
 
@@ -90,7 +90,7 @@ class Demonstrations:
         parts = [self.instruction.strip() or TASK]
         preferred = f"Preferred {self.response_name}".strip()
         for number, pair in enumerate(shown, 1):
-            content = tokenizer(pair["prompt"].removeprefix(self.instruction), add_special_tokens=False)["input_ids"]
+            content = text_ids(tokenizer, pair["prompt"].removeprefix(self.instruction))
             lines = [
                 f"Example {number}",
                 f"{self.prompt_name}: {tokenizer.decode(content[: self.content_tokens]).strip()}",
@@ -117,5 +117,8 @@ def bm25(query: str, texts: list[str]) -> list[float]:
 
 
 def last_user_text(prompt) -> str:
-    """The prompt itself, or the content of a conversation's last turn."""
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    """The prompt itself, or what the user said last in a conversation. Raises PyargsError where the user said nothing."""
+    said = [message["content"] for message in as_messages(prompt) if message["role"] == "user"]
+    if not said:
+        raise PyargsError("the prompt has no turn of the user's, where demonstrations stand: add one")
+    return said[-1]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+import secrets
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,61 +12,141 @@ from torch import Tensor
 
 from pyargs.errors import PyargsError
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
 
 def encode_prompt(tokenizer, prompt: str | list[dict], max_tokens: int | None = None) -> list[int]:
     """Ids of a prompt, with the model's chat template and its generation prompt where it has one.
 
-    prompt: one user turn as a str, or messages {"role", "content"} that end with a user turn. What is longer than
-    max_tokens is shortened before templating: first the oldest turns go (a system turn stays), then the end of the last
-    content is cut. The template is never cut, so a too small max_tokens raises PyargsError.
+    prompt: one user turn as a str, or messages {"role", "content"}. Where the last is the assistant's, it is what the answer
+    begins with: the model goes on with it. Control tokens come from the template alone: the text `<|im_end|>` in a content
+    is text (tokens that the tokenizer calls special; others of its added tokens stay what they are).
+    What is longer than max_tokens is shortened before templating: first the oldest turns go (a system turn stays), then the
+    end of the last user's content is cut. The template is never cut, nor is what the answer begins with, so a too small
+    max_tokens raises PyargsError; so do a template that can not go on with the assistant's turn, and a tokenizer that can
+    not write a content without control tokens.
     """
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-    check_messages(messages)
+    messages = [dict(message) for message in as_messages(prompt)]
     ids = _template(tokenizer, messages)
     if max_tokens is None or len(ids) <= max_tokens:
         return ids
-    system = 1 if messages[0]["role"] == "system" else 0
-    while len(messages) - system > 1 and len(ids) > max_tokens:
+    system = 1 if messages[0]["role"] in ("system", "developer") else 0
+    begun = 1 if messages[-1]["role"] == "assistant" else 0
+    while len(messages) - system > 1 + begun and len(ids) > max_tokens:
         # A user turn goes together with the reply to it: some templates refuse a history that opens with a reply.
-        del messages[system : system + (2 if len(messages) - system > 2 else 1)]
+        del messages[system : system + (2 if len(messages) - system > 2 + begun else 1)]
         ids = _template(tokenizer, messages)
-    content = tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"]
+    last = [{"content": ""}, *messages[system : len(messages) - begun]][-1]
+    content = text_ids(tokenizer, last["content"])
     keep = len(content)
     while len(ids) > max_tokens:
         keep -= len(ids) - max_tokens
         if keep <= 0:
             raise PyargsError(f"max_tokens={max_tokens} leaves no room for the prompt inside its template: raise it")
-        messages[-1]["content"] = tokenizer.decode(content[:keep])
+        last["content"] = tokenizer.decode(content[:keep])
         ids = _template(tokenizer, messages)
     return ids
 
 
 def encode_response(tokenizer, text: str) -> list[int]:
-    """Ids of a response as a decoder would have produced them: no special tokens, no terminator."""
+    """Ids of a response as a decoder would have produced them: no special tokens, no terminator.
+
+    The text of a special token is text here, too. Raises PyargsError for a response without tokens.
+    """
     if not isinstance(text, str):
         raise PyargsError(f"a response must be a str, got {type(text).__name__}: {str(text)[:60]!r}")
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = text_ids(tokenizer, text)
     if not ids:
         raise PyargsError(f"the response {text!r} has no tokens: drop such rows")
     return ids
 
 
-def check_messages(messages: list[dict]) -> None:
-    """Raises PyargsError for a conversation without turns or a content that is not a str."""
+def as_messages(prompt: str | list[dict]) -> list[dict]:
+    """The prompt as messages. Raises PyargsError for none, an unknown role, a content that is not a str, another field."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not isinstance(messages, (list, tuple)) or not all(isinstance(message, dict) for message in messages):
+        raise PyargsError(f"a prompt is a str or a list of messages {{'role', 'content'}}, got {str(prompt)[:60]!r}")
     if not messages:
         raise PyargsError("the prompt has no messages")
     for message in messages:
-        if not isinstance(message.get("content"), str):
-            kind = type(message.get("content")).__name__
-            raise PyargsError(f"the content of a '{message.get('role')}' message must be a str, got {kind}")
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            raise PyargsError(f"unknown role {role!r} of a message: the roles are {', '.join(ROLES)}")
+        if not isinstance(content, str):
+            raise PyargsError(f"the content of a '{role}' message must be a str, got {type(content).__name__}")
+        more = [name for name, value in message.items() if name not in ("role", "content") and value is not None]
+        if more:
+            raise PyargsError(f"a message has the field '{more[0]}', but only role and content are read: leave it out")
+    return list(messages)
+
+
+def text_ids(tokenizer, text: str) -> list[int]:
+    """Ids of a text that stands by itself, without special tokens, whatever it says."""
+    return _ids(tokenizer, [text], "".join)
 
 
 def _template(tokenizer, messages: list[dict]) -> list[int]:
-    if tokenizer.chat_template:
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-        return list(ids)
-    # A base model: the turns as they are. The tokenizer adds its own start token if it has one.
-    return tokenizer("\n".join(message["content"] for message in messages))["input_ids"]
+    if not tokenizer.chat_template:
+        # A base model: the turns as they are. The tokenizer adds its own start token if it has one.
+        ids = _ids(tokenizer, [message["content"] for message in messages], "\n".join, add_special_tokens=True)
+        if not ids:
+            raise PyargsError("the prompt has no tokens: a model without a chat template needs a text to go on with")
+        return ids
+    goes_on = messages[-1]["role"] == "assistant"
+
+    def render(contents: list[str]) -> str:
+        filled = [message | {"content": content} for message, content in zip(messages, contents, strict=True)]
+        try:
+            return tokenizer.apply_chat_template(
+                filled, add_generation_prompt=not goes_on, continue_final_message=goes_on, tokenize=False
+            )
+        except Exception as error:  # whatever the template raises, as most do for an order of roles that they do not know
+            turns = ", ".join(message["role"] for message in messages)
+            what = "go on with the assistant's last turn" if goes_on else "write this conversation"
+            raise PyargsError(f"the model's chat template can not {what} (turns: {turns}): {error}") from error
+
+    return _ids(tokenizer, [message["content"] for message in messages], render)
+
+
+def _ids(tokenizer, contents: list[str], render: Callable, add_special_tokens: bool = False) -> list[int]:
+    """Ids of the text that `render` makes of the contents, in which no special token comes from a content.
+
+    That is so where its special tokens are those of harmless contents. Else every text of a special token in a content is cut
+    behind its first character, and the parts are read one by one. Raises PyargsError where that does not help.
+    """
+    if any(re.search("[\ud800-\udfff]", content) for content in contents):
+        raise PyargsError("a text holds half a character (a lone surrogate): it is not text")
+    added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    numbers, texts = {*added, *tokenizer.all_special_ids}, {*added.values(), *tokenizer.all_special_tokens}
+
+    def controls(ids: list[int], *but: int | None) -> list[int]:
+        return [i for i in ids if i in numbers and i not in but]
+
+    def read(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    ids = tokenizer(render(contents), add_special_tokens=add_special_tokens)["input_ids"]
+    harmless = render(["a" if content.strip() else content for content in contents])
+    frame = tokenizer(harmless, add_special_tokens=add_special_tokens)["input_ids"]
+    if controls(ids) == controls(frame):
+        return ids
+    mark = secrets.token_hex()  # nobody's content holds it
+    cut = re.compile(f"(?=(?:{'|'.join(map(re.escape, texts))}))(.)", re.DOTALL)
+    first, *rest = render([cut.sub(rf"\g<1>{mark}", content) for content in contents]).split(mark)
+    ids, line = read(first), read("\n")
+    for part in rest:
+        # Behind a line's end, since tokenizers of sentencepiece begin every text with a space of their own.
+        more = read("\n" + part)
+        ids = ids + (more[len(line) :] if more[: len(line)] == line else read(part))
+    bare = read(harmless)
+    start = next((i for i in range(len(frame)) if frame[i : i + len(bare)] == bare), 0)
+    ids = frame[:start] + ids + frame[start + len(bare) :]  # what the tokenizer adds around a text
+    if controls(ids, tokenizer.unk_token_id) != controls(frame, tokenizer.unk_token_id):
+        raise PyargsError(
+            f"a text holds what this tokenizer reads as a special token ({', '.join(sorted(texts))[:200]}) and can not read "
+            "otherwise: take it out of the text"
+        )
+    return ids
 
 
 def left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
