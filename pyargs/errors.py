@@ -17,7 +17,8 @@ class UnknownUser(PyargsError, KeyError):
 
 
 def did_you_mean(name: str, known: Iterable[str], limit: int = 3) -> str:
-    """A closing sentence that lists the names nearest to `name`, or all of a short list; empty if nothing is near."""
+    """A closing sentence with the names nearest to `name`; where none is near, all of a short list, or nothing."""
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=limit, cutoff=0.5) or (known if len(known) <= 12 else [])
-    return f" Did you mean: {', '.join(near)}?" if near else ""
+    if near := difflib.get_close_matches(name, known, n=limit, cutoff=0.5):
+        return f" Did you mean: {', '.join(near)}?"
+    return f" There are: {', '.join(known)}." if 0 < len(known) <= 12 else ""

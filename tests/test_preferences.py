@@ -73,6 +73,7 @@ def test_pair_id_does_not_depend_on_the_label():
         ({"user": 7}, "user_id is int"),
         ({"role": "test"}, "unknown split 'test'"),
         ({"role": ..., "split": ...}, "no column 'split'"),
+        ({"rejected": ..., "loser": "x"}, "no column 'rejected'. There are: loser.$"),  # not those that are read already
         ({"role": ..., "split": "adapt"}, "needs a column 'role'"),
         ({"prompt": []}, "prompt is empty"),
         ({"prompt": [{"role": "user"}]}, "without 'role' and 'content'"),

@@ -114,7 +114,8 @@ def _column(row: dict, place: str, *names: str, nullable: bool = False):
     for name in names:
         if name in row and not (nullable and row[name] is None):
             return row[name]
-    raise PyargsError(f"{place}: no column '{names[-1]}'.{did_you_mean(names[-1], row)}")
+    unused = [name for name in row if name not in (*COLUMNS, "role", "user", *OPTIONAL)]  # what the others are taken from
+    raise PyargsError(f"{place}: no column '{names[-1]}'.{did_you_mean(names[-1], unused)}")
 
 
 def text(value, place: str, name: str) -> str:
