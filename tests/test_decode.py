@@ -317,18 +317,6 @@ def test_generate_of_transformers_gives_the_same_tokens(sample):
     assert got[:, ids.shape[1] :].tolist() == own.tokens.tolist()
 
 
-def test_generate_of_transformers_refuses_what_the_loop_does_not_do():
-    policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
-    ids, mask = left_pad(prompts([3]), pad_id=1)
-    call = dict(input_ids=ids, attention_mask=mask, max_new_tokens=4, custom_generate=pyargs.args(model, users=["ann"]))
-    with pytest.raises(PyargsError, match="beams"):
-        policy.generate(**call, num_beams=2)
-    with pytest.warns(UserWarning, match="RepetitionPenalty"):
-        policy.generate(**call, repetition_penalty=1.5)
-    copies = policy.generate(**call, num_return_sequences=2, do_sample=True)
-    assert copies.shape[0] == 2
-
-
 def score_gap(policy, model, prompt, tokens, user, weight, one, two):
     """How far apart the definition finds two candidates behind the same text."""
     row = model.users.rows([user])

@@ -1,0 +1,207 @@
+"""Inside `generate` of transformers: what it asks for is done or refused by name, never dropped."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+
+import pytest
+import torch
+from conftest import reward_model, tiny_lm
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    MinLengthLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)  # fmt: skip
+from transformers.generation.streamers import BaseStreamer
+
+import pyargs
+from pyargs.errors import PyargsError
+from pyargs.integrations import transformers as ours
+
+PROMPT = torch.tensor([[5, 9, 7, 11]])
+
+
+@pytest.fixture(scope="module")
+def models():
+    return tiny_lm(), reward_model(tiny_lm(seed=3))
+
+
+def answer(models, *, ids=PROMPT, guide=None, **asked):
+    policy, model = models
+    guide = guide or pyargs.args(model, users=["ann"] * len(ids), num_candidates=5)
+    return policy.generate(input_ids=ids, **({"max_new_tokens": 4} | asked), custom_generate=guide)
+
+
+ASKED = {
+    "num_beams": 2, "top_p": 1e-6, "top_k": 1, "min_p": 0.5, "typical_p": 0.3, "epsilon_cutoff": 0.1, "eta_cutoff": 0.1,
+    "top_h": 0.4, "bad_words_ids": [[7]], "suppress_tokens": [7], "begin_suppress_tokens": [7], "forced_eos_token_id": 0,
+    "forced_bos_token_id": 0, "repetition_penalty": 1.05, "encoder_repetition_penalty": 1.3, "no_repeat_ngram_size": 2,
+    "min_length": 9, "min_new_tokens": 3, "sequence_bias": [[[7], 9.0]], "guidance_scale": 1.5, "max_time": 9.0,
+    "output_scores": True, "output_logits": True, "output_attentions": True, "output_hidden_states": True,
+    "exponential_decay_length_penalty": (2, 1.5), "remove_invalid_values": True, "prompt_lookup_num_tokens": 2,
+    "cache_implementation": "static", "encoder_no_repeat_ngram_size": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_an_argument_that_would_be_dropped_is_refused_by_name(models, name):
+    sampled = {"do_sample": True, "top_k": 0} if name in ours.SAMPLING else {}
+    with pytest.raises(PyargsError, match=rf"does not apply {name}=.*: pass {name}="):
+        answer(models, **(sampled | {name: ASKED[name], "return_dict_in_generate": True}))
+
+
+@pytest.mark.parametrize("name", [name for name in vars(GenerationConfig()) if not name.startswith("_")])
+def test_every_field_of_a_generation_config_is_followed_harmless_or_refused(name):
+    """A field that a later transformers adds falls among the refused, until it is listed."""
+    config = GenerationConfig(do_sample=True)
+    setattr(config, name, "something")
+    if name in ours.TAKEN | ours.WITHOUT_EFFECT:
+        ours.check_config(config, GenerationConfig(), 10)
+        return
+    if name == "top_k":
+        config.top_k = 9
+    with pytest.raises(PyargsError, match=f"{name}={ours.NEUTRAL.get(name)}"):
+        ours.check_config(config, GenerationConfig(), 10)
+    setattr(config, name, ours.NEUTRAL.get(name))
+    ours.check_config(config, GenerationConfig(), 10)
+
+
+PARAMETERS = {
+    "prompt": {"inputs"},
+    "config": {"generation_config", "kwargs"},
+    "refused": {"logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn"},
+    "only with guidance_scale, which is refused": {"negative_prompt_ids", "negative_prompt_attention_mask"},
+    "hidden from a custom loop": {"synced_gpus", "assistant_model", "streamer"},
+    "this loop": {"self", "custom_generate"},
+}
+
+
+def test_every_parameter_of_generate_is_known():
+    found = set(inspect.signature(GenerationMixin.generate).parameters)
+    assert found <= set().union(*PARAMETERS.values())
+    for name in PARAMETERS["hidden from a custom loop"]:
+        assert name in ours.args.__doc__
+
+
+def test_lists_do_not_overlap():
+    assert not ours.TAKEN & ours.WITHOUT_EFFECT and not (ours.TAKEN | ours.WITHOUT_EFFECT) & (
+        ours.NEUTRAL.keys() | ours.SAMPLING
+    )
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"logits_processor": LogitsProcessorList([MinLengthLogitsProcessor(3, 1)])},
+        {"logits_processor": LogitsProcessorList([TopPLogitsWarper(0.5)]), "do_sample": True},
+        {"logits_processor": LogitsProcessorList([TemperatureLogitsWarper(0.5)]), "do_sample": True},
+        {"logits_processor": LogitsProcessorList([TemperatureLogitsWarper(0.5)]), "do_sample": True, "temperature": 0.5},
+        {"prefix_allowed_tokens_fn": lambda row, ids: [7]},
+        {"stopping_criteria": StoppingCriteriaList([MaxTimeCriteria(9.0)])},
+        {"stopping_criteria": StoppingCriteriaList([MaxLengthCriteria(5)])},
+        {"stopping_criteria": StoppingCriteriaList([EosTokenCriteria(9)])},
+        {"position_ids": torch.tensor([[3, 4, 5, 6]])},
+    ],
+)
+def test_own_processors_criteria_and_positions_are_refused(models, asked):
+    with pytest.raises(PyargsError, match="no logits processor|is not supported|position_ids"):
+        answer(models, **asked)
+
+
+def test_another_models_cache_and_embeddings_are_refused(models):
+    policy, _ = models
+    cache = policy(PROMPT[:, :2], use_cache=True).past_key_values
+    with pytest.raises(PyargsError, match="starts from the whole prompt"):
+        answer(models, past_key_values=cache)
+    with pytest.raises(PyargsError, match="reads tokens"):
+        policy.generate(
+            inputs_embeds=torch.zeros(1, 3, 32, dtype=torch.float64), max_new_tokens=2,
+            custom_generate=pyargs.args(models[1], users=["ann"]),
+        )  # fmt: skip
+
+
+def test_a_checkpoints_own_settings_are_refused_with_the_way_out():
+    """As Qwen's: nothing says whether the caller wants them, so they are never dropped."""
+    models = tiny_lm(), reward_model(tiny_lm(seed=3))
+    models[0].generation_config.update(do_sample=True, temperature=0.7, top_k=20, top_p=0.8, repetition_penalty=1.05)
+    with pytest.raises(PyargsError, match="as in the checkpoint's generation_config.*pass repetition_penalty=1.0, top_p=1.0"):
+        answer(models)
+    with pytest.raises(PyargsError, match="top_p=0.8 .*or do_sample=False"):
+        answer(models, repetition_penalty=1.0)
+    assert answer(models, repetition_penalty=1.0, top_p=1.0).shape[0] == 1
+    greedy = answer(models, repetition_penalty=1.0, do_sample=False)
+    assert torch.equal(greedy, answer((tiny_lm(), models[1])))
+
+
+def test_what_the_loop_follows(models):
+    assert answer(models, num_return_sequences=2, do_sample=True).shape[0] == 2
+    assert answer(models, return_dict_in_generate=True).sequences.shape[1] <= 8
+    assert answer(models, max_new_tokens=2).shape[1] <= 6
+    tokens = answer(models, eos_token_id=None, max_new_tokens=30)[0, 4:].tolist()
+    assert len(tokens) == 30  # no stop token was asked for, so the model's own stops nothing
+    assert answer(models, eos_token_id=tokens[1]).shape[1] <= 6
+    mask = torch.tensor([[0, 1, 1, 1]])
+    assert answer(models, attention_mask=mask, position_ids=torch.tensor([[0, 0, 1, 2]])).shape[0] == 1
+
+
+class Kept(BaseStreamer):
+    def __init__(self):
+        self.put_, self.ended = [], 0
+
+    def put(self, value):
+        self.put_.append(value.tolist())
+
+    def end(self):
+        self.ended += 1
+
+
+def test_a_streamer_is_fed_as_generate_feeds_it(models):
+    kept, seen = Kept(), []
+    guide = pyargs.args(models[1], users=["ann"], num_candidates=5, streamer=kept, token_callback=seen.append)
+    found = answer(models, guide=guide)
+    assert kept.put_[0] == PROMPT.tolist() and kept.ended == 1
+    assert [token for part in kept.put_[1:] for token in part] == found[0, 4:].tolist()
+    assert [int(token) for token in seen] == found[0, 4:].tolist()
+
+
+def test_a_streamer_gets_nothing_behind_the_stop_token(models):
+    kept = Kept()
+    feed = ours._feeding(kept, PROMPT, [1], None)
+    for token in (7, 1, 1, 0):
+        feed(torch.tensor([token]))
+    assert kept.put_[1:] == [[7], [1]]
+
+
+def test_a_streamers_reader_never_waits_for_ever(models):
+    """Whatever goes wrong in decoding: an unknown user, a refused argument, a batch, a callback that raises."""
+    from transformers import TextIteratorStreamer
+
+    from pyargs.data.synthetic import tiny_tokenizer
+
+    def fail(_):
+        raise ValueError("the reader went away")
+
+    for users, more, asked in (
+        (["nobody"], {}, {}), (["ann"], {}, {"num_beams": 2}), (["ann"] * 2, {}, {"ids": PROMPT.repeat(2, 1)}),
+        (["ann"], {"token_callback": fail}, {}),
+    ):  # fmt: skip
+        streamer = TextIteratorStreamer(tiny_tokenizer())
+        guide = pyargs.args(models[1], users=users, num_candidates=5, streamer=streamer, **more)
+        failed = []
+
+        def work(guide=guide, asked=asked, failed=failed):
+            try:
+                answer(models, guide=guide, **asked)
+            except (PyargsError, ValueError) as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        "".join(streamer)
+        thread.join(20)
+        assert failed and not thread.is_alive()
