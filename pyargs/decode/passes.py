@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pyargs.decode.request import Request
 from pyargs.lm import lora
-from pyargs.lm.cache import PrefixCache, cache_name
-from pyargs.lm.hf import additive, plain_output_layer
+from pyargs.lm.cache import PrefixCache, additive, cache_name, parameters, positions
+from pyargs.lm.hf import plain_output_layer
 from pyargs.models.reward_model import RewardModel
 
 
@@ -105,7 +105,7 @@ def _prompt(model, request: Request, cache: PrefixCache, times: int = 1, **more)
     cache.begin(mask)
     output = model(
         input_ids=request.input_ids.repeat(times, 1).to(model.device), attention_mask=_mask(cache.causal(), model),
-        position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=True, **{cache_name(model): cache}, **more,
+        position_ids=positions(mask), use_cache=True, **{cache_name(model): cache}, **_known(model, more),
     )  # fmt: skip
     cache.advance(mask.shape[1])
     return output
@@ -114,8 +114,13 @@ def _prompt(model, request: Request, cache: PrefixCache, times: int = 1, **more)
 def _branches(model, ids: Tensor, cache: PrefixCache, **more):
     return model(
         input_ids=ids, attention_mask=_mask(cache.branches(ids.shape[1]), model),
-        position_ids=cache.position.expand(ids.shape), use_cache=True, **{cache_name(model): cache}, **more,
+        position_ids=cache.position.expand(ids.shape), use_cache=True, **{cache_name(model): cache}, **_known(model, more),
     )  # fmt: skip
+
+
+def _known(model, more: dict) -> dict:
+    """Without `logits_to_keep` for the models that do not take it and give the logits of all positions."""
+    return {name: value for name, value in more.items() if name in parameters(type(model))}
 
 
 def _mask(mask: Tensor | None, model) -> Tensor | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from pyargs.decode.request import Output, Request
+from pyargs.errors import PyargsError
 from pyargs.lm.cache import PrefixLayer
 from pyargs.lm.hf import forward_step
 from pyargs.models.reward_model import RewardModel
@@ -76,6 +77,10 @@ def decode(policy, reward_model: RewardModel, request: Request) -> Decoded:
 
 def _branch(cache, row: Tensor, room: int) -> None:
     """Makes copies of the rows; row int64 [B * k] is what each copy holds. `room` tokens will be added."""
+    if type(cache).__module__ != DynamicLayer.__module__:  # nobody promises that all of it is copied
+        raise PyargsError(
+            f"a {type(cache).__name__} holds more than transformers' own caches: candidates can not be tried here"
+        )
     cache.reorder_cache(row)
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:  # it would copy all its keys and values at every token

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache as once
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from pyargs.errors import PyargsError
@@ -156,16 +159,84 @@ class PrefixCache(Cache):
 def can_branch(model) -> bool:
     """Whether candidates may stand beside each other behind one prefix: full attention in all layers, by mask and position.
 
-    Not so for sliding-window and linear-attention layers, state-space models, ALiBi, and attention kernels that take no mask.
+    Config and cache say whether a layer looks through a window or keeps a state, which a short text would not show. Whether
+    the model follows masks and positions (ALiBi does not) is tried on a few tokens, once for each model.
     """
     config = model.config.get_text_config(decoder=True)
-    if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
-        return False
     known = parameters(type(model))
     if config._attn_implementation not in ("sdpa", "eager") or "position_ids" not in known or not known & set(CACHE_NAMES[:2]):
         return False
+    if any(value for name, value in vars(config).items() if name.endswith(WINDOWS)):
+        return False
     layers = DynamicCache(config=config).layers
-    return len(layers) > 0 and all(type(layer) is DynamicLayer for layer in layers)
+    if not layers or any(type(layer) is not DynamicLayer for layer in layers):
+        return False
+    tried = _branching.setdefault(model, {})
+    if config._attn_implementation not in tried:
+        tried[config._attn_implementation] = _branches_rightly(model)
+    return tried[config._attn_implementation]
+
+
+WINDOWS = "attention_window", "window_size"
+"""How the names end under which configs keep the width of a window that no cache knows of (GPT-Neo's local attention)."""
+
+_branching: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
+"""By model and implementation of attention: what `_branches_rightly` found."""
+
+
+@torch.no_grad()
+def _branches_rightly(model) -> bool:
+    """Whether candidates behind a shared, padded prompt get the states that each has at the end of a text of its own."""
+    config = model.config.get_text_config(decoder=True)
+    ids = (torch.arange(18, device=model.device) % config.vocab_size).view(2, 9)
+    prompt, candidates = ids[:, :3], ids[:, 3:]
+    mask = torch.tensor([[0, 0, 1], [1, 1, 1]], device=model.device)
+    cache = PrefixCache(config, 2, 9, model.device)
+    cache.begin(mask)
+    more = {cache_name(model): cache, "use_cache": True}
+    with evaluating(model):
+        try:
+            model(input_ids=prompt, attention_mask=additive(cache.causal(), model), position_ids=positions(mask), **more)
+            cache.advance(3)
+            seen, place = additive(cache.branches(6), model), cache.position.expand(2, 6)
+            together = model(input_ids=candidates, attention_mask=seen, position_ids=place, **more)[0]
+        except Exception:  # whatever another package's model stumbles over: it takes no such masks
+            return False
+        texts = [torch.cat([prompt[row, start:].repeat(6, 1), candidates[row, :, None]], 1) for row, start in ((0, 2), (1, 0))]
+        alone = [model(input_ids=several)[0][:, -1] for several in texts]
+    return alike(together, torch.stack(alone))
+
+
+def additive(mask: Tensor, model: nn.Module) -> Tensor:
+    """A bool mask [B, 1, Q, K] in the form that the model's attention takes (eager attention adds it to the scores)."""
+    if model.config._attn_implementation != "eager":
+        return mask
+    dtype = next(model.parameters()).dtype
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Of each token, int64 [B, T], where padding on the left, of position 0, does not count."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def alike(one: Tensor, other: Tensor) -> bool:
+    """Whether states [..., D] are the same but for rounding. What is no number says nothing here: the decoders refuse it."""
+    exact = one.dtype.itemsize >= 4 and torch.get_float32_matmul_precision() == "highest"
+    one, other = (states.double().nan_to_num(0.0, 0.0, 0.0) for states in (one, other))
+    return bool(((one - other).norm(dim=-1) <= (1e-3 if exact else 0.1) * other.norm(dim=-1)).all())
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout; afterwards each module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 CACHE_NAMES = "cache", "past_key_values", "cache_params"

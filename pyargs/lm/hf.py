@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import DynamicCache
 
 from pyargs.errors import PyargsError
 from pyargs.lm import native
-from pyargs.lm.cache import cache_name, can_branch, parameters
+from pyargs.lm.cache import additive, alike, cache_name, can_branch, evaluating, parameters, positions
 from pyargs.lm.encode import Packed, pack
 from pyargs.lm.hub import resolve
 from pyargs.lm.lora import ARCHITECTURE
@@ -50,14 +49,6 @@ def default_device() -> torch.device:
 def same_tokenizer(one, other) -> bool:
     """Whether two tokenizers give the same ids. Rows of the embedding do not matter: many models pad them."""
     return one is other or one.get_vocab() == other.get_vocab()
-
-
-def additive(mask: Tensor, model: nn.Module) -> Tensor:
-    """A bool mask [B, 1, Q, K] in the form that the model's attention takes (eager attention adds it to the scores)."""
-    if model.config._attn_implementation != "eager":
-        return mask
-    dtype = next(model.parameters()).dtype
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -181,12 +172,27 @@ _plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def plain_output_layer(model: nn.Module) -> bool:
-    """Whether the model's logits are just its output layer times its last state: no soft caps, no scales. Tried once."""
+    """Whether the model's logits are just its output layer times its last state: no soft caps, no scales. Tried once.
+
+    The output layer is made to say large numbers, which any later cap, scale or shift would change.
+    """
     if model not in _plain:
-        probe = torch.zeros(1, 4, dtype=torch.long, device=model.device)
-        with torch.no_grad():
-            expected = model.get_output_embeddings()(model.get_decoder()(probe).last_hidden_state)
-            _plain[model] = torch.allclose(model(probe).logits, expected, atol=1e-3, rtol=1e-3, equal_nan=True)
+        seen, said = [], []
+
+        def instead(_, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+            seen.append(inputs[0])
+            said.append(torch.linspace(-1e4, 1e4, output.numel(), dtype=output.dtype, device=output.device).view_as(output))
+            return said[0]
+
+        probe = torch.arange(4, device=model.device)[None] % model.config.get_text_config(decoder=True).vocab_size
+        hook = model.get_output_embeddings().register_forward_hook(instead)
+        try:
+            with torch.no_grad(), evaluating(model):
+                logits, states = model(probe).logits, model.get_decoder()(probe).last_hidden_state
+        finally:
+            hook.remove()
+        same = len(said) == 1 and said[0].shape == logits.shape and torch.equal(said[0].float(), logits.float())
+        _plain[model] = same and alike(seen[0], states)
     return _plain[model]
 
 
@@ -236,20 +242,63 @@ def _logprobs(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def forward_step(model, ids: Tensor, mask: Tensor, cache, padded: bool, **more):
-    """One pass over new tokens [B, n] behind a cache (None at first); returns the output and the cache.
+    """One pass over new tokens [B, n], or their embeddings [B, n, D], behind a cache (None at first): the output, the cache.
 
     mask [B, all tokens so far]; padded: whether it has zeros. For any model of transformers, whatever it calls its cache.
+    Raises PyargsError for models that take no cache, or that padding changes.
     """
-    known = parameters(type(model))
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True)) if cache is None else cache
-    name = cache_name(model)
-    inputs = {"input_ids": ids, name: cache, "use_cache": True, **more}
-    # A state-space model has seen the padding once it is past it. Without padding a mask only costs time.
-    if padded and ("position_ids" in known or mask.shape == ids.shape):
+    # Without padding a mask only costs time.
+    masked = padded and (mask.shape[1] == ids.shape[1] or masks_every_step(model))
+    return _step(model, ids, mask, cache, masked, **more)
+
+
+def _step(model, ids: Tensor, mask: Tensor, cache, masked: bool, **more):
+    known, name = parameters(type(model)), cache_name(model)
+    inputs = {"inputs_embeds" if ids.is_floating_point() else "input_ids": ids, name: cache, "use_cache": True, **more}
+    if masked:
         inputs["attention_mask"] = mask
-    if "position_ids" in known:
-        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    inputs["position_ids"] = positions(mask)[:, -ids.shape[1] :]
     output = model(**{key: value for key, value in inputs.items() if key in known})
     if output.get(name) is None:
         raise PyargsError(f"{type(model).__name__} keeps its state to itself and returns no cache: it can not serve here")
     return output, output[name]
+
+
+_every_step: WeakKeyDictionary[nn.Module, bool | None] = WeakKeyDictionary()
+"""By model: what `_tried` found."""
+
+
+def masks_every_step(model) -> bool:
+    """Whether the model needs the mask of a padded batch at every step, as attention does, or with the prompt alone, since
+    its state has gone past the padding. Tried on a few tokens, once for each model.
+
+    Raises PyargsError for a model that is wrong about a padded row either way.
+    """
+    if model not in _every_step:
+        _every_step[model] = next((every for every in (True, False) if _right_when_padded(model, every)), None)
+    if _every_step[model] is None:
+        raise PyargsError(
+            f"{type(model).__name__} does not leave padding out: its answer to a short prompt would depend on the longer ones "
+            "beside it. Give prompts of one length, or one prompt at a time (batch_size=1)"
+        )
+    return _every_step[model]
+
+
+@torch.no_grad()
+def _right_when_padded(model, every_step: bool) -> bool:
+    """Whether a padded row beside a longer one, token by token, has the states of the row by itself, read at once."""
+    ids = (torch.arange(16, device=model.device) % model.config.get_text_config(decoder=True).vocab_size).view(2, 8)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    cache, got = None, []
+    with evaluating(model):
+        try:
+            for start, end in ((0, 6), (6, 7), (7, 8)):
+                output, cache = _step(model, ids[:, start:end], mask[:, :end], cache, start == 0 or every_step)
+                got.append(output[0][:, -1])
+        except PyargsError:
+            raise
+        except Exception:  # whatever another package's model stumbles over: this is not the way to call it
+            return False
+        alone = [model(input_ids=ids[row : row + 1, start:])[0][0, -3:] for row, start in enumerate((4, 0))]
+    return alike(torch.stack(got, 1), torch.stack(alone))

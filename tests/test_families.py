@@ -1,0 +1,182 @@
+"""Families of models against a slow oracle: float64, without cache, padding or batch, the whole text for each candidate."""
+
+from __future__ import annotations
+
+import copy
+from functools import lru_cache
+
+import pytest
+import torch
+from conftest import reward_model
+from test_decode import guided, prompts
+from test_decode import plain as with_copies
+
+from pyargs.decode import plain
+from pyargs.decode import tokenwise as tokenwise_module
+from pyargs.errors import PyargsError
+from pyargs.lm.cache import can_branch
+from pyargs.lm.encode import left_pad
+from pyargs.lm.hf import masks_every_step, plain_output_layer, response_logprobs, response_states
+from pyargs.models.token_reward import TokenReward
+
+VOCABULARY, USERS = 61, ["ann", "bob", "cid"]
+SIZES = dict(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+    max_position_embeddings=128, sliding_window=4, num_experts=4, num_local_experts=4, num_experts_per_tok=2,
+    moe_intermediate_size=16, shared_expert_intermediate_size=16, state_size=4, time_step_rank=4, mamba_d_state=4,
+    n_embd=32, n_head=4, n_layer=2, n_positions=128, d_model=32, n_heads=4, n_layers=2, max_seq_len=128, rotary_dim=4,
+    ffn_dim=48, word_embed_proj_dim=32,
+)  # fmt: skip
+"""By whatever name a family's config has for it."""
+
+FAMILIES = {
+    name: (name, {})
+    for name in (
+        "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt2", "gpt_neox", "opt",
+        "olmo2", "granite", "smollm3", "bloom", "mpt", "mamba", "mixtral", "qwen2_moe", "stablelm", "starcoder2", "cohere",
+        "gptj",
+    )
+} | {
+    "mamba2": ("mamba2", dict(num_heads=4, head_dim=16, n_groups=1, chunk_size=8)),
+    "jamba": ("jamba", dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2)),
+    "falcon": ("falcon", {}),
+    "falcon alibi": ("falcon", dict(alibi=True)),
+    "gpt_neo": ("gpt_neo", dict(num_layers=2, num_heads=4, window_size=4, attention_types=[[["global", "local"], 1]])),
+    "phi3 without window": ("phi3", dict(sliding_window=None)),
+    "granite with scales": ("granite", dict(logits_scaling=3.0, embedding_multiplier=2.0, residual_multiplier=0.5)),
+    "cohere2": ("cohere2", dict(num_hidden_layers=4)),
+    "olmo3": ("olmo3", {}),
+    "gpt_oss": ("gpt_oss", {}),
+    "exaone4": ("exaone4", {}),
+    "gpt_bigcode": ("gpt_bigcode", {}),
+    "nemotron": ("nemotron", {}),
+    "lfm2": ("lfm2", dict(layer_types=["conv", "full_attention"])),
+}  # fmt: skip
+QUICK = ("gemma2", "bloom", "mpt", "mamba", "falcon alibi", "gpt_neo", "qwen2_moe", "cohere")
+EVERY = [name if name in QUICK else pytest.param(name, marks=pytest.mark.nightly) for name in FAMILIES]
+NO_BRANCHES = {
+    "mistral", "gemma2", "gemma3_text", "phi3", "bloom", "mpt", "mamba", "mamba2", "jamba", "mixtral", "starcoder2",
+    "falcon alibi", "gpt_neo", "cohere2", "olmo3", "gpt_oss", "exaone4", "lfm2",
+}  # fmt: skip
+CAPPED = {"gemma2", "cohere", "cohere2", "granite with scales"}
+
+
+@lru_cache(maxsize=4)
+def random_lm(name: str, seed: int):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    family, changes = FAMILIES[name]
+    known = vars(AutoConfig.for_model(family))
+    sizes = {size: value for size, value in SIZES.items() if size in known}
+    config = AutoConfig.for_model(
+        family, vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=1, pad_token_id=1, **sizes | changes
+    )
+    config._experts_implementation = "eager"  # the others know no float64, which the oracle takes
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    for parameter in model.parameters():  # the usual tiny start values make every token nearly equally likely
+        if parameter.ndim > 1 and "mamba" not in family:
+            parameter.data.normal_(std=0.2)
+    return model
+
+
+class Oracle:
+    """Log-probs and states of a text, float64, each in a pass of its own."""
+
+    def __init__(self, model):
+        self.model, self.kept = copy.deepcopy(model).double(), {}
+
+    def __call__(self, text: list[int]) -> torch.Tensor:
+        """Of a causal language model the log-probs [V] of the next token, of a decoder the states [T, D]."""
+        if tuple(text) not in self.kept:
+            with torch.no_grad():
+                output = self.model(input_ids=torch.tensor([text]), use_cache=False)
+            logits = "logits" in output
+            self.kept[tuple(text)] = output.logits[0, -1].log_softmax(-1) if logits else output.last_hidden_state[0]
+        return self.kept[tuple(text)]
+
+
+def tokenwise(policy, model, rows, **changes):
+    ids, mask = left_pad(rows, pad_id=5)
+    return tokenwise_module.generate(policy, model, ids, mask, **dict(num_candidates=3) | changes)
+
+
+def follows(decoded, rows, score, reward, k: int = 3) -> None:
+    """Every token is the best of the k likeliest behind the row's own text, or within rounding of it, with its reward."""
+    for row, answer, rewards in zip(rows, decoded.tokens.tolist(), decoded.rewards.tolist(), strict=True):
+        for n, (token, value) in enumerate(zip(answer, rewards, strict=True)):
+            text = row["prompt"] + answer[:n]
+            logprobs, added = score(text), {}
+            bound = logprobs.topk(k).values[-1] - 1e-4
+            for candidate in (logprobs >= bound).nonzero().flatten().tolist():
+                added[candidate] = reward(row, text, candidate)
+            scores = {c: logprobs[c].item() + row["weight"] * r for c, r in added.items()}
+            assert token in scores and scores[token] >= max(scores.values()) - 1e-3, (row, n, token, scores)
+            assert value == pytest.approx(added[token], abs=1e-3)
+
+
+ROWS = [dict(prompt=p, user=u, weight=w) for p, u, w in zip(prompts([2, 7, 4]), USERS, [2.0, 1.0, 3.0], strict=True)]
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_way_of_decoding_follows_the_oracle(name):
+    policy, model = random_lm(name, 0), reward_model(random_lm(name, 1))
+    score, state = Oracle(policy), Oracle(model.backbone)
+
+    def reward(row, text, candidate) -> float:
+        hidden = state([*text, candidate])[-1:].float()
+        return model.head(hidden, model.users.rows([row["user"]])).item()
+
+    call = dict(reward_weight=[row["weight"] for row in ROWS], num_candidates=3, max_new_tokens=3, eos_token_id=[])
+    batch = policy, model, [row["prompt"] for row in ROWS], USERS
+    follows(guided(*batch, **call), ROWS, score, reward)
+    follows(with_copies(*batch, **call), ROWS, score, reward)
+    even = [row | {"prompt": row["prompt"][:2]} for row in ROWS]  # without padding
+    follows(guided(policy, model, [row["prompt"] for row in even], USERS, **call), even, score, reward)
+
+    token_reward = TokenReward(random_lm(name, 2), None)
+    rewards = Oracle(token_reward.lm)
+    found = tokenwise(policy, token_reward, batch[2], reward_weight=call["reward_weight"], max_new_tokens=3, eos_token_id=[])
+    follows(found, ROWS, score, lambda row, text, candidate: rewards(text)[candidate].item())
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_plain_decoding_and_responses_follow_the_oracle(name):
+    lm = copy.deepcopy(random_lm(name, 0))
+    lm.generation_config.eos_token_id = None
+    score, state, rows = Oracle(lm), Oracle(lm.get_decoder()), [row["prompt"] for row in ROWS]
+    for row, answer in zip(rows, plain.generate(lm, rows, max_new_tokens=4).tokens.tolist(), strict=True):
+        for n, token in enumerate(answer):
+            logprobs = score(row + answer[:n])
+            assert logprobs[token] >= logprobs.max() - 1e-4
+    groups = [(row, [[9, 8, 7], [6], [6, 5]]) for row in rows]
+    for (prompt, several), found in zip(groups, response_states(lm.get_decoder(), groups), strict=True):
+        for response, states in zip(several, found, strict=True):
+            torch.testing.assert_close(states.double(), state(prompt + response)[len(prompt) :], atol=1e-3, rtol=1e-3)
+    if name in CAPPED:
+        with pytest.raises(PyargsError, match="soft cap or scale"):
+            response_logprobs(lm, groups)
+        return
+    for (prompt, several), found in zip(groups, response_logprobs(lm, groups), strict=True):
+        for response, logprobs in zip(several, found, strict=True):
+            want = [score(prompt + response[:n])[token].item() for n, token in enumerate(response)]
+            assert logprobs.tolist() == pytest.approx(want, abs=1e-3)
+
+
+def test_what_a_model_does_is_found_out():
+    """Once for all families, without decoding anything."""
+    for name in FAMILIES:
+        lm = random_lm(name, 0)
+        assert can_branch(lm) == can_branch(lm.get_decoder()) == (name not in NO_BRANCHES), name
+        assert masks_every_step(lm) == (name not in ("mamba",)), name
+        assert plain_output_layer(lm) == (name not in CAPPED), name
+
+
+def test_caches_of_a_models_own_are_refused_where_rows_must_be_copied():
+    from transformers import MiniMaxConfig, MiniMaxForCausalLM
+
+    config = MiniMaxConfig(**SIZES | dict(sliding_window=None), vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=1)
+    config._experts_implementation = "eager"
+    lm = MiniMaxForCausalLM(config).eval()
+    with pytest.raises(PyargsError, match="MiniMaxCache"):
+        with_copies(lm, reward_model(lm), [row["prompt"] for row in ROWS], USERS, num_candidates=3)
