@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pyargs.errors import PyargsError, UnknownUser, did_you_mean
 from pyargs.files import read_json, read_tensors, write_json
+from pyargs.user_ids import user_ids
 
 
 class Users(nn.Module):
@@ -24,7 +25,7 @@ class Users(nn.Module):
 
     def __init__(self, ids: Iterable[str] = (), **vectors: Tensor):
         super().__init__()
-        self.ids = {user: row for row, user in enumerate(ids)}
+        self.ids = {user: row for row, user in enumerate(user_ids(ids))}
         self.vectors = nn.ParameterDict({name: nn.Parameter(value) for name, value in vectors.items()})
         for name, value in self.vectors.items():
             if len(value) != len(self.ids):
@@ -39,20 +40,20 @@ class Users(nn.Module):
 
     def rows(self, users: Iterable[str]) -> Tensor:
         """Row of each user, int64 [n]. Raises UnknownUser, naming near ids, for an id that was never trained or adapted."""
-        users = list(users)
+        users = user_ids(users)
         if not self.personal:
             return torch.zeros(len(users), dtype=torch.long)
         missing = [user for user in users if user not in self.ids]
         if missing:
             raise UnknownUser(
                 f"unknown user '{missing[0]}' ({len(self)} are known): adapt the model to this user first."
-                + did_you_mean(str(missing[0]), self.ids)
+                + did_you_mean(missing[0], self.ids)
             )
         return torch.tensor([self.ids[user] for user in users], dtype=torch.long)
 
     def append(self, ids: Iterable[str], **vectors: Tensor) -> None:
         """Adds new users; `vectors` holds rows [n, ...] for each kind of vector. Raises on a known id or another shape."""
-        ids = list(ids)
+        ids = user_ids(ids)
         known = [user for user in ids if user in self.ids]
         if known or len(set(ids)) < len(ids):
             raise PyargsError(f"user '{(known or ids)[0]}' is there already: new users need new ids")

@@ -55,6 +55,65 @@ def test_chat_prompts_and_conversational_responses():
     assert dataset[0]["prompt"] == [{"role": "user", "content": "hi"}] and dataset[0]["chosen"] == "good"
 
 
+def said(*turns: str) -> list[dict]:
+    """A conversation; the user begins."""
+    return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+
+
+@pytest.mark.parametrize("before", [("hi",), ("hi", "yes?", "well")])
+@pytest.mark.parametrize("prompt", [..., None])
+def test_a_prompt_that_both_sides_begin_with(before, prompt):
+    """TRL's implicit prompt."""
+    (found,) = schema.check([row(prompt=prompt, chosen=said(*before, "good"), rejected=said(*before, "bad"))])
+    assert (found["prompt"], found["chosen"], found["rejected"]) == (said(*before), "good", "bad")
+
+
+@pytest.mark.parametrize("prompt", ["hi", said("hi"), said("hi", "yes?", "well")])
+def test_a_prompt_of_its_own_may_stand_before_the_answers_too(prompt):
+    asked = said(prompt) if isinstance(prompt, str) else prompt
+    answer = [{"role": "assistant", "content": "good"}]
+    for chosen in (answer, asked + answer):
+        (found,) = schema.check([row(prompt=prompt, chosen=chosen)])
+        assert (found["prompt"], found["chosen"], found["rejected"]) == (prompt, "good", "bad")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "message"),
+    [
+        (said("a", "good"), said("b", "bad"), "a.jsonl, line 2: no prompt, and"),
+        (said("a", "good"), said("a", "good"), "line 2: chosen and rejected are the same"),
+        (said("a", "good", "more", "yes"), said("a", "bad"), "line 2: chosen must be a string or a list of one assistant"),
+        (said("a", "good"), said("a"), "line 2: rejected must be"),
+        (said("a", "good"), "bad", "line 2: no column 'prompt'"),
+    ],
+)
+def test_other_implicit_prompts_are_refused_by_row(tmp_path, chosen, rejected, message):
+    first = row(prompt=..., chosen=said("a", "good"), rejected=said("a", "bad"))
+    write(tmp_path / "a.jsonl", [first, row(prompt=..., chosen=chosen, rejected=rejected)])
+    with pytest.raises(PyargsError, match=message):
+        preferences.load(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
+def test_a_json_array(tmp_path, name):
+    import gzip
+
+    def save(text: str):
+        (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
+
+    save("\n " + json.dumps([row(user=7, pair_id=3, prompt=f"p{i}") for i in range(3)], indent=1))
+    found = preferences.load(tmp_path / name)
+    assert found["user_id"][:] == ["7"] * 3 and found["pair_id"][:] == ["3"] * 3
+    save(json.dumps([row(), 7]))
+    with pytest.raises(PyargsError, match=f"{name}, row 2: not a JSON object"):
+        preferences.load(tmp_path / name)
+    save(json.dumps([row()])[:-1])
+    with pytest.raises(PyargsError, match="damaged or not JSON"):
+        preferences.load(tmp_path / name)
+    save(json.dumps(row()) + "\n" + json.dumps(row(prompt="q")))  # one object a line, as before
+    assert len(preferences.load(tmp_path / name)) == 2
+
+
 def test_pair_id_does_not_depend_on_the_label():
     one, two = schema.check([row(), row(user="u2", chosen="bad", rejected="good")])
     assert one["pair_id"] == two["pair_id"] != schema.check([row(prompt="other")])[0]["pair_id"]
@@ -70,7 +129,8 @@ def test_pair_id_does_not_depend_on_the_label():
         ({"rejected": "good"}, "chosen and rejected are the same"),
         ({"chosen": ..., "chossen": "x"}, "no column 'chosen'.*chossen"),
         ({"user": ..., "user_ids": "x"}, "no column 'user'.*user_ids"),
-        ({"user": 7}, "user_id is int"),
+        ({"user": 7.0}, "user_id is float"),
+        ({"user": True}, "user_id is bool"),
         ({"role": "test"}, "unknown split 'test'"),
         ({"role": ..., "split": ...}, "no column 'split'"),
         ({"rejected": ..., "loser": "x"}, "no column 'rejected'. There are: loser.$"),  # not those that are read already

@@ -1,8 +1,8 @@
-"""Preference pairs from any JSON Lines or parquet file: one row per pair and user.
+"""Preference pairs from any JSON Lines, JSON or parquet file: one row per pair and user.
 
 Columns read: `user_id` (or `user`), `prompt`, `chosen`, `rejected`, `role` or `split`, and, if there, `pair_id`,
 `user_type`, `attribute`. `role` wins over `split` ("train", "train_test", "support", "query"; "all" counts as
-"train").
+"train"). Ids may be integers. Texts may be TRL's lists of messages, the prompt by itself or at the beginning of both sides.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Config:
 
 
 def load(source: str | Path, *, train_test: float = 0.2, by: str = "prompt", seed: int = 0) -> Dataset:
-    """The pairs of a `.jsonl`, `.jsonl.gz` or `.parquet` file or of a built set's folder, in order; columns: `pyargs.data`.
+    """The pairs of a `.jsonl`, `.json` (either with .gz) or `.parquet` file or a built set's folder, in order; columns: `pyargs.data`.
 
     If no row is "train_test", this share of each train user's prompts is set aside as such (see `carve`). Raises
     PyargsError with file and row: missing column, text that is not a string or empty, chosen == rejected, unknown

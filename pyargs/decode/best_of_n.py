@@ -10,6 +10,7 @@ from torch import Tensor
 from pyargs.decode import plain
 from pyargs.errors import PyargsError
 from pyargs.types import Decoded
+from pyargs.user_ids import user_ids
 
 
 @torch.no_grad()
@@ -27,6 +28,7 @@ def generate(
     """
     if n < 1:
         raise PyargsError(f"n must be at least 1, got {n}")
+    users = user_ids(users)
     if len(prompts) != len(users):
         raise PyargsError(f"{len(prompts)} prompts but {len(users)} users: name one user for each row")
     model.users.rows(users)  # an unknown user raises before anything is sampled

@@ -19,6 +19,7 @@ from pyargs.models.user_policy import UserPolicy
 from pyargs.ops.library import has_extension
 from pyargs.store import Store
 from pyargs.types import Decoded
+from pyargs.user_ids import user_ids
 
 
 def load_pair(policy: str | None, model: str, *, dtype: str = "float32"):
@@ -55,6 +56,9 @@ def decode_prompts(
     """
     tokenizer, room = model.tokenizer, model.about.get("max_length")
     own = isinstance(model, UserPolicy)
+    prompts, users = list(prompts), user_ids(users)
+    if len(prompts) != len(users):
+        raise PyargsError(f"{len(prompts)} prompts but {len(users)} users: name one user for each prompt")
     encoded = [
         model.prompt_ids(prompt, user, room) if own else encode_prompt(tokenizer, prompt, room)
         for prompt, user in zip(prompts, users, strict=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 from pyargs.errors import PyargsError
 from pyargs.lm.hf import same_tokenizer
 from pyargs.types import Decoded
+from pyargs.user_ids import user_ids
 
 
 @dataclass
@@ -64,6 +65,7 @@ def check(
     attention_mask = attention_mask.long()
     if rows and not (length and (attention_mask[:, -1] == 1).all() and (attention_mask.diff(dim=1) >= 0).all()):
         raise PyargsError("prompts must be padded on the left (and not be empty): tokenizer.padding_side = 'left'")
+    users = user_ids(users)
     if len(users) != rows:
         raise PyargsError(f"{rows} prompts but {len(users)} users: name one user for each row")
     weight = torch.as_tensor(reward_weight, dtype=torch.float32).flatten()

@@ -17,6 +17,7 @@ from pyargs.lm.hf import forward_step
 from pyargs.models.token_reward import TokenReward
 from pyargs.ops import tokenwise_select
 from pyargs.types import Decoded
+from pyargs.user_ids import user_ids
 
 
 @torch.no_grad()
@@ -33,7 +34,7 @@ def generate(
     to stop. Raises PyargsError on wrong input, and within 8 steps when logits are NaN.
     """
     request = check(
-        policy, token_reward, input_ids, attention_mask, list(users) or [""] * len(input_ids), reward_weight=reward_weight,
+        policy, token_reward, input_ids, attention_mask, user_ids(users) or [""] * len(input_ids), reward_weight=reward_weight,
         num_candidates=num_candidates, max_new_tokens=max_new_tokens, eos_token_id=eos_token_id, pad_token_id=pad_token_id,
         do_sample=do_sample, temperature=temperature, seed=seed, eos_reward="state", tokenizer=tokenizer,
         token_callback=token_callback,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyargs.errors import PyargsError
+from pyargs.user_ids import user_ids
 
 TAKEN = {
     "max_length", "max_new_tokens", "do_sample", "temperature", "eos_token_id", "pad_token_id", "num_return_sequences",
@@ -57,6 +58,8 @@ def args(
     and `synced_gpus=` given to `generate`: they do nothing here.
     """
     from pyargs.decode.args import generate
+
+    users = user_ids(users)
 
     def custom_generate(
         model, input_ids, logits_processor=None, stopping_criteria=None, generation_config=None, **model_inputs

@@ -7,6 +7,7 @@ import random
 from pyargs.errors import PyargsError, UnknownUser, did_you_mean
 from pyargs.lm.embed import embed
 from pyargs.lm.encode import as_messages, encode_prompt, text_ids
+from pyargs.user_ids import user_id
 
 TASK = "Below are examples of what one user prefers. Answer the last prompt as this user would prefer."
 
@@ -39,6 +40,7 @@ class Demonstrations:
 
     def choose(self, prompt: str, user: str) -> list[dict]:
         """The pairs to show before a prompt, the most similar last; all of the user's where there are fewer than `shots`."""
+        user = user_id(user)
         if user not in self.of_user:
             raise UnknownUser(
                 f"no demonstrations of user '{user}': adapt the model to this user first." + did_you_mean(user, self.of_user)

@@ -14,6 +14,7 @@ from pyargs.errors import PyargsError
 from pyargs.fit import ModelConfig
 from pyargs.lm.demonstrations import Demonstrations, last_user_text
 from pyargs.models.user_policy import UserPolicy
+from pyargs.user_ids import user_id
 
 
 @dataclass
@@ -57,5 +58,5 @@ def adapt(model: UserPolicy, support: list[dict], ids: list[str], config: Config
     if model.demonstrations is not None:
         for row in support:
             shown = {"prompt": last_user_text(row["prompt"]), "chosen": row["chosen"], "rejected": row["rejected"]}
-            model.demonstrations.of_user.setdefault(row["user_id"], []).append(shown)
+            model.demonstrations.of_user.setdefault(user_id(row["user_id"]), []).append(shown)
     return {}

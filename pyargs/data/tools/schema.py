@@ -46,17 +46,11 @@ def check_row(row: dict, place: str) -> dict:
     split = "train" if split == "all" else split
     if split not in SPLITS:
         raise PyargsError(f"{place}: unknown split '{split}'; known: all, {', '.join(SPLITS)}.")
-    out = {
-        "user_id": text(_column(row, place, "user_id", "user"), place, "user_id"),
-        "prompt": _prompt(_column(row, place, "prompt"), place),
-        "chosen": _response(_column(row, place, "chosen"), place, "chosen"),
-        "rejected": _response(_column(row, place, "rejected"), place, "rejected"),
-        "split": split,
-    }
+    out = {"user_id": _id(_column(row, place, "user_id", "user"), place, "user_id"), **_texts(row, place), "split": split}
     if out["chosen"] == out["rejected"]:
         raise PyargsError(f"{place}: chosen and rejected are the same text.")
     pair_id = row.get("pair_id")
-    out["pair_id"] = text_id(out) if pair_id is None else text(pair_id, place, "pair_id")
+    out["pair_id"] = text_id(out) if pair_id is None else _id(pair_id, place, "pair_id")
     return out | {name: None if row[name] is None else str(row[name]) for name in OPTIONAL if name in row}
 
 
@@ -131,6 +125,11 @@ def text(value, place: str, name: str) -> str:
     return value
 
 
+def _id(value, place: str, name: str) -> str:
+    """An integer counts as its digits, as wherever users are named (`user_ids`)."""
+    return text(str(value) if type(value) is int else value, place, name)
+
+
 def _messages(value, place: str, name: str) -> Iterator[dict]:
     for message in value:
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
@@ -146,14 +145,32 @@ def _prompt(value, place: str) -> str | list[dict]:
     return list(_messages(value, place, "prompt"))
 
 
-def _response(value, place: str, name: str) -> str:
-    """A string, or TRL's conversational form of one: a list with a single assistant message."""
+def _texts(row: dict, place: str) -> dict:
+    """Prompt, chosen and rejected. TRL's implicit prompt is what two lists of messages have in common at their beginning."""
+    sides = {name: _column(row, place, name) for name in ("chosen", "rejected")}
+    sides = {name: list(_messages(side, place, name)) if isinstance(side, list) else side for name, side in sides.items()}
+    chosen, rejected = sides.values()
+    if row.get("prompt") is None and isinstance(chosen, list) and isinstance(rejected, list):
+        if chosen == rejected:
+            raise PyargsError(f"{place}: chosen and rejected are the same text.")
+        same = [one == other for one, other in zip(chosen, rejected, strict=False)]
+        prompt = chosen[: [*same, False].index(False)]
+        if not prompt:
+            raise PyargsError(f"{place}: no prompt, and chosen and rejected do not begin with the same messages.")
+    else:
+        prompt = _prompt(_column(row, place, "prompt"), place)
+    return {"prompt": prompt} | {name: _response(side, prompt, place, name) for name, side in sides.items()}
+
+
+def _response(value, prompt: str | list[dict], place: str, name: str) -> str:
+    """A string, or TRL's conversational form of one: a list with a single assistant message, or the prompt before it."""
     if not isinstance(value, list):
         return text(value, place, name)
-    messages = list(_messages(value, place, name))
-    if len(messages) != 1 or messages[0]["role"] != "assistant":
-        raise PyargsError(f"{place}: {name} must be a string or a list of one assistant message.")
-    return messages[0]["content"]
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    answer = value[len(asked) :] if value[: len(asked)] == asked else value
+    if len(answer) != 1 or answer[0]["role"] != "assistant":
+        raise PyargsError(f"{place}: {name} must be a string or a list of one assistant message, the prompt before it or not.")
+    return answer[0]["content"]
 
 
 def text_id(row: dict) -> str:

@@ -48,9 +48,10 @@ def read_json(path: Path):
 
 
 def rows(path: Path) -> Iterator[tuple[str, dict]]:
-    """(place, row) of a JSON Lines file (.jsonl or .json, plain or .gz) or of parquet; the place names file and row.
+    """(place, row) of JSON Lines (.jsonl or .json, plain or .gz), of a JSON array (.json) or of parquet.
 
-    Raises PyargsError, naming file and row: not JSON, not an object, a truncated file, another kind of file.
+    The place names file and row. Raises PyargsError, which begins with it: not JSON, not an object, a truncated file, another
+    kind of file.
     """
     if not path.is_file():
         raise PyargsError(f"No file {path}.")
@@ -59,9 +60,19 @@ def rows(path: Path) -> Iterator[tuple[str, dict]]:
         yield from _parquet(path)
         return
     if kind not in (".jsonl", ".json"):
-        raise PyargsError(f"{path.name}: a file of rows is .jsonl, .json (one object a line), either with .gz, or .parquet.")
+        raise PyargsError(
+            f"{path.name}: a file of rows is .jsonl, .json (an object a line, or an array), either with .gz, or .parquet."
+        )
     number = 0
     try:
+        with _open(path) as file:
+            array = kind == ".json" and file.read(BLOCK).lstrip().startswith("[")
+        if array:
+            for number, row in enumerate(read_json(path), 1):
+                if not isinstance(row, dict):
+                    raise PyargsError(f"{path.name}, row {number}: not a JSON object.")
+                yield f"{path.name}, row {number}", row
+            return
         with _open(path) as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():

@@ -1,0 +1,78 @@
+"""Ids of users, wherever they are taken: text, or integers as their digits; never the letters of one id."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import reward_model, tiny_lm
+
+import pyargs
+from pyargs.decode import best_of_n, tokenwise
+from pyargs.decode.prompts import decode_prompts
+from pyargs.errors import PyargsError
+from pyargs.lm.demonstrations import Demonstrations
+from pyargs.models.token_reward import TokenReward
+from pyargs.types import Users
+from pyargs.user_ids import user_ids
+
+IDS = torch.tensor([[5, 6, 7]])
+
+
+@pytest.fixture(scope="module")
+def models():
+    lm = tiny_lm(seed=3)
+    return tiny_lm(), reward_model(lm, users=("7", "bob", "a")), TokenReward(lm, None)
+
+
+CALLS = {
+    "generate": lambda lm, reward, _, users: pyargs.generate(lm, reward, IDS, None, users, max_new_tokens=1),
+    "tokenwise": lambda lm, _, reward, users: tokenwise.generate(lm, reward, IDS, None, users, max_new_tokens=1),
+    "best_of_n": lambda lm, reward, _, users: best_of_n.generate(lm, reward, IDS.tolist(), users, n=1, max_new_tokens=1),
+    "custom_generate": lambda lm, reward, _, users: lm.generate(
+        IDS, max_new_tokens=1, custom_generate=pyargs.args(reward, users=users)
+    ),
+    "score": lambda lm, reward, _, users: reward.score([([5], [[6]])], users),
+    "rows": lambda lm, reward, _, users: reward.users.rows(users),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("users", ["a", "bob", 7, b"a", None])
+def test_one_id_in_the_place_of_a_list_is_refused(models, call, users):
+    with pytest.raises(PyargsError, match=r"users is a list with one id for each row, got .*: write \["):
+        CALLS[call](*models, users)
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("user", ["7", 7, np.int64(7)])
+def test_an_integer_is_its_digits(models, call, user):
+    assert CALLS[call](*models, [user]) is not None
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("user", [7.0, True, None, ["a"]])
+def test_other_ids_are_refused(models, call, user):
+    with pytest.raises(PyargsError, match="a user id is a str, or an integer, got"):
+        CALLS[call](*models, [user])
+
+
+def test_tables_and_demonstrations_hold_text(tmp_path):
+    users = Users([3, "b"], v=torch.zeros(2, 1))
+    users.append([np.int64(4)], v=torch.ones(1, 1))
+    assert list(users.ids) == ["3", "b", "4"] and users.rows(["4", 3]).tolist() == [2, 0]
+    with pytest.raises(PyargsError, match="'3' is there already"):
+        users.append([3], v=torch.ones(1, 1))
+    with pytest.raises(PyargsError, match="is a list"):
+        Users("anna")
+    how = {"retrieve": "random", "show": "pair", "content_tokens": 9, "instruction": "", "max_tokens": 99, "seed": 0}
+    shown = Demonstrations(shots=1, of_user={"3": [{"prompt": "p", "chosen": "c", "rejected": "r"}]}, **how)
+    assert shown.choose("q", 3) == shown.choose("q", "3")
+
+
+def test_prompts_and_users_are_as_many(models):
+    with pytest.raises(PyargsError, match="2 prompts but 1 users"):
+        next(decode_prompts(*models[:2], ["a", "b"], ["bob"]))
+    with pytest.raises(PyargsError, match="is a list"):
+        next(decode_prompts(*models[:2], ["a", "b", "c"], "bob"))
+    assert user_ids(iter(["a"])) == ["a"]
