@@ -196,7 +196,7 @@ def main() -> None:
 
     rows = []
     for batch, length in tqdm([(1, 64)] if options.quick else [(1, 64), (1, 256), (8, 64), (8, 256)], unit="size"):
-        steps, turns, several = (10, 3, 2) if options.quick else (16, 10, 10) if batch == 1 else (10, 4, 1)
+        steps, turns, several = (4, 1, 1) if options.quick else (16, 10, 10) if batch == 1 else (10, 4, 1)
         batches = [
             (prompts(tokenizer, batch, length, start=700 * (i // 2)).to(policy.device), (USERS[i % 2 :] + USERS)[:batch])
             for i in range(several)

@@ -67,7 +67,7 @@ def test_like_the_reference(data):
 
 
 @emulated.needed
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)  # half a second each
 @given(data=st.data())
 def test_the_cuda_kernel_emulated(data):
     emulated.order(data.draw(st.integers(0, 99), "order of threads and blocks"))
