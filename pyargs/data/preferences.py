@@ -39,7 +39,9 @@ class Config:
 
 
 def load(source: str | Path, *, train_test: float = 0.2, by: str = "prompt", seed: int = 0) -> Dataset:
-    """The pairs of a `.jsonl`, `.json` (either with .gz) or `.parquet` file or a built set's folder, in order; columns: `pyargs.data`.
+    """The pairs of a `.jsonl`, `.json` (either with .gz) or `.parquet` file or a built set's folder, in order.
+
+    Columns: `pyargs.data`.
 
     If no row is "train_test", this share of each train user's prompts is set aside as such (see `carve`). Raises
     PyargsError with file and row: missing column, text that is not a string or empty, chosen == rejected, unknown

@@ -46,9 +46,25 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+_compared: WeakKeyDictionary[object, WeakKeyDictionary] = WeakKeyDictionary()
+"""Of each two tokenizers: what they were when they were compared, and whether they were the same."""
+
+
 def same_tokenizer(one, other) -> bool:
-    """Whether two tokenizers give the same ids. Rows of the embedding do not matter: many models pad them."""
-    return one is other or one.get_vocab() == other.get_vocab()
+    """Whether two tokenizers give the same ids. Rows of the embedding do not matter: many models pad them.
+
+    Vocabularies are compared once for two tokenizers, which takes up to a second, and again when either has grown or has
+    another backend. One that was exchanged inside its backend for another of the same size is not seen.
+    """
+    if one is other:
+        return True
+    state = [(len(tokenizer), getattr(tokenizer, "backend_tokenizer", None)) for tokenizer in (one, other)]
+    compared = _compared.setdefault(one, WeakKeyDictionary())
+    before, same = compared.get(other, (None, False))
+    if before is None or any(n != m or backend is not old for (n, backend), (m, old) in zip(state, before, strict=True)):
+        same = one.get_vocab() == other.get_vocab()
+        compared[other] = state, same
+    return same
 
 
 def fingerprint(model: nn.Module) -> str:
