@@ -74,13 +74,14 @@ def tokens(row, settings: dict, size: dict) -> int:
 
 class Left(NamedTuple):
     """A cell that is left: its name, stages, what it trains ("head", "language model", "nothing"), tokens (None where the data
-    are not there), and the seconds that the same row took with another seed."""
+    are not there), the seconds that the same row took with another seed, and why it is made again, if it is there."""
 
     name: str
     stages: tuple
     trains: str
     tokens: int | None
     seconds: float | None
+    again: tuple = ()
 
 
 def trains(row) -> str:
@@ -112,7 +113,13 @@ def plan(left: list[Left], measured: list[tuple[str, int, float]], workers: int 
     seconds = [needs(one) for one in left]
     unknown, hours = seconds.count(None), sum(filter(None, seconds)) / workers / 3600
     lines = [
-        {"cell": one.name, "stages": list(one.stages), "tokens": one.tokens, "minutes": took and round(took / 60, 1)}
+        {
+            "cell": one.name,
+            "stages": list(one.stages),
+            "tokens": one.tokens,
+            "minutes": took and round(took / 60, 1),
+            **({"made_again": list(one.again)} if one.again else {}),
+        }
         for one, took in zip(left, seconds, strict=True)
     ]
     found = {

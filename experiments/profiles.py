@@ -23,12 +23,14 @@ HEADS = {
     "PAL": ("pal", {"variant": "B"}),
     "PReF": ("pref", {}),
     "VPL": ("vpl", {}),
+    "VPL, mu": ("vpl", {"eval_z": "mu"}),
 }
 LANGUAGE_MODELS = {"GenARM": ("genarm", {}), "P-DPO": ("pdpo", {})}
 ICL = {"ICL": ("icl", {"shots": 8}), "ICL-RAG": ("icl", {"shots": 8, "retrieve": "minilm"})}
 SHOTS = {
     f"{row}, {shots} shots": ("icl", {**fields, "shots": shots}) for shots in (2, 4, 16) for row, (_, fields) in ICL.items()
 }
+RETRIEVED = ["ICL-RAG", *(row for row in SHOTS if row.startswith("ICL-RAG"))]  # nothing is drawn: one seed tells all
 UNGUIDED = {"ARGS, weight 0": None}
 BLIND = {"word overlap": None, "MiniLM cosine": None}
 
@@ -53,7 +55,6 @@ TITLES = {
     "response_name": "title", "max_length": 6144, "response_tokens": 128,
 }  # fmt: skip
 WEIGHT_BY_TITLES = ["--objective", "harmonic"]
-CI = ["--data", "pref_lamp", "--source", "{shared}/pref_lamp_like/ci"]
 
 # -- cpu: two cores, SmolLM2-135M as policy and as backbone of the reward models ------------------------------------------
 
@@ -72,7 +73,10 @@ CPU_TITLES = few_pairs(
 )
 CPU_SETS = {
     "pref_lamp": {
-        **CPU, "stands_for": "Pref-LaMP", "data": CI, "needs": "{shared}/pref_lamp_like/ci",
+        **CPU, "stands_for": "Pref-LaMP", "needs": "{shared}/pref_lamp_like/ci",
+        "data": ["--data", "{work}/data/pref_lamp_ci"],
+        "build": ["pref_lamp", "--source", "{shared}/pref_lamp_like/ci", "--embedder", "minilm"],
+        "counted": "pref_lamp, 40 users",
         "about": "pref_lamp_like/ci: titles of papers of 30 + 10 authors (ACL, arXiv), neighbours by MiniLM",
         "rows": {**ZERO_SHOT, **FROZEN, **UNGUIDED, **BLIND, **CPU_TITLES, **fields({**ICL, **SHOTS}, **TITLES)},
         "once": [*CPU_TITLES, *SHOTS, "ICL-RAG"],
@@ -144,7 +148,7 @@ PAPER_SETS = {
         "stands_for": "Pref-LaMP", "about": "Pref-LaMP, 611 authors of LaMP-5", "backbone": QWEN[0], "policies": QWEN,
         "data": ["--data", "{work}/data/pref_lamp"], "needs": None,
         "build": ["pref_lamp", "--source", "hub", "--users", "611"],
-        "rows": {**ZERO_SHOT, **FULL, **UNGUIDED, **BLIND, **fields({**ICL, **SHOTS}, **TITLES)}, "once": [],
+        "rows": {**ZERO_SHOT, **FULL, **UNGUIDED, **BLIND, **fields({**ICL, **SHOTS}, **TITLES)}, "once": RETRIEVED,
         "tune": WEIGHT_BY_TITLES, "decode": [], "bertscore": "microsoft/deberta-xlarge-mnli",
     },
 }  # fmt: skip

@@ -31,7 +31,7 @@ from filelock import FileLock
 from profiles import PROFILES, Cell, cells
 from tqdm import tqdm
 
-from pyargs import cli, data, files, fit
+from pyargs import cli, data, files, fit, rules
 from pyargs.errors import PyargsError, did_you_mean
 from pyargs.lm import hub
 from pyargs.results import name as name_of
@@ -39,7 +39,6 @@ from pyargs.results import slug
 
 HERE = Path(__file__).parent
 NO_POLICY = {"word overlap", "MiniLM cosine"}  # rows that score texts
-RECIPE = 2  # raised when a stage computes something else: the cells are then made again
 KILLED = 3  # times that workers may be killed before the cells in hand count as failed
 QUOTED = 8  # words in a row from the data that make an answer the authors' text rather than ours
 
@@ -61,7 +60,9 @@ def model_folder(cell: Cell, places: Places) -> Path:
     settings = cell.settings()
     row = recipe(cell)
     backbone = cell.policy if row[0] == "icl" else settings["backbone"]
-    made = files.short_hash([RECIPE, row, backbone, PROFILES[cell.profile]["dtype"], settings["data"], settings.get("build")])
+    made = files.short_hash(
+        [rules.NEWEST, row, backbone, PROFILES[cell.profile]["dtype"], settings["data"], settings.get("build")]
+    )
     return places.work / cell.profile / cell.set / slug(backbone) / f"{slug(cell.row)}-{cell.seed}-{made}"
 
 
@@ -193,7 +194,7 @@ def load(words):
 
 
 def recipe(cell: Cell) -> list | None:
-    """The row's method and all of its fields, defaults too: a default that changes makes another cell."""
+    """The row's method and all of its fields, defaults too: a setting that changes makes another cell."""
     row = cell.settings()["rows"][cell.row]
     return None if row is None else [row[0], asdict(fit.method(row[0]).Config(**row[1]))]
 
@@ -203,7 +204,7 @@ def wanted(cell: Cell) -> dict:
     settings = cell.settings()
     compared = settings["decode"] is not None and guides(cell)
     return {
-        "recipe": RECIPE, "row": recipe(cell), "dtype": PROFILES[cell.profile]["dtype"],
+        "recipe": rules.NEWEST, "row": recipe(cell), "dtype": PROFILES[cell.profile]["dtype"],
         **{name: settings.get(name) for name in ("stands_for", "about", "tune", "decode", "bertscore")},
         "compared_with": recipe(zero_shot(cell)) if compared else None,
     }  # fmt: skip
@@ -227,13 +228,37 @@ def written(cell: Cell, places: Places) -> dict:
     except PyargsError:
         return {}
     whole = isinstance(found, dict) and all(isinstance(found.get(name), dict) for name in ("key", "values"))
-    return found if whole and isinstance(found.get("seconds", {}), dict) else {}
+    whole = whole and isinstance(found["key"].get("recipe"), int)
+    whole = whole and all(isinstance(found.get(name, {}), dict) for name in ("seconds", "tune", "fields"))
+    return {**found, **cell._asdict()} if whole else {}
+
+
+def stale(cell: Cell, places: Places, built: bool = True) -> list[str] | None:
+    """Why a cell that is there has to be made again: empty where it has not. None where it is not there.
+
+    By its settings and data (of data that are not built only they can tell) and by the rules that came after it.
+    """
+    found = written(cell, places)
+    if not found:
+        return None
+    own, now = found["key"] if built else {**found["key"], "data": None}, key(cell, places, built)
+    own = {name: completed(value, now.get(name)) if name in ("row", "compared_with") else value for name, value in own.items()}
+    others = [name for name in {**now, **own} if name != "recipe" and own.get(name) != now.get(name)]
+    return [f"other {name}" for name in others] + [f"older rule: {rule.before}" for rule in rules.older(found)]
+
+
+def completed(noted, now):
+    """A recipe as an older cell notes it, with the fields that came later: their defaults are what was done before them."""
+    recipes = all(isinstance(one, list) and len(one) == 2 and isinstance(one[1], dict) for one in (noted, now))
+    if not recipes or noted[0] != now[0]:
+        return noted
+    later = {name: value for name, value in asdict(fit.method(noted[0]).Config()).items() if name in now[1]}
+    return [noted[0], {**json.loads(json.dumps(later)), **noted[1]}]
 
 
 def done(cell: Cell, places: Places, built: bool = True) -> bool:
-    """Whether the cell's file is there and of these settings and data; of data that are not built only they can tell."""
-    found = written(cell, places).get("key")
-    return found is not None and (found if built else {**found, "data": None}) == key(cell, places, built)
+    """Whether the cell's file is there, of these settings and data, and no rule came after it that touches it."""
+    return stale(cell, places, built) == []
 
 
 def run(cell: Cell, places: Places) -> dict:
@@ -377,7 +402,8 @@ def plan(asked: list[Cell], places: Places, workers: int) -> dict:
         if cell.set not in sizes:
             sizes[cell.set] = size(cell, places)
         known, settings = "pairs" in sizes[cell.set], cell.settings()
-        if done(cell, places, built="not there yet" not in sizes[cell.set]):
+        why = stale(cell, places, built="not there yet" not in sizes[cell.set])
+        if why == []:
             finished += 1
             continue
         count = estimate.tokens(settings["rows"][cell.row], settings, sizes[cell.set]) if known else None
@@ -385,7 +411,8 @@ def plan(asked: list[Cell], places: Places, workers: int) -> dict:
         same = taken.get((cell.set, cell.row))
         seconds = sum(same) / len(same) if same else None
         row = settings["rows"][cell.row]
-        left.append(estimate.Left(cell.name(), tuple(steps), estimate.trains(row), count if steps else 0, seconds))
+        trained, again = estimate.trains(row), tuple(why or ())
+        left.append(estimate.Left(cell.name(), tuple(steps), trained, count if steps else 0, seconds, again))
     measured = []
     for (name, row), seconds in taken.items():
         if "pairs" in sizes[name]:

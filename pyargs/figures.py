@@ -8,16 +8,18 @@ distance from its own zero-shot level, set off from ours.
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 
-from pyargs import files, results
+from pyargs import files, results, rules
 from pyargs.errors import PyargsError
 from pyargs.metrics.correlation import correlate_methods
 from pyargs.tables import words
-from pyargs.tables.specs import GUIDES, LAMP, LORA, METRICS, SCALES, SPECS, UNGUIDED
+from pyargs.tables.specs import GUIDES, LAMP, LORA, METRICS, OWN_POLICY, SCALES, SPECS, UNGUIDED
 
 SHOTS = (0, 2, 4, 8, 16)
 OVER = {"TLDR": SPECS["2"].over, "PRISM": SPECS["7"].over}  # the methods that the tables correlate; elsewhere GUIDES
+ONE_EACH = {spec.data for spec in SPECS.values() if spec.subset}  # data of which the paper takes one query of each user
 SYMBOLS = {"kendall": "τ", "spearman": "ρ", "pearson": "r"}
 LIGHT = {"color": "#9a9a9a", "linestyle": "none"}
 
@@ -53,7 +55,7 @@ def save(made, path: str | Path) -> None:
 
 
 def _scatter(cells: list[dict], paper: dict, profile: str):
-    panels, missing = [], set()
+    panels, missing = [], {}
     for data in (*SCALES, None):  # None: our own sets
         for name in sorted({c["set"] for c in cells if c["stands_for"] == data}):
             own = [c for c in cells if c["set"] == name]
@@ -61,8 +63,12 @@ def _scatter(cells: list[dict], paper: dict, profile: str):
             scales = {policy: scale for scale, policy in beside.items() if policy}
             for policy in results.policies(own):
                 there = [c for c in own if c["policy"] == policy]
-                points = results.points(there, (*GUIDES, *LORA), results.rm_accuracy, results.policy_accuracy)
-                missing |= set(words.runs(profile, GUIDES, [name])[0]) - set(points)
+                sides = [results.rm_accuracy, results.policy_accuracy]
+                if data in ONE_EACH:
+                    sides = [results.one_per_user(side) for side in sides]
+                points = results.points(there, (*GUIDES, *LORA), *sides)
+                if lacks := [row for row in words.runs(profile, GUIDES, [name])[0] if row not in points]:
+                    missing[f"{name}, {policy}" if len(results.policies(own)) > 1 else name] = lacks
                 if points:
                     panels.append(
                         (
@@ -75,7 +81,8 @@ def _scatter(cells: list[dict], paper: dict, profile: str):
                     )
     if not panels:
         raise PyargsError(f"Figure 1 needs RM and policy accuracies; {words.makes(profile, GUIDES, ())}")
-    lacking = [row for row in GUIDES if row in missing]
+    lacking = [row for row in GUIDES if any(row in rows for rows in missing.values())]
+    lacks = f"Missing: {'; '.join(f'in {name} {words.listed(rows)}' for name, rows in missing.items())}." if missing else ""
     plt = _pyplot()
     wide = min(3, len(panels))
     high = -(-len(panels) // wide)
@@ -106,9 +113,9 @@ def _scatter(cells: list[dict], paper: dict, profile: str):
     made.legend(handles=handles, loc="outside lower center", ncols=min(5, 2 + wide), fontsize=8, frameon=False)
     _title(
         made,
-        f"RM accuracy against policy accuracy, all queries; {_stand_ins(cells, profile)}. Correlations over method x seed "
-        "as in Tables 2, 4 and 7 (here without the LoRA rows, and with all queries where Table 7 and the paper's PRISM have "
-        f"one of each user), with 95% intervals that resample the methods. {_missing(lacking)}".rstrip(),
+        f"RM accuracy against policy accuracy; {_stand_ins(cells, profile)}. All queries, but for PRISM one of each user, by "
+        "the draw of Tables 3 and 7. Correlations over method x seed as in Tables 2, 4 and 7 (here without the LoRA rows), "
+        f"with 95% intervals that resample the methods. {_older(cells, drawn)}{lacks}",
     )
     return made, lacking
 
@@ -185,7 +192,7 @@ def _quality(cells: list[dict], paper: dict, profile: str):
     _title(
         made,
         "Generated answers against what the user wrote, mean over seeds with the 95% interval over users; "
-        f"{_stand_ins(cells, profile)}. {_missing(missing)}",
+        f"{_stand_ins(cells, profile)}. {_older(cells, rows)}{_missing(missing)}",
     )
     return made, missing
 
@@ -248,15 +255,16 @@ def _shots(cells: list[dict], paper: dict, profile: str):
     made.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     _title(
         made,
-        f"ROUGE-1 by demonstrations, with the 95% interval over users; {_stand_ins(cells, profile)}. {_missing(missing)}",
+        f"ROUGE-1 by demonstrations, with the 95% interval over users; {_stand_ins(cells, profile)}. "
+        f"{_older(cells, every)}{_missing(missing)}",
     )
     return made, missing
 
 
 def _lacks(cells: list[dict], row: str, policies: list[str], key: str) -> bool:
-    """Whether a row has no value with some policy."""
+    """Whether a row has no value with some policy (one that is a policy of its own: at all)."""
     there = {c["policy"] for c in cells if c["row"] == row and METRICS[key].measure(c)}
-    return not there.issuperset(policies)
+    return not there if row == OWN_POLICY else not there.issuperset(policies)
 
 
 def _shots_row(name: str, shots: int) -> str:
@@ -311,7 +319,7 @@ def _handle(**look):
 
 def _title(made, text: str) -> None:
     width = made.get_size_inches()[0]
-    made.suptitle(textwrap.fill(text, int(width * 14.5)), fontsize=8.5, x=0.01, ha="left")
+    made.suptitle(textwrap.fill(text.rstrip(), int(width * 14.5)), fontsize=8.5, x=0.01, ha="left")
 
 
 def _stand_ins(cells: list[dict], profile: str) -> str:
@@ -321,6 +329,11 @@ def _stand_ins(cells: list[dict], profile: str) -> str:
         names.setdefault(cell["set"], (cell.get("data") or cell["set"], cell["stands_for"]))
     place = lambda data: f" in the place of {data}" if data and profile != "paper" else ""  # noqa: E731
     return f"profile {profile}: " + "; ".join(name + place(data) for name, data in names.values())
+
+
+def _older(cells: list[dict], rows: Iterable[str]) -> str:
+    said = rules.by_older_rules(cell for cell in cells if cell["row"] in rows)
+    return f"{said} " if said else ""
 
 
 def _missing(rows: list[str]) -> str:

@@ -14,14 +14,14 @@ from collections import Counter
 from pathlib import Path
 from statistics import quantiles
 
-from pyargs import files, results
+from pyargs import files, results, rules
 from pyargs.claims import VERDICTS, findings
 from pyargs.claims.verdicts import LEAST, LEAST_SEEDS
 from pyargs.errors import PyargsError
 from pyargs.figures import figure
 from pyargs.tables import NAMES, planned, table
 from pyargs.tables.render import shown
-from pyargs.tables.specs import LAMP, LORA, METRICS, SCORERS, UNGUIDED
+from pyargs.tables.specs import FORMS, LAMP, LORA, METRICS, SCORERS, UNGUIDED
 from pyargs.tables.words import backbones, listed, with_seeds
 
 ORDER = (*LAMP, *LORA, UNGUIDED, *SCORERS)
@@ -48,7 +48,7 @@ def report(folder: str | Path, profile: str | None = None, data=None) -> dict:
         "least_seeds": LEAST_SEEDS,
         "figures": [_figure(number, folder, profile) for number in FIGURES], "sets": [_charts(own) for own in _by_set(cells)],
         "tables": [table(one, folder, profile)[0] for one in NAMES], "answers": _answers(cells, data),
-        "cells": [_line(cell) for cell in cells],
+        "cells": [_line(cell) for cell in cells], "older": _older(cells),
     }  # fmt: skip
 
 
@@ -192,10 +192,17 @@ def _line_of_chart(cells: list[dict], row: str, measure: results.Measure) -> dic
 
 def _line(cell: dict) -> dict:
     """A cell in the list at the end: its file and its main numbers."""
-    measures = ("rm_accuracy", "policy_accuracy", "policy_accuracy_all", "rouge1")
+    measures = ("rm_accuracy", *FORMS, "rouge1")
     found = {key: one["value"] if (one := METRICS[key].measure(cell)) else None for key in measures}
     return {"file": results.name(cell), **found, "weight": cell["values"].get("relative"),
+            "older": [rule.number for rule in rules.older(cell)],
             "commit": (cell.get("provenance") or {}).get("commit")}  # fmt: skip
+
+
+def _older(cells: list[dict]) -> list[dict]:
+    """The rules that came after some of the cells, with these cells' files."""
+    behind = {rule: [results.name(cell) for cell in cells if rule in rules.older(cell)] for rule in rules.RULES}
+    return [{"number": rule.number, "before": rule.before, "files": files} for rule, files in behind.items() if files]
 
 
 # --- answers

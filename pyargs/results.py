@@ -128,11 +128,14 @@ def policy_accuracy(cell: dict, normalize: str = "paper") -> dict | None:
     """How often the row's own decoding score ranks the chosen response first.
 
     normalize: "paper" (guided rows by the sum of log pi + w r, eqs. 5-6; rows that answer by themselves by their mean
-    log-prob, eqs. 4 and 7) or "all" (everything by the mean per token, which compares). "ARGS, weight 0" is a guided row
-    with w = 0.
+    log-prob, eqs. 4 and 7), "centred" (the same with r minus its mean on the seen users' held-out pairs) or "all" (everything
+    by the mean per token, which compares). "ARGS, weight 0" is a guided row with w = 0: there is nothing to centre.
     """
     given = cell["values"].get("policy_accuracy") or {}
-    found = next((given[name] for name in ("personal", "global", "weight_0", "base") if name in given), None)
+    kind = next((name for name in ("personal", "global", "weight_0", "base") if name in given), None)
+    found = given.get(kind)
+    if normalize == "centred" and kind == "weight_0":
+        normalize = "paper"
     if found is not None and "accuracy" not in found:
         found = found.get("mean") or found.get(normalize)
     return _accuracy(found)
@@ -293,11 +296,18 @@ def _comparable(paths: list[Path], cells: list[dict]) -> None:
         for place, names in ((of_set, OF_SET), ((*of_set, cell["policy"], cell["row"]), OF_ROW)):
             for name in names:
                 other, given = first.setdefault((place, name), (path, cell["key"][name]))
-                if given != cell["key"][name]:
+                if not _alike(given, cell["key"][name]):
                     raise PyargsError(
                         f"{other} and {path} differ in 'key.{name}', so their numbers do not compare: for the one that is "
                         f"out of date, {AGAIN}"
                     )
+
+
+def _alike(one, other) -> bool:
+    """Equal; of recipes [method, fields] the fields that both have: one that came later has the default that was the rule."""
+    if all(isinstance(side, list) and len(side) == 2 and isinstance(side[1], dict) for side in (one, other)):
+        return one[0] == other[0] and all(other[1].get(name, value) == value for name, value in one[1].items())
+    return one == other
 
 
 def _checked(path: Path) -> dict:
@@ -337,7 +347,7 @@ def _checked(path: Path) -> dict:
 def _notes(cell: dict):
     """What is wrong with what a cell says about itself, as (key, problem). All of it may be absent or null."""
     kinds = {"data": str, "backbone": str, "dtype": str, "method": str, "fields": dict, "seconds": dict, "provenance": dict,
-             "answers": list}  # fmt: skip
+             "tune": dict, "answers": list}  # fmt: skip
     for name, kind in kinds.items():
         if not isinstance(cell.get(name), kind | None):
             yield name, f"is {cell[name]!r:.40}, not {'text' if kind is str else 'a list' if kind is list else 'an object'}"
@@ -345,6 +355,11 @@ def _notes(cell: dict):
         if took is None:
             yield f"seconds.{stage}", "is null, not a number"
         yield from _number(took, f"seconds.{stage}")
+    for number, point in enumerate((_dict(cell.get("tune")) or {}).get("grid") or ()):
+        if not isinstance((_dict(point) or {}).get("relative"), int | float):
+            yield f"tune.grid[{number}]", "has no relative weight"
+    if isinstance(made := cell["key"].get("recipe", 0), bool) or not isinstance(made, int):
+        yield "key.recipe", f"is {made!r:.40}, not the number of a rule"
     provenance = _dict(cell.get("provenance")) or {}
     if not isinstance(provenance.get("commit"), str | None):
         yield "provenance.commit", "is not text"

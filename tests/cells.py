@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from pyargs import files
+from pyargs import files, rules
 from pyargs.results import slug
 from pyargs.tables.specs import ALONE, LAMP, LORA, SCORERS, UNGUIDED, has
 
@@ -64,7 +64,8 @@ def cell(row: str, seed: int = 0, **other) -> dict:
         "profile": "cpu", "set": "pref_lamp", "stands_for": "Pref-LaMP", "data": "pref_lamp_like/ci, 40 users", "row": row,
         "policy": "smollm2-135m", "backbone": "smollm2-135m", "dtype": "bfloat16", "seed": seed, "method": method,
         "fields": {"freeze_backbone": True} if frozen else {}, "values": values, "answers": answers,
-        "key": {"data": None, "dtype": "bfloat16", "tune": [], "decode": [], "bertscore": "minilm", "row": [row]},
+        "key": {"recipe": rules.NEWEST, "data": None, "dtype": "bfloat16", "tune": [], "decode": [], "bertscore": "minilm",
+                "row": [row]},
     } | other  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pyargs import cli, files
+from pyargs import cli, files, rules
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 
@@ -109,7 +109,22 @@ def test_a_killed_cell_goes_on_where_it_was(smoke, reproduce, places, monkeypatc
     for name in ("data", "row", "tune", "models", "stands_for", "compared_with", "recipe"):
         files.write_json(reproduce.result_file(cell, places), {**old, "key": {**old["key"], name: "other"}})
         assert not reproduce.done(cell, places)
-    for text in (b"", b"[]", b"{}", b'{"key"', b'{"key": "abc"}', b'{"key": {}, "values": {}, "seconds": 5}', b"\xff\xfe"):
+    # A field that came later has the default by which older cells were made; a rule that came later says what it touches.
+    method, fields = old["key"]["row"]
+    earlier = {name: value for name, value in fields.items() if name != "max_grad_norm"}
+    files.write_json(
+        reproduce.result_file(cell, places), {**old, "key": {**old["key"], "recipe": 2, "row": [method, earlier]}}
+    )
+    assert reproduce.done(cell, places)
+    files.write_json(
+        reproduce.result_file(cell, places), {**old, "key": {**old["key"], "row": [method, fields | {"gone": 1}]}}
+    )
+    assert reproduce.stale(cell, places) == ["other row"]
+    files.write_json(reproduce.result_file(cell, places), {**old, "method": "vpl", "key": {**old["key"], "recipe": 2}})
+    assert reproduce.stale(cell, places) == [f"older rule: {rules.RULES[0].before}"]
+    damaged = ["", "[]", "{}", '{"key"', '{"key": "abc"}', '{"key": {}, "values": {}}', "\ud800"]
+    damaged += [f'{{"key": {{"recipe": 2}}, "values": {{}}, "{name}": 5}}' for name in ("seconds", "tune", "fields")]
+    for text in (one.encode("utf-8", "surrogatepass") for one in damaged):
         reproduce.result_file(cell, places).write_bytes(text)
         assert not reproduce.done(cell, places) and not reproduce.done(cell, places, built=False)
         assert not reproduce.written(cell, places)
@@ -179,7 +194,12 @@ def test_a_dry_run_begins_nothing_and_missing_data_are_said(reproduce, tmp_path,
     (tmp_path / "nowhere/pref_lamp_like/ci").mkdir(parents=True)
     assert reproduce.main(["cpu", "--sets", "same_content", "--dry-run", *words]) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert plan["done"] == len([cell for cell in reproduce.cells("cpu") if cell.set == "same_content"]) and not plan["cells"]
+    rows = [line["cell"].split(" / ")[2] for line in plan["cells"]]
+    assert plan["done"] + len(rows) == len([cell for cell in reproduce.cells("cpu") if cell.set == "same_content"])
+    for row, line in zip(rows, plan["cells"], strict=True):  # what is there is left only because a rule came after it
+        why = line.get("made_again", [])
+        assert all(one.startswith("older rule: ") for one in why) and bool(why) == (row != "VPL, mu"), line
+    assert plan["done"] > 15 and rows.count("VPL") == 3
     said = plan["sets"]["same_content"]["not there yet"]
     assert said.startswith("is built first: pyargs data build pref_lamp --source") and "{" not in said and "--out" in said
     # The rates are those of all rows of the set, whichever are asked for.

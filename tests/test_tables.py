@@ -65,6 +65,7 @@ def test_means_and_spreads_by_hand(folder):
         "rm_accuracy": [c["values"]["rm_accuracy"]["accuracy"] for c in cells],
         "policy_accuracy": [c["values"]["policy_accuracy"]["personal"]["paper"]["accuracy"] for c in cells],
         "policy_accuracy_all": [c["values"]["policy_accuracy"]["personal"]["all"]["accuracy"] for c in cells],
+        "policy_accuracy_centred": [c["values"]["policy_accuracy"]["personal"]["centred"]["accuracy"] for c in cells],
         "rouge1": [c["values"]["generations"]["rouge1"] for c in cells],
     }.items():
         assert own[key]["mean"] == pytest.approx(mean(values)) and own[key]["std"] == pytest.approx(stdev(values))
@@ -92,6 +93,9 @@ def test_which_policy_accuracy_a_row_has(folder):
         return found["accuracy"]
 
     value = lambda row, form: results.policy_accuracy(of[row], form)["value"]  # noqa: E731
+    assert value("Global RM", "centred") == given("Global RM", "global", "centred")
+    assert value(made.UNGUIDED, "centred") == given(made.UNGUIDED, "weight_0", "paper"), "without a reward nothing is centred"
+    assert value("ICL", "centred") == given("ICL", "personal", "mean")
     assert value("Global RM", "paper") == given("Global RM", "global", "paper")
     assert value("Global RM", "all") == given("Global RM", "global", "all")
     for form in ("paper", "all"):
@@ -297,6 +301,19 @@ def test_a_policy_that_is_not_there(folder):
     assert any("beside the paper's 3B" in note and "runs/reproduce.sh paper" in note for note in found.notes)
 
 
+def test_p_dpo_is_its_own_policy_in_every_table(folder):
+    """The paper repeats its row in Tables 10 to 12: the model is the same, whatever policy stands beside it."""
+    first = row_of(table("9", folder)[0], "P-DPO")
+    for name in ("10", "11", "12"):
+        found, about = table(name, folder)
+        own = row_of(found, "P-DPO")
+        for key in ("policy_accuracy", "rouge1", "perplexity"):
+            assert own[key] == first[key] != MISSING
+        assert "P-DPO" not in about["missing"] and "LoRE" in about["missing"]
+        assert any("its row is the same beside every policy" in note for note in found.notes)
+    assert not any("its row is the same" in note for note in table("9", folder)[0].notes)
+
+
 def test_a_set_that_is_not_there(folder):
     found, about = table("2", folder, "smoke")
     assert about["profile"] == "smoke" and row_of(found, "LoRE")["rm_accuracy"] == MISSING
@@ -462,6 +479,9 @@ DAMAGE = {
     "answers[3]": lambda c: c["answers"].__setitem__(3, {}),
     "answers": lambda c: c.update(answers=5),
     "answers[1]": lambda c: c["answers"][1].update(pair_id=None),
+    "key.recipe": lambda c: c["key"].update(recipe="new"),
+    "tune": lambda c: c.update(tune=[1]),
+    "tune.grid[1]": lambda c: c.update(tune={"grid": [{"relative": 0}, {}]}),
     "seconds": lambda c: c.update(seconds=[1]),
     "seconds.train": lambda c: c.update(seconds={"train": "long"}),
     "provenance": lambda c: c.update(provenance=3),
@@ -567,17 +587,28 @@ def test_figures_of_little(tmp_path, capsys):
     # A row that one panel has and another lacks is missing.
     made.write(tmp_path, made.cell("VPL", set="length_prefs", stands_for="TLDR"))
     assert cli.main(["figure", "1", "--results", str(tmp_path), "--out", str(tmp_path / "f.png")]) == 0
+    missing = _figure_text(tmp_path)
+    assert re.search(r"Missing: in length_prefs .*LoRE.*; in pref_lamp .*VPL", missing)
+    assert "VPL" not in re.search(r"in length_prefs (.*?);", missing)[1], "what a panel shows is not missing there"
     assert {"LoRE", "VPL"} <= set(json.loads(capsys.readouterr().out)["missing"])
     assert cli.main(["figure", "1", "--results", str(tmp_path), "--out", str(tmp_path / "f.pdf")]) == 1
 
 
+def _figure_text(folder) -> str:
+    from pyargs.figures import figure
+
+    return " ".join(figure("1", folder)[0].get_suptitle().split())
+
+
 def test_figure_1_has_the_tables_correlations(folder):
+    """Of PRISM too, where Table 7 has one query of each user."""
     from pyargs.figures import figure
 
     drawn, _ = figure("1", folder)
-    (title,) = [t for axis in drawn.axes if "TLDR" in (t := axis.get_title(loc="left"))]
-    row = next(r for r in table("2", folder)[0].below[0].rows if r["statistic"] == "kendall")
-    assert f"τ {row['points']['mean']:.2f} [{row['points']['low']:.2f}".replace("-", "−") in title
+    for data, name in (("TLDR", "2"), ("PRISM", "7")):
+        (title,) = [t for axis in drawn.axes if data in (t := axis.get_title(loc="left"))]
+        row = next(r for r in table(name, folder)[0].below[0].rows if r["statistic"] == "kendall")
+        assert f"τ {row['points']['mean']:.2f} [{row['points']['low']:.2f}".replace("-", "−") in title
 
 
 # --- the paper's numbers

@@ -90,6 +90,7 @@ def _with_rouge(name: str, spec, cells: list[dict], paper: dict | None, profile:
     caption = words.caption(f"Table {name}. {spec.title}", cells, profile, spec.data, beside)
     made = correlations(caption, spec, cells, paper, statistics=("kendall",), digits=3)
     lacking = {row: [] for row in spec.over if not any(c["row"] == row for c in cells)}
+    made.notes += words.marked([], [c for c in cells if c["row"] in spec.over])[1]
     made.notes += words.missing(lacking, spec.over, cells, profile, spec.data, beside)
     return made, sorted(lacking)
 
@@ -137,6 +138,8 @@ def _same_content(cells: list[dict], profile: str) -> tuple[Table, list[str]]:
             "users, of LoRA rows with Global RM's LoRA row. Of rows that do not differ one in forty lies above. "
             f"{words.WIDENED}"
         )
+    column, marks = words.marked(rows, cells)
+    columns, notes = columns + column, notes + marks
     notes += words.missing(lacking, names, cells, profile, None, {})
     title = "Where content can not decide: chosen and rejected are of the same prompt (not a table of the paper)"
     return Table(words.caption(title, cells, profile, None, {}), columns, rows, notes), sorted(lacking)

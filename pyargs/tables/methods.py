@@ -9,7 +9,20 @@ from pyargs import results
 from pyargs.metrics.correlation import STATISTICS, correlate_methods
 from pyargs.tables import words
 from pyargs.tables.render import MISSING, PAPER, PLAIN, Column, Table
-from pyargs.tables.specs import ACCURACIES, ALONE, LORA, METRICS, SCALES, SCORERS, SHARED, UNGUIDED, Metric, Spec, has
+from pyargs.tables.specs import (
+    ACCURACIES,
+    ALONE,
+    LORA,
+    METRICS,
+    OWN_POLICY,
+    SCALES,
+    SCORERS,
+    SHARED,
+    UNGUIDED,
+    Metric,
+    Spec,
+    has,
+)
 
 
 class Slot(NamedTuple):
@@ -38,11 +51,14 @@ def methods(name: str, spec: Spec, cells: list[dict], paper: dict | None, profil
             lacking[row] = lacks
         rows.append({"row": row, **found, "seeds": _seeds(found)})
     columns = [Column("row", "method"), *(slot.column for slot in slots), Column("seeds", "seeds")]
-    notes = words.reading(spec, [c for c in cells if c["policy"] in beside.values()] if beside else cells)
+    shown = [c for c in cells if c["policy"] in beside.values() or c["row"] == OWN_POLICY] if beside else cells
+    notes = words.reading(spec, shown)
     if "rouge1" in spec.metrics:
         for scale, policy in beside.items():
             notes += words.controls([c for c in cells if c["policy"] == policy], paper, scale)
     notes += words.missing(lacking, [row["row"] for row in rows], cells, profile, spec.data, beside)
+    column, marks = words.marked(rows, shown)
+    columns, notes = columns + column, notes + marks
     caption = words.caption(f"Table {name}. {spec.title}", cells, profile, spec.data, beside)
     table = Table(caption, columns, rows, notes)
     if spec.pairs:
@@ -129,7 +145,7 @@ def _value(slot: Slot, row: str, own: list[dict], printed: dict):
     if slot.printed is not None:
         number = printed.get(slot.printed)
         return dict(zip(PAPER, number, strict=True)) if number else None
-    policy = slot.policy
+    policy = "any" if row == OWN_POLICY else slot.policy
     if policy == "any":  # the cells are in the order of their policies: the smallest that has it
         policy = next((c["policy"] for c in own if slot.measure(c) is not None), None)
     found = results.summary([c for c in own if c["policy"] == policy], slot.measure)

@@ -17,7 +17,8 @@ SCALES = {  # the paper's policies by data set; Tables 9-12 have one each
 LORA = ("Global RM, LoRA", "LoRE, LoRA")
 SCORERS = ("word overlap", "MiniLM cosine")
 UNGUIDED = "ARGS, weight 0"
-ALONE = ("P-DPO", "Zero-Shot", "ICL", "ICL-RAG")  # rows that answer without a reward
+OWN_POLICY = "P-DPO"  # trained from the reward models' backbone, whatever policy the table is about
+ALONE = (OWN_POLICY, "Zero-Shot", "ICL", "ICL-RAG")  # rows that answer without a reward
 GUIDES = ("GenARM", "Global RM", "Global RM-v2", "LoRE", "LoRE-Alt", "MPU", "MPU-Avg", "PReF", "VPL")
 TLDR_EIGHT = tuple(row for row in GUIDES if row != "LoRE-Alt")
 PRISM_EIGHT = tuple(row for row in GUIDES if row != "GenARM")
@@ -42,7 +43,10 @@ METRICS = {
         "policy acc. (paper's form)", results.policy_accuracy, "policy", paper="policy_accuracy"
     ),
     "policy_ties": Metric("ties", results.ties(results.policy_accuracy), "policy", PLAIN),
-    "policy_accuracy_all": Metric("policy acc. (all normalised)", partial(results.policy_accuracy, normalize="all"), "policy"),
+    **{
+        f"policy_accuracy_{form}": Metric(f"policy acc. ({words})", partial(results.policy_accuracy, normalize=form), "policy")
+        for form, words in (("centred", "centred"), ("all", "all normalised"))
+    },
     "weight": Metric("weights", results.weight, "weight", ()),
     "rouge1": Metric("ROUGE-1", partial(results.text, name="rouge1"), "text", paper="rouge1"),
     "rougeL": Metric("ROUGE-L", partial(results.text, name="rougeL"), "text", paper="rougeL"),
@@ -57,7 +61,8 @@ METRICS = {
     "same": Metric("same as zero-shot", partial(results.text, name="same_as_zero_shot"), "win", PLAIN, digits=1),
 }  # fmt: skip
 SHARED = ("rm_accuracy", "rm_ties")  # of the reward model alone: the same for every policy
-ACCURACIES = ("rm_accuracy", "policy_accuracy", "policy_accuracy_all")  # what one query of each user can be taken of
+FORMS = ("policy_accuracy", "policy_accuracy_centred", "policy_accuracy_all")
+ACCURACIES = ("rm_accuracy", *FORMS)  # what one query of each user can be taken of
 
 
 def has(row: str) -> set[str]:
@@ -96,7 +101,7 @@ class Spec(NamedTuple):
     note: str = ""
 
 
-POLICY = ("policy_accuracy", "policy_accuracy_all", "weight")
+POLICY = (*FORMS, "weight")
 RM_POLICY = (("rm_accuracy", "policy_accuracy"), ("rm_accuracy", "policy_accuracy_all"))
 WITH_ROUGE = (
     ("rm_accuracy", "rouge1"),
@@ -117,7 +122,7 @@ SPECS = {
     "3": Spec("RM accuracy on PRISM, one query of each user", "PRISM", PRISM_ROWS, ("rm_accuracy", "rm_ties"), subset=True),
     "4": Spec(
         "RM accuracy and policy accuracy on Pref-LaMP", "Pref-LaMP", (*LAMP[:10], "ICL"),
-        ("rm_accuracy", "rm_ties", "policy_accuracy", "policy_ties", "policy_accuracy_all", "weight"), ("3B",),
+        ("rm_accuracy", "rm_ties", "policy_accuracy", "policy_ties", *FORMS[1:], "weight"), ("3B",),
         nearest=True, pairs=RM_POLICY, over=GUIDES,
     ),
     "5": Spec(
@@ -140,8 +145,8 @@ SPECS = {
         str(number): Spec(
             f"All measures on Pref-LaMP, policy beside the paper's Qwen2.5-{scale}-Instruct", "Pref-LaMP",
             LAMP if scale == "0.5B" else tuple(row for row in LAMP if row != "PAL"),  # the paper has PAL in Table 9 alone
-            ("rm_accuracy", "policy_accuracy", "policy_accuracy_all", "weight", "rouge1", "rougeL", "bertscore", "perplexity",
-             "words", "cut"), (scale,), pairs=WITH_ROUGE, over=GUIDES, printed="6", note=BERTSCORE,
+            ("rm_accuracy", *POLICY, "rouge1", "rougeL", "bertscore", "perplexity", "words", "cut"), (scale,),
+            pairs=WITH_ROUGE, over=GUIDES, printed="6", note=BERTSCORE,
         )
         for number, scale in zip(range(9, 13), SCALES["Pref-LaMP"], strict=True)
     },

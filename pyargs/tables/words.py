@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from string import ascii_lowercase
 
-from pyargs import results
+from pyargs import results, rules
 from pyargs.tables import planned
-from pyargs.tables.render import MISSING
-from pyargs.tables.specs import GUIDES, METRICS, UNGUIDED, Spec
+from pyargs.tables.render import MISSING, Column
+from pyargs.tables.specs import GUIDES, METRICS, OWN_POLICY, SCALES, UNGUIDED, Spec
 
 # How to read a column, by its metric.
 COLUMNS = {
     "policy_accuracy": "Policy accuracy in the paper's form sums log pi + w r over the tokens of guided rows, and takes the "
-    "mean log-prob of rows that answer by themselves; sums prefer short responses. `all normalised`: means throughout.",
+    "mean log-prob of rows that answer by themselves; sums prefer short responses. `centred`: the same with r minus its mean "
+    "per token on the seen users' held-out pairs, since a constant would count once per token. `all normalised`: means "
+    "throughout.",
     "cut": "Cut: percent of the answers that ran into the token limit.",
     "weight": "Weights: the chosen ones in units of 1 / reward_std, one for each seed; 0 means that the reward is not used.",
 }
@@ -73,6 +76,13 @@ def reading(spec: Spec, cells: list[dict]) -> list[str]:
     ]
     said += [SUBSET] if spec.subset else []
     said += [text for key, text in COLUMNS.items() if key in spec.metrics]
+    own = [c["policy"] for c in cells if c["row"] == OWN_POLICY]
+    if own and spec.scales not in ((), SCALES[spec.data][:1]):
+        said.append(f"{OWN_POLICY} is a policy of its own, trained from {own[0]}: its row is the same beside every policy.")
+    if any(c["row"] == "VPL, mu" for c in cells):
+        said.append(
+            "VPL: latents scaled to the length that they have in training; `VPL, mu`: the encoder's means as they are."
+        )
     if spec.note:
         generations = [c["values"].get("generations") or {} for c in cells]
         models = sorted({one["bertscore_model"] for one in generations if one.get("bertscore_model")})
@@ -83,6 +93,22 @@ def reading(spec: Spec, cells: list[dict]) -> list[str]:
             f"More than half of the answers are cut off by the token limit: {listed(cut)}. ROUGE is then about cut answers."
         )
     return said if cells else said[len(said) - bool(spec.note) :]
+
+
+def marked(rows: list[dict], cells: list[dict]) -> tuple[list[Column], list[str]]:
+    """Letters for what must be said of the rows' cells (`rules.marks`), written into the rows, with their column and notes.
+
+    Both empty where nothing must be said. Of cells of other rows nothing is said; without rows the notes are about all cells.
+    """
+    shown = {row["row"] for row in rows} or {cell["row"] for cell in cells}
+    found = rules.marks(cell for cell in cells if cell["row"] in shown)
+    notes = []
+    for letter, (text, of) in zip(ascii_lowercase, found.items(), strict=False):
+        notes.append(f"{f'{letter}: ' if rows else ''}{text}. {'; '.join(with_seeds(of))}.")
+        for row in rows:
+            if row["row"] in of:
+                row["marks"] = f"{row.get('marks', '')} {letter}".strip()
+    return [Column("marks", "see")] if rows and notes else [], notes
 
 
 def _mostly_cut(row: str, cells: list[dict]) -> bool:

@@ -1,0 +1,90 @@
+"""What was computed otherwise when older cells were made: they are marked where they are shown, and made again.
+
+A cell notes the newest rule when it was made (`key.recipe`). A new rule here marks what it touches among the cells that are
+there, and `runs/reproduce.sh` makes those again; the others stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+
+class Rule(NamedTuple):
+    """before: what was otherwise in older cells, as words behind a colon. touches: does that change a cell's numbers?"""
+
+    number: int
+    before: str
+    touches: Callable[[dict], bool]
+
+
+def largest_tried(cell: dict) -> bool:
+    """Whether the chosen weight is the largest that was tried, so that a larger one may be better."""
+    tried = [point["relative"] for point in (cell.get("tune") or {}).get("grid") or []]
+    return len(tried) > 1 and cell["values"].get("relative") == max(tried) > 0
+
+
+def _ended_at_the_grid(cell: dict) -> bool:
+    """Whether larger weights would be tried now: the largest was chosen, and its answers are not known to be broken."""
+    if not largest_tried(cell):
+        return False
+    tuned = cell["tune"]
+    found, plain = tuned["grid"][-1].get("perplexity"), tuned.get("unguided_perplexity")
+    return found is None or plain is None or found <= tuned["max_perplexity"] * plain
+
+
+RULES = (
+    Rule(3, "VPL's encoder had no biases on query, key and value", lambda cell: cell.get("method") == "vpl"),
+    Rule(
+        4, "a title that a user's support (or train) rejects could be rejected in the user's query (or train_test) again, as "
+        "in 50 of the 170 queries of cpu", lambda cell: cell["set"] == "pref_lamp",
+    ),
+    Rule(
+        5, "prompts kept up to 2048 tokens, where guided rows keep 512 (14 of the 1,550 queries of length_prefs and 4 of the "
+        "400 of two_types are longer)",
+        lambda cell: cell["row"] == "Zero-Shot" and cell["set"] in ("length_prefs", "two_types"),
+    ),
+    Rule(6, "no weight beyond the grid was tried, whose largest was the best", _ended_at_the_grid),
+)  # fmt: skip
+NEWEST = RULES[-1].number
+
+
+def older(cell: dict) -> list[Rule]:
+    """The rules that came after a cell and touch it."""
+    made = (cell.get("key") or {}).get("recipe") or 0
+    return [rule for rule in RULES if rule.number > made and rule.touches(cell)]
+
+
+def hardly_adapted(cell: dict, steps: int = 200) -> bool:
+    """Whether P-DPO's new users were given fewer steps than its default: 2 or 10 leave the policy as it is."""
+    return cell.get("method") == "pdpo" and (cell.get("fields") or {}).get("adapt_steps", steps) < steps
+
+
+def marks(cells: Iterable[dict]) -> dict[str, dict[str, list[int]]]:
+    """What must be said of cells: a sentence -> its rows -> their seeds."""
+    found: dict[str, dict[str, list[int]]] = {}
+    for cell in cells:
+        behind = older(cell)
+        said = [f"made by the older rule: {rule.before}" for rule in behind]
+        if largest_tried(cell) and not any(rule.touches is _ended_at_the_grid for rule in behind):
+            said.append("the chosen weight is the largest tried")
+        if hardly_adapted(cell):
+            said.append("so few steps for new users leave the policy as it is (the default is 200)")
+        for one in said:
+            seeds = found.setdefault(one, {}).setdefault(cell["row"], [])
+            seeds += [cell["seed"]] * (cell["seed"] not in seeds)
+    return found
+
+
+def by_older_rules(cells: Iterable[dict]) -> str:
+    """The rows made by older rules, set by set, in a sentence for a figure; "" where there is none."""
+    rows: dict[str, dict[str, bool]] = {}
+    for cell in cells:
+        of_set = rows.setdefault(cell["set"], {})
+        of_set[cell["row"]] = of_set.get(cell["row"], False) or bool(older(cell))
+    said = []
+    for name, of_set in rows.items():
+        behind = [row for row, is_older in of_set.items() if is_older]
+        if behind:
+            said.append(f"in {name} {'all' if len(behind) == len(of_set) else ', '.join(behind)}")
+    return f"Made by older rules, which the tables name: {'; '.join(said)}." if said else ""
