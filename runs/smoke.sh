@@ -3,15 +3,20 @@
 # figure and the report of it. A killed run and a second one do nothing twice.
 #   runs/smoke.sh [FOLDER]        (default: a temporary folder). About two minutes on two cores.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-export PYTHON="${PYTHON:-.venv/bin/python}"
+root=$(cd "$(dirname "$0")/.." && pwd)
+export PYTHON="${PYTHON:-$root/.venv/bin/python}"
+case $PYTHON in
+  /*) ;;
+  */*) PYTHON=$PWD/$PYTHON ;; # the caller's; a bare name is looked for in PATH
+esac
 if [ $# -ge 1 ]; then
-  out=$1
-  mkdir -p "$out"
+  mkdir -p "$1"
+  out=$(cd "$1" && pwd)
 else
   out=$(mktemp -d)
   trap 'rm -rf "$out"' EXIT
 fi
+cd "$root" # whose pyargs it is that runs
 export HF_HUB_OFFLINE=1
 
 grid() { runs/reproduce.sh smoke --work "$out/work" --results "$out/results" > "$out/grid.json"; }
