@@ -132,7 +132,7 @@ def main() -> None:
             "command": "python experiments/data_statistics.py", "sets": {r: found[r] for r in SETS if r in found},
             "provenance": {k: v for k, v in files.provenance(0).items() if k != "command"},
         })  # fmt: skip
-    TABLE.write_text(table({r: found[r] for r in SETS if r in found}, files.read_json(EXPECTED)), encoding="utf-8")
+    files.write_text(TABLE, table({r: found[r] for r in SETS if r in found}, files.read_json(EXPECTED)))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ import platform
 import sys
 from pathlib import Path
 
+from pyargs import files
+
 DEMO = Path(__file__).parents[1] / "pyargs" / "data" / "demo"
 SYSTEM = (
     None,  # the chat template's own
@@ -74,7 +76,7 @@ def main() -> None:
         "transformers": transformers.__version__,
         "machine": platform.machine(),
     }
-    (args.out / "made.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    files.write_json(args.out / "made.json", made)
 
 
 def sample_all(prompts: list[str], folder: Path, path: Path, seed: int) -> list[dict]:
@@ -94,9 +96,8 @@ def sample_all(prompts: list[str], folder: Path, path: Path, seed: int) -> list[
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.bfloat16
     ).eval()  # samples: rounding is harmless
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(lines)
+    files.write_text(path, "".join(lines))
+    with open(path, "a", encoding="utf-8") as file:
         for number in tqdm(range(len(rows) // BATCH, len(batches)), unit="batch"):
             batch = batches[number]
             torch.manual_seed(seed * 100_003 + number)

@@ -159,8 +159,7 @@ def main() -> None:
                 print(f"{name}, seed {seed}: {found['accuracy']:.1f} in {found['seconds']} s", flush=True)
                 files.write_json(OUT, result)
     files.write_json(OUT, result)
-    TABLE.parent.mkdir(exist_ok=True)
-    TABLE.write_text(table(result), encoding="utf-8")
+    files.write_text(TABLE, table(result))
     print(table(result))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import types
 import typing
 
@@ -25,6 +26,41 @@ def check(config) -> None:
             raise PyargsError(f"{field.name} is one of {', '.join(choices)}, not {value!r}")
         if least is not None and value is not None and value < least:
             raise PyargsError(f"{field.name} must be at least {least}, got {value}")
+
+
+def check_kinds(values, kinds: dict[str, object], where: str) -> None:
+    """Raises PyargsError, which begins with `where`, unless `values` is a dict with a value of its kind under each name.
+
+    kinds: by name, a type, X | None, list[X] or dict[str, X]. A whole number is a float too; True is no number; NaN neither.
+    """
+    if not isinstance(values, dict):
+        raise PyargsError(f"{where}: an object with {', '.join(kinds)} is needed, not {_shown(values)}")
+    if missing := [name for name in kinds if name not in values]:
+        raise PyargsError(f"{where}: {', '.join(map(repr, missing))} {'is' if len(missing) == 1 else 'are'} missing")
+    for name, kind in kinds.items():
+        if not _is(values[name], kind):
+            raise PyargsError(f"{where}: '{name}' must be {getattr(kind, '__name__', kind)}, not {_shown(values[name])}")
+
+
+def _is(value, kind) -> bool:
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return any(_is(value, part) for part in parts)
+    if origin is list:
+        return isinstance(value, list) and all(_is(one, parts[0]) for one in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_is(name, parts[0]) and _is(one, parts[1]) for name, one in value.items())
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300 and math.isfinite(value)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _shown(value) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        text = type(value).__name__
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def add_options(parser: argparse.ArgumentParser, config: type) -> None:

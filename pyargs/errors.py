@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import re
 from collections.abc import Iterable
+from contextlib import contextmanager
 
 
 class PyargsError(RuntimeError):
@@ -22,3 +25,62 @@ def did_you_mean(name: str, known: Iterable[str], limit: int = 3) -> str:
     if near := difflib.get_close_matches(name, known, n=limit, cutoff=0.5):
         return f" Did you mean: {', '.join(near)}?"
     return f" There are: {', '.join(known)}." if 0 < len(known) <= 12 else ""
+
+
+NO_MEMORY = re.compile(r"(can't|cannot|unable to) (allocate|mmap)|out of memory|bad_alloc", re.IGNORECASE)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def refusal(error: BaseException) -> str | None:
+    """What the system refused, with the fix, in one line; None for an error that is not the system's.
+
+    The system refuses files (missing, not allowed, a folder), room on the disk, memory, and names that its encoding lacks.
+    """
+    text = str(error)
+    if isinstance(error, PyargsError):
+        return None
+    if isinstance(error, UnicodeEncodeError):
+        return f"{error.object!a} cannot be written as {error.encoding}, this locale's encoding. Fix: set PYTHONUTF8=1"
+    if isinstance(error, MemoryError) or (isinstance(error, (RuntimeError, OSError)) and NO_MEMORY.search(text)):
+        return f"not enough memory ({first_line(error)}). Fix: free some, or take a smaller model, dtype or batch"
+    if isinstance(error, OSError):
+        number, reason = error.errno, error.strerror or first_line(error)
+        reason = f"{error.filename}: {reason}" if error.filename is not None else reason
+    elif type(error).__name__ == "SafetensorError":  # by name, so that errors need no import
+        number = int(found[1]) if (found := re.search(r"os error (\d+)", text)) else None
+        reason = first_line(error)
+    else:
+        return None
+    if number in NO_ROOM:
+        return f"{reason}. Fix: make room on the disk, or name another place (for the cache: PYARGS_CACHE)"
+    if number in NOT_ALLOWED:
+        return f"{reason}. Fix: name a place that can be written (for the cache: PYARGS_CACHE), or allow it"
+    return reason
+
+
+@contextmanager
+def explained(what: str):
+    """Makes a PyargsError that begins with `what` from anything that the system refuses within."""
+    try:
+        yield
+    except Exception as error:
+        if (why := refusal(error)) is None:
+            raise
+        raise PyargsError(f"{what}: {why}") from error
+
+
+@contextmanager
+def described(what: str):
+    """Makes a PyargsError that begins with `what` from any error within: for what is made as a file describes it."""
+    try:
+        yield
+    except PyargsError:
+        raise
+    except Exception as error:
+        raise PyargsError(f"{what}: {refusal(error) or f'{type(error).__name__}: {first_line(error)}'}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """Of an error's message, or its kind where it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pyargs.errors import PyargsError
+from pyargs.errors import PyargsError, explained, refusal
+
+LINE = 1 << 24
+"""Characters of the longest line that is read: a small .gz can hold one that fills the memory."""
 
 
 def sha256(path: str | Path) -> str:
     """SHA-256 of a file; of a folder, the hash of its files' names and hashes."""
     path, digest = Path(path), hashlib.sha256()
     if not path.exists():
+        settle(path)
+    if not path.exists():
         raise PyargsError(f"{path} does not exist")
     if path.is_dir():
         for file in sorted(p for p in path.rglob("*") if p.is_file()):
             digest.update(f"{file.relative_to(path).as_posix()} {sha256(file)}\n".encode())
         return digest.hexdigest()
-    with path.open("rb") as stream:
+    with explained(f"{path} cannot be read"), path.open("rb") as stream:
         while block := stream.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
@@ -54,16 +63,36 @@ def read_tuned(file: str | Path, model: str | Path) -> dict:
 
 
 def write_json(path: str | Path, value) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
     with writing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
+
+
+def parse_json(text: str):
+    """The value of JSON text. Raises ValueError: not JSON, a key twice in one object, a number or a nesting without end."""
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key '{next(name for name in names if names.count(name) > 1)}' stands twice in one object")
+    return found
 
 
 def read_json(path: str | Path):
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return parse_json(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise PyargsError(f"{path} does not exist") from error
-    except (ValueError, RecursionError, OSError) as error:  # neither JSON nor UTF-8, nested without end, a folder
+    except (ValueError, OSError) as error:  # neither JSON nor UTF-8, a folder, not allowed
         raise PyargsError(f"{path} is not JSON: {error}") from error
 
 
@@ -73,14 +102,34 @@ def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def read_jsonl(path: str | Path) -> Iterator[dict]:
+def read_jsonl(path: str | Path) -> Iterator:
+    """The value of each line of a .jsonl or .jsonl.gz file. Raises PyargsError with file and line."""
+    for number, line in read_lines(path):
+        try:
+            yield parse_json(line)
+        except ValueError as error:
+            raise PyargsError(f"{path}, line {number} is not JSON: {error}") from error
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """(number from 1, line) of a UTF-8 file, plain or .gz. Raises PyargsError: missing, damaged, a line without end."""
     opener = gzip.open if str(path).endswith(".gz") else open
-    with opener(path, "rt", encoding="utf-8") as stream:
-        for number, line in enumerate(stream, 1):
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise PyargsError(f"{path}, line {number} is not JSON: {error}") from error
+    number = 0
+    try:
+        # -sig: a byte order mark, as some editors write one, is no part of the first line.
+        with explained(f"{path} cannot be read"), opener(path, "rt", encoding="utf-8-sig") as stream:
+            while line := stream.readline(LINE + 1):
+                number += 1
+                if len(line) > LINE:
+                    raise PyargsError(
+                        f"{path}, line {number} is longer than {LINE} characters: break it into rows, one a line"
+                    )
+                yield number, line
+    except DAMAGED as error:
+        raise PyargsError(f"{path} is damaged after line {number}, or not what its name says: {error}") from error
+
+
+DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError)
 
 
 def read_tensors(file: str | Path) -> dict:
@@ -90,34 +139,151 @@ def read_tensors(file: str | Path) -> dict:
 
     try:
         return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise PyargsError(f"{file} is missing or damaged ({error}): make it again; a file of the cache, remove") from error
+    except (OSError, SafetensorError, MemoryError, RuntimeError) as error:
+        why = refusal(error) or str(error)
+        raise PyargsError(f"{file} is missing or damaged ({why}): make it again; a file of the cache, remove") from error
+
+
+# -- written whole or not at all ---------------------------------------------------------------------------------------
+#
+# What is new is made in a temporary folder beside its place, `.NAME.xxxxxxxx`, which holds a lock file as long as its process
+# lives. A folder that is replaced is moved into the temporary one first, then the new one takes its place: whatever the
+# process is killed at, one of the two is there whole, and `settle` ends what was begun.
 
 
 @contextmanager
 def writing(path: str | Path, replaceable: Iterable[str] = ()):
-    """Gives a temporary path beside `path` and moves it there at the end, so that a killed run leaves no half file.
+    """Gives a temporary path beside `path` and moves it there at the end: a killed run leaves the old one or the new one.
 
-    A folder is replaced only if it holds nothing but files of the same names as the new one, or `replaceable` ones.
+    A folder is replaced only if it holds nothing but files of the same names as the new one, or `replaceable` ones. Raises
+    PyargsError for what it would not replace, and where the system does not let it write.
     """
     path = Path(path).absolute()
     if path.name in ("", "..") or path == Path.cwd():
         raise PyargsError(f"'{path}' can not be replaced: name a file or a folder inside it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    with explained(f"{path} cannot be written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        settle(path)
+        with _temporary(path) as scratch:
+            new = scratch / path.name
+            yield new
+            folder = new.is_dir()
+            if path.exists() and path.is_dir() != folder:
+                raise PyargsError(f"{path} is a {'file' if folder else 'folder'}: name a {'folder' if folder else 'file'}")
+            if path.is_dir():
+                there = set()
+                with suppress(FileNotFoundError):  # another process replaces it right now
+                    there = {p.name for p in path.iterdir()}
+                if foreign := there - {p.name for p in new.iterdir()} - set(replaceable):
+                    raise PyargsError(f"{path} holds '{min(foreign)}', which is not ours to delete: choose another folder")
+            _put(new, path)
+
+
+def settle(path: str | Path) -> None:
+    """Clears what killed runs left beside `path`, and ends a replacement that one had begun. Living processes are let be."""
+    from filelock import FileLock, Timeout
+
+    path = Path(path).absolute()
+    name = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}")
+    with suppress(OSError):  # no such folder, or one that may only be read
+        for scratch in [one for one in path.parent.iterdir() if name.fullmatch(one.name)]:
+            held = {one.name for one in scratch.iterdir()}
+            if not all(one == path.name or one.startswith(f"{path.name}.") for one in held):
+                continue  # not ours, whatever it is called
+            between = not path.exists() and any(one.startswith(_aside(path)) for one in held)
+            with suppress(Timeout), FileLock(scratch / _lock(path), timeout=10 if between else 0):
+                _clear(scratch, path)
+
+
+@contextmanager
+def _temporary(path: Path):
+    from filelock import FileLock
+
+    while True:
+        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        lock = FileLock(scratch / _lock(path))
+        with suppress(FileNotFoundError):
+            lock.acquire()
+        if (scratch / _lock(path)).exists():
+            break
+        lock.release()  # another process took the folder for a dead one's before it was locked
     try:
-        yield scratch / path.name
-        folder = (scratch / path.name).is_dir()
-        if path.exists() and path.is_dir() != folder:
-            raise PyargsError(f"{path} is a {'file' if folder else 'folder'}: name a {'folder' if folder else 'file'}")
-        if path.is_dir():
-            foreign = {p.name for p in path.iterdir()} - {p.name for p in (scratch / path.name).iterdir()} - set(replaceable)
-            if foreign:
-                raise PyargsError(f"{path} holds '{min(foreign)}', which is not ours to delete: choose another folder")
-            shutil.rmtree(path)
-        os.replace(scratch / path.name, path)
+        yield scratch
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        _clear(scratch, path)
+        lock.release()
+
+
+def _put(new: Path, path: Path) -> None:
+    """Moves `new` to `path`; a folder that is there goes to the side of `new` first."""
+    if not new.is_dir():
+        os.replace(new, path)
+        return
+    for attempt in itertools.count():  # another process may put its own there in between
+        with suppress(FileNotFoundError):
+            os.rename(path, new.with_name(f"{_aside(path)}{attempt}"))
+        try:
+            os.rename(new, path)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+
+
+def _clear(scratch: Path, path: Path) -> None:
+    """Removes a temporary folder. Where the old one stands aside in it and no other took its place, the new one does."""
+    new = scratch / path.name
+    if not path.exists() and new.exists() and any(one.name.startswith(_aside(path)) for one in scratch.iterdir()):
+        os.rename(new, path)
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _aside(path: Path) -> str:
+    return f"{path.name}.old-"
+
+
+def _lock(path: Path) -> str:
+    return f"{path.name}.lock"
+
+
+@contextmanager
+def resumable(out: str | Path, kind: str, key):
+    """The folder OUT.KIND-HASH for what a run of these settings goes on from when it was killed; removed at the end.
+
+    Those of killed runs of other settings are removed. Raises PyargsError while another process works in the same one.
+    """
+    from filelock import FileLock, Timeout
+
+    folder = beside(out, f"{kind}-{short_hash(key)}")
+    drop_resumable(out, kind, keep=folder)
+    with explained(f"{folder} cannot be written"):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise PyargsError(f"another process is making {out}: wait for it, or choose another --out") from None
+    with lock:
+        try:
+            yield folder
+        except BaseException:
+            if len(list(folder.iterdir())) == 1:  # the lock alone: nothing to go on from
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def drop_resumable(out: str | Path, kind: str, keep: Path | None = None) -> None:
+    """Removes the folders of `resumable` that no living process works in, but for `keep`."""
+    from filelock import FileLock, Timeout
+
+    out = Path(out)
+    name = re.compile(rf"{re.escape(out.name)}\.{kind}-[0-9a-f]{{12}}")
+    with suppress(OSError):
+        for folder in [one for one in out.absolute().parent.iterdir() if name.fullmatch(one.name)]:
+            if keep is None or folder.name != keep.name:
+                with suppress(Timeout), FileLock(folder / ".lock", timeout=0):
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def provenance(seed: int | None = None) -> dict:
@@ -180,8 +346,12 @@ def finished(out: str | Path, key: dict) -> dict | None:
     """
     out = Path(out)
     path = _record(out)
+    settle(out)
+    settle(path)
     if path.exists():
         old = read_json(path)
+        if not isinstance(old, dict) or not isinstance(old.get("finished"), bool):
+            raise PyargsError(f"{path} is no record of a stage: remove it if {out} is not needed")
         if old["finished"] and out.exists():
             if {name: old.get(name) for name in key} != json.loads(json.dumps(key)):
                 raise PyargsError(f"{out} was made with other settings or inputs: choose another --out or remove it")

@@ -24,7 +24,7 @@ from tqdm import trange
 from pyargs import optimizers
 from pyargs.config import check, option
 from pyargs.data import of_split
-from pyargs.errors import PyargsError, did_you_mean
+from pyargs.errors import PyargsError, described, did_you_mean
 from pyargs.files import read_tensors
 from pyargs.lm import lora
 from pyargs.lm.cache import can_branch
@@ -106,20 +106,37 @@ def epochs(config: FitConfig) -> float:
 
 
 def method(name: str):
-    """The module pyargs/methods/<name>.py, or the file itself where `name` is a path to a .py file."""
+    """The module pyargs/methods/<name>.py, or the file itself where `name` is a path to a .py file, which is run.
+
+    So a path must come from the caller, never out of a file.
+    """
     from pyargs import methods
 
     if name.endswith(".py"):
         if not Path(name).is_file():
             raise PyargsError(f"no method file {name}")
-        spec = importlib.util.spec_from_file_location(Path(name).stem, name)
-        module = sys.modules[Path(name).stem] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+        own = f"pyargs_method_{Path(name).stem}"  # whatever the file is called, it takes no other module's place
+        spec = importlib.util.spec_from_file_location(own, name)
+        module = sys.modules[own] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
         spec.loader.exec_module(module)
         return module
     known = [m.name for m in pkgutil.iter_modules(methods.__path__)]
     if name not in known:
         raise PyargsError(f"unknown method '{name}'.{did_you_mean(name, known)}")
     return importlib.import_module(f"pyargs.methods.{name}")
+
+
+def _recipe(model, given: str | None):
+    """The method that made the model: the caller's, who may name a file, else what its folder says, which may not."""
+    if given is not None:
+        return method(given)
+    name = model.about.get("method")
+    if not isinstance(name, str) or name.endswith(".py"):
+        raise PyargsError(
+            f"the model says that the file {name} made it, and what a model says is not run. Fix: if you trust that file, "
+            "name it yourself: adapt(model, rows, method=PATH), or --method PATH"
+        )
+    return method(name)
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -280,9 +297,20 @@ def _train_all(recipe, model, rows, config, checkpoints: str | Path | None) -> N
             super()._save_checkpoint(*arguments)
             (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / COMPLETE).touch()
 
+        # And it is read as data: what is no checkpoint of this run is an error that names it, what is pickled is not run.
         def _load_from_checkpoint(self, folder, model=None):
-            for name, value in read_tensors(Path(folder) / "trained.safetensors").items():
+            found = read_tensors(Path(folder) / "trained.safetensors")
+            lora.same_tensors(trained, found, Path(folder) / "trained.safetensors")
+            for name, value in found.items():
                 trained[name].data.copy_(value)
+
+        def _load_optimizer_and_scheduler(self, folder):
+            with described(f"the checkpoint {folder} is damaged: remove it"):
+                super()._load_optimizer_and_scheduler(folder)
+
+        def _load_rng_state(self, folder):
+            with described(f"the checkpoint {folder} is damaged: remove it"):
+                super()._load_rng_state(folder)
 
     if config.accumulation > config.batch_size:
         raise PyargsError(f"accumulation={config.accumulation} splits a batch of {config.batch_size}: it can be at most that")
@@ -349,19 +377,20 @@ def _check_finite(loss: Tensor, step: int) -> None:
 # -- new users ---------------------------------------------------------------------------------------------------------
 
 
-def adapt(model, dataset, *, steps: int | None = None) -> list[str]:
+def adapt(model, dataset, *, steps: int | None = None, method: str | None = None) -> list[str]:
     """Adds the users of the rows with split "support" to the model; returns their ids.
 
     Backbone, LoRA and shared head parameters stay as they are; rows of other splits are not looked at, so the query set
     can not reach the result. A method without users needs no adaptation and is left alone. The same model, rows and seed
-    give the same result.
+    give the same result. method: the path of the .py file that the model was trained with, where it was one.
     """
     rows = of_split(dataset, "support")
     if not len(rows):
         raise PyargsError("no rows with split 'support': there is nothing to adapt to")
     ids = list(dict.fromkeys(rows["user_id"]))
-    recipe = method(model.about["method"])
-    config = recipe.Config(**model.about["fields"])
+    recipe = _recipe(model, method)
+    with described(f"the model's fields do not fit the method {model.about.get('method')}"):
+        config = recipe.Config(**model.about["fields"])
     if steps is not None:
         if not hasattr(config, "adapt_steps"):
             raise PyargsError(f"{model.about['method']} takes no steps to adapt: leave adapt_steps out")

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pyargs.errors import PyargsError, UnknownUser, did_you_mean
+from pyargs.errors import PyargsError, UnknownUser, described, did_you_mean
 from pyargs.files import read_json, read_tensors, write_json
 from pyargs.user_ids import user_ids
 
@@ -77,7 +77,11 @@ class Users(nn.Module):
     @classmethod
     def load(cls, folder: str | Path) -> Users:
         folder = Path(folder)
-        return cls(read_json(folder / "users.json"), **read_tensors(folder / "users.safetensors"))
+        ids, vectors = read_json(folder / "users.json"), read_tensors(folder / "users.safetensors")
+        if not isinstance(ids, list) or not all(isinstance(user, str) for user in ids):
+            raise PyargsError(f"{folder / 'users.json'} is no list of ids")
+        with described(f"{folder / 'users.safetensors'} does not fit"):
+            return cls(ids, **vectors)
 
 
 @dataclass

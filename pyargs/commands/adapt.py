@@ -11,6 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
     parser.add_argument("model", help="folder of `pyargs train`")
     parser.add_argument("--out", required=True, help="folder for the model with the new users")
     parser.add_argument("--adapt-steps", type=int, help="steps of the adaptation (default: the method's)")
+    parser.add_argument("--method", help="the .py file that the model was trained with, where it was one: it is run")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, with sizes, and stop")
     add_data(parser)
 
@@ -19,11 +20,14 @@ def run(args: argparse.Namespace) -> dict:
     from pyargs import files, fit
     from pyargs.commands import load_data
     from pyargs.data import content_hash, of_split
+    from pyargs.lm import hub
     from pyargs.models import load_model
 
     rows = of_split(load_data(args), "support")
+    method = hub.identity(args.method)
     key = files.stage_key(
-        {"stage": "adapt", "steps": args.adapt_steps}, {"data": content_hash(rows), "model": files.sha256(args.model)}
+        {"stage": "adapt", "steps": args.adapt_steps},
+        {"data": content_hash(rows), "model": files.sha256(args.model), **({} if method is None else {"method": method})},
     )
     plan = {"new_users": len(set(rows["user_id"])), "pairs": len(rows), "out": args.out}
     if args.dry_run:
@@ -31,7 +35,7 @@ def run(args: argparse.Namespace) -> dict:
     if done := files.finished(args.out, key):
         return {**done, "already_done": True}
     model = load_model(args.model)
-    fit.adapt(model, rows, steps=args.adapt_steps)
+    fit.adapt(model, rows, steps=args.adapt_steps, method=args.method)
     model.save_pretrained(args.out)
     if not model.known_users:
         plan["new_users"] = 0  # the same for everyone: nobody had to be added

@@ -32,6 +32,5 @@ def run(args: argparse.Namespace) -> dict | None:
     if args.out is None:
         print(text, end="", flush=True)
         return None
-    with files.writing(args.out) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    files.write_text(args.out, text)
     return {"table": args.table, "out": args.out, **about}

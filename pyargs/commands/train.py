@@ -42,7 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
 
 
 def run(args: argparse.Namespace) -> dict:
-    import shutil
     from dataclasses import asdict
 
     from pyargs import files, fit
@@ -70,12 +69,11 @@ def run(args: argparse.Namespace) -> dict:
     if args.dry_run:
         return plan
     if done := files.finished(args.out, key):
+        files.drop_resumable(args.out, "checkpoints")
         return {**done, "already_done": True}
     # Its name holds the stage's key: a checkpoint of other settings or data is never gone on from.
-    checkpoints = files.beside(args.out, f"checkpoints-{files.short_hash(key)}")
-    model = fit.train(args.method, data, config, checkpoints=checkpoints)
-    model.save_pretrained(args.out)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    done = files.record(args.out, key, **plan, trained_parameters=trained, provenance=files.provenance(config.seed))
-    shutil.rmtree(checkpoints, ignore_errors=True)
-    return done
+    with files.resumable(args.out, "checkpoints", key) as checkpoints:
+        model = fit.train(args.method, data, config, checkpoints=checkpoints)
+        model.save_pretrained(args.out)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return files.record(args.out, key, **plan, trained_parameters=trained, provenance=files.provenance(config.seed))

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyargs.errors import PyargsError, did_you_mean
+from pyargs.files import settle
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -44,6 +45,8 @@ def load(name: str | Path, source: str | Path | None = None, **options) -> Datas
     `source` is the file or folder for data that the package does not carry. `options` go to that module's `load`. Raises
     PyargsError: unknown name, missing source, unknown option, or what the data are refused for.
     """
+    if name not in names():
+        settle(name)
     if name not in names() and Path(name).exists():
         if source is not None:
             raise PyargsError(f"{name} is a file or folder already; leave out the source {source}.")

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
+from pyargs.config import check_kinds
 from pyargs.errors import PyargsError, UnknownUser, did_you_mean
+from pyargs.files import read_json
 from pyargs.lm.embed import embed
 from pyargs.lm.encode import as_messages, encode_prompt, text_ids
 from pyargs.user_ids import user_id
 
 TASK = "Below are examples of what one user prefers. Answer the last prompt as this user would prefer."
+
+
+KINDS = {
+    "shots": int, "retrieve": str, "show": str, "content_tokens": int, "instruction": str, "max_tokens": int, "seed": int,
+    "prompt_name": str, "response_name": str,
+}  # fmt: skip
+"""The fields of `Demonstrations.config`."""
 
 
 class Demonstrations:
@@ -34,9 +44,26 @@ class Demonstrations:
         self._vectors: dict[str, object] = {}  # of the texts embedded so far
 
     def config(self) -> dict:
-        names = ("shots", "retrieve", "show", "content_tokens", "instruction", "max_tokens", "seed", "prompt_name",
-                 "response_name")  # fmt: skip
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in KINDS}
+
+    @classmethod
+    def load(cls, fields: dict, folder: Path) -> Demonstrations:
+        """From what `config` gave and the folder's demonstrations.json. Raises PyargsError where one of them is damaged."""
+        file = folder / "demonstrations.json"
+        check_kinds(fields, KINDS, f"{folder / 'config.json'}, demonstrations")
+        if strange := fields.keys() - KINDS.keys():
+            raise PyargsError(f"{folder / 'config.json'}, demonstrations: unknown field '{min(strange)}'")
+        for name, least in (("shots", 0), ("content_tokens", 1), ("max_tokens", 1)):
+            if fields[name] < least:
+                raise PyargsError(f"{folder / 'config.json'}, demonstrations: '{name}' must be at least {least}")
+        if fields["show"] not in ("pair", "chosen"):
+            raise PyargsError(f"{folder / 'config.json'}, demonstrations: 'show' is pair or chosen, not '{fields['show']}'")
+        of_user = read_json(file)
+        check_kinds({"users": of_user}, {"users": dict[str, list[dict[str, str]]]}, str(file))
+        for user, pairs in of_user.items():
+            if any(set(pair) != {"prompt", "chosen", "rejected"} for pair in pairs):
+                raise PyargsError(f"{file}: a pair of user '{user}' has other fields than prompt, chosen, rejected")
+        return cls(**fields, of_user=of_user)
 
     def choose(self, prompt: str, user: str) -> list[dict]:
         """The pairs to show before a prompt, the most similar last; all of the user's where there are fewer than `shots`."""

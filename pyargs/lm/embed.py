@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pyargs.errors import PyargsError
+from pyargs.errors import PyargsError, first_line
 from pyargs.files import short_hash
 from pyargs.lm import hub
+from pyargs.lm.inert import check_inert
 from pyargs.store import Store
 
 MAX_TOKENS = 512  # longer texts are cut: encoders that accept 32k tokens would read them all
@@ -86,10 +87,13 @@ def _encoder(name: str, identity: str):
     try:
         # The hub first, since sentence-transformers tries for a minute where there is no network.
         folder = path if isinstance(path, Path) else snapshot_download(path)
-        encoder = SentenceTransformer(str(folder))
-    except (OSError, ValueError) as error:
+        check_inert(Path(folder))
+        encoder = SentenceTransformer(str(folder), trust_remote_code=False)
+    except PyargsError:
+        raise
+    except Exception as error:  # whatever is wrong with the folder's files
         raise PyargsError(
-            f"cannot load the embedding model '{name}': {str(error).splitlines()[0].rstrip('.')}. Fix: name a local folder, "
+            f"cannot load the embedding model '{name}': {first_line(error).rstrip('.')}. Fix: name a local folder, "
             "check the network, or take 'minilm', which needs no hub."
         ) from error
     encoder.max_seq_length = min(encoder.max_seq_length or MAX_TOKENS, MAX_TOKENS)

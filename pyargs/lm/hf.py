@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from pyargs.errors import PyargsError
+from pyargs.errors import PyargsError, first_line, refusal
 from pyargs.lm import native
 from pyargs.lm.cache import additive, alike, cache_name, can_branch, evaluating, parameters, positions
 from pyargs.lm.encode import Packed, pack
@@ -28,18 +29,31 @@ def load_lm(name: str, *, dtype: torch.dtype | str = torch.float32, device: str 
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    path = resolve(name)
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    path, dtype = resolve(name), torch_dtype(dtype)
+    if not isinstance(path, Path) and (str(path).count("/") > 1 or str(path)[:1] in ("/", ".", "~", "")):
+        raise PyargsError(f"cannot load the model '{name}': there is no such folder")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    except OSError as error:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:  # a damaged folder fails anywhere within transformers
         raise PyargsError(
             f"cannot load the model '{name}': give a local folder, the embedded 'smollm2-135m', or a hub name with the "
-            f"hub within reach ({str(error).splitlines()[0]})"
+            f"hub within reach ({refusal(error) or first_line(error)})"
         ) from error
+    if missing := sorted(found["missing_keys"]):
+        raise PyargsError(f"the model '{name}' has no weights for {', '.join(missing[:3])}: they would be random")
     model.tokenizer = tokenizer  # so that a decoder can compare it with the reward model's
     return model.to(device or default_device()).eval(), tokenizer
+
+
+def torch_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """A floating point dtype, or the one of that name. Raises PyargsError for anything else."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise PyargsError(f"dtype is float32, bfloat16 or float16, not {dtype!r}")
+    return found
 
 
 def default_device() -> torch.device:

@@ -8,7 +8,6 @@ manifest lists every file.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -18,8 +17,9 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyargs.errors import PyargsError, did_you_mean
-from pyargs.files import sha256, writing
+from pyargs.errors import PyargsError, did_you_mean, explained
+from pyargs.files import parse_json, settle, sha256, write_json, writing
+from pyargs.lm.inert import check_inert
 
 MANIFEST = "pyargs-manifest.json"
 RECIPE = 1  # raised when a folder is made differently; folders of another recipe are made again
@@ -66,7 +66,14 @@ MODELS = {
 def cache_dir() -> Path:
     """Where files are kept between runs: `$PYARGS_CACHE`, else `$XDG_CACHE_HOME/pyargs`, else `~/.cache/pyargs`."""
     own = os.environ.get("PYARGS_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyargs"
+    if own:
+        return Path(own)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyargs"
+    except RuntimeError as error:
+        raise PyargsError(
+            "there is no home folder for the cache. Fix: set PYARGS_CACHE to a folder that can be written"
+        ) from error
 
 
 def model_dir(name: str) -> Path:
@@ -80,13 +87,16 @@ def resolve(name: str | os.PathLike) -> Path | str:
     `smollm2-135m` and `minilm` become folders of the cache and are fetched if they are missing or damaged. An existing
     folder comes back as a Path, everything else unchanged: transformers takes it for a name on the hub. For a folder
     of yours that is called `minilm`, write `./minilm`. `tiny-random` is a language model of 0.6 MB with random weights,
-    always the same, for trying things out in seconds.
+    always the same, for trying things out in seconds. Raises PyargsError for a folder that would run code (`lm/inert.py`).
     """
     if str(name) in MODELS:
         return fetch(str(name))
     if name == "tiny-random":
         return _tiny_random()
-    return Path(name) if Path(name).is_dir() else name
+    if not Path(name).is_dir():
+        return name
+    check_inert(Path(name))
+    return Path(name)
 
 
 def identity(name: str | None) -> str | None:
@@ -102,6 +112,7 @@ def _tiny_random() -> Path:
     from pyargs.data.synthetic import tiny_lm
 
     target = model_dir("tiny-random")
+    settle(target)
     if not target.exists():
         with writing(target) as folder:
             tiny_lm(folder)
@@ -120,9 +131,11 @@ def fetch(name: str, *, force: bool = False) -> Path:
         return target
     from filelock import FileLock
 
-    target.parent.mkdir(parents=True, exist_ok=True)
+    with explained(f"the cache {target.parent} cannot be written"):
+        target.parent.mkdir(parents=True, exist_ok=True)
     # The lock belongs to the open file, so that a killed process leaves none behind.
-    with FileLock(target.parent / f".{name}.lock"):
+    with explained(f"{name} cannot be put into the cache"), FileLock(target.parent / f".{name}.lock"):
+        settle(target)
         if not force and not damage(name):
             return target  # another process was faster
         for leftover in target.parent.glob(f".{name}.part-*"):
@@ -132,8 +145,9 @@ def fetch(name: str, *, force: bool = False) -> Path:
         part = Path(tempfile.mkdtemp(prefix=f".{name}.part-", dir=target.parent))
         try:
             _make(name, source, part)
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(part / "model", target)
+            replaced = [file.name for file in target.iterdir()] if target.is_dir() else ()
+            with writing(target, replaced) as folder:
+                os.rename(part / "model", folder)
         finally:
             shutil.rmtree(part, ignore_errors=True)
     return target
@@ -149,7 +163,7 @@ def damage(name: str, *, full: bool = False) -> list[str]:
     if not folder.is_dir():
         return ["not in the cache"]
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
         files = {path: (int(entry["size"]), str(entry["sha256"])) for path, entry in manifest["files"].items()}
         wheel = manifest["wheel_sha256"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -201,7 +215,7 @@ def _make(name: str, source: Source, part: Path) -> None:
         "made_with": versions,
         "files": files,
     }
-    (finished / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    write_json(finished / MANIFEST, manifest)
     _say(f"{name}: {sum(entry['size'] for entry in files.values()) / 1e6:.0f} MB in {model_dir(name)}")
 
 

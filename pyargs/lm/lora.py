@@ -12,10 +12,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pyargs.errors import PyargsError
-from pyargs.files import read_tensors
+from pyargs.config import check_kinds
+from pyargs.errors import PyargsError, described
+from pyargs.files import read_json, read_tensors
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
+SETTINGS = {"r": int, "lora_alpha": float, "use_rslora": bool, "lora_dropout": float, "target_modules": list[str]}
+"""What is read from an adapter's settings."""
+NOTES = ("base_model_name_or_path", "inference_mode", "peft_version", "revision")
+"""What may stand there besides, whatever it says; the rest must be PEFT's defaults."""
 ARCHITECTURE = ("model_type", "rms_norm_eps", "layer_norm_eps", "rope_parameters", "num_attention_heads", "hidden_act")
 
 
@@ -65,20 +70,40 @@ def save(decoder: nn.Module, folder: Path) -> bool:
 
 
 def load(decoder: nn.Module, folder: Path) -> None:
-    """Puts the adapter of a folder into the decoder. Raises PyargsError when a weight is missing or too many."""
+    """Puts the adapter of a folder into the decoder. Raises PyargsError when it is another adapter than `save` writes.
+
+    Only the settings of `SETTINGS` are taken from the file: others of PEFT's name modules to be imported or other methods.
+    """
     from peft import LoraConfig, set_peft_model_state_dict
 
-    _inject(decoder, LoraConfig.from_pretrained(folder))
+    file, settings = folder / FILES[0], read_json(folder / FILES[0])
+    check_kinds(settings, SETTINGS, str(file))
     saved = read_tensors(folder / FILES[1])
-    same_keys(set(weights(decoder)), set(saved), folder / FILES[1])
+    if ranks := {len(value) for name, value in saved.items() if "lora_A" in name} - {settings["r"]}:
+        raise PyargsError(f"{file}: 'r' is {settings['r']}, but {FILES[1]} holds weights of rank {min(ranks)}")
+    with described(f"{file} describes no LoRA adapter of this backbone"):
+        config = LoraConfig(
+            **{name: settings[name] for name in SETTINGS}, base_model_name_or_path=settings.get("base_model_name_or_path")
+        )
+        ours = config.to_dict()
+        for name, value in settings.items():
+            if name not in SETTINGS and name not in NOTES and (value != ours[name] if name in ours else value):
+                raise PyargsError(f"{file}: '{name}' is {value!r}, which pyargs does not support: only plain LoRA")
+        _inject(decoder, config)
+    same_tensors(weights(decoder), saved, folder / FILES[1])
     set_peft_model_state_dict(decoder, saved)
 
 
-def same_keys(expected: set[str], found: set[str], file: Path) -> None:
-    if expected != found:
-        raise PyargsError(
-            f"{file} does not fit: missing {sorted(expected - found)[:5]}, unexpected {sorted(found - expected)[:5]}"
-        )
+def same_tensors(expected: dict[str, Tensor], found: dict[str, Tensor], file: Path) -> None:
+    """Raises PyargsError unless both hold tensors of the same names and shapes, the found ones of floating point."""
+    if expected.keys() != found.keys():
+        missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+        raise PyargsError(f"{file} does not fit: missing {missing[:5]}, unexpected {unexpected[:5]}")
+    for name, value in found.items():
+        if value.shape != expected[name].shape or not value.is_floating_point():
+            raise PyargsError(
+                f"{file} does not fit: '{name}' is {value.dtype} {list(value.shape)}, not {list(expected[name].shape)}"
+            )
 
 
 def merge(decoder: nn.Module) -> None:

@@ -11,6 +11,6 @@ def load_model(folder: str | Path, **more):
     from pyargs.models.folder import locate, read_config
 
     folder = locate(folder)
-    kind = read_config(folder)["kind"]
+    kind = read_config(folder)["kind"]  # one of the modules here
     made = getattr(importlib.import_module(f"pyargs.models.{kind}"), "".join(word.capitalize() for word in kind.split("_")))
     return made.from_pretrained(folder, **more)

@@ -9,11 +9,25 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pyargs import __version__
+from pyargs.config import check_kinds
 from pyargs.errors import PyargsError
-from pyargs.files import read_json, read_tensors, write_json, writing
+from pyargs.files import read_json, read_tensors, settle, write_json, writing
 from pyargs.lm import lora
-from pyargs.lm.hf import default_device, fingerprint, load_lm
+from pyargs.lm.hf import default_device, fingerprint, load_lm, torch_dtype
+from pyargs.lm.inert import PICKLED
 from pyargs.types import Users
+
+KINDS = {
+    "reward_model": {"pool": str, "step_reward": str, "whole": bool, "apart": bool, "head": dict},
+    "token_reward": {},
+    "user_policy": {"soft": bool, "demonstrations": dict | None},
+}
+"""The modules of `pyargs.models` that are saved, and the fields of config.json of each: those of ALWAYS, and its own."""
+ALWAYS = {"kind": str, "lora": bool, "users": dict[str, list[int]]}
+ABOUT = {
+    "backbone": str, "dtype": str, "fingerprint": str, "method": str, "fields": dict, "max_length": int | None,
+}  # fmt: skip
+"""What else the package reads there, if it is there."""
 
 CARD = """---
 library_name: pyargs
@@ -55,6 +69,7 @@ def save(
 
 def locate(folder: str | Path) -> Path:
     """The folder itself, or where a hub name was downloaded to."""
+    settle(folder)
     if Path(folder).is_dir():
         return Path(folder)
     from huggingface_hub import snapshot_download
@@ -67,33 +82,60 @@ def locate(folder: str | Path) -> Path:
 
 def read_config(folder: Path, kind: str | None = None) -> dict:
     """config.json of a saved model. Raises PyargsError when it is another kind of model than asked for."""
-    config = read_json(folder / "config.json")
+    file, config = folder / "config.json", read_json(folder / "config.json")
     if not isinstance(config, dict) or "kind" not in config:
         raise PyargsError(f"{folder} is no model of pyargs (its config.json has no 'kind')")
+    if config["kind"] not in list(KINDS):
+        raise PyargsError(f"{file}: 'kind' is one of {', '.join(KINDS)}, not {config['kind']!r}")
     if kind is not None and config["kind"] != kind:
         raise PyargsError(f"{folder} holds a {config['kind']}, not a {kind}: use pyargs.load_model")
+    check_kinds(config, ALWAYS | KINDS[config["kind"]] | {n: k for n, k in ABOUT.items() if n in config}, str(file))
+    for stranger in sorted(one.name for one in folder.iterdir() if one.suffix in PICKLED):
+        raise PyargsError(
+            f"{folder / stranger} is pickled, so that loading it can run code, and no file of a model of pyargs: remove it"
+        )
+    if not config["lora"] and any((folder / name).exists() for name in lora.FILES):
+        raise PyargsError(f"{file} says that there is no LoRA, but an adapter lies beside it: remove one or mend the other")
     return config
 
 
-def load_backbone(folder: Path, config: dict, *, lm=None, backbone: nn.Module | None = None, tokenizer=None, device=None):
+def load_backbone(
+    folder: Path, config: dict, *, lm=None, backbone: nn.Module | str | Path | None = None, tokenizer=None, dtype=None,
+    device=None,
+):  # fmt: skip
     """(language model or None, decoder, tokenizer) of a saved model, its adapter put in.
 
     lm, backbone: in memory already, to save loading it twice; the adapter of a backbone leaves the other owner's alone, but
-    that of an lm would not. Raises PyargsError when the weights are not the ones of the training.
+    that of an lm would not. backbone: the place that it was moved to, which `config` then holds; dtype: what it is cast to,
+    after its weights were checked. Raises PyargsError when the weights are not the ones of the training.
     """
     if lm is not None and config["lora"]:
         raise PyargsError("this model has a LoRA adapter, which would change the shared language model: leave it out")
-    given = backbone if lm is None else lm.get_decoder()
-    if given is None:
-        lm, tokenizer = load_lm(config["backbone"], dtype=config["dtype"], device=device)
+    given = lm.get_decoder() if lm is not None else backbone if isinstance(backbone, nn.Module) else None
+    shared = given is not None
+    if shared and dtype is not None:
+        raise PyargsError("a language model in memory keeps its dtype: leave dtype out, or cast it before")
+    if not shared:
+        if backbone is not None:
+            config["backbone"] = str(backbone)
+        check_kinds(config, {"backbone": str, "dtype": str}, f"{folder}/config.json")
+        try:
+            lm, tokenizer = load_lm(config["backbone"], dtype=config["dtype"], device=device)
+        except PyargsError as error:
+            raise PyargsError(
+                f"the backbone of {folder}: {error}. If it was moved, say where it is: backbone=PATH of load_model, or "
+                "--backbone PATH"
+            ) from error
         given = lm.get_decoder()
     if "fingerprint" in config and fingerprint(given) != config["fingerprint"]:
         raise PyargsError(
-            f"the weights of '{config['backbone']}' are not those that this model was trained on: "
+            f"the weights of '{config.get('backbone')}' are not those that this model was trained on: "
             "load the backbone of the training (same revision, same dtype)"
         )
+    if dtype is not None:
+        lm.to(torch_dtype(dtype))
     if config["lora"]:
-        given = given if backbone is None else lora.twin(backbone)
+        given = lora.twin(given) if shared else given
         lora.load(given, folder)
     return lm, given, tokenizer
 
@@ -105,9 +147,10 @@ def load_users(folder: Path, config: dict) -> Users:
     return users
 
 
-def load_shared(folder: Path, expected: set[str]) -> dict[str, Tensor]:
+def load_shared(folder: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that all users share, of the names and shapes of `expected`."""
     shared = read_tensors(folder / "shared.safetensors")
-    lora.same_keys(expected, set(shared), folder / "shared.safetensors")
+    lora.same_tensors(expected, shared, folder / "shared.safetensors")
     return shared
 
 

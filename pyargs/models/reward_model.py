@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import pkgutil
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from pyargs.errors import PyargsError
+from pyargs.errors import PyargsError, described
 from pyargs.features import features, groups
+from pyargs.files import read_tensors
 from pyargs.lm import lora
 from pyargs.lm.encode import Packed
 from pyargs.lm.hf import packed_states, response_states, spans
@@ -161,26 +163,63 @@ class RewardModel(nn.Module):
         )  # fmt: skip
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, backbone: nn.Module | None = None, tokenizer=None, device=None):
+    def from_pretrained(
+        cls, folder: str | Path, *, backbone: nn.Module | str | Path | None = None, tokenizer=None, dtype=None, device=None
+    ):
         """Loads what `save_pretrained` wrote, from a local folder or the hub.
 
         backbone, tokenizer: a decoder that is in memory already (say, `policy.get_decoder()` of the same base model), so that
         its weights are there once; it stays as it is. Decoding then needs one pass for both (`pyargs.decode.passes`). Raises
-        PyargsError on a missing or unexpected key and when the backbone's weights are not the ones of the training.
+        PyargsError on a missing or unexpected key and when the backbone's weights are not the ones of the training. backbone
+        may also be the place that it was moved to; dtype: what it is cast to after that check.
         """
         folder = folders.locate(folder)
         config = folders.read_config(folder, "reward_model")
-        _, backbone, tokenizer = folders.load_backbone(folder, config, backbone=backbone, tokenizer=tokenizer, device=device)
-        described = dict(config["head"])
-        head = importlib.import_module(f"pyargs.heads.{described.pop('kind')}").Head(
-            users=folders.load_users(folder, config), **described
+        _, backbone, tokenizer = folders.load_backbone(
+            folder, config, backbone=backbone, tokenizer=tokenizer, dtype=dtype, device=device
         )
+        head = _load_head(folder, config)
         used = ("pool", "step_reward", "whole", "apart")
         model = cls(
             backbone, tokenizer, head, **{name: config[name] for name in used}, about=folders.about(config, "head", *used)
         )
-        head.load_state_dict({**head.state_dict(), **folders.load_shared(folder, set(model._shared()))})
-        return model.to(folders.device_or_default(device)).eval()
+        head.load_state_dict({**head.state_dict(), **folders.load_shared(folder, model._shared())})
+        model.to(folders.device_or_default(device)).eval()
+        with described(f"{folder}: head, users and backbone do not fit each other"):
+            model._try()
+        return model
+
+    @torch.no_grad()
+    def _try(self) -> None:
+        """Scores a pair of zero states, so that what a file describes wrongly is known when it is loaded."""
+        if self.users.personal and not len(self.users):
+            return
+        hidden = torch.zeros(1, 2, 1, self.backbone.config.get_text_config(decoder=True).hidden_size, device=self.device)
+        mask = torch.ones(1, 2, 1, dtype=torch.bool, device=self.device)
+        user = torch.zeros(1, dtype=torch.long, device=self.device)
+        if not self.rewards(Batch(hidden, mask, user, prompt=hidden[:, 0, 0] if self.apart else None)).isfinite().all():
+            raise PyargsError("its rewards are no numbers")
 
     def _shared(self) -> dict[str, Tensor]:
         return {name: value for name, value in self.head.state_dict().items() if not name.startswith("users.")}
+
+
+def _load_head(folder: Path, config: dict) -> nn.Module:
+    """The head that config.json describes, with the folder's users; its shared tensors are still to be loaded."""
+    from pyargs import heads
+
+    file, fields = folder / "config.json", dict(config["head"])
+    kind, known = fields.pop("kind", None), [module.name for module in pkgutil.iter_modules(heads.__path__)]
+    if kind not in known:
+        raise PyargsError(f"{file}: the 'kind' of the head is one of {', '.join(known)}, not {kind!r}")
+    users, shared = folders.load_users(folder, config), read_tensors(folder / "shared.safetensors")
+    tensors = [*shared.values(), *users.vectors.values()]
+    largest = max([len(tensors), *(size for value in tensors for size in value.shape)])
+    for name, value in fields.items():  # before memory is asked for
+        if isinstance(value, int) and value > largest:
+            raise PyargsError(f"{file}: no tensor of the model is as large as the head's '{name}', {value:.3g}")
+    with described(f"{file} describes no {kind} head"):
+        head = importlib.import_module(f"pyargs.heads.{kind}").Head(users=users, **fields)
+        if head.config() != fields:
+            raise PyargsError(f"{file}: the head needs {sorted(head.config())}, not {sorted(fields)}")
+    return head

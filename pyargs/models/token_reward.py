@@ -72,10 +72,15 @@ class TokenReward(nn.Module):
         folders.save(folder, "token_reward", self, {}, self.users)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, device=None) -> TokenReward:
-        """Loads what `save_pretrained` wrote, from a local folder or the hub."""
+    def from_pretrained(
+        cls, folder: str | Path, *, backbone: str | Path | None = None, dtype=None, device=None
+    ) -> TokenReward:
+        """Loads what `save_pretrained` wrote, from a local folder or the hub.
+
+        backbone: the place that it was moved to; dtype: what it is cast to after its weights were checked.
+        """
         folder = folders.locate(folder)
         config = folders.read_config(folder, "token_reward")
-        lm, _, tokenizer = folders.load_backbone(folder, config, device=device)
-        folders.load_shared(folder, set())
+        lm, _, tokenizer = folders.load_backbone(folder, config, backbone=backbone, dtype=dtype, device=device)
+        folders.load_shared(folder, {})
         return cls(lm, tokenizer, about=folders.about(config)).to(folders.device_or_default(device)).eval()

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pyargs.errors import PyargsError
+from pyargs.errors import PyargsError, described
 from pyargs.features import groups, pair_logprobs
-from pyargs.files import read_json
+from pyargs.files import read_tensors
 from pyargs.lm import lora
 from pyargs.lm.cache import can_branch
 from pyargs.lm.demonstrations import Demonstrations
@@ -175,18 +175,37 @@ class UserPolicy(nn.Module):
         )
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, lm: nn.Module | None = None, tokenizer=None, device=None) -> UserPolicy:
-        """Loads what `save_pretrained` wrote. lm, tokenizer: a model in memory already, to save loading it twice."""
+    def from_pretrained(
+        cls, folder: str | Path, *, lm: nn.Module | None = None, tokenizer=None, backbone: str | Path | None = None,
+        dtype=None, device=None,
+    ) -> UserPolicy:  # fmt: skip
+        """Loads what `save_pretrained` wrote. lm, tokenizer: a model in memory already, to save loading it twice.
+
+        backbone: the place that it was moved to; dtype: what it is cast to after its weights were checked.
+        """
         folder = folders.locate(folder)
         config = folders.read_config(folder, "user_policy")
-        lm, _, tokenizer = folders.load_backbone(folder, config, lm=lm, tokenizer=tokenizer, device=device)
-        shared = folders.load_shared(folder, {"centres"} if config["soft"] else set())
-        soft = SoftPrompt(shared["centres"], folders.load_users(folder, config)) if config["soft"] else None
+        lm, _, tokenizer = folders.load_backbone(
+            folder, config, lm=lm, tokenizer=tokenizer, backbone=backbone, dtype=dtype, device=device
+        )
+        soft = _load_soft(folder, config, lm) if config["soft"] else None
         shown = config["demonstrations"]
         if shown is not None:
-            shown = Demonstrations(**shown, of_user=read_json(folder / "demonstrations.json"))
+            shown = Demonstrations.load(shown, folder)
         model = cls(lm, tokenizer, soft=soft, demonstrations=shown, about=folders.about(config, "soft", "demonstrations"))
         return model.to(folders.device_or_default(device)).eval()
+
+
+def _load_soft(folder: Path, config: dict, lm: nn.Module) -> SoftPrompt:
+    file, shared = folder / "shared.safetensors", read_tensors(folder / "shared.safetensors")
+    width = lm.get_input_embeddings().weight.shape[1]
+    if set(shared) != {"centres"} or shared["centres"].ndim != 3 or shared["centres"].shape[-1] != width:
+        found = {name: list(value.shape) for name, value in shared.items()}
+        raise PyargsError(f"{file} does not fit: missing or unexpected {found}, not 'centres' [C, tokens, {width}]")
+    with described(f"{folder}: the soft prompts' parts do not fit each other"):
+        soft = SoftPrompt(shared["centres"], folders.load_users(folder, config))
+        soft(torch.tensor([GENERIC, *range(len(soft.users))][:2]))
+    return soft
 
 
 def random_embeddings(lm: nn.Module, *shape: int) -> Tensor:

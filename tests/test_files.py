@@ -1,0 +1,192 @@
+"""Files and folders under fire: a process killed at any file operation, two at once, a system that refuses."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pyargs import files
+from pyargs.errors import PyargsError
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+KILLED = 9
+CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree", "tempfile.mkdtemp")
+
+
+def killed_at(number: int, work) -> bool:
+    """Does `work` in a process that ends, without any clean-up, before its n-th change of a file; False if it came through."""
+    child = os.fork()
+    if child == 0:
+        count = 0
+
+        def watch(event, _):
+            nonlocal count
+            count += event in CHANGES
+            if count > number:
+                os._exit(KILLED)
+
+        try:
+            sys.addaudithook(watch)
+            work()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) in (0, KILLED, -signal.SIGKILL)
+    return status != 0
+
+
+def write_folder(path: Path, tag: str) -> None:
+    with files.writing(path, ("only-old",)) as out:
+        out.mkdir()
+        for name in ("config.json", "weights", *(["only-old"] if tag == "old" else [])):
+            (out / name).write_text(f"{name} {tag}")
+        (out / "inner").mkdir()
+        (out / "inner/file").write_text(tag)
+
+
+def write_file(path: Path, tag: str) -> None:
+    files.write_json(path, {"tag": tag})
+
+
+@pytest.mark.parametrize("write", [write_folder, write_file])
+@pytest.mark.parametrize("there", [True, False])
+def test_killed_at_any_file_operation_the_old_or_the_new_is_there_whole(tmp_path, write, there):
+    """And the next run of the same target leaves nothing of the killed one beside it."""
+    made = {}
+    for tag in ("old", "new"):
+        write(tmp_path / tag / "so", tag)
+        made[tag] = contents(tmp_path / tag)
+    number, seen = 0, set()
+    for number in range(200):
+        place = tmp_path / f"at {number}"
+        place.mkdir()
+        if there:
+            write(place / "so", "old")
+        if not killed_at(number, lambda place=place: write(place / "so", "new")):
+            break
+        files.settle(place / "so")
+        found = contents(place)
+        assert found in ([made["old"], made["new"]] if there else [{}, made["new"]]), (number, found)
+        assert [one.name for one in place.iterdir()] in ([], ["so"])
+        seen.add(found == made["new"])
+        write(place / "so", "new")
+        assert contents(place) == made["new"] and [one.name for one in place.iterdir()] == ["so"]
+    else:
+        pytest.fail("it never came to its end")
+    assert number > 4 and seen == {False, True}
+
+
+def test_what_a_living_process_writes_is_let_be(tmp_path):
+    ready, go = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        with files.writing(tmp_path / "so") as out:
+            out.write_text("theirs")
+            os.write(ready[1], b".")
+            os.read(go[0], 1)
+        os._exit(0)
+    os.read(ready[0], 1)
+    files.settle(tmp_path / "so")
+    (theirs,) = tmp_path.iterdir()
+    write_file(tmp_path / "so", "mine")
+    assert theirs.exists() and files.read_json(tmp_path / "so") == {"tag": "mine"}
+    os.write(go[1], b".")
+    os.waitpid(child, 0)
+    assert (tmp_path / "so").read_text() == "theirs" and [one.name for one in tmp_path.iterdir()] == ["so"]
+
+
+def test_two_processes_on_one_folder_and_a_reader(tmp_path):
+    """Whoever is last wins; nobody fails, nobody sees half a folder, nothing is left."""
+    target, children = tmp_path / "so", []
+    write_folder(target, "0")
+    for writer in range(2):
+        child = os.fork()
+        if child == 0:
+            try:
+                for turn in range(25):
+                    write_folder(target, f"{writer} {turn}")
+            except BaseException as error:
+                print(repr(error), file=sys.stderr)
+                os._exit(1)
+            os._exit(0)
+        children.append(child)
+    for _ in range(200):
+        if not target.exists():
+            files.settle(target)
+        assert target.exists()
+        time.sleep(0.001)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    assert [one.name for one in tmp_path.iterdir()] == ["so"]
+    assert len({text.split(b" ", 1)[-1] for name, text in contents(target).items() if "/" not in name}) == 1
+
+
+def test_folders_that_only_look_like_ours_are_let_be(tmp_path):
+    for name, file in ((".so.settings", "mine.toml"), (".so.ab.abcdefgh", "so"), (".other.abcdefgh", "other")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text("precious")
+    (tmp_path / ".so.notafold").write_text("precious")
+    before = contents(tmp_path)
+    write_file(tmp_path / "so", "new")
+    (tmp_path / "so").unlink()
+    assert contents(tmp_path) == before
+
+
+def test_a_move_that_fails_keeps_the_old_folder(tmp_path, monkeypatch):
+    write_folder(tmp_path / "so", "old")
+    before, rename = contents(tmp_path), os.rename
+
+    def refuse(source, target):
+        if Path(target) == tmp_path / "so" and ".so." in str(source):
+            raise OSError(errno.EIO, "Input/output error", str(target))
+        return rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises((PyargsError, OSError)):
+        write_folder(tmp_path / "so", "new")
+    monkeypatch.undo()
+    files.settle(tmp_path / "so")
+    found = contents(tmp_path)
+    assert found == before or found["so/config.json"] == b"config.json new"
+
+
+# -- folders that a killed training goes on from -----------------------------------------------------------------------
+
+
+def test_checkpoints_of_killed_runs_are_swept_and_those_of_living_ones_are_not(tmp_path):
+    out, kept = tmp_path / "rm", []
+
+    def train(key):
+        with files.resumable(out, "checkpoints", key) as folder:
+            (folder / "checkpoint-1").mkdir()
+            kept.append(folder)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    for key in ("a", "b"):
+        assert killed_at(10**9, lambda key=key: train(key))
+    mine = tmp_path / "rm.checkpoints-notes"
+    mine.mkdir()
+    names = lambda: sorted(one.name for one in tmp_path.glob("rm.checkpoints-*"))  # noqa: E731
+    assert len(names()) == 2  # b swept a
+    with files.resumable(out, "checkpoints", "b") as folder:
+        assert (folder / "checkpoint-1").exists() and len(names()) == 2
+        with pytest.raises(PyargsError, match="another process is making"), files.resumable(out, "checkpoints", "b"):
+            pass
+        with files.resumable(out, "checkpoints", "c"):
+            assert len(names()) == 3  # a living run of other settings
+    assert names() == [mine.name]
+    with pytest.raises(ZeroDivisionError), files.resumable(out, "checkpoints", "d"):
+        raise ZeroDivisionError
+    assert names() == [mine.name]
+    shutil.rmtree(mine)
