@@ -54,11 +54,11 @@ struct Worker {
 };
 
 // Calls store(row, column, sums, count) for every row of `rows`, at most kTaskRows, and the `panels` panels side by
-// side at `column` of x W^T + bias + delta: count is panels * kPanel. low: [rows, rank], x A^T for the rows that want
-// the delta and zero for others; or null.
+// side at `column` of x W^T + bias + delta: count is panels * kPanel. low: [rows, rank], x A^T for those of the rows'
+// queries that want the delta; or null.
 template <class T, class Store>
 void strip(const Matrix& matrix, int panels, const typename T::Element* x, int64_t x_stride, int64_t rows,
-           const float* low, int64_t column, const Store& store) {
+           const Query* query, const float* low, int64_t column, const Store& store) {
   const int64_t width = panels * kPanel;
   alignas(64) float sums[kTaskRows * 2 * kPanel];
   for (int64_t i = 0; i < rows * width; ++i) sums[i] = 0.0f;
@@ -71,7 +71,12 @@ void strip(const Matrix& matrix, int panels, const typename T::Element* x, int64
   }
   for (int64_t panel = 0; low && panel < panels; ++panel) {
     const float* b = matrix.b + (column + panel * kPanel) * matrix.rank;
-    multiply<Float32>(rows, low, matrix.rank, b, kPanel, matrix.rank, sums + panel * kPanel, width);
+    for (int64_t r = 0, end; r < rows; r = end) {  // the others do not meet it: zero times infinity is no zero
+      for (end = r + 1; end < rows && query[end].delta == query[r].delta;) ++end;
+      if (!query[r].delta) continue;
+      multiply<Float32>(end - r, low + r * matrix.rank, matrix.rank, b, kPanel, matrix.rank,
+                        sums + r * width + panel * kPanel, width);
+    }
   }
   for (int64_t r = 0; r < rows; ++r) {
     float* row = sums + r * width;
@@ -83,28 +88,29 @@ void strip(const Matrix& matrix, int panels, const typename T::Element* x, int64
 // The same for any number of rows and all panels, shared out among the workers.
 template <class T, class Store>
 void product(Worker& worker, const Matrix& matrix, int panels, const typename T::Element* x, int64_t x_stride,
-             int64_t rows, const float* low, const Store& store) {
+             int64_t rows, const Query* query, const float* low, const Store& store) {
   const int64_t strips = matrix.columns / (panels * kPanel), parts = (rows + kTaskRows - 1) / kTaskRows;
   worker.run(strips * parts, [&](int64_t task) {
     const int64_t part = task / strips, begin = rows * part / parts, count = rows * (part + 1) / parts - begin;
-    strip<T>(matrix, panels, x + begin * x_stride, x_stride, count, low ? low + begin * matrix.rank : nullptr,
-             task % strips * panels * kPanel,
+    strip<T>(matrix, panels, x + begin * x_stride, x_stride, count, query ? query + begin : nullptr,
+             low ? low + begin * matrix.rank : nullptr, task % strips * panels * kPanel,
              [&](int64_t r, int64_t column, float* sums, int64_t width) { store(begin + r, column, sums, width); });
   });
 }
 
-// x A^T of the queries that want the delta, zero for the others; null if nobody wants it.
+// x A^T of the queries that want the delta; null if nobody does.
 template <class T>
 const float* low_rank(Worker& worker, const Pass& pass, const Matrix& matrix, const typename T::Element* x,
                       int64_t x_stride) {
   if (matrix.rank == 0 || !pass.any_delta) return nullptr;
   worker.run(pass.queries, [&](int64_t q) {
+    if (!pass.query[q].delta) return;
     float* buffer = pass.scratch + worker.id * pass.scratch_size;
     const float* row = as_floats(T::kDepth == 1 ? Dtype::kFloat32 : Dtype::kBFloat16, x, q * x_stride,
                                  static_cast<int>(matrix.depth), buffer);
     for (int64_t k = 0; k < matrix.rank; ++k) {
       const float* a = matrix.a + k * matrix.depth;
-      pass.low[q * matrix.rank + k] = pass.query[q].delta ? dot(row, a, matrix.depth) : 0.0f;
+      pass.low[q * matrix.rank + k] = dot(row, a, matrix.depth);
     }
   });
   return pass.low;
@@ -160,7 +166,8 @@ void write_cache(const Pass& pass, int64_t layer, int64_t q, int64_t stride) {
 
 // Attention of a group's queries for the heads that share one head of keys and values. Each query starts from itself;
 // then come the places before it, kAttentionPlaces at a time, with the sums scaled to the largest score so far. So
-// places behind `seen` never enter, wherever the query itself stands.
+// places behind `seen` never enter, wherever the query itself stands; a value there may be NaN, and is not multiplied
+// by zero either.
 template <class T>
 void attend(const Pass& pass, const Worker& worker, int64_t layer, const Group& group, int64_t kv, int64_t stride,
             typename T::Element* out, int64_t out_stride) {
@@ -188,12 +195,14 @@ void attend(const Pass& pass, const Worker& worker, int64_t layer, const Group& 
   }
   for (int64_t start = 0; start < longest; start += kAttentionPlaces) {
     const int64_t places = padded(min(kAttentionPlaces, longest - start));
+    const auto seen_by = [&](int64_t q) { return max(0, min(places, pass.query[q].seen - start)); };
     for (int64_t r = 0; r < rows; ++r) std::memset(scores + r * kAttentionPlaces, 0, places * sizeof(float));
     for (int64_t t = 0; t < places; t += kPanel) {
       multiply<Float32>(rows, queries, dim, head.keys + (start + t) * dim, kPanel, dim, scores + t, kAttentionPlaces);
     }
     for (int64_t r = 0; r < rows; ++r) {
-      const int64_t seen = min(places, pass.query[group.begin + r / share].seen - start);
+      const int64_t seen = seen_by(group.begin + r / share);
+      if (seen == 0) continue;
       float* __restrict score = scores + r * kAttentionPlaces;
       float largest = top[r];
 #pragma omp simd reduction(max : largest)
@@ -215,8 +224,17 @@ void attend(const Pass& pass, const Worker& worker, int64_t layer, const Group& 
       top[r] = largest;
       for (int64_t d = 0; d < wide; ++d) sums[r * wide + d] *= shrink;
     }
+    int64_t common = places;  // places that all queries see
+    for (int64_t q = group.begin; q < group.end; ++q) common = min(common, seen_by(q));
+    const float* values = head.values + start * wide;
     for (int64_t d = 0; d < wide; d += kPanel) {
-      multiply<Float32>(rows, scores, kAttentionPlaces, head.values + start * wide + d, wide, places, sums + d, wide);
+      multiply<Float32>(rows, scores, kAttentionPlaces, values + d, wide, common, sums + d, wide);
+      for (int64_t r = 0; r < rows; r += share) {
+        const int64_t more = seen_by(group.begin + r / share) - common;
+        if (more == 0) continue;
+        multiply<Float32>(share, scores + r * kAttentionPlaces + common, kAttentionPlaces, values + common * wide + d,
+                          wide, more, sums + r * wide + d, wide);
+      }
     }
   }
   for (int64_t r = 0; r < rows; ++r) {
@@ -259,7 +277,7 @@ void forward(const Pass& pass, Worker worker) {
     const int64_t stride = layer.qkv.columns;
     norm(layer.attention_norm);
     const float* low = low_rank<T>(worker, pass, layer.qkv, x, wide);
-    product<T>(worker, layer.qkv, 1, x, wide, rows, low,
+    product<T>(worker, layer.qkv, 1, x, wide, rows, pass.query, low,
                [&](int64_t q, int64_t column, const float* sums, int64_t count) {
                  std::memcpy(pass.qkv + q * stride + column, sums, count * sizeof(float));
                });
@@ -268,18 +286,18 @@ void forward(const Pass& pass, Worker worker) {
       attend<T>(pass, worker, l, pass.group[task / pass.kv_heads], task % pass.kv_heads, stride, y, y_stride);
     });
     low = low_rank<T>(worker, pass, layer.o, y, y_stride);
-    product<T>(worker, layer.o, 1, y, y_stride, rows, low, add);
+    product<T>(worker, layer.o, 1, y, y_stride, rows, pass.query, low, add);
 
     norm(layer.mlp_norm);
     low = low_rank<T>(worker, pass, layer.gate_up, x, wide);
-    product<T>(worker, layer.gate_up, 2, x, wide, rows, low,
+    product<T>(worker, layer.gate_up, 2, x, wide, rows, pass.query, low,
                [&](int64_t q, int64_t column, float* __restrict sums, int64_t) {
 #pragma omp simd
                  for (int i = 0; i < kPanel; ++i) sums[i] = silu(sums[i]) * sums[kPanel + i];
                  T::put(y + q * y_stride + column / 2, sums, kPanel);
                });
     low = low_rank<T>(worker, pass, layer.down, y, y_stride);
-    product<T>(worker, layer.down, 1, y, y_stride, rows, low, add);
+    product<T>(worker, layer.down, 1, y, y_stride, rows, pass.query, low, add);
   }
   worker.run(rows, [&](int64_t q) {
     rms_norm(residual + q * wide, pass.norm, pass.epsilon, pass.dim, pass.states + pass.query[q].out * pass.dim);
@@ -351,7 +369,7 @@ void project_largest(const Projection& projection, Worker worker, const typename
       any |= possible;
     }
     if (!any) return;
-    strip<T>(projection.matrix, 1, x, wide, rows, nullptr, column,
+    strip<T>(projection.matrix, 1, x, wide, rows, nullptr, nullptr, column,
              [&](int64_t row, int64_t, const float* sums, int64_t) {
                float* logits = projection.logits + row * vocabulary + column;
                if (wanted[row]) std::memcpy(logits, sums, count * sizeof(float));
@@ -383,7 +401,7 @@ void project(const Projection& projection, Worker worker) {
     }
   });
   if (projection.top > 0) return project_largest<T>(projection, worker, x, wide);
-  product<T>(worker, projection.matrix, 1, x, wide, projection.rows, nullptr,
+  product<T>(worker, projection.matrix, 1, x, wide, projection.rows, nullptr, nullptr,
              [&](int64_t row, int64_t column, const float* sums, int64_t count) {
                std::memcpy(projection.logits + row * vocabulary + column, sums,
                            min(count, vocabulary - column) * sizeof(float));
