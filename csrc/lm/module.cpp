@@ -1,10 +1,9 @@
-// pyargs._C.Stack and Cache: memory, packing, and the threads of a pass. Baseline only; pyargs/lm/native.py checks what
-// it passes and words the errors.
+// pyargs._C.Stack and Cache: packing, and the threads of a pass. Baseline only. Nothing that Python can pass does more
+// than raise; pyargs/lm/native.py turns the errors into its own.
 
 #include "module.h"
 
 #include <pybind11/stl.h>
-#include <sys/mman.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -13,8 +12,6 @@
 #include <limits>
 #include <memory>
 #include <mutex>
-#include <new>
-#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <type_traits>
@@ -22,10 +19,10 @@
 #include <vector>
 
 #include "../cpu.h"
+#include "cache.h"
+#include "memory.h"
 #include "stack.h"
-#ifdef __SANITIZE_ADDRESS__
-#include <sanitizer/asan_interface.h>
-#endif
+#include "view.h"
 
 namespace py = pybind11;
 
@@ -47,95 +44,9 @@ PYARGS_DECLARE(avx512_bf16)
 namespace lm {
 namespace {
 
-void check(bool ok, const char* message) {
-  if (!ok) [[unlikely]]
-    throw std::runtime_error(std::string("pyargs: ") + message);
-}
-
-// Bytes of several arrays one after the other, each on cache lines of its own.
-class Layout {
- public:
-  int64_t add(int64_t bytes) {
-    const int64_t at = size_;
-    size_ += (bytes + 63) / 64 * 64;
-#ifdef __SANITIZE_ADDRESS__
-    fences_.push_back(size_);
-    size_ += 64;
-#endif
-    return at;
-  }
-  int64_t size() const { return size_; }
-
-  // With AddressSanitizer: nothing may be read or written behind an array.
-  void fence([[maybe_unused]] char* data) const {
-#ifdef __SANITIZE_ADDRESS__
-    __asan_unpoison_memory_region(data, size_);
-    for (int64_t at : fences_) __asan_poison_memory_region(data + at, 64);
-#endif
-  }
-
- private:
-  int64_t size_ = 0;
-#ifdef __SANITIZE_ADDRESS__
-  std::vector<int64_t> fences_;
-#endif
-};
-
-// Zeroed memory in huge pages where the system has them: a pass reads gigabytes, and 4 KiB pages cost a part of the
-// rate.
-class Memory {
- public:
-  Memory() = default;
-  Memory(const Memory&) = delete;
-  Memory& operator=(const Memory&) = delete;
-  ~Memory() { free(); }
-
-  // Makes room for these arrays. What was there before is lost.
-  char* reserve(const Layout& layout) {
-    if (layout.size() > room()) {
-      free();
-      const int64_t size = layout.size() + kHuge;
-      void* mapped = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-      if (mapped == MAP_FAILED) throw std::bad_alloc();
-      mapped_ = mapped;
-      size_ = size;
-#ifdef MADV_HUGEPAGE
-      madvise(data(), room(), MADV_HUGEPAGE);
-#endif
-    }
-    layout.fence(data());
-    return data();
-  }
-
- private:
-  static constexpr int64_t kHuge = 2 << 20;
-
-  int64_t room() const { return size_ - kHuge; }
-  char* data() const {
-    return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(mapped_) + kHuge - 1) / kHuge * kHuge);
-  }
-  void free() {
-    if (!mapped_) return;
-#ifdef __SANITIZE_ADDRESS__
-    __asan_unpoison_memory_region(mapped_, size_);
-#endif
-    munmap(mapped_, size_);
-    mapped_ = nullptr;
-    size_ = kHuge;
-  }
-
-  void* mapped_ = nullptr;
-  int64_t size_ = kHuge;
-};
-
 template <class Work>
 void in_parallel(int64_t workers, const Work& work) {
   torch::stable::parallel_for(0, workers, 1, [&work](int64_t begin, int64_t) { work(begin); });
-}
-
-template <class T>
-const T* pointer(uintptr_t address) {
-  return reinterpret_cast<const T*>(address);
 }
 
 template <class To, class From>
@@ -149,88 +60,22 @@ To convert(From value) {
   }
 }
 
-struct Cache {
-  Cache(int64_t layers, int64_t kv_heads, int64_t head_dim, int64_t rows, int64_t places, uintptr_t cosine,
-        uintptr_t sine)
-      : layers(layers),
-        kv_heads(kv_heads),
-        head_dim(head_dim),
-        rows(rows),
-        places(places),
-        capacity(padded(places)),
-        length(rows, 0),
-        branch(rows),
-        cosine(pointer<float>(cosine), pointer<float>(cosine) + places * head_dim / 2),
-        sine(pointer<float>(sine), pointer<float>(sine) + places * head_dim / 2) {
-    const int64_t all = layers * rows * kv_heads * capacity * sizeof(float);
-    Layout layout;
-    const int64_t at_keys = layout.add(all * head_dim), at_values = layout.add(all * padded(head_dim));
-    char* data = memory.reserve(layout);
-    keys = reinterpret_cast<float*>(data + at_keys);
-    values = reinterpret_cast<float*>(data + at_values);
-  }
-
-  // The branch at slot[i] becomes the next token of cache row row[i] (or i); a negative slot leaves its row alone.
-  void commit(uintptr_t slot_address, uintptr_t row_address, int64_t count) {
-    const auto *slot = pointer<int64_t>(slot_address), *row = pointer<int64_t>(row_address);
-    std::vector<bool> used(rows);
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t r = row ? row[i] : i;
-      check(r >= 0 && r < rows, "a row is not in the cache");
-      check(!used[r], "a row of the cache is there twice");
-      used[r] = true;
-      const int64_t width = branch[r].size();
-      check(slot[i] < 0 || (slot[i] < width && branch[r][slot[i]]), "a slot is no branch of the row's last pass");
-    }
-    const int64_t wide = padded(head_dim);
-    for (int64_t i = 0; i < count; ++i) {
-      if (slot[i] < 0) continue;
-      const int64_t r = row ? row[i] : i, to = length[r]++, from = to + slot[i];
-      branch[r].clear();
-      if (to == from) continue;
-      for (int64_t l = 0; l < layers; ++l) {
-        for (int64_t h = 0; h < kv_heads; ++h) {
-          const int64_t at = ((l * rows + r) * kv_heads + h) * capacity;
-          float *k = keys + at * head_dim, *v = values + at * wide;
-          const auto place = [&](int64_t t) { return k + t / kPanel * kPanel * head_dim + t % kPanel; };
-          for (int64_t d = 0; d < head_dim; ++d) place(to)[d * kPanel] = place(from)[d * kPanel];
-          std::memcpy(v + to * wide, v + from * wide, wide * sizeof(float));
-        }
-      }
-    }
-  }
-
-  // Row `to` becomes the first `tokens` of row `from`.
-  void copy(int64_t to, int64_t from, int64_t tokens) {
-    check(std::min(to, from) >= 0 && std::max(to, from) < rows, "a row is not in the cache");
-    check(to != from, "a row is no copy of itself");
-    check(tokens >= 0 && tokens <= length[from], "a row has not as many tokens");
-    const int64_t k = padded(tokens) * head_dim, v = tokens * padded(head_dim);
-    length[to] = tokens;
-    branch[to].clear();
-    for (int64_t l = 0; l < layers; ++l) {
-      for (int64_t h = 0; h < kv_heads; ++h) {
-        const int64_t source = ((l * rows + from) * kv_heads + h) * capacity;
-        const int64_t target = ((l * rows + to) * kv_heads + h) * capacity;
-        std::memcpy(keys + target * head_dim, keys + source * head_dim, k * sizeof(float));
-        std::memcpy(values + target * padded(head_dim), values + source * padded(head_dim), v * sizeof(float));
-      }
-    }
-  }
-
-  int64_t layers, kv_heads, head_dim, rows, places, capacity;
-  std::vector<int64_t> length;            // of each row's prefix
-  std::vector<std::vector<bool>> branch;  // of each row's last pass, those that `commit` can take
-  std::vector<float> cosine, sine;
-  Memory memory;
-  float *keys = nullptr, *values = nullptr;
-};
+constexpr int64_t kMostLayers = 1 << 16;
 
 class Stack {
  public:
   Stack(const std::string& dtype, int64_t dim, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t inner,
         int64_t layers, int64_t vocabulary, bool unembedding, float epsilon)
-      : layers_(layers), vocabulary_(vocabulary), weights_(std::make_shared<Memory>()) {
+      : vocabulary_(vocabulary), weights_(std::make_shared<Memory>()) {
+    check(dtype == "float32" || dtype == "bfloat16", "weights are packed as float32 or bfloat16");
+    for (int64_t size : {dim, heads, kv_heads, head_dim, inner, layers, vocabulary}) {
+      check(size >= 1 && size <= kLargest, "the sizes of a stack must be positive numbers");
+    }
+    check(product_of({heads + 2 * kv_heads, head_dim}) <= kLargest, "the heads of a stack are too large");
+    check(heads % kv_heads == 0, "heads must be a multiple of kv_heads");
+    check(head_dim % 2 == 0, "head_dim must be even");
+    check(layers <= kMostLayers, "a stack has at most 65536 layers");
+    layers_.resize(layers);
     model_.dtype = dtype == "bfloat16" ? Dtype::kBFloat16 : Dtype::kFloat32;
     model_.dim = dim;
     model_.heads = heads;
@@ -244,8 +89,8 @@ class Stack {
     std::vector<std::pair<Matrix*, int64_t>> places;
     const auto add = [&](Matrix& matrix, int64_t columns, int64_t depth) {
       matrix.columns = columns;
-      matrix.depth = depth + (bfloat16() ? depth % 2 : 0);
-      places.emplace_back(&matrix, layout.add(matrix.columns * matrix.depth * size()));
+      matrix.depth = held(depth);
+      places.emplace_back(&matrix, layout.add({matrix.columns, matrix.depth, size()}));
     };
     for (Layer& layer : layers_) {
       add(layer.qkv, padded((heads + 2 * kv_heads) * head_dim), dim);
@@ -254,8 +99,8 @@ class Stack {
       add(layer.down, padded(dim), inner);
     }
     add(head_, unembedding ? padded(vocabulary) : 0, dim);
-    const int64_t panels = layout.add(head_.columns * padded(dim) / (kPanel * kGroup) * kGroupBytes);
-    const int64_t error = layout.add(head_.columns * sizeof(float));
+    const int64_t panels = layout.add({head_.columns / kPanel, padded(dim) / kGroup, kGroupBytes});
+    const int64_t error = layout.add({head_.columns, sizeof(float)});
     char* data = weights_->reserve(layout);
     screen_ = {data + panels, reinterpret_cast<float*>(data + error)};
     for (auto [matrix, at] : places) matrix->weight = data + at;
@@ -270,98 +115,138 @@ class Stack {
         vocabulary_(other.vocabulary_),
         max_rank_(other.max_rank_),
         weights_(other.weights_),
-        kept_(other.kept_) {
+        kept_(other.kept_),
+        embedding_(other.embedding_) {
     model_.layer = layers_.data();
   }
 
-  // A matrix, and rows [rows, depth] of a weight: row n becomes column offset + n, or with every second panel left out.
-  using Part = std::tuple<std::string, int64_t, bool, uintptr_t, Dtype, int64_t, int64_t>;
+  // A matrix, and a weight [rows, depth], float32 or bfloat16: row n becomes column offset + n, or with every second
+  // panel left out.
+  using Part = std::tuple<std::string, int64_t, bool, py::object>;
 
   // All parts of a layer at once: a parallel region waits for every thread, and another process may have its core.
   void pack(int64_t layer, const std::vector<Part>& parts) {
+    std::vector<View> weights;
     std::vector<std::function<void(int64_t)>> panels;
-    std::vector<std::pair<size_t, int64_t>> tasks;
-    for (const auto& [name, offset, alternate, weight, dtype, rows, depth] : parts) {
+    std::vector<std::tuple<size_t, int64_t, bool>> tasks;
+    for (const auto& [name, offset, alternate, given] : parts) {
       const Matrix& to = matrix(layer, name);
-      const bool wide = dtype == Dtype::kFloat32;
-      for (int64_t panel = 0; panel * kPanel < rows; ++panel) tasks.emplace_back(panels.size(), panel);
-      panels.push_back(bfloat16() ? wide ? packer<uint16_t, float>(to, offset, alternate, weight, rows, depth)
-                                         : packer<uint16_t, uint16_t>(to, offset, alternate, weight, rows, depth)
-                       : wide     ? packer<float, float>(to, offset, alternate, weight, rows, depth)
-                                  : packer<float, uint16_t>(to, offset, alternate, weight, rows, depth));
+      const View& weight = weights.emplace_back("weight", given, View::kWeight, std::initializer_list<int64_t>{-1, -1});
+      const int64_t rows = weight.size(0), depth = weight.size(1);
+      const bool head = &to == &head_;
+      check(rows >= 1 && held(depth) == to.depth, "a weight has not as many inputs as its matrix");
+      check(offset >= 0 && offset < to.columns &&
+                offset + rows + (alternate ? (rows - 1) / kPanel * kPanel : 0) <= to.columns,
+            "a weight has more outputs than its matrix");
+      check(!head || (offset == 0 && !alternate && rows == vocabulary_), "the output layer needs a row for each token");
+      for (int64_t panel = 0; panel * kPanel < rows; ++panel) tasks.emplace_back(panels.size(), panel, head);
+      const bool wide = weight.dtype() == Dtype::kFloat32;
+      panels.push_back(bfloat16() ? wide ? packer<uint16_t, float>(to, offset, alternate, weight)
+                                         : packer<uint16_t, uint16_t>(to, offset, alternate, weight)
+                       : wide     ? packer<float, float>(to, offset, alternate, weight)
+                                  : packer<float, uint16_t>(to, offset, alternate, weight));
     }
+    const py::gil_scoped_release unlocked;
     torch::stable::parallel_for(0, tasks.size(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const auto [part, panel] = tasks[i];
+        const auto [part, panel, head] = tasks[i];
         panels[part](panel);
-        if (std::get<0>(parts[part]) == "head") bfloat16() ? screen<uint16_t>(panel) : screen<float>(panel);
+        if (head) bfloat16() ? screen<uint16_t>(panel) : screen<float>(panel);
       }
     });
   }
 
-  void bias(int64_t layer, const std::string& name, uintptr_t values) {
+  // values: float32 [columns].
+  void bias(int64_t layer, const std::string& name, py::handle values) {
     Matrix& matrix = this->matrix(layer, name);
-    matrix.bias = keep(values, matrix.columns);
+    matrix.bias = keep("bias", values, {matrix.columns});
   }
 
-  void delta(int64_t layer, const std::string& name, int64_t rank, uintptr_t a, uintptr_t b) {
+  // a: float32 [rank, depth]. b: [columns / kPanel, rank, kPanel].
+  void delta(int64_t layer, const std::string& name, py::handle a, py::handle b) {
     Matrix& matrix = this->matrix(layer, name);
+    check(&matrix != &head_, "the output layer has no delta");
     check(matrix.rank == 0, "a stack has one delta");
+    const int64_t rank = View("a", a, View::kFloat32, {-1, matrix.depth}).size(0);
+    const float* first = keep("a", a, {rank, matrix.depth});
+    matrix.b = keep("b", b, {matrix.columns / kPanel, rank, kPanel});
+    matrix.a = first;
     matrix.rank = rank;
-    matrix.a = keep(a, rank * matrix.depth);
-    matrix.b = keep(b, rank * matrix.columns);
     max_rank_ = std::max(max_rank_, rank);
   }
 
-  void norms(int64_t layer, uintptr_t attention, uintptr_t mlp) {
-    layers_.at(layer).attention_norm = keep(attention, model_.dim);
-    layers_.at(layer).mlp_norm = keep(mlp, model_.dim);
+  // Both float32 [dim].
+  void norms(int64_t layer, py::handle attention, py::handle mlp) {
+    layers_.at(layer).attention_norm = keep("attention norm", attention, {model_.dim});
+    layers_.at(layer).mlp_norm = keep("mlp norm", mlp, {model_.dim});
   }
 
-  // The embedding stays the caller's, who keeps it alive.
-  void embedding(uintptr_t embedding, Dtype dtype, uintptr_t norm) {
-    model_.embedding = pointer<void>(embedding);
-    model_.embedding_dtype = dtype;
-    model_.norm = keep(norm, model_.dim);
+  // The embedding [vocabulary, dim] is not copied. norm: float32 [dim].
+  void embedding(py::handle embedding, py::handle norm) {
+    const auto view = std::make_shared<View>("embedding", embedding, View::kWeight,
+                                             std::initializer_list<int64_t>{vocabulary_, model_.dim});
+    model_.norm = keep("norm", norm, {model_.dim});
+    embedding_ = view;
+    model_.embedding = view->data();
+    model_.embedding_dtype = view->dtype();
   }
 
-  void forward(Cache& cache, uintptr_t ids_address, uintptr_t mask_address, uintptr_t rows_address,
-               uintptr_t delta_address, int64_t count, int64_t width, bool branches, uintptr_t states) {
-    const std::lock_guard lock(mutex_);
-    const auto *ids = pointer<int64_t>(ids_address), *rows = pointer<int64_t>(rows_address);
-    const auto *mask = pointer<bool>(mask_address), *delta = pointer<bool>(delta_address);
+  // ids: int64 [B, n]. mask: bool [B, n] or None. rows: int64 [B] or None. delta: bool [B] or None. states: float32
+  // [B, n, dim], written to.
+  void forward(Cache& cache, py::handle ids_given, py::handle mask_given, py::handle rows_given, py::handle delta_given,
+               bool branches, py::handle states_given) {
+    const View ids("ids", ids_given, View::kInt64, {-1, -1});
+    const int64_t count = ids.size(0), width = ids.size(1);
+    const View states("states", states_given, View::kFloat32, {count, width, model_.dim});
+    const auto optional = [](const char* name, py::handle given, std::initializer_list<int64_t> shape) {
+      return given.is_none() ? std::nullopt : std::make_optional<View>(name, given, View::kBool, shape);
+    };
+    const std::optional<View> mask = optional("mask", mask_given, {count, width});
+    const std::optional<View> delta = optional("delta", delta_given, {count});
     check(cache.layers == model_.layers && cache.kv_heads == model_.kv_heads && cache.head_dim == model_.head_dim,
           "the cache belongs to a stack of other sizes");
+    check(model_.embedding && std::all_of(layers_.begin(), layers_.end(), [](const Layer& l) { return l.mlp_norm; }),
+          "the stack is not packed yet");
+    const std::vector<int64_t> rows = cache.checked_rows(rows_given, count);
     std::vector<Query> queries;
     queries.reserve(count * width);
     std::vector<int64_t> length = cache.length;
-    std::vector<bool> used(cache.rows);
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t row = rows ? rows[i] : i;
-      check(row >= 0 && row < cache.rows, "a row is not in the cache");
-      check(!used[row], "a row of the cache is there twice");
-      used[row] = true;
+      const int64_t row = rows[i], seen = length[row];
+      const bool wants_delta = delta && delta->data<uint8_t>()[i];
       for (int64_t j = 0; j < width; ++j) {
-        const int64_t at = i * width + j;
-        if (mask && !mask[at]) continue;
-        check(ids[at] >= 0 && ids[at] < vocabulary_, "a token is not in the vocabulary");
-        const int64_t seen = length[row], place = branches ? seen + j : length[row]++;
+        const int64_t at = i * width + j, token = ids.data<int64_t>()[at];
+        if (mask && !mask->data<uint8_t>()[at]) continue;
+        check(token >= 0 && token < vocabulary_, "a token is not in the vocabulary");
+        const int64_t place = branches ? seen + j : length[row]++;
         check(place < cache.places, "the cache is full: give it a larger capacity");
-        queries.push_back({ids[at], row, place, seen, at, delta && delta[i]});
+        queries.push_back({token, row, place, branches ? seen : place, at, wants_delta});
       }
     }
-    for (size_t begin = 0; begin < queries.size(); begin += kQueriesPerPass) {
-      run(cache, queries.data() + begin, std::min<int64_t>(kQueriesPerPass, queries.size() - begin),
-          reinterpret_cast<float*>(states));
+    {
+      const py::gil_scoped_release unlocked;
+      const std::lock_guard lock(mutex_);
+      for (size_t begin = 0; begin < queries.size(); begin += kQueriesPerPass) {
+        run(cache, queries.data() + begin, std::min<int64_t>(kQueriesPerPass, queries.size() - begin),
+            states.data<float>());
+      }
     }
     cache.length = length;
-    for (int64_t i = 0; i < count; ++i) cache.branch[rows ? rows[i] : i].assign(branches ? width : 0, false);
+    for (int64_t row : rows) cache.branch[row].assign(branches ? width : 0, false);
     for (const Query& query : queries) {
       if (branches) cache.branch[query.row][query.place - query.seen] = true;
     }
   }
 
-  void logits(uintptr_t states, int64_t rows, int64_t top, int64_t vocabulary, uintptr_t logits) {
+  // states: float32 [rows, dim]. logits: float32 [rows, vocabulary], written to.
+  void logits(py::handle states_given, int64_t top, py::handle logits_given) {
+    const View states("states", states_given, View::kFloat32, {-1, model_.dim});
+    const int64_t rows = states.size(0);
+    const View logits("logits", logits_given, View::kFloat32, {rows, -1});
+    const int64_t vocabulary = logits.size(1);
+    check(head_.columns > 0, "the stack has no output layer");
+    check(vocabulary >= 1 && vocabulary <= vocabulary_ && top >= 0, "the output layer has not as many tokens");
+    const py::gil_scoped_release unlocked;
     const std::lock_guard lock(mutex_);
     if (rows > (bfloat16() ? kScreenRows16 : kScreenRows) || top > std::min(kTop, vocabulary) || head_.bias) top = 0;
     for (int64_t begin = 0; begin < rows; begin += kQueriesPerPass) {
@@ -375,15 +260,15 @@ class Stack {
       projection.vocabulary = vocabulary;
       projection.top = top;
       projection.workers = torch::stable::get_num_threads();
-      projection.states = pointer<float>(states) + begin * model_.dim;
-      projection.logits = reinterpret_cast<float*>(logits) + begin * vocabulary;
-      const int64_t numbers = projection.rows * padded(model_.dim), best = projection.workers * projection.rows * top;
+      projection.states = states.data<float>() + begin * model_.dim;
+      projection.logits = logits.data<float>() + begin * vocabulary;
+      const int64_t wide = padded(model_.dim), best = projection.workers * projection.rows * top;
       const int64_t phases = 3 * projection.workers;  // at most
       Layout layout;
-      const int64_t x = layout.add(numbers * size()),
-                    floats = layout.add(top > 0 && bfloat16() ? numbers * sizeof(float) : 0),
-                    length = layout.add(projection.rows * sizeof(float)), bests = layout.add(best * sizeof(float)),
-                    phase = layout.add(phases * sizeof(Phase));
+      const int64_t x = layout.add({projection.rows, wide, size()}),
+                    floats = layout.add({top > 0 && bfloat16() ? projection.rows : 0, wide, sizeof(float)}),
+                    length = layout.add({projection.rows, sizeof(float)}), bests = layout.add({best, sizeof(float)}),
+                    phase = layout.add({phases, sizeof(Phase)});
       char* memory = memory_.reserve(layout);
       projection.x = memory + x;
       projection.floats = reinterpret_cast<float*>(memory + floats);
@@ -401,13 +286,19 @@ class Stack {
   }
 
  private:
+  // Inputs of a packed matrix.
+  int64_t held(int64_t depth) const { return depth + (bfloat16() ? depth % 2 : 0); }
   bool bfloat16() const { return model_.dtype == Dtype::kBFloat16; }
   int64_t size() const { return bfloat16() ? 2 : 4; }
 
   Matrix& matrix(int64_t layer, const std::string& name) {
     if (name == "head") return head_;
     Layer& of = layers_.at(layer);
-    return name == "qkv" ? of.qkv : name == "o" ? of.o : name == "gate_up" ? of.gate_up : of.down;
+    if (name == "qkv") return of.qkv;
+    if (name == "o") return of.o;
+    if (name == "gate_up") return of.gate_up;
+    if (name == "down") return of.down;
+    throw std::runtime_error("pyargs: a layer has the matrices qkv, o, gate_up and down, not '" + name + "'");
   }
 
   // Where a packed matrix has a column's weight.
@@ -419,16 +310,16 @@ class Stack {
 
   // Packs one panel of the rows.
   template <class To, class From>
-  std::function<void(int64_t)> packer(const Matrix& matrix, int64_t offset, bool alternate, uintptr_t weight,
-                                      int64_t rows, int64_t depth) {
+  std::function<void(int64_t)> packer(const Matrix& matrix, int64_t offset, bool alternate, const View& weight) {
     constexpr int64_t kDepth = 64;  // a part of a panel that stays in the first-level cache
+    const From* all = weight.data<From>();
+    const int64_t rows = weight.size(0), depth = weight.size(1);
     const auto column = [=](int64_t n) { return offset + n + (alternate ? n / kPanel * kPanel : 0); };
-    check(depth <= matrix.depth && column(rows - 1) < matrix.columns, "a weight is too large for its matrix");
     To* packed = static_cast<To*>(const_cast<void*>(matrix.weight));
     return [=, &matrix](int64_t panel) {
       for (int64_t start = 0; start < depth; start += kDepth) {
         for (int64_t n = panel * kPanel; n < std::min((panel + 1) * kPanel, rows); ++n) {
-          const From* from = pointer<From>(weight) + n * depth;
+          const From* from = all + n * depth;
           for (int64_t d = start; d < std::min(start + kDepth, depth); ++d) {
             packed[place<To>(matrix, column(n), d)] = convert<To>(from[d]);
           }
@@ -481,9 +372,10 @@ class Stack {
     }
   }
 
-  const float* keep(uintptr_t values, int64_t count) {
-    const auto* from = pointer<float>(values);
-    return kept_.emplace_back(std::make_shared<std::vector<float>>(from, from + count))->data();
+  const float* keep(const char* name, py::handle values, std::initializer_list<int64_t> shape) {
+    const View view(name, values, View::kFloat32, shape);
+    const auto* from = view.data<float>();
+    return kept_.emplace_back(std::make_shared<std::vector<float>>(from, from + view.size()))->data();
   }
 
   static Phase* zeroed(char* memory, int64_t count) {
@@ -526,11 +418,12 @@ class Stack {
         padded(std::max(rows * (pass.head_dim + wide + kAttentionPlaces + 2), std::max(reads, pass.dim) + 1));
     const int64_t phases = (pass.layers * kPhasesPerLayer + 2) * pass.workers;
     Layout layout;
-    const int64_t residual = layout.add(count * padded(pass.dim) * 4),
-                  qkv = layout.add(count * layers_[0].qkv.columns * 4), low = layout.add(count * max_rank_ * 4),
-                  scratch = layout.add(pass.workers * pass.scratch_size * 4),
-                  x = layout.add(count * padded(pass.dim) * size()), y = layout.add(count * padded(reads) * size()),
-                  phase = layout.add(phases * sizeof(Phase));
+    const int64_t residual = layout.add({count, padded(pass.dim), sizeof(float)}),
+                  qkv = layout.add({count, layers_[0].qkv.columns, sizeof(float)}),
+                  low = layout.add({count, max_rank_, sizeof(float)}),
+                  scratch = layout.add({pass.workers, pass.scratch_size, sizeof(float)}),
+                  x = layout.add({count, padded(pass.dim), size()}), y = layout.add({count, padded(reads), size()}),
+                  phase = layout.add({phases, sizeof(Phase)});
     char* memory = memory_.reserve(layout);
     pass.residual = reinterpret_cast<float*>(memory + residual);
     pass.qkv = reinterpret_cast<float*>(memory + qkv);
@@ -554,6 +447,7 @@ class Stack {
   int64_t vocabulary_, max_rank_ = 0;
   std::shared_ptr<Memory> weights_;
   std::vector<std::shared_ptr<const std::vector<float>>> kept_;  // biases, norms, deltas
+  std::shared_ptr<const View> embedding_;
   Memory memory_;
   std::mutex mutex_;
 };
@@ -561,31 +455,23 @@ class Stack {
 }  // namespace
 
 void bind(py::module_& m) {
-  using unlocked = py::call_guard<py::gil_scoped_release>;
-  py::enum_<Dtype>(m, "Dtype").value("float32", Dtype::kFloat32).value("bfloat16", Dtype::kBFloat16);
+  View::to_dlpack = py::object(py::module_::import("torch.utils.dlpack").attr("to_dlpack")).release();
   py::class_<Cache>(m, "Cache")
-      .def(py::init<int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t>())
+      .def(py::init<int64_t, int64_t, int64_t, int64_t, py::handle, py::handle>())
       .def("commit", &Cache::commit)
       .def("copy", &Cache::copy)
       .def_readonly("rows", &Cache::rows)
-      .def_property(
-          "length", [](const Cache& cache) { return cache.length; },
-          [](Cache& cache, std::vector<int64_t> length) {
-            check(static_cast<int64_t>(length.size()) == cache.rows, "the cache needs a length for each row");
-            for (int64_t one : length) check(one >= 0 && one <= cache.places, "a length lies outside the cache");
-            cache.length = std::move(length);
-            cache.branch.assign(cache.rows, {});
-          });
+      .def_property("length", [](const Cache& cache) { return cache.length; }, &Cache::set_length);
   py::class_<Stack>(m, "Stack")
       .def(py::init<const std::string&, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, float>())
       .def("twin", [](const Stack& stack) { return std::make_unique<Stack>(stack); })
-      .def("pack", &Stack::pack, unlocked())
+      .def("pack", &Stack::pack)
       .def("bias", &Stack::bias)
       .def("delta", &Stack::delta)
       .def("norms", &Stack::norms)
       .def("embedding", &Stack::embedding)
-      .def("forward", &Stack::forward, unlocked())
-      .def("logits", &Stack::logits, unlocked());
+      .def("forward", &Stack::forward)
+      .def("logits", &Stack::logits);
 }
 
 }  // namespace lm

@@ -82,13 +82,14 @@ class Stack:
     def cache(self, rows: int, capacity: int) -> Cache:
         """An empty cache for `rows` sequences of at most `capacity` tokens, branches included."""
         # Through the model's own tables: every scaling that it has, rounded as it rounds.
-        cosine, sine = self._rotary(torch.empty(0), torch.arange(capacity).unsqueeze(0))
+        tables = self._rotary(_zeros(0), torch.arange(capacity, device="cpu").unsqueeze(0))
         half = self._sizes["head_dim"] // 2
-        cosine, sine = cosine[0, :, :half].contiguous(), sine[0, :, :half].contiguous()
+        cosine, sine = (table[0, :, :half].contiguous() for table in tables)
         shape = (self._sizes[name] for name in ("layers", "kv_heads", "head_dim"))
         from pyargs import _C
 
-        return Cache(_C.Cache(*shape, rows, capacity, cosine.data_ptr(), sine.data_ptr()))
+        with _errors():
+            return Cache(_C.Cache(*shape, rows, cosine, sine))
 
     def __call__(
         self, ids: Tensor, cache: Cache, mask: Tensor | None = None, *, branches: bool = False,
@@ -103,32 +104,31 @@ class Stack:
         rows: [B], the row of the cache that each row of ids continues, none twice; the first B by default.
         delta: for which rows of ids [B] the adapter of `pack` counts; one answer for all, or each its own.
         """
-        count, width = _shape(ids)
-        ids = _dense(ids, torch.int64, (count, width), "ids")
-        mask = None if mask is None else _dense(mask, torch.bool, (count, width), "mask")
+        ids = _dense(ids, torch.int64, "ids")
+        if ids.dim() != 2:
+            raise PyargsError(f"ids must be [B, n], got shape {list(ids.shape)}")
+        count, width = ids.shape
+        mask = None if mask is None else _dense(mask, torch.bool, "mask")
         if rows is None and count > cache.rows:
             raise PyargsError(f"{count} rows of ids, but the cache has {cache.rows}: make a larger one")
-        rows = None if rows is None else _dense(rows, torch.int64, (count,), "rows")
+        rows = None if rows is None else _dense(rows, torch.int64, "rows")
         if isinstance(delta, bool):
-            delta = torch.full((count,), True) if delta else None
+            delta = torch.full((count,), True, dtype=torch.bool, device="cpu") if delta else None
         else:
-            delta = _dense(delta, torch.bool, (count,), "delta")
+            delta = _dense(delta, torch.bool, "delta")
         if delta is not None and not self.has_delta and delta.any():
             raise PyargsError("this stack has no delta: give pack an adapter")
-        states = torch.zeros(count, width, self.dim) if mask is not None else torch.empty(count, width, self.dim)
+        make = torch.empty if mask is None else torch.zeros
+        states = make(count, width, self.dim, dtype=torch.float32, device="cpu")
         with _errors():
-            self._native.forward(
-                cache.native, ids.data_ptr(), _pointer(mask), _pointer(rows), _pointer(delta), count, width, branches,
-                states.data_ptr(),
-            )  # fmt: skip
+            self._native.forward(cache.native, ids, mask, rows, delta, branches, states)
         return states
 
     def commit(self, cache: Cache, slot: Tensor, rows: Tensor | Sequence[int] | None = None) -> None:
         """The branch in column slot [B] of the last pass becomes the next token of each row; a slot of -1 leaves its row."""
-        slot = _dense(slot, torch.int64, (len(slot),), "slot")
-        rows = None if rows is None else _dense(rows, torch.int64, (len(slot),), "rows")
+        rows = None if rows is None else _dense(rows, torch.int64, "rows")
         with _errors():
-            cache.native.commit(slot.data_ptr(), _pointer(rows), len(slot))
+            cache.native.commit(_dense(slot, torch.int64, "slot"), rows)
 
     def logits(self, states: Tensor, *, top: int = 0, vocabulary: int | None = None) -> Tensor:
         """The output layer: float32 [B, dim] -> float32 [B, vocabulary], of the first `vocabulary` tokens, all by default.
@@ -139,12 +139,13 @@ class Stack:
         """
         if not self.has_logits:
             raise PyargsError("this stack was packed from a decoder, which has no output layer: pack the causal LM")
-        states = _dense(states, torch.float32, (len(states), self.dim), "states")
+        states = _dense(states, torch.float32, "states")
         vocabulary = self.vocabulary if vocabulary is None else vocabulary
         if top < 0 or not 0 < vocabulary <= self.vocabulary:
             raise PyargsError(f"cannot give the {top} largest logits of {vocabulary} tokens: the model has {self.vocabulary}")
-        logits = torch.empty(len(states), vocabulary)
-        self._native.logits(states.data_ptr(), len(states), top, vocabulary, logits.data_ptr())
+        logits = torch.empty(len(states), vocabulary, dtype=torch.float32, device="cpu")
+        with _errors():
+            self._native.logits(states, top, logits)
         return logits
 
 
@@ -162,7 +163,6 @@ def pack(model: nn.Module, adapter: nn.Module | None = None, *, dtype: torch.dty
     """
     if not has_extension:
         raise PyargsError("the native stack needs the extension: pip install pyargs with a compiler at hand")
-    from pyargs._C import Dtype
     from pyargs._C import Stack as Native
 
     decoder, head = _parts(model)
@@ -177,32 +177,26 @@ def pack(model: nn.Module, adapter: nn.Module | None = None, *, dtype: torch.dty
         layers=len(decoder.layers), vocabulary=len(embedding),
     )  # fmt: skip
     native = Native(str(dtype).removeprefix("torch."), *sizes.values(), head is not None, config.rms_norm_eps)
-    as_name = {torch.float32: Dtype.float32, torch.bfloat16: Dtype.bfloat16}
 
     def put(layer: int, matrices: dict[str, list[nn.Module]]) -> None:
-        parts, weights = [], []  # the second so that none is freed before it is packed
+        parts = []
         for matrix, linears in matrices.items():
             places, columns = _places(linears, matrix)
-            bias = torch.zeros(columns)
+            bias = _zeros(columns)
             for linear, place in zip(linears, places, strict=True):
-                weight = _weight(linear)
-                weights.append(weight)
-                address = weight.data_ptr(), as_name[weight.dtype]
-                parts.append((matrix, int(place[0]), matrix == "gate_up", *address, *weight.shape))
+                parts.append((matrix, int(place[0]), matrix == "gate_up", _weight(linear)))
                 if linear.bias is not None:
                     bias[place] = linear.bias.float()
             if any(linear.bias is not None for linear in linears):
-                native.bias(layer, matrix, bias.data_ptr())
+                native.bias(layer, matrix, bias)
         native.pack(layer, parts)
 
     for number, layer in enumerate(decoder.layers):
         put(number, {matrix: [layer.get_submodule(name) for name in names] for matrix, names in MATRICES.items()})
-        norms = layer.input_layernorm.weight.float(), layer.post_attention_layernorm.weight.float()
-        native.norms(number, *(norm.data_ptr() for norm in norms))
+        native.norms(number, _float(layer.input_layernorm.weight), _float(layer.post_attention_layernorm.weight))
     if head is not None:
         put(0, {"head": [head]})
-    norm = decoder.norm.weight.float()
-    native.embedding(embedding.data_ptr(), as_name[embedding.dtype], norm.data_ptr())
+    native.embedding(embedding, _float(decoder.norm.weight))
     stack = Stack(native, sizes, dtype, decoder.rotary_emb, embedding, head is not None)
     return stack if adapter is None else _with_delta(stack, decoder, adapter)
 
@@ -223,11 +217,11 @@ def _with_delta(stack: Stack, decoder: nn.Module, adapter: nn.Module) -> Stack:
             for linear, place in zip(linears, places, strict=True):
                 for down, up in _factors(linear):
                     low.append(nn.functional.pad(down, (0, down.shape[1] % 2 if stack._dtype == torch.bfloat16 else 0)))
-                    high.append(torch.zeros(len(down), columns))
+                    high.append(_zeros(len(down), columns))
                     high[-1][:, place] = up.T
             if low:
                 a, b = torch.cat(low), torch.cat(high).unflatten(1, (-1, PANEL)).transpose(0, 1).contiguous()
-                twin._native.delta(number, matrix, len(a), a.data_ptr(), b.data_ptr())
+                twin._native.delta(number, matrix, a, b)
     return twin
 
 
@@ -238,10 +232,10 @@ def _places(linears: list[nn.Module], matrix: str) -> tuple[list[Tensor], int]:
     """
     sizes = [linear.out_features for linear in linears]
     if matrix == "gate_up":
-        place = torch.arange(sizes[0])
+        place = torch.arange(sizes[0], device="cpu")
         place = place + place // PANEL * PANEL
         return [place, place + PANEL], 2 * _padded(sizes[0])
-    return list(torch.arange(sum(sizes)).split(sizes)), _padded(sum(sizes))
+    return list(torch.arange(sum(sizes), device="cpu").split(sizes)), _padded(sum(sizes))
 
 
 def _padded(n: int) -> int:
@@ -269,6 +263,8 @@ def _check(decoder: nn.Module, head: nn.Module | None, dtype: torch.dtype) -> No
         refuse(f"an embedding of class {type(embedding).__name__}")
     if head is not None and type(head) is not nn.Linear:
         refuse(f"an output layer of class {type(head).__name__}")
+    if head is not None and len(head.weight) != len(embedding.weight):
+        refuse(f"an output layer of {len(head.weight)} tokens beside an embedding of {len(embedding.weight)}")
     for name, tensor in decoder.named_parameters():
         if tensor.device.type != "cpu":
             refuse(f"weights on {tensor.device} ({name})")
@@ -325,23 +321,24 @@ def _factors(linear: nn.Module) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def _shape(ids: Tensor) -> tuple[int, int]:
-    if ids.dim() != 2:
-        raise PyargsError(f"ids must be [B, n], got shape {list(ids.shape)}")
-    return ids.shape[0], ids.shape[1]
-
-
-def _dense(values, dtype: torch.dtype, shape: tuple[int, ...], name: str) -> Tensor:
-    tensor = torch.as_tensor(values)
+def _dense(values, dtype: torch.dtype, name: str) -> Tensor:
+    """Values as the extension takes them: it checks shape and device, and that nothing was moved between devices."""
+    tensor = values if isinstance(values, Tensor) else torch.tensor(values, device="cpu")
     if dtype == torch.int64 and tensor.is_floating_point() and tensor.numel():  # an empty list is of floats
         raise PyargsError(f"{name} must be whole numbers, got {tensor.dtype}")
-    if tensor.shape != shape or tensor.device.type != "cpu":
-        raise PyargsError(f"{name} must be {list(shape)} on the CPU, got {list(tensor.shape)} on {tensor.device}")
-    return tensor.to(dtype).contiguous()
+    return tensor.detach().to(dtype).contiguous()
 
 
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _ids(rows: list) -> Tensor:
+    return torch.tensor(rows, dtype=torch.long, device="cpu")
+
+
+def _float(weight: Tensor) -> Tensor:
+    return weight.detach().float().contiguous()
+
+
+def _zeros(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float32, device="cpu")
 
 
 class _errors:
@@ -374,16 +371,16 @@ def continuations(stack: Stack, groups, progress: str = "states") -> Iterator[tu
     before: Sequence[int] = []
     for (prompt, _), parts in zip(bar, passes, strict=True):
         cache.cut(known := shared(before, prompt))
-        last = stack(torch.tensor([prompt[known:]]), cache)[0, -1:] if prompt else torch.empty(0, stack.dim)
+        last = stack(_ids([prompt[known:]]), cache)[0, -1:] if prompt else _zeros(0, stack.dim)
         for row in range(1, max(map(len, parts), default=1)):
             cache.copy(row, 0, len(prompt))
         states, before = [], prompt
         for some in parts:
             cache.cut(len(prompt))
-            ids = nn.utils.rnn.pad_sequence([torch.tensor(one, dtype=torch.long) for one in some], batch_first=True)
-            lengths = torch.tensor([len(one) for one in some])
-            mask = torch.arange(ids.shape[1]) < lengths.unsqueeze(1)
-            states += stack(ids, cache, mask)[mask].split(lengths.tolist())
+            lengths = [len(one) for one in some]
+            ids = _ids([[*one, *[0] * (max(lengths) - len(one))] for one in some])
+            mask = torch.tensor([[True] * n + [False] * (max(lengths) - n) for n in lengths], dtype=torch.bool, device="cpu")
+            states += stack(ids, cache, mask)[mask].split(lengths)
         yield last, states
 
 
