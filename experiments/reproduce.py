@@ -29,11 +29,11 @@ from typing import NamedTuple
 import estimate
 from filelock import FileLock
 from profiles import PROFILES, Cell, cells
-from tqdm import tqdm
 
 from pyargs import cli, data, files, fit, rules
 from pyargs.errors import PyargsError, did_you_mean
 from pyargs.lm import hub
+from pyargs.progress import progress_bar
 from pyargs.results import name as name_of
 from pyargs.results import slug
 
@@ -459,7 +459,7 @@ def main(argv: list[str] | None = None) -> int:
     todo = [cell for cell in asked if not done(cell, places)]
     (places.work / "logs").mkdir(parents=True, exist_ok=True)
     failed = {}
-    with tqdm(total=len(asked), initial=len(asked) - len(todo), desc=args.profile, unit="cell") as bar:
+    with progress_bar(total=len(asked), initial=len(asked) - len(todo), desc=args.profile, unit="cell") as bar:
         # What the others wait for comes first, and alone.
         for some in ([c for c in todo if c.row == "Zero-Shot"], [c for c in todo if c.row != "Zero-Shot"]):
             failed |= run_all(some, places, workers, bar)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pyargs import commands
 from pyargs.errors import PyargsError, did_you_mean
+from pyargs.progress import quiet_others
 
 
 def verbs() -> dict[str, str]:
@@ -40,6 +41,7 @@ def parse(verb: str, words: list[str]) -> tuple[Callable[[argparse.Namespace], d
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    quiet_others()
     known = verbs()
     width = max(map(len, known))
     parser = argparse.ArgumentParser(

@@ -19,7 +19,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import trange
 
 from pyargs import optimizers
 from pyargs.config import check, option
@@ -31,6 +30,7 @@ from pyargs.lm.cache import can_branch
 from pyargs.lm.encode import pack
 from pyargs.lm.hf import fingerprint, load_lm
 from pyargs.models.reward_model import RewardModel
+from pyargs.progress import progress_bar, watched
 from pyargs.types import Batch, Features, Users
 
 
@@ -214,7 +214,7 @@ def train_head(recipe, model: RewardModel, data: Features, config) -> None:
     order = torch.Generator().manual_seed(config.seed)
     turns = _turns(recipe, model, config)
     model.head.train()
-    with trange(steps, desc="train", unit="step") as bar:
+    with progress_bar(range(steps), desc="train", unit="step") as bar:
         for step in bar:
             if step % per_epoch == 0:
                 shuffled = torch.randperm(len(data), generator=order).split(config.batch_size)
@@ -338,6 +338,7 @@ def _train_all(recipe, model, rows, config, checkpoints: str | Path | None) -> N
             logging_strategy="no",
             remove_unused_columns=False,
             label_names=["chosen"],
+            disable_tqdm=not watched(),
             dataloader_pin_memory=torch.cuda.is_available(),
         )
         last = _last_checkpoint(Path(checkpoints)) if checkpoints else None

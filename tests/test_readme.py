@@ -19,7 +19,7 @@ def test_the_ten_lines_run(tmp_path, capsys):
         "freeze_backbone=True", f"freeze_backbone=True, epochs=1, backbone={lm!r}"
     )
     exec(compile(code, "README.md", "exec"), {})
-    assert capsys.readouterr().out.strip()
+    assert capsys.readouterr().out.count("What do people like about old trains?") == 2  # unguided, then guided
 
 
 def test_the_tree_is_true():

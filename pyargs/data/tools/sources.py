@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 from pyargs.errors import PyargsError
 from pyargs.files import sha256
 from pyargs.lm.hub import cache_dir
+from pyargs.progress import progress_bar
 
 BLOCK = 1 << 20
 DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError, RecursionError)
@@ -144,7 +144,6 @@ def download(url: str, name: str) -> Path:
 
 def _fetch(url: str, part: Path) -> None:
     import requests
-    from tqdm.auto import tqdm
 
     have = part.stat().st_size if part.exists() else 0
     try:
@@ -158,7 +157,7 @@ def _fetch(url: str, part: Path) -> None:
             total = have + int(answer.headers.get("Content-Length", 0)) or None
             with (
                 open(part, "ab" if have else "wb") as file,
-                tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.stem, file=sys.stderr) as bar,
+                progress_bar(total=total, initial=have, unit="B", unit_scale=True, desc=part.stem) as bar,
             ):
                 for block in answer.iter_content(BLOCK):
                     file.write(block)
