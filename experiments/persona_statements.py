@@ -17,10 +17,9 @@ import warnings
 from collections import Counter, defaultdict
 from pathlib import Path
 
-import numpy as np
-
-from pyargs import files, fit
+from pyargs import files, fit, rules
 from pyargs.data import of_split, preferences
+from pyargs.metrics.bootstrap import user_interval
 from pyargs.metrics.rm_accuracy import rm_accuracy
 
 HERE = Path(__file__).parent
@@ -72,7 +71,7 @@ def cell(name: str, seed: int, data, data_hash: str) -> dict:
         "each": {user: round(100 * sum(values) / len(values), 2) for user, values in right.items()},
         "seconds": round(time.perf_counter() - started, 1),
         "warnings": sorted({str(w.message) for w in caught if "PReF" in str(w.message)}),
-        "fields": fields, "data": data_hash, "provenance": files.provenance(seed),
+        "fields": fields, "data": data_hash, "provenance": files.provenance(seed), "recipe": rules.NEWEST,
     }  # fmt: skip
 
 
@@ -95,11 +94,15 @@ def bounds(source: Path, data) -> dict:
 
 
 def interval(cells: list[dict]) -> tuple[float, float, float]:
-    """Mean over users of each one's accuracy (averaged over seeds), and its 95% interval: bootstrap over the users, seeded."""
-    users = sorted(cells[0]["each"])
-    each = np.array([np.mean([c["each"][user] for c in cells]) for user in users])
-    draws = np.random.default_rng(0).choice(each, (10_000, len(each))).mean(1)
-    return each.mean(), *np.quantile(draws, (0.025, 0.975))
+    """Mean over users of each one's accuracy, all seeds of a user together, and its 95% interval over users."""
+    found = user_interval({user: [cell["each"][user] for cell in cells] for user in cells[0]["each"]})
+    return found["mean"], found["low"], found["high"]
+
+
+def older(name: str, cell: dict) -> list[rules.Rule]:
+    """The rules that came after a cell and touch it (cells that note none are of recipe 2)."""
+    about = {"row": name, "set": "persona_statements", "method": METHODS[name][0], "fields": cell["fields"], "values": {}}
+    return rules.older({**about, "key": {"recipe": cell.get("recipe", 2)}})
 
 
 def table(result: dict) -> str:
@@ -109,7 +112,7 @@ def table(result: dict) -> str:
         f"`python experiments/persona_statements.py`; {result['pairs']} pairs of {result['users']} users to train on, "
         f"{result['support']} support and {result['query']} query pairs of the new ones. SmolLM2-135M, its backbone frozen "
         "(GenARM, P-DPO: LoRA). Settings are those that are not the methods' defaults. Mean over the new users with the 95% "
-        "interval over them (bootstrap), accuracies of the users averaged over the seeds first; then each seed's.",
+        "interval over them (bootstrap, widened for few users), all seeds of a user together; then each seed's.",
         "",
         "| row | settings | accuracy | 95% interval | seeds | knows the user | beats every blind scorer |",
         "|---|---|---|---|---|---|---|",
@@ -132,6 +135,12 @@ def table(result: dict) -> str:
         f"`blind best` ({best:.1f}%) is the most that any scorer that ignores the user, yet knows the attribute, can get on "
         "these query pairs; `train majority` follows the sign that most train users have.",
     ]  # fmt: skip
+    behind = defaultdict(set)
+    for key, one in result["cells"].items():
+        for rule in older(key.rpartition(" / ")[0], one):
+            behind[rule.before].add(key.rpartition(" / ")[0])
+    for before, rows in behind.items():
+        lines += ["", f"Made by the older rule: {before}. {', '.join(sorted(rows))}."]
     return "\n".join(lines) + "\n"
 
 
@@ -153,7 +162,7 @@ def main() -> None:
     for name in options.only:
         for seed in options.seeds:
             old = result["cells"].get(f"{name} / {seed}")
-            if old is None or old["fields"] != METHODS[name][1] or old["data"] != result["data"]:
+            if old is None or old["fields"] != METHODS[name][1] or old["data"] != result["data"] or older(name, old):
                 result["cells"][f"{name} / {seed}"] = cell(name, seed, data, result["data"])
                 found = result["cells"][f"{name} / {seed}"]
                 print(f"{name}, seed {seed}: {found['accuracy']:.1f} in {found['seconds']} s", flush=True)

@@ -104,7 +104,8 @@ def marked(rows: list[dict], cells: list[dict]) -> tuple[list[Column], list[str]
     found = rules.marks(cell for cell in cells if cell["row"] in shown)
     notes = []
     for letter, (text, of) in zip(ascii_lowercase, found.items(), strict=False):
-        notes.append(f"{f'{letter}: ' if rows else ''}{text}. {'; '.join(with_seeds(of))}.")
+        whose = "All rows" if shown == set(of) else "; ".join(with_seeds(of))
+        notes.append(f"{f'{letter}: ' if rows else ''}{text}. {whose}.")
         for row in rows:
             if row["row"] in of:
                 row["marks"] = f"{row.get('marks', '')} {letter}".strip()
