@@ -15,9 +15,11 @@ from pyargs.decode import plain
 from pyargs.decode import tokenwise as tokenwise_module
 from pyargs.errors import PyargsError
 from pyargs.lm.cache import can_branch
-from pyargs.lm.encode import left_pad
+from pyargs.lm.encode import left_pad, pack
 from pyargs.lm.hf import masks_every_step, plain_output_layer, response_logprobs, response_states
 from pyargs.models.token_reward import TokenReward
+from pyargs.models.user_policy import SoftPrompt, UserPolicy
+from pyargs.types import Users
 
 VOCABULARY, USERS = 61, ["ann", "bob", "cid"]
 SIZES = dict(
@@ -28,6 +30,8 @@ SIZES = dict(
     ffn_dim=48, word_embed_proj_dim=32,
 )  # fmt: skip
 """By whatever name a family's config has for it."""
+
+LONGROPE = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 4, long_factor=[8.0] * 4)
 
 FAMILIES = {
     name: (name, {})
@@ -43,6 +47,7 @@ FAMILIES = {
     "falcon alibi": ("falcon", dict(alibi=True)),
     "gpt_neo": ("gpt_neo", dict(num_layers=2, num_heads=4, window_size=4, attention_types=[[["global", "local"], 1]])),
     "phi3 without window": ("phi3", dict(sliding_window=None)),
+    "phi3 longrope": ("phi3", dict(sliding_window=None, original_max_position_embeddings=12, rope_parameters=LONGROPE)),
     "granite with scales": ("granite", dict(logits_scaling=3.0, embedding_multiplier=2.0, residual_multiplier=0.5)),
     "cohere2": ("cohere2", dict(num_hidden_layers=4)),
     "olmo3": ("olmo3", {}),
@@ -106,12 +111,12 @@ def follows(decoded, rows, score, reward, k: int = 3) -> None:
     for row, answer, rewards in zip(rows, decoded.tokens.tolist(), decoded.rewards.tolist(), strict=True):
         for n, (token, value) in enumerate(zip(answer, rewards, strict=True)):
             text = row["prompt"] + answer[:n]
-            logprobs, added = score(text), {}
-            bound = logprobs.topk(k).values[-1] - 1e-4
-            for candidate in (logprobs >= bound).nonzero().flatten().tolist():
-                added[candidate] = reward(row, text, candidate)
-            scores = {c: logprobs[c].item() + row["weight"] * r for c, r in added.items()}
-            assert token in scores and scores[token] >= max(scores.values()) - 1e-3, (row, n, token, scores)
+            logprobs = score(text)
+            *_, last, next_one = logprobs.topk(k + 1).values.tolist()
+            added = {c: reward(row, text, c) for c in (logprobs >= last - 1e-4).nonzero().flatten().tolist()}
+            scores = {c: logprobs[c].item() + row["weight"] * value for c, value in added.items()}
+            best = max((value for c, value in scores.items() if logprobs[c] > next_one + 1e-4), default=-torch.inf)
+            assert token in scores and scores[token] >= best - 1e-3, (row, n, token, scores)
             assert value == pytest.approx(added[token], abs=1e-3)
 
 
@@ -163,6 +168,38 @@ def test_plain_decoding_and_responses_follow_the_oracle(name):
             assert logprobs.tolist() == pytest.approx(want, abs=1e-3)
 
 
+@pytest.mark.parametrize("name", EVERY)
+def test_soft_prompts_of_several_lengths_follow_the_definition(name):
+    """Embeddings before the prompt, padded on the left, go the same way as ids."""
+    lm = copy.deepcopy(random_lm(name, 0))
+    lm.generation_config.eos_token_id = None
+    torch.manual_seed(0)
+    soft = SoftPrompt(torch.randn(1, 2, 32) * 0.3, Users(USERS, offset=torch.randn(3, 2, 32) * 0.3))
+    policy, exact, rows = UserPolicy(lm, None, soft=soft), copy.deepcopy(lm).double(), [row["prompt"] for row in ROWS]
+
+    @torch.no_grad()
+    def logprobs(user: str, text: list[int]) -> torch.Tensor:
+        words = exact.get_input_embeddings()(torch.tensor([text]))
+        embeds = torch.cat([soft(soft.users.rows([user])).double(), words], dim=1)
+        return exact(inputs_embeds=embeds, use_cache=False).logits[0, -1].log_softmax(-1)
+
+    for row, user, answer in zip(
+        rows, USERS, plain.generate(policy, rows, USERS, max_new_tokens=3).tokens.tolist(), strict=True
+    ):
+        for n, token in enumerate(answer):
+            own = logprobs(user, row + answer[:n])
+            assert own[token] >= own.max() - 1e-4
+    if name in CAPPED:
+        return
+    packed = pack(rows, [[[9, 8, 7], [6]]] * 3, share=can_branch(lm))
+    with torch.no_grad():
+        values, mask = policy.logprobs(packed, torch.arange(3).repeat_interleave(2))
+    responses = [(row, user, response) for row, user in zip(rows, USERS, strict=True) for response in ([9, 8, 7], [6])]
+    for (row, user, response), value, seen in zip(responses, values, mask, strict=True):
+        want = [logprobs(user, row + response[:n])[token].item() for n, token in enumerate(response)]
+        assert value[seen].tolist() == pytest.approx(want, abs=1e-3)
+
+
 def test_what_a_model_does_is_found_out():
     """Once for all families, without decoding anything."""
     for name in FAMILIES:
@@ -170,6 +207,41 @@ def test_what_a_model_does_is_found_out():
         assert can_branch(lm) == can_branch(lm.get_decoder()) == (name not in NO_BRANCHES), name
         assert masks_every_step(lm) == (name not in ("mamba",)), name
         assert plain_output_layer(lm) == (name not in CAPPED), name
+
+
+@pytest.mark.parametrize("lengths", [(2, 5), (14, 20)])
+def test_longrope_is_right_on_either_side_of_its_border(lengths):
+    policy, model = random_lm("phi3 longrope", 0), reward_model(random_lm("phi3 longrope", 1))
+    score, state = Oracle(policy), Oracle(model.backbone)
+    rows = [dict(prompt=p, user="ann", weight=2.0) for p in prompts(lengths)]
+
+    def reward(row, text, candidate) -> float:
+        return model.head(state([*text, candidate])[-1:].float(), model.users.rows(["ann"])).item()
+
+    call = dict(reward_weight=2.0, num_candidates=3, max_new_tokens=4, eos_token_id=[])
+    follows(guided(policy, model, [row["prompt"] for row in rows], ["ann"] * 2, **call), rows, score, reward)
+
+
+@pytest.mark.parametrize("lengths", [(2, 14), (10, 10), (2, 10)])
+def test_longrope_across_its_border_is_refused(lengths):
+    policy, rows = random_lm("phi3 longrope", 0), prompts(lengths)
+    model = reward_model(random_lm("phi3 longrope", 1))
+    with pytest.raises(PyargsError, match="more than 12 tokens"):
+        guided(policy, model, rows, ["ann"] * 2, num_candidates=3, max_new_tokens=4)
+    with pytest.raises(PyargsError, match="more than 12 tokens"):
+        plain.generate(policy, rows, max_new_tokens=4)
+    with pytest.raises(PyargsError, match="more than 12 tokens"):
+        tokenwise(policy, TokenReward(policy, None), rows, max_new_tokens=4)
+    with pytest.raises(PyargsError, match="more than 12 tokens"):
+        response_states(policy.get_decoder(), [(rows[0], [[3], [4] * 12])])
+
+
+def test_a_reward_model_of_fewer_positions_is_refused():
+    policy, rows = random_lm("llama", 0), prompts([4, 2])
+    model = reward_model(random_lm("llama", 1))
+    model.backbone.config.max_position_embeddings = 6
+    with pytest.raises(PyargsError, match="4 prompt . 5 new tokens exceed the 6 positions of LlamaModel"):
+        guided(policy, model, rows, ["ann"] * 2, num_candidates=3, max_new_tokens=5)
 
 
 def test_caches_of_a_models_own_are_refused_where_rows_must_be_copied():

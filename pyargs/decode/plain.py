@@ -43,7 +43,8 @@ def generate(
     if do_sample and temperature <= 0:
         raise PyargsError(f"temperature must be > 0, got {temperature}; for the greedy choice leave do_sample out")
     check_length(max_new_tokens)
-    check_room(lm, max(map(len, prompts)) + (0 if soft is None else soft.centres.shape[1]), max_new_tokens)
+    lengths = [len(prompt) + (0 if soft is None else soft.centres.shape[1]) for prompt in prompts]
+    check_room(lm, min(lengths), max(lengths), max_new_tokens)
     rows = lm.config.get_text_config(decoder=True).vocab_size  # of the logits; the last may be no token
     vocabulary = rows if tokenizer is None else min(len(tokenizer), rows)
     stop, pad = stop_and_pad(lm)

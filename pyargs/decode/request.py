@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyargs.errors import PyargsError
-from pyargs.lm.hf import same_tokenizer
+from pyargs.lm.hf import check_lengths, same_tokenizer
 from pyargs.types import Decoded
 from pyargs.user_ids import user_ids
 
@@ -96,7 +96,8 @@ def check(
     vocabulary = min(config.vocab_size, len(tokenizer or theirs) if (tokenizer or theirs) is not None else config.vocab_size)
     if num_candidates is not None and not 1 <= num_candidates <= min(64, vocabulary):
         raise PyargsError(f"num_candidates must be in 1..{min(64, vocabulary)}, got {num_candidates}")
-    check_room(policy, length, max_new_tokens)
+    for lm in (policy, reward_model.backbone) if rows else ():
+        check_room(lm, int(attention_mask.sum(1).min()), length, max_new_tokens)
     eos, pad = stop_and_pad(policy, eos_token_id, pad_token_id)
     known = min(len(lm.get_input_embeddings().weight) for lm in (policy, reward_model.backbone))
     if not 0 <= pad < known:
@@ -126,11 +127,13 @@ def check_numbers(bad: Tensor) -> None:
         raise PyargsError(f"the policy's logits or the rewards are not numbers in row(s) {rows}: check the models' weights")
 
 
-def check_room(lm, length: int, new: int) -> None:
-    """Raises PyargsError where prompt and new tokens exceed the model's positions."""
-    room = getattr(lm.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if room and length + new > room:
-        raise PyargsError(f"{length} prompt + {new} new tokens exceed the model's {room} positions")
+def check_room(lm, shortest: int, longest: int, new: int) -> None:
+    """Raises PyargsError where prompts of these lengths and new tokens exceed the model's positions; calls `check_lengths`."""
+    config = lm.config.get_text_config(decoder=True)
+    room = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+    if room and longest + new > room:
+        raise PyargsError(f"{longest} prompt + {new} new tokens exceed the {room} positions of {type(lm).__name__}")
+    check_lengths(lm, shortest, longest + new)
 
 
 def stop_and_pad(lm, eos: int | Sequence[int] | None = None, pad: int | None = None) -> tuple[list[int], int]:

@@ -93,12 +93,28 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def check_lengths(model: nn.Module, shortest: int, longest: int) -> None:
+    """Raises PyargsError where a batch holds texts on both sides of the length at which rotary embeddings change (longrope):
+    all its rows are turned as the longest one asks, and what a cache holds already stays as it was."""
+    turns = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    for rope in (turns, *(value for value in turns.values() if isinstance(value, dict))):
+        border = rope.get("original_max_position_embeddings")
+        if rope.get("rope_type") == "longrope" and border and shortest <= border < longest:
+            raise PyargsError(
+                f"{type(model).__name__} counts positions otherwise in texts of more than {border} tokens (longrope), all "
+                f"rows of a batch alike: keep prompts with answers on one side of it (here {shortest} to {longest} tokens)"
+            )
+
+
 def packed_states(decoder: nn.Module, packed: Packed, inputs_embeds: Tensor | None = None) -> Tensor:
     """Last-layer hidden states [R, L, D] of a packed batch; `decoder` is a model without its output layer.
 
     inputs_embeds [R, L, D]: what stands in the place of the ids' embeddings (soft prompts).
     """
     inputs = {"input_ids": packed.input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
+    if "longrope" in str(getattr(decoder.config, "rope_parameters", None)):  # asks the device
+        length = packed.prompt_end + packed.end - packed.start
+        check_lengths(decoder, int(length.min()), int(length.max()))
     if not can_branch(decoder):  # one response a row, padding on the right: a plain causal pass never sees the padding
         return decoder(**inputs, use_cache=False).last_hidden_state
     return decoder(
