@@ -358,7 +358,7 @@ def test_a_policy_that_can_not_answer_says_so(possible, monkeypatch):
         monkeypatch.setattr(native, "possible", lambda *models: False)
     for prompt, new, message in [
         ([], 2, "without a token"), ([5], 0, "at least 1, got 0"), ([5], -3, "at least 1"),
-        ([5] * 120, 9, "120 prompt . 9 new tokens exceed the model's 128 positions"),
+        ([5] * 120, 9, "120 prompt . 9 new tokens exceed the 128 positions of LlamaForCausalLM"),
     ]:  # fmt: skip
         with pytest.raises(PyargsError, match=message):
             policy_alone.generate(policy, [[5], prompt], max_new_tokens=new)
