@@ -332,8 +332,15 @@ def _stand_ins(cells: list[dict], profile: str) -> str:
 
 
 def _older(cells: list[dict], rows: Iterable[str]) -> str:
-    said = rules.by_older_rules(cell for cell in cells if cell["row"] in rows)
-    return f"{said} " if said else ""
+    """Which of these rows some cell was made by an older rule of, set by set."""
+    said = []
+    for name in dict.fromkeys(cell["set"] for cell in cells):
+        own = [cell for cell in cells if cell["set"] == name and cell["row"] in rows]
+        behind = dict.fromkeys(cell["row"] for cell in own if rules.older(cell))
+        if behind:
+            every = behind.keys() == {cell["row"] for cell in own}
+            said.append(f"{'all' if every else words.listed(behind)} of {name}")
+    return f"Made by older rules, which the tables name: {'; '.join(said)}. " if said else ""
 
 
 def _missing(rows: list[str]) -> str:

@@ -78,17 +78,3 @@ def marks(cells: Iterable[dict]) -> dict[str, dict[str, list[int]]]:
             seeds = found.setdefault(one, {}).setdefault(cell["row"], [])
             seeds += [cell["seed"]] * (cell["seed"] not in seeds)
     return found
-
-
-def by_older_rules(cells: Iterable[dict]) -> str:
-    """The rows made by older rules, set by set, in a sentence for a figure; "" where there is none."""
-    rows: dict[str, dict[str, bool]] = {}
-    for cell in cells:
-        of_set = rows.setdefault(cell["set"], {})
-        of_set[cell["row"]] = of_set.get(cell["row"], False) or bool(older(cell))
-    said = []
-    for name, of_set in rows.items():
-        behind = [row for row, is_older in of_set.items() if is_older]
-        if behind:
-            said.append(f"in {name} {'all' if len(behind) == len(of_set) else ', '.join(behind)}")
-    return f"Made by older rules, which the tables name: {'; '.join(said)}." if said else ""

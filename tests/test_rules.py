@@ -70,7 +70,7 @@ def test_marks_stand_in_the_tables(tmp_path):
 def test_marks_stand_in_the_figures_and_the_report(tmp_path):
     made.write(tmp_path, cell("VPL", 2, method="vpl"), cell("LoRE"), cell("ICL"))
     text = lambda number: " ".join(figure(number, tmp_path)[0].get_suptitle().split())  # noqa: E731
-    assert "older rules, which the tables name: in titles VPL." in text("1") and "in titles VPL." in text("2")
+    assert "older rules, which the tables name: VPL of titles." in text("1") and "VPL of titles." in text("2")
     assert "older rules" not in text("3"), "it has no VPL"
     found = report.report(tmp_path)
     assert [(one["number"], one["files"]) for one in found["older"]] == [
@@ -83,9 +83,9 @@ def test_marks_stand_in_the_figures_and_the_report(tmp_path):
     assert report.report(tmp_path)["older"] == [] and "older rules" not in text("1")
 
 
-def test_a_set_of_older_cells_is_named_as_a_whole():
-    every = [cell(row, 2, set="pref_lamp") for row in ("LoRE", "MPU")]
-    assert "in pref_lamp all." in rules.by_older_rules(every) and rules.by_older_rules([cell("LoRE")]) == ""
+def test_a_set_of_older_cells_is_named_as_a_whole(tmp_path):
+    made.write(tmp_path, *(cell(row, 2, set="pref_lamp") for row in ("LoRE", "MPU", "ICL")))
+    assert all("name: all of pref_lamp." in " ".join(figure(number, tmp_path)[0].get_suptitle().split()) for number in "123")
 
 
 def test_seeds_made_before_and_after_a_field_was_there_stand_in_one_row(tmp_path):
