@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from pyargs import optimizers
 from pyargs.config import check, option
-from pyargs.data import of_split
+from pyargs.data import of_split, with_text_ids
 from pyargs.errors import PyargsError, described, did_you_mean
 from pyargs.files import read_tensors
 from pyargs.lm import lora
@@ -160,6 +160,7 @@ def train(name: str, dataset, config=None, *, checkpoints: str | Path | None = N
 
     recipe = method(name)
     config = config or recipe.Config()
+    dataset = with_text_ids(dataset)
     rows = of_split(dataset, "train") if "split" in dataset.column_names else dataset
     set_seed(config.seed)
     lm, tokenizer = load_lm(config.backbone, dtype=config.dtype)
@@ -385,7 +386,7 @@ def adapt(model, dataset, *, steps: int | None = None, method: str | None = None
     can not reach the result. A method without users needs no adaptation and is left alone. The same model, rows and seed
     give the same result. method: the path of the .py file that the model was trained with, where it was one.
     """
-    rows = of_split(dataset, "support")
+    rows = of_split(with_text_ids(dataset), "support")
     if not len(rows):
         raise PyargsError("no rows with split 'support': there is nothing to adapt to")
     ids = list(dict.fromkeys(rows["user_id"]))

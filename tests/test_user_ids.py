@@ -76,3 +76,19 @@ def test_prompts_and_users_are_as_many(models):
     with pytest.raises(PyargsError, match="is a list"):
         next(decode_prompts(*models[:2], ["a", "b", "c"], "bob"))
     assert user_ids(iter(["a"])) == ["a"]
+
+
+def test_a_dataset_of_ones_own_may_have_integer_ids(tmp_path):
+    from datasets import Dataset
+
+    from pyargs.data import synthetic
+    from pyargs.methods import icl
+
+    backbone = str(synthetic.tiny_lm(tmp_path / "lm"))
+    pairs = [("train", user, i) for user in (1, 2) for i in range(4)] + [("support", 3, i) for i in range(3)]
+    columns = {"prompt": "p{}", "chosen": "good {}", "rejected": "bad {}"}
+    rows = [{"user_id": u, "split": s} | {name: text.format(i) for name, text in columns.items()} for s, u, i in pairs]
+    model = pyargs.train("icl", Dataset.from_list(rows), icl.Config(backbone=backbone, shots=1))
+    assert pyargs.adapt(model, Dataset.from_list(rows)) == ["3"]
+    assert "3" in model.known_users and 3 not in model.known_users
+    assert model.prompt_ids("q", 3) == model.prompt_ids("q", "3")

@@ -115,6 +115,14 @@ def of_split(dataset: Dataset, *splits: str) -> Dataset:
     return dataset.select([row for row, split in enumerate(dataset["split"]) if split in splits])
 
 
+def with_text_ids(dataset: Dataset) -> Dataset:
+    """The dataset with integer user ids as their digits (`pyargs.user_ids`), as `load` gives them."""
+    from datasets import Value
+
+    kind = getattr(dataset.features.get("user_id"), "dtype", "")
+    return dataset.cast_column("user_id", Value("string")) if kind.startswith(("int", "uint")) else dataset
+
+
 def content_hash(dataset: Dataset) -> str:
     """SHA-256 over the common columns, row by row in order: the same data have the same hash whatever their source."""
     digest = hashlib.sha256()
