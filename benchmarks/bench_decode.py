@@ -47,9 +47,9 @@ COLUMNS = [
 ]  # fmt: skip
 
 
-def models(dtype: torch.dtype):
+def models(name: str, dtype: torch.dtype):
     """The policy, its tokenizer, the random reward model on the same weights, and the same with LoRA merged into its own."""
-    policy, tokenizer = pyargs.load_lm("smollm2-135m", dtype=dtype, device="cpu")
+    policy, tokenizer = pyargs.load_lm(name, dtype=dtype, device="cpu")
     policy.generation_config.eos_token_id = None  # every run has the length asked for
     backbone = lora.twin(policy.get_decoder())
     torch.manual_seed(0)
@@ -180,7 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here too")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them here (png, svg)")
-    parser.add_argument("--quick", action="store_true", help="one row of 64 tokens and few steps")
+    parser.add_argument("--quick", action="store_true", help="a tiny random model, one row of 64 tokens and few steps")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of policy and backbone")
     parser.add_argument("--threads", type=int, help="threads of torch and of the ops (default: torch's own choice)")
     options = parser.parse_args()
@@ -188,7 +188,8 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     info = hardware()
     start = time.perf_counter()
-    policy, tokenizer, model, merged = models(getattr(torch, options.dtype))
+    name = "tiny-random" if options.quick else "smollm2-135m"
+    policy, tokenizer, model, merged = models(name, getattr(torch, options.dtype))
     native.stack_of(policy, model.backbone)
     loading = time.perf_counter() - start
     print(f"{hardware_line(info)}\n{options.dtype}, k=10, reward_weight={WEIGHT}, prefill not counted", flush=True)

@@ -102,7 +102,7 @@ def main(description: str | None, measure: Callable[[bool, float], list[dict]], 
     """Command line of a benchmark: `measure(quick, streaming rate)` gives the rows."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here too")
-    parser.add_argument("--quick", action="store_true", help="fewer shapes and repeats, for a smoke test")
+    parser.add_argument("--quick", action="store_true", help="fewer shapes, repeats and weights, for a smoke test")
     parser.add_argument("--threads", type=int, help="threads of torch and of the ops (default: torch's own choice)")
     options = parser.parse_args()
     if options.threads:
