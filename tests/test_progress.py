@@ -30,12 +30,18 @@ class Screen:
 
 @pytest.mark.parametrize(("terminal", "hide", "shown"), [(True, False, True), (False, False, False), (True, True, False)])
 def test_a_bar_is_for_a_terminal(monkeypatch, terminal, hide, shown):
-    screen = Screen(terminal)
+    monkeypatch.setattr(sys, "stderr", Screen(terminal))
+    monkeypatch.setattr("tqdm.auto.tqdm", lambda iterable, **more: more)
+    assert progress.progress_bar(range(3), desc="train", hide=hide).get("disable", False) is not shown
+
+
+def test_a_redirected_bar_says_nothing(monkeypatch):
+    screen = Screen(False)
     monkeypatch.setattr(sys, "stderr", screen)
-    with progress.progress_bar(range(3), desc="train", hide=hide) as bar:
+    with progress.progress_bar(range(3), desc="train") as bar:
         for _ in bar:
             bar.set_postfix(loss="1")
-    assert ("train" in screen.text) is shown
+    assert screen.text == ""
 
 
 @pytest.mark.parametrize("terminal", [True, False])
