@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pyargs import commands
-from pyargs.errors import PyargsError, did_you_mean
+from pyargs.errors import PyargsError, did_you_mean, refusal
 from pyargs.progress import quiet_others
 
 
@@ -41,6 +41,14 @@ def parse(verb: str, words: list[str]) -> tuple[Callable[[argparse.Namespace], d
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    for word in argv:
+        if any("\ud800" <= letter <= "\udfff" for letter in word):  # bytes that Python could not decode
+            encoding = sys.getfilesystemencoding()
+            print(
+                f"pyargs: {word!a} cannot be read as {encoding}, this locale's encoding. Fix: set PYTHONUTF8=1",
+                file=sys.stderr,
+            )
+            return 1
     quiet_others()
     known = verbs()
     width = max(map(len, known))
@@ -69,6 +77,11 @@ def main(argv: list[str] | None = None) -> int:
         result = run(args)
     except PyargsError as error:
         print(f"pyargs {own.verb}: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if (why := refusal(error)) is None:
+            raise
+        print(f"pyargs {own.verb}: {why}", file=sys.stderr)
         return 1
     if result is not None:
         try:

@@ -10,7 +10,7 @@ from filelock import FileLock
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pyargs.errors import PyargsError
+from pyargs.errors import PyargsError, explained
 from pyargs.files import read_tensors, writing
 from pyargs.lm import native
 from pyargs.lm.encode import encode_prompt, encode_response
@@ -124,11 +124,18 @@ def _cached(kind: str, model, inputs, compute) -> dict[str, Tensor]:
     key = json.dumps([fingerprint(model), inputs, native.can_pack(model)])
     key = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
     file = cache_dir() / kind / f"{key}.safetensors"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(file.with_suffix(".lock")):  # of processes that ask for the same, one computes
+    if file.exists():
+        return read_tensors(file)
+    lock = FileLock(file.with_suffix(".lock"))  # of processes that ask for the same, one computes
+    with explained(f"the cache {file.parent} cannot be written"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    try:
         if file.exists():
             return read_tensors(file)
         values = compute()
         with writing(file) as temporary:
             save_file(values, temporary)
+    finally:
+        lock.release()
     return values

@@ -20,10 +20,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from pyargs.config import check_kinds
 from pyargs.errors import PyargsError, explained, refusal
 
 LINE = 1 << 24
 """Characters of the longest line that is read: a small .gz can hold one that fills the memory."""
+UNFOLDED = 100
+"""Times its size that a .gz which is read in one piece may unfold to (text: 3 to 20)."""
 
 
 def sha256(path: str | Path) -> str:
@@ -55,8 +58,7 @@ def weights_hash(folder: str | Path) -> str:
 def read_tuned(file: str | Path, model: str | Path) -> dict:
     """The file of `pyargs tune` for this model. Raises PyargsError if it is another file, or another model's."""
     tuned = read_json(file)
-    if not isinstance(tuned, dict) or not {"reward_weight", "centre", "model"} <= set(tuned):
-        raise PyargsError(f"{file} is no file of `pyargs tune`")
+    check_kinds(tuned, {"reward_weight": float, "centre": float, "model": str}, f"{file} is no file of `pyargs tune`")
     if tuned["model"] != weights_hash(model):
         raise PyargsError(f"{file} was tuned for another model than {model}: run `pyargs tune {model}`")
     return tuned
@@ -127,6 +129,21 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
                 yield number, line
     except DAMAGED as error:
         raise PyargsError(f"{path} is damaged after line {number}, or not what its name says: {error}") from error
+
+
+def read_text(path: str | Path) -> str:
+    """All of a UTF-8 file, plain or .gz. Raises PyargsError: missing, damaged, a .gz that unfolds without end."""
+    path = Path(path)
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with explained(f"{path} cannot be read"), opener(path, "rt", encoding="utf-8-sig") as stream:
+            most = max(4 * LINE, UNFOLDED * path.stat().st_size)
+            text = stream.read(most + 1)
+    except DAMAGED as error:
+        raise PyargsError(f"{path} is damaged, or not what its name says: {error}") from error
+    if len(text) > most:
+        raise PyargsError(f"{path} unfolds to more than {UNFOLDED} times its size: unpack it yourself if you trust it")
+    return text
 
 
 DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError)

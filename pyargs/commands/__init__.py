@@ -25,6 +25,12 @@ def add_policy(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the policy (default float32)")
 
 
+def add_model(parser: argparse.ArgumentParser, help: str) -> None:
+    """The words that say which trained model is meant."""
+    parser.add_argument("model", help=help)
+    parser.add_argument("--backbone", metavar="PATH", help="where the model's backbone lies now, if it was moved")
+
+
 def load_data(args: argparse.Namespace):
     from pyargs import data
 

@@ -6,9 +6,9 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
-    from pyargs.commands import add_data
+    from pyargs.commands import add_data, add_model
 
-    parser.add_argument("model", help="folder of `pyargs train`")
+    add_model(parser, "folder of `pyargs train`")
     parser.add_argument("--out", required=True, help="folder for the model with the new users")
     parser.add_argument("--adapt-steps", type=int, help="steps of the adaptation (default: the method's)")
     parser.add_argument("--method", help="the .py file that the model was trained with, where it was one: it is run")
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> dict:
         return plan
     if done := files.finished(args.out, key):
         return {**done, "already_done": True}
-    model = load_model(args.model)
+    model = load_model(args.model, backbone=args.backbone)
     fit.adapt(model, rows, steps=args.adapt_steps, method=args.method)
     model.save_pretrained(args.out)
     if not model.known_users:

@@ -6,9 +6,9 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
-    from pyargs.commands import add_data, add_policy, positive
+    from pyargs.commands import add_data, add_model, add_policy, positive
 
-    parser.add_argument("model", help="folder of `pyargs train` or `pyargs adapt`")
+    add_model(parser, "folder of `pyargs train` or `pyargs adapt`")
     add_policy(parser)
     weight = parser.add_mutually_exclusive_group()
     weight.add_argument("--tuned", help="file of `pyargs tune`: its reward_weight is used")
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> dict:
     if done := files.finished(args.out, key):
         return {**done, "already_done": True}
 
-    policy, model = load_pair(args.policy, args.model, dtype=args.dtype)
+    policy, model = load_pair(args.policy, args.model, dtype=args.dtype, backbone=args.backbone)
     lines, started = {}, time.perf_counter()
     for numbers, _, decoded in decode_prompts(
         policy, model, [row["prompt"] for row in items], [row["user_id"] for row in items], reward_weight=weight,

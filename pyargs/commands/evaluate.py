@@ -8,9 +8,9 @@ WHOLE = 4  # words from which a source that stands in an answer is a quotation: 
 
 
 def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
-    from pyargs.commands import add_data, add_policy
+    from pyargs.commands import add_data, add_model, add_policy
 
-    parser.add_argument("model", help="folder of `pyargs adapt` (or of `pyargs train` with --split train_test)")
+    add_model(parser, "folder of `pyargs adapt` (or of `pyargs train` with --split train_test)")
     add_policy(parser)
     weight = parser.add_mutually_exclusive_group()
     weight.add_argument("--tuned", help="file of `pyargs tune`: the weight that was chosen for this model and policy")
@@ -66,14 +66,14 @@ def run(args: argparse.Namespace) -> dict:
         return {**done, "already_done": True}
 
     if config["kind"] != "user_policy" and args.policy is None:
-        model = load_model(args.model)
+        model = load_model(args.model, backbone=args.backbone)
         values = {"rm_accuracy": rm_accuracy(model.pair_scores(rows)[1], rows["user_id"])}
     else:
-        policy, model = load_pair(args.policy, args.model, dtype=args.dtype)
+        policy, model = load_pair(args.policy, args.model, dtype=args.dtype, backbone=args.backbone)
         values = _policy(model, rows) if args.policy is None else _guide(model, policy, rows, tuned)
         if args.generations:
             # What a method made of the policy must not judge its own fluency.
-            judge = policy if args.policy else load_lm(config["backbone"], dtype=config["dtype"])[0]
+            judge = policy if args.policy else load_lm(args.backbone or config["backbone"], dtype=config["dtype"])[0]
             values |= _generations(args, model, judge, rows, None if tuned is None else tuned["reward_weight"])
     result = Result("evaluate", values, key["config"], inputs, files.provenance(model.about["fields"]["seed"])).json()
     files.write_json(args.out, result)

@@ -6,11 +6,11 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
-    from pyargs.commands import add_data, add_policy
+    from pyargs.commands import add_data, add_model, add_policy
     from pyargs.config import add_options
     from pyargs.tune import Tuning
 
-    parser.add_argument("model", help="folder of `pyargs train` or `pyargs adapt`")
+    add_model(parser, "folder of `pyargs train` or `pyargs adapt`")
     add_policy(parser)
     parser.add_argument("--out", required=True, help="JSON file for the grid and the chosen weight")
     add_options(parser, Tuning)
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> dict:
     )
     if done := files.finished(args.out, key):
         return {**done, "already_done": True}
-    policy, model = load_pair(args.policy, args.model, dtype=args.dtype)
+    policy, model = load_pair(args.policy, args.model, dtype=args.dtype, backbone=args.backbone)
     chosen = {"model": files.weights_hash(args.model), **tune(model, policy, rows, config)}
     files.write_json(args.out, chosen)
     return files.record(args.out, key, **chosen, provenance=files.provenance(config.seed))

@@ -40,6 +40,9 @@ def generate(
         )
         answers = drawn.answers()
         kept = [i for i, answer in enumerate(answers) if answer]
+        known = len(model.backbone.get_input_embeddings().weight)
+        if any(max(answers[i]) >= known for i in kept):
+            raise PyargsError(f"the policy chose a token beyond the {known} that the reward model knows: they do not fit")
         if kept:
             rewards[row, kept] = model.score([(list(prompt), [answers[i] for i in kept])], [user])[0].float()
         if rewards[row].isnan().any():

@@ -21,26 +21,28 @@ from pyargs.types import Decoded
 from pyargs.user_ids import user_ids
 
 
-def load_pair(policy: str | None, model: str, *, dtype: str = "float32"):
+def load_pair(policy: str | None, model: str, *, dtype: str = "float32", backbone: str | None = None):
     """A policy and the model that guides it; weights that both rest on are loaded once.
+
+    backbone: the place that the model's backbone was moved to.
 
     A UserPolicy answers by itself: it takes no policy, and its own language model stands in the place of one.
     """
     config = read_config(locate(model))
     if config["kind"] == "user_policy":
         if policy is not None:
-            raise PyargsError(f"{model} is a policy itself ({config['method']}): leave --policy out")
-        own = load_model(model).merge()
+            raise PyargsError(f"{model} is a policy itself ({config.get('method')}): leave --policy out")
+        own = load_model(model, backbone=backbone).merge()
         return own.lm, own
     if policy is None:
         raise PyargsError(
-            f"{model} is a {config['kind'].replace('_', ' ')} ({config['method']}): name the --policy that it guides"
+            f"{model} is a {config['kind'].replace('_', ' ')} ({config.get('method')}): name the --policy that it guides"
         )
     lm, tokenizer = load_lm(policy, dtype=dtype)
-    if config["kind"] == "reward_model" and config["backbone"] == policy and config["dtype"] == dtype:
+    if config["kind"] == "reward_model" and (backbone or config.get("backbone")) == policy and config.get("dtype") == dtype:
         own = load_model(model, backbone=lm.get_decoder(), tokenizer=tokenizer, device=lm.device)
         return lm, own if lm.device.type == "cuda" else own.merge()  # a GPU reads the weights once for both
-    return lm, load_model(model).merge()
+    return lm, load_model(model, backbone=backbone).merge()
 
 
 def decode_prompts(

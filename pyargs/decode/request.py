@@ -100,6 +100,11 @@ def check(
         check_room(lm, int(attention_mask.sum(1).min()), length, max_new_tokens)
     eos, pad = stop_and_pad(policy, eos_token_id, pad_token_id)
     known = min(len(lm.get_input_embeddings().weight) for lm in (policy, reward_model.backbone))
+    if vocabulary > known:
+        raise PyargsError(
+            f"the policy can choose among {vocabulary} tokens, but the reward model knows {known}: pass tokenizer= (the "
+            "policy's) if the rest is padding, or take a reward model of the policy's family"
+        )
     if not 0 <= pad < known:
         raise PyargsError(f"pad_token_id {pad} is no token of the models, which know {known}")
     if rows and not (0 <= input_ids.min() and input_ids.max() < known):

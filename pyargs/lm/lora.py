@@ -82,9 +82,8 @@ def load(decoder: nn.Module, folder: Path) -> None:
     if ranks := {len(value) for name, value in saved.items() if "lora_A" in name} - {settings["r"]}:
         raise PyargsError(f"{file}: 'r' is {settings['r']}, but {FILES[1]} holds weights of rank {min(ranks)}")
     with described(f"{file} describes no LoRA adapter of this backbone"):
-        config = LoraConfig(
-            **{name: settings[name] for name in SETTINGS}, base_model_name_or_path=settings.get("base_model_name_or_path")
-        )
+        place = decoder.config.name_or_path or None
+        config = LoraConfig(**{name: settings[name] for name in SETTINGS}, base_model_name_or_path=place)
         ours = config.to_dict()
         for name, value in settings.items():
             if name not in SETTINGS and name not in NOTES and (value != ours[name] if name in ours else value):

@@ -5,19 +5,15 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from pyargs.errors import PyargsError
-from pyargs.files import sha256
+from pyargs.errors import PyargsError, explained
+from pyargs.files import parse_json, read_lines, read_text, sha256, write_text
 from pyargs.lm.hub import cache_dir
 from pyargs.progress import progress_bar
 
 BLOCK = 1 << 20
-DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError, RecursionError)
 
 
 def local(source: str | Path) -> Path:
@@ -41,9 +37,8 @@ def one_of(folder: Path, stem: str, *suffixes: str) -> Path:
 def read_json(path: Path):
     """The value of a .json or .json.gz file. Raises PyargsError, naming the file, if it is damaged."""
     try:
-        with _open(path) as file:
-            return json.load(file)
-    except (json.JSONDecodeError, *DAMAGED) as error:
+        return parse_json(read_text(path))
+    except ValueError as error:
         raise PyargsError(f"{path.name} is damaged or not JSON: {error}") from None
 
 
@@ -63,28 +58,25 @@ def rows(path: Path) -> Iterator[tuple[str, dict]]:
         raise PyargsError(
             f"{path.name}: a file of rows is .jsonl, .json (an object a line, or an array), either with .gz, or .parquet."
         )
-    number = 0
-    try:
-        with _open(path) as file:
-            array = kind == ".json" and file.read(BLOCK).lstrip().startswith("[")
-        if array:
-            for number, row in enumerate(read_json(path), 1):
-                if not isinstance(row, dict):
-                    raise PyargsError(f"{path.name}, row {number}: not a JSON object.")
-                yield f"{path.name}, row {number}", row
-            return
-        with _open(path) as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise PyargsError(f"{path.name}, line {number}: not a JSON object.")
-                yield f"{path.name}, line {number}", row
-    except json.JSONDecodeError as error:
-        raise PyargsError(f"{path.name}, line {number}: not JSON ({error.msg}).") from None
-    except DAMAGED as error:
-        raise PyargsError(f"{path.name} is damaged after line {number}, or not what its name says: {error}") from None
+    first = next((line for _, line in read_lines(path) if line.strip()), "") if kind == ".json" else ""
+    if first.lstrip().startswith("["):
+        found = ((f"{path.name}, row {number}", row) for number, row in enumerate(read_json(path), 1))
+    else:
+        found = _lines(path)
+    for place, row in found:
+        if not isinstance(row, dict):
+            raise PyargsError(f"{place}: not a JSON object.")
+        yield place, row
+
+
+def _lines(path: Path) -> Iterator[tuple[str, object]]:
+    for number, line in read_lines(path):
+        place = f"{path.name}, line {number}"
+        if line.strip():
+            try:
+                yield place, parse_json(line)
+            except ValueError as error:
+                raise PyargsError(f"{place}: not JSON ({error}).") from None
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, dict]]:
@@ -93,18 +85,16 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict]]:
 
     number = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+        file = pyarrow.parquet.ParquetFile(path)
+        names = file.schema_arrow.names
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise PyargsError(f"{path.name}: the column '{twice[0]}' stands twice.")
+        for batch in file.iter_batches():
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path.name}, row {number}", row
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # of these UnicodeDecodeError
         raise PyargsError(f"{path.name} is damaged after row {number}, or no parquet: {error}") from None
-
-
-def _open(path: Path):
-    # -sig: a byte order mark, as some editors write one, is no part of the first line.
-    opener = gzip.open if path.suffix == ".gz" else open
-    return opener(path, "rt", encoding="utf-8-sig")
 
 
 def from_hub(repo: str, patterns: list[str], *, revision: str | None = None) -> Path:
@@ -130,11 +120,12 @@ def download(url: str, name: str) -> Path:
     path = cache_dir() / "data" / name
     noted = path.with_name(path.name + ".sha256")
     if not (path.is_file() and noted.is_file()):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        _fetch(url, part)
-        noted.write_text(sha256(part) + "\n")
-        part.replace(path)
+        with explained(f"{url} cannot be kept in the cache"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_name(path.name + ".part")
+            _fetch(url, part)
+            write_text(noted, sha256(part) + "\n")
+            part.replace(path)
     if sha256(path) != noted.read_text().strip():
         raise PyargsError(
             f"{path} is not what was downloaded (its SHA-256 differs from {noted.name}). Fix: remove both files."
