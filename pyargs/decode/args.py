@@ -84,7 +84,7 @@ def decode(policy, reward_model: RewardModel, request: Request) -> Decoded:
         way = passes.of(policy, reward_model, rows, k)
         both = way(policy, reward_model, way.caches(policy, reward_model, rows, capacity))
     output = Output(rows, request.max_new_tokens, device)
-    state = begin(both, reward_model, request, torch.zeros(rows, dtype=torch.bool, device=device))
+    state = begin(both, folded, request, torch.zeros(rows, dtype=torch.bool, device=device))
     for step in range(request.max_new_tokens):
         state, token, slot = choose(both, folded, request, output, state)
         if output.stop(request, step, state.finished) or step + 1 == request.max_new_tokens:

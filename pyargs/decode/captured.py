@@ -93,7 +93,7 @@ def decode(policy, reward_model: RewardModel, request: Request) -> Decoded | Non
                 recording = _record(policy, reward_model, way, wide, finished, places)
             if recording is None:
                 return None
-        _start(way(policy, reward_model, recording.caches), reward_model, wide, finished, recording)
+        _start(way(policy, reward_model, recording.caches), wide, finished, recording)
         try:
             for step in range(request.max_new_tokens):
                 recording.replay()
@@ -109,11 +109,12 @@ def _record(policy, reward_model: RewardModel, way: type, request: Request, fini
     device = request.user.device
     caches = way.caches(policy, reward_model, len(finished), places)
     both = way(policy, reward_model, caches)
-    state = State(*(tensor.clone() for tensor in begin(both, reward_model, request, finished)))
+    folded = reward_model.head.fold()
+    state = State(*(tensor.clone() for tensor in begin(both, folded, request, finished)))
     for cache in caches:
         cache.count_on_device()
     output = Output(len(finished), places, device)
-    recording = Recording(ref(policy), request, output, state, caches, reward_model.head.fold())
+    recording = Recording(ref(policy), request, output, state, caches, folded)
     step = partial(_step, both, recording)
     with _capturing, few_launches(policy.get_decoder(), reward_model.backbone):
         try:
@@ -131,12 +132,12 @@ def _record(policy, reward_model: RewardModel, way: type, request: Request, fini
     return recording
 
 
-def _start(both: TwoPasses | OnePass, reward_model, request: Request, finished: Tensor, recording: Recording) -> None:
+def _start(both: TwoPasses | OnePass, request: Request, finished: Tensor, recording: Recording) -> None:
     """Puts a request into the buffers, its prompts read."""
     for name in ("user", "weight", "stop", "uniform"):
         if (tensor := getattr(recording.request, name)) is not None:
             tensor.copy_(getattr(request, name))
-    for kept, new in zip(recording.state, begin(both, reward_model, request, finished), strict=True):
+    for kept, new in zip(recording.state, begin(both, recording.folded, request, finished), strict=True):
         kept.copy_(new)
     for cache in recording.caches:
         cache.count_on_device()

@@ -11,7 +11,6 @@ from pyargs.decode.native import OneStack, TwoStacks
 from pyargs.decode.passes import OnePass, TwoPasses
 from pyargs.decode.request import Output, Request, as_float
 from pyargs.heads import Folded
-from pyargs.models.reward_model import RewardModel
 from pyargs.ops import score_select, topk_logprobs
 
 Passes = TwoPasses | OnePass | TwoStacks | OneStack
@@ -30,10 +29,10 @@ class State(NamedTuple):
     finished: Tensor
 
 
-def begin(passes: Passes, reward_model: RewardModel, request: Request, finished: Tensor) -> State:
+def begin(passes: Passes, folded: Folded, request: Request, finished: Tensor) -> State:
     """Reads the prompts. finished [B]: rows that are none of the caller's."""
     logits, state = passes.begin(request)
-    so_far = reward_model.head(state, request.user)
+    so_far = _rewards(folded, state.unsqueeze(1), request.user).squeeze(1)
     return State(logits, so_far, torch.zeros_like(so_far), finished)
 
 
@@ -54,3 +53,14 @@ def choose(passes: Passes, folded: Folded, request: Request, output: Output, sta
     total = state.total + chosen
     so_far = total / output.steps if request.prefix_mean else chosen  # the step is counted by now
     return State(state.logits, so_far, total, finished), token, slot
+
+
+def _rewards(folded: Folded, states: Tensor, user: Tensor) -> Tensor:
+    """Rewards [B, k] of states [B, k, D], as `choose` computes them."""
+    rows, k, _ = states.shape
+    ids = torch.zeros(rows, k, dtype=torch.long, device=user.device)
+    nothing = torch.zeros(rows, k, dtype=torch.float32, device=user.device)
+    return score_select(
+        folded.features(as_float(states), user), folded.weight, user, nothing[:, 0], nothing, ids,
+        torch.zeros(rows, dtype=torch.bool, device=user.device), bias=folded.bias, activation=folded.activation,
+    )[2]  # fmt: skip

@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from pyargs import ops
 
 
 class Folded(NamedTuple):
@@ -23,3 +26,14 @@ class Folded(NamedTuple):
     weight: Tensor
     bias: Tensor | None = None
     activation: str = "identity"
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x [B, k, D] times the transpose of weight [H, D], float32 [B, k, H]. A row's numbers are the same in any batch; those of
+    torch's product depend on how many rows there are. Not differentiable."""
+    return ops.user_mlp(x, weight.detach().unsqueeze(0), torch.zeros(len(x), dtype=torch.long, device=x.device))
+
+
+def apply(layer: nn.Linear, x: Tensor) -> Tensor:
+    """The layer on x [B, k, D], by `product`."""
+    return product(x, layer.weight) + layer.bias

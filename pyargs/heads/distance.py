@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyargs.errors import PyargsError
-from pyargs.heads import Folded
+from pyargs.heads import Folded, apply
 from pyargs.types import Users
 
 
@@ -29,10 +31,10 @@ class Projector(nn.Module):
         self.first, self.second, self.third = nn.Linear(dim, width), nn.Linear(width, width), nn.Linear(width, width)
         self.phi, self.residual = {"relu": F.relu, "gelu": F.gelu}[activation], residual
 
-    def forward(self, x: Tensor) -> Tensor:
-        one = self.phi(self.first(x))
-        two = self.phi(self.second(one))
-        y = self.third(two + one if self.residual == "hidden" else two)
+    def forward(self, x: Tensor, apply: Callable[[nn.Linear, Tensor], Tensor] = nn.Module.__call__) -> Tensor:
+        one = self.phi(apply(self.first, x))
+        two = self.phi(apply(self.second, one))
+        y = apply(self.third, two + one if self.residual == "hidden" else two)
         return x + y if self.residual == "input" else y
 
 
@@ -77,7 +79,7 @@ class Head(nn.Module):
         weight = -ideal.new_ones(1, 1)
 
         def features(hidden: Tensor, user: Tensor) -> Tensor:
-            return _distance(self.project(hidden.to(ideal.dtype)), ideal[user].unsqueeze(1)).unsqueeze(-1)
+            return _distance(self.project(hidden.float(), apply), ideal[user].unsqueeze(1)).unsqueeze(-1)
 
         return Folded(features, weight)
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from pyargs.heads import Folded
+from pyargs.heads import Folded, product
 from pyargs.ops.score_select import ACTIVATIONS
 from pyargs.types import Users
 
@@ -54,11 +53,11 @@ def fold(first: Tensor, bias: Tensor, second: nn.Linear | None, last: Tensor, ac
     phi = ACTIVATIONS[activation]
 
     def project(hidden: Tensor, user: Tensor) -> Tensor:
-        return torch.matmul(hidden.to(first.dtype), first.T)
+        return product(hidden, first)
 
     def through_second(hidden: Tensor, user: Tensor) -> Tensor:
         x = phi(project(hidden, user) + (bias if len(bias) == 1 else bias[user]).unsqueeze(1))
-        return torch.matmul(x, second.weight.T)
+        return product(x, second.weight)
 
     if second is None:
         return Folded(project, last, bias, activation)

@@ -19,7 +19,8 @@ def user_mlp_reference(hidden: Tensor, bank: Tensor, user: Tensor) -> Tensor:
     users = bank.shape[0]
     bad_user = (user < 0) | (user >= users) if users > 1 else torch.zeros_like(user, dtype=torch.bool)
     row = user.masked_fill(bad_user, 0) if users > 1 else torch.zeros_like(user)
-    out = torch.bmm(hidden.float(), bank[row].float().transpose(1, 2))
+    matrices = bank[row] if users > 1 else bank.expand(len(row), -1, -1)  # a shared one is not copied
+    out = torch.bmm(hidden.float(), matrices.float().transpose(1, 2))
     return out.masked_fill(bad_user[:, None, None], math.nan)
 
 
