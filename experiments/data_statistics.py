@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pyargs import data, files
+from pyargs import data, files, rules
 from pyargs.config import check
 from pyargs.data.tools.statistics import spread, statistics
 from pyargs.lm.embed import embed
@@ -109,6 +109,11 @@ def table(found: dict, paper: dict) -> str:
     for name, s in found.items():
         cells = [f"{s['blind'][x]['accuracy']:.1f} / {s['blind'][x]['reversed']:.1f}" for x in scorers]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    for rule in rules.RULES:
+        about = {name: {"set": s["data_set"], "row": "", "values": {}, "key": {"recipe": s.get("recipe", 2)}}
+                 for name, s in found.items() if s["options"].get("negatives") != "policy"}  # fmt: skip
+        if behind := [name for name, one in about.items() if rule in rules.older(one)]:
+            lines += ["", f"Made by the older rule: {rule.before}. {'; '.join(behind)}."]
     return "\n".join(lines) + "\n"
 
 
@@ -126,7 +131,8 @@ def main() -> None:
             continue
         dataset, counts = load(name, args.shared / where, options, args.work)
         if found.get(row, {}).get("sha256") != data.content_hash(dataset):
-            found[row] = {"data_set": name, "options": options, "counts": counts, **measure(dataset)}
+            made = {"data_set": name, "options": options, "counts": counts, "recipe": rules.NEWEST}
+            found[row] = {**made, **measure(dataset)}
             print(f"{row}: {len(dataset)} pairs of {found[row]['users']} users")
         files.write_json(OUT, {
             "command": "python experiments/data_statistics.py", "sets": {r: found[r] for r in SETS if r in found},
