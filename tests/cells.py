@@ -9,6 +9,9 @@ from pyargs import files, rules
 from pyargs.results import slug
 from pyargs.tables.specs import ALONE, LAMP, LORA, SCORERS, UNGUIDED, has
 
+ROOT = Path(__file__).resolve().parent.parent
+SETS = {"pref_lamp": "Pref-LaMP", "length_prefs": "TLDR", "two_types": "PRISM", "same_content": None}
+SHOTS = [f"{row}, {shots} shots" for row in ("ICL", "ICL-RAG") for shots in (2, 4, 16)]
 ROWS = (*LAMP, *LORA, UNGUIDED, *SCORERS)
 
 
@@ -75,3 +78,15 @@ def write(folder: Path, *cells: dict) -> Path:
         path = folder / one["profile"] / one["set"] / slug(one["policy"]) / f"{slug(one['row'])}-{one['seed']}.json"
         files.write_json(path, one)
     return folder
+
+
+def full(root: Path) -> Path:
+    """Results with all sets and rows, three seeds for titles and two elsewhere, beside the committed numbers of the paper."""
+    files.write_json(root / "expected/paper.json", files.read_json(ROOT / "experiments/expected/paper.json"))
+    for name, data in SETS.items():
+        rows = (*ROWS, *SHOTS) if name == "pref_lamp" else ROWS
+        for seed in range(3 if name == "pref_lamp" else 2):
+            write(root / "results", *(cell(row, seed, set=name, stands_for=data) for row in rows))
+    write(root / "results", cell("LoRE", profile="smoke", policy="tiny-random", set="synthetic"))
+    files.write_json(root / "results/lora_runs.json", {"not": "a cell"})
+    return root / "results"

@@ -6,6 +6,8 @@ import gzip
 import json
 from pathlib import Path
 
+from pyargs.data import tldr
+
 
 def row(**changes) -> dict:
     """A preference row; a value of ... leaves the column out."""
@@ -82,3 +84,26 @@ def prism(folder: Path, dialogues: dict[str, int], change=None) -> Path:
     write(folder / "survey.jsonl", survey)
     write(folder / "conversations.jsonl", conversations)
     return folder
+
+
+def tldr_source(folder: Path) -> Path:
+    """30 train rows of each train worker, 6 validation rows of every worker, and rows that must go."""
+    rows = [comparison(w, texts=(f" {w} {i} long", f" {i}"), number=i) for w in tldr.TRAIN_WORKERS for i in range(30)]
+    rows += [
+        comparison(w, split="valid1" if i % 2 else "valid2", texts=(f" {w} {i} v", f" v{i}"), number=100 + i)
+        for w in (*tldr.TRAIN_WORKERS, *tldr.NEW_WORKERS)
+        for i in range(6)
+    ]
+    rows += [comparison(tldr.TRAIN_WORKERS[0], policy=policy) for policy in ("sup4_ppo_rm3", "ref", "sup_cnn")]
+    rows += [comparison(tldr.TRAIN_WORKERS[0], texts=(" same", " size"), number=7), comparison("somebody else")]
+    rows += [comparison(tldr.NEW_WORKERS[5], split="valid1", texts=(" same", " size"), number=200 + i) for i in range(3)]
+    rows.append(comparison(tldr.TRAIN_WORKERS[1], post=None))
+    for number, part in enumerate((rows[:200], rows[200:]), 3):
+        write(folder / "comparisons" / f"batch{number}.json", part)
+    (folder / "axis_evals").mkdir()
+    (folder / "axis_evals" / "other.json").write_text("no comparison")
+    return folder
+
+
+DIALOGUES = {f"user{i}": 1 + i % 6 for i in range(40)}
+"""How many dialogues of PRISM each user has."""

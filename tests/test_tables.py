@@ -26,22 +26,11 @@ from pyargs.tables.specs import GUIDES, SPECS, TLDR_EIGHT
 from pyargs.tables.words import makes, runs
 
 ROOT = Path(__file__).resolve().parent.parent
-SETS = {"pref_lamp": "Pref-LaMP", "length_prefs": "TLDR", "two_types": "PRISM", "same_content": None}
-SHOTS = [f"{row}, {shots} shots" for row in ("ICL", "ICL-RAG") for shots in (2, 4, 16)]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Results with all sets and rows, three seeds for titles and two elsewhere, beside the committed numbers of the paper."""
-    root = tmp_path_factory.mktemp("experiments")
-    files.write_json(root / "expected/paper.json", files.read_json(ROOT / "experiments/expected/paper.json"))
-    for name, data in SETS.items():
-        rows = (*made.ROWS, *SHOTS) if name == "pref_lamp" else made.ROWS
-        for seed in range(3 if name == "pref_lamp" else 2):
-            made.write(root / "results", *(made.cell(row, seed, set=name, stands_for=data) for row in rows))
-    made.write(root / "results", made.cell("LoRE", profile="smoke", policy="tiny-random", set="synthetic"))
-    files.write_json(root / "results/lora_runs.json", {"not": "a cell"})
-    return root / "results"
+    return made.full(tmp_path_factory.mktemp("experiments"))
 
 
 def printed(*words, capsys) -> str:
@@ -345,6 +334,16 @@ def test_a_full_table_misses_no_row_of_the_paper(name, folder):
         assert f"stands in for the paper's {SPECS[name].data}" in said and "frozen" in said
 
 
+def test_cut_answers_are_said(tmp_path):
+    cut, old, whole = made.cell("LoRE"), made.cell("MPU"), made.cell("VPL")
+    cut["values"]["generations"]["cut"] = 60.0
+    del old["values"]["generations"]["cut"]
+    made.write(tmp_path, cut, old, whole)
+    found = table("9", tmp_path)[0]
+    assert row_of(found, "LoRE")["cut"]["mean"] == 60 and row_of(found, "MPU")["cut"] == MISSING
+    assert any(note.startswith("More than half of the answers are cut off by the token limit: LoRE.") for note in found.notes)
+
+
 # --- profiles and policies
 
 
@@ -438,177 +437,6 @@ def test_the_command_prints_or_writes(folder, tmp_path, capsys):
         "missing": [],
     }
     assert (tmp_path / "a/4.md").read_text(encoding="utf-8") == text
-
-
-# --- damage
-
-
-def test_no_results_is_a_clear_message(tmp_path, capsys):
-    assert cli.main(["table", "4", "--results", str(tmp_path / "none")]) == 1
-    said = capsys.readouterr().err
-    assert "no result cells below" in said and "runs/reproduce.sh smoke" in said
-
-
-def broken(change):
-    cell = made.cell("LoRE")
-    change(cell)
-    return cell
-
-
-DAMAGE = {
-    "values": lambda c: c.pop("values"),
-    "seed": lambda c: c.update(seed="0"),
-    "row": lambda c: c.update(row="MPU"),
-    "profile": lambda c: c.update(profile="gpu"),
-    "key": lambda c: c.pop("key"),
-    "key.decode": lambda c: c["key"].pop("decode"),
-    "values.rm_accuracy": lambda c: c["values"].update(rm_accuracy=3),
-    "values.rm_accuracy.accuracy": lambda c: c["values"]["rm_accuracy"].update(accuracy=float("nan")),
-    "values.rm_accuracy.accuracy ": lambda c: c["values"]["rm_accuracy"].update(accuracy=1.25),
-    "values.rm_accuracy.each": lambda c: c["values"]["rm_accuracy"]["each"].update({"user 0": "10x"}),
-    "values.policy_accuracy": lambda c: c["values"].update(policy_accuracy=[]),
-    "values.policy_accuracy.personal.all": lambda c: c["values"]["policy_accuracy"]["personal"].update(all={}),
-    "values.generations.rouge1": lambda c: c["values"]["generations"].update(rouge1="20"),
-    "values.generations.rougeL": lambda c: c["values"]["generations"].update(rougeL=float("inf")),
-    "values.generations.win_rate": lambda c: c["values"]["generations"].update(win_rate={}),
-    "values.generations.win_rate.each": lambda c: c["values"]["generations"]["win_rate"].update(each={"user 0": "x"}),
-    "values.generations.win_rate.win_rate": lambda c: c["values"]["generations"]["win_rate"].update(win_rate=-1.0),
-    "values.generations.rouge1 ": lambda c: c["values"]["generations"].update(rouge1=90.0),
-    "values.generations.rougeL ": lambda c: (c.pop("answers"), c["values"]["generations"].update(rougeL=-5.0)),
-    "values.relative": lambda c: c["values"].update(relative=[1]),
-    "answers[3]": lambda c: c["answers"].__setitem__(3, {}),
-    "answers": lambda c: c.update(answers=5),
-    "answers[1]": lambda c: c["answers"][1].update(pair_id=None),
-    "key.recipe": lambda c: c["key"].update(recipe="new"),
-    "tune": lambda c: c.update(tune=[1]),
-    "tune.grid[1]": lambda c: c.update(tune={"grid": [{"relative": 0}, {}]}),
-    "seconds": lambda c: c.update(seconds=[1]),
-    "seconds.train": lambda c: c.update(seconds={"train": "long"}),
-    "provenance": lambda c: c.update(provenance=3),
-    "provenance.hardware": lambda c: c.update(provenance={"hardware": [1]}),
-    "provenance.hardware.cpu": lambda c: c.update(provenance={"hardware": {"cpu": 3}}),
-    "provenance.versions": lambda c: c.update(provenance={"versions": "1.0"}),
-    "provenance.commit": lambda c: c.update(provenance={"commit": 3}),
-    "fields": lambda c: c.update(fields=3),
-    "backbone": lambda c: c.update(backbone=3),
-    "dtype": lambda c: c.update(dtype=16),
-    "data": lambda c: c.update(data=4),
-    "values.generations.win_rate.tokens": lambda c: c["values"]["generations"]["win_rate"].update(tokens=[None, 1]),
-    "values.generations.n": lambda c: c["values"]["generations"].update(n=[1]),
-    "answers[1].text": lambda c: c["answers"][1].update(text=5),
-    "answers[1].text ": lambda c: c["answers"][1].pop("text"),
-    "answers[1].copied": lambda c: c["answers"][1].update(text=None, digest="ab", words=9),
-    "answers[1].digest": lambda c: c["answers"][1].update(text=None, copied=8, words=9),
-    "values.generations.cut": lambda c: c["values"]["generations"].update(cut="all"),
-    "answers[2].rouge1": lambda c: c["answers"][2].update(rouge1=float("nan")),
-}
-
-
-@pytest.mark.parametrize("key", DAMAGE)
-def test_damage_names_file_and_key(key, tmp_path):
-    made.write(tmp_path, made.cell("MPU"))
-    path = tmp_path / "cpu/pref_lamp/smollm2-135m/lore-0.json"
-    files.write_json(path, broken(DAMAGE[key]))
-    with pytest.raises(PyargsError) as error:
-        results.read(tmp_path)
-    assert str(path) in str(error.value) and f"'{key.strip()}'" in str(error.value)
-
-
-def test_half_a_file_and_no_cell(tmp_path):
-    made.write(tmp_path, made.cell("MPU"))
-    path = tmp_path / "cpu/pref_lamp/smollm2-135m/lore-0.json"
-    path.write_text('{"profile": "cpu", ')
-    with pytest.raises(PyargsError, match="lore-0.json is not JSON"):
-        results.read(tmp_path)
-    path.write_text("[]")
-    with pytest.raises(PyargsError, match="lore-0.json is no cell"):
-        results.read(tmp_path)
-    for damage in (b"\xff\xfe", b"[" * 100_000):
-        path.write_bytes(damage)
-        with pytest.raises(PyargsError, match="lore-0.json is not JSON"):
-            results.read(tmp_path)
-    path.unlink()
-    path.mkdir()
-    with pytest.raises(PyargsError, match="lore-0.json is not JSON"):
-        results.read(tmp_path)
-
-
-@pytest.mark.parametrize("text", ["{}", "[]", '{"tables": {}}', '{"tables": {"1": {}}}'])
-def test_paper_numbers_that_are_none(text, tmp_path):
-    made.write(tmp_path / "results", made.cell("MPU"))
-    (tmp_path / "expected").mkdir()
-    (tmp_path / "expected/paper.json").write_text(text)
-    with pytest.raises(PyargsError, match="does not hold the paper's tables"):
-        table("9", tmp_path / "results")
-
-
-def test_cut_answers_are_said(tmp_path):
-    cut, old, whole = made.cell("LoRE"), made.cell("MPU"), made.cell("VPL")
-    cut["values"]["generations"]["cut"] = 60.0
-    del old["values"]["generations"]["cut"]
-    made.write(tmp_path, cut, old, whole)
-    found = table("9", tmp_path)[0]
-    assert row_of(found, "LoRE")["cut"]["mean"] == 60 and row_of(found, "MPU")["cut"] == MISSING
-    assert any(note.startswith("More than half of the answers are cut off by the token limit: LoRE.") for note in found.notes)
-
-
-def test_infinite_perplexity_is_a_result(tmp_path):
-    """All answers empty: a weight that broke the policy, not a broken file."""
-    cell = made.cell("LoRE")
-    cell["values"]["generations"]["perplexity"] = float("inf")
-    made.write(tmp_path, cell, made.cell("LoRE", 1))
-    assert "∞" in markdown(table("9", tmp_path)[0])
-
-
-# --- figures
-
-
-@pytest.mark.parametrize("number", ["1", "2", "3"])
-def test_figures_are_drawn(number, folder, tmp_path, capsys):
-    for suffix in ("png", "svg"):
-        out = tmp_path / f"figure.{suffix}"
-        assert cli.main(["figure", number, "--results", str(folder), "--out", str(out)]) == 0
-        assert out.stat().st_size > 5000
-        assert json.loads(capsys.readouterr().out)["missing"] == []
-    first = out.read_bytes()
-    assert cli.main(["figure", number, "--results", str(folder), "--out", str(out)]) == 0
-    assert out.read_bytes() == first, "the same cells give the same bytes"
-
-
-def test_figures_of_little(tmp_path, capsys):
-    made.write(tmp_path, made.cell("word overlap"))
-    for number in "123":
-        assert cli.main(["figure", number, "--results", str(tmp_path), "--out", str(tmp_path / "f.png")]) == 1
-        assert "runs/reproduce.sh cpu --only" in capsys.readouterr().err
-    made.write(tmp_path, made.cell("LoRE"), made.cell("ICL"))
-    for number in "123":
-        assert cli.main(["figure", number, "--results", str(tmp_path), "--out", str(tmp_path / "f.png")]) == 0
-        assert json.loads(capsys.readouterr().out)["command"].startswith("runs/reproduce.sh cpu --only")
-    # A row that one panel has and another lacks is missing.
-    made.write(tmp_path, made.cell("VPL", set="length_prefs", stands_for="TLDR"))
-    assert cli.main(["figure", "1", "--results", str(tmp_path), "--out", str(tmp_path / "f.png")]) == 0
-    missing = _figure_text(tmp_path)
-    assert re.search(r"Missing: in length_prefs .*LoRE.*; in pref_lamp .*VPL", missing)
-    assert "VPL" not in re.search(r"in length_prefs (.*?);", missing)[1], "what a panel shows is not missing there"
-    assert {"LoRE", "VPL"} <= set(json.loads(capsys.readouterr().out)["missing"])
-    assert cli.main(["figure", "1", "--results", str(tmp_path), "--out", str(tmp_path / "f.pdf")]) == 1
-
-
-def _figure_text(folder) -> str:
-    from pyargs.figures import figure
-
-    return " ".join(figure("1", folder)[0].get_suptitle().split())
-
-
-def test_figure_1_has_the_tables_correlations(folder):
-    """Of PRISM too, where Table 7 has one query of each user."""
-    from pyargs.figures import figure
-
-    drawn, _ = figure("1", folder)
-    for data, name in (("TLDR", "2"), ("PRISM", "7")):
-        (title,) = [t for axis in drawn.axes if data in (t := axis.get_title(loc="left"))]
-        row = next(r for r in table(name, folder)[0].below[0].rows if r["statistic"] == "kendall")
-        assert f"τ {row['points']['mean']:.2f} [{row['points']['low']:.2f}".replace("-", "−") in title
 
 
 # --- the paper's numbers
