@@ -8,6 +8,8 @@ from functools import lru_cache
 import pytest
 import torch
 from conftest import reward_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_decode import guided, prompts
 from test_decode import plain as with_copies
 
@@ -143,6 +145,25 @@ def test_every_way_of_decoding_follows_the_oracle(name):
     rewards = Oracle(token_reward.lm)
     found = tokenwise(policy, token_reward, batch[2], reward_weight=call["reward_weight"], max_new_tokens=3, eos_token_id=[])
     follows(found, ROWS, score, lambda row, text, candidate: rewards(text)[candidate].item())
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    name=st.sampled_from(QUICK), lengths=st.lists(st.integers(1, 14), min_size=2, max_size=5), k=st.sampled_from([1, 2, 4]),
+    weight=st.sampled_from([0.0, 0.5, 5.0]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_any_padding_follows_the_oracle(name, lengths, k, weight, seed):
+    policy, model = random_lm(name, 0), reward_model(random_lm(name, 1))
+    score, state = Oracle(policy), Oracle(model.backbone)
+    rows = [dict(prompt=p, user=USERS[i % 3], weight=weight) for i, p in enumerate(prompts(lengths, seed))]
+
+    def reward(row, text, candidate) -> float:
+        return model.head(state([*text, candidate])[-1:].float(), model.users.rows([row["user"]])).item()
+
+    call = dict(reward_weight=weight, num_candidates=k, max_new_tokens=2, eos_token_id=[])
+    follows(
+        guided(policy, model, [row["prompt"] for row in rows], [row["user"] for row in rows], **call), rows, score, reward, k
+    )
 
 
 @pytest.mark.parametrize("name", EVERY)
