@@ -27,8 +27,11 @@ def did_you_mean(name: str, known: Iterable[str], limit: int = 3) -> str:
     return f" There are: {', '.join(known)}." if 0 < len(known) <= 12 else ""
 
 
-NO_MEMORY = re.compile(r"(can't|cannot|unable to) (allocate|mmap)|out of memory|bad_alloc", re.IGNORECASE)
+NO_MEMORY = re.compile(
+    r"(can't|cannot|unable to) (allocate|mmap)|out of memory|bad_alloc|failed to map segment", re.IGNORECASE
+)
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+ELSEWHERE = "name a place that can be written (for the cache: PYARGS_CACHE)"
 NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -42,7 +45,7 @@ def refusal(error: BaseException) -> str | None:
         return None
     if isinstance(error, UnicodeEncodeError):
         return f"{error.object!a} cannot be written as {error.encoding}, this locale's encoding. Fix: set PYTHONUTF8=1"
-    if isinstance(error, MemoryError) or (isinstance(error, (RuntimeError, OSError)) and NO_MEMORY.search(text)):
+    if isinstance(error, MemoryError) or (isinstance(error, (RuntimeError, OSError, ImportError)) and NO_MEMORY.search(text)):
         return f"not enough memory ({first_line(error)}). Fix: free some, or take a smaller model, dtype or batch"
     if isinstance(error, OSError):
         number, reason = error.errno, error.strerror or first_line(error)
@@ -50,24 +53,24 @@ def refusal(error: BaseException) -> str | None:
     elif type(error).__name__ == "SafetensorError":  # by name, so that errors need no import
         number = int(found[1]) if (found := re.search(r"os error (\d+)", text)) else None
         reason = first_line(error)
+    elif "PytorchStreamWriter failed" in text:  # which does not say why
+        number, reason = errno.ENOSPC, first_line(error)
     else:
         return None
     if number in NO_ROOM:
-        return f"{reason}. Fix: make room on the disk, or name another place (for the cache: PYARGS_CACHE)"
-    if number in NOT_ALLOWED:
-        return f"{reason}. Fix: name a place that can be written (for the cache: PYARGS_CACHE), or allow it"
-    return reason
+        return f"{reason}. Fix: make room on the disk, or {ELSEWHERE}"
+    return f"{reason}. Fix: allow it, or {ELSEWHERE}" if number in NOT_ALLOWED else reason
 
 
 @contextmanager
-def explained(what: str):
-    """Makes a PyargsError that begins with `what` from anything that the system refuses within."""
+def explained(what: str, fix: str = ""):
+    """Makes a PyargsError that begins with `what` from what the system refuses within; `fix` is said where that has none."""
     try:
         yield
     except Exception as error:
         if (why := refusal(error)) is None:
             raise
-        raise PyargsError(f"{what}: {why}") from error
+        raise PyargsError(f"{what}: {why}" + (f". Fix: {fix}" if fix and "Fix:" not in why else "")) from error
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from filelock import FileLock
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pyargs.errors import PyargsError, explained
+from pyargs.errors import ELSEWHERE, PyargsError, explained
 from pyargs.files import read_tensors, writing
 from pyargs.lm import native
 from pyargs.lm.encode import encode_prompt, encode_response
@@ -127,7 +127,7 @@ def _cached(kind: str, model, inputs, compute) -> dict[str, Tensor]:
     if file.exists():
         return read_tensors(file)
     lock = FileLock(file.with_suffix(".lock"))  # of processes that ask for the same, one computes
-    with explained(f"the cache {file.parent} cannot be written"):
+    with explained(f"the cache {file.parent} cannot be written", ELSEWHERE):
         file.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     try:

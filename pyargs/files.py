@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pyargs.config import check_kinds
-from pyargs.errors import PyargsError, explained, refusal
+from pyargs.errors import ELSEWHERE, PyargsError, explained, refusal
 
 LINE = 1 << 24
 """Characters of the longest line that is read: a small .gz can hold one that fills the memory."""
@@ -178,7 +178,7 @@ def writing(path: str | Path, replaceable: Iterable[str] = ()):
     path = Path(path).absolute()
     if path.name in ("", "..") or path == Path.cwd():
         raise PyargsError(f"'{path}' can not be replaced: name a file or a folder inside it")
-    with explained(f"{path} cannot be written"):
+    with explained(f"{path} cannot be written", ELSEWHERE):
         path.parent.mkdir(parents=True, exist_ok=True)
         settle(path)
         with _temporary(path) as scratch:
@@ -273,7 +273,7 @@ def resumable(out: str | Path, kind: str, key):
 
     folder = beside(out, f"{kind}-{short_hash(key)}")
     drop_resumable(out, kind, keep=folder)
-    with explained(f"{folder} cannot be written"):
+    with explained(f"{folder} cannot be written", ELSEWHERE):
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock", timeout=0)
         try:

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from pyargs import optimizers
 from pyargs.config import check, option
 from pyargs.data import of_split, with_text_ids
-from pyargs.errors import PyargsError, described, did_you_mean
+from pyargs.errors import PyargsError, described, did_you_mean, explained
 from pyargs.files import read_tensors
 from pyargs.lm import lora
 from pyargs.lm.cache import can_branch
@@ -295,8 +295,9 @@ def _train_all(recipe, model, rows, config, checkpoints: str | Path | None) -> N
             save_file({name: p.detach().contiguous() for name, p in trained.items()}, Path(output_dir) / "trained.safetensors")
 
         def _save_checkpoint(self, *arguments):
-            super()._save_checkpoint(*arguments)
-            (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / COMPLETE).touch()
+            with explained(f"a checkpoint in {self.args.output_dir} cannot be written"):
+                super()._save_checkpoint(*arguments)
+                (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / COMPLETE).touch()
 
         # And it is read as data: what is no checkpoint of this run is an error that names it, what is pickled is not run.
         def _load_from_checkpoint(self, folder, model=None):

@@ -289,8 +289,13 @@ def test_what_the_system_refuses_has_a_sentence():
     for error, part in (
         (OSError(errno.ENOSPC, "No space left on device", "/x"), "/x: No space left on device. Fix: make room"),
         (full, "Fix: make room"),
-        (PermissionError(errno.EACCES, "Permission denied", "/x"), "Fix: name a place that can be written"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), "Fix: allow it, or name a place that can be written"),
         (OSError(errno.EROFS, "Read-only file system", "/x"), "PYARGS_CACHE"),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:668] . PytorchStreamWriter failed writing file data/0"),
+            "make room",
+        ),
+        (ImportError("x.so: failed to map segment from shared object"), "not enough memory"),
         (MemoryError(), "not enough memory"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "not enough memory"),
         (RuntimeError("unable to mmap 512 bytes from file </x>: Cannot allocate memory (12)"), "not enough memory"),
@@ -361,7 +366,7 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, backbone, capsys)
         str(tmp_path / "rm"),
     ]
     assert cli.main(words) == 1
-    assert "the cache" in (said := capsys.readouterr().err) and str(tmp_path / "file") in said
+    assert "PYARGS_CACHE" in (said := capsys.readouterr().err) and str(tmp_path / "file") in said
     assert cli.main([*words[:4], "--backbone", "tiny-random", "--out", str(tmp_path / "file/rm")]) == 1
     assert "cannot be written" in capsys.readouterr().err
     monkeypatch.delenv("PYARGS_CACHE")

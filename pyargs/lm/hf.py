@@ -38,10 +38,10 @@ def load_lm(name: str, *, dtype: torch.dtype | str = torch.float32, device: str 
             path, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:  # a damaged folder fails anywhere within transformers
-        raise PyargsError(
-            f"cannot load the model '{name}': give a local folder, the embedded 'smollm2-135m', or a hub name with the "
-            f"hub within reach ({refusal(error) or first_line(error)})"
-        ) from error
+        why = refusal(error) or first_line(error)
+        if "Fix:" not in why:
+            why += ". Fix: give a local folder, the embedded 'smollm2-135m', or a hub name with the hub within reach"
+        raise PyargsError(f"cannot load the model '{name}': {why}") from error
     if missing := sorted(found["missing_keys"]):
         raise PyargsError(f"the model '{name}' has no weights for {', '.join(missing[:3])}: they would be random")
     model.tokenizer = tokenizer  # so that a decoder can compare it with the reward model's

@@ -17,7 +17,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyargs.errors import PyargsError, did_you_mean, explained
+from pyargs.errors import ELSEWHERE, PyargsError, did_you_mean, explained
 from pyargs.files import parse_json, settle, sha256, write_json, writing
 from pyargs.lm.inert import check_inert
 from pyargs.progress import progress_bar
@@ -132,7 +132,7 @@ def fetch(name: str, *, force: bool = False) -> Path:
         return target
     from filelock import FileLock
 
-    with explained(f"the cache {target.parent} cannot be written"):
+    with explained(f"the cache {target.parent} cannot be written", ELSEWHERE):
         target.parent.mkdir(parents=True, exist_ok=True)
     # The lock belongs to the open file, so that a killed process leaves none behind.
     with explained(f"{name} cannot be put into the cache"), FileLock(target.parent / f".{name}.lock"):
