@@ -64,13 +64,16 @@ def hardly_adapted(cell: dict, steps: int = 200) -> bool:
     return cell.get("method") == "pdpo" and (cell.get("fields") or {}).get("adapt_steps", steps) < steps
 
 
-def marks(cells: Iterable[dict]) -> dict[str, dict[str, list[int]]]:
-    """What must be said of cells: a sentence -> its rows -> their seeds."""
+def marks(cells: Iterable[dict], ranked: Iterable[dict] = ()) -> dict[str, dict[str, list[int]]]:
+    """What must be said of cells: a sentence -> its rows -> their seeds.
+
+    ranked: cells of which no more is shown than what their reward model ranks, for which no weight matters.
+    """
     found: dict[str, dict[str, list[int]]] = {}
-    for cell in cells:
-        behind = older(cell)
+    for cell, weighed in (*((cell, True) for cell in cells), *((cell, False) for cell in ranked)):
+        behind = [rule for rule in older(cell) if weighed or rule.touches is not _ended_at_the_grid]
         said = [f"made by the older rule: {rule.before}" for rule in behind]
-        if largest_tried(cell) and not any(rule.touches is _ended_at_the_grid for rule in behind):
+        if weighed and largest_tried(cell) and not any(rule.touches is _ended_at_the_grid for rule in behind):
             said.append("the chosen weight is the largest tried")
         if hardly_adapted(cell):
             said.append("so few steps for new users leave the policy as it is (the default is 200)")

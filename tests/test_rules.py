@@ -67,6 +67,19 @@ def test_marks_stand_in_the_tables(tmp_path):
     assert table("5", tmp_path)[0].columns[-1].key == "seeds", "nothing must be said any more"
 
 
+def test_a_table_says_of_a_row_what_matters_for_its_numbers(tmp_path):
+    """No weight matters for what a reward model ranks; its biases do, also beside a policy that we do not have."""
+    tune = {"grid": [{"relative": 0}, {"relative": 3}]}
+    for name, data in (("titles", "Pref-LaMP"), ("types", "PRISM")):
+        one = cell("VPL", 2, set=name, stands_for=data, method="vpl", tune=tune)
+        one["values"]["relative"] = 3
+        made.write(tmp_path, one, cell("LoRE", set=name, stands_for=data))
+    grid, biases = "no weight beyond the grid", BIASES.before
+    for name, says_grid in (("3", False), ("8", False), ("7", True), ("9", True), ("12", False)):
+        notes = " ".join(table(name, tmp_path)[0].notes)
+        assert biases in notes and (grid in notes) == says_grid, name
+
+
 def test_marks_stand_in_the_figures_and_the_report(tmp_path):
     made.write(tmp_path, cell("VPL", 2, method="vpl"), cell("LoRE"), cell("ICL"))
     text = lambda number: " ".join(figure(number, tmp_path)[0].get_suptitle().split())  # noqa: E731

@@ -57,7 +57,9 @@ def methods(name: str, spec: Spec, cells: list[dict], paper: dict | None, profil
         for scale, policy in beside.items():
             notes += words.controls([c for c in cells if c["policy"] == policy], paper, scale)
     notes += words.missing(lacking, [row["row"] for row in rows], cells, profile, spec.data, beside)
-    column, marks = words.marked(rows, shown)
+    own = results.policies(cells)[:1]  # whose cells tell what a reward model ranks, whatever policy the table is about
+    ranked = [c for c in cells if c["policy"] in own and results.rm_accuracy(c)] if "rm_accuracy" in spec.metrics else []
+    column, marks = words.marked(rows, shown if set(spec.metrics) - set(SHARED) else [], ranked)
     columns, notes = columns + column, notes + marks
     caption = words.caption(f"Table {name}. {spec.title}", cells, profile, spec.data, beside)
     table = Table(caption, columns, rows, notes)

@@ -95,13 +95,13 @@ def reading(spec: Spec, cells: list[dict]) -> list[str]:
     return said if cells else said[len(said) - bool(spec.note) :]
 
 
-def marked(rows: list[dict], cells: list[dict]) -> tuple[list[Column], list[str]]:
+def marked(rows: list[dict], cells: list[dict], ranked: Iterable[dict] = ()) -> tuple[list[Column], list[str]]:
     """Letters for what must be said of the rows' cells (`rules.marks`), written into the rows, with their column and notes.
 
-    Both empty where nothing must be said. Of cells of other rows nothing is said; without rows the notes are about all cells.
+    Both are empty where nothing must be said. Of cells of other rows nothing is said; without rows the notes are about all cells.
     """
     shown = {row["row"] for row in rows} or {cell["row"] for cell in cells}
-    found = rules.marks(cell for cell in cells if cell["row"] in shown)
+    found = rules.marks(*([cell for cell in some if cell["row"] in shown] for some in (cells, ranked)))
     notes = []
     for letter, (text, of) in zip(ascii_lowercase, found.items(), strict=False):
         whose = "All rows" if shown == set(of) else "; ".join(with_seeds(of))
