@@ -98,7 +98,8 @@ def reading(spec: Spec, cells: list[dict]) -> list[str]:
 def marked(rows: list[dict], cells: list[dict], ranked: Iterable[dict] = ()) -> tuple[list[Column], list[str]]:
     """Letters for what must be said of the rows' cells (`rules.marks`), written into the rows, with their column and notes.
 
-    Both are empty where nothing must be said. Of cells of other rows nothing is said; without rows the notes are about all cells.
+    Both are empty where nothing must be said. Of cells of other rows nothing is said; without rows the notes are about all
+    cells.
     """
     shown = {row["row"] for row in rows} or {cell["row"] for cell in cells}
     found = rules.marks(*([cell for cell in some if cell["row"] in shown] for some in (cells, ranked)))
