@@ -12,10 +12,11 @@ from torch import Tensor
 
 from pyargs.errors import ELSEWHERE, PyargsError, explained
 from pyargs.files import read_tensors, writing
-from pyargs.lm import native
+from pyargs.lm import lora, native
 from pyargs.lm.encode import encode_prompt, encode_response
 from pyargs.lm.hf import fingerprint, response_logprobs, response_states
 from pyargs.lm.hub import cache_dir
+from pyargs.lm.structure import as_written, contents, structure
 from pyargs.types import Features
 
 
@@ -117,11 +118,13 @@ def policy_logprobs(policy, encoded) -> list[Tensor]:
 
 
 def _cached(kind: str, model, inputs, compute) -> dict[str, Tensor]:
-    """compute(), or what it gave before for the same weights and inputs. A model with LoRA is one experiment's: not kept."""
-    if hasattr(model, "peft_config") or (hasattr(model, "get_decoder") and hasattr(model.get_decoder(), "peft_config")):
+    """compute(), or what it gave before for the same model and inputs. One with LoRA is one experiment's, and one with hooks
+    may do anything: not kept."""
+    if lora.present(model) or not as_written(model):
         return compute()
-    # The native stack rounds otherwise than transformers.
-    key = json.dumps([fingerprint(model), inputs, native.can_pack(model)])
+    # Weights alone do not make a model. The native stack rounds otherwise than transformers.
+    made = [repr(sorted(structure(model).items())), *(value.hex() for value in contents(model.buffers()))]
+    key = json.dumps([fingerprint(model), made, inputs, native.can_pack(model)])
     key = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
     file = cache_dir() / kind / f"{key}.safetensors"
     if file.exists():

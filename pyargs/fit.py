@@ -26,7 +26,7 @@ from pyargs.data import of_split, with_text_ids
 from pyargs.errors import PyargsError, described, did_you_mean, explained
 from pyargs.files import read_tensors
 from pyargs.lm import lora
-from pyargs.lm.cache import can_branch
+from pyargs.lm.cache import can_share
 from pyargs.lm.encode import pack
 from pyargs.lm.hf import fingerprint, load_lm
 from pyargs.models.reward_model import RewardModel
@@ -259,7 +259,7 @@ def _train_all(recipe, model, rows, config, checkpoints: str | Path | None) -> N
         }
         for n, ((g, c, r), u) in enumerate(zip(pairs, user, strict=True))
     ]
-    share = can_branch(model.backbone)
+    share = can_share(model.backbone)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     class PairTrainer(Trainer):

@@ -19,6 +19,7 @@ def run(args: argparse.Namespace) -> dict:
     import torch
 
     import pyargs
+    from pyargs.lm.structure import eager
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -39,6 +40,7 @@ def run(args: argparse.Namespace) -> dict:
         "native_ops": sorted(ops.native),
         "extension": build or "not loaded; " + " ".join(str(w.message) for w in caught),
         "cpu_capability": cpu,
+        "backend": "eager" if eager() else "auto",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cuda": {

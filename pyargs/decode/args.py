@@ -20,6 +20,7 @@ from pyargs.decode.request import Output, Request, check
 from pyargs.decode.step import begin, choose
 from pyargs.errors import PyargsError
 from pyargs.lm.cache import can_branch
+from pyargs.lm.structure import may_replace, unwrapped
 from pyargs.models.reward_model import RewardModel
 from pyargs.types import Decoded
 
@@ -54,6 +55,7 @@ def generate(
             f"a {type(reward_model).__name__} has no head to score candidates with: decode a TokenReward through "
             "pyargs.decode.tokenwise, a UserPolicy through pyargs.decode.plain"
         )
+    policy = unwrapped(policy)
     request = check(
         policy, reward_model, input_ids, attention_mask, users, reward_weight=reward_weight, num_candidates=num_candidates,
         max_new_tokens=max_new_tokens, eos_token_id=eos_token_id, pad_token_id=pad_token_id, do_sample=do_sample,
@@ -61,6 +63,8 @@ def generate(
     )  # fmt: skip
     if not len(input_ids):
         return Output(0, 0, "cpu").decoded(request, torch.zeros(0, dtype=torch.bool))
+    if not may_replace(policy, reward_model.backbone, reward_model.head):  # hooks and the like: the models themselves decode
+        return reference.decode(policy, reward_model, request)
     if not (can_branch(policy) and can_branch(reward_model.backbone)):
         warnings.warn(
             "policy or reward model has layers in which candidates can not share a prefix (sliding window, linear attention, "

@@ -24,9 +24,9 @@ from pyargs.decode.passes import OnePass, TwoPasses
 from pyargs.decode.request import Output, Request
 from pyargs.decode.step import State, begin, choose
 from pyargs.heads import Folded
-from pyargs.lm import lora
 from pyargs.lm.cache import PrefixCache
 from pyargs.lm.launches import few_launches
+from pyargs.lm.structure import contents, may_replace, structure
 from pyargs.models.reward_model import RewardModel
 from pyargs.types import Decoded
 
@@ -42,10 +42,12 @@ TRIALS = 2
 class Recording:
     """The buffers that a captured step reads and writes, and `replay`, which runs it on them.
 
-    policy is a weak reference: a recording is no use to another policy, whose weights may lie where this one's lay.
+    policy is a weak reference: a recording is no use to another policy, whose weights may lie where this one's lay. models:
+    what policy, backbone and head were, attributes and all, whose numbers a graph keeps.
     """
 
     policy: ref
+    models: list[dict]
     request: Request
     output: Output
     state: State
@@ -61,6 +63,8 @@ _capturing = threading.Lock()
 
 def possible(policy, reward_model: RewardModel) -> bool:
     """Whether a captured step is worth trying: both models on one GPU, and no attempt of theirs has failed."""
+    if not may_replace(policy, reward_model.backbone, reward_model.head):
+        return False
     devices = {policy.device, reward_model.device, reward_model.backbone.device}
     return len(devices) == 1 and devices.pop().type == "cuda" and policy not in _refused.get(reward_model, ())
 
@@ -80,7 +84,8 @@ def decode(policy, reward_model: RewardModel, request: Request) -> Decoded | Non
 
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         recording = kept.pop(key, None)  # while in use it is nobody else's
-        if recording is None or recording.policy() is not policy:
+        models = [structure(part) for part in (policy, reward_model.backbone, reward_model.head)]
+        if recording is None or recording.policy() is not policy or recording.models != models:
             while len(kept) >= KEPT:
                 kept.pop(next(iter(kept)), None)
             try:
@@ -114,7 +119,8 @@ def _record(policy, reward_model: RewardModel, way: type, request: Request, fini
     for cache in caches:
         cache.count_on_device()
     output = Output(len(finished), places, device)
-    recording = Recording(ref(policy), request, output, state, caches, folded)
+    models = [structure(part) for part in (policy, reward_model.backbone, reward_model.head)]
+    recording = Recording(ref(policy), models, request, output, state, caches, folded)
     step = partial(_step, both, recording)
     with _capturing, few_launches(policy.get_decoder(), reward_model.backbone):
         try:
@@ -188,13 +194,13 @@ def _widened(request: Request, rows: int, steps: int) -> Request:
 
 
 def _key(policy, reward_model: RewardModel, way: type, request: Request, places: int) -> tuple:
-    """What a recording is for. Weights may change where they lie, but not those that the head folds: of these a change is
-    seen unless it goes through `data`."""
+    """What a recording is for. Weights may change where they lie, but not those that the head folds: these are read."""
     numbers = (
         len(request.user), places, len(request.stop), request.num_candidates, request.pad_id, request.vocabulary,
         request.eos_reward, request.prefix_mean, request.temperature, request.uniform is None,
     )  # fmt: skip
     models = policy, reward_model.backbone
+    head = reward_model.head.state_dict(keep_vars=True).values()
     weights = tuple(t.data_ptr() for model in models for t in (*model.parameters(), *model.buffers()))
-    head = tuple((t.data_ptr(), t._version, t.shape) for t in reward_model.head.state_dict(keep_vars=True).values())
-    return way, numbers, tuple(map(lora.state, models)), weights, head
+    places = tuple((t.data_ptr(), t.shape) for t in head)
+    return way, numbers, weights, places, tuple(contents(head))

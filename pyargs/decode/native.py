@@ -25,7 +25,7 @@ the reward model's rows alone keep the processor busy (docs/performance.md)."""
 
 
 def possible(policy, reward_model: RewardModel | None = None) -> bool:
-    """Whether the native stack computes what these models do, on this machine."""
+    """Whether the native stack computes what these models do as they are now, on this machine."""
     models = [policy] if reward_model is None else [policy, reward_model.backbone]
     return all(native.can_pack(model) for model in models) and plain_output_layer(policy)
 

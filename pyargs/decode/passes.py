@@ -15,6 +15,7 @@ from pyargs.decode.request import Request
 from pyargs.lm import lora
 from pyargs.lm.cache import PrefixCache, additive, cache_name, parameters, positions
 from pyargs.lm.hf import plain_output_layer
+from pyargs.lm.structure import may_replace
 from pyargs.models.reward_model import RewardModel
 
 
@@ -97,7 +98,9 @@ def of(policy, reward_model: RewardModel, rows: int, k: int) -> type[TwoPasses] 
     """The faster way for this pair: OnePass needs the same base weights, and gains where its rows come for free."""
     backbone = reward_model.backbone
     free = not lora.active(backbone) or (lora.plain(backbone) and 2 * rows * k <= MOST_ROWS.get(backbone.device.type, 0))
-    return OnePass if free and lora.same_weights(policy.get_decoder(), backbone) and plain_output_layer(policy) else TwoPasses
+    if not (free and may_replace(policy, backbone)):
+        return TwoPasses
+    return OnePass if lora.same_weights(policy.get_decoder(), backbone) and plain_output_layer(policy) else TwoPasses
 
 
 def _prompt(model, request: Request, cache: PrefixCache, times: int = 1, **more):

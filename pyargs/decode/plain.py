@@ -16,6 +16,7 @@ from pyargs.decode.request import check_length, check_numbers, check_room, stop_
 from pyargs.errors import PyargsError
 from pyargs.lm.encode import left_pad
 from pyargs.lm.hf import forward_step
+from pyargs.lm.structure import unwrapped
 from pyargs.models.user_policy import UserPolicy
 from pyargs.types import Decoded
 
@@ -34,7 +35,7 @@ def generate(
     Raises UnknownUser for a user without a soft prompt, PyargsError for an empty prompt, where the model's positions do not
     suffice, for logits that are not numbers, and for models that padding changes.
     """
-    lm = policy.lm if isinstance(policy, UserPolicy) else policy
+    lm = unwrapped(policy.lm if isinstance(policy, UserPolicy) else policy)
     soft, tokenizer = getattr(policy, "soft", None), getattr(policy, "tokenizer", None)
     if not len(prompts):
         return _decoded(torch.zeros(0, 0, dtype=torch.long), [], 0)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from pyargs.errors import PyargsError
+from pyargs.lm.structure import may_replace, unwrapped
 from pyargs.ops.commit import MOST, commit
 
 
@@ -162,6 +163,7 @@ def can_branch(model) -> bool:
     Config and cache say whether a layer looks through a window or keeps a state, which a short text would not show. Whether
     the model follows masks and positions (ALiBi does not) is tried on a few tokens, once for each model.
     """
+    model = unwrapped(model)
     config = model.config.get_text_config(decoder=True)
     known = parameters(type(model))
     if config._attn_implementation not in ("sdpa", "eager") or "position_ids" not in known or not known & set(CACHE_NAMES[:2]):
@@ -237,6 +239,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def can_share(model) -> bool:
+    """Whether responses may stand beside each other behind one prompt: `can_branch`, and no hook sees them so."""
+    return may_replace(model) and can_branch(model)
 
 
 CACHE_NAMES = "cache", "past_key_values", "cache_params"

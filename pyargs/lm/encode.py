@@ -162,20 +162,21 @@ class Packed:
     """R rows of tokens that hold S responses, several of which may stand behind one copy of their prompt.
 
     input_ids, position_ids int64 [R, L]; attention_mask bool [R, 1, L, L]: a response token sees the prompt and the
-    response's own earlier tokens; row, prompt_end, start, end int64 [S]: response s is input_ids[row, start:end], and its
-    first token is predicted at position prompt_end - 1 of the row.
+    response's own earlier tokens; None where each row holds one response, which causal attention serves; row, prompt_end,
+    start, end int64 [S]: response s is input_ids[row, start:end], and its first token is predicted at position
+    prompt_end - 1 of the row.
     """
 
     input_ids: Tensor
     position_ids: Tensor
-    attention_mask: Tensor
+    attention_mask: Tensor | None
     row: Tensor
     prompt_end: Tensor
     start: Tensor
     end: Tensor
 
     def to(self, device) -> Packed:
-        return Packed(**{name: value.to(device) for name, value in vars(self).items()})
+        return Packed(**{name: None if value is None else value.to(device) for name, value in vars(self).items()})
 
 
 def pack(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[Sequence[int]]], *, share: bool = True) -> Packed:
@@ -208,4 +209,4 @@ def pack(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[Sequence
             start = end
         mask[r, 0, range(start, length), range(start, length)] = True  # padding sees itself: no row of the softmax is empty
     row, prompt_end, start, end = torch.tensor(spans).T
-    return Packed(ids, position, mask, row, prompt_end, start, end)
+    return Packed(ids, position, mask if share else None, row, prompt_end, start, end)

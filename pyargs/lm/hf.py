@@ -10,13 +10,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from pyargs.errors import PyargsError, first_line, refusal
 from pyargs.lm import native
-from pyargs.lm.cache import additive, alike, cache_name, can_branch, evaluating, parameters, positions
+from pyargs.lm.cache import additive, alike, cache_name, can_share, evaluating, parameters, positions
 from pyargs.lm.encode import Packed, pack
 from pyargs.lm.hub import resolve
 from pyargs.lm.lora import ARCHITECTURE
+from pyargs.lm.structure import as_written, may_replace, structure, unwrapped
 from pyargs.ops import topk_logprobs
 from pyargs.progress import progress_bar
 
@@ -115,7 +117,7 @@ def packed_states(decoder: nn.Module, packed: Packed, inputs_embeds: Tensor | No
     if "longrope" in str(getattr(decoder.config, "rope_parameters", None)):  # asks the device
         length = packed.prompt_end + packed.end - packed.start
         check_lengths(decoder, int(length.min()), int(length.max()))
-    if not can_branch(decoder):  # one response a row, padding on the right: a plain causal pass never sees the padding
+    if packed.attention_mask is None:  # one response a row, padding on the right: a causal pass never sees the padding
         return decoder(**inputs, use_cache=False).last_hidden_state
     return decoder(
         **inputs,
@@ -166,7 +168,7 @@ def batches(
             rows[-1][1].append(number)
             size[-1] += len(response)
     order = sorted(range(len(rows)), key=size.__getitem__)
-    share = can_branch(decoder)
+    share = can_share(decoder)
     with progress_bar(total=len(rows), desc=progress, unit="row", hide=len(rows) < 32) as bar:
         while order:
             take = [order.pop()]
@@ -183,6 +185,9 @@ def batches(
 @torch.no_grad()
 def response_states(decoder: nn.Module, groups: Sequences, *, max_tokens: int = 4096, progress: str = "features"):
     """Hidden states of every response: for each group a list of float32 tensors [T, D], one for each of its responses."""
+    decoder = unwrapped(decoder)
+    if not may_replace(decoder):
+        return list(_one_by_one(decoder, groups, progress, _of_states))
     if native.can_pack(decoder):
         return [states for _, states in native.continuations(native.stack_of(decoder), groups, progress)]
     device = next(decoder.parameters()).device
@@ -214,15 +219,29 @@ def token_logprobs(model: nn.Module, packed: Packed, inputs_embeds: Tensor | Non
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, torch.cat(scores)), mask
 
 
-_plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+def _one_by_one(model: nn.Module, groups: Sequences, progress: str, read) -> Iterator[list[Tensor]]:
+    """The plain way: each response behind its prompt in a pass of its own; read(output, ids [1, T], length of the prompt)."""
+    device = next(model.parameters()).device
+    for prompt, several in progress_bar(groups, desc=progress, unit="prompt", hide=len(groups) < 32):
+        rows = [torch.tensor([[*prompt, *response]], dtype=torch.long, device=device) for response in several]
+        yield [read(model(input_ids=ids, use_cache=False), ids, len(prompt)).cpu() for ids in rows]
+
+
+_plain: WeakKeyDictionary[nn.Module, tuple[dict, bool]] = WeakKeyDictionary()
 
 
 def plain_output_layer(model: nn.Module) -> bool:
-    """Whether the model's logits are just its output layer times its last state: no soft caps, no scales. Tried once.
+    """Whether the model's logits are just its output layer times its last state: no soft caps, scales or hooks of its own.
 
-    The output layer is made to say large numbers, which any later cap, scale or shift would change.
+    Tried once, and anew when the model's config or attributes have changed. The output layer is made to say large numbers,
+    which any later cap, scale or shift would change.
     """
-    if model not in _plain:
+    try:
+        now = structure(model, below=False)
+    except PyargsError:
+        return False
+    before, plain = _plain.get(model, (None, False))
+    if before != now:
         seen, said = [], []
 
         def instead(_, inputs: tuple[Tensor], output: Tensor) -> Tensor:
@@ -238,24 +257,28 @@ def plain_output_layer(model: nn.Module) -> bool:
         finally:
             hook.remove()
         same = len(said) == 1 and said[0].shape == logits.shape and torch.equal(said[0].float(), logits.float())
-        _plain[model] = same and alike(seen[0], states)
-    return _plain[model]
+        plain = same and alike(seen[0], states)
+        _plain[model] = now, plain
+    return plain
 
 
 def check_output_layer(model: nn.Module) -> None:
     """Raises PyargsError for models whose logits are more than output layer times last state."""
     if not plain_output_layer(model):
         raise PyargsError(
-            f"{model.config.model_type} changes the logits after its output layer (soft cap or scale): not supported here yet"
+            f"the logits of this {model.config.model_type} are more than its output layer's (soft cap, scale, or a hook on "
+            "the model itself): not supported with a soft prompt"
         )
 
 
 @torch.no_grad()
 def response_logprobs(model: nn.Module, groups: Sequences, *, max_tokens: int = 4096, progress: str = "policy"):
     """log pi(y_t | x, y_<t) of every response: for each group a list of float32 tensors [T]."""
-    check_output_layer(model)
+    model = unwrapped(model)
     if not all(prompt for prompt, _ in groups):
         raise PyargsError("a response without a prompt has no first log-prob: give each at least one token before it")
+    if not (may_replace(model) and plain_output_layer(model)):
+        return list(_one_by_one(model, groups, progress, _of_logits))
     if native.can_pack(model):
         return _native_logprobs(native.stack_of(model), groups, progress)
     device = next(model.get_decoder().parameters()).device
@@ -265,6 +288,16 @@ def response_logprobs(model: nn.Module, groups: Sequences, *, max_tokens: int = 
         for (group, response), score, seen in zip(numbers, scores.cpu(), mask.cpu(), strict=True):
             found[group][response] = score[seen]
     return found
+
+
+def _of_states(output, ids: Tensor, start: int) -> Tensor:
+    """States [T, D] of the tokens of ids [1, S] from `start` on."""
+    return output.last_hidden_state[0, start:].float()
+
+
+def _of_logits(output, ids: Tensor, start: int) -> Tensor:
+    """Log-probs [T] of the tokens of ids [1, S] from `start` on."""
+    return output.logits[0, start - 1 : -1].float().log_softmax(-1).gather(-1, ids[0, start:, None]).squeeze(-1)
 
 
 POSITIONS = 12
@@ -293,6 +326,7 @@ def forward_step(model, ids: Tensor, mask: Tensor, cache, padded: bool, **more):
     mask [B, all tokens so far]; padded: whether it has zeros. For any model of transformers, whatever it calls its cache.
     Raises PyargsError for models that take no cache, or that padding changes.
     """
+    model = unwrapped(model)
     # Without padding a mask only costs time.
     masked = padded and (mask.shape[1] == ids.shape[1] or masks_every_step(model))
     return _step(model, ids, mask, cache, masked, **more)
@@ -321,7 +355,11 @@ def masks_every_step(model) -> bool:
     Raises PyargsError for a model that is wrong about a padded row either way.
     """
     if model not in _every_step:
-        _every_step[model] = next((every for every in (True, False) if _right_when_padded(model, every)), None)
+        right = next((every for every in (True, False) if _right_when_padded(model, every)), None)
+        if right is None and not as_written(model):  # a hook on the last token, say, which another way of reading moves
+            layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+            return any(isinstance(layer, DynamicLayer) for layer in layers)
+        _every_step[model] = right
     if _every_step[model] is None:
         raise PyargsError(
             f"{type(model).__name__} does not leave padding out: its answer to a short prompt would depend on the longer ones "

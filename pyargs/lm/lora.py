@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pyargs.config import check_kinds
 from pyargs.errors import PyargsError, described
 from pyargs.files import read_json, read_tensors
+from pyargs.lm.structure import as_written, base, structure
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 SETTINGS = {"r": int, "lora_alpha": float, "use_rslora": bool, "lora_dropout": float, "target_modules": list[str]}
@@ -108,24 +109,17 @@ def same_tensors(expected: dict[str, Tensor], found: dict[str, Tensor], file: Pa
 def merge(decoder: nn.Module) -> None:
     """Adds LoRA to the float32 weights, so that a pass costs no more than the base model's; for decoding, not for training.
 
-    What is saved is the adapter still. A bfloat16 base is left as it is: its weights are too coarse for the small change.
+    What is saved is the adapter still. A bfloat16 base is left as it is: its weights are too coarse for the small change. So
+    is a layer with hooks on its LoRA, which a merged one would not call.
     """
     for layer in _layers(decoder):
-        if layer.get_base_layer().weight.dtype == torch.float32:
+        if layer.get_base_layer().weight.dtype == torch.float32 and as_written(layer):
             layer.merge(safe_merge=True)  # into new memory: another model may share the old
 
 
 def active(decoder: nn.Module) -> bool:
     """Whether LoRA layers add to the base weights in each pass: they are there, and not merged."""
     return any(not (layer.merged or layer.disable_adapters) for layer in _layers(decoder))
-
-
-def state(model: nn.Module) -> tuple:
-    """Which adapters of a model's LoRA layers act, and how: what a pass depends on beside the weights."""
-    return tuple(
-        (layer.merged, layer.disable_adapters, *layer.active_adapters, *layer.scaling.values())
-        for layer in _lora_layers(model)
-    )
 
 
 def plain(decoder: nn.Module) -> bool:
@@ -142,11 +136,12 @@ def base_weights(decoder: nn.Module) -> dict[str, Tensor]:
 
 
 def same_weights(decoder: nn.Module, other: nn.Module) -> bool:
-    """Whether a decoder computes what the base model of `other` (LoRA left out) does. Shared memory is not compared."""
-    if type(decoder) is not type(other):
-        return False
-    one, two = decoder.config.get_text_config(decoder=True), other.config.get_text_config(decoder=True)
-    if any(getattr(one, name, None) != getattr(two, name, None) for name in ARCHITECTURE):
+    """Whether a decoder computes what the base model of `other` (LoRA left out) does: the same modules of libraries, and the
+    same numbers in them. Shared memory is not compared."""
+    try:
+        if structure(decoder) != base(structure(other)):
+            return False
+    except PyargsError:
         return False
     ours = dict([*decoder.named_parameters(), *decoder.named_buffers()])
     theirs = base_weights(other)
@@ -204,11 +199,12 @@ def disabled(decoder: nn.Module):
             layer.enable_adapters(True)
 
 
-def _layers(decoder: nn.Module) -> list:
-    return _lora_layers(decoder) if hasattr(decoder, "peft_config") else []
+def present(model: nn.Module) -> bool:
+    """Whether there is LoRA in the model, whatever it does now."""
+    return len(_layers(model)) > 0
 
 
-def _lora_layers(model: nn.Module) -> list:
+def _layers(model: nn.Module) -> list:
     from peft.tuners.lora import LoraLayer
 
     return [layer for layer in model.modules() if isinstance(layer, LoraLayer)]

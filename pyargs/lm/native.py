@@ -22,9 +22,11 @@ from weakref import WeakKeyDictionary
 import psutil
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2CLS
 
 from pyargs.errors import PyargsError
 from pyargs.lm import lora
+from pyargs.lm.structure import DROPPING, contents, eager, structure
 from pyargs.ops.library import has_extension
 from pyargs.progress import progress_bar
 
@@ -38,6 +40,8 @@ MATRICES = {
 
 PANEL = 32  # kPanel of csrc/lm/stack.h
 
+FLOATS = torch.float32, torch.bfloat16
+SILU = ACT2CLS["silu"]
 ROPE = ("default", "linear", "llama3", "yarn")  # those whose frequencies do not change with the length of a text
 
 
@@ -169,7 +173,7 @@ def pack(model: nn.Module, adapter: nn.Module | None = None, *, dtype: torch.dty
     config = decoder.config
     embedding = decoder.get_input_embeddings().weight.detach()
     dtype = dtype or embedding.dtype
-    _check(decoder, head, dtype)
+    _check(decoder, head, dtype, structure(model))
 
     heads, kv_heads, inner = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
     sizes = dict(
@@ -205,7 +209,7 @@ def pack(model: nn.Module, adapter: nn.Module | None = None, *, dtype: torch.dty
 def _with_delta(stack: Stack, decoder: nn.Module, adapter: nn.Module) -> Stack:
     """A second stack on the packed weights of `decoder`, with the adapter's LoRA as the delta."""
     adapter = adapter.get_decoder() if hasattr(adapter, "get_decoder") else adapter
-    _check(adapter, None, torch.float32)
+    _check(adapter, None, torch.float32, structure(adapter))
     if not lora.same_weights(decoder, adapter):
         raise PyargsError("the adapter rests on other weights: a delta needs the same base weights")
     twin = copy.copy(stack)
@@ -242,8 +246,9 @@ def _padded(n: int) -> int:
     return -(-n // PANEL) * PANEL
 
 
-def _check(decoder: nn.Module, head: nn.Module | None, dtype: torch.dtype) -> None:
-    """Raises PyargsError for everything that the stack would compute differently."""
+def _check(decoder: nn.Module, head: nn.Module | None, dtype: torch.dtype, found: dict) -> None:
+    """Raises PyargsError for everything that the stack would compute differently; found: the model's `structure`, which has
+    refused what is not of libraries."""
     config, embedding = decoder.config, decoder.get_input_embeddings()
 
     def refuse(what: str) -> None:
@@ -255,12 +260,17 @@ def _check(decoder: nn.Module, head: nn.Module | None, dtype: torch.dtype) -> No
         refuse(f"the activation '{config.hidden_act}' (only silu)")
     if other := sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"}):
         refuse(f"{other[0]} layers (only full attention)")
-    if (rope := config.rope_parameters["rope_type"]) not in ROPE:
-        refuse(f"the rope scaling '{rope}' (only {', '.join(ROPE)})")
-    if 2 * len(decoder.rotary_emb.inv_freq) != decoder.layers[0].self_attn.head_dim:
+    rotary = decoder.rotary_emb
+    if rotary.rope_type not in ROPE:
+        refuse(f"the rope scaling '{rotary.rope_type}' (only {', '.join(ROPE)})")
+    if config._attn_implementation not in ("sdpa", "eager"):
+        refuse(f"the attention '{config._attn_implementation}' (only sdpa and eager)")
+    if any(DROPPING in described for described in found.values()):
+        refuse("dropout in training mode (call eval())")
+    if 2 * len(rotary.inv_freq) != decoder.layers[0].self_attn.head_dim:
         refuse("rotary embeddings of a part of the head")
-    if type(embedding) is not nn.Embedding or not embedding.weight.is_contiguous():
-        refuse(f"an embedding of class {type(embedding).__name__}")
+    if type(embedding) is not nn.Embedding or embedding.max_norm is not None or not embedding.weight.is_contiguous():
+        refuse(f"an embedding of class {type(embedding).__name__}, with max_norm, or not contiguous")
     if head is not None and type(head) is not nn.Linear:
         refuse(f"an output layer of class {type(head).__name__}")
     if head is not None and len(head.weight) != len(embedding.weight):
@@ -268,24 +278,30 @@ def _check(decoder: nn.Module, head: nn.Module | None, dtype: torch.dtype) -> No
     for name, tensor in decoder.named_parameters():
         if tensor.device.type != "cpu":
             refuse(f"weights on {tensor.device} ({name})")
-        if "lora_" not in name and tensor.dtype not in (torch.float32, torch.bfloat16):
-            refuse(f"weights of {tensor.dtype} ({name}; only float32 and bfloat16)")
-    if dtype not in (torch.float32, torch.bfloat16):
+        if "lora_" not in name and (tensor.dtype not in FLOATS or tensor.dtype != embedding.weight.dtype):
+            refuse(f"weights of {tensor.dtype} ({name}; only float32 or bfloat16, the same in all modules)")
+    if head is not None and head.weight.dtype != embedding.weight.dtype:
+        refuse(f"an output layer of {head.weight.dtype} behind an embedding of {embedding.weight.dtype}")
+    if dtype not in FLOATS:
         refuse(f"packed weights of {dtype} (only float32 and bfloat16)")
     family = type(decoder).__module__
-    if not family.startswith("transformers.models."):
-        refuse(f"decoders of class {type(decoder).__name__} (only transformers' own)")
-    for name, module in [("decoder", decoder), *decoder.named_modules()]:
+    if not family.startswith("transformers.models.") or len(decoder.layers) > config.num_hidden_layers:
+        refuse(f"decoders of class {type(decoder).__name__} with {len(decoder.layers)} layers (only transformers' own)")
+    for name, module in decoder.named_modules():
         if name.endswith("_proj") and type(module) is not nn.Linear:
             _lora(name, module, refuse)
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-            refuse(f"hooks, or a forward of the module's own ({name})")
     for number, layer in enumerate(decoder.layers):
         attention, norms = layer.self_attn, (layer.input_layernorm, layer.post_attention_layernorm, decoder.norm)
-        if any(type(part).__module__ != family for part in (layer, attention, layer.mlp, *norms, decoder.rotary_emb)):
+        if any(type(part).__module__ != family for part in (layer, attention, layer.mlp, *norms, rotary)):
             refuse(f"parts of other classes (layer {number})")
+        if type(layer.mlp.act_fn) is not SILU:
+            refuse(f"the activation {type(layer.mlp.act_fn).__name__} (layer {number}; only silu)")
         if attention.scaling != attention.head_dim**-0.5 or any(n.variance_epsilon != config.rms_norm_eps for n in norms):
             refuse(f"another scale of attention, or another epsilon, than the config says (layer {number})")
+        sizes = attention.head_dim, attention.num_key_value_groups, attention.layer_idx, attention.is_causal
+        groups = config.num_attention_heads // config.num_key_value_heads
+        if sizes != (decoder.layers[0].self_attn.head_dim, groups, number, True) or attention.config is not config:
+            refuse(f"attention of other sizes than the config says, or that looks ahead (layer {number})")
 
 
 def _lora(name: str, module: nn.Module, refuse) -> None:
@@ -403,11 +419,11 @@ def _together(several: Sequence[Sequence[int]], most: int) -> list[list[Sequence
 
 def can_pack(model: nn.Module) -> bool:
     """Whether `pack` takes the model, and the machine has the memory for its weights once more."""
-    decoder, head = _parts(model)
-    if not has_extension:
+    if eager() or not has_extension:
         return False
+    decoder, head = _parts(model)
     try:
-        _check(decoder, head, decoder.get_input_embeddings().weight.dtype)
+        _check(decoder, head, decoder.get_input_embeddings().weight.dtype, structure(model))
     except PyargsError:
         return False
     size = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -437,12 +453,17 @@ _stacks: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()
 
 
 def stack_of(model: nn.Module, adapter: nn.Module | None = None) -> Stack:
-    """`pack(model, adapter)`, once for as long as the decoder lives and the weights stay as they are; adapters share them.
+    """`pack(model, adapter)`, once for as long as the decoder lives and neither its modules nor any of its numbers change (all
+    are read in each call); adapters share the packed weights.
 
     A stack with an output layer serves those who ask for none.
     """
     decoder, head = _parts(model)
-    asked = _state(decoder), _state(head)
+    table = decoder.get_input_embeddings().weight
+    asked = (
+        (structure(decoder), contents(decoder.parameters())),
+        None if head is None else (structure(head), contents(p for p in head.parameters() if p is not table)),
+    )
     kept, stack, twins = _stacks.get(decoder, (asked, None, None))
     if stack is None or any(one is not None and one != other for one, other in zip(asked, kept, strict=True)):
         _stacks.pop(decoder, None)
@@ -451,22 +472,13 @@ def stack_of(model: nn.Module, adapter: nn.Module | None = None) -> Stack:
         _stacks[decoder] = asked, stack, twins
     if adapter is None:
         return stack
-    state = _state(adapter)
+    own = [p for name, p in adapter.named_parameters() if ".lora_" in name]  # the others are the decoder's
+    state = structure(adapter), contents(own)
     kept, twin = twins.get(adapter, (None, None))
     if kept != state:
         twin = _with_delta(stack, decoder, adapter)
         twins[adapter] = state, twin
     return twin
-
-
-def _state(part: nn.Module | None) -> tuple | None:
-    """Changes when the part's weights do, or what LoRA does with them. Fused optimizers and writes to `data` leave no trace
-    but the numbers themselves, so some of each parameter are looked at; a change of a few rows only can be missed."""
-    if part is None:
-        return None
-    sample = [p.detach().flatten()[:: 1 + p.numel() // 61].float() for p in part.parameters()]
-    places = ((p.data_ptr(), 0 if p.is_inference() else p._version) for p in part.parameters())
-    return lora.state(part), torch.cat(sample).numpy().tobytes(), *places
 
 
 def _parts(model: nn.Module) -> tuple[nn.Module, nn.Module | None]:

@@ -12,7 +12,7 @@ from pyargs.errors import PyargsError, described
 from pyargs.features import groups, pair_logprobs
 from pyargs.files import read_tensors
 from pyargs.lm import lora
-from pyargs.lm.cache import can_branch
+from pyargs.lm.cache import can_share
 from pyargs.lm.demonstrations import Demonstrations
 from pyargs.lm.encode import Packed, encode_prompt, pack
 from pyargs.lm.hf import check_output_layer, token_logprobs
@@ -99,10 +99,10 @@ class UserPolicy(nn.Module):
         n, dtype = soft.shape[1], next(self.backbone.parameters()).dtype
         rows, length = packed.input_ids.shape
         embeds = torch.cat([soft.to(dtype), self.lm.get_input_embeddings()(packed.input_ids)], dim=1)
-        mask = packed.attention_mask.new_zeros(rows, 1, n + length, n + length)
-        mask[..., :n, :n] = torch.ones(n, n, dtype=torch.bool, device=mask.device).tril()
-        mask[..., n:, n:] = packed.attention_mask
-        mask[..., n:, :n] = True
+        mask = packed.attention_mask
+        if mask is not None:
+            mask = mask.new_ones(rows, 1, n + length, n + length).tril()
+            mask[..., n:, n:] = packed.attention_mask
         first = torch.arange(n, device=soft.device).expand(rows, n)
         return Packed(
             torch.cat([packed.input_ids.new_zeros(rows, n), packed.input_ids], dim=1),
@@ -136,7 +136,7 @@ class UserPolicy(nn.Module):
 
     def packed_pairs(self, encoded, pairs, size: int = 16) -> Iterator[tuple[Tensor, Packed]]:
         """The pairs of `encode` a few at a time: their numbers, and chosen and rejected of each side by side."""
-        share = can_branch(self.backbone)
+        share = can_share(self.backbone)
         for take in torch.arange(len(pairs)).split(size):
             some = [pairs[i] for i in take.tolist()]
             responses = [[encoded[g][1][i] for i in two] for g, *two in some]

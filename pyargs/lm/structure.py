@@ -1,0 +1,261 @@
+"""What a model's modules are, read anew at every call: whether a fast path may stand in for them.
+
+A fast path computes a model without calling its modules (the native stack), calls those of another model with the same
+weights (one pass for two), keeps what they did (a captured step), or shows them tokens side by side (candidates, packed
+responses). That is right for modules as their library wrote them. A hook, a replaced `forward`, a subclass or a
+parametrization may do anything: with one of these anywhere the model itself is called, in the plain way.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache as once
+from functools import partial
+from importlib.util import find_spec
+from inspect import isfunction
+from types import BuiltinFunctionType, FunctionType
+
+import torch
+import xxhash
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules import module as nn_module
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from transformers import PreTrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from pyargs.errors import PyargsError
+
+BACKENDS = ("auto", "eager")
+LIBRARIES = ("torch.nn.", "transformers.", "peft.", "pyargs.")
+FOLDERS = tuple(
+    os.path.join(folder, "") for name in ("torch", "transformers", "peft", "pyargs")
+    for folder in find_spec(name).submodule_search_locations
+)  # fmt: skip
+CAPTURING = "transformers.utils.output_capturing"
+"""Its hooks stay on a model that was once asked for hidden states or attentions; they change nothing."""
+
+BUILTIN = ("linear", "scaled_dot_product_attention")  # of torch.nn.functional; the others are functions of its file
+PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+OTHERS = {"training", "gradient_checkpointing", "name_or_path", "tokenizer", "generation_config", "peft_config", "ids"}
+"""Attributes of modules that no pass depends on."""
+
+LABELS = {"_name_or_path", "_commit_hash", "architectures", "transformers_version", "dtype", "use_cache"}
+"""The same of a config."""
+
+
+def eager() -> bool:
+    """Whether PYARGS_BACKEND=eager asks for plain calls of the models everywhere. Read at every call; "auto" by default."""
+    name = os.environ.get("PYARGS_BACKEND") or "auto"
+    if name not in BACKENDS:
+        raise PyargsError(f"PYARGS_BACKEND is {' or '.join(BACKENDS)}, not '{name}'")
+    return name == "eager"
+
+
+def may_replace(*models: nn.Module) -> bool:
+    """Whether fast paths may stand in for these models: `structure` takes them all, and no one asks for the plain way."""
+    return not eager() and as_written(*models)
+
+
+def as_written(*models: nn.Module) -> bool:
+    """Whether `structure` takes all these models."""
+    try:
+        for model in models:
+            structure(model)
+    except PyargsError:
+        return False
+    return True
+
+
+def structure(model: nn.Module, *, below: bool = True) -> dict:
+    """By name of each module its class and attributes: all that a pass depends on but parameters and buffers (`contents`).
+
+    Two that are equal compute the same from the same weights. What PEFT's LoRA adds stands under names with a "+", so that
+    the others are those of the base model. below=False: of the outermost module alone.
+    Raises PyargsError that names the first module that is not as its library wrote it.
+    """
+    _check_surroundings()
+    found: dict = {}
+    names: dict[int, str] = {}  # a module or a config that stands in several places is described once
+    kinds: set[type] = set()
+    left = [("", model)]
+    while left:
+        name, module = left.pop()
+        if id(module) in names:
+            found[name] = names[id(module)]
+            continue
+        names[id(module)] = name
+        own, kind = vars(module), type(module)
+        if kind not in kinds:
+            _check_class(kind, name)
+            kinds.add(kind)
+        if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+            _check_hooks(module, name)
+        if not _functions(kind).isdisjoint(own) and not _ours(own.get("forward")):
+            raise PyargsError(f"{_place(name)} has a function of its own in the place of one of its class")
+        described: list = [kind]
+        drops = False
+        for key, value in own.items():
+            if key[0] == "_" or key in OTHERS:
+                continue
+            if isinstance(value, PreTrainedConfig):
+                if id(value) not in names:
+                    names[id(value)] = name
+                    described.append(_config(value, name))
+                    drops |= any("drop" in setting and bool(number) for setting, number in vars(value).items())
+                value = names[id(value)]
+            elif type(value) not in PLAIN:
+                value = _described(value, name, key)
+            elif value and ("drop" in key or (key == "p" and "dropout" in kind.__module__)):
+                drops = True
+            described.append((key, value))
+        if drops and module.training:
+            described.append(DROPPING)
+        for key, tensor in (*own["_parameters"].items(), *own["_buffers"].items()):
+            if type(tensor) not in (nn.Parameter, Tensor, nn.Buffer, type(None)):
+                raise PyargsError(f"{_place(name)} has a {key} of class {type(tensor).__name__}")
+        adapted = "base_layer" in own["_modules"]
+        if adapted:
+            described.append((list(module.active_adapters), module.disable_adapters))
+        found[f"{name}+" if adapted else name] = described
+        if below:
+            for key, child in own["_modules"].items():
+                if child is not None:
+                    left.append((name if key == "base_layer" else f"{name}+{key}" if adapted else f"{name}.{key}", child))
+    return found
+
+
+DROPPING = "dropout in training mode"
+
+
+def base(found: dict) -> dict:
+    """Of a structure: what the base model has, LoRA left out."""
+    return {name: described for name, described in found.items() if "+" not in name}
+
+
+def contents(tensors: Iterable[Tensor]) -> list[bytes]:
+    """A hash of each tensor's numbers. Memory is read once, which takes about as long as a decoding step of one row does."""
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        return list(threads.map(_hash, tensors))
+
+
+def _hash(tensor: Tensor) -> bytes:
+    return xxhash.xxh3_64_digest(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model of transformers in what torch.compile or PEFT's `get_peft_model` made of it: it computes the same.
+
+    Raises PyargsError where something acts outside it: PEFT's virtual tokens, routers over adapters, hooks on the wrapper.
+    """
+    while True:
+        outer, inner = [model], model._modules.get("_orig_mod")
+        if type(model).__module__ == "peft.peft_model":
+            from peft.tuners.tuners_utils import BaseTuner
+
+            outer, inner = [model, model.base_model], model.get_base_model()
+            if getattr(type(model.base_model), "forward", None) is not BaseTuner.forward:
+                raise PyargsError(
+                    f"PEFT's {model.peft_type.value} acts outside the model's layers (virtual tokens, routers), where pyargs "
+                    "does not see it: take LoRA, or a UserPolicy for soft prompts"
+                )
+        if inner is None:
+            return model
+        if any(one._forward_hooks or one._forward_pre_hooks for one in outer):
+            raise PyargsError(f"a hook on a {type(model).__name__} would be passed by: register it on the model within")
+        model = inner
+
+
+# -- the parts of `structure` ------------------------------------------------------------------------------------------
+
+
+def _check_surroundings() -> None:
+    """Raises PyargsError for what changes all modules at once."""
+    if nn_module._has_any_global_hook():
+        raise PyargsError("there are hooks on all modules (torch.nn.modules.module.register_module_forward_hook)")
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        raise PyargsError("torch.autocast is on")
+    if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
+        modes = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]
+        if other := [mode for mode in modes if type(mode) is not DeviceContext]:
+            raise PyargsError(f"a {type(other[0]).__name__} acts on all operators")
+    if any(getattr(F, name) is not getattr(torch._C._nn, name) for name in BUILTIN):
+        raise PyargsError("functions of torch.nn.functional are replaced")
+
+
+def _check_class(kind: type, name: str) -> None:
+    """Raises PyargsError unless the class, its `forward` and the functions beside it are those of a library's files."""
+    file = sys.modules.get(kind.__module__)
+    if not f"{kind.__module__}.".startswith(LIBRARIES) or getattr(file, kind.__name__, None) is not kind:
+        raise PyargsError(
+            f"{_place(name)} is of class {kind.__name__}, which is none of torch.nn, transformers, PEFT or pyargs"
+        )
+    for function in ("forward", "__call__", "_call_impl"):
+        owner = next(one for one in kind.__mro__ if function in vars(one))
+        code = vars(owner)[function]
+        if owner is not nn.Module and getattr(code, "__qualname__", "") != f"{owner.__name__}.{function}" or not _known(code):
+            raise PyargsError(f"{function} of {kind.__name__} is replaced ({_place(name)})")
+    if kind.__module__.startswith("transformers.models."):
+        for key, value in vars(file).items():
+            if (type(value) is FunctionType and value.__module__ != "dataclasses" and not _known(value)) or type(
+                value
+            ) is partial:
+                raise PyargsError(f"{key} of {kind.__module__} is replaced")
+
+
+def _known(function) -> bool:
+    """Whether a function and all that it wraps come from a library's files."""
+    while function is not None:
+        code = getattr(function, "__code__", None)
+        if code is None or not code.co_filename.startswith(FOLDERS):
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return True
+
+
+@once
+def _functions(kind: type) -> frozenset[str]:
+    """Names of the functions of a class: an attribute of such a name hides one."""
+    return frozenset(name for name in dir(kind) if isfunction(getattr(kind, name, None)))
+
+
+def _ours(forward) -> bool:
+    """Whether it is what pyargs puts there for the time of one pass in one thread: the others' passes are as ever."""
+    return type(forward) is partial and forward.func.__module__ in ("pyargs.lm.lora", "pyargs.lm.launches")
+
+
+def _check_hooks(module: nn.Module, name: str) -> None:
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    if any(getattr(hook, "__module__", None) != CAPTURING or not _known(hook) for hook in hooks):
+        raise PyargsError(f"{_place(name)} has a hook")
+
+
+def _config(config: PreTrainedConfig, name: str) -> str:
+    attention = ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation)
+    if not (attention is None or _known(attention) or type(attention).__module__ == "pyargs.lm.launches"):
+        raise PyargsError(f"{_place(name)} has an attention of another's ({config._attn_implementation})")
+    return repr({key: value for key, value in vars(config).items() if key not in LABELS})
+
+
+def _described(value, name: str, key: str):
+    """An attribute of other type than numbers and words, as something that can be compared."""
+    if isinstance(value, (list, tuple, dict, set)):
+        return repr(value)
+    if isinstance(value, Tensor):
+        return _hash(value)
+    if type(value) is partial:
+        return value.func.__qualname__, repr(value.args), repr(value.keywords)
+    if type(value) is FunctionType and not _known(value):
+        raise PyargsError(f"{key} of {_place(name)} is a function of another's")
+    if type(value) in (FunctionType, BuiltinFunctionType):
+        return value.__module__, value.__qualname__
+    return type(value)
+
+
+def _place(name: str) -> str:
+    return f"module '{name.strip('.')}'" if name else "the model"

@@ -1,0 +1,439 @@
+"""The model that is given answers: hooks, replaced parts and changed weights are never passed by."""
+
+from __future__ import annotations
+
+import types
+import warnings
+
+import peft
+import pytest
+import torch
+from conftest import reward_model, tiny_lm
+from test_decode import USERS, guided, plain, prompts, same, shared_pair, without_cache
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AttentionInterface
+from transformers.models.llama import modeling_llama
+
+import pyargs
+from pyargs.decode import captured, native, passes
+from pyargs.decode import plain as policy_alone
+from pyargs.errors import PyargsError
+from pyargs.lm import lora
+from pyargs.lm import native as stacks
+from pyargs.lm.hf import response_logprobs, response_states
+from pyargs.lm.structure import may_replace
+from pyargs.metrics.perplexity import perplexity
+
+
+def parts(decoder):
+    """A layer, its MLP and a linear layer (or GPT-2's of the same meaning) of a decoder."""
+    if hasattr(decoder, "h"):
+        return decoder.h[0], decoder.h[0].mlp, decoder.h[0].mlp.c_fc
+    return decoder.layers[0], decoder.layers[0].mlp, decoder.layers[0].mlp.gate_proj
+
+
+class Doubled(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs) * 2.0
+
+
+class Negated(nn.Module):
+    def forward(self, weight):
+        return -weight
+
+
+def hook(decoder, patch):
+    parts(decoder)[1].register_forward_hook(lambda module, args, out: out * 2.0)
+
+
+def pre_hook(decoder, patch):
+    parts(decoder)[1].register_forward_pre_hook(lambda module, args: (args[0] * 2.0, *args[1:]))
+
+
+def own_forward(decoder, patch):
+    mlp = parts(decoder)[1]
+    real = mlp.forward
+    mlp.forward = lambda *args: real(*args) * 2.0
+
+
+def wrapped_method(decoder, patch):
+    mlp = parts(decoder)[1]
+    mlp.forward = types.MethodType(lambda self, *args: type(self).forward(self, *args) * 2.0, mlp)
+
+
+def submodule(decoder, patch):
+    layer, mlp, _ = parts(decoder)
+    layer.mlp = Doubled(mlp)
+
+
+def subclass(decoder, patch):
+    mlp = parts(decoder)[1]
+    mlp.__class__ = type(
+        type(mlp).__name__, (type(mlp),), {"forward": lambda self, x: type(mlp).__base__.forward(self, x) * 2}
+    )
+    mlp.__class__.forward = lambda self, *args: super(mlp.__class__, self).forward(*args) * 2.0
+
+
+def parametrization(decoder, patch):
+    parametrize.register_parametrization(parts(decoder)[2], "weight", Negated())
+
+
+def spectral(decoder, patch):
+    parametrizations.spectral_norm(parts(decoder)[2])
+
+
+def activation(decoder, patch):
+    mlp = parts(decoder)[1]
+    setattr(mlp, "act" if hasattr(mlp, "act") else "act_fn", nn.Tanh())
+
+
+def max_norm(decoder, patch):
+    decoder.get_input_embeddings().max_norm = 0.3
+
+
+def scaling(decoder, patch):
+    layer = parts(decoder)[0]
+    (layer.attn if hasattr(layer, "attn") else layer.self_attn).scaling = 3.0
+
+
+def inner_hook(decoder, patch):
+    parts(decoder)[2].register_forward_hook(lambda module, args, out: -out)
+
+
+def of_class(decoder, patch):
+    kind = type(parts(decoder)[1])
+    real = kind.forward
+    patch.setattr(kind, "forward", lambda self, *args: real(self, *args) * 2.0)
+
+
+def everywhere(decoder, patch):
+    mlp = parts(decoder)[1]
+    nn.modules.module.register_module_forward_hook(lambda module, args, out: out * 2.0 if module is mlp else None)
+
+
+INSIDE = (
+    hook, pre_hook, own_forward, wrapped_method, submodule, subclass, parametrization, spectral, activation,
+    max_norm, scaling, inner_hook, of_class, everywhere,
+)  # fmt: skip
+
+
+def epsilon(lm, patch):
+    """Together with the config, after the first call."""
+    lm.config.rms_norm_eps = 0.5
+    for module in lm.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.variance_epsilon = 0.5
+
+
+def head_hook(lm, patch):
+    lm.lm_head.register_forward_hook(lambda module, args, out: -out)
+
+
+def head_forward(lm, patch):
+    real = lm.lm_head.forward
+    lm.lm_head.forward = lambda x: -real(x)
+
+
+def head_class(lm, patch):
+    lm.lm_head = Doubled(lm.lm_head)
+    lm.lm_head.weight = lm.lm_head.inner.weight
+
+
+def whole_hook(lm, patch):
+    def negate(module, args, out):
+        out.logits = -out.logits
+        return out
+
+    lm.register_forward_hook(negate)
+
+
+def whole_forward(lm, patch):
+    real = lm.forward
+
+    def forward(*args, **kwargs):
+        out = real(*args, **kwargs)
+        out.logits = -out.logits
+        return out
+
+    lm.forward = forward
+
+
+def rotary(lm, patch):
+    patch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, *more, **others: (q, k))
+
+
+def rope(lm, patch):
+    lm.model.rotary_emb.attention_scaling = 2.0
+
+
+def attention(lm, patch):
+    def forward(module, query, key, value, mask, **more):
+        return value.new_zeros(query.shape).transpose(1, 2).contiguous(), None
+
+    patch.setitem(AttentionInterface._global_mapping, "sdpa", forward)
+
+
+def layers(lm, patch):
+    lm.config.num_hidden_layers = 1
+
+
+def frequencies(lm, patch):
+    lm.model.rotary_emb.inv_freq = lm.model.rotary_emb.inv_freq * 0.1
+
+
+OUTSIDE = (
+    epsilon, head_hook, head_forward, head_class, whole_hook, whole_forward, rotary, rope, attention, layers, frequencies,
+)  # fmt: skip
+
+
+def pair(family="llama", dtype=torch.float32):
+    policy = tiny_lm(family, dtype=dtype)
+    return policy, reward_model(policy)
+
+
+def follows_the_definition(policy, model, before):
+    """Decoding, answers of the policy alone, states and log-probs are those of the modules called one after the other."""
+    rows, weight = prompts([3, 5]), 2.0
+    got = guided(policy, model, rows, USERS[:2], reward_weight=weight, num_candidates=3, max_new_tokens=4, eos_token_id=[])
+    for row, (prompt, user) in enumerate(zip(rows, USERS, strict=False)):
+        tokens, rewards = without_cache(policy, model, prompt, user, weight, 3, 4, eos=())
+        assert got.tokens[row].tolist() == tokens
+        torch.testing.assert_close(got.rewards[row], torch.tensor(rewards), atol=1e-4, rtol=1e-4)
+    group, states, values = (rows[0], rows), [], []
+    for response in rows:
+        ids = torch.tensor([rows[0] + response])
+        states.append(policy.get_decoder()(ids).last_hidden_state[0, 3:].float())
+        logits = policy(ids).logits[0, 2:-1].float()
+        values.append(logits.log_softmax(-1).gather(-1, ids[0, 3:, None]).squeeze(-1))
+    torch.testing.assert_close(response_states(policy.get_decoder(), [group])[0], states, atol=2e-4, rtol=2e-4)
+    torch.testing.assert_close(response_logprobs(policy, [group])[0], values, atol=2e-4, rtol=2e-4)
+    assert perplexity(policy, [rows[0]], [rows[1]]) == pytest.approx(values[1].double().mean().neg().exp().item(), rel=1e-3)
+    text = list(rows[0])
+    for _ in range(4):
+        text.append(policy(torch.tensor([text])).logits[0, -1].argmax().item())
+    policy.generation_config.eos_token_id = None
+    assert policy_alone.generate(policy, [rows[0]], max_new_tokens=4).tokens[0].tolist() == text[3:]
+    now = [got.rewards, *states, *values]
+    if before is not None:
+        assert not all(torch.allclose(one, other, atol=1e-3) for one, other in zip(now, before, strict=True))
+    return now
+
+
+@pytest.fixture
+def patch():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+    nn.modules.module._global_forward_hooks.clear()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", INSIDE, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("side", ["policy", "reward"])
+def test_what_is_changed_within_a_model_counts(change, side, patch):
+    policy, model = pair()
+    before = follows_the_definition(policy, model, None)
+    change(policy.get_decoder() if side == "policy" else model.backbone, patch)
+    follows_the_definition(policy, model, before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gpt2"])
+@pytest.mark.parametrize("change", [hook, wrapped_method, subclass, activation], ids=lambda change: change.__name__)
+def test_in_every_family(family, change, patch):
+    for side in ("policy", "reward"):
+        policy, model = pair(family)
+        assert passes.of(policy, model, 1, 3) is passes.OnePass
+        change(policy.get_decoder() if side == "policy" else model.backbone, patch)
+        assert passes.of(policy, model, 1, 3) is passes.TwoPasses
+        follows_the_definition(policy, model, None)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", OUTSIDE, ids=lambda change: change.__name__)
+def test_what_is_changed_around_a_decoder_counts(change, patch):
+    policy, model = pair()
+    before = follows_the_definition(policy, model, None)
+    change(policy, patch)
+    follows_the_definition(policy, model, before)
+
+
+def last_position(decoder, patch):
+    def add(module, args, out):
+        out = out.clone()
+        out[:, -1] += 3.0
+        return out
+
+    parts(decoder)[1].register_forward_hook(add)
+
+
+@pytest.mark.parametrize("side", ["policy", "reward"])
+def test_a_hook_sees_a_candidate_as_the_last_token(side, patch):
+    policy, model = pair()
+    last_position(policy.get_decoder() if side == "policy" else model.backbone, patch)
+    same(decoded(policy, model), plain(policy, model, prompts([3, 5]), USERS[:2], **FEW))
+
+
+FEW = dict(reward_weight=2.0, num_candidates=3, max_new_tokens=4, eos_token_id=[])
+
+
+def decoded(policy, model):
+    return guided(policy, model, prompts([3, 5]), USERS[:2], **FEW)
+
+
+def fast(policy, model) -> bool:
+    return native.possible(policy, model) and type(native.of(policy, model, 1, 8)) is native.OneStack
+
+
+def test_a_hook_that_is_removed_leaves_the_fast_path():
+    policy, model = pair()
+    before = decoded(policy, model)
+    handle = policy.model.layers[1].register_forward_hook(lambda module, args, out: out * 2.0)
+    assert not fast(policy, model) and not may_replace(policy)
+    with pytest.raises(PyargsError, match="module 'model.layers.1' has a hook"):
+        stacks.pack(policy)
+    handle.remove()
+    same(decoded(policy, model), before)
+    assert fast(policy, model)
+
+
+def test_hooks_of_transformers_itself_change_nothing():
+    policy, model = pair()
+    assert len(policy(torch.tensor([[3, 4]]), output_hidden_states=True, output_attentions=True).hidden_states) == 3
+    assert any(module._forward_hooks for module in policy.modules())
+    assert fast(policy, model)
+
+
+def test_other_arithmetic_all_around(patch):
+    policy, _ = pair()
+    assert may_replace(policy)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not may_replace(policy)
+    with FlopCounterMode(display=False):
+        assert not may_replace(policy)
+    with torch.device("cpu"):
+        assert may_replace(policy)
+    patch.setattr(nn.functional, "scaled_dot_product_attention", lambda *a, **b: None)
+    assert not may_replace(policy)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+def test_dropout_in_training_mode_is_of_its_own_side(family):
+    policy, model = pair(family)
+    for decoder in (policy.get_decoder(), model.backbone):
+        parts(decoder)[0].dropout = nn.Dropout(0.5).eval()
+    assert lora.same_weights(policy.get_decoder(), model.backbone)
+    policy.train()
+    assert not lora.same_weights(policy.get_decoder(), model.backbone)
+
+
+def test_dropout_in_training_mode_is_not_packed():
+    policy, model = pair()
+    policy.train()
+    assert fast(policy, model)  # none of it has dropout
+    for layer in policy.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    assert not native.possible(policy)
+    policy.eval()
+    assert native.possible(policy)
+
+
+def test_a_head_with_a_hook_is_called():
+    policy, model = pair()
+    before = decoded(policy, model)
+    model.head.register_forward_hook(lambda module, args, out: out * -3.0)
+    got = decoded(policy, model)
+    same(got, plain(policy, model, prompts([3, 5]), USERS[:2], **FEW))
+    assert not torch.allclose(got.rewards, before.rewards)
+
+
+# -- PYARGS_BACKEND, wrappers --------------------------------------------------------------------------------------------
+
+
+def test_eager_is_plain_everywhere(monkeypatch):
+    policy, model = pair()
+    want = decoded(policy, model)
+    monkeypatch.setattr(stacks.Stack, "__call__", None)
+    monkeypatch.setattr(passes, "OnePass", None)
+    monkeypatch.setenv("PYARGS_BACKEND", "eager")
+    same(decoded(policy, model), want)
+    assert not native.possible(policy) and not captured.possible(policy, model)
+    response_logprobs(policy, [([5], [[6]])])
+    response_states(policy.get_decoder(), [([5], [[6]])])
+    policy_alone.generate(policy, [[5]], max_new_tokens=2)
+    monkeypatch.setenv("PYARGS_BACKEND", "cuda")
+    for call in (lambda: decoded(policy, model), lambda: response_logprobs(policy, [([5], [[6]])])):
+        with pytest.raises(PyargsError, match="PYARGS_BACKEND is auto or eager, not 'cuda'"):
+            call()
+
+
+def test_a_compiled_policy_decodes_without_a_warning():
+    policy, model = pair()
+    want = decoded(policy, model)
+    compiled = torch.compile(policy, backend="eager")
+    ids = torch.tensor(prompts([4]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = pyargs.generate(compiled, model, ids, None, USERS[:1], **FEW)
+    assert got.tokens.tolist() == pyargs.generate(policy, model, ids, None, USERS[:1], **FEW).tokens.tolist()
+    model.backbone = torch.compile(model.backbone, backend="eager")
+    same(decoded(compiled, model), want)
+    compiled.register_forward_hook(lambda *a: None)
+    with pytest.raises(PyargsError, match="hook on a OptimizedModule"):
+        decoded(compiled, model)
+
+
+def peft_model(lm, config=None):
+    wrapped = peft.get_peft_model(lm, config or peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"])).eval()
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.5)
+    return wrapped
+
+
+def test_a_policy_of_peft():
+    policy, model = pair()
+    unguided = decoded(policy, model)
+    wrapped = peft_model(policy)
+    got = decoded(wrapped, model)
+    for row, (prompt, user) in enumerate(zip(prompts([3, 5]), USERS, strict=False)):
+        assert got.tokens[row].tolist() == without_cache(wrapped, model, prompt, user, 2.0, 3, 4, eos=())[0]
+    assert got.tokens.tolist() != unguided.tokens.tolist()
+    groups = [([5, 6], [[7, 8]])]
+    torch.testing.assert_close(response_logprobs(wrapped, groups), response_logprobs(policy, groups))
+    wrapped.base_model.register_forward_hook(lambda *a: None)
+    with pytest.raises(PyargsError, match="hook on a PeftModel"):
+        decoded(wrapped, model)
+
+
+def test_virtual_tokens_of_peft_are_refused():
+    policy, model = pair()
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(PyargsError, match="PROMPT_TUNING acts outside the model's layers"):
+        decoded(peft_model(policy, config), model)
+
+
+def test_lora_that_peft_put_into_a_backbone_is_lora():
+    """Without the mark that `lora.add` leaves, one pass would run the policy with it."""
+    policy, model = pair()
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), model.backbone)
+    del model.backbone.peft_config
+    assert lora.active(model.backbone)
+    same(decoded(policy, model), plain(policy, model, prompts([3, 5]), USERS[:2], **FEW))
+
+
+def test_lora_with_a_hook_is_not_merged():
+    _, model = shared_pair("shared lora", "linear", 0)
+    model = model.float()
+    hooked = model.backbone.layers[0].self_attn.q_proj
+    hooked.lora_A["default"].register_forward_hook(lambda module, args, out: out * 3.0)
+    ids = torch.tensor([[3, 4, 5]])
+    before = model.backbone(ids).last_hidden_state
+    model.merge()
+    assert [layer.merged for layer in lora._layers(model.backbone)].count(False) == 1 and not hooked.merged
+    torch.testing.assert_close(model.backbone(ids).last_hidden_state, before, atol=1e-5, rtol=1e-5)
