@@ -1,7 +1,7 @@
 """Builds `pyargs._C` by CMake (CMakeLists.txt is the build description). Metadata lives in pyproject.toml.
 
 PYARGS_NO_EXT=1         install without the extension (pure Python, slow reference ops)
-PYARGS_CUDA=OFF         do not build the CUDA kernels although nvcc is there
+PYARGS_CUDA=AUTO        (default) build the CUDA kernels where torch has CUDA and nvcc is found; ON: wherever nvcc is, else fail; OFF: never
 PYARGS_TORCH_PYTHON     an interpreter that can import the torch to build against
 """
 
@@ -57,7 +57,7 @@ class CMakeBuild(build_ext):
             f"-DPYARGS_PYBIND11_INCLUDE={pybind11.get_include()}",
             f"-DPYARGS_PYTHON_INCLUDE={sysconfig.get_paths()['include']}",
             f"-DPYARGS_OUTPUT_DIR={target.parent}", f"-DPYARGS_OUTPUT_NAME={target.name}",
-            f"-DPYARGS_CUDA={os.environ.get('PYARGS_CUDA', 'AUTO')}",
+            f"-DPYARGS_CUDA={os.environ.get('PYARGS_CUDA') or 'AUTO'}",
         ]  # fmt: skip
         if shutil.which("ninja"):  # pip's isolation moves between calls: never keep the path of an older ninja
             cmake.append(f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}")

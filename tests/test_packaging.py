@@ -58,16 +58,60 @@ def test_build_tools_are_asked_for_only_where_missing(setup_py, monkeypatch, tmp
     assert not {"cmake", "ninja"} & set(setup_py.build_requires())
 
 
-@pytest.mark.skipif(not shutil.which("cmake") or not shutil.which("ninja"), reason="needs cmake and ninja")
-def test_without_nvcc_one_line_says_so(tmp_path):
+def configure(build: Path, torch_dir: Path, **options: str) -> subprocess.CompletedProcess:
+    """CMake's first half, without a compilation."""
     if not (ROOT / "CMakeLists.txt").is_file():
         pytest.skip("not in a source tree")
-    cmake = ["cmake", "-S", str(ROOT), "-B", str(tmp_path), "-GNinja", "-DPYARGS_CUDA=OFF"]
-    torch_dir = f"-DPYARGS_TORCH_DIR={Path(torch.__file__).parent}"
-    done = subprocess.run([*cmake, torch_dir], capture_output=True, text=True, check=True)
-    assert [line for line in done.stdout.splitlines() if "pyargs:" in line and "CPU only" in line]
-    missing = subprocess.run([*cmake, f"-DPYARGS_TORCH_DIR={tmp_path}"], capture_output=True, text=True)
+    if not shutil.which("cmake") or not shutil.which("ninja"):
+        pytest.skip("needs cmake and ninja")
+    options = {"PYARGS_TORCH_DIR": torch_dir, "CMAKE_EXPORT_COMPILE_COMMANDS": "ON", **options}
+    cmake = ["cmake", "-S", ROOT, "-B", build, "-GNinja", *(f"-D{name}={value}" for name, value in options.items())]
+    return subprocess.run(cmake, capture_output=True, text=True)
+
+
+def torch_like(folder: Path, *lines: str) -> Path:
+    """As much of a torch as CMake looks at; the lines are those of its version.py."""
+    (folder / "include/torch/csrc/stable").mkdir(parents=True)
+    (folder / "include/torch/csrc/stable/library.h").touch()
+    (folder / "version.py").write_text("\n".join(["debug = False", *lines, "hip: Optional[str] = None", ""]))
+    return folder
+
+
+def test_torch_missing_is_named(tmp_path):
+    missing = configure(tmp_path / "build", tmp_path)
     assert missing.returncode != 0 and "no torch >= 2.10" in missing.stderr
+
+
+def test_pybind11_comes_before_the_copy_that_torch_carries(tmp_path):
+    """The copies of torch 2.10 to 2.12 are empty under TORCH_TARGET_VERSION."""
+    ours = tmp_path / "pybind11"
+    ours.mkdir()
+    torch_dir = torch_like(tmp_path / "torch", "cuda = None")
+    done = configure(tmp_path / "build", torch_dir, PYARGS_PYBIND11_INCLUDE=str(ours), PYARGS_CUDA="OFF")
+    assert done.returncode == 0, done.stderr
+    commands = {Path(c["file"]).name: c["command"] for c in json.loads((tmp_path / "build/compile_commands.json").read_text())}
+    assert 0 < commands["module.cpp"].index(str(ours)) < commands["module.cpp"].index(str(torch_dir / "include"))
+
+
+CPU, CUDA = "cuda: Optional[str] = None", "cuda: Optional[str] = '13.0'"
+NVCC = shutil.which("nvcc")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "torch_says", "says"),
+    [
+        ("OFF", CUDA, "CPU only (PYARGS_CUDA=OFF)"),
+        ("AUTO", CPU, "CPU only (this torch has no CUDA"),
+        ("AUTO", CUDA, "CUDA kernels for" if NVCC else "CPU only (this torch has CUDA, but no nvcc"),
+        ("AUTO", "cudnn = 3", "does not say whether torch has CUDA"),
+        ("ON", CPU, "CUDA kernels for" if NVCC else "PYARGS_CUDA=ON, but no nvcc"),
+        ("on", CPU, "must be AUTO, ON or OFF, got 'on'"),
+    ],
+)
+def test_cuda_kernels_are_built_where_torch_has_cuda(tmp_path, wanted, torch_says, says):
+    done = configure(tmp_path / "build", torch_like(tmp_path / "torch", torch_says), PYARGS_CUDA=wanted)
+    assert says in " ".join((done.stdout + done.stderr).split())
+    assert (done.returncode == 0) == ("kernels for" in says or "CPU only" in says)
 
 
 def test_extension_reports():

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> dict:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cuda": {
-            "compiled_for": build["cuda_archs"] if build else None,
+            "compiled_for": (build and build["cuda_archs"]) or "nothing: AUTO leaves the kernels out where torch has no CUDA",
             "native_ops": [n for n in sorted(ops.native) if has_kernel(f"pyargs::{n}", "CUDA")],
             "torch": torch.version.cuda,
             "available": torch.cuda.is_available(),
