@@ -1,7 +1,8 @@
 """Builds `pyargs._C` by CMake (CMakeLists.txt is the build description). Metadata lives in pyproject.toml.
 
 PYARGS_NO_EXT=1         install without the extension (pure Python, slow reference ops)
-PYARGS_CUDA=AUTO        (default) build the CUDA kernels where torch has CUDA and nvcc is found; ON: wherever nvcc is, else fail; OFF: never
+PYARGS_CUDA             the CUDA kernels: AUTO (default) builds them where torch has CUDA and nvcc is found; ON for any torch,
+                        and fails without nvcc; OFF never
 PYARGS_TORCH_PYTHON     an interpreter that can import the torch to build against
 """
 

@@ -1,11 +1,11 @@
 """Builds the extension against the older releases of torch that pyproject.toml allows, and runs what was built.
 
-    python .ci/torch_headers.py            2.10.0, 2.11.0 and 2.12.0; about 6 minutes on two cores, mostly the kernels, once for all
+    python .ci/torch_headers.py            2.10.0, 2.11.0 and 2.12.0; kernels see no torch and are compiled once for all
 
-Their headers come from PyPI, out of the smallest wheel that has them (macOS; 80 MB each, headers only are kept in the user's cache).
-The library that is linked and loaded is that of the installed torch: a stable ABI promises that this makes no difference. CUDA
-kernels are built too where nvcc is found. Without a network, and no headers in the cache, a release is skipped, which the last
-line says.
+Their headers come from PyPI, out of the smallest wheel that has them (macOS, 80 MB; only the headers are kept, in the user's
+cache). The library that is linked and loaded is that of the installed torch: a stable ABI promises that this makes no
+difference. CUDA kernels are built too where nvcc is found. A release whose headers are neither in the cache nor to be had is
+skipped, as the last line says.
 """
 
 from __future__ import annotations

@@ -21,7 +21,12 @@ inline float score(float logprob, float weight, float reward) {
   return weight == 0.0f ? logprob : logprob + weight * reward;
 }
 
-// The slot chosen among candidates with these log-probs and the rewards of the row, or -1 if a score is NaN.
+// No score to choose by: NaN, +inf, or a finite log-prob and reward whose sum is beyond float32. -inf forbids a token.
+inline bool broken(float score, float logprob, float reward) {
+  return !(score < INFINITY) || (score == -INFINITY && logprob != -INFINITY && reward != -INFINITY);
+}
+
+// The slot chosen among candidates with these log-probs and the rewards of the row, or -1 if a score is broken.
 int64_t choose(const ChoiceRows& rows, int64_t row, const float* logprobs) {
   const float* reward = rows.reward + row * rows.k;
   const float weight = rows.reward_weight[row];
@@ -29,14 +34,13 @@ int64_t choose(const ChoiceRows& rows, int64_t row, const float* logprobs) {
   float top = -INFINITY;
   for (int64_t j = 0; j < rows.k; ++j) {
     const float s = score(logprobs[j], weight, reward[j]);
-    if (s != s) return -1;
+    if (broken(s, logprobs[j], reward[j])) return -1;
     if (s > top) {
       top = s;
       best = j;
     }
   }
   if (!rows.uniform || top == -INFINITY) return best;
-  if (top == INFINITY) return -1;  // no distribution
   double total = 0.0;
   for (int64_t j = 0; j < rows.k; ++j) {
     total += std::exp((static_cast<double>(score(logprobs[j], weight, reward[j])) - top) / rows.temperature);

@@ -16,14 +16,15 @@ using Run = void (*)(const CommitRows&, int64_t capacity, const Array& like);
 
 // Copies of a few hundred bytes: memcpy chooses by itself for this CPU.
 void run_on_cpu(const CommitRows& rows, int64_t capacity, const Array&) {
-  check(*rows.length >= 0 && *rows.length < capacity, "length must be a place of the states");
-  for (int64_t b = 0; b < rows.batch; ++b) {
-    check(rows.slot[b] < capacity - *rows.length, "a slot lies behind the states");
-  }
+  // Copies: slot and length may be views of the states themselves.
+  const int64_t length = *rows.length;
+  const std::vector<int64_t> slots(rows.slot, rows.slot + rows.batch);
+  check(length >= 0 && length < capacity, "length must be a place of the states");
+  for (const int64_t slot : slots) check(slot < capacity - length, "a slot lies behind the states");
   for (int64_t i = 0; i < rows.batch * rows.heads; ++i) {
-    const int64_t b = i / rows.heads, h = i % rows.heads, slot = rows.slot[b];
+    const int64_t b = i / rows.heads, h = i % rows.heads, slot = slots[b];
     if (slot <= 0) continue;
-    const int64_t to = b * rows.stride_b + h * rows.stride_h + *rows.length * rows.stride_t;
+    const int64_t to = b * rows.stride_b + h * rows.stride_h + length * rows.stride_t;
     for (int64_t t = 0; t < rows.count; ++t) {
       char* states = static_cast<char*>(rows.states[t]);
       std::memcpy(states + to, states + to + slot * rows.stride_t, rows.bytes);
@@ -53,6 +54,10 @@ void commit(std::vector<torch::stable::Tensor> states, AtenTensorHandle slot_han
   rows.stride_t = first.stride(2) * size;
   rows.bytes = first.size(3) * size;
   check(first.stride(3) == 1 || first.size(3) == 1, "the last dimension of states must be dense");
+  for (int64_t d = 0; d < 3; ++d) {
+    check(first.size(d) < 2 || first.stride(d) != 0,
+          "states must not be expanded: several elements share their memory");
+  }
   for (const torch::stable::Tensor& tensor : states) {
     bool alike = tensor.dim() == 4 && tensor.scalar_type() == first.scalar_type();
     for (int64_t d = 0; alike && d < 4; ++d)

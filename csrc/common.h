@@ -21,7 +21,7 @@ namespace pyargs {
 enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 enum class Capability : int { kDefault = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 
-// The one in use: the best of this CPU, or PYARGS_CPU_CAPABILITY=default|avx2|avx512|avx512_bf16 if that is lower. See
+// The one in use: the best of this CPU, or what PYARGS_CPU_CAPABILITY=default|avx2|avx512|avx512_bf16 says. See
 // module.cpp.
 Capability cpu_capability();
 

@@ -44,9 +44,10 @@ Capability parse(const std::string& name) {
   throw std::invalid_argument("CPU capability must be default, avx2, avx512 or avx512_bf16, got '" + name + "'");
 }
 
-Capability at_most(Capability wanted) {
-  const Capability best = detect();
-  return wanted < best ? wanted : best;
+Capability available(const std::string& name) {
+  const Capability wanted = parse(name), best = detect();
+  if (wanted <= best) return wanted;
+  throw std::invalid_argument("this CPU has no " + name + ", at most " + kNames[static_cast<int>(best)]);
 }
 
 std::atomic<Capability> used{detect()};
@@ -60,7 +61,15 @@ Capability cpu_capability() { return used.load(std::memory_order_relaxed); }
 PYBIND11_MODULE(_C, m) {
   using namespace pyargs;
   m.doc() = "pyargs extension: build info and the CPU capability of the ops in torch.ops.pyargs";
-  if (const char* wanted = std::getenv("PYARGS_CPU_CAPABILITY"); wanted && *wanted) used = at_most(parse(wanted));
+  // Not raised here: the ops are registered by now, so that the loading must not be undone. pyargs.ops raises it.
+  m.attr("capability_error") = py::none();
+  if (const char* wanted = std::getenv("PYARGS_CPU_CAPABILITY"); wanted && *wanted) {
+    try {
+      used = available(wanted);
+    } catch (const std::invalid_argument& error) {
+      m.attr("capability_error") = error.what();
+    }
+  }
   m.def(
       "build_info",
       [] {
@@ -80,8 +89,8 @@ PYBIND11_MODULE(_C, m) {
       "Best capability of this CPU: default, avx2, avx512 or avx512_bf16.");
   m.def("cpu_capability", [] { return kNames[static_cast<int>(cpu_capability())]; }, "The capability in use.");
   m.def(
-      "set_cpu_capability", [](const std::string& name) { used = at_most(parse(name)); }, py::arg("name"),
-      "Use this capability, or the best of this CPU if that is lower. For tests; PYARGS_CPU_CAPABILITY does the same "
-      "at import. Raises ValueError for another name.");
+      "set_cpu_capability", [](const std::string& name) { used = available(name); }, py::arg("name"),
+      "Use this capability. For tests; PYARGS_CPU_CAPABILITY does the same at import. Raises ValueError for another "
+      "name, and for one that this CPU lacks.");
   lm::bind(m);
 }

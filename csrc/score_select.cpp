@@ -15,6 +15,7 @@ constexpr int kTile = 1024;  // of hidden: weight, bias and one candidate as flo
 
 // erf form, by Abramowitz and Stegun 7.1.26: erf is off by at most 1.5e-7. NaN passes through t.
 inline float gelu(float x) {
+  x = x < -100.0f ? -100.0f : x;  // 0 from there on, and -inf * 0 is NaN
   const float z = (x < 0.0f ? -x : x) * 0.70710678f;
   const float t = 1.0f / (1.0f + 0.3275911f * z);
   float p = 1.061405429f;

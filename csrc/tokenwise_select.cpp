@@ -85,7 +85,7 @@ using Run = void (*)(const TokenwiseRows&, int64_t batch, const Array& like);
 void run_on_cpu(const TokenwiseRows& rows, int64_t batch, const Array&) {
   Scan memory(batch, 2, rows.policy.vocab, rows.k);
   TokenwiseScan scan{rows, memory.sums, memory.sums, memory.parts};
-  scan.rewards.offset += batch * memory.sums.chunks;
+  scan.rewards.largest += batch * memory.sums.chunks;
   scan.rewards.sum += batch * memory.sums.chunks;
   memory.run([&scan](int64_t begin, int64_t end) { PYARGS_DISPATCH(tokenwise_scan, scan, begin, end); },
              [&scan](int64_t row) { PYARGS_DISPATCH(tokenwise_merge, scan, row); });

@@ -17,11 +17,11 @@ namespace pyargs {
 
 constexpr int kChunk = 8192;
 
-// Sums of chunks. Sums are relative to the chunk's largest value: 2^offset = e^-largest.
+// Sums of chunks, relative to the chunk's largest value.
 struct ChunkSums {
   int64_t chunks;  // of a row
-  double* offset;  // [B, chunks]; +inf where all values are -inf
-  float* sum;      // [B, chunks]: of 2^(x log2(e) + offset)
+  float* largest;  // [B, chunks]; -inf where all values are
+  float* sum;      // [B, chunks]: of e^(x - largest)
 };
 
 // The lists of threads that got only a part of a row, each at its first task; see scan_rows.
@@ -34,7 +34,6 @@ struct Parts {
 namespace {
 
 constexpr int kBlock = 512, kLanes = 64;
-constexpr float kLargest = 65536.0f;  // offset, beyond which its rounding begins to matter
 
 // The k best so far, best first, as keys (common.h); 0 where there are fewer.
 struct Best {
@@ -90,10 +89,11 @@ inline void block_maxima(const float* __restrict x, Maxima& maxima) {
   maxima.top = top;
 }
 
-// Adds 2^(x log2(e) + offset) of a block to 32 lanes of sums; NaN if an x is NaN or the offset infinite.
+// Adds e^(x - largest) of a block to 32 lanes of sums; NaN if an x is NaN or +inf. The difference comes first: it is
+// exact where it matters, whatever the size of the logits, with a fused multiply-add and without.
 constexpr int kSums = 32;
 
-inline void exp_sum(const float* __restrict x, float offset, float* __restrict sums) {
+inline void exp_sum(const float* __restrict x, float largest, float* __restrict sums) {
   // Hidden from the compiler: knowing the constant, GCC 12 splits the loop body in two and blends them.
   float smallest = kSmallest;
   __asm__("" : "+m"(smallest));
@@ -101,7 +101,7 @@ inline void exp_sum(const float* __restrict x, float offset, float* __restrict s
   for (int l = 0; l < kSums; ++l) {
     float sum = sums[l];
     for (int i = 0; i < kBlock; i += kSums) {
-      const Exponential e = exp2_parts(x[i + l] * kLog2E + offset, smallest);
+      const Exponential e = exp2_parts((x[i + l] - largest) * kLog2E, smallest);
       sum += e.factor * e.power;
     }
     sums[l] = sum;
@@ -122,17 +122,14 @@ void collect(const float* x, int n, int64_t start, const Maxima& maxima, Best& b
 }
 
 // The log-sum-exp of one chunk, and its candidates into `best`, which is null where only the sum is wanted. A sum is
-// NaN where the chunk holds NaN. With +inf it is NaN beside candidates, for log_softmax gives NaN to all of such a row,
-// and +inf without, as logsumexp has it.
+// NaN where the chunk holds NaN or +inf, as log_softmax has it.
 void scan_chunk(const LogitRows& rows, const ChunkSums& result, int64_t row, int64_t chunk, Best* best) {
   alignas(64) float buffer[kBlock];
   alignas(64) float sums[kSums] = {};
   Maxima maxima;
   const int64_t first = chunk * kChunk;
   const int64_t last = first + kChunk < rows.vocab ? first + kChunk : rows.vocab;
-  // Sums are relative to the largest value so far: 2^offset = e^-top. The rounding of the offset is no error, for the
-  // rounded one is what the sum is relative to.
-  float top = -INFINITY, offset = 0.0f;
+  float top = -INFINITY;  // the largest value so far, which the sums are relative to
   const auto block = [&](int64_t start, int n) {
     const float* x = as_floats(rows.dtype, rows.logits, row * rows.row_stride + start, n, buffer);
     if (n == kBlock) return x;
@@ -145,69 +142,52 @@ void scan_chunk(const LogitRows& rows, const ChunkSums& result, int64_t row, int
     const float* x = block(start, n);
     block_maxima(x, maxima);
     if (maxima.top > top) {
-      const float next = -maxima.top * kLog2E;
-      float factor = top == -INFINITY ? 1.0f : exp2_negative(next - offset);
-      if (next - offset < kSmallest) factor = 0.0f;  // the sums of a mask of large numbers may be anything
+      const float difference = (top - maxima.top) * kLog2E;  // -inf at the first value: what lies before adds nothing
+      float factor = difference < kSmallest ? 0.0f : exp2_negative(difference);
 #pragma omp simd
       for (int l = 0; l < kSums; ++l) sums[l] *= factor;
       top = maxima.top;
-      offset = next;
     }
-    exp_sum(x, offset, sums);  // all -inf so far: adds next to nothing, and a NaN still shows
+    exp_sum(x, top == -INFINITY ? 0.0f : top, sums);  // all -inf so far: a NaN still shows
     if (best && (maxima.top > best->worst || !best->full())) collect(x, n, start, maxima, *best);
   }
   for (int half = kSums / 2; half > 0; half /= 2) {
     for (int l = 0; l < half; ++l) sums[l] += sums[l + half];
   }
-  float& sum = result.sum[row * result.chunks + chunk];
-  double& sum_offset = result.offset[row * result.chunks + chunk];
-  sum = sums[0];
-  sum_offset = top == -INFINITY ? INFINITY : offset;
-  if (sum == sum && offset < kLargest && offset > -kLargest) return;
-  // NaN, which comparisons have passed over so far, +inf, or a mask of large numbers: once more, in double.
-  bool nan = false;
-  double exact = 0.0;
+  result.largest[row * result.chunks + chunk] = top;
+  result.sum[row * result.chunks + chunk] = sums[0];
+  if (sums[0] == sums[0] || !best) return;
+  // NaN, which comparisons have passed over so far.
   for (int64_t start = first; start < last; start += kBlock) {
     const int n = static_cast<int>(last - start < kBlock ? last - start : kBlock);
     const float* x = block(start, n);
     for (int i = 0; i < n; ++i) {
-      if (x[i] == x[i]) {
-        exact += std::exp2((static_cast<double>(x[i]) - top) * kLog2E);
-      } else {
-        nan = true;
-        if (best) best->insert(x[i], start + i);
-      }
+      if (x[i] != x[i]) best->insert(x[i], start + i);
     }
-  }
-  if (nan || top == INFINITY) {
-    sum = nan || best ? NAN : INFINITY;
-  } else if (top != -INFINITY) {
-    sum = static_cast<float>(exact);
-    sum_offset = -static_cast<double>(top) * kLog2E;
   }
 }
 
-// A row's log-sum-exp as reference + log_sum: the largest value, and the logarithm of the sum relative to it. Of a row
-// of -inf both are -inf.
+// A row's log-sum-exp as largest + log_sum, so that neither is rounded to the size of the other. Of a row of -inf both
+// are -inf.
 struct LogSumExp {
-  double reference, log_sum;
+  double largest, log_sum;
 
   // The log-probability of a logit.
-  float operator()(float value) const { return static_cast<float>((value - reference) - log_sum); }
+  float operator()(float value) const { return static_cast<float>((value - largest) - log_sum); }
 };
 
 LogSumExp merge_chunks(const ChunkSums& parts, int64_t row) {
-  const double* offsets = parts.offset + row * parts.chunks;
+  const float* tops = parts.largest + row * parts.chunks;
   const float* sums = parts.sum + row * parts.chunks;
-  double offset = INFINITY;  // of the chunk with the largest value
-  for (int64_t c = 0; c < parts.chunks; ++c) offset = offsets[c] < offset ? offsets[c] : offset;
+  float largest = -INFINITY;
+  for (int64_t c = 0; c < parts.chunks; ++c) largest = larger(tops[c], largest);
   double sum = 0.0;
   for (int64_t c = 0; c < parts.chunks; ++c) {
-    const double factor = offsets[c] == offset ? 1.0 : std::exp2(offset - offsets[c]);
+    const double factor = tops[c] == largest ? 1.0 : std::exp(static_cast<double>(tops[c]) - largest);
     sum += sums[c] * factor;  // factor is 0 where all is -inf, but NaN stays
   }
-  if (offset == INFINITY && sum == sum) sum = 0.0;
-  return {-offset / kLog2E, std::log(sum)};
+  if (largest == -INFINITY && sum == sum) sum = 0.0;
+  return {largest, std::log(sum)};
 }
 
 // Tasks begin .. end of all rows' tasks, counted through: scan(row, task of the row, best) each. Rows that lie inside
@@ -265,7 +245,7 @@ class Scan {
     parts.tasks = rows_of_result * sums.chunks;
     const int64_t tasks = batch * parts.tasks;
     // Not initialised: only the rows cut between two threads touch the lists.
-    offset_.reset(sums.offset = new double[tasks]);
+    largest_.reset(sums.largest = new float[tasks]);
     sum_.reset(sums.sum = new float[tasks]);
     there_.reset(parts.there = new uint8_t[tasks]());
     keys_.reset(parts.keys = new uint64_t[tasks * k]);
@@ -287,8 +267,7 @@ class Scan {
 
  private:
   int64_t batch_, grain_;
-  std::unique_ptr<double[]> offset_;
-  std::unique_ptr<float[]> sum_;
+  std::unique_ptr<float[]> largest_, sum_;
   std::unique_ptr<uint8_t[]> there_;
   std::unique_ptr<uint64_t[]> keys_;
 };

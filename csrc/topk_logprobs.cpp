@@ -23,7 +23,7 @@ void write_row(const TopkRows& rows, int64_t row, const Best& best) {
   // As torch has it: a row of -inf has logsumexp -inf, one with +inf has +inf unless it holds NaN, and the log-probs
   // of both are NaN.
   const float best_value = float_from_bits(key_bits(best.key[0]));
-  rows.logsumexp[row] = best_value == INFINITY ? INFINITY : static_cast<float>(total.reference + total.log_sum);
+  rows.logsumexp[row] = best_value == INFINITY ? INFINITY : static_cast<float>(total.largest + total.log_sum);
   for (int j = 0; j < best.k; ++j) {
     rows.ids[row * best.k + j] = key_index(best.key[j]);
     rows.logprobs[row * best.k + j] = total(float_from_bits(key_bits(best.key[j])));

@@ -134,6 +134,20 @@ def test_capability_from_the_environment(capability):
     assert done.stdout.strip() in ("default", capability)
 
 
+@pytest.mark.parametrize("capability", ["avx-512", "AVX2", "avx512_bf16"])
+def test_a_capability_that_is_unknown_or_lacking_is_one_message(capability):
+    _C = pytest.importorskip("pyargs._C")
+    if capability == _C.cpu_capability_detected():
+        pytest.skip("this CPU has all of them")
+    env = {**os.environ, "PYARGS_CPU_CAPABILITY": capability}
+    done = subprocess.run([sys.executable, "-m", "pyargs.cli", "env"], capture_output=True, text=True, env=env)
+    says = "this CPU has no avx512_bf16, at most" if capability == "avx512_bf16" else "avx512 or avx512_bf16, got"
+    assert done.returncode and says in done.stderr and "Traceback" not in done.stderr
+    twice = "import torch\nfor _ in range(2):\n  try: import pyargs.ops\n  except Exception as e: print(type(e).__name__, e)"
+    done = subprocess.run([sys.executable, "-c", twice], capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.count("PyargsError PYARGS_CPU_CAPABILITY") == 2
+
+
 def test_env_command():
     done = subprocess.run([sys.executable, "-m", "pyargs.cli", "env"], capture_output=True, text=True, check=True)
     report = json.loads(done.stdout)

@@ -20,7 +20,12 @@ __device__ __forceinline__ float score_of(const ChoiceRows& a, int64_t row, int 
   return weight == 0.0f ? logprob : logprob + weight * reward[j];
 }
 
-// The slot that a warp chooses; -1 if a score is NaN. Called by the whole first warp.
+// No score to choose by: NaN, +inf, or a finite log-prob and reward whose sum is beyond float32. -inf forbids a token.
+__device__ __forceinline__ bool broken_score(float score, float logprob, float reward) {
+  return !(score < INFINITY) || (score == -INFINITY && logprob != -INFINITY && reward != -INFINITY);
+}
+
+// The slot that a warp chooses; -1 if a score is broken. Called by the whole first warp.
 __device__ __forceinline__ int choose(const ChoiceRows& a, int64_t row, const float* logprobs, const float* reward) {
   uint64_t best = 0;  // sorts as the score, then the lower slot; 0 is less than any
   uint32_t broken = 0;
@@ -28,7 +33,7 @@ __device__ __forceinline__ int choose(const ChoiceRows& a, int64_t row, const fl
     const float score = score_of(a, row, j, logprobs, reward);
     const uint64_t key = topk_key(bits_of(score), static_cast<uint32_t>(j));
     best = key > best ? key : best;
-    broken += score != score ? 1u : 0u;
+    broken += broken_score(score, logprobs[j], reward[j]) ? 1u : 0u;
   }
   broken = __reduce_add_sync(0xffffffffu, broken);
 #pragma unroll
@@ -40,7 +45,6 @@ __device__ __forceinline__ int choose(const ChoiceRows& a, int64_t row, const fl
   const int slot = static_cast<int>(key_index(best));
   const float top = score_of(a, row, slot, logprobs, reward);
   if (a.uniform == nullptr || top == -INFINITY) return slot;
-  if (top == INFINITY) return -1;  // no distribution
   // k is small, and sums in order are the same for every batch: each lane adds all of them.
   double total = 0.0;
   for (int j = 0; j < a.k; ++j) {

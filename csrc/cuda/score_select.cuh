@@ -23,7 +23,10 @@ template <Activation activation>
 __device__ __forceinline__ float activated(float x) {
   if (activation == Activation::kRelu) return x < 0.0f ? 0.0f : x;  // NaN stays
   if (activation == Activation::kLeakyRelu) return x < 0.0f ? 0.2f * x : x;
-  if (activation == Activation::kGelu) return 0.5f * x * (1.0f + erff(x * 0.70710678f));
+  if (activation == Activation::kGelu) {
+    x = x < -100.0f ? -100.0f : x;  // 0 from there on, and -inf * 0 is NaN
+    return 0.5f * x * (1.0f + erff(x * 0.70710678f));
+  }
   return x;
 }
 

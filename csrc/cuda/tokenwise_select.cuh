@@ -29,8 +29,6 @@ __device__ __forceinline__ void tokenwise_chunk(TopkShared& shared, const LogitR
   if (policy) {
     survivors_of_chunk(shared, elements, data, first, n, k);
     leave_survivors(shared, work, blockIdx.x);
-  } else if (elements.max == INFINITY && !elements.nan) {
-    elements.sum = INFINITY;  // torch.logsumexp of such a row, where log_softmax is NaN
   }
   leave_sum(shared, work, blockIdx.x, elements.max, elements.sum);
 }

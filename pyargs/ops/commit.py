@@ -16,7 +16,7 @@ def commit_reference(states: list[Tensor], slot: Tensor, length: Tensor) -> None
     check(states, slot, length)
     if not len(slot):
         return
-    rows, at = torch.arange(len(slot), device=slot.device), length.view(1)
+    rows, at = torch.arange(len(slot), device=slot.device), length.view(1).clone()  # it may be a view of the states
     place = at + slot.clamp(min=0)
     for tensor in states:
         tensor.index_copy_(2, at, tensor[rows, :, place].unsqueeze(2))
@@ -32,8 +32,10 @@ def commit(states: list[Tensor], slot: Tensor, length: Tensor) -> None:
         length: a single int64 on the states' device, the length of the prefix: a captured graph need not know it.
 
     Raises:
-        TypeError, ValueError: a dtype, shape, layout or device that does not fit. RuntimeError on the CPU: a length or slot
-        beyond the capacity; on CUDA, where nothing can be raised without waiting, such a row is left as it is.
+        TypeError, ValueError: a dtype, shape, layout or device that does not fit.
+        RuntimeError: what torch refuses to change in place: states that require grad in grad mode, expanded ones, inference
+        tensors outside of inference mode. On the CPU also a length or slot beyond the capacity; on CUDA, where nothing can
+        be raised without waiting, such a row is left as it is.
     """
     try:
         (_op if is_compiling() else _direct)(states, slot, length)

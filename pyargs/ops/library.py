@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from itertools import compress
 
 import torch
+from torch.autograd.graph import increment_version
+
+from pyargs.errors import PyargsError
 
 native: set[str] = set()
 """Names of the ops with a native CPU kernel in this process."""
@@ -17,8 +21,10 @@ def _load_extension() -> bool:
         reason = "PYARGS_NO_EXT=1"
     else:
         try:
-            from pyargs import _C  # noqa: F401  (loading it registers the kernels; torch must be loaded before)
+            from pyargs import _C  # loading it registers the kernels; torch must be loaded before
 
+            if _C.capability_error:
+                raise PyargsError(f"PYARGS_CPU_CAPABILITY: {_C.capability_error}")
             return True
         except ImportError as error:
             reason = str(error)
@@ -41,7 +47,7 @@ def define(name: str, default: Callable, fake: Callable, mutates: tuple[str, ...
     Returns the op, for compiled code, and the same without the Python frame around it, which takes a tenth of a small call.
 
     `default` serves devices without a native kernel; `fake` gives shapes and dtypes. Neither has keyword-only arguments:
-    looking keywords up costs more than a small kernel. `mutates` names the arguments that it changes.
+    looking keywords up costs more than a small kernel. `mutates` names the arguments that it changes, lists of tensors.
     """
     qualified = f"pyargs::{name}"
     if has_extension and torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CPU"):
@@ -51,7 +57,27 @@ def define(name: str, default: Callable, fake: Callable, mutates: tuple[str, ...
     torch.library.impl(qualified, "default", default)
     torch.library.register_fake(qualified, fake)
     op = getattr(torch.ops.pyargs, name).default
+    if mutates:
+        _written_in_place(op, [argument.name in mutates for argument in op._schema.arguments])
     return op, op._op
+
+
+_library = torch.library.Library("pyargs", "FRAGMENT")  # it must live as long as what it registered
+
+
+def _written_in_place(op, mutated: list[bool]) -> None:
+    """Before each call: what torch does where its own in-place operators change tensors. No operator does it by itself."""
+
+    def kernel(keyset, *args):
+        for tensors in compress(args, mutated):
+            if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+                raise RuntimeError(f"{op} changes tensors that require grad, and is not differentiable: use torch.no_grad()")
+            if not torch.is_inference_mode_enabled() and any(tensor.is_inference() for tensor in tensors):
+                raise RuntimeError(f"{op} changes inference tensors: call it in torch.inference_mode(), or clone them")
+            increment_version(tensors)
+        return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    _library.impl(op._schema.name.removeprefix("pyargs::"), kernel, "ADInplaceOrView", with_keyset=True)
 
 
 def check_tensors(expected: dict[str, tuple], optional: tuple[str, ...] = ()) -> None:

@@ -14,7 +14,8 @@ from pyargs.ops.library import check_tensors, define
 ACTIVATIONS = {
     "identity": lambda x: x,
     "relu": F.relu,
-    "gelu": F.gelu,  # the exact (erf) form
+    # The exact (erf) form. F.gelu takes +-inf, and in some versions what is merely large, for NaN; relu is its limit.
+    "gelu": lambda x: torch.where(x.abs() < 100, F.gelu(x), F.relu(x)),
     "leaky_relu": lambda x: F.leaky_relu(x, 0.2),
 }
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -59,11 +60,11 @@ def score_select_reference(
 
     weighted = torch.where(reward_weight[:, None] == 0, 0.0, reward_weight[:, None] * reward)
     score = logprobs + weighted
-    bad = bad_user | score.isnan().any(-1)
+    overflow = (score == -math.inf) & (logprobs > -math.inf) & (reward > -math.inf)
+    bad = bad_user | (~(score < math.inf) | overflow).any(-1)
     slot = score.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).argmax(-1)  # ties: see below
     slot = (score == score.gather(-1, slot[:, None])).int().argmax(-1)  # argmax of 0/1 takes the first
     if uniform is not None:
-        bad = bad | (score == math.inf).any(-1)  # no distribution
         p = torch.softmax(score.double() / temperature, dim=-1)
         passed = p.cumsum(-1) > uniform[:, None].double()
         last = (p > 0).int().cumsum(-1).argmax(-1)  # where rounding leaves none
@@ -122,8 +123,9 @@ def score_select(
         token: [B] int64. slot: [B] int64, index of the choice; equal scores go to the lower slot.
         reward: [B, k] float32. finished: [B] bool.
 
-    Errors in the data do not raise, for a decoding loop on a device cannot: a user row out of range (reward NaN), a NaN
-    score, or a +inf score where sampling, give slot=-1, token=pad_id and finished=True. Not differentiable.
+    Errors in the data do not raise, for a decoding loop on a device cannot: a user row out of range (reward NaN), or a score
+    that is NaN, +inf, or beyond float32 (-inf though neither log-prob nor reward is) gives slot=-1, token=pad_id and
+    finished=True. A score of -inf forbids the candidate. Not differentiable.
 
     Raises:
         TypeError, ValueError: a dtype, shape, device or option that does not fit.

@@ -26,8 +26,7 @@ def tokenwise_select_reference(
     """Plain PyTorch form of `tokenwise_select`; same arguments, results and errors."""
     check(logits, reward_logits, reward_weight, finished, k, stop, temperature, uniform)
     logprobs, ids, _ = topk_logprobs_reference(logits, k)
-    reward_logits = reward_logits.float()
-    reward = reward_logits.gather(1, ids) - reward_logits.logsumexp(1, keepdim=True)
+    reward = reward_logits.float().log_softmax(1).gather(1, ids)
     return score_select_reference(
         reward.unsqueeze(-1), reward.new_ones(1, 1), torch.zeros_like(ids[:, 0]), reward_weight, logprobs, ids, finished,
         stop=stop, pad_id=pad_id, temperature=temperature, uniform=uniform,
@@ -66,8 +65,9 @@ def tokenwise_select(
         token: [B] int64. slot: [B] int64, rank of the choice under the policy; equal scores go to the lower slot.
         reward: [B, k] float32. finished: [B] bool.
 
-    Errors in the data do not raise, for a decoding loop on a device cannot: a NaN score, or a +inf score where sampling, give
-    slot=-1, token=pad_id and finished=True. A row's result is bitwise the same in any batch and with any number of threads.
+    Errors in the data do not raise, for a decoding loop on a device cannot: a score that is NaN, +inf, or beyond float32 (see
+    `score_select`) gives slot=-1, token=pad_id and finished=True; a NaN or +inf reward logit makes all scores of its row NaN.
+    A score of -inf forbids the candidate. A row's result is bitwise the same in any batch and with any number of threads.
     Not differentiable.
 
     Raises:

@@ -105,6 +105,43 @@ def test_beyond_the_capacity(slot, length):
         commit([torch.zeros(2, 2, 6, 4)], torch.tensor(slot), torch.tensor(length))
 
 
+@pytest.mark.parametrize("function", [commit, commit_reference, torch.ops.pyargs.commit])
+def test_changes_tensors_as_torch_does(function):
+    """Versions count up, so that autograd sees the change; what torch refuses to change is refused."""
+    make = lambda: [torch.arange(96.0).view(2, 2, 6, 4) for _ in range(2)]  # noqa: E731
+    rest = torch.tensor([1, 2]), torch.tensor(3)
+    states = make()
+    function(states, *rest)
+    assert [t._version for t in states] == [1, 1]
+    factor = torch.ones(2, 2, 6, 4, requires_grad=True)
+    loss = (factor * states[1]).sum()
+    function(states, *rest)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with torch.inference_mode():
+        inference = make()
+        function(inference, *rest)
+        function(states, *rest)
+    leaf = make()[0].requires_grad_()
+    refused = [leaf, leaf[:], inference[0], *(states[0].narrow(dim, 0, 1).expand(2, 2, 6, 4) for dim in range(3))]
+    for tensor in refused:
+        before = tensor.clone()
+        with pytest.raises(RuntimeError, match="grad|inference|Inference|expanded|single memory location"):
+            function([tensor], *rest)
+        assert torch.equal(tensor, before)
+    with torch.no_grad():
+        function([leaf], *rest)
+    assert leaf._version == 1 and torch.equal(leaf[1, :, 3], leaf[1, :, 5])
+
+
+@pytest.mark.parametrize("function", [commit, commit_reference])
+def test_slot_and_length_may_be_views_of_the_states(function):
+    states = torch.tensor([[3, 0, 0, 0, 7, 8], [1, 0, 0, 1, 9, 5]]).view(2, 1, 6, 1)
+    slot, length = states[:, 0, 0, 0], states[1, 0, 3, 0]
+    function([states], slot, length)
+    assert states.flatten(1).tolist() == [[3, 7, 0, 0, 7, 8], [1, 0, 0, 1, 9, 5]]
+
+
 def test_opcheck_and_schema():
     given = [torch.randn(2, 2, 6, 4), torch.randn(2, 2, 6, 4)], torch.tensor([1, 0]), torch.tensor(3)
     torch.library.opcheck(torch.ops.pyargs.commit.default, given)

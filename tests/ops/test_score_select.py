@@ -152,6 +152,37 @@ def test_gelu_is_the_exact_form(capability):
     assert (reward - torch.nn.functional.gelu(x.double())).abs().max() < 2e-6
 
 
+def test_activations_at_their_limits(capability):
+    limits(score_select)
+
+
+@emulated.needed
+def test_activations_at_their_limits_emulated():
+    limits(emulated.score_select)
+
+
+def limits(op) -> None:
+    """What each activation tends to, in vectors of every width: gelu(-inf) is 0, and only NaN is NaN."""
+    points = [INF, -INF, NAN, 3e38, -3e38, -150.0, 150.0, -0.0, 1e-40, -1e-40, 65504.0, -65504.0]
+    expected = {
+        "identity": points,
+        "relu": [INF, 0, NAN, 3e38, 0, 0, 150, 0, 1e-40, 0, 65504, 0],
+        "gelu": [INF, 0, NAN, 3e38, 0, 0, 150, 0, 5e-41, -5e-41, 65504, 0],
+        "leaky_relu": [INF, -INF, NAN, 3e38, -6e37, -30, 150, 0, 1e-40, -2e-41, 65504, -13100.8],
+    }
+    k = len(points)
+    for hidden in (1, 40):  # the others are 0, whose activation is
+        args = problem(batch=1, k=k, hidden=hidden) | {"finished": torch.tensor([False]), "ids": torch.arange(k)[None]}
+        args |= {"features": torch.zeros(1, k, hidden), "weight": torch.ones(1, hidden), "logprobs": torch.zeros(1, k)}
+        args["features"][0, :, hidden // 2] = torch.tensor(points)
+        for activation, values in expected.items():
+            for dtype in DTYPES:
+                given = args | {"features": args["features"].to(dtype), "activation": activation}
+                reward = agree(given, op=op)[2]
+                if dtype == torch.float32:
+                    torch.testing.assert_close(reward[0], torch.tensor(values), rtol=1e-6, atol=1e-30, equal_nan=True)
+
+
 def test_weight_zero_is_greedy_whatever_the_reward():
     args = problem()
     args["finished"] = torch.zeros(3, dtype=torch.bool)
@@ -179,10 +210,41 @@ def special_scores(op) -> None:
     args = problem(batch=6, k=3)
     args |= {"features": torch.zeros(6, 3, 8), "logprobs": torch.tensor(rows), "finished": torch.zeros(6).bool(), "pad_id": 49}
     token, slot, _, finished = agree(args, op=op)
-    assert slot.tolist() == [-1, -1, 0, 2, 0, 2]
-    assert token[:2].tolist() == [49, 49] and finished.tolist() == [True, True, False, False, False, False]
+    assert slot.tolist() == [-1, -1, 0, -1, -1, 2]
+    assert token[:2].tolist() == [49, 49] and finished.tolist() == [True, True, False, True, True, False]
     sampled = agree(args | {"temperature": 1.0, "uniform": torch.full((6,), 0.9)}, op=op)[1]
     assert sampled.tolist() == [-1, -1, 0, -1, -1, 2]
+
+
+def test_what_overflows_is_no_choice(capability):
+    overflow(score_select)
+
+
+@emulated.needed
+def test_what_overflows_is_no_choice_emulated():
+    overflow(emulated.score_select)
+
+
+def overflow(op) -> None:
+    """w r beyond float32 among the candidates, though w and r are numbers: no order is left, and no first one wins."""
+    cases = [  # rewards, weight, slot
+        ([2.0, 3.0, 1.0], 3e38, -1),
+        ([-2.0, -3.0, -4.0], 3e38, -1),
+        ([0.5, -3.0, 0.25], 3e38, -1),
+        ([2.0, 3.0, 1.0], -3e38, -1),
+        ([0.5, 0.75, 0.25], 3e38, 1),
+        ([-INF, 0.75, 0.25], 1.0, 1),  # forbidden, which is no overflow
+        ([-INF, -INF, -INF], 1.0, 0),
+        ([INF, 0.0, 0.0], 1.0, -1),
+        ([INF, 0.0, 0.0], -1.0, -1),
+        ([INF, 0.0, NAN], 0.0, 0),
+    ]
+    rewards, weight, slots = (list(column) for column in zip(*cases, strict=True))
+    args = problem(batch=len(cases), k=3, hidden=1, users=1) | {"weight": torch.ones(1, 1)}
+    args |= {"features": torch.tensor(rewards).unsqueeze(-1), "reward_weight": torch.tensor(weight)}
+    args |= {"logprobs": torch.tensor([-1.0, -2.0, -3.0]).repeat(len(cases), 1), "finished": torch.zeros(len(cases)).bool()}
+    for sampling in ({}, {"temperature": 1e-3, "uniform": torch.full((len(cases),), 0.5)}):
+        assert agree(args | sampling, op=op)[1].tolist() == slots
 
 
 def test_bad_user_rows(capability):

@@ -198,10 +198,10 @@ def special_rows(op) -> None:
         (plain, [0.0, 0.0, 0.0, NAN], 1.0, -1, -1),  # of no candidate, but in the sum
         (plain, [-INF] * 4, 1.0, -1, -1),
         (plain, [0.0, INF, 0.0, 0.0], 1.0, -1, -1),  # inf - inf of a candidate
-        (plain, [0.0, 0.0, 0.0, INF], 1.0, 0, 0),  # all candidates have reward -inf
-        (plain, [0.0, 0.0, 0.0, INF], -1.0, 0, -1),  # +inf: no distribution
+        (plain, [0.0, 0.0, 0.0, INF], 1.0, -1, -1),
+        (plain, [0.0, 0.0, 0.0, INF], 0.0, 0, 1),
         (plain, [-INF, 0.0, -INF, 0.0], 1.0, 1, 1),
-        (plain, [-INF, 0.0, -INF, 0.0], -1.0, 0, -1),
+        (plain, [-INF, 0.0, -INF, 0.0], -1.0, -1, -1),  # +inf
         ([INF, 2.0, 1.0, 0.0], plain, 1.0, -1, -1),
         ([NAN, 2.0, 1.0, 0.0], plain, 1.0, -1, -1),
         ([-INF] * 4, plain, 1.0, -1, -1),
