@@ -93,7 +93,7 @@ void set_choice(ChoiceRows& rows, int64_t batch, Array& reward_weight, Array& fi
   }
   check(temperature.has_value() == uniform.has_value(), "temperature and uniform belong together");
   if (uniform) {
-    check(*temperature > 0.0, "temperature must be > 0");
+    check(*temperature > 0.0 && *temperature < INFINITY, "temperature must be > 0 and finite");
     uniform->require({batch}, aoti_torch_dtype_float32(), "uniform must be [B] float32");
     rows.uniform = uniform->data<float>();
     rows.temperature = *temperature;

@@ -48,7 +48,7 @@ def generate(
     token_callback: called after each step with the tokens [B] (pad_token_id where a row has finished), for streaming.
 
     Returns a Decoded on the CPU. Raises PyargsError on wrong input (UnknownUser for a user without parameters), and within 8
-    steps when logits or rewards are NaN. Nothing in a step waits for the device.
+    steps when logits or rewards are not numbers or w r is beyond float32. Nothing in a step waits for the device.
     """
     if not isinstance(reward_model, RewardModel):
         raise PyargsError(
@@ -56,6 +56,8 @@ def generate(
             "pyargs.decode.tokenwise, a UserPolicy through pyargs.decode.plain"
         )
     policy = unwrapped(policy)
+    if num_candidates is None:
+        raise PyargsError("num_candidates=None, the whole vocabulary, is for a TokenReward: name how many a head is to score")
     request = check(
         policy, reward_model, input_ids, attention_mask, users, reward_weight=reward_weight, num_candidates=num_candidates,
         max_new_tokens=max_new_tokens, eos_token_id=eos_token_id, pad_token_id=pad_token_id, do_sample=do_sample,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyargs.decode import plain
+from pyargs.decode.request import numbered, seeds, whole
 from pyargs.errors import PyargsError
 from pyargs.types import Decoded
 from pyargs.user_ids import user_ids
@@ -26,15 +27,15 @@ def generate(
     others. An empty sample has no tokens to reward and only wins among empty ones.
     Returns one Decoded (of one row) per prompt and the rewards float32 [B, N] of all samples, -inf for empty ones.
     """
-    if n < 1:
-        raise PyargsError(f"n must be at least 1, got {n}")
+    n = whole("n", n, 1)
     users = user_ids(users)
     if len(prompts) != len(users):
         raise PyargsError(f"{len(prompts)} prompts but {len(users)} users: name one user for each row")
     model.users.rows(users)  # an unknown user raises before anything is sampled
-    seeds = [seed * 1_000_003 + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
+    given = seeds(seed, len(prompts))
+    own_seeds = given if isinstance(given, list) else [numbered(given or 0, i) for i in range(len(prompts))]
     best, rewards = [], torch.full((len(prompts), n), -torch.inf)
-    for row, (prompt, user, own) in enumerate(zip(prompts, users, seeds, strict=True)):
+    for row, (prompt, user, own) in enumerate(zip(prompts, users, own_seeds, strict=True)):
         drawn = plain.generate(
             policy, [prompt] * n, max_new_tokens=max_new_tokens, do_sample=True, temperature=temperature, seed=own
         )
@@ -45,8 +46,8 @@ def generate(
             raise PyargsError(f"the policy chose a token beyond the {known} that the reward model knows: they do not fit")
         if kept:
             rewards[row, kept] = model.score([(list(prompt), [answers[i] for i in kept])], [user])[0].float()
-        if rewards[row].isnan().any():
-            raise PyargsError(f"the rewards of prompt {row} are not numbers: check the model's weights")
+        if not rewards[row, kept].isfinite().all():
+            raise PyargsError(f"the rewards of prompt {row} are not finite numbers: check the model's weights")
         winner = int(rewards[row].argmax())
         best.append(Decoded(*(value[winner : winner + 1] for value in vars(drawn).values())))
     return best, rewards

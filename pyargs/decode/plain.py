@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyargs.decode import native
-from pyargs.decode.request import check_length, check_numbers, check_room, stop_and_pad
+from pyargs.decode.request import check_length, check_numbers, check_room, check_temperature, stop_and_pad
 from pyargs.errors import PyargsError
 from pyargs.lm.encode import left_pad
 from pyargs.lm.hf import forward_step
@@ -41,8 +41,8 @@ def generate(
         return _decoded(torch.zeros(0, 0, dtype=torch.long), [], 0)
     if not all(len(prompt) for prompt in prompts):
         raise PyargsError("a prompt without a token has nothing to answer: give each at least one")
-    if do_sample and temperature <= 0:
-        raise PyargsError(f"temperature must be > 0, got {temperature}; for the greedy choice leave do_sample out")
+    if do_sample:
+        check_temperature(temperature)
     check_length(max_new_tokens)
     lengths = [len(prompt) + (0 if soft is None else soft.centres.shape[1]) for prompt in prompts]
     check_room(lm, min(lengths), max(lengths), max_new_tokens)

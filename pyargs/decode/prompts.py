@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from pyargs.decode import args, best_of_n, native, plain, tokenwise
+from pyargs.decode.request import numbered
 from pyargs.errors import PyargsError
 from pyargs.files import short_hash
 from pyargs.lm import hub
@@ -87,7 +88,7 @@ def decode_prompts(
     with progress_bar(total=len(order), desc=progress, unit="prompt") as bar:
         for start in range(0, len(order), batch_size):
             take = order[start : start + batch_size]
-            some, their, seeds = [encoded[i] for i in take], [users[i] for i in take], [seed * 1_000_003 + i for i in take]
+            some, their, seeds = [encoded[i] for i in take], [users[i] for i in take], [numbered(seed, i) for i in take]
             length = {name: more[name] for name in ("max_new_tokens", "temperature") if name in more}
             if best_of:
                 (decoded,), _ = best_of_n.generate(policy, model, some, their, n=best_of, seed=seeds, **length)

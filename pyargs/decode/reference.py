@@ -15,6 +15,7 @@ from pyargs.errors import PyargsError
 from pyargs.lm.cache import PrefixLayer
 from pyargs.lm.hf import forward_step
 from pyargs.models.reward_model import RewardModel
+from pyargs.ops.score_select import broken
 from pyargs.types import Decoded
 
 
@@ -54,9 +55,9 @@ def decode(policy, reward_model: RewardModel, request: Request) -> Decoded:
         if request.uniform is None:
             slot = score.argmax(1)
         else:
-            cumulative = (score / request.temperature).softmax(-1).cumsum(-1)
+            cumulative = ((score - score.amax(1, keepdim=True)) / request.temperature).softmax(-1).cumsum(-1)
             slot = (cumulative > request.uniform[step].unsqueeze(1)).int().argmax(1)
-        bad = score.isnan().any(1) & ~finished
+        bad = broken(score, logprobs, reward).any(1) & ~finished
         token = ids.gather(1, slot.unsqueeze(1)).squeeze(1).masked_fill(finished | bad, request.pad_id)
         reward = reward.masked_fill(finished.unsqueeze(1), 0.0)
         stopped = is_stop.gather(1, slot.unsqueeze(1)).squeeze(1)

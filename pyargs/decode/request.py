@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import operator
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -55,31 +58,31 @@ def check(
     eos_reward: str, tokenizer, token_callback,
 ) -> Request:  # fmt: skip
     """The arguments of `pyargs.generate` as a Request. Raises PyargsError naming what is wrong and how to mend it."""
-    if input_ids.ndim != 2 or input_ids.dtype != torch.long:
-        raise PyargsError(f"input_ids must be int64 [B, T], got {input_ids.dtype} {list(input_ids.shape)}")
+    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.dtype != torch.long:
+        raise PyargsError(f"input_ids must be an int64 tensor [B, T], got {_kind(input_ids)}")
     rows, length = input_ids.shape
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
-    if attention_mask.shape != input_ids.shape:
-        raise PyargsError(f"attention_mask is {list(attention_mask.shape)}, input_ids {list(input_ids.shape)}")
+    if not isinstance(attention_mask, Tensor) or attention_mask.shape != input_ids.shape:
+        raise PyargsError(f"attention_mask is {_kind(attention_mask)}, input_ids {_kind(input_ids)}: both must be [B, T]")
+    if not ((attention_mask == 0) | (attention_mask == 1)).all():
+        raise PyargsError("attention_mask must hold 1 where a token counts and 0 where it pads, nothing else")
     attention_mask = attention_mask.long()
     if rows and not (length and (attention_mask[:, -1] == 1).all() and (attention_mask.diff(dim=1) >= 0).all()):
         raise PyargsError("prompts must be padded on the left (and not be empty): tokenizer.padding_side = 'left'")
     users = user_ids(users)
     if len(users) != rows:
         raise PyargsError(f"{rows} prompts but {len(users)} users: name one user for each row")
-    weight = torch.as_tensor(reward_weight, dtype=torch.float32).flatten()
-    if len(weight) not in (1, rows):
-        raise PyargsError(f"reward_weight has {len(weight)} values for {rows} rows: give one, or one for each row")
-    if not torch.isfinite(weight).all():
-        raise PyargsError("reward_weight must be finite")
-    if not do_sample:
-        temperature = None
-    elif temperature <= 0:
-        raise PyargsError(f"temperature must be > 0, got {temperature}; for the greedy choice leave do_sample out")
+    weight = _weight(reward_weight, rows)
+    if not isinstance(do_sample, bool):
+        raise PyargsError(f"do_sample is True or False, not {do_sample!r}")
+    temperature = check_temperature(temperature) if do_sample else None
     if eos_reward not in ("before", "state"):
-        raise PyargsError(f"eos_reward is 'before' or 'state', not '{eos_reward}'")
-    check_length(max_new_tokens)
+        raise PyargsError(f"eos_reward is 'before' or 'state', not {eos_reward!r}")
+    if token_callback is not None and not callable(token_callback):
+        raise PyargsError(f"token_callback must be a function of the step's tokens, not {token_callback!r}")
+    max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
+    seed = seeds(seed, rows)
     tokenizer = tokenizer if tokenizer is not None else getattr(policy, "tokenizer", None)  # `load_lm` leaves it there
     theirs = reward_model.tokenizer
     if tokenizer is None and theirs is not None and policy.name_or_path != reward_model.backbone.name_or_path:
@@ -94,8 +97,8 @@ def check(
         )
     config = policy.config.get_text_config(decoder=True)
     vocabulary = min(config.vocab_size, len(tokenizer or theirs) if (tokenizer or theirs) is not None else config.vocab_size)
-    if num_candidates is not None and not 1 <= num_candidates <= min(64, vocabulary):
-        raise PyargsError(f"num_candidates must be in 1..{min(64, vocabulary)}, got {num_candidates}")
+    if num_candidates is not None:
+        num_candidates = whole("num_candidates", num_candidates, 1, min(64, vocabulary))
     for lm in (policy, reward_model.backbone) if rows else ():
         check_room(lm, int(attention_mask.sum(1).min()), length, max_new_tokens)
     eos, pad = stop_and_pad(policy, eos_token_id, pad_token_id)
@@ -121,15 +124,78 @@ def check(
     )  # fmt: skip
 
 
+def whole(name: str, value, least: int, most: int | None = None) -> int:
+    """value as an int: of Python, numpy or a tensor of one element, not a bool, and within the bounds."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least or (most is not None and number > most):
+        bounds = f"at least {least}" if most is None else f"{least} to {most}"
+        raise PyargsError(f"{name} must be a whole number, {bounds}, got {value!r}")
+    return number
+
+
+def check_temperature(temperature) -> float:
+    if isinstance(temperature, Real) and not isinstance(temperature, bool) and 0 < temperature < math.inf:
+        return float(temperature)
+    raise PyargsError(
+        f"temperature must be a finite number > 0, got {temperature!r}; for the greedy choice leave do_sample out"
+    )
+
+
 def check_length(max_new_tokens: int) -> None:
-    if max_new_tokens < 1:
-        raise PyargsError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    whole("max_new_tokens", max_new_tokens, 1)
+
+
+def seeds(seed, rows: int) -> int | list[int] | None:
+    """One seed of all rows, or one for each, as torch takes them."""
+    bounds = -(2**63), 2**64 - 1
+    if seed is None or not _several(seed):
+        return None if seed is None else whole("seed", seed, *bounds)
+    each = [whole("seed", one, *bounds) for one in seed]
+    if len(each) != rows:
+        raise PyargsError(f"{len(each)} seeds for {rows} rows: give one, or one for each row")
+    return each
+
+
+def numbered(seed: int, number: int) -> int:
+    """The seed of the prompt of that number, whatever batch it is in; torch's largest is not exceeded."""
+    return (seed * 1_000_003 + number) % 2**63
+
+
+def _weight(reward_weight, rows: int) -> Tensor:
+    """float32 [1] or [rows]. A negative weight is legal: it turns the reward round."""
+    try:
+        given = torch.as_tensor(reward_weight)
+        weight = given.to(torch.float32).flatten()
+    except (TypeError, ValueError, RuntimeError):
+        raise PyargsError(f"reward_weight must be a number, or one for each row, got {reward_weight!r}") from None
+    if given.dtype == torch.bool or given.is_complex() or given.ndim > 1:
+        raise PyargsError(f"reward_weight must be a number, or one for each row, got {_kind(given)}")
+    if len(weight) not in (1, rows):
+        raise PyargsError(f"reward_weight has {len(weight)} values for {rows} rows: give one, or one for each row")
+    if not torch.isfinite(weight).all():
+        raise PyargsError(f"reward_weight must be finite in float32, got {reward_weight!r}")
+    return weight
+
+
+def _several(value) -> bool:
+    """Whether it is a sequence, an array or a tensor of numbers; text is none."""
+    return isinstance(value, Iterable) and not isinstance(value, str) and getattr(value, "ndim", 1) > 0
+
+
+def _kind(value) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def check_numbers(bad: Tensor) -> None:
-    """Raises PyargsError that names the rows of bad bool [B] that met a NaN."""
+    """Raises PyargsError that names the rows of bad bool [B] in which nothing could be chosen."""
     if rows := bad.nonzero().flatten().tolist():
-        raise PyargsError(f"the policy's logits or the rewards are not numbers in row(s) {rows}: check the models' weights")
+        raise PyargsError(
+            f"the policy's logits or the rewards are not numbers in row(s) {rows}, or reward_weight times a reward is beyond "
+            "float32: check the models' weights, or lower reward_weight"
+        )
 
 
 def check_room(lm, shortest: int, longest: int, new: int) -> None:
@@ -144,16 +210,14 @@ def check_room(lm, shortest: int, longest: int, new: int) -> None:
 def stop_and_pad(lm, eos: int | Sequence[int] | None = None, pad: int | None = None) -> tuple[list[int], int]:
     """Stop tokens and the padding token: what is given, else the model's own."""
     eos = lm.generation_config.eos_token_id if eos is None else eos
-    eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-    return eos, next(i for i in (pad, lm.generation_config.pad_token_id, *eos, 0) if i is not None)
+    eos = [] if eos is None else [whole("eos_token_id", one, 0) for one in (eos if _several(eos) else [eos])]
+    return eos, whole("pad_token_id", next(i for i in (pad, lm.generation_config.pad_token_id, *eos, 0) if i is not None), 0)
 
 
-def _noise(seed: int | Sequence[int] | None, rows: int, steps: int) -> Tensor:
+def _noise(seed: int | list[int] | None, rows: int, steps: int) -> Tensor:
     """Uniform noise [rows, steps]. One seed per row makes a row's answer independent of the batch it is in."""
-    if seed is None or isinstance(seed, int):
+    if not isinstance(seed, list):
         return torch.rand(rows, steps, generator=None if seed is None else torch.Generator().manual_seed(seed))
-    if len(seed) != rows:
-        raise PyargsError(f"{len(seed)} seeds for {rows} rows: give one, or one for each row")
     each = [torch.rand(steps, generator=torch.Generator().manual_seed(one)) for one in seed]
     return torch.stack(each) if each else torch.zeros(0, steps)
 
@@ -198,7 +262,7 @@ class Output:
         return chosen
 
     def stop(self, request: Request, step: int, finished: Tensor) -> bool:
-        """Hands the step's tokens on; whether all rows are known to be done. Raises PyargsError if a row met a NaN."""
+        """Hands the step's tokens on; whether all rows are known to be done. Raises PyargsError if a row had no choice."""
         if request.token_callback is not None:
             request.token_callback(self.tokens[: len(request.user), step].clone())
         if not self.late:
@@ -209,7 +273,7 @@ class Output:
         return asked is not None and self._all_done(asked())
 
     def decoded(self, request: Request, finished: Tensor) -> Decoded:
-        """What was chosen for the request's rows. Raises PyargsError if a row met a NaN."""
+        """What was chosen for the request's rows. Raises PyargsError if a row had no choice."""
         rows = len(request.user)
         self._all_done(torch.cat([self.bad, finished.all().unsqueeze(0)]).cpu())
         used = int((self.lengths + finished)[:rows].max()) if rows else 0
@@ -217,7 +281,7 @@ class Output:
         return Decoded(*(part.to("cpu", copy=True) for part in (*parts, self.lengths[:rows])))
 
     def _all_done(self, flags: Tensor) -> bool:
-        """flags bool [B + 1]: rows that met a NaN, and whether all have finished."""
+        """flags bool [B + 1]: rows that had no choice, and whether all have finished."""
         check_numbers(flags[:-1])
         return bool(flags[-1])
 

@@ -16,6 +16,7 @@ from pyargs.errors import PyargsError
 from pyargs.lm.hf import forward_step
 from pyargs.models.token_reward import TokenReward
 from pyargs.ops import tokenwise_select
+from pyargs.ops.score_select import broken
 from pyargs.types import Decoded
 from pyargs.user_ids import user_ids
 
@@ -76,11 +77,11 @@ def _among_all(policy: Tensor, reward: Tensor, request: Request, step: int, fini
     logprobs, rewards = policy.float().log_softmax(1), reward.float().log_softmax(1)
     weight = request.weight.unsqueeze(1)
     score = torch.where(weight == 0, logprobs, logprobs + weight * rewards)
-    bad = score.isnan().any(1) & ~finished
+    bad = broken(score, logprobs, rewards).any(1) & ~finished
     if request.uniform is None:
         token = score.argmax(1)
     else:
-        cumulative = (score.double() / request.temperature).softmax(1).cumsum(1)
+        cumulative = ((score.double() - score.amax(1, keepdim=True)) / request.temperature).softmax(1).cumsum(1)
         passed = cumulative > request.uniform[step].double().unsqueeze(1) * cumulative[:, -1:]
         token = passed.int().argmax(1)
     chosen = token.unsqueeze(1)

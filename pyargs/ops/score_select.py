@@ -60,12 +60,11 @@ def score_select_reference(
 
     weighted = torch.where(reward_weight[:, None] == 0, 0.0, reward_weight[:, None] * reward)
     score = logprobs + weighted
-    overflow = (score == -math.inf) & (logprobs > -math.inf) & (reward > -math.inf)
-    bad = bad_user | (~(score < math.inf) | overflow).any(-1)
+    bad = bad_user | broken(score, logprobs, reward).any(-1)
     slot = score.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).argmax(-1)  # ties: see below
     slot = (score == score.gather(-1, slot[:, None])).int().argmax(-1)  # argmax of 0/1 takes the first
     if uniform is not None:
-        p = torch.softmax(score.double() / temperature, dim=-1)
+        p = torch.softmax((score.double() - score.amax(-1, keepdim=True)) / temperature, dim=-1)
         passed = p.cumsum(-1) > uniform[:, None].double()
         last = (p > 0).int().cumsum(-1).argmax(-1)  # where rounding leaves none
         sampled = torch.where(passed.any(-1), passed.int().argmax(-1), last)
@@ -77,6 +76,11 @@ def score_select_reference(
     token = token.masked_fill(bad | finished, pad_id)
     reward = reward.masked_fill(finished[:, None], 0.0)
     return token, slot, reward, finished | bad | stopped
+
+
+def broken(score: Tensor, logprobs: Tensor, reward: Tensor) -> Tensor:
+    """No score to choose by: NaN, +inf, or a finite log-prob and reward whose sum is beyond float32. -inf forbids a token."""
+    return ~(score < math.inf) | ((score == -math.inf) & (logprobs > -math.inf) & (reward > -math.inf))
 
 
 def score_select(
@@ -183,8 +187,8 @@ def check_sampling(temperature: float | None, uniform: Tensor | None) -> None:
     """Raises ValueError unless both are given, to sample, or neither."""
     if (temperature is None) != (uniform is None):
         raise ValueError("temperature and uniform belong together: give both to sample, neither for the best score")
-    if temperature is not None and not temperature > 0:
-        raise ValueError(f"temperature must be > 0, got {temperature}: leave it out for the best score")
+    if temperature is not None and not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be > 0 and finite, got {temperature}: leave it out for the best score")
 
 
 # What torch.ops.pyargs.score_select takes: all positional, the activation as a number.
