@@ -23,9 +23,11 @@ def _load_extension() -> bool:
         try:
             from pyargs import _C  # loading it registers the kernels; torch must be loaded before
 
-            if _C.capability_error:
-                raise PyargsError(f"PYARGS_CPU_CAPABILITY: {_C.capability_error}")
+            if wanted := os.environ.get("PYARGS_CPU_CAPABILITY"):
+                _C.set_cpu_capability(wanted)
             return True
+        except ValueError as error:
+            raise PyargsError(f"PYARGS_CPU_CAPABILITY: {error}") from None
         except ImportError as error:
             reason = str(error)
     warnings.warn(
