@@ -1,70 +1,111 @@
 #!/usr/bin/env bash
-# Everything that a machine with a GPU has to show, in one go: builds, tests, sanitizes, measures, and writes
-# benchmarks/results/<gpu>.json with the commit and versions.
+# Everything that a machine with a GPU has to show, in parts of at most 8 minutes:
 #
-#   benchmarks/gpu.sh [--dry-run] [--out FOLDER] [STAGE ...]      stages: build test sanitize kernels decode (default: all)
+#   benchmarks/gpu.sh [--dry-run] [--out FOLDER] [PART ...]      default: A B C D, into build/gpu
 #
-# PYTHON names the interpreter with torch (default python3); the machine needs nvcc, no network. Stages write their numbers as
-# they go to FOLDER (default build/gpu), so a run that is cut off loses one table at most, and `collect` puts together what
-# there is. --dry-run: every command on small shapes, on a CPU where there is no GPU; writes nothing under benchmarks/results.
+#   A  environment, each op's tests in a process of its own, the captured step
+#   B  kernels beside PyTorch's, then memcheck and racecheck; synccheck and initcheck if time is left
+#   C  decoding with 0.5B, 1.5B and 3B
+#   D  decoding with 7B; torch.compile if time is left
+#
+# PYTHON names the interpreter with torch (default python3); the machine needs nvcc, no network. Each part first builds what is not
+# built yet. FOLDER gets gpu.json (of every stage exit code, seconds and last lines; the numbers, as they come) and a log of each
+# part. What it holds of other parts and sizes stays. Exits with 1 if a stage failed, or was cut off.
+# --dry-run: every command on small shapes, on a CPU where there is no GPU; nothing is built.
 set -uo pipefail
-cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
-out=build/gpu dry=() stages=()
+out= dry=() parts=()
 while (($#)); do
   case $1 in
     --dry-run) dry=(--dry-run) ;;
-    --out) out=${2:?--out needs a folder} && shift ;;
-    build | test | sanitize | kernels | decode) stages+=("$1") ;;
-    *) sed -n '2,11p' "$0" | cut -c3- && exit 2 ;;
+    --out) out=$(realpath -m "${2:?--out needs a folder}") && shift ;;
+    A | B | C | D) parts+=("$1") ;;
+    *) sed -n '2,17p' "$0" | cut -c3- && exit 2 ;;
   esac
   shift
 done
-((${#stages[@]})) || stages=(build test sanitize kernels decode)
+cd "$(dirname "$0")/.."
+out=${out:-$PWD/build/gpu}
+((${#parts[@]})) || parts=(A B C D)
 mkdir -p "$out"
+export PYTHONPATH=$PWD
+LIMIT=450 # seconds of a part; what ends a stage takes some, too
+failed=()
 
-build_stage() {
-  "$PYTHON" -m pip install --quiet --no-build-isolation --no-deps --editable . && "$PYTHON" -m pyargs.cli env
+# stage NAME COMMAND ...: runs it for as long as the part has time, into the log and into gpu.json.
+stage() {
+  local name=$1 left=$((deadline - SECONDS)) start=$SECONDS code=124
+  shift
+  echo "=== $part $name: $*" | tee "$out/stage.log"
+  if ((left > 0)); then
+    timeout --kill-after=10 "$left" "$@" 2>&1 | tee -a "$out/stage.log"
+    code=${PIPESTATUS[0]}
+  fi
+  cat "$out/stage.log" >>"$out/$part.log"
+  "$PYTHON" benchmarks/gpu_results.py "$out" "$name" "$code" $((SECONDS - start)) <"$out/stage.log" || code=1
+  rm "$out/stage.log"
+  ((code == 0)) || failed+=("$part $name ($code)")
+  return "$code"
 }
 
-# The ops with their arguments on the GPU, and the captured step there; without a GPU the first skip.
-test_stage() {
-  "$PYTHON" -m pytest -q tests/ops/test_gpu.py tests/test_captured.py 2>&1 | tee "$out/test.txt"
+# if_time SECONDS NAME COMMAND ...: a stage that is left out where less time is left.
+if_time() {
+  local needed=$1
+  shift
+  if ((deadline - SECONDS >= needed)); then stage "$@"; else stage "$1" echo "left out: less than $needed s are left"; fi
 }
 
-# A few small cases each, since every access is checked: out of bounds, races in shared memory, barriers, uninitialised reads.
-# Only our kernels, but for initcheck, which has to see who wrote what ours read.
-sanitize_stage() {
+python_tests() { # NAME FILE WORDS
+  if ((${#dry[@]})); then set -- "$@" --collect-only; fi
+  stage "$1" "$PYTHON" -m pytest -q "$2" "${@:3}"
+}
+
+# A few small cases, since every access is checked. Only our kernels, but for initcheck, which has to see who wrote what ours read.
+sanitizer() { # TOOL
+  local ours=(--kernel-regex kns=pyargs)
+  [[ $1 == initcheck ]] && ours=()
+  echo env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" "${ours[@]}" --error-exitcode 1
+}
+
+part_A() {
+  stage env "$PYTHON" -m pyargs.cli env
+  local op
+  for op in topk_logprobs score_select tokenwise_select user_mlp commit; do
+    python_tests "$op" tests/ops/test_gpu.py -k "like_the_reference and $op"
+  done
+  python_tests repeatable tests/ops/test_gpu.py -k "not like_the_reference"
+  python_tests captured tests/test_captured.py
+}
+
+part_B() {
+  stage kernels "$PYTHON" benchmarks/gpu_kernels.py --out "$out" "${dry[@]}"
   if ! command -v compute-sanitizer >/dev/null; then
-    echo "no compute-sanitizer here: skipped" | tee "$out/sanitize.txt"
+    stage sanitizers echo "left out: no compute-sanitizer here"
+    ((${#dry[@]} == 0)) || stage small "$PYTHON" benchmarks/gpu_small.py
     return
   fi
-  : >"$out/sanitize.txt"
-  local tool failed=0
-  for tool in memcheck racecheck synccheck initcheck; do
-    local ours=(--kernel-regex kns=pyargs)
-    [[ $tool == initcheck ]] && ours=()
-    echo "== $tool" | tee -a "$out/sanitize.txt"
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" "${ours[@]}" --error-exitcode 1 \
-      "$PYTHON" benchmarks/gpu_small.py 2>&1 | tee -a "$out/sanitize.txt" || failed=1
-  done
-  return $failed
+  local tool
+  for tool in memcheck racecheck; do stage "$tool" $(sanitizer "$tool") "$PYTHON" benchmarks/gpu_small.py; done
+  for tool in synccheck initcheck; do if_time 60 "$tool" $(sanitizer "$tool") "$PYTHON" benchmarks/gpu_small.py; done
 }
 
-kernels_stage() {
-  "$PYTHON" benchmarks/gpu_kernels.py --json "$out/kernels.json" "${dry[@]}" 2>&1 | tee "$out/kernels.txt"
+part_C() {
+  local size sizes=(0.5B 1.5B 3B)
+  ((${#dry[@]} == 0)) || sizes=(0.5B) # all are the same tiny model
+  for size in "${sizes[@]}"; do stage "decode $size" "$PYTHON" benchmarks/gpu_decode.py --out "$out" --sizes "$size" "${dry[@]}"; done
 }
 
-decode_stage() {
-  "$PYTHON" benchmarks/gpu_decode.py --json "$out/decode.json" "${dry[@]}" 2>&1 | tee "$out/decode.txt"
+part_D() {
+  stage "decode 7B" "$PYTHON" benchmarks/gpu_decode.py --out "$out" --sizes 7B "${dry[@]}"
+  if_time 200 "decode 0.5B compiled" "$PYTHON" benchmarks/gpu_decode.py --out "$out" --sizes 0.5B --compiled "${dry[@]}"
 }
 
-# A stage that fails does not keep the others from running.
-failed=()
-for stage in "${stages[@]}"; do
-  echo "=== $stage"
-  "${stage}_stage" || failed+=("$stage")
-  [[ $stage == build && ${#failed[@]} -gt 0 ]] && exit 1
+for part in "${parts[@]}"; do
+  deadline=$((SECONDS + LIMIT))
+  : >"$out/$part.log"
+  if ((${#dry[@]} == 0)); then
+    stage build env PYARGS_CUDA=ON "$PYTHON" setup.py -q build_ext --inplace || continue # nothing of the part can run
+  fi
+  "part_$part"
 done
-"$PYTHON" benchmarks/gpu_collect.py "$out" "${dry[@]}" || failed+=(collect)
-((${#failed[@]} == 0)) || { echo "FAILED: ${failed[*]}" && exit 1; }
+((${#failed[@]} == 0)) || { printf 'FAILED: %s\n' "${failed[@]}" && exit 1; }

@@ -1,6 +1,6 @@
 """Guided decoding on a GPU, with random weights of the shapes of Qwen2.5, beside its baselines in the same run.
 
-    python benchmarks/gpu_decode.py --json FILE [--sizes 0.5B 7B] [--dry-run]
+    python benchmarks/gpu_decode.py --out FOLDER [--sizes 0.5B 7B] [--compiled] [--dry-run]
 
 For each size, k = 10, bfloat16, prompts of 256 tokens, ms per step (prefill is not counted):
 
@@ -9,7 +9,7 @@ For each size, k = 10, bfloat16, prompts of 256 tokens, ms per step (prefill is 
   greedy       our own captured step of the policy alone: what `shared` is compared with
   generate     greedy `generate` of the policy, transformers
   reference    the pure PyTorch loop with k copies of the cache, eager
-  compiled     the same with both models under torch.compile
+  compiled     the same with both models under torch.compile, where --compiled asks for it
 
 `limit` is the bytes of the weights that a step must read over the rate of a copy within the device. The reward weight is such
 that the policy's favourite wins in about half of the steps; `top-1` says in how many. Every row of a batch is another user;
@@ -29,13 +29,13 @@ from pathlib import Path
 import torch
 from bench_decode import Clock
 from gpu_kernels import copy_rate
+from gpu_results import add
 from timing import hardware, hardware_line, table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from pyargs.decode import captured, passes, reference
 from pyargs.decode.request import check
-from pyargs.files import write_json
 from pyargs.heads import linear
 from pyargs.lm import lora
 from pyargs.lm.cache import PrefixCache, cache_name
@@ -257,8 +257,9 @@ def _reward_memory(policy, model, ids: Tensor, weight: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="where the numbers go, after each size")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="each size's numbers go into its gpu.json")
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES)[1:], default=list(SIZES)[1:], help="default: all")
+    parser.add_argument("--compiled", action="store_true", help="the reference under torch.compile, too: minutes a size")
     parser.add_argument("--dry-run", action="store_true", help="a tiny model, few steps; on a CPU where there is no GPU")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -266,16 +267,17 @@ def main() -> None:
         parser.error("no GPU here: --dry-run tries the script on a CPU")
     if device == "cpu":
         captured._capture = lambda step, device: step
-    info, rate, rows = hardware(), copy_rate(device), []
+    info, rate = hardware(), copy_rate(device)
     print(f"{hardware_line(info)}\ncopies at {rate:.0f} GB/s", flush=True)
     if options.dry_run:
         print("dry run: shapes too small for the numbers to mean anything", flush=True)
     warnings.simplefilter("ignore", FutureWarning)
     for size in ["tiny"] if options.dry_run else options.sizes:
         batches, steps = ((1, 3), 8) if options.dry_run else ((1, 32), 64)
-        rows += measure(size, batches, device, rate, steps, compiled=not options.dry_run and size in ("0.5B", "7B"))
-        print(table([row for row in rows if row["size"] == size], COLUMNS), flush=True)
-        write_json(options.json, {"hardware": info, "copy_gb_s": round(rate, 1), "dry_run": options.dry_run, "rows": rows})
+        rows = measure(size, batches, device, rate, steps, compiled=options.compiled and not options.dry_run)
+        print(table(rows, COLUMNS), flush=True)
+        found = {"hardware": info, "copy_gb_s": round(rate, 1), "dry_run": options.dry_run, "rows": rows}
+        add(options.out, "decode", found, key=("size", "B", "way"))
         captured._recordings.clear()
         gc.collect()
         torch.cuda.empty_cache()

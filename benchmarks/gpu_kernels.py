@@ -1,6 +1,6 @@
 """The CUDA kernels against the same work in PyTorch operators, both from CUDA graphs, over inputs that no cache holds.
 
-    python benchmarks/gpu_kernels.py --json FILE [--dry-run]
+    python benchmarks/gpu_kernels.py --out FOLDER [--dry-run]
 
 `copy` is the rate at which this GPU copies a gigabyte (bytes read and written); an op's share of it counts the bytes that it
 must read. "torch eager us" is the baseline launched operator by operator. --dry-run: small shapes, one call each, on a CPU.
@@ -15,10 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from gpu_results import add
 from timing import hardware, hardware_line, table
 from torch import Tensor
 
-from pyargs.files import write_json
 from pyargs.ops import commit, score_select, tokenwise_select, topk_logprobs, user_mlp
 
 COLUMNS = ["op", "shape", "B", "k", "dtype", "ours us", "torch us", "ratio", "torch eager us", "GB/s", "of copy", "target"]
@@ -180,7 +180,7 @@ def commits(t: Table) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="where the numbers go")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the numbers go into its gpu.json")
     parser.add_argument("--dry-run", action="store_true", help="small shapes, each once; on a CPU where there is no GPU")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -193,7 +193,8 @@ def main() -> None:
         print("dry run: shapes too small for the numbers to mean anything", flush=True)
     for part in (topk, linear_heads, mlp_heads, tokenwise, commits):
         part(t)
-        write_json(options.json, {"hardware": info, "copy_gb_s": round(t.rate, 1), "dry_run": options.dry_run, "rows": t.rows})
+        found = {"hardware": info, "copy_gb_s": round(t.rate, 1), "dry_run": options.dry_run, "rows": t.rows}
+        add(options.out, "kernels", found, key=("op", "shape", "B", "k", "dtype"))
     print(table(t.rows, COLUMNS))
 
 

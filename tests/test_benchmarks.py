@@ -1,5 +1,6 @@
 """Every benchmark runs; how fast anything is, none of this says."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -20,3 +21,45 @@ def test_a_benchmark_runs(script, tmp_path):
     assert run.returncode == 0, run.stderr
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     assert numbers["rows"] and numbers["hardware"]["threads"] == 1
+
+
+@pytest.fixture
+def gpu_results():
+    spec = importlib.util.spec_from_file_location("gpu_results", BENCHMARKS / "gpu_results.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_numbers_of_a_gpu_are_merged(gpu_results, tmp_path):
+    """Sizes that are measured one after the other, and one of them again: what is new replaces, what is not stays."""
+    key = ("size", "way")
+    for size, ms in [("0.5B", 1.0), ("7B", 9.0), ("0.5B", 2.0)]:
+        gpu_results.add(tmp_path, "decode", {"rate": ms, "rows": [{"size": size, "way": "own", "ms": ms}]}, key)
+    gpu_results.add(tmp_path, "kernels", {"rows": [{"size": "0.5B", "way": "own"}]}, key)
+    gpu_results.note(tmp_path, "decode 7B", 124, 3, "one\ntwo\n")
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert [(row["size"], row["ms"]) for row in found["decode"]["rows"]] == [("7B", 9.0), ("0.5B", 2.0)]
+    assert len(found["kernels"]["rows"]) == 1 and found["kernels"]["provenance"]["versions"]["torch"]
+    assert found["stages"]["decode 7B"] == {"exit": 124, "seconds": 3, "log": ["one", "two"]}
+
+
+@pytest.mark.skipif(not (BENCHMARKS / "gpu.sh").is_file(), reason="not in a source tree")
+def test_each_part_for_a_gpu_keeps_what_failed(tmp_path):
+    """Every stage runs although others fail; what it said and its exit code are in the folder, as the caller names it."""
+    python = tmp_path / "python"  # fails where the real one would take long; the notes are taken in earnest
+    python.write_text(f'''#!/bin/sh
+case "$*" in *gpu_results*) exec "{sys.executable}" "$@" ;; *tests/ops*commit*) echo broken; exit 3 ;; *) echo "$@" ;; esac
+''')
+    python.chmod(0o755)
+    command = [BENCHMARKS / "gpu.sh", "--dry-run", "--out", "found", "A"]
+    environment = os.environ | {"PYTHON": str(python)}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert run.returncode == 1 and "FAILED: A commit (3)" in run.stdout
+    assert sorted(path.name for path in (tmp_path / "found").iterdir()) == ["A.log", "gpu.json"]
+    stages = json.loads((tmp_path / "found/gpu.json").read_text())["stages"]
+    assert {name: stage["exit"] for name, stage in stages.items()} == {
+        "env": 0, "topk_logprobs": 0, "score_select": 0, "tokenwise_select": 0, "user_mlp": 0, "commit": 3, "repeatable": 0,
+        "captured": 0,
+    }  # fmt: skip
+    assert stages["commit"]["log"][-1] == "broken" and "broken" in (tmp_path / "found/A.log").read_text()

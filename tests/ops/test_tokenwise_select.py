@@ -67,7 +67,7 @@ def agree(args: dict, op=tokenwise_select, like=tokenwise_select_reference) -> t
 def composed(logits, reward_logits, reward_weight, finished, k, **choice) -> tuple[torch.Tensor, ...]:
     """What the op replaces."""
     logprobs, ids, _ = topk_logprobs(logits, k)
-    rewards = reward_logits.float().gather(1, ids) - reward_logits.float().logsumexp(1, keepdim=True)
+    rewards = reward_logits.float().log_softmax(1).gather(1, ids)
     return score_select(
         rewards.unsqueeze(-1), rewards.new_ones(1, 1), ids[:, 0], reward_weight, logprobs, ids, finished, **choice
     )
