@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
@@ -102,7 +104,7 @@ def check(logits, reward_logits, reward_weight, finished, k, stop, temperature, 
             f"logits have {vocab} entries a row but reward_logits {reward_logits.shape[1]}: "
             "cut both to the tokens they share, [:, :V]"
         )
-    if isinstance(k, bool) or not isinstance(k, int | torch.SymInt):
+    if isinstance(k, bool) or not isinstance(k, Integral | torch.SymInt):
         raise TypeError(f"k must be an int, got {type(k).__name__}")
     if not 1 <= k <= MAX_K:
         raise ValueError(f"k must be 1 to {MAX_K}, got {k}")
