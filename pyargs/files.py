@@ -196,6 +196,15 @@ def writing(path: str | Path, replaceable: Iterable[str] = ()):
             _put(new, path)
 
 
+@contextmanager
+def unchanged(folder: Path):
+    """For reading the files of a folder one by one. Raises PyargsError where another process replaced it in between."""
+    before = folder.stat()
+    yield
+    if not folder.exists() or (before.st_ino, before.st_mtime_ns) != (folder.stat().st_ino, folder.stat().st_mtime_ns):
+        raise PyargsError(f"{folder} was replaced while it was read: load it again")
+
+
 def settle(path: str | Path) -> None:
     """Clears what killed runs left beside `path`, and ends a replacement that one had begun. Living processes are let be."""
     from filelock import FileLock, Timeout
@@ -366,9 +375,7 @@ def finished(out: str | Path, key: dict) -> dict | None:
     settle(out)
     settle(path)
     if path.exists():
-        old = read_json(path)
-        if not isinstance(old, dict) or not isinstance(old.get("finished"), bool):
-            raise PyargsError(f"{path} is no record of a stage: remove it if {out} is not needed")
+        old = read_record(path)
         if old["finished"] and out.exists():
             if {name: old.get(name) for name in key} != json.loads(json.dumps(key)):
                 raise PyargsError(f"{out} was made with other settings or inputs: choose another --out or remove it")
@@ -377,6 +384,13 @@ def finished(out: str | Path, key: dict) -> dict | None:
         raise PyargsError(f"{out} exists and was not written by this command: choose another --out or remove it")
     write_json(path, {**key, "finished": False})
     return None
+
+
+def read_record(path: str | Path) -> dict:
+    """OUT.stage.json. Raises PyargsError where it is damaged."""
+    found = read_json(path)
+    check_kinds(found, {"finished": bool, "config": dict, "inputs": dict}, f"{path} is no record of a stage, remove it")
+    return found
 
 
 def record(out: str | Path, key: dict, /, **values) -> dict:

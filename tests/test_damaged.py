@@ -228,6 +228,17 @@ def test_a_model_is_loaded_in_another_dtype(backbone, tmp_path):
             pyargs.load_model(tmp_path / "rm", dtype=dtype)
 
 
+def test_a_folder_that_is_replaced_while_it_is_read_is_not_mixed(backbone, tmp_path, monkeypatch):
+    model = make("soft", backbone)
+    model.save_pretrained(tmp_path / "rm")
+    load = hf.load_lm
+    monkeypatch.setattr(
+        "pyargs.models.folder.load_lm", lambda *names, **more: model.save_pretrained(tmp_path / "rm") or load(*names, **more)
+    )
+    with pytest.raises(PyargsError, match="replaced while it was read"):
+        pyargs.load_model(tmp_path / "rm")
+
+
 # -- data --------------------------------------------------------------------------------------------------------------
 
 

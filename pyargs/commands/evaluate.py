@@ -6,6 +6,11 @@ import argparse
 
 WHOLE = 4  # words from which a source that stands in an answer is a quotation: shorter titles are anybody's words
 
+ANSWER = {"user_id": str, "pair_id": str | None, "text": str, "tokens": list[int]}
+"""What a line of `pyargs decode` holds."""
+GUIDED = {"reward_weight": float | None, "cut": bool}
+"""What it may hold besides and is read."""
+
 
 def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
     from pyargs.commands import add_data, add_model, add_policy
@@ -84,6 +89,7 @@ def run(args: argparse.Namespace) -> dict:
 def _generations(args: argparse.Namespace, model, policy, rows, weight: float | None) -> dict:
     """What the answers of a file are worth: means, and each answer's own values."""
     from pyargs import files
+    from pyargs.config import check_kinds
     from pyargs.errors import PyargsError
     from pyargs.lm.encode import encode_prompt
     from pyargs.metrics.overlap import bertscore, copied, quotes, rouge
@@ -95,8 +101,8 @@ def _generations(args: argparse.Namespace, model, policy, rows, weight: float | 
     def read(file: str) -> dict:
         lines = {}
         for number, line in enumerate(files.read_jsonl(file), 1):
-            if not isinstance(line, dict) or not {"user_id", "pair_id", "text", "tokens"} <= set(line):
-                raise PyargsError(f"{file}, line {number} is no line of `pyargs decode`: user_id, pair_id, text, tokens")
+            kinds = ANSWER | {name: kind for name, kind in GUIDED.items() if isinstance(line, dict) and name in line}
+            check_kinds(line, kinds, f"{file}, line {number} is no line of `pyargs decode`")
             item = (line["user_id"], line["pair_id"])
             if item not in written:
                 raise PyargsError(f"{file} answers items that are not in split '{args.split}', {item[1]} for one")
@@ -156,7 +162,7 @@ def _check_origin(args: argparse.Namespace, answers: dict, weight: float | None)
         raise PyargsError(f"{args.generations} was made with reward_weight {min(weights)}, not {weight}: decode it again")
     record = files.beside(args.generations, "stage.json")
     if record.exists():
-        inputs = files.read_json(record).get("inputs", {})
+        inputs = files.read_record(record)["inputs"]
         for name, own in (("model", files.sha256(args.model)), ("policy", hub.identity(args.policy))):
             if inputs.get(name, own) != own:
                 raise PyargsError(f"{args.generations} was made with another {name}: its answers are not this one's")
