@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rows import DIALOGUES, lamp, prism, row, tldr_source, write
 
-from pyargs import data
+from pyargs import cli, data
 from pyargs.data import hh_rlhf_users, persona_statements, pref_lamp, preferences, tldr
 from pyargs.data import prism as prism_set
 from pyargs.data.tools import check, sources
@@ -295,22 +295,28 @@ def test_clean_title(answer, title):
 # ---- the command ----
 
 
-def test_build_command(tmp_path):
-    command = [sys.executable, "-m", "pyargs.cli", "data", "build", "tldr", "--source", str(tldr_source(tmp_path / "source"))]
-    command += ["--out", str(tmp_path / "out"), "--support", "4", "--embedder", "none"]
-    ran = subprocess.run(command, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    assert json.loads(ran.stdout)["counts"]["train rows"] == 306 and (tmp_path / "out.stage.json").is_file()
-    again = subprocess.run(command, capture_output=True, text=True)
-    assert json.loads(again.stdout)["already_done"]
-    other = subprocess.run([*command[:-4], "--embedder", "none"], capture_output=True, text=True)
-    assert other.returncode == 1 and "other settings" in other.stderr
-    wrong = subprocess.run([*command, "--k", "3"], capture_output=True, text=True)
-    assert wrong.returncode == 2
-    inside = subprocess.run([*command[:-5], str(tmp_path / "source" / "out")], capture_output=True, text=True)
-    assert inside.returncode == 1 and "inside the source" in inside.stderr
-    failed = subprocess.run([*command[:-6], "--out", str(tmp_path / "new"), "--support", "6"], capture_output=True, text=True)
-    assert failed.returncode == 1 and not (tmp_path / "new.stage.json").exists()
+def test_build_command(tmp_path, capsys):
+    def call(*words: str) -> tuple[int, dict, str]:
+        try:
+            code = cli.main(["data", "build", "tldr", "--source", source, *words])
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        return code, json.loads(out or "{}"), err
+
+    source = str(tldr_source(tmp_path / "source"))
+    options = ["--out", str(tmp_path / "out"), "--embedder", "none", "--support"]
+    code, done, err = call(*options, "4")
+    assert code == 0, err
+    assert done["counts"]["train rows"] == 306 and (tmp_path / "out.stage.json").is_file()
+    assert call(*options, "4")[1]["already_done"]
+    code, _, err = call(*options[:-1])
+    assert code == 1 and "other settings" in err
+    assert call(*options, "4", "--k", "3")[0] == 2
+    code, _, err = call("--out", str(tmp_path / "source" / "out"), "--support", "4")
+    assert code == 1 and "inside the source" in err
+    assert call("--out", str(tmp_path / "new"), "--support", "6")[0] == 1
+    assert not (tmp_path / "new.stage.json").exists()
 
 
 # ---- the other sets ----
