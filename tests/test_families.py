@@ -269,3 +269,32 @@ def test_caches_of_a_models_own_are_refused_where_rows_must_be_copied():
     lm = MiniMaxForCausalLM(config).eval()
     with pytest.raises(PyargsError, match="MiniMaxCache"):
         with_copies(lm, reward_model(lm), [row["prompt"] for row in ROWS], USERS, num_candidates=3)
+
+
+def test_a_model_that_padding_changes_is_refused_where_there_is_padding():
+    from transformers import LlamaForCausalLM
+
+    class Blind(LlamaForCausalLM):
+        def forward(self, input_ids, cache=None, use_cache=None):
+            return super().forward(input_ids=input_ids, cache=cache, use_cache=use_cache)
+
+    config = random_lm("llama", 0).config
+    torch.manual_seed(0)
+    lm = Blind(config).double().eval()  # in float64, which the native stack leaves alone
+    model, rows = reward_model(random_lm("llama", 1)), prompts([3, 5])
+    assert plain.generate(lm, rows[:1], max_new_tokens=2).tokens.shape == (1, 2)
+    for way in (
+        lambda: plain.generate(lm, rows, max_new_tokens=2),
+        lambda: tokenwise(lm, TokenReward(random_lm("llama", 1), None), rows, max_new_tokens=2),
+        lambda: guided(lm, model, rows, USERS[:2], num_candidates=3, max_new_tokens=2),
+    ):
+        with pytest.raises(PyargsError, match="Blind does not leave padding out.*batch_size=1"):
+            way()
+
+
+def test_trying_a_model_leaves_its_modes_as_they_were():
+    lm = copy.deepcopy(random_lm("llama", 0)).train()
+    lm.model.layers[0].eval()
+    before = [module.training for module in lm.modules()]
+    assert can_branch(lm) and masks_every_step(lm) and plain_output_layer(lm)
+    assert [module.training for module in lm.modules()] == before
