@@ -38,7 +38,7 @@ def rewards(family: str, users: int, rng: torch.Generator):
         ideal = torch.nn.functional.one_hot(torch.arange(users) % 3, 3).float() @ points
         return lambda h, u: -(h - ideal[u]).norm(dim=-1)
     if family == "types":
-        return linear(torch.cat([basis[:2], -basis[:2]])[torch.arange(users) % 4])
+        return linear(torch.stack([basis[0], -basis[0]])[torch.arange(users) % 2])
     if family == "own":  # nothing in common, and not linear
         first, second = normal(users, DIM) / DIM**0.5, normal(users, DIM) / DIM**0.5
         return lambda h, u: 2 * (h * first[u]).sum(-1) + (h * second[u]).sum(-1).relu()

@@ -37,7 +37,7 @@ HEADS = {
     "linear": lambda: linear.Head(32, 3, vectors(mixture=(3,)), softmax=True),
     "mlp": lambda: mlp.Head(32, 8, Users()),
     "personal mlp": lambda: mlp.Head(32, 8, vectors(bias=(8,)), activation="gelu", second=6),
-    "distance": lambda: distance.Head(32, 32, 4, vectors(mixture=(4,)), residual="input"),
+    "distance": lambda: distance.Head(32, 32, 4, vectors(mixture=(4,))),
     "latent": lambda: latent.Head(32, 5, vectors(latent=(5,))),
     "user_mlp": lambda: user_mlp.Head(32, 8, ids=USERS),
 }

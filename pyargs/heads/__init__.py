@@ -1,7 +1,7 @@
 """One file per formula that turns a hidden state into a user's reward.
 
 A head has `forward(hidden [..., D], user rows [...]) -> reward [...]` in float32, `fold() -> Folded` (what a decoder reads),
-`config() -> dict` (how to build it again) and `users`.
+`config() -> dict` (how to build it again) and `users`; where it got a field later, OLDER says what folders without it mean.
 """
 
 from __future__ import annotations

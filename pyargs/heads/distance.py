@@ -43,10 +43,12 @@ class Head(nn.Module):
 
     prototypes [K, D], unit rows; the users' vector "mixture" [U, K] holds logits: the ideal point of user u is
     q_u = f(softmax(mixture_u)^T prototypes) [P].
-    residual: as in Projector. Folders saved before the field was there mean "hidden", and go on to give what they gave.
+    residual: as in Projector.
     """
 
-    def __init__(self, dim: int, width: int, rank: int, users: Users, *, residual: str = "hidden"):
+    OLDER = {"residual": "hidden"}  # what a folder means that was saved before the field was there
+
+    def __init__(self, dim: int, width: int, rank: int, users: Users, *, residual: str = "input"):
         super().__init__()
         self.project = Projector(dim, width, activation="relu", residual=residual)
         # Seed 42 whatever the seed of the run is, as in PAL's code.

@@ -17,16 +17,16 @@ class Encoder(nn.Module):
 
     forward(pairs [N, m, 2, D] (chosen, rejected), mask [N, m]): each pair is encoded by 2D -> Z -> Z -> Z with leaky relu, the
     codes attend to each other (one head), are averaged, and go through two linear layers. The order within a pair is the
-    label. A user without pairs has the code 0.
+    label. A user without pairs has the code 0. attention_bias: whether query, key and value have biases.
     """
 
-    def __init__(self, dim: int, latent: int):
+    def __init__(self, dim: int, latent: int, *, attention_bias: bool = True):
         super().__init__()
         leaky = lambda: nn.LeakyReLU(0.2)  # noqa: E731
         self.pair = nn.Sequential(
             nn.Linear(2 * dim, latent), leaky(), nn.Linear(latent, latent), leaky(), nn.Linear(latent, latent)
         )
-        self.query, self.key, self.value = (nn.Linear(latent, latent, bias=False) for _ in range(3))
+        self.query, self.key, self.value = (nn.Linear(latent, latent, bias=attention_bias) for _ in range(3))
         self.mean, self.logvar = nn.Linear(latent, latent), nn.Linear(latent, latent)
 
     def forward(self, pairs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,12 +42,15 @@ class Head(nn.Module):
     """`forward(hidden [..., D], user [...]) -> reward [...]` in float32; users' vector "latent" [U, Z] is the encoder's mean.
 
     decode(hidden, z [..., Z]) is the same for any z. With normalized=True a user's z is the mean scaled to length sqrt(Z),
-    which all z of the training have; without it the mean itself, as in VPL's code.
+    which all z of the training have; without it the mean itself, as in VPL's code. attention_bias: of the encoder, as in
+    VPL's code. No output bias, as in `mlp`.
     """
 
-    def __init__(self, dim: int, latent: int, users: Users, *, normalized: bool = True):
+    OLDER = {"attention_bias": False}  # what a folder means that was saved before the field was there
+
+    def __init__(self, dim: int, latent: int, users: Users, *, normalized: bool = True, attention_bias: bool = True):
         super().__init__()
-        self.encoder = Encoder(dim, latent)
+        self.encoder = Encoder(dim, latent, attention_bias=attention_bias)
         self.score = nn.Linear(dim, dim, bias=False)
         self.score.weight.data *= 0.01
         self.first, self.second = nn.Linear(dim + latent, latent), nn.Linear(latent, latent)
@@ -55,7 +58,10 @@ class Head(nn.Module):
         self.users, self.normalized = users, normalized
 
     def config(self) -> dict:
-        return {"dim": self.score.in_features, "latent": self.second.in_features, "normalized": self.normalized}
+        return {
+            "dim": self.score.in_features, "latent": self.second.in_features, "normalized": self.normalized,
+            "attention_bias": self.encoder.query.bias is not None,
+        }  # fmt: skip
 
     def decode(self, hidden: Tensor, z: Tensor) -> Tensor:
         x = torch.cat([self.score(hidden.float()), z], dim=-1)

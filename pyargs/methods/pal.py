@@ -51,8 +51,9 @@ class Config(AdaptConfig):
 
 def build(lm, tokenizer, users: list[str], config: Config) -> RewardModel:
     dim = lm.config.get_text_config().hidden_size
-    sizes = (dim, config.width or dim, config.rank, Users(users, mixture=torch.randn(len(users), config.rank)))
-    head = distance.Head(*sizes, residual="input") if config.variant == "A" else cosine.Head(*sizes)
+    kind = distance if config.variant == "A" else cosine
+    mixture = torch.randn(len(users), config.rank)
+    head = kind.Head(dim, config.width or dim, config.rank, Users(users, mixture=mixture))
     return RewardModel(lm.get_decoder(), tokenizer, head, whole=config.weighting != "last", apart=config.variant == "B")
 
 

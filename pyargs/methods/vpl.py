@@ -1,4 +1,9 @@
-"""VPL: a variational encoder infers each user's latent from a few of its pairs; new users need one pass (arXiv 2408.10075)."""
+"""VPL: a variational encoder infers each user's latent from a few of its pairs; new users need one pass (arXiv 2408.10075).
+
+Where this is not what VPL's code does: contexts are drawn anew at each step from all of the user's other train pairs (there
+once, from a pool of 100), the decoder has no output bias, everything but the backbone is float32 (there bfloat16), and the
+annealing does not go on while a model is measured. Its LoRA (rank 128, dropout 0.1) is the paper's here.
+"""
 
 from __future__ import annotations
 

@@ -218,8 +218,10 @@ def _load_head(folder: Path, config: dict) -> nn.Module:
     for name, value in fields.items():  # before memory is asked for
         if isinstance(value, int) and value > largest:
             raise PyargsError(f"{file}: no tensor of the model is as large as the head's '{name}', {value:.3g}")
+    made = importlib.import_module(f"pyargs.heads.{kind}").Head
+    fields = getattr(made, "OLDER", {}) | fields
     with described(f"{file} describes no {kind} head"):
-        head = importlib.import_module(f"pyargs.heads.{kind}").Head(users=users, **fields)
+        head = made(users=users, **fields)
         if head.config() != fields:
             raise PyargsError(f"{file}: the head needs {sorted(head.config())}, not {sorted(fields)}")
     return head
