@@ -1,4 +1,7 @@
-"""GenARM: an autoregressive reward model, whose log-probs are the rewards of all next tokens (arXiv 2410.08193). No users."""
+"""GenARM: an autoregressive reward model, whose log-probs are the rewards of all next tokens (arXiv 2410.08193). No users.
+
+LoRA has the other methods' settings, where GenARM's code has dropout 0.05, weight decay 0.05 and 100 steps of warm-up.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from pyargs.types import LogProbs
 class Config(FitConfig):
     beta: float = option(0.05, "scale of the log-probs in the loss (GenARM's code; paper silent)")
     gamma: float = option(0.0, "margin (GenARM's code)")
-    lora_lr: float = option(5e-4, "learning rate of LoRA (GenARM's code; this paper's 5e-5 for the others)")
+    lora_lr: float = option(5e-4, "learning rate of LoRA (GenARM's code; this paper has 5e-5 for all models)")
 
 
 def build(lm, tokenizer, users: list[str], config: Config) -> TokenReward:

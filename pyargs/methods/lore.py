@@ -1,4 +1,10 @@
-"""LoRE: each user's reward is a convex mixture of K shared directions (arXiv 2504.14439); LoRE-Alt updates them in turn."""
+"""LoRE: each user's reward is a convex mixture of K shared directions (arXiv 2504.14439); LoRE-Alt updates them in turn.
+
+Where this is not what LoRE's code does: nothing pulls the directions towards V_sft, the head of a pretrained reward model
+(there LoRE-Alt has such a term, and LoRE the same with weight 0): a language model has no such head, and the paper leaves the
+term out for that reason. Every pair weighs the same (there, in LoRE, every user), minibatches stand for the whole data, and
+no direction is dropped (there LoRE-Alt drops those that no user gives a hundredth).
+"""
 
 from __future__ import annotations
 
@@ -23,8 +29,11 @@ class Config(AdaptConfig):
         choices=["last", "mean"],
     )  # fmt: skip
     divisor: float = option(100.0, "rewards are divided by it (LoRE's code; paper silent)")
-    alternate: bool = option(False, "LoRE-Alt: mixtures first, then directions and backbone, for every minibatch (paper)")
-    adapt_lr: float = option(0.1, "learning rate for new users (LoRE's code on TLDR; paper silent)")
+    alternate: bool = option(
+        False, "LoRE-Alt: mixtures first, then directions and backbone, for every minibatch (paper); without LoRE's "
+        "regularisation towards the head of a pretrained reward model, which a language model does not have (paper)",
+    )  # fmt: skip
+    adapt_lr: float = option(0.1, "learning rate for new users (LoRE's code on TLDR, on PRISM 0.5; paper silent)")
     adapt_init: str = option(
         "zeros", "start of a new user's mixture: zeros is uniform and adds no seed effect; randn as in LoRE's code",
         choices=["zeros", "randn"],

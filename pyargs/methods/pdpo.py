@@ -1,4 +1,9 @@
-"""P-DPO: direct preference optimisation of a policy with a soft prompt for each user (arXiv 2402.05133)."""
+"""P-DPO: direct preference optimisation of a policy with a soft prompt for each user (arXiv 2402.05133).
+
+Where this is not what P-DPO's code does: new users get vectors of their own from their pairs (there everybody unknown is the
+generic user: --adapt-steps 0), the soft prompt stands before the whole prompt (there after its first token, the start token),
+tokens that soft prompts begin as may repeat, and LoRA has the other methods' settings (there dropout 0.05 and more layers).
+"""
 
 from __future__ import annotations
 
@@ -21,11 +26,14 @@ from pyargs.types import LogProbs, Users
 class Config(FitConfig):
     soft_tokens: int = option(8, "length of a soft prompt (paper)", least=1)
     clusters: int = option(
-        0, "0: a soft prompt of each user's own on top of a generic one; C: mixtures of C shared ones (P-DPO)", least=0
-    )
+        0, "0: a soft prompt of each user's own on top of a generic one; C: mixtures of C shared ones, those of the "
+        "generic user learned, too (P-DPO)", least=0,
+    )  # fmt: skip
     beta: float = option(0.5, "of DPO (P-DPO's code; paper silent)")
     alpha: float = option(0.5, "share of the user's own loss, the rest is the generic user's (P-DPO's code; paper silent)")
-    soft_lr: float = option(1e-3, "learning rate of soft prompts (paper silent; 5e-5 hardly moves an embedding in an epoch)")
+    soft_lr: float = option(
+        1e-3, "learning rate of soft prompts (P-DPO's code: 5e-5, which hardly moves an embedding in an epoch; paper silent)"
+    )
     init: str = option(
         "words", "soft prompts begin as embeddings of random tokens, or uniform in (-0.5, 0.5) (both P-DPO's code)",
         choices=["words", "uniform"],
@@ -41,9 +49,8 @@ def build(lm, tokenizer, users: list[str], config: Config) -> UserPolicy:
         return random_embeddings(lm, *shape) if config.init == "words" else torch.rand(*shape, dim) - 0.5
 
     if config.clusters:
-        soft = SoftPrompt(
-            begin(config.clusters, config.soft_tokens), Users(users, mixture=torch.randn(len(users), config.clusters))
-        )
+        generic, mixture = torch.randn(config.clusters), torch.randn(len(users), config.clusters)
+        soft = SoftPrompt(begin(config.clusters, config.soft_tokens), Users(users, mixture=mixture), generic)
     else:
         soft = SoftPrompt(begin(1, config.soft_tokens), Users(users, offset=begin(len(users), config.soft_tokens)))
     return UserPolicy(lm, tokenizer, soft=soft)
@@ -101,9 +108,11 @@ def adapt(model: UserPolicy, support: Support, ids: list[str], config: Config) -
 
 def _adapt_one(model: UserPolicy, support: Support, own: Tensor, user: str, config: Config, bar) -> dict[str, Tensor]:
     """The vectors [1, ...] of one user from its pairs, whose numbers are `own`."""
-    centres = model.soft.centres.detach()
-    if config.clusters:
-        users = Users([user], mixture=torch.zeros(1, config.clusters))
+    centres, generic = model.soft.centres.detach(), model.soft.generic
+    if config.clusters:  # it begins as the generic user
+        users = Users(
+            [user], mixture=torch.zeros(1, config.clusters) if generic is None else generic.detach().cpu().unsqueeze(0)
+        )
     else:
         users = Users([user], offset=torch.zeros(1, *centres.shape[1:]))
     users.to(model.device)
