@@ -52,7 +52,7 @@ def two_tastes(rows: dict) -> dict:
 
 TITLES = {
     "instruction": "Generate a title for the following abstract of a paper: ", "prompt_name": "Abstract",
-    "response_name": "title", "max_length": 6144, "response_tokens": 128,
+    "response_name": "title", "demonstration_tokens": 5504,
 }  # fmt: skip
 WEIGHT_BY_TITLES = ["--objective", "harmonic"]
 
@@ -113,8 +113,7 @@ CPU_SETS = {
 
 # -- gpu: all users of the stand-in for Pref-LaMP; LoRA for one seed --------------------------------------------------------
 
-GPU_LANGUAGE_MODELS = {"GenARM": LANGUAGE_MODELS["GenARM"], "P-DPO": ("pdpo", {"adapt_steps": 10})}
-GPU_LORA = fields({**GPU_LANGUAGE_MODELS, **named(HEADS, "LoRA", "Global RM", "LoRE")}, dtype="bfloat16", epochs=1.0)
+GPU_LORA = fields({**LANGUAGE_MODELS, **named(HEADS, "LoRA", "Global RM", "LoRE")}, dtype="bfloat16", epochs=1.0)
 GPU_SETS = {
     "pref_lamp": {
         **CPU_SETS["pref_lamp"], "data": ["--data", "{work}/data/pref_lamp_like"], "needs": "{shared}/pref_lamp_like",
@@ -132,7 +131,15 @@ GPU_SETS = {
 
 SMOLLM2 = [f"HuggingFaceTB/SmolLM2-{size}-Instruct" for size in ("135M", "360M", "1.7B")]
 QWEN = [f"Qwen/Qwen2.5-{size}-Instruct" for size in ("0.5B", "1.5B", "3B", "7B")]
-FULL = fields({**HEADS, **LANGUAGE_MODELS}, dtype="bfloat16")
+# What the methods' own codes have where the paper is silent and our default is another; the paper's one rate for all LoRA.
+ORIGINAL = {
+    "lore": {"adapt_init": "randn"}, "pref": {"votes": "unit", "adapt_init": "randn"}, "pdpo": {"soft_lr": 5e-5},
+    "genarm": {"lora_lr": 5e-5},
+}  # fmt: skip
+FULL = {
+    row: (method, {**own, **ORIGINAL.get(method, {}), "dtype": "bfloat16"})
+    for row, (method, own) in {**HEADS, **LANGUAGE_MODELS}.items()
+}
 PAPER_SETS = {
     "tldr": {
         "stands_for": "TLDR", "about": "TL;DR, ten workers and 31 new ones", "backbone": SMOLLM2[0], "policies": SMOLLM2,
@@ -142,7 +149,8 @@ PAPER_SETS = {
     "prism": {
         "stands_for": "PRISM", "about": "PRISM", "backbone": QWEN[0], "policies": QWEN,
         "data": ["--data", "{work}/data/prism"], "build": ["prism", "--source", "hub"], "needs": None,
-        "rows": {**ZERO_SHOT, **fields(FULL, max_length=1024), **UNGUIDED, **BLIND}, "once": [], "tune": [], "decode": None,
+        "rows": {**fields({**ZERO_SHOT, **FULL}, max_length=1024), **UNGUIDED, **BLIND}, "once": [], "tune": [],
+        "decode": None,
     },
     "pref_lamp": {
         "stands_for": "Pref-LaMP", "about": "Pref-LaMP, 611 authors of LaMP-5", "backbone": QWEN[0], "policies": QWEN,

@@ -17,6 +17,7 @@ _HOME = {
     "load_model": "pyargs.models",
     "train": "pyargs.fit",
     "adapt": "pyargs.fit",
+    "forget": "pyargs.models",
     "topk_logprobs": "pyargs.ops",
     "score_select": "pyargs.ops",
     "tokenwise_select": "pyargs.ops",

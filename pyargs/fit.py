@@ -12,7 +12,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -380,9 +380,10 @@ def _check_finite(loss: Tensor, step: int) -> None:
 # -- new users ---------------------------------------------------------------------------------------------------------
 
 
-def adapt(model, dataset, *, steps: int | None = None, method: str | None = None) -> list[str]:
+def adapt(model, dataset, *, steps: int | None = None, method: str | None = None, again: bool = False) -> list[str]:
     """Adds the users of the rows with split "support" to the model; returns their ids.
 
+    again: users who are there already are adapted anew, from these rows alone; without it they are an error.
     Backbone, LoRA and shared head parameters stay as they are; rows of other splits are not looked at, so the query set
     can not reach the result. A method without users needs no adaptation and is left alone. The same model, rows and seed
     give the same result. method: the path of the .py file that the model was trained with, where it was one.
@@ -393,6 +394,11 @@ def adapt(model, dataset, *, steps: int | None = None, method: str | None = None
     ids = list(dict.fromkeys(rows["user_id"]))
     recipe = _recipe(model, method)
     with described(f"the model's fields do not fit the method {model.about.get('method')}"):
+        if gone := model.about["fields"].keys() - {field.name for field in fields(recipe.Config)}:
+            raise PyargsError(
+                f"method {model.about.get('method')} has no option '{min(gone)}', with which this model was made: a model of "
+                "another version is not adapted, train it again"
+            )
         config = recipe.Config(**model.about["fields"])
     if steps is not None:
         if not hasattr(config, "adapt_steps"):
@@ -401,8 +407,10 @@ def adapt(model, dataset, *, steps: int | None = None, method: str | None = None
     if not hasattr(recipe, "adapt"):
         return ids
     known = [user for user in ids if user in model.known_users]
-    if known:
-        raise PyargsError(f"user '{known[0]}' is there already: new users need new ids")
+    if known and not again:
+        raise PyargsError(
+            f"user '{known[0]}' is there already: ask for it (again=True, --again), or give new ids to new users"
+        )
     found = []
     # Each user by itself, from reading its pairs on: in a batch with others its states would be rounded otherwise.
     for user, own in zip(ids, pairs_of_users(rows["user_id"], ids), strict=True):
@@ -410,6 +418,7 @@ def adapt(model, dataset, *, steps: int | None = None, method: str | None = None
         pairs = rows.select(own.tolist())
         support = recipe.support(model, pairs) if hasattr(recipe, "support") else model.read(pairs)
         found.append(recipe.adapt(model, support, [user], config))
+    model.users.remove([user for user in known if user in model.users.ids])
     model.users.append(ids, **{name: torch.cat([one[name] for one in found]) for name in found[0]})
     model.to(model.device)
     return ids

@@ -67,6 +67,16 @@ class Users(nn.Module):
         if self.personal:
             self.ids.update({user: len(self.ids) + i for i, user in enumerate(ids)})
 
+    def remove(self, ids: Iterable[str]) -> None:
+        """Takes users and their vectors away; the others move up. Raises UnknownUser, and then removes nobody."""
+        gone = set(self.rows(ids).tolist()) if self.personal else set()
+        kept = [row for row in range(len(self)) if row not in gone]
+        if gone:
+            for name, value in self.vectors.items():
+                self.vectors[name] = nn.Parameter(value.detach()[kept].clone())
+            names = list(self.ids)
+            self.ids = {names[row]: place for place, row in enumerate(kept)}
+
     def save(self, folder: str | Path) -> None:
         """Writes users.safetensors and users.json."""
         folder = Path(folder)

@@ -19,7 +19,7 @@ from pyargs import fit, load_model, methods, optimizers
 from pyargs.data import of_split, synthetic
 from pyargs.errors import PyargsError, UnknownUser
 from pyargs.heads import latent
-from pyargs.lm.encode import left_pad
+from pyargs.lm.encode import encode_prompt, left_pad
 from pyargs.lm.hf import load_lm
 from pyargs.methods import genarm, icl, lore, mpu, pal, pdpo, pref, vpl
 from pyargs.models.reward_model import RewardModel
@@ -39,7 +39,7 @@ FAMILIES = {
         "pal",
         dict(variant="A", rank=3, projector_lr=3e-3, user_lr=3e-2, prototype_lr=3e-2, epochs=30, **FEW),
     ),
-    "vpl": ("types", "vpl", dict(latent=64, vae_lr=1e-3, head_lr=1e-3, epochs=30)),
+    "vpl": ("types", "vpl", dict(latent=64, vae_lr=1e-3, head_lr=1e-3, min_context=8, epochs=8)),
     "mpu": ("own", "mpu", dict(hidden=32, head_lr=1e-2, adapt_lr=1e-2, epochs=6, **FEW)),
     "mpu_hidden": ("own", "mpu", dict(hidden=32, head_lr=1e-2, adapt_lr=1e-2, epochs=6, pool="hidden", **FEW)),
 }
@@ -279,7 +279,7 @@ DEFAULTS = {
                       step_reward="token", dtype="float32", max_length=512, batch_size=32, warmup=0.03, lora_dropout=0.0),
     "lore": dict(rank=8, head_lr=0.5, divisor=100, adapt_lr=0.1, adapt_steps=500, adapt_init="zeros", pool="last"),
     "pref": dict(rank=8, head_lr=1e-3, strength=0.02, reg="weight_decay", svd_rounds=10, svd_noise=0.1, adapt_lr=1e-2,
-                 adapt_steps=500, adapt_l2=0.02, adapt_init="mean", init="svd"),
+                 adapt_steps=500, adapt_l2=0.02, adapt_init="mean", init="svd", votes="signed"),
     "pal": dict(variant="B", rank=8, width=0, weighting="cumulative", projector_lr=1e-4, projector_decay=0.01, user_lr=5e-3,
                 prototype_lr=5e-3, scale_lr=0.1),
     "vpl": dict(latent=512, vae_lr=1e-4, head_lr=1e-4, head_decay=1e-3, kl=3e-6, kl_period=10_000, min_context=2,
@@ -288,7 +288,7 @@ DEFAULTS = {
     "genarm": dict(beta=0.05, gamma=0.0, lora_lr=5e-4),
     "pdpo": dict(soft_tokens=8, clusters=0, beta=0.5, alpha=0.5, soft_lr=1e-3, lora_lr=5e-5, init="words", adapt_lr=1e-3,
                  adapt_steps=200),
-    "icl": dict(shots=8, retrieve="random", show="pair", content_tokens=200),
+    "icl": dict(shots=8, retrieve="random", show="pair", content_tokens=200, max_length=512, demonstration_tokens=1536),
 }  # fmt: skip
 
 
@@ -734,8 +734,6 @@ def test_every_kind_of_model_decodes_and_a_row_does_not_depend_on_its_batch(tune
 
 
 def left_pad_prompt(model, prompt):
-    from pyargs.lm.encode import encode_prompt
-
     return left_pad([encode_prompt(model.tokenizer, prompt)], 0)
 
 
@@ -917,22 +915,20 @@ def test_too_long_prompts_lose_the_farthest_demonstrations_first(shown):
     full = model.prompt_ids("tell me about the old one", "new_00")
     examples = lambda ids: re.sub(r"Example \d+\n", "", model.tokenizer.decode(ids))  # noqa: E731
     text = examples(full)
-    for room in range(len(full) - 1, 40, -7):
-        model.demonstrations.max_tokens = room
+    alone = len(encode_prompt(model.tokenizer, "tell me about the old one"))
+    for room in range(len(full) - alone - 1, -1, -7):
+        model.demonstrations.demonstration_tokens = room
         cut = model.prompt_ids("tell me about the old one", "new_00")
         left = examples(cut)
-        assert len(cut) <= room and "tell me about" in left
+        assert alone <= len(cut) <= alone + room and "tell me about" in left
         if "Prompt:" in left:  # the last demonstrations, in order, are those that stay
             assert left[left.index("Prompt:") :] in text
-    model.demonstrations.max_tokens = 4
     with pytest.raises(PyargsError, match="no room"):
-        model.prompt_ids("tell me about the old one", "new_00")
-    from pyargs.lm.encode import encode_prompt
-
+        model.prompt_ids("tell me about the old one", "new_00", 4)
     model.demonstrations.instruction = "tell me about the "
-    model.demonstrations.max_tokens = len(encode_prompt(model.tokenizer, model.demonstrations.instruction))
+    room = len(encode_prompt(model.tokenizer, "tell me about the"))
     with pytest.raises(PyargsError, match="no room behind the instruction"):
-        model.prompt_ids("tell me about the old one " + "old " * 20, "new_00")
+        model.prompt_ids("tell me about the old one " + "old " * 20, "new_00", room)
 
 
 def test_contents_are_cut_and_the_instruction_is_said_once(shown):
@@ -946,8 +942,7 @@ def test_conversations_lose_their_oldest_turns_and_contents_must_be_text(shown):
     model = shown()
     turns = [{"role": role, "content": f"old {n} please " * 5} for n in range(20) for role in ("user", "assistant")]
     prompt = [*turns, {"role": "user", "content": "tell me"}]
-    model.demonstrations.max_tokens = 200
-    cut = model.tokenizer.decode(model.prompt_ids(prompt, "new_00"))
+    cut = model.tokenizer.decode(model.prompt_ids(prompt, "new_00", 200))
     assert "tell me" in cut and "old 0 " not in cut
     with pytest.raises(PyargsError, match="must be a str"):
         model.prompt_ids([{"role": "user", "content": ["tell me"]}], "new_00")
@@ -957,7 +952,7 @@ def test_a_cut_prompt_is_the_same_for_every_response(shown, rows):
     """However long the response to be scored is: the demonstrations that fit do not depend on it."""
     model = shown()
     whole = len(model.prompt_ids("tell me", "new_00"))
-    model.demonstrations.max_tokens = whole - 5
+    model.demonstrations.demonstration_tokens = whole - len(encode_prompt(model.tokenizer, "tell me")) - 5
     query = of_split(rows, "query").select(range(2)).map(lambda row: {"prompt": "tell me", "user_id": "new_00"})
     long = query.map(lambda row: {"chosen": row["chosen"] * 30})
     (one, _), (two, _) = model.encode(query), model.encode(long)
@@ -1013,18 +1008,16 @@ def test_template_and_instruction_are_never_cut(shown, room, length, count, retr
     model.demonstrations.of_user["new_00"] = [
         {"prompt": f"say that: {words[i % 6]} hill " + "lake " * i, "chosen": "cat", "rejected": "saw"} for i in range(count)
     ]
-    model.demonstrations.max_tokens = room
-    ids = model.prompt_ids("say that: " + " ".join(words[i % 6] for i in range(length)), "new_00")
+    model.demonstrations.demonstration_tokens = room
+    ids = model.prompt_ids("say that: " + " ".join(words[i % 6] for i in range(length)), "new_00", 40)
     text = model.tokenizer.decode(ids)
-    assert len(ids) <= room and text.count("say that:") == 1
+    assert len(ids) <= 40 + room and text.count("say that:") == 1
     assert text.startswith("<|im_start|>user\nsay that:") and text.endswith("<|im_end|>\n<|im_start|>assistant\n")
     shown_now = text.count("Example ")
     assert shown_now <= min(5, count) and ("old" in text.split("Example")[-1] or length == 0)
 
 
 def test_zero_shots_is_the_policy_as_it_is(shown, lm_folder):
-    from pyargs.lm.encode import encode_prompt
-
     model = shown(shots=0)
     assert model.prompt_ids("tell me", "anybody") == encode_prompt(model.tokenizer, "tell me")
 
@@ -1172,7 +1165,7 @@ def test_known_users_and_useless_steps_raise_before_any_work(lm_folder, rows, mo
         model = fit.train(name, rows, config_of(name, lm_folder, **({} if name == "icl" else {"epochs": 0.1})))
         fit.adapt(model, rows)
         monkeypatch.setattr(type(model), "read", lambda *_: pytest.fail("work before the check"), raising=False)
-        with pytest.raises(PyargsError, match="there already"):
+        with pytest.raises(PyargsError, match="is there already: ask for it"):
             fit.adapt(model, rows)
         monkeypatch.undo()
         if name != "lore":

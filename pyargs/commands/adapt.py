@@ -12,6 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
     parser.add_argument("--out", required=True, help="folder for the model with the new users")
     parser.add_argument("--adapt-steps", type=int, help="steps of the adaptation (default: the method's)")
     parser.add_argument("--method", help="the .py file that the model was trained with, where it was one: it is run")
+    parser.add_argument("--again", action="store_true", help="adapt users anew who are there already, from these pairs alone")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, with sizes, and stop")
     add_data(parser)
 
@@ -26,7 +27,7 @@ def run(args: argparse.Namespace) -> dict:
     rows = of_split(load_data(args), "support")
     method = hub.identity(args.method)
     key = files.stage_key(
-        {"stage": "adapt", "steps": args.adapt_steps},
+        {"stage": "adapt", "steps": args.adapt_steps, **({"again": True} if args.again else {})},
         {"data": content_hash(rows), "model": files.sha256(args.model), **({} if method is None else {"method": method})},
     )
     plan = {"new_users": len(set(rows["user_id"])), "pairs": len(rows), "out": args.out}
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> dict:
     if done := files.finished(args.out, key):
         return {**done, "already_done": True}
     model = load_model(args.model, backbone=args.backbone)
-    fit.adapt(model, rows, steps=args.adapt_steps, method=args.method)
+    fit.adapt(model, rows, steps=args.adapt_steps, method=args.method, again=args.again)
     model.save_pretrained(args.out)
     if not model.known_users:
         plan["new_users"] = 0  # the same for everyone: nobody had to be added

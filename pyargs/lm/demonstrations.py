@@ -9,15 +9,15 @@ from pyargs.config import check_kinds
 from pyargs.errors import PyargsError, UnknownUser, did_you_mean
 from pyargs.files import read_json
 from pyargs.lm.embed import embed
-from pyargs.lm.encode import as_messages, encode_prompt, text_ids
+from pyargs.lm.encode import as_messages, encode_prompt, shorten, text_ids
 from pyargs.user_ids import user_id
 
 TASK = "Below are examples of what one user prefers. Answer the last prompt as this user would prefer."
 
 
 KINDS = {
-    "shots": int, "retrieve": str, "show": str, "content_tokens": int, "instruction": str, "max_tokens": int, "seed": int,
-    "prompt_name": str, "response_name": str,
+    "shots": int, "retrieve": str, "show": str, "content_tokens": int, "instruction": str,
+    "demonstration_tokens": int, "max_tokens": int | None, "seed": int, "prompt_name": str, "response_name": str,
 }  # fmt: skip
 """The fields of `Demonstrations.config`."""
 
@@ -29,16 +29,18 @@ class Demonstrations:
     prompts of the user; "bm25", or the name of an embedding model: the pairs whose prompts are nearest by shared words or by
     cosine, the most similar last. show: "pair" or "chosen". content_tokens: longest prompt shown of a pair. instruction: a
     text that all prompts begin with, said once at the beginning instead. prompt_name, response_name: what the fields are
-    called, such as Abstract and title. max_tokens: length of a prompt with all that it shows, the same whether a response is
-    to be scored or generated.
+    called, such as Abstract and title. demonstration_tokens: how many tokens longer than without them they may make a prompt.
+    max_tokens: in folders saved before, the limit of prompt and demonstrations together, which then holds instead.
     """
 
     def __init__(
-        self, *, shots: int, retrieve: str, show: str, content_tokens: int, instruction: str, max_tokens: int,
-        seed: int, prompt_name: str = "Prompt", response_name: str = "", of_user: dict[str, list[dict]] | None = None,
+        self, *, shots: int, retrieve: str, show: str, content_tokens: int, instruction: str, seed: int,
+        demonstration_tokens: int = 0, max_tokens: int | None = None, prompt_name: str = "Prompt", response_name: str = "",
+        of_user: dict[str, list[dict]] | None = None,
     ):  # fmt: skip
         self.shots, self.retrieve, self.show, self.content_tokens = shots, retrieve, show, content_tokens
-        self.instruction, self.max_tokens, self.seed = instruction, max_tokens, seed
+        self.demonstration_tokens, self.max_tokens = demonstration_tokens, max_tokens
+        self.instruction, self.seed = instruction, seed
         self.prompt_name, self.response_name = prompt_name, response_name
         self.of_user = dict(of_user or {})
         self._vectors: dict[str, object] = {}  # of the texts embedded so far
@@ -50,11 +52,13 @@ class Demonstrations:
     def load(cls, fields: dict, folder: Path) -> Demonstrations:
         """From what `config` gave and the folder's demonstrations.json. Raises PyargsError where one of them is damaged."""
         file = folder / "demonstrations.json"
+        if isinstance(fields, dict) and isinstance(fields.get("max_tokens"), int):
+            fields = {"demonstration_tokens": 0, **fields}  # saved before these had a limit of their own
         check_kinds(fields, KINDS, f"{folder / 'config.json'}, demonstrations")
         if strange := fields.keys() - KINDS.keys():
             raise PyargsError(f"{folder / 'config.json'}, demonstrations: unknown field '{min(strange)}'")
-        for name, least in (("shots", 0), ("content_tokens", 1), ("max_tokens", 1)):
-            if fields[name] < least:
+        for name, least in (("shots", 0), ("content_tokens", 1), ("demonstration_tokens", 0), ("max_tokens", 1)):
+            if fields[name] is not None and fields[name] < least:
                 raise PyargsError(f"{folder / 'config.json'}, demonstrations: '{name}' must be at least {least}")
         if fields["show"] not in ("pair", "chosen"):
             raise PyargsError(f"{folder / 'config.json'}, demonstrations: 'show' is pair or chosen, not '{fields['show']}'")
@@ -64,6 +68,12 @@ class Demonstrations:
             if any(set(pair) != {"prompt", "chosen", "rejected"} for pair in pairs):
                 raise PyargsError(f"{file}: a pair of user '{user}' has other fields than prompt, chosen, rejected")
         return cls(**fields, of_user=of_user)
+
+    def remove(self, users: list[str]) -> None:
+        """Takes users away, with all that was kept of their texts."""
+        for user in users:
+            del self.of_user[user]
+        self._vectors.clear()
 
     def choose(self, prompt: str, user: str) -> list[dict]:
         """The pairs to show before a prompt, the most similar last; all of the user's where there are fewer than `shots`."""
@@ -88,34 +98,32 @@ class Demonstrations:
         self._vectors |= dict(zip(new, embed(self.retrieve, new), strict=True))
         return [float(self._vectors[text] @ self._vectors[query]) for text in texts]
 
-    def prompt_ids(self, tokenizer, prompt, user: str) -> list[int]:
+    def prompt_ids(self, tokenizer, prompt, user: str, max_tokens: int | None = None) -> list[int]:
         """Ids of the prompt with its demonstrations, in the model's template.
 
-        What is longer than max_tokens loses demonstrations, the farthest first, then what `encode_prompt` cuts: the oldest
-        turns, which stand before, and the end of the last content. Template and instruction are never cut: PyargsError.
+        max_tokens: the longest prompt without them, cut as `encode_prompt` cuts it, so that a user's prompt is the same as
+        without demonstrations. Of these the farthest go first where they need too much room. Template and instruction are
+        never cut: PyargsError.
         """
-        messages = as_messages(prompt)
-        last = last_user_text(messages)
+        said = last_user_text(prompt)
+        shown = self.choose(said, user)
+        max_tokens = max_tokens if self.max_tokens is None else self.max_tokens
+        messages, alone = shorten(tokenizer, prompt, max_tokens)
         place = max(i for i, message in enumerate(messages) if message["role"] == "user")
-        asked = last.removeprefix(self.instruction)
-        shown = self.choose(last, user)
-
-        def ids(room: int | None = None) -> list[int]:
-            turn = {"role": "user", "content": self._layout(tokenizer, shown, asked)}
-            return encode_prompt(tokenizer, [*messages[:place], turn, *messages[place + 1 :]], room)
-
-        while len(found := ids()) > self.max_tokens and shown:
-            shown = shown[1:]
-        if len(found) <= self.max_tokens:
-            return found
-        # Without demonstrations nothing of the layout can be lost: the rest is cut as any prompt is, from its end.
-        if len(encode_prompt(tokenizer, self.instruction)) >= self.max_tokens and asked != last:
-            raise PyargsError(f"max_tokens={self.max_tokens} leaves no room behind the instruction: raise it")
-        return ids(self.max_tokens)
+        asked = messages[place]["content"]
+        if said.startswith(self.instruction):
+            asked = asked[len(self.instruction) :]
+            if not asked and said != self.instruction:
+                raise PyargsError(f"max_tokens={max_tokens} leaves no room behind the instruction: raise it")
+        room = len(alone) + self.demonstration_tokens if self.max_tokens is None else self.max_tokens
+        for first in range(len(shown)):
+            turn = {"role": "user", "content": self._layout(tokenizer, shown[first:], asked)}
+            ids = encode_prompt(tokenizer, [*messages[:place], turn, *messages[place + 1 :]])
+            if len(ids) <= room:
+                return ids
+        return alone
 
     def _layout(self, tokenizer, shown: list[dict], asked: str) -> str:
-        if not shown:
-            return self.instruction + asked
         parts = [self.instruction.strip() or TASK]
         preferred = f"Preferred {self.response_name}".strip()
         for number, pair in enumerate(shown, 1):

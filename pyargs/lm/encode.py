@@ -26,10 +26,15 @@ def encode_prompt(tokenizer, prompt: str | list[dict], max_tokens: int | None = 
     max_tokens raises PyargsError; so do a template that can not go on with the assistant's turn, and a tokenizer that can
     not write a content without control tokens.
     """
+    return shorten(tokenizer, prompt, max_tokens)[1]
+
+
+def shorten(tokenizer, prompt: str | list[dict], max_tokens: int | None = None) -> tuple[list[dict], list[int]]:
+    """The messages of a prompt as `encode_prompt` cuts them, and their ids."""
     messages = [dict(message) for message in as_messages(prompt)]
     ids = _template(tokenizer, messages)
     if max_tokens is None or len(ids) <= max_tokens:
-        return ids
+        return messages, ids
     system = 1 if messages[0]["role"] in ("system", "developer") else 0
     begun = 1 if messages[-1]["role"] == "assistant" else 0
     while len(messages) - system > 1 + begun and len(ids) > max_tokens:
@@ -45,7 +50,7 @@ def encode_prompt(tokenizer, prompt: str | list[dict], max_tokens: int | None = 
             raise PyargsError(f"max_tokens={max_tokens} leaves no room for the prompt inside its template: raise it")
         last["content"] = tokenizer.decode(content[:keep])
         ids = _template(tokenizer, messages)
-    return ids
+    return messages, ids
 
 
 def encode_response(tokenizer, text: str) -> list[int]:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pyargs.config import option
-from pyargs.errors import PyargsError
 from pyargs.fit import ModelConfig
 from pyargs.lm.demonstrations import Demonstrations, last_user_text
 from pyargs.models.user_policy import UserPolicy
@@ -30,20 +29,16 @@ class Config(ModelConfig):
     instruction: str = option("", "text that all prompts begin with, to be said once before the demonstrations (paper silent)")
     prompt_name: str = option("Prompt", "what a prompt is called in the demonstrations: Post, Abstract ... (paper silent)")
     response_name: str = option("", "what a response is called: summary, title, reply ... (paper silent)")
-    max_length: int = option(
-        2048, "tokens of prompt + response; what is longer loses its farthest demonstrations first (paper silent)"
-    )
-    response_tokens: int = option(
-        256, "of these kept for the response, so that scoring and generation see the same prompt (paper silent)"
-    )
+    demonstration_tokens: int = option(
+        1536, "tokens for demonstrations, beyond max_length; where they need more, the farthest go first (paper silent)",
+        least=0,
+    )  # fmt: skip
 
 
 def build(lm, tokenizer, users: list[str], config: Config) -> UserPolicy:
-    if config.response_tokens >= config.max_length:
-        raise PyargsError(f"response_tokens={config.response_tokens} leaves nothing of max_length={config.max_length}")
     shown = Demonstrations(
         shots=config.shots, retrieve=config.retrieve, show=config.show, content_tokens=config.content_tokens,
-        instruction=config.instruction, max_tokens=config.max_length - config.response_tokens, seed=config.seed,
+        instruction=config.instruction, demonstration_tokens=config.demonstration_tokens, seed=config.seed,
         prompt_name=config.prompt_name, response_name=config.response_name,
     )  # fmt: skip
     return UserPolicy(lm, tokenizer, demonstrations=shown if config.shots else None)
@@ -56,7 +51,10 @@ def support(model: UserPolicy, rows) -> list[dict]:
 def adapt(model: UserPolicy, support: list[dict], ids: list[str], config: Config) -> dict[str, Tensor]:
     """The support pairs become what may be shown; there are no vectors."""
     if model.demonstrations is not None:
-        for row in support:
-            shown = {"prompt": last_user_text(row["prompt"]), "chosen": row["chosen"], "rejected": row["rejected"]}
-            model.demonstrations.of_user.setdefault(user_id(row["user_id"]), []).append(shown)
+        for user in map(user_id, ids):
+            model.demonstrations.of_user[user] = [
+                {"prompt": last_user_text(row["prompt"]), "chosen": row["chosen"], "rejected": row["rejected"]}
+                for row in support
+                if user_id(row["user_id"]) == user
+            ]
     return {}

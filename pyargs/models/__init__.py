@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -18,3 +19,22 @@ def load_model(folder: str | Path, **more):
             importlib.import_module(f"pyargs.models.{kind}"), "".join(word.capitalize() for word in kind.split("_"))
         )
         return made.from_pretrained(folder, **more)
+
+
+def forget(model, users: Iterable[str]) -> None:
+    """Removes users from a model, with their vectors or demonstrations. Its folder follows when it is saved again.
+
+    What all users share stays as it was trained, with the removed ones' pairs among the others'. Raises UnknownUser where one
+    is not there; then nobody is removed.
+    """
+    from pyargs.errors import UnknownUser, did_you_mean
+    from pyargs.user_ids import user_ids
+
+    users = list(dict.fromkeys(user_ids(users)))
+    for user in users:
+        if user not in model.known_users:
+            raise UnknownUser(f"there is no user '{user}' to forget." + did_you_mean(str(user), model.known_users))
+    if getattr(model, "demonstrations", None) is not None:
+        model.demonstrations.remove(users)
+    else:
+        model.users.remove(users)

@@ -27,18 +27,22 @@ class SoftPrompt(nn.Module):
     """`forward(user int64 [N]) -> [N, tokens, d]`, embeddings that stand before the prompt; GENERIC is nobody in particular.
 
     generic e_0 [tokens, d], and the users' vector "offset" [U, tokens, d]: e_u = e_0 + o_u. With clusters: centres
-    [C, tokens, d], and the users' vector "mixture" [U, C]: e_u = sum_c softmax(mixture_u)_c centre_c; generic is their mean.
+    [C, tokens, d], and the users' vector "mixture" [U, C]: e_u = sum_c softmax(mixture_u)_c centre_c; generic [C] holds the
+    logits of nobody in particular. Without it, as in folders saved before it was there, that is the centres' mean.
     """
 
-    def __init__(self, centres: Tensor, users: Users):
+    def __init__(self, centres: Tensor, users: Users, generic: Tensor | None = None):
         super().__init__()
         self.centres = nn.Parameter(centres)  # [1, tokens, d] without clusters: e_0
+        self.generic = None if generic is None else nn.Parameter(generic)
         self.users = users
 
     def forward(self, user: Tensor) -> Tensor:
         known = (user != GENERIC)[:, None, None]
         row = user.clamp(min=0)
-        generic = self.centres.mean(0).expand(len(user), -1, -1)
+        shares = None if self.generic is None else self.generic.softmax(0)
+        generic = self.centres.mean(0) if shares is None else torch.einsum("c,ctd->td", shares, self.centres)
+        generic = generic.expand(len(user), -1, -1)
         if len(self.users) == 0:
             return generic
         if "offset" in self.users.vectors:
@@ -81,11 +85,11 @@ class UserPolicy(nn.Module):
     def prompt_ids(self, prompt, user: str, max_tokens: int | None = None) -> list[int]:
         """Ids of a prompt for a user: demonstrations and template included, the soft prompt not.
 
-        With demonstrations their own limit holds instead of max_tokens, so that a prompt is the same for every response.
+        max_tokens: of the prompt by itself, demonstrations come on top.
         """
         if self.demonstrations is None:
             return encode_prompt(self.tokenizer, prompt, max_tokens)
-        return self.demonstrations.prompt_ids(self.tokenizer, prompt, user)
+        return self.demonstrations.prompt_ids(self.tokenizer, prompt, user, max_tokens)
 
     def encode(self, rows, *, stop: bool = True):
         """A dataset's pairs as token ids (`features.groups`). stop: with end tokens, for training."""
@@ -167,12 +171,14 @@ class UserPolicy(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes a folder (`models/folder.py`); demonstrations.json holds users' texts where there are demonstrations."""
-        shared = {} if self.soft is None else {"centres": self.soft.centres.detach().contiguous()}
+        shared = {} if self.soft is None else dict(self.soft.named_parameters(recurse=False))
+        shared = {name: value.detach().contiguous() for name, value in shared.items()}
         shown = None if self.demonstrations is None else self.demonstrations.config()
         extra = {"demonstrations.json": self.demonstrations.of_user} if shown else {}
         folders.save(
-            folder, "user_policy", self, shared, self.users, extra=extra, soft=self.soft is not None, demonstrations=shown
-        )
+            folder, "user_policy", self, shared, self.users, extra=extra, soft=self.soft is not None,
+            generic="generic" in shared, demonstrations=shown,
+        )  # fmt: skip
 
     @classmethod
     def from_pretrained(
@@ -192,24 +198,26 @@ class UserPolicy(nn.Module):
         shown = config["demonstrations"]
         if shown is not None:
             shown = Demonstrations.load(shown, folder)
-        model = cls(lm, tokenizer, soft=soft, demonstrations=shown, about=folders.about(config, "soft", "demonstrations"))
+        about = folders.about(config, "soft", "generic", "demonstrations")
+        model = cls(lm, tokenizer, soft=soft, demonstrations=shown, about=about)
         return model.to(folders.device_or_default(device)).eval()
 
 
 def _load_soft(folder: Path, config: dict, lm: nn.Module) -> SoftPrompt:
     file, shared = folder / "shared.safetensors", read_tensors(folder / "shared.safetensors")
     width = lm.get_input_embeddings().weight.shape[1]
-    if set(shared) != {"centres"} or shared["centres"].ndim != 3 or shared["centres"].shape[-1] != width:
+    names = ["centres", *(["generic"] if config.get("generic", False) else [])]
+    if set(shared) != set(names) or shared["centres"].ndim != 3 or shared["centres"].shape[-1] != width:
         found = {name: list(value.shape) for name, value in shared.items()}
-        raise PyargsError(f"{file} does not fit: missing or unexpected {found}, not 'centres' [C, tokens, {width}]")
+        raise PyargsError(f"{file} does not fit: missing or unexpected {found}, not {names}, centres [C, tokens, {width}]")
     with described(f"{folder}: the soft prompts' parts do not fit each other"):
-        soft = SoftPrompt(shared["centres"], folders.load_users(folder, config))
+        soft = SoftPrompt(users=folders.load_users(folder, config), **shared)
         soft(torch.tensor([GENERIC, *range(len(soft.users))][:2]))
     return soft
 
 
 def random_embeddings(lm: nn.Module, *shape: int) -> Tensor:
-    """Embeddings [*shape, d] of random tokens, float32: where P-DPO's soft prompts begin."""
+    """Embeddings [*shape, d] of random tokens, drawn with repetition, float32: where P-DPO's soft prompts begin."""
     table = lm.get_input_embeddings().weight.detach()
     count = torch.Size(shape).numel()
     if count < 1:
