@@ -118,6 +118,30 @@ def test_a_changed_head_is_recorded_anew_and_changed_weights_are_seen():
     same(recorded(policy, model, rows, USERS[:2]), plain(policy, model, rows, USERS[:2]))
 
 
+def test_what_a_recording_keeps_of_head_and_modules_is_looked_at():
+    """Numbers that were written to through `data`, and attributes that are no tensors."""
+    policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
+    rows, seen = prompts([4, 2]), []
+
+    def agree():
+        got = recorded(policy, model, rows, USERS[:2], reward_weight=2.0)
+        same(got, plain(policy, model, rows, USERS[:2], reward_weight=2.0))
+        seen.append(got.rewards.tolist())
+
+    agree()
+    model.head.directions.data[0, 0] += 5.0
+    agree()
+    model.head.divisor = 3.0
+    agree()
+    model.backbone.layers[0].self_attn.scaling = 2.0
+    agree()
+    policy.model.layers[1].mlp.act_fn = torch.nn.Tanh()
+    agree()
+    assert all(one != other for one, other in zip(seen, seen[1:], strict=False))
+    policy.model.layers[1].register_forward_hook(lambda *a: None)
+    assert not captured.possible(policy, model)
+
+
 @pytest.mark.parametrize("where", ["policy", "reward"])
 def test_what_is_not_a_number_raises_and_leaves_nothing_behind(where):
     policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))

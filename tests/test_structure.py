@@ -25,6 +25,7 @@ from pyargs.lm import native as stacks
 from pyargs.lm.hf import response_logprobs, response_states
 from pyargs.lm.structure import may_replace
 from pyargs.metrics.perplexity import perplexity
+from pyargs.models.reward_model import RewardModel
 
 
 def parts(decoder):
@@ -309,7 +310,7 @@ def test_hooks_of_transformers_itself_change_nothing():
     assert fast(policy, model)
 
 
-def test_other_arithmetic_all_around(patch):
+def test_other_arithmetic_all_around():
     policy, _ = pair()
     assert may_replace(policy)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -318,8 +319,11 @@ def test_other_arithmetic_all_around(patch):
         assert not may_replace(policy)
     with torch.device("cpu"):
         assert may_replace(policy)
-    patch.setattr(nn.functional, "scaled_dot_product_attention", lambda *a, **b: None)
-    assert not may_replace(policy)
+    for name in ("scaled_dot_product_attention", "silu"):
+        with pytest.MonkeyPatch.context() as here:
+            here.setattr(nn.functional, name, lambda *a, **b: None)
+            assert not may_replace(policy)
+    assert may_replace(policy)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt2"])
@@ -404,6 +408,8 @@ def test_a_policy_of_peft():
     for row, (prompt, user) in enumerate(zip(prompts([3, 5]), USERS, strict=False)):
         assert got.tokens[row].tolist() == without_cache(wrapped, model, prompt, user, 2.0, 3, 4, eos=())[0]
     assert got.tokens.tolist() != unguided.tokens.tolist()
+    guiding = RewardModel(peft_model(model.backbone), None, model.head)  # which puts LoRA into the backbone itself
+    same(decoded(policy, guiding), decoded(policy, model))
     groups = [([5, 6], [[7, 8]])]
     torch.testing.assert_close(response_logprobs(wrapped, groups), response_logprobs(policy, groups))
     wrapped.base_model.register_forward_hook(lambda *a: None)

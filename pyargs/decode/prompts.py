@@ -11,6 +11,7 @@ from pyargs.files import short_hash
 from pyargs.lm import hub
 from pyargs.lm.encode import encode_prompt, left_pad
 from pyargs.lm.hf import load_lm
+from pyargs.lm.structure import eager
 from pyargs.models import load_model
 from pyargs.models.folder import device_or_default, locate, read_config
 from pyargs.models.token_reward import TokenReward
@@ -113,7 +114,7 @@ def greedy_answers(
     policy: embedded name, local folder or hub name; max_tokens: longest prompt, cut as `encode_prompt` does.
     """
     settings = {"policy": hub.identity(policy), "dtype": dtype, "max_new_tokens": max_new_tokens, "max_tokens": max_tokens}
-    settings |= {"native": has_extension, "device": device_or_default(None).type}  # which may round otherwise
+    settings |= {"native": has_extension and not eager(), "device": device_or_default(None).type}  # which may round otherwise
     with Store(hub.cache_dir() / "answers" / f"{short_hash(settings)}.sqlite") as store:
         found = store.get(prompts)
         missing = sorted(set(prompts) - found.keys())

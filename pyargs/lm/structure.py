@@ -40,9 +40,14 @@ FOLDERS = tuple(
 CAPTURING = "transformers.utils.output_capturing"
 """Its hooks stay on a model that was once asked for hidden states or attentions; they change nothing."""
 
-BUILTIN = ("linear", "scaled_dot_product_attention")  # of torch.nn.functional; the others are functions of its file
-PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
-OTHERS = {"training", "gradient_checkpointing", "name_or_path", "tokenizer", "generation_config", "peft_config", "ids"}
+BUILTIN = ("gelu", "linear", "scaled_dot_product_attention")
+WRITTEN = ("embedding", "layer_norm", "rms_norm", "silu", "softmax")
+"""Of torch.nn.functional: what modules call."""
+
+PLAIN = frozenset((bool, int, float, str, type(None), torch.dtype, torch.device))
+TENSORS = (nn.Parameter, Tensor, nn.Buffer, type(None))
+IDLE = ("gradient_checkpointing", "name_or_path", "tokenizer", "generation_config", "peft_config", "ids")
+OTHERS = {*vars(nn.Module()), *IDLE}
 """Attributes of modules that no pass depends on."""
 
 LABELS = {"_name_or_path", "_commit_hash", "architectures", "transformers_version", "dtype", "use_cache"}
@@ -100,8 +105,9 @@ def structure(model: nn.Module, *, below: bool = True) -> dict:
             raise PyargsError(f"{_place(name)} has a function of its own in the place of one of its class")
         described: list = [kind]
         drops = False
-        for key, value in own.items():
-            if key[0] == "_" or key in OTHERS:
+        for key in sorted(own.keys() - OTHERS):
+            value = own[key]
+            if key[0] == "_":
                 continue
             if isinstance(value, PreTrainedConfig):
                 if id(value) not in names:
@@ -116,9 +122,10 @@ def structure(model: nn.Module, *, below: bool = True) -> dict:
             described.append((key, value))
         if drops and module.training:
             described.append(DROPPING)
-        for key, tensor in (*own["_parameters"].items(), *own["_buffers"].items()):
-            if type(tensor) not in (nn.Parameter, Tensor, nn.Buffer, type(None)):
-                raise PyargsError(f"{_place(name)} has a {key} of class {type(tensor).__name__}")
+        for tensors in (own["_parameters"], own["_buffers"]):
+            for key, tensor in tensors.items():
+                if type(tensor) not in TENSORS:
+                    raise PyargsError(f"{_place(name)} has a {key} of class {type(tensor).__name__}")
         adapted = "base_layer" in own["_modules"]
         if adapted:
             described.append((list(module.active_adapters), module.disable_adapters))
@@ -184,14 +191,16 @@ def _check_surroundings() -> None:
         modes = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]
         if other := [mode for mode in modes if type(mode) is not DeviceContext]:
             raise PyargsError(f"a {type(other[0]).__name__} acts on all operators")
-    if any(getattr(F, name) is not getattr(torch._C._nn, name) for name in BUILTIN):
+    replaced = [name for name in BUILTIN if getattr(F, name) is not getattr(torch._C._nn, name)]
+    if replaced or not all(_known(getattr(F, name)) for name in WRITTEN):
         raise PyargsError("functions of torch.nn.functional are replaced")
 
 
 def _check_class(kind: type, name: str) -> None:
     """Raises PyargsError unless the class, its `forward` and the functions beside it are those of a library's files."""
     file = sys.modules.get(kind.__module__)
-    if not f"{kind.__module__}.".startswith(LIBRARIES) or getattr(file, kind.__name__, None) is not kind:
+    wrapper = kind.__module__.startswith("peft.") and kind.__module__.endswith("model")  # PeftModel, LoraModel: `unwrapped`
+    if wrapper or not f"{kind.__module__}.".startswith(LIBRARIES) or getattr(file, kind.__name__, None) is not kind:
         raise PyargsError(
             f"{_place(name)} is of class {kind.__name__}, which is none of torch.nn, transformers, PEFT or pyargs"
         )
