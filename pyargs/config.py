@@ -50,6 +50,8 @@ def _is(value, kind) -> bool:
         return isinstance(value, list) and all(_is(one, parts[0]) for one in value)
     if origin is dict:
         return isinstance(value, dict) and all(_is(name, parts[0]) and _is(one, parts[1]) for name, one in value.items())
+    if origin is not None:
+        return True  # what a method file may have; nothing here is described by it
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300 and math.isfinite(value)
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))

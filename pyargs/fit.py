@@ -11,6 +11,7 @@ import pkgutil
 import shutil
 import sys
 import tempfile
+import typing
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyargs import optimizers
-from pyargs.config import check, option
+from pyargs.config import check, check_kinds, option
 from pyargs.data import of_split, with_text_ids
 from pyargs.errors import PyargsError, described, did_you_mean, explained
 from pyargs.files import read_tensors
@@ -393,13 +394,16 @@ def adapt(model, dataset, *, steps: int | None = None, method: str | None = None
         raise PyargsError("no rows with split 'support': there is nothing to adapt to")
     ids = list(dict.fromkeys(rows["user_id"]))
     recipe = _recipe(model, method)
-    with described(f"the model's fields do not fit the method {model.about.get('method')}"):
-        if gone := model.about["fields"].keys() - {field.name for field in fields(recipe.Config)}:
+    misfit = f"the model's fields do not fit the method {model.about.get('method')}"
+    with described(misfit):
+        made, kinds = model.about["fields"], typing.get_type_hints(recipe.Config)
+        if gone := made.keys() - {field.name for field in fields(recipe.Config)}:
             raise PyargsError(
-                f"method {model.about.get('method')} has no option '{min(gone)}', with which this model was made: a model of "
-                "another version is not adapted, train it again"
+                f"{misfit}: it has no option '{min(gone)}', with which this model was made. A model of another version is not "
+                "adapted, train it again"
             )
-        config = recipe.Config(**model.about["fields"])
+        check_kinds(made, {name: kinds[name] for name in made}, misfit)
+        config = recipe.Config(**made)
     if steps is not None:
         if not hasattr(config, "adapt_steps"):
             raise PyargsError(f"{model.about['method']} takes no steps to adapt: leave adapt_steps out")

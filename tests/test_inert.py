@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import pyargs
 from pyargs import cli, fit
-from pyargs.data import synthetic
+from pyargs.data import of_split, synthetic
 from pyargs.errors import PyargsError
 from pyargs.lm import lora
 from pyargs.lm.embed import embed
@@ -79,6 +79,28 @@ def test_only_names_of_methods_are_methods(copy, name):
     change(folder / "config.json", method=name)
     with pytest.raises(PyargsError):
         fit.adapt(pyargs.load_model(folder), synthetic.load())
+
+
+def test_fields_of_a_method_are_of_their_kinds(copy):
+    """All of the fields that a folder may say wrongly, each with several wrong values."""
+    _, folder = copy
+    model, rows = pyargs.load_model(folder), of_split(synthetic.load(), "support").select(range(2))
+    model.users.append = lambda *_, **__: None  # or the second time the users would be there already
+    fields, tried = dict(model.about["fields"]), 0
+    for name, value in fields.items():
+        for new in (None, "x", -1.5, [], {}, [None], True):
+            model.about["fields"] = {**fields, name: new}
+            if type(new) is not type(value) and not (value is None and new in ("x", -1.5)):
+                tried += 1
+                try:
+                    fit.adapt(model, rows, steps=0)
+                except PyargsError:
+                    pass
+    assert tried > 100
+    for broken in (None, [], {"strange": 1}):
+        model.about["fields"] = broken
+        with pytest.raises(PyargsError, match="do not fit"):
+            fit.adapt(model, rows)
 
 
 @pytest.mark.parametrize("kind", ["folder", "os", "reward_model.RewardModel", "../evil", "", None, ["reward_model"], {}])
