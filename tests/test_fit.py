@@ -220,7 +220,7 @@ def test_unknown_methods_and_empty_training_sets(lm_folder, pairs):
     with pytest.raises(PyargsError, match="Did you mean: lore"):
         fit.train("lor", pairs)
     with pytest.raises(PyargsError, match="nothing to train on"):
-        fit.train("lore", of_split(pairs, "query"))
+        fit.train("lore", of_split(pairs, "query"), lore.Config(backbone=lm_folder))
 
 
 def test_a_method_can_be_a_file(tmp_path, lm_folder, pairs):
