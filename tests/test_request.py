@@ -153,3 +153,18 @@ def test_infinite_rewards_choose_no_sample(pair, monkeypatch):
     for n in (0, 2.0, True):
         with pytest.raises(PyargsError, match="n must be a whole number"):
             best_of_n.generate(policy, model, [[1, 2]], ["ann"], n=n)
+
+
+def test_weights_of_many_prompts_and_inside_generate_are_checked_alike(pair):
+    """The other doors to the decoder: numbers of any library, and the same refusals."""
+    policy, model = pair
+    inside = lambda weight: policy.generate(  # noqa: E731
+        IDS, max_new_tokens=2, custom_generate=pyargs.args(model, ["ann", "bob"], reward_weight=weight)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = inside([0.5, 2.0])
+        assert torch.equal(inside(np.array([0.5, 2.0])), expected) and torch.equal(inside(torch.tensor([0.5, 2.0])), expected)
+        for weight in (True, "strong", NAN, [1.0, 2.0, 3.0]):
+            with pytest.raises(PyargsError, match="reward_weight"):
+                inside(weight)

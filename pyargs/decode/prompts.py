@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from pyargs.decode import args, best_of_n, native, plain, tokenwise
-from pyargs.decode.request import numbered
+from pyargs.decode.request import numbered, weights
 from pyargs.errors import PyargsError
 from pyargs.files import short_hash
 from pyargs.lm import hub
@@ -80,7 +80,7 @@ def decode_prompts(
     if more.get("temperature", 0.0) is None:
         del more["temperature"]  # each decoder's own
     weight, seed = more.pop("reward_weight", None), more.pop("seed", 0)
-    weights = list(weight) if isinstance(weight, (list, tuple)) else [weight] * len(encoded)
+    each = None if weight is None else weights(weight, len(encoded)).expand(len(encoded)).tolist()
     sampled = own and more.get("do_sample")
     batch_size = 1 if best_of or sampled else batch_size  # transformers samples a whole batch by one seed
     # One user's demonstrations are read once where the user's prompts are neighbours.
@@ -99,7 +99,7 @@ def decode_prompts(
                 generate = tokenwise.generate if token_reward else args.generate
                 ids, mask = left_pad(some, pad_id=0)
                 decoded = generate(
-                    policy, model, ids, mask, their, reward_weight=[weights[i] for i in take], seed=seeds, **more
+                    policy, model, ids, mask, their, reward_weight=each and [each[i] for i in take], seed=seeds, **more
                 )
             yield take, some, decoded
             bar.update(len(take))

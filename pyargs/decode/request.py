@@ -73,7 +73,7 @@ def check(
     users = user_ids(users)
     if len(users) != rows:
         raise PyargsError(f"{rows} prompts but {len(users)} users: name one user for each row")
-    weight = _weight(reward_weight, rows)
+    weight = weights(reward_weight, rows)
     if not isinstance(do_sample, bool):
         raise PyargsError(f"do_sample is True or False, not {do_sample!r}")
     temperature = check_temperature(temperature) if do_sample else None
@@ -164,7 +164,7 @@ def numbered(seed: int, number: int) -> int:
     return (seed * 1_000_003 + number) % 2**63
 
 
-def _weight(reward_weight, rows: int) -> Tensor:
+def weights(reward_weight, rows: int) -> Tensor:
     """float32 [1] or [rows]. A negative weight is legal: it turns the reward round."""
     try:
         given = torch.as_tensor(reward_weight)

@@ -58,6 +58,7 @@ def args(
     and `synced_gpus=` given to `generate`: they do nothing here.
     """
     from pyargs.decode.args import generate
+    from pyargs.decode.request import weights
 
     users = user_ids(users)
 
@@ -73,7 +74,7 @@ def args(
             check_criteria(stopping_criteria or [], config)
             check_inputs(input_ids, model_inputs)
             copies = config.num_return_sequences or 1
-            weight = torch.as_tensor(reward_weight, dtype=torch.float32).flatten()
+            weight = weights(reward_weight, len(users))
             stop = config.eos_token_id if config.eos_token_id is not None else []  # None was asked for: no stop token
             feed = token_callback if streamer is None else _feeding(streamer, input_ids, stop, token_callback)
             decoded = generate(
