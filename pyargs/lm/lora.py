@@ -26,14 +26,31 @@ ARCHITECTURE = ("model_type", "rms_norm_eps", "layer_norm_eps", "rope_parameters
 
 
 def add(decoder: nn.Module, *, rank: int, alpha: float, rslora: bool, target_modules, dropout: float = 0.0) -> None:
-    """Puts LoRA layers into the decoder, in place; only they are trainable. float32 weights even beside a bf16 base."""
-    from peft import LoraConfig
+    """Puts LoRA layers into the decoder, in place; only they are trainable. float32 weights even beside a bf16 base.
 
-    _inject(decoder, LoraConfig(
-        r=rank, lora_alpha=alpha, use_rslora=rslora, lora_dropout=dropout,
-        target_modules=list(target_modules) if target_modules else None,
+    target_modules: names of layers; None: those that PEFT has for the model's family, or all linear ones where it has none.
+    Raises PyargsError where the decoder has no such layers.
+    """
+    from peft import LoraConfig
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    from transformers.pytorch_utils import Conv1D
+
+    kind = decoder.config.get_text_config(decoder=True).model_type
+    linear = {name.rpartition(".")[2] for name, layer in decoder.named_modules() if isinstance(layer, (nn.Linear, Conv1D))}
+    if kind in ("mamba", "mamba2", "falcon_mamba"):
+        linear -= {"out_proj"}  # whose weight their kernels take, LoRA or not: PEFT refuses it
+    chosen = target_modules or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind, linear)
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, use_rslora=rslora, lora_dropout=dropout, target_modules=sorted(chosen),
         base_model_name_or_path=decoder.config.name_or_path or None,
-    ))  # fmt: skip
+    )  # fmt: skip
+    try:
+        _inject(decoder, config)
+    except ValueError as error:
+        raise PyargsError(
+            f"no LoRA for {kind} in {', '.join(sorted(chosen))}: {str(error).splitlines()[0]} "
+            f"Fix: --target-modules, of {', '.join(sorted(linear))}"
+        ) from error
 
 
 def _inject(decoder: nn.Module, config) -> None:
