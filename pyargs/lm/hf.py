@@ -10,7 +10,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from pyargs.errors import PyargsError, first_line, refusal
 from pyargs.lm import native
@@ -18,7 +17,7 @@ from pyargs.lm.cache import additive, alike, cache_name, can_share, evaluating, 
 from pyargs.lm.encode import Packed, pack
 from pyargs.lm.hub import resolve
 from pyargs.lm.lora import ARCHITECTURE
-from pyargs.lm.structure import as_written, may_replace, structure, unwrapped
+from pyargs.lm.structure import may_replace, structure, unwrapped
 from pyargs.ops import topk_logprobs
 from pyargs.progress import progress_bar
 
@@ -353,7 +352,7 @@ def _step(model, ids: Tensor, mask: Tensor, cache, masked: bool, **more):
 
 
 _every_step: WeakKeyDictionary[nn.Module, bool | None] = WeakKeyDictionary()
-"""By model: what `_tried` found."""
+"""By model: what `_right_when_padded` found."""
 
 
 def masks_every_step(model) -> bool:
@@ -363,11 +362,7 @@ def masks_every_step(model) -> bool:
     Raises PyargsError for a model that is wrong about a padded row either way.
     """
     if model not in _every_step:
-        right = next((every for every in (True, False) if _right_when_padded(model, every)), None)
-        if right is None and not as_written(model):  # a hook on the last token, say, which another way of reading moves
-            layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
-            return any(isinstance(layer, DynamicLayer) for layer in layers)
-        _every_step[model] = right
+        _every_step[model] = next((every for every in (True, False) if _right_when_padded(model, every)), None)
     if _every_step[model] is None:
         raise PyargsError(
             f"{type(model).__name__} does not leave padding out: its answer to a short prompt would depend on the longer ones "
@@ -378,19 +373,25 @@ def masks_every_step(model) -> bool:
 
 @torch.no_grad()
 def _right_when_padded(model, every_step: bool) -> bool:
-    """Whether a padded row beside a longer one, token by token, has the states of the row by itself, read at once."""
+    """Whether a padded row beside a longer one has the states that it has by itself, both read token by token: so what a hook
+    does to the newest token, say, is the same in both."""
     ids = (torch.arange(16, device=model.device) % model.config.get_text_config(decoder=True).vocab_size).view(2, 8)
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
-    cache, got = None, []
+
+    def read(ids: Tensor, mask: Tensor) -> Tensor:
+        cache, got, padded = None, [], not bool(mask.all())
+        for start, end in ((0, -2), (-2, -1), (-1, None)):
+            masked = padded and (start == 0 or every_step)
+            output, cache = _step(model, ids[:, start:end], mask[:, :end], cache, masked)
+            got.append(output[0][:, -1])
+        return torch.stack(got, 1)
+
     with evaluating(model):
+        alone = torch.cat([read(ids[row : row + 1, start:], mask[row : row + 1, start:]) for row, start in enumerate((4, 0))])
         try:
-            for start, end in ((0, 6), (6, 7), (7, 8)):
-                output, cache = _step(model, ids[:, start:end], mask[:, :end], cache, start == 0 or every_step)
-                got.append(output[0][:, -1])
+            return alike(read(ids, mask), alone)
         except PyargsError:
             raise
         except Exception:  # whatever another package's model stumbles over: this is not the way to call it
             return False
-        alone = [model(input_ids=ids[row : row + 1, start:])[0][0, -3:] for row, start in enumerate((4, 0))]
-    return alike(torch.stack(got, 1), torch.stack(alone))
