@@ -37,8 +37,9 @@ FOLDERS = tuple(
     os.path.join(folder, "") for name in ("torch", "transformers", "peft", "pyargs")
     for folder in find_spec(name).submodule_search_locations
 )  # fmt: skip
-CAPTURING = "transformers.utils.output_capturing"
-"""Its hooks stay on a model that was once asked for hidden states or attentions; they change nothing."""
+HARMLESS = ("output_capturing_hook", "make_inputs_require_grads", "make_inputs_require_grad")
+"""Hooks of transformers and PEFT that stay on a model which was asked for hidden states, or trained with checkpointing: they
+change no number."""
 
 BUILTIN = ("gelu", "linear", "scaled_dot_product_attention")
 WRITTEN = ("embedding", "layer_norm", "rms_norm", "silu", "softmax")
@@ -240,7 +241,7 @@ def _ours(forward) -> bool:
 
 def _check_hooks(module: nn.Module, name: str) -> None:
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    if any(getattr(hook, "__module__", None) != CAPTURING or not _known(hook) for hook in hooks):
+    if any(getattr(hook, "__name__", None) not in HARMLESS or not _known(hook) for hook in hooks):
         raise PyargsError(f"{_place(name)} has a hook")
 
 
