@@ -217,7 +217,7 @@ def _load_head(folder: Path, config: dict) -> nn.Module:
     largest = max([len(tensors), *(size for value in tensors for size in value.shape)])
     for name, value in fields.items():  # before memory is asked for
         if isinstance(value, int) and value > largest:
-            raise PyargsError(f"{file}: no tensor of the model is as large as the head's '{name}', {value:.3g}")
+            raise PyargsError(f"{file}: no tensor of the model is as large as the head's '{name}' says")
     made = importlib.import_module(f"pyargs.heads.{kind}").Head
     fields = getattr(made, "OLDER", {}) | fields
     with described(f"{file} describes no {kind} head"):
