@@ -81,26 +81,26 @@ def features(
 
     def compute() -> dict[str, Tensor]:
         states = [state[-1:] if last else state for several in response_states(decoder, encoded) for state in several]
-        return {"hidden": torch.cat(states), "offsets": torch.tensor([0, *map(len, states)]).cumsum(0)}
+        return {"hidden": torch.cat(states), "offsets": torch.tensor([0, *map(len, states)], device="cpu").cumsum(0)}
 
     stored = _cached("features", decoder, [encoded, last], compute) if cache else compute()
     first, chosen, rejected = _numbered(encoded, pairs)
-    prompt = torch.tensor([first[group] for group, *_ in pairs]) if apart else None
+    prompt = torch.tensor([first[group] for group, *_ in pairs], device="cpu") if apart else None
     return Features(stored["hidden"], stored["offsets"], chosen, rejected, list(dataset["user_id"]), prompt)
 
 
 def _numbered(encoded, pairs) -> tuple[list[int], Tensor, Tensor]:
     """Number of each group's first response when all responses are counted, and those of the pairs' responses [N]."""
-    first = torch.tensor([0, *(len(several) for _, several in encoded)]).cumsum(0).tolist()
-    chosen, rejected = (torch.tensor([first[group] + pair[side] for group, *pair in pairs]) for side in (0, 1))
+    first = torch.tensor([0, *(len(several) for _, several in encoded)], device="cpu").cumsum(0).tolist()
+    chosen, rejected = (torch.tensor([first[group] + pair[side] for group, *pair in pairs], device="cpu") for side in (0, 1))
     return first, chosen, rejected
 
 
 def pair_logprobs(policy, encoded, pairs) -> tuple[Tensor, Tensor]:
     """Sums of log pi over the tokens of each pair's responses, float64 [N, 2], and their lengths int64 [N, 2]."""
     values = policy_logprobs(policy, encoded)
-    total = torch.tensor([value.double().sum().item() for value in values], dtype=torch.float64)
-    length = torch.tensor([len(value) for value in values])
+    total = torch.tensor([value.double().sum().item() for value in values], dtype=torch.float64, device="cpu")
+    length = torch.tensor([len(value) for value in values], device="cpu")
     _, chosen, rejected = _numbered(encoded, pairs)
     response = torch.stack([chosen, rejected], dim=1)
     return total[response], length[response]
@@ -111,7 +111,7 @@ def policy_logprobs(policy, encoded) -> list[Tensor]:
 
     def compute() -> dict[str, Tensor]:
         values = [value for several in response_logprobs(policy, encoded) for value in several]
-        return {"logprobs": torch.cat(values), "lengths": torch.tensor([len(value) for value in values])}
+        return {"logprobs": torch.cat(values), "lengths": torch.tensor([len(value) for value in values], device="cpu")}
 
     stored = _cached("logprobs", policy, encoded, compute)
     return list(stored["logprobs"].split(stored["lengths"].tolist()))

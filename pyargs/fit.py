@@ -221,7 +221,7 @@ def train_head(recipe, model: RewardModel, data: Features, config) -> None:
     with progress_bar(range(steps), desc="train", unit="step") as bar:
         for step in bar:
             if step % per_epoch == 0:
-                shuffled = torch.randperm(len(data), generator=order).split(config.batch_size)
+                shuffled = torch.randperm(len(data), generator=order, device="cpu").split(config.batch_size)
             batch = data.batch(rows, shuffled[step % per_epoch], last=not model.whole).to(model.device)
             batch.step = step
             for active in turns:
@@ -241,8 +241,8 @@ def _collate(examples: list[dict], share: bool) -> dict[str, Tensor]:
     """Pairs as one Packed, each behind its prompt, with the numbers of their responses, users and pairs."""
     packed = pack([e["prompt"] for e in examples], [e["responses"] for e in examples], share=share)
     several = len(examples[0]["responses"])  # 2, or 3 where the prompt stands among them
-    rejected = torch.arange(several - 1, several * len(examples), several)
-    number = {name: torch.tensor([e[name] for e in examples]) for name in ("user", "pair")}
+    rejected = torch.arange(several - 1, several * len(examples), several, device="cpu")
+    number = {name: torch.tensor([e[name] for e in examples], device="cpu") for name in ("user", "pair")}
     return {**vars(packed), "chosen": rejected - 1, "rejected": rejected, **number}
 
 
@@ -482,7 +482,8 @@ def _fit_user(model: RewardModel, support: Features, initial: dict[str, Tensor],
 def randn_rows(ids: Iterable[str], *shape: int, seed: int) -> Tensor:
     """Normal start values [n, *shape] that depend on the seed and each user's own id: not on who else is adapted."""
     numbers = [int(hashlib.sha256(f"{seed} {user}".encode()).hexdigest()[:15], 16) for user in ids]
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(number)) for number in numbers])
+    rngs = [torch.Generator().manual_seed(number) for number in numbers]
+    return torch.stack([torch.randn(shape, generator=rng, dtype=torch.float32, device="cpu") for rng in rngs])
 
 
 def pairs_of_users(users: Sequence[str], ids: Iterable[str]) -> list[Tensor]:
@@ -493,4 +494,4 @@ def pairs_of_users(users: Sequence[str], ids: Iterable[str]) -> list[Tensor]:
     for user, own in numbers.items():
         if not own:
             raise PyargsError(f"user '{user}' has no support pair")
-    return [torch.tensor(own) for own in numbers.values()]
+    return [torch.tensor(own, device="cpu") for own in numbers.values()]

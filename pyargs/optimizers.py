@@ -53,6 +53,6 @@ def clip(parameters: Iterable[torch.nn.Parameter], most: float) -> None:
     """Shortens the gradients, all as one vector, to the length `most` where they are longer; sparse ones, too."""
     found = [p.grad for p in parameters if p.grad is not None]
     parts = [grad.coalesce().values() if grad.is_sparse else grad for grad in found]
-    length = torch.stack([part.float().norm() for part in parts]).norm() if parts else torch.zeros(())
+    length = torch.stack([part.float().norm() for part in parts]).norm() if parts else torch.zeros((), dtype=torch.float32)
     for grad in found if length > most else ():
         grad.mul_(most / length.to(grad.device))

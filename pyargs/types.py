@@ -42,14 +42,14 @@ class Users(nn.Module):
         """Row of each user, int64 [n]. Raises UnknownUser, naming near ids, for an id that was never trained or adapted."""
         users = user_ids(users)
         if not self.personal:
-            return torch.zeros(len(users), dtype=torch.long)
+            return torch.zeros(len(users), dtype=torch.long, device="cpu")
         missing = [user for user in users if user not in self.ids]
         if missing:
             raise UnknownUser(
                 f"unknown user '{missing[0]}' ({len(self)} are known): adapt the model to this user first."
                 + did_you_mean(missing[0], self.ids)
             )
-        return torch.tensor([self.ids[user] for user in users], dtype=torch.long)
+        return torch.tensor([self.ids[user] for user in users], dtype=torch.long, device="cpu")
 
     def append(self, ids: Iterable[str], **vectors: Tensor) -> None:
         """Adds new users; `vectors` holds rows [n, ...] for each kind of vector. Raises on a known id or another shape."""
@@ -152,12 +152,12 @@ class Features:
 
         last: only the last token of each response, for models that read no other.
         """
-        index = torch.arange(len(self)) if index is None else index
+        index = torch.arange(len(self), device="cpu") if index is None else index
         response = torch.stack([self.chosen[index], self.rejected[index]], dim=1)  # [n, 2]
         start, end = self.offsets[response], self.offsets[response + 1]
         start = end - 1 if last else start
         length = end - start
-        position = torch.arange(int(length.max()) if len(index) else 1)
+        position = torch.arange(int(length.max()) if len(index) else 1, device="cpu")
         mask = position < length.unsqueeze(-1)  # [n, 2, T]
         hidden = self.hidden.new_zeros(*mask.shape, self.hidden.shape[-1])
         hidden[mask] = self.hidden[(start.unsqueeze(-1) + position)[mask]]  # padding can be most of a batch

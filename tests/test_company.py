@@ -27,7 +27,7 @@ HEADS = {
     "mlp": lambda: mlp.Head(DIM, 37, Users()),
     "mlp of users": lambda: mlp.Head(DIM, 37, Users(NAMES, bias=torch.randn(3, 37)), activation="gelu", second=19),
     "user_mlp": lambda: user_mlp.Head(DIM, 21, ids=NAMES),
-    "distance": lambda: distance.Head(DIM, 45, 3, Users(NAMES, mixture=torch.randn(3, 3))),
+    "distance": lambda: distance.Head(DIM, 45, 3, Users(NAMES, mixture=torch.randn(3, 3)), residual="hidden"),
     "distance to the input": lambda: distance.Head(DIM, DIM, 3, Users(NAMES, mixture=torch.randn(3, 3)), residual="input"),
     "latent": lambda: latent.Head(DIM, 23, Users(NAMES, latent=torch.randn(3, 23))),
 }

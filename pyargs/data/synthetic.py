@@ -159,17 +159,19 @@ def planted_features(
     if not 1 <= rank <= dim:
         raise PyargsError(f"rank is 1 to dim ({dim}), not {rank}.")
     rng = torch.Generator().manual_seed(seed)
-    basis = torch.linalg.qr(torch.randn(dim, rank, generator=rng)).Q.T.contiguous()
+    basis = torch.linalg.qr(torch.randn(dim, rank, generator=rng, dtype=torch.float32, device="cpu")).Q.T.contiguous()
     # torch's own Dirichlet takes no generator; gamma variates divided by their sum are the same.
-    gamma = torch._standard_gamma(torch.full((users, rank), concentration), generator=rng).clamp_min(1e-30)
+    gamma = torch._standard_gamma(
+        torch.full((users, rank), concentration, dtype=torch.float32, device="cpu"), generator=rng
+    ).clamp_min(1e-30)
     mixtures = gamma / gamma.sum(-1, keepdim=True)
-    user = torch.arange(users).repeat_interleave(pairs)
-    a, b = torch.randn(2, users * pairs, dim, generator=rng)
+    user = torch.arange(users, device="cpu").repeat_interleave(pairs)
+    a, b = torch.randn(2, users * pairs, dim, generator=rng, dtype=torch.float32, device="cpu")
     gap = ((mixtures @ basis)[user] * (a - b)).sum(-1)
     if scale is None:
         first = gap > 0
     else:
-        first = torch.rand(gap.shape, generator=rng) < torch.sigmoid(scale * gap)
+        first = torch.rand(gap.shape, generator=rng, dtype=torch.float32, device="cpu") < torch.sigmoid(scale * gap)
     first = first[:, None]
     return Planted(torch.where(first, a, b), torch.where(first, b, a), user, basis, mixtures)
 
@@ -218,7 +220,7 @@ def tiny_lm(
         for words in KINDS.values():
             forms = [form for word in words for form in (word, " " + word)]
             rows = [tokenizer(form, add_special_tokens=False).input_ids for form in forms]
-            table[torch.tensor(rows).flatten()] += 0.1 * torch.randn(width)
+            table[torch.tensor(rows).flatten()] += 0.1 * torch.randn(width, dtype=torch.float32)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -34,7 +34,7 @@ def generate(
     model.users.rows(users)  # an unknown user raises before anything is sampled
     given = seeds(seed, len(prompts))
     own_seeds = given if isinstance(given, list) else [numbered(given or 0, i) for i in range(len(prompts))]
-    best, rewards = [], torch.full((len(prompts), n), -torch.inf)
+    best, rewards = [], torch.full((len(prompts), n), -torch.inf, dtype=torch.float32, device="cpu")
     for row, (prompt, user, own) in enumerate(zip(prompts, users, own_seeds, strict=True)):
         drawn = plain.generate(
             policy, [prompt] * n, max_new_tokens=max_new_tokens, do_sample=True, temperature=temperature, seed=own

@@ -178,7 +178,7 @@ def _capture(step: Callable[[], None], device: torch.device) -> Callable[[], obj
 
 def _widened(request: Request, rows: int, steps: int) -> Request:
     """The request with so many rows, those beyond its own like the first, and noise for so many steps; all in new memory."""
-    row = torch.arange(rows)
+    row = torch.arange(rows, device="cpu")
     row = row.where(row < len(request.user), 0)
 
     def take(tensor: Tensor) -> Tensor:

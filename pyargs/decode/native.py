@@ -102,7 +102,7 @@ class OneStack:
         return self.stack.logits(state, **self.wanted)
 
     def _delta(self, rows: int) -> Tensor | bool:
-        return torch.arange(2 * rows) >= rows if self.adapted else False
+        return torch.arange(2 * rows, device="cpu") >= rows if self.adapted else False
 
 
 def greedy(lm, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, vocabulary: int, stop: list[int], pad: int) -> Tensor:
@@ -112,11 +112,11 @@ def greedy(lm, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, vocabul
     """
     stack, rows = native.stack_of(lm), len(prompts)
     cache = stack.cache(rows, max(map(len, prompts)) + max_new_tokens)
-    state, going = _read(stack, cache, prompts), torch.arange(rows)
-    tokens, stops = torch.full((rows, max_new_tokens), pad), torch.tensor(stop, dtype=torch.long)
+    state, going = _read(stack, cache, prompts), torch.arange(rows, device="cpu")
+    tokens, stops = torch.full((rows, max_new_tokens), pad, device="cpu"), torch.tensor(stop, dtype=torch.long, device="cpu")
     for step in range(max_new_tokens):
         score, token = stack.logits(state, top=1, vocabulary=vocabulary).max(1)
-        check_numbers(torch.zeros(rows, dtype=torch.bool).index_put((going,), score.isnan()))
+        check_numbers(torch.zeros(rows, dtype=torch.bool, device="cpu").index_put((going,), score.isnan()))
         tokens[going, step] = token
         on = ~torch.isin(token, stops)
         going, token = going[on], token[on]
@@ -137,7 +137,7 @@ def _read(stack: native.Stack, cache: native.Cache, prompts: Sequence[Sequence[i
         own = 2 * same < len(prompt)
         source.append(row if own else source[-1])
         known.append(0 if own else same)
-    state = torch.empty(len(prompts), stack.dim)
+    state = torch.empty(len(prompts), stack.dim, dtype=torch.float32, device="cpu")
     for continued in (False, True):
         rows = [row for row, other in enumerate(source) if (row != other) == continued]
         for row in rows if continued else ():

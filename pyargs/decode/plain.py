@@ -61,7 +61,7 @@ def generate(
         parts = [torch.cat([before.to(word), word]) for before, word in zip(soft(user), words, strict=True)]
         longest = max(map(len, parts))
         inputs = torch.stack([torch.cat([p.new_zeros(longest - len(p), p.shape[1]), p]) for p in parts])
-        mask = torch.stack([torch.arange(longest) >= longest - len(p) for p in parts]).long().to(lm.device)
+        mask = torch.stack([torch.arange(longest, device="cpu") >= longest - len(p) for p in parts]).long().to(lm.device)
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
@@ -105,5 +105,5 @@ def _decoded(tokens: Tensor, stop: list[int], pad: int) -> Decoded:
     tokens = tokens.cpu()
     is_stop = torch.isin(tokens, torch.tensor(stop, dtype=torch.long))
     length = torch.where(is_stop.any(1), is_stop.int().argmax(1), tokens.shape[1]) if tokens.shape[1] else tokens.new_zeros(0)
-    nothing = torch.zeros(tokens.shape)
+    nothing = torch.zeros(tokens.shape, dtype=torch.float32, device="cpu")
     return Decoded(tokens, nothing, torch.zeros_like(tokens), nothing.clone(), length)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -167,7 +168,9 @@ def numbered(seed: int, number: int) -> int:
 def weights(reward_weight, rows: int) -> Tensor:
     """float32 [1] or [rows]. A negative weight is legal: it turns the reward round."""
     try:
-        given = torch.as_tensor(reward_weight)
+        # numpy's floats are float64, torch's what the caller has set.
+        given = reward_weight if isinstance(reward_weight, Tensor) else torch.as_tensor(numpy.array(reward_weight))
+        given = given.cpu()
         weight = given.to(torch.float32).flatten()
     except (TypeError, ValueError, RuntimeError):
         raise PyargsError(f"reward_weight must be a number, or one for each row, got {reward_weight!r}") from None
@@ -217,9 +220,10 @@ def stop_and_pad(lm, eos: int | Sequence[int] | None = None, pad: int | None = N
 def _noise(seed: int | list[int] | None, rows: int, steps: int) -> Tensor:
     """Uniform noise [rows, steps]. One seed per row makes a row's answer independent of the batch it is in."""
     if not isinstance(seed, list):
-        return torch.rand(rows, steps, generator=None if seed is None else torch.Generator().manual_seed(seed))
-    each = [torch.rand(steps, generator=torch.Generator().manual_seed(one)) for one in seed]
-    return torch.stack(each) if each else torch.zeros(0, steps)
+        rng = None if seed is None else torch.Generator().manual_seed(seed)
+        return torch.rand(rows, steps, generator=rng, dtype=torch.float32, device="cpu")
+    each = [torch.rand(steps, generator=torch.Generator().manual_seed(one), dtype=torch.float32, device="cpu") for one in seed]
+    return torch.stack(each) if each else torch.zeros(0, steps, dtype=torch.float32, device="cpu")
 
 
 CHUNK = 4
@@ -233,7 +237,7 @@ class Output:
     def __init__(self, rows: int, steps: int, device):
         self.tokens = torch.zeros(rows, steps, dtype=torch.long, device=device)
         self.slots = torch.zeros_like(self.tokens)
-        self.rewards = torch.zeros(rows, steps, device=device)
+        self.rewards = torch.zeros(rows, steps, device=device, dtype=torch.float32)
         self.spreads = torch.zeros_like(self.rewards)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self.bad = torch.zeros(rows, dtype=torch.bool, device=device)

@@ -7,12 +7,16 @@ A head has `forward(hidden [..., D], user rows [...]) -> reward [...]` in float3
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pyargs import ops
+
+Linear = partial(nn.Linear, dtype=torch.float32)
+"""Heads are float32 whatever torch's default dtype is."""
 
 
 class Folded(NamedTuple):

@@ -24,7 +24,7 @@ class Head(nn.Module):
         super().__init__()
         self.project = Projector(dim, width, activation="gelu", residual="none")
         self.queries = nn.ModuleList(Projector(dim, width, activation="gelu", residual="none") for _ in range(rank))
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07), dtype=torch.float32))
         self.users = users
 
     def config(self) -> dict:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyargs.errors import PyargsError
-from pyargs.heads import Folded, apply
+from pyargs.heads import Folded, Linear, apply
 from pyargs.types import Users
 
 
@@ -28,7 +28,7 @@ class Projector(nn.Module):
             raise PyargsError(
                 f"width={width}: PAL-A's projector adds its input of {dim} numbers to its output, so leave width at 0"
             )
-        self.first, self.second, self.third = nn.Linear(dim, width), nn.Linear(width, width), nn.Linear(width, width)
+        self.first, self.second, self.third = Linear(dim, width), Linear(width, width), Linear(width, width)
         self.phi, self.residual = {"relu": F.relu, "gelu": F.gelu}[activation], residual
 
     def forward(self, x: Tensor, apply: Callable[[nn.Linear, Tensor], Tensor] = nn.Module.__call__) -> Tensor:
@@ -52,7 +52,7 @@ class Head(nn.Module):
         super().__init__()
         self.project = Projector(dim, width, activation="relu", residual=residual)
         # Seed 42 whatever the seed of the run is, as in PAL's code.
-        start = torch.randn(rank, dim, generator=torch.Generator().manual_seed(42))
+        start = torch.randn(rank, dim, generator=torch.Generator().manual_seed(42), dtype=torch.float32, device="cpu")
         self.prototypes = nn.Parameter(F.normalize(start, dim=1))
         self.users = users
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyargs.heads import Folded, mlp
+from pyargs.heads import Folded, Linear, mlp
 from pyargs.types import Users
 
 
@@ -23,11 +23,9 @@ class Encoder(nn.Module):
     def __init__(self, dim: int, latent: int, *, attention_bias: bool = True):
         super().__init__()
         leaky = lambda: nn.LeakyReLU(0.2)  # noqa: E731
-        self.pair = nn.Sequential(
-            nn.Linear(2 * dim, latent), leaky(), nn.Linear(latent, latent), leaky(), nn.Linear(latent, latent)
-        )
-        self.query, self.key, self.value = (nn.Linear(latent, latent, bias=attention_bias) for _ in range(3))
-        self.mean, self.logvar = nn.Linear(latent, latent), nn.Linear(latent, latent)
+        self.pair = nn.Sequential(Linear(2 * dim, latent), leaky(), Linear(latent, latent), leaky(), Linear(latent, latent))
+        self.query, self.key, self.value = (Linear(latent, latent, bias=attention_bias) for _ in range(3))
+        self.mean, self.logvar = Linear(latent, latent), Linear(latent, latent)
 
     def forward(self, pairs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         codes = self.pair(pairs.flatten(-2).float())
@@ -51,10 +49,10 @@ class Head(nn.Module):
     def __init__(self, dim: int, latent: int, users: Users, *, normalized: bool = True, attention_bias: bool = True):
         super().__init__()
         self.encoder = Encoder(dim, latent, attention_bias=attention_bias)
-        self.score = nn.Linear(dim, dim, bias=False)
+        self.score = Linear(dim, dim, bias=False)
         self.score.weight.data *= 0.01
-        self.first, self.second = nn.Linear(dim + latent, latent), nn.Linear(latent, latent)
-        self.last = nn.Linear(latent, 1, bias=False)
+        self.first, self.second = Linear(dim + latent, latent), Linear(latent, latent)
+        self.last = Linear(latent, 1, bias=False)
         self.users, self.normalized = users, normalized
 
     def config(self) -> dict:

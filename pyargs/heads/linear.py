@@ -21,7 +21,7 @@ class Head(nn.Module):
         super().__init__()
         if not users.personal and rank != 1:
             raise ValueError(f"{rank} directions but no user vectors to mix them: give the users 'mixture'")
-        self.directions = nn.Parameter(torch.randn(rank, dim))
+        self.directions = nn.Parameter(torch.randn(rank, dim, dtype=torch.float32))
         self.users = users
         self.softmax, self.divisor = softmax, divisor
 

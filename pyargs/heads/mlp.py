@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from pyargs.heads import Folded, product
+from pyargs.heads import Folded, Linear, product
 from pyargs.ops.score_select import ACTIVATIONS
 from pyargs.types import Users
 
@@ -19,9 +19,9 @@ class Head(nn.Module):
 
     def __init__(self, dim: int, hidden: int, users: Users, *, activation: str = "relu", second: int = 0):
         super().__init__()
-        self.first = nn.Linear(dim, hidden, bias=not users.personal)
-        self.second = nn.Linear(hidden, second) if second else None
-        self.last = nn.Linear(second or hidden, 1, bias=False)
+        self.first = Linear(dim, hidden, bias=not users.personal)
+        self.second = Linear(hidden, second) if second else None
+        self.last = Linear(second or hidden, 1, bias=False)
         self.users = users
         self.activation = activation
 

@@ -25,9 +25,11 @@ class Head(nn.Module):
         super().__init__()
         self.dim, self.hidden = dim, hidden
         bound = 1 / math.sqrt(dim)  # as nn.Linear does
-        self.register_buffer("initial_first", torch.empty(hidden * dim).uniform_(-bound, bound))
-        self.register_buffer("initial_bias", torch.empty(hidden).uniform_(-bound, bound))
-        self.register_buffer("initial_last", torch.empty(hidden).uniform_(-1 / math.sqrt(hidden), 1 / math.sqrt(hidden)))
+        self.register_buffer("initial_first", torch.empty(hidden * dim, dtype=torch.float32).uniform_(-bound, bound))
+        self.register_buffer("initial_bias", torch.empty(hidden, dtype=torch.float32).uniform_(-bound, bound))
+        self.register_buffer(
+            "initial_last", torch.empty(hidden, dtype=torch.float32).uniform_(-1 / math.sqrt(hidden), 1 / math.sqrt(hidden))
+        )
         self.users = Users(ids, **self.initial(len(ids))) if users is None else users
 
     def config(self) -> dict:

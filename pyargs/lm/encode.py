@@ -157,8 +157,8 @@ def _ids(tokenizer, contents: list[str], render: Callable, add_special_tokens: b
 def left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """Prompts of several lengths as ids and mask [B, T], int64. The mask alone says what is padding: pad_id may be any id."""
     longest = max(map(len, prompts))
-    ids = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in prompts])
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    ids = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in prompts], device="cpu")
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device="cpu")
     return ids, mask
 
 
@@ -202,16 +202,17 @@ def pack(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[Sequence
     for r, (prompt, several) in enumerate(zip(prompts, responses, strict=True)):
         n = len(prompt)
         ids[r, :n], position[r, :n] = torch.tensor(prompt, dtype=torch.long), torch.arange(n)
-        mask[r, 0, :n, :n] = torch.ones(n, n).tril().bool()
+        mask[r, 0, :n, :n] = torch.ones(n, n, dtype=torch.bool, device="cpu").tril()
         start = n
         for response in several:
             end = start + len(response)
-            ids[r, start:end] = torch.tensor(response)
-            position[r, start:end] = torch.arange(n, n + len(response))
+            ids[r, start:end] = torch.tensor(response, device="cpu")
+            position[r, start:end] = torch.arange(n, n + len(response), device="cpu")
             mask[r, 0, start:end, :n] = True
-            mask[r, 0, start:end, start:end] = torch.ones(len(response), len(response)).tril().bool()
+            size = len(response)
+            mask[r, 0, start:end, start:end] = torch.ones(size, size, dtype=torch.bool, device="cpu").tril()
             spans.append((r, n, start, end))
             start = end
         mask[r, 0, range(start, length), range(start, length)] = True  # padding sees itself: no row of the softmax is empty
-    row, prompt_end, start, end = torch.tensor(spans).T
+    row, prompt_end, start, end = torch.tensor(spans, device="cpu").T
     return Packed(ids, position, mask if share else None, row, prompt_end, start, end)

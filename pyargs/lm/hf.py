@@ -198,7 +198,7 @@ def response_states(decoder: nn.Module, groups: Sequences, *, max_tokens: int = 
     if native.can_pack(decoder):
         return [states for _, states in native.continuations(native.stack_of(decoder), groups, progress)]
     device = next(decoder.parameters()).device
-    found: list[list[Tensor]] = [[torch.empty(0)] * len(several) for _, several in groups]
+    found: list[list[Tensor]] = [[torch.empty(0, dtype=torch.float32, device="cpu")] * len(several) for _, several in groups]
     for numbers, packed in batches(groups, decoder, max_tokens, progress):
         states, mask = spans(packed_states(decoder, packed.to(device)), packed.to(device))
         for (group, response), state, seen in zip(numbers, states, mask, strict=True):
@@ -223,7 +223,7 @@ def token_logprobs(model: nn.Module, packed: Packed, inputs_embeds: Tensor | Non
         checkpoint(part, one, ids, use_reentrant=False) if one.requires_grad else part(one, ids)
         for one, ids in zip(states[mask].split(512), tokens[mask].split(512), strict=True)
     ]
-    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, torch.cat(scores)), mask
+    return torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_scatter(mask, torch.cat(scores)), mask
 
 
 def _one_by_one(model: nn.Module, groups: Sequences, progress: str, read) -> Iterator[list[Tensor]]:
@@ -289,7 +289,7 @@ def response_logprobs(model: nn.Module, groups: Sequences, *, max_tokens: int = 
     if native.can_pack(model):
         return _native_logprobs(native.stack_of(model), groups, progress)
     device = next(model.get_decoder().parameters()).device
-    found: list[list[Tensor]] = [[torch.empty(0)] * len(several) for _, several in groups]
+    found: list[list[Tensor]] = [[torch.empty(0, dtype=torch.float32, device="cpu")] * len(several) for _, several in groups]
     for numbers, packed in batches(groups, model.get_decoder(), max_tokens, progress):
         scores, mask = token_logprobs(model, packed.to(device))
         for (group, response), score, seen in zip(numbers, scores.cpu(), mask.cpu(), strict=True):

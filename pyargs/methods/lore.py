@@ -42,7 +42,7 @@ class Config(AdaptConfig):
 
 def build(lm, tokenizer, users: list[str], config: Config) -> RewardModel:
     dim = lm.config.get_text_config().hidden_size
-    mixture = torch.randn(len(users), config.rank)
+    mixture = torch.randn(len(users), config.rank, dtype=torch.float32)
     head = linear.Head(dim, config.rank, Users(users, mixture=mixture), softmax=True, divisor=config.divisor)
     return RewardModel(lm.get_decoder(), tokenizer, head, pool=config.pool)
 
@@ -60,5 +60,9 @@ def turns(model: RewardModel, config: Config) -> list[set]:
 
 def adapt(model: RewardModel, support: Features, ids: list[str], config: Config) -> dict[str, Tensor]:
     rank = len(model.head.directions)
-    start = randn_rows(ids, rank, seed=config.seed) if config.adapt_init == "randn" else torch.zeros(len(ids), rank)
+    start = (
+        randn_rows(ids, rank, seed=config.seed)
+        if config.adapt_init == "randn"
+        else torch.zeros(len(ids), rank, dtype=torch.float32)
+    )
     return fit_users(model, support, ids, {"mixture": start}, steps=config.adapt_steps, lr=config.adapt_lr)

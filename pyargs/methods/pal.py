@@ -52,7 +52,7 @@ class Config(AdaptConfig):
 def build(lm, tokenizer, users: list[str], config: Config) -> RewardModel:
     dim = lm.config.get_text_config().hidden_size
     kind = distance if config.variant == "A" else cosine
-    mixture = torch.randn(len(users), config.rank)
+    mixture = torch.randn(len(users), config.rank, dtype=torch.float32)
     head = kind.Head(dim, config.width or dim, config.rank, Users(users, mixture=mixture))
     return RewardModel(lm.get_decoder(), tokenizer, head, whole=config.weighting != "last", apart=config.variant == "B")
 
@@ -88,7 +88,7 @@ def token_weights(batch: Batch, weighting: str) -> Tensor:
         index = (index > 0).int()
     elif weighting == "last":
         index = (index == index.amax(1, keepdim=True)).int()
-    return index / index.sum(1, keepdim=True)
+    return index.float() / index.sum(1, keepdim=True)
 
 
 def _differ(hidden: Tensor) -> Tensor:

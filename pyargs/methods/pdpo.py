@@ -46,10 +46,10 @@ def build(lm, tokenizer, users: list[str], config: Config) -> UserPolicy:
     dim = lm.get_input_embeddings().weight.shape[1]
 
     def begin(*shape: int) -> Tensor:
-        return random_embeddings(lm, *shape) if config.init == "words" else torch.rand(*shape, dim) - 0.5
+        return random_embeddings(lm, *shape) if config.init == "words" else torch.rand(*shape, dim, dtype=torch.float32) - 0.5
 
     if config.clusters:
-        generic, mixture = torch.randn(config.clusters), torch.randn(len(users), config.clusters)
+        generic, mixture = torch.randn(config.clusters), torch.randn(len(users), config.clusters, dtype=torch.float32)
         soft = SoftPrompt(begin(config.clusters, config.soft_tokens), Users(users, mixture=mixture), generic)
     else:
         soft = SoftPrompt(begin(1, config.soft_tokens), Users(users, offset=begin(len(users), config.soft_tokens)))
@@ -111,10 +111,13 @@ def _adapt_one(model: UserPolicy, support: Support, own: Tensor, user: str, conf
     centres, generic = model.soft.centres.detach(), model.soft.generic
     if config.clusters:  # it begins as the generic user
         users = Users(
-            [user], mixture=torch.zeros(1, config.clusters) if generic is None else generic.detach().cpu().unsqueeze(0)
+            [user],
+            mixture=torch.zeros(1, config.clusters, dtype=torch.float32)
+            if generic is None
+            else generic.detach().cpu().unsqueeze(0),
         )
     else:
-        users = Users([user], offset=torch.zeros(1, *centres.shape[1:]))
+        users = Users([user], offset=torch.zeros(1, *centres.shape[1:], dtype=torch.float32))
     users.to(model.device)
     probe = UserPolicy(model.lm, model.tokenizer, soft=SoftPrompt(centres, users)).eval()
     probe.soft.centres.requires_grad_(False)

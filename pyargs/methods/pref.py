@@ -49,7 +49,7 @@ class Config(AdaptConfig):
 
 def build(lm, tokenizer, users: list[str], config: Config) -> RewardModel:
     dim = lm.config.get_text_config().hidden_size
-    head = linear.Head(dim, config.rank, Users(users, mixture=torch.randn(len(users), config.rank)))
+    head = linear.Head(dim, config.rank, Users(users, mixture=torch.randn(len(users), config.rank, dtype=torch.float32)))
     head.directions.data /= dim**0.5
     return RewardModel(lm.get_decoder(), tokenizer, head)
 

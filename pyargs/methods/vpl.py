@@ -62,7 +62,7 @@ def build(lm, tokenizer, users: list[str], config: Config) -> RewardModel:
     if config.min_context > config.max_context:
         raise PyargsError(f"min_context={config.min_context} is above max_context={config.max_context}")
     dim = lm.config.get_text_config().hidden_size
-    latents = torch.zeros(len(users), config.latent)  # `finish` infers them
+    latents = torch.zeros(len(users), config.latent, dtype=torch.float32)  # `finish` infers them
     head = latent.Head(dim, config.latent, Users(users, latent=latents), normalized=config.eval_z == "normalized")
     return RewardModel(lm.get_decoder(), tokenizer, head)
 
@@ -82,8 +82,8 @@ def _pairs_of(user: Tensor, users: int) -> Tensor:
     """Numbers of the pairs of each user, int64 [users, most], filled up with -1."""
     count = torch.bincount(user, minlength=users)
     order = user.argsort(stable=True)
-    place = torch.arange(len(user)) - (count.cumsum(0) - count)[user[order]]
-    found = torch.full((users, int(count.max())), -1)
+    place = torch.arange(len(user), device="cpu") - (count.cumsum(0) - count)[user[order]]
+    found = torch.full((users, int(count.max())), -1, device="cpu")
     found[user[order], place] = order
     return found
 
@@ -105,7 +105,7 @@ def draw_context(context: Context, batch: Batch, config: Config) -> tuple[Tensor
     """
     candidates = context.of_user[batch.user]  # [N, P]
     usable = (candidates >= 0) & (candidates != batch.pair.to(candidates).unsqueeze(1))
-    order = torch.rand(candidates.shape, device=candidates.device).masked_fill(~usable, 2.0)
+    order = torch.rand(candidates.shape, dtype=torch.float32, device=candidates.device).masked_fill(~usable, 2.0)
     several = min(config.max_context, candidates.shape[1])
     value, chosen = order.topk(several, dim=1, largest=False)
     count = torch.randint(config.min_context, config.max_context + 1, (len(batch), 1), device=candidates.device)
@@ -159,7 +159,7 @@ def support(model: RewardModel, rows) -> Features:
 
 def adapt(model: RewardModel, support: Features, ids: list[str], config: Config) -> dict[str, Tensor]:
     users = Users(ids)
-    row = torch.tensor([users.ids[user] for user in support.users])
+    row = torch.tensor([users.ids[user] for user in support.users], device="cpu")
     pairs_of_users(support.users, ids)  # raises for a user without a pair
     return {
         "latent": infer(model, Context(support.last().to(model.device), _pairs_of(row, len(ids)).to(model.device)), config)

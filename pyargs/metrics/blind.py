@@ -56,7 +56,9 @@ def blind(
     found = {}
     for name, scorer in SCORERS.items():
         pairs = zip(texts, chosen, rejected, strict=True)
-        scores = torch.tensor([[float(scorer(p, c)), float(scorer(p, r))] for p, c, r in pairs])
+        scores = torch.tensor(
+            [[float(scorer(p, c)), float(scorer(p, r))] for p, c, r in pairs], dtype=torch.float32, device="cpu"
+        )
         found[name] = _both(scores, users)
     if embedder is not None:
         take = sample(len(texts), seed)

@@ -125,7 +125,7 @@ class RewardModel(nn.Module):
         states = features(self.backbone, self.tokenizer, rows, max_length=length, apart=self.apart)
         user = self.users.rows(states.users)
         reward, steps = [], []
-        for part in torch.arange(len(states)).split(256):
+        for part in torch.arange(len(states), device="cpu").split(256):
             batch = states.batch(user, part, last=False).to(self.device)
             reward.append(self.rewards(batch).cpu())
             steps.append(self.step_rewards(batch).double().sum(-1).cpu())
@@ -194,7 +194,9 @@ class RewardModel(nn.Module):
         """Scores a pair of zero states, so that what a file describes wrongly is known when it is loaded."""
         if self.users.personal and not len(self.users):
             return
-        hidden = torch.zeros(1, 2, 1, self.backbone.config.get_text_config(decoder=True).hidden_size, device=self.device)
+        hidden = torch.zeros(
+            1, 2, 1, self.backbone.config.get_text_config(decoder=True).hidden_size, dtype=torch.float32, device=self.device
+        )
         mask = torch.ones(1, 2, 1, dtype=torch.bool, device=self.device)
         user = torch.zeros(1, dtype=torch.long, device=self.device)
         if not self.rewards(Batch(hidden, mask, user, prompt=hidden[:, 0, 0] if self.apart else None)).isfinite().all():

@@ -141,7 +141,7 @@ class UserPolicy(nn.Module):
     def packed_pairs(self, encoded, pairs, size: int = 16) -> Iterator[tuple[Tensor, Packed]]:
         """The pairs of `encode` a few at a time: their numbers, and chosen and rejected of each side by side."""
         share = can_share(self.backbone)
-        for take in torch.arange(len(pairs)).split(size):
+        for take in torch.arange(len(pairs), device="cpu").split(size):
             some = [pairs[i] for i in take.tolist()]
             responses = [[encoded[g][1][i] for i in two] for g, *two in some]
             yield take, pack([encoded[g][0] for g, *_ in some], responses, share=share).to(self.device)
@@ -158,7 +158,7 @@ class UserPolicy(nn.Module):
         for take, packed in self.packed_pairs(encoded, pairs):
             values, mask = self.logprobs(packed, users[take].repeat_interleave(2))
             total[take], length[take] = values.double().sum(1).view(-1, 2).cpu(), mask.sum(1).view(-1, 2).cpu()
-        same = torch.tensor([chosen == rejected for _, chosen, rejected in pairs])
+        same = torch.tensor([chosen == rejected for _, chosen, rejected in pairs], device="cpu")
         total[same, 1] = total[same, 0]  # one response twice is a tie, whatever its two places in a pass round to
         return total, length
 
