@@ -44,11 +44,11 @@ RULES = (
         "in 50 of the 170 queries of cpu", lambda cell: cell["set"] == "pref_lamp",
     ),
     Rule(
-        6, "prompts kept up to 2048 tokens, where guided rows keep 512 (14 of the 1,550 queries of length_prefs and 4 of the "
-        "400 of two_types are longer)",
+        6, "prompt and response kept up to 2048 tokens together, where those of guided rows keep 512 (14 of the 1,550 queries "
+        "of length_prefs and 4 of the 400 of two_types are longer)",
         lambda cell: cell["row"] == "Zero-Shot" and cell["set"] in ("length_prefs", "two_types"),
     ),
-    Rule(7, "no weight beyond the grid was tried, whose largest was the best", _ended_at_the_grid),
+    Rule(7, "the largest weight of the grid was the best, and no larger one was tried", _ended_at_the_grid),
 )  # fmt: skip
 NEWEST = RULES[-1].number
 

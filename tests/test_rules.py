@@ -74,7 +74,7 @@ def test_a_table_says_of_a_row_what_matters_for_its_numbers(tmp_path):
         one = cell("VPL", 2, set=name, stands_for=data, method="vpl", tune=tune)
         one["values"]["relative"] = 3
         made.write(tmp_path, one, cell("LoRE", set=name, stands_for=data))
-    grid, biases = "no weight beyond the grid", BIASES.before
+    grid, biases = "no larger one was tried", BIASES.before
     for name, says_grid in (("3", False), ("8", False), ("7", True), ("9", True), ("12", False)):
         notes = " ".join(table(name, tmp_path)[0].notes)
         assert biases in notes and (grid in notes) == says_grid, name

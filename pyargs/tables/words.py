@@ -77,7 +77,7 @@ def reading(spec: Spec, cells: list[dict]) -> list[str]:
     said += [SUBSET] if spec.subset else []
     said += [text for key, text in COLUMNS.items() if key in spec.metrics]
     own = [c["policy"] for c in cells if c["row"] == OWN_POLICY]
-    if own and spec.scales not in ((), SCALES[spec.data][:1]):
+    if own and OWN_POLICY in spec.rows and spec.scales not in ((), SCALES[spec.data][:1]):
         said.append(f"{OWN_POLICY} is a policy of its own, trained from {own[0]}: its row is the same beside every policy.")
     if any(c["row"] == "VPL, mu" for c in cells):
         said.append(
