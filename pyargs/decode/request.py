@@ -257,7 +257,9 @@ class Output:
         Returns the chosen candidates' rewards [B].
         """
         chosen = reward.gather(1, slot.clamp(min=0).unsqueeze(1)).squeeze(1)
-        spread = reward.std(1, correction=0)
+        total = lambda x: x.cumsum(1)[:, -1:]  # noqa: E731  (one after the other: torch's own sums depend on the batch)
+        mean = total(reward) / reward.shape[1]
+        spread = (total((reward - mean).square()) / reward.shape[1]).sqrt().squeeze(1)
         for kept, new in ((self.tokens, token), (self.slots, slot), (self.rewards, chosen), (self.spreads, spread)):
             kept.index_copy_(1, self.steps, new.unsqueeze(1))
         self.lengths += ~finished
