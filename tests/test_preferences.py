@@ -128,12 +128,12 @@ def test_pair_id_does_not_depend_on_the_label():
         ({"rejected": ""}, "rejected is empty"),
         ({"rejected": "good"}, "chosen and rejected are the same"),
         ({"chosen": ..., "chossen": "x"}, "no column 'chosen'.*chossen"),
-        ({"user": ..., "user_ids": "x"}, "no column 'user'.*user_ids"),
+        ({"user": ..., "user_ids": "x"}, "no column 'user_id'; a row has user_id, prompt, chosen, rejected, split.*user_ids"),
         ({"user": 7.0}, "user_id is float"),
         ({"user": True}, "user_id is bool"),
         ({"role": "test"}, "unknown split 'test'"),
         ({"role": ..., "split": ...}, "no column 'split'"),
-        ({"rejected": ..., "loser": "x"}, "no column 'rejected'. There are: loser.$"),  # not those that are read already
+        ({"rejected": ..., "loser": "x"}, "no column 'rejected'; .*split. There are: loser.$"),  # none of those that are read
         ({"role": ..., "split": "adapt"}, "needs a column 'role'"),
         ({"prompt": []}, "prompt is empty"),
         ({"prompt": [{"role": "user"}]}, "without 'role' and 'content'"),
@@ -147,7 +147,9 @@ def test_refuses(changes, message):
 
 
 def test_refuses_mixtures():
-    with pytest.raises(PyargsError, match="row 2: user 'u1' is of the adapt users here"):
+    with pytest.raises(
+        PyargsError, match="row 2: user 'u1' has split 'query' here, but is one of the train users in rows, row 1"
+    ):
         schema.check([row(), row(role="query")])
     with pytest.raises(PyargsError, match="row 2: prompts must be all"):
         schema.check([row(), row(prompt=[{"role": "user", "content": "x"}])])

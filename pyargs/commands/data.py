@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
     show.add_argument("--train-test", type=float, help="share of each train user's prompts to set aside (default 0.2)")
     show.add_argument("--seed", type=int, help="seed of that choice, or of the data themselves for synthetic (default 0)")
     check = actions.add_parser(
-        "check", help="find leaks, wrong types and artefacts, and what needs no user; exit code 1 if bad"
+        "check", help="find leaks, wrong types and artefacts, and score without the users; exit code 1 at a problem"
     )
     check.add_argument("name", help=which)
     check.add_argument("--source", help="the file or folder, for data that the package does not carry")

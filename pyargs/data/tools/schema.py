@@ -27,8 +27,8 @@ def check(rows: Iterable[dict] | Iterable[tuple[str, dict]], *, where: str = "ro
         first_kind, first = kinds.setdefault(out["user_id"], (kind, place))
         if kind != first_kind:
             raise PyargsError(
-                f"{place}: user '{out['user_id']}' is of the {kind} users here, of the {first_kind} users in {first}. "
-                "A user is either trained on (train, train_test) or adapted to (support, query)."
+                f"{place}: user '{out['user_id']}' has split '{out['split']}' here, but is one of the {first_kind} users "
+                f"in {first}. A user is either trained on (train, train_test) or adapted to (support, query)."
             )
         if checked and isinstance(checked[0]["prompt"], str) != isinstance(out["prompt"], str):
             raise PyargsError(f"{place}: prompts must be all strings or all lists of messages; row 1 is the other kind.")
@@ -109,7 +109,9 @@ def _column(row: dict, place: str, *names: str, nullable: bool = False):
         if name in row and not (nullable and row[name] is None):
             return row[name]
     unused = [name for name in row if name not in (*COLUMNS, "role", "user", *OPTIONAL)]  # what the others are taken from
-    raise PyargsError(f"{place}: no column '{names[-1]}'.{did_you_mean(names[-1], unused)}")
+    wanted = next(name for name in names if name in COLUMNS)
+    needed = ", ".join(name for name in COLUMNS if name != "pair_id")
+    raise PyargsError(f"{place}: no column '{wanted}'; a row has {needed}.{did_you_mean(wanted, unused)}")
 
 
 def text(value, place: str, name: str) -> str:
