@@ -172,12 +172,15 @@ def read_tensors(file: str | Path) -> dict:
 def writing(path: str | Path, replaceable: Iterable[str] = ()):
     """Gives a temporary path beside `path` and moves it there at the end: a killed run leaves the old one or the new one.
 
-    A folder is replaced only if it holds nothing but files of the same names as the new one, or `replaceable` ones. Raises
-    PyargsError for what it would not replace, and where the system does not let it write.
+    A folder is replaced only if it holds nothing but files of the same names as the new one, or `replaceable` ones. A link
+    stays: what it leads to is replaced. Modes stay, too. Raises PyargsError for what it would not replace, and where the
+    system does not let it write.
     """
-    path = Path(path).absolute()
-    if path.name in ("", "..") or path == Path.cwd():
+    path = _place(path)
+    if path == Path.cwd() or path in Path.cwd().parents:
         raise PyargsError(f"'{path}' can not be replaced: name a file or a folder inside it")
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise PyargsError(f"'{path}' is neither a file nor a folder: choose another place")
     with explained(f"{path} cannot be written", ELSEWHERE):
         path.parent.mkdir(parents=True, exist_ok=True)
         settle(path)
@@ -193,6 +196,7 @@ def writing(path: str | Path, replaceable: Iterable[str] = ()):
                     there = {p.name for p in path.iterdir()}
                 if foreign := there - {p.name for p in new.iterdir()} - set(replaceable):
                     raise PyargsError(f"{path} holds '{min(foreign)}', which is not ours to delete: choose another folder")
+            _keep_modes(path, new)
             _put(new, path)
 
 
@@ -209,13 +213,13 @@ def settle(path: str | Path) -> None:
     """Clears what killed runs left beside `path`, and ends a replacement that one had begun. Living processes are let be."""
     from filelock import FileLock, Timeout
 
-    path = Path(path).absolute()
+    path = _place(path)
     name = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}")
     with suppress(OSError):  # no such folder, or one that may only be read
         for scratch in [one for one in path.parent.iterdir() if name.fullmatch(one.name)]:
             held = {one.name for one in scratch.iterdir()}
-            if not all(one == path.name or one.startswith(f"{path.name}.") for one in held):
-                continue  # not ours, whatever it is called
+            if held and _lock(path) not in held:
+                continue  # not ours, whatever it is called: ours is empty at first, and the lock goes last
             between = not path.exists() and any(one.startswith(_aside(path)) for one in held)
             with suppress(Timeout), FileLock(scratch / _lock(path), timeout=10 if between else 0):
                 _clear(scratch, path)
@@ -261,7 +265,26 @@ def _clear(scratch: Path, path: Path) -> None:
     new = scratch / path.name
     if not path.exists() and new.exists() and any(one.name.startswith(_aside(path)) for one in scratch.iterdir()):
         os.rename(new, path)
-    shutil.rmtree(scratch, ignore_errors=True)
+    with suppress(OSError):
+        for one in [one for one in scratch.iterdir() if one.name != _lock(path)]:
+            shutil.rmtree(one, ignore_errors=True) if one.is_dir() and not one.is_symlink() else one.unlink()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _keep_modes(path: Path, new: Path) -> None:
+    """Gives `new`, and the files in it, the modes of those that they replace."""
+    with suppress(FileNotFoundError):
+        for old in [path, *(path.iterdir() if path.is_dir() else ())]:
+            if (fresh := new if old == path else new / old.name).exists():
+                shutil.copymode(old, fresh)
+
+
+def _place(path: str | Path) -> Path:
+    """Where a path leads, with every link followed."""
+    try:
+        return Path(os.path.realpath(path))
+    except ValueError as error:
+        raise PyargsError(f"{str(path)!r} is no path: {error}") from None
 
 
 def _aside(path: Path) -> str:
@@ -402,6 +425,8 @@ def record(out: str | Path, key: dict, /, **values) -> dict:
 
 def beside(out: str | Path, name: str) -> Path:
     """A path next to an output, for what belongs to the stage but not to its result."""
+    if not Path(out).name:
+        raise PyargsError(f"'{out}' can not be an output: name a file or a folder inside it")
     return Path(out).with_name(f"{Path(out).name}.{name}")
 
 

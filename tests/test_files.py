@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import signal
+import stat
 import sys
 import time
 from pathlib import Path
@@ -21,7 +22,17 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 KILLED = 9
-CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree", "tempfile.mkdtemp")
+CHANGES = (
+    "open",
+    "os.mkdir",
+    "os.rename",
+    "os.remove",
+    "os.rmdir",
+    "os.chmod",
+    "os.truncate",
+    "shutil.rmtree",
+    "tempfile.mkdtemp",
+)
 
 
 def killed_at(number: int, work) -> bool:
@@ -133,7 +144,9 @@ def test_two_processes_on_one_folder_and_a_reader(tmp_path):
 
 
 def test_folders_that_only_look_like_ours_are_let_be(tmp_path):
-    for name, file in ((".so.settings", "mine.toml"), (".so.ab.abcdefgh", "so"), (".other.abcdefgh", "other")):
+    others = ((".so.settings", "mine.toml"), (".so.versions", "so.1"), (".so.previous", "so"), (".so.ab.abcdefgh", "so"),
+              (".other.abcdefgh", "other"))  # fmt: skip
+    for name, file in others:
         (tmp_path / name).mkdir()
         (tmp_path / name / file).write_text("precious")
     (tmp_path / ".so.notafold").write_text("precious")
@@ -141,6 +154,39 @@ def test_folders_that_only_look_like_ours_are_let_be(tmp_path):
     write_file(tmp_path / "so", "new")
     (tmp_path / "so").unlink()
     assert contents(tmp_path) == before
+
+
+def test_links_and_modes_stay(tmp_path):
+    for write, real in ((write_file, tmp_path / "disk/file"), (write_folder, tmp_path / "disk/folder")):
+        write(real, "first")
+        link, mode = tmp_path / f"{real.name} link", 0o750 if real.is_dir() else 0o640
+        real.chmod(mode)
+        link.symlink_to(real)
+        write(link, "second")
+        assert link.is_symlink() and stat.S_IMODE(real.stat().st_mode) == mode
+        assert "second" in str(contents(real.parent)) and "first" not in str(contents(real.parent))
+    (tmp_path / "ahead").symlink_to("later/place")
+    write_folder(tmp_path / "ahead", "new")
+    assert (tmp_path / "later/place").is_dir() and (tmp_path / "ahead").is_symlink()
+    secret = next(one for one in (tmp_path / "later/place").iterdir() if one.is_file())
+    secret.chmod(0o600)
+    write_folder(tmp_path / "ahead", "newer")
+    assert stat.S_IMODE(secret.stat().st_mode) == 0o600
+
+
+def test_places_that_are_no_output(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(PyargsError, match="neither a file nor a folder"):
+        write_file(tmp_path / "pipe", "new")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    monkeypatch.chdir(tmp_path)
+    for place in ("", ".", "/"):
+        with pytest.raises(PyargsError, match="name a file or a folder inside it"):
+            files.finished(place, {"config": {}, "inputs": {}})
+        with pytest.raises(PyargsError, match="name a file or a folder inside it"):
+            write_file(Path(place), "new")
+    with pytest.raises(PyargsError, match="is no path"):
+        files.settle("a\0b")
 
 
 def test_a_move_that_fails_keeps_the_old_folder(tmp_path, monkeypatch):
