@@ -356,8 +356,10 @@ def _notes(cell: dict):
             yield f"seconds.{stage}", "is null, not a number"
         yield from _number(took, f"seconds.{stage}")
     for number, point in enumerate((_dict(cell.get("tune")) or {}).get("grid") or ()):
-        if not isinstance((_dict(point) or {}).get("relative"), int | float):
+        point = _dict(point) or {}
+        if not isinstance(point.get("relative"), int | float):
             yield f"tune.grid[{number}]", "has no relative weight"
+        yield from _number(point.get("value"), f"tune.grid[{number}].value")
     if isinstance(made := cell["key"].get("recipe", 0), bool) or not isinstance(made, int):
         yield "key.recipe", f"is {made!r:.40}, not the number of a rule"
     provenance = _dict(cell.get("provenance")) or {}

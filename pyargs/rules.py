@@ -6,22 +6,35 @@ there, and `runs/reproduce.sh` makes those again; the others stay as they are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 
 class Rule(NamedTuple):
-    """before: what was otherwise in older cells, as words behind a colon. touches: does that change a cell's numbers?"""
+    """before: what was otherwise in older cells, as words behind a colon. touches: does that change a cell's numbers?
+    of_weight: is it about the chosen weight alone, which changes nothing of what a reward model ranks?"""
 
     number: int
     before: str
     touches: Callable[[dict], bool]
+    of_weight: bool = False
 
 
 def largest_tried(cell: dict) -> bool:
     """Whether the chosen weight is the largest that was tried, so that a larger one may be better."""
-    tried = [point["relative"] for point in (cell.get("tune") or {}).get("grid") or []]
+    tried = [point["relative"] for point in _grid(cell)]
     return len(tried) > 1 and cell["values"].get("relative") == max(tried) > 0
+
+
+def held_by_the_bound(cell: dict) -> bool:
+    """Whether a larger weight than the chosen was better: only the bound on perplexity keeps such a one from being chosen."""
+    values = {point["relative"]: point["value"] for point in _grid(cell) if point.get("value") is not None}
+    return values.get(cell["values"].get("relative"), math.inf) < max(values.values(), default=0)
+
+
+def _grid(cell: dict) -> list[dict]:
+    return (cell.get("tune") or {}).get("grid") or []
 
 
 def _ended_at_the_grid(cell: dict) -> bool:
@@ -48,7 +61,7 @@ RULES = (
         "of length_prefs and 4 of the 400 of two_types are longer)",
         lambda cell: cell["row"] == "Zero-Shot" and cell["set"] in ("length_prefs", "two_types"),
     ),
-    Rule(7, "the largest weight of the grid was the best, and no larger one was tried", _ended_at_the_grid),
+    Rule(7, "the largest weight of the grid was the best, and no larger one was tried", _ended_at_the_grid, of_weight=True),
 )  # fmt: skip
 NEWEST = RULES[-1].number
 
@@ -71,10 +84,12 @@ def marks(cells: Iterable[dict], ranked: Iterable[dict] = ()) -> dict[str, dict[
     """
     found: dict[str, dict[str, list[int]]] = {}
     for cell, weighed in (*((cell, True) for cell in cells), *((cell, False) for cell in ranked)):
-        behind = [rule for rule in older(cell) if weighed or rule.touches is not _ended_at_the_grid]
+        behind = [rule for rule in older(cell) if weighed or not rule.of_weight]
         said = [f"made by the older rule: {rule.before}" for rule in behind]
-        if weighed and largest_tried(cell) and not any(rule.touches is _ended_at_the_grid for rule in behind):
+        if weighed and largest_tried(cell) and not any(rule.of_weight for rule in behind):
             said.append("the chosen weight is the largest tried")
+        if weighed and held_by_the_bound(cell):
+            said.append("a larger weight is better, but its text breaks the bound on perplexity")
         if hardly_adapted(cell):
             said.append("so few steps for new users leave the policy as it is (the default is 200)")
         for one in said:

@@ -27,10 +27,11 @@ class Tuning:
     )
     grid: list[float] = option(
         [0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0],
-        "weights to try, in units of 1 / reward_std (paper silent); while the largest is the best, larger ones are tried",
+        "weights to try, in units of 1 / reward_std (paper silent); while the largest is the best, larger ones are tried "
+        "within --max-perplexity",
     )
     max_perplexity: float = option(
-        1.5, "as a multiple of the unguided perplexity: bound of fluency, and of weights tried beyond the grid"
+        1.5, "as a multiple of the unguided perplexity: no weight above it is chosen by fluency, or from beyond the grid"
     )
     prompts: int = option(100, "held-out prompts to generate for, at each grid point (paper silent)")
     num_candidates: int = option(10, "k of ARGS")
@@ -56,9 +57,10 @@ def tune(model, policy, rows, config: Tuning) -> dict:
     """reward_std, the grid with what was measured at each point, and the chosen raw `reward_weight`.
 
     rows: pairs of seen users that were held out (split "train_test"). Ties go to the smaller weight. While the largest weight
-    is the best and its answers keep to max_perplexity, the next is STEP times as large, BEYOND times at most; a choice that is
-    the largest all the same shows in the grid. Raises PyargsError without rows or when the reward does not tell candidates
-    apart (reward_std is 0).
+    is the best and its answers keep to max_perplexity, the next is STEP times as large, BEYOND times at most. One that
+    breaks the bound ends the search and is not chosen, but stands in the grid. Weights of config.grid are bound by it for the
+    objective fluency alone. Raises PyargsError without rows, when the reward does not tell candidates apart (reward_std
+    is 0), or when no weight keeps to fluency's bound.
     """
     if not hasattr(model, "pair_scores"):
         raise PyargsError(f"{model.about.get('method')} answers by itself: it has no weight to choose")
@@ -135,19 +137,28 @@ def tune(model, policy, rows, config: Tuning) -> dict:
             point["perplexity"] = one
     for point in points:
         point["value"] = value(point)
+
+    def broken(point: dict) -> bool:
+        if "perplexity" not in point:
+            point["perplexity"] = perplexity(policy, prompts, answer(point["reward_weight"])[2])
+        return point["perplexity"] > config.max_perplexity * plain
+
+    best = max(points, key=lambda point: point["value"])  # the first of equals: the smaller weight
     for _ in range(BEYOND):
-        best, last = max(points, key=lambda point: point["value"]), points[-1]  # the first of equals: the smaller weight
-        if best is not last or not last["relative"]:
+        if best is not points[-1] or not best["relative"] or broken(best):
             break
-        if "perplexity" not in last:
-            last["perplexity"] = perplexity(policy, prompts, answer(last["reward_weight"])[2])
-        if last["perplexity"] > config.max_perplexity * plain:
-            break  # the text is broken already
-        own = measure(STEP * last["relative"])
+        own = measure(STEP * best["relative"])
+        larger = points[-1]
         if own:
-            points[-1]["perplexity"] = perplexity(policy, prompts, own)
-        points[-1]["value"] = value(points[-1])
-    best = max(points, key=lambda point: point["value"])
+            larger["perplexity"] = perplexity(policy, prompts, own)
+        larger["value"] = value(larger)
+        if larger["value"] > best["value"] and not broken(larger):
+            best = larger
+    if best["value"] < 0:
+        raise PyargsError(
+            f"no weight of the grid keeps perplexity within {config.max_perplexity} times that of weight 0: "
+            "add smaller weights, or raise max_perplexity"
+        )
     return {
         "objective": config.objective, "max_perplexity": config.max_perplexity, "reward_std": unit, "centre": centre,
         "unguided_perplexity": plain,

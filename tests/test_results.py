@@ -49,6 +49,7 @@ DAMAGE = {
     "answers[1]": lambda c: c["answers"][1].update(pair_id=None),
     "key.recipe": lambda c: c["key"].update(recipe="new"),
     "tune": lambda c: c.update(tune=[1]),
+    "tune.grid[0].value": lambda c: c.update(tune={"grid": [{"relative": 0, "value": "x"}]}),
     "tune.grid[1]": lambda c: c.update(tune={"grid": [{"relative": 0}, {}]}),
     "seconds": lambda c: c.update(seconds=[1]),
     "seconds.train": lambda c: c.update(seconds={"train": "long"}),

@@ -49,6 +49,21 @@ def test_a_choice_at_the_end_of_the_grid(chosen, perplexity, largest, older):
     assert list(rules.marks([new])) == ["the chosen weight is the largest tried"] * largest and not rules.older(new)
 
 
+@pytest.mark.parametrize(
+    ("chosen", "values", "marked"), [(3, {9: 70}, True), (3, {9: 50}, False), (3, {9: 60}, False), (1, {3: 50}, False),
+                                     (3, {}, False), (0, {}, False), (3, {9: None}, False)],
+)  # fmt: skip
+def test_a_choice_that_the_bound_decides(chosen, values, marked):
+    """The last weight tried was better than the chosen, so what is beyond the bound on perplexity was refused."""
+    points = {0: 40, 1: 55, chosen: 60, **values}
+    grid = [{"relative": w, **({} if v is None else {"value": v})} for w, v in sorted(points.items())]
+    one = cell("LoRE", tune={"grid": grid, "max_perplexity": 1.5, "unguided_perplexity": 1.0, "objective": "policy_accuracy"})
+    one["values"]["relative"] = chosen
+    said = [one for one in rules.marks([one]) if "bound" in one]
+    assert said == ["a larger weight is better, but its text breaks the bound on perplexity"] * marked
+    assert not rules.older(one) and not rules.marks([], ranked=[one])
+
+
 def test_marks_stand_in_the_tables(tmp_path):
     made.write(tmp_path, *(cell("VPL", 2 if seed != 1 else rules.NEWEST, seed, method="vpl") for seed in range(3)))
     made.write(tmp_path, cell("P-DPO", method="pdpo", fields={"adapt_steps": 2}), cell("LoRE"), cell("Zero-Shot"))

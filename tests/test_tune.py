@@ -56,14 +56,36 @@ def test_the_grid_goes_on_until_the_best_weight_is_inside(objective, made_up):
     assert len(inside["grid"]) == 3 and len(asked) == (1 if objective == "policy_accuracy" else 3), "nothing more is written"
 
 
-@pytest.mark.parametrize("objective", ["policy_accuracy", "fluency"])
+@pytest.mark.parametrize("objective", ["policy_accuracy", "harmonic", "fluency"])
 def test_weights_beyond_the_grid_end_where_the_text_breaks(objective, made_up):
     found, _ = made_up(lambda weight: weight, lambda weight: 1.0 if weight < 5 else 1.6, objective=objective, grid=[0.0, 1.0])
     assert [point["relative"] for point in found["grid"]] == [0, 1, 3, 9]
-    assert found["relative"] == (9 if objective == "policy_accuracy" else 3), "the largest tried shows in the grid"
+    assert found["relative"] == 3 and found["reward_weight"] == 1.5, "the better weight writes broken text"
     assert found["grid"][-1]["perplexity"] == 1.6
     broken, asked = made_up(lambda weight: weight, lambda weight: 1 + weight, objective="policy_accuracy", grid=[0.0, 1.0])
     assert [point["relative"] for point in broken["grid"]] == [0, 1] and [one["weight"] for one in asked] == [0, 0.5]
+
+
+@pytest.mark.parametrize("breaks", [2, 5, 14, 40, 122, 365, 2000])
+@pytest.mark.parametrize("objective", ["policy_accuracy", "harmonic"])
+def test_no_weight_beyond_the_grid_is_chosen_whose_text_breaks(objective, breaks, made_up):
+    """One that was asked for may be: the bound is about those that are tried besides."""
+    text = lambda weight: 1.5 if weight < breaks else 1.500001  # noqa: E731
+    found, _ = made_up(lambda weight: (weight + 1) ** 3, lambda w: text(w) if w else 1.0, objective=objective, grid=[0.0, 1.0])
+    tried = [point["relative"] for point in found["grid"]]
+    assert found["relative"] == max(weight for weight in tried if weight < breaks)
+    assert len([weight for weight in tried if weight >= breaks]) <= 1, "the search ends there"
+    asked, _ = made_up(lambda weight: weight, lambda w: 1.6 if w else 1.0, objective=objective, grid=[0.0, 50.0, 60.0])
+    assert asked["relative"] == 60 and len(asked["grid"]) == 3
+
+
+def test_fluency_chooses_no_weight_that_breaks_its_bound(made_up):
+    for perplexity, fields in (
+        (lambda w: 1 + w, {"grid": [1.0, 3.0]}),
+        (lambda w: 1.0, {"grid": [0.0], "max_perplexity": 0.9}),
+    ):
+        with pytest.raises(PyargsError, match="no weight of the grid keeps perplexity within"):
+            made_up(lambda weight: 50.0, perplexity, objective="fluency", **fields)
 
 
 def test_weights_beyond_the_grid_are_not_tried_for_ever(made_up):
