@@ -56,11 +56,15 @@ def weights_hash(folder: str | Path) -> str:
 
 
 def read_tuned(file: str | Path, model: str | Path) -> dict:
-    """The file of `pyargs tune` for this model. Raises PyargsError if it is another file, or another model's."""
+    """The file of `pyargs tune` for this model. Raises PyargsError if it is another file, another model's, or does not say how
+    candidates and stop tokens were rewarded, as older ones do not."""
     tuned = read_json(file)
     check_kinds(tuned, {"reward_weight": float, "centre": float, "model": str}, f"{file} is no file of `pyargs tune`")
     if tuned["model"] != weights_hash(model):
         raise PyargsError(f"{file} was tuned for another model than {model}: run `pyargs tune {model}`")
+    check_kinds(
+        tuned, {"num_candidates": int, "eos_reward": str | None}, f"{file} does not say all of its settings, tune again"
+    )
     return tuned
 
 

@@ -161,7 +161,7 @@ def tune(model, policy, rows, config: Tuning) -> dict:
         )
     return {
         "objective": config.objective, "max_perplexity": config.max_perplexity, "reward_std": unit, "centre": centre,
-        "unguided_perplexity": plain,
+        "unguided_perplexity": plain, "num_candidates": config.num_candidates, "eos_reward": config.eos_reward,
         "reward_weight": best["reward_weight"], "relative": best["relative"], "prompts": len(sample), "pairs": len(rows),
         "grid": points,
     }  # fmt: skip

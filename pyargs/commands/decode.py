@@ -11,11 +11,11 @@ def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
     add_model(parser, "folder of `pyargs train` or `pyargs adapt`")
     add_policy(parser)
     weight = parser.add_mutually_exclusive_group()
-    weight.add_argument("--tuned", help="file of `pyargs tune`: its reward_weight is used")
+    weight.add_argument("--tuned", help="file of `pyargs tune`: its reward_weight, num_candidates and eos_reward")
     weight.add_argument("--reward-weight", type=float, help="raw w of eq. 1; 0 is the policy alone in the same loop")
     parser.add_argument("--split", default="query", help="whose prompts (default: query)")
     parser.add_argument("--limit", type=positive, help="only the first N prompts")
-    parser.add_argument("--num-candidates", type=positive, default=10, help="k of ARGS (default 10)")
+    parser.add_argument("--num-candidates", type=positive, help="k of ARGS (default: as tuned, else 10)")
     parser.add_argument("--whole-vocabulary", action="store_true", help="GenARM: all tokens instead of the k candidates; with "
                         "--do-sample its own rule")  # fmt: skip
     parser.add_argument("--best-of", type=positive, metavar="N", help="best of N samples instead of guidance")
@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
     parser.add_argument("--temperature", type=float, help="of sampling (default: 0.7 among ARGS' candidates, else 1)")
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
     parser.add_argument("--eos-reward", choices=["before", "state"], help="what a stop token earns: the reward of the text "
-                        "before it (default), or of the state behind it, on which no head is trained")  # fmt: skip
+                        "before it, or of the state behind it, on which no head is trained (default: as tuned, else "
+                        "before)")  # fmt: skip
     parser.add_argument("--out", required=True, help="JSONL file, one answer a line")
     add_data(parser)
 
@@ -46,7 +47,11 @@ def run(args: argparse.Namespace) -> dict:
     items = list(unique.values())[: args.limit]
     if not items:
         raise PyargsError(f"no rows with split '{args.split}' (there are: {', '.join(sorted(set(data['split'])))})")
-    weight = files.read_tuned(args.tuned, args.model)["reward_weight"] if args.tuned else args.reward_weight
+    weight = args.reward_weight
+    if args.tuned:
+        weight = _follow(args, files.read_tuned(args.tuned, args.model))
+    elif args.num_candidates is None:
+        args.num_candidates = 10
     if (weight is None) != bool(args.best_of or args.policy is None):
         raise PyargsError(
             "give --tuned or --reward-weight for a model that guides the policy's steps, and neither for --best-of or a model "
@@ -87,3 +92,27 @@ def run(args: argparse.Namespace) -> dict:
         args.out, key, answers=len(lines), tokens=tokens, seconds=round(seconds, 2),
         tokens_per_second=round(tokens / seconds, 2), provenance=files.provenance(args.seed),
     )  # fmt: skip
+
+
+def _follow(args: argparse.Namespace, tuned: dict) -> float:
+    """The weight, which holds for the settings that it was tuned with: they fill the flags that are not given.
+
+    Raises PyargsError where a flag contradicts them.
+    """
+    from pyargs.errors import PyargsError
+
+    for name, own in (("num_candidates", tuned["num_candidates"]), ("eos_reward", tuned["eos_reward"] or "before")):
+        flag = "--" + name.replace("_", "-")
+        if getattr(args, name) not in (None, own):
+            raise PyargsError(
+                f"{args.tuned} was tuned with other settings, {flag} {own}: leave {flag} out, tune again, or give "
+                "--reward-weight"
+            )
+        if getattr(args, name) is None:
+            setattr(args, name, tuned[name])
+    if args.whole_vocabulary:
+        raise PyargsError(
+            f"{args.tuned} was tuned with --num-candidates {args.num_candidates}: leave --whole-vocabulary out, or give "
+            "--reward-weight"
+        )
+    return tuned["reward_weight"]

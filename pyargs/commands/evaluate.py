@@ -79,14 +79,14 @@ def run(args: argparse.Namespace) -> dict:
         if args.generations:
             # What a method made of the policy must not judge its own fluency.
             judge = policy if args.policy else load_lm(args.backbone or config["backbone"], dtype=config["dtype"])[0]
-            values |= _generations(args, model, judge, rows, None if tuned is None else tuned["reward_weight"])
+            values |= _generations(args, model, judge, rows, tuned)
     result = Result("evaluate", values, key["config"], inputs, files.provenance(model.about["fields"]["seed"])).json()
     files.write_json(args.out, result)
     files.record(args.out, key)
     return result
 
 
-def _generations(args: argparse.Namespace, model, policy, rows, weight: float | None) -> dict:
+def _generations(args: argparse.Namespace, model, policy, rows, tuned: dict | None) -> dict:
     """What the answers of a file are worth: means, and each answer's own values."""
     from pyargs import files
     from pyargs.config import check_kinds
@@ -114,7 +114,7 @@ def _generations(args: argparse.Namespace, model, policy, rows, weight: float | 
     answers = read(args.generations)
     if not answers:
         raise PyargsError(f"{args.generations} holds no answer")
-    _check_origin(args, answers, weight)
+    _check_origin(args, answers, tuned)
     items, lines = [written[item] for item in answers], list(answers.values())
     texts, titles = [line["text"] for line in lines], [item["chosen"] for item in items]
     prompts = [encode_prompt(model.tokenizer, item["prompt"], model.about.get("max_length")) for item in items]
@@ -151,21 +151,32 @@ def _generations(args: argparse.Namespace, model, policy, rows, weight: float | 
     return {"generations": found, "answers": singles}
 
 
-def _check_origin(args: argparse.Namespace, answers: dict, weight: float | None) -> None:
-    """Raises PyargsError where the answers are known to be another model's, another policy's or of another weight."""
+def _check_origin(args: argparse.Namespace, answers: dict, tuned: dict | None) -> None:
+    """Raises PyargsError where the answers are known to be another model's, another policy's, of another weight or of other
+    settings than it was tuned with."""
     from pyargs import files
     from pyargs.errors import PyargsError
     from pyargs.lm import hub
 
     weights = {line.get("reward_weight") for line in answers.values()} - {None}
-    if weight is not None and weights and weights != {weight}:
-        raise PyargsError(f"{args.generations} was made with reward_weight {min(weights)}, not {weight}: decode it again")
+    if tuned and weights and weights != {tuned["reward_weight"]}:
+        raise PyargsError(
+            f"{args.generations} was made with reward_weight {min(weights)}, not {tuned['reward_weight']}: decode it again"
+        )
     record = files.beside(args.generations, "stage.json")
     if record.exists():
-        inputs = files.read_record(record)["inputs"]
+        made = files.read_record(record)
+        inputs, config = made["inputs"], made["config"]
         for name, own in (("model", files.sha256(args.model)), ("policy", hub.identity(args.policy))):
             if inputs.get(name, own) != own:
                 raise PyargsError(f"{args.generations} was made with another {name}: its answers are not this one's")
+        k = "all" if config.get("whole_vocabulary") else config.get("num_candidates")
+        used = {"num_candidates": k, "eos_reward": config.get("eos_reward") or "before"} if args.tuned and weights else {}
+        for name, other in used.items():
+            if other != (own := tuned[name] or "before"):
+                raise PyargsError(
+                    f"{args.generations} was made with {name} {other}, and the weight was tuned with {own}: decode it again"
+                )
 
 
 def _guide(model, policy, rows, tuned: dict) -> dict:

@@ -26,13 +26,13 @@ def run(args: argparse.Namespace) -> dict:
     from pyargs.data import content_hash, of_split
     from pyargs.decode.prompts import load_pair
     from pyargs.lm import hub
-    from pyargs.tune import Tuning, tune
+    from pyargs.tune import BEYOND, STEP, Tuning, tune
 
     config = from_args(Tuning, args)
     # Only the seen users' held-out pairs may decide; the other rows never get near the choice.
     rows = of_split(load_data(args), "train_test")
     key = files.stage_key(
-        {"stage": "tune", "policy": args.policy, "dtype": args.dtype, **asdict(config)},
+        {"stage": "tune", "policy": args.policy, "dtype": args.dtype, "beyond": [STEP, BEYOND], **asdict(config)},
         {"data": content_hash(rows), "model": files.sha256(args.model), "policy": hub.identity(args.policy)},
     )
     if done := files.finished(args.out, key):
