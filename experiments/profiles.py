@@ -113,7 +113,14 @@ CPU_SETS = {
 
 # -- gpu: all users of the stand-in for Pref-LaMP; LoRA for one seed --------------------------------------------------------
 
-GPU_LORA = fields({**LANGUAGE_MODELS, **named(HEADS, "LoRA", "Global RM", "LoRE")}, dtype="bfloat16", epochs=1.0)
+GPU_LORA = fields(
+    {
+        # 200 steps for new users do not fit calls of ten minutes: the row is marked.
+        "GenARM": LANGUAGE_MODELS["GenARM"], "P-DPO": ("pdpo", {"adapt_steps": 10}),
+        **named(HEADS, "LoRA", "Global RM", "LoRE"),
+    },
+    dtype="bfloat16", epochs=1.0,
+)  # fmt: skip
 GPU_SETS = {
     "pref_lamp": {
         **CPU_SETS["pref_lamp"], "data": ["--data", "{work}/data/pref_lamp_like"], "needs": "{shared}/pref_lamp_like",
@@ -140,6 +147,8 @@ FULL = {
     row: (method, {**own, **ORIGINAL.get(method, {}), "dtype": "bfloat16"})
     for row, (method, own) in {**HEADS, **LANGUAGE_MODELS}.items()
 }
+# LoRE's code has two rates for new users: ours on TLDR, and this.
+LORE_ON_PRISM = {row: (method, {**own, "adapt_lr": 0.5}) for row, (method, own) in FULL.items() if method == "lore"}
 PAPER_SETS = {
     "tldr": {
         "stands_for": "TLDR", "about": "TL;DR, ten workers and 31 new ones", "backbone": SMOLLM2[0], "policies": SMOLLM2,
@@ -149,8 +158,8 @@ PAPER_SETS = {
     "prism": {
         "stands_for": "PRISM", "about": "PRISM", "backbone": QWEN[0], "policies": QWEN,
         "data": ["--data", "{work}/data/prism"], "build": ["prism", "--source", "hub"], "needs": None,
-        "rows": {**fields({**ZERO_SHOT, **FULL}, max_length=1024), **UNGUIDED, **BLIND}, "once": [], "tune": [],
-        "decode": None,
+        "rows": {**fields({**ZERO_SHOT, **FULL, **LORE_ON_PRISM}, max_length=1024), **UNGUIDED, **BLIND}, "once": [],
+        "tune": [], "decode": None,
     },
     "pref_lamp": {
         "stands_for": "Pref-LaMP", "about": "Pref-LaMP, 611 authors of LaMP-5", "backbone": QWEN[0], "policies": QWEN,

@@ -63,7 +63,19 @@ def test_the_papers_profile_has_its_one_rate_and_what_the_methods_own_codes_have
         assert {config.lora_lr for config in made.values() if hasattr(config, "lora_lr")} == {5e-5}, name
         assert made["PReF"].votes == "unit" and made["PReF"].adapt_init == made["LoRE"].adapt_init == "randn"
         assert made["P-DPO"].soft_lr == 5e-5 and made["P-DPO"].adapt_steps == 200
-    assert reproduce.PROFILES["gpu"]["sets"]["pref_lamp"]["rows"]["P-DPO"][1].get("adapt_steps", 200) == 200
+        rates = {config.adapt_lr for row, config in made.items() if row.startswith("LoRE")}
+        assert rates == {0.5 if name == "prism" else 0.1}, "LoRE's code has another for PRISM"
+
+
+def test_no_stage_of_the_gpu_profile_wants_more_than_the_others_together(reproduce, places, capsys):
+    """So that calls of ten minutes get through: 200 steps for P-DPO's new users alone would be four fifths of all tokens."""
+    words = ["--shared", places.shared, "--work", places.work, "--results", places.results]
+    assert reproduce.main(["gpu", "--dry-run", *map(str, words)]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    of = {line["cell"].split(" / ")[2]: line["tokens"] for line in plan["cells"]}
+    assert of["P-DPO"] < plan["tokens"] / 2
+    method, fields = reproduce.PROFILES["gpu"]["sets"]["pref_lamp"]["rows"]["P-DPO"]
+    assert rules.hardly_adapted({"method": method, "fields": fields}), "and its row says so"
 
 
 def test_sets_that_are_built_otherwise_lie_elsewhere(reproduce):
