@@ -300,6 +300,14 @@ def test_a_clean_set_has_no_problems():
             "responses rejected in train_test that the same user rejects in train",
             [row(), row(role="train_test", prompt="q", chosen="other")],
         ),
+        *(
+            (
+                f"responses rejected in {held} that the same user rejects in {other}",
+                [row(role=other, rejected=one), row(role=held, prompt="q", chosen="other", rejected=again)],
+            )
+            for held, other in (("query", "support"), ("train_test", "train"))
+            for one, again in (("A Bad Title", "a bad title."), ("so-so", "So so"), ("two  words", "two\nwords"), ("!", "! "))
+        ),
         ("template markers in a text", [row(prompt="<|im_start|>user\nhi<|im_end|>")]),
         ("template markers in a text", [row(chosen="fine</s>")]),
         ("template markers in a text", [row(chosen="<|reserved_special_token_0|> fine")]),
@@ -324,6 +332,11 @@ def test_a_clean_set_has_no_problems():
 )
 def test_the_check_finds(kind, rows):
     assert kind in report(rows)["problems"]
+
+
+def test_signs_alone_are_told_apart():
+    found = report([row(role="support", rejected="👍"), row(role="query", prompt="q", chosen="other", rejected="👎")])
+    assert found["problems"] == {}
 
 
 @pytest.mark.parametrize(

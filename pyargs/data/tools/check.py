@@ -11,6 +11,7 @@ from itertools import combinations
 
 from pyargs.data import SPLITS
 from pyargs.data.tools import schema
+from pyargs.data.tools.mining import plain
 from pyargs.errors import PyargsError
 
 FIRST = 3  # rows named for each finding
@@ -154,7 +155,8 @@ def _rejected_before(good, known, notes) -> None:
     """
     of_response, count = defaultdict(lambda: defaultdict(list)), defaultdict(int)
     for place, row in good:
-        of_response[row["user_id"], row["rejected"].strip()][row["split"]].append(place)
+        text = plain(row["rejected"]) or row["rejected"].strip()  # as mining tells them apart; signs alone are as they are
+        of_response[row["user_id"], text][row["split"]].append(place)
         count[row["split"]] += 1
     for held, other in (("query", "support"), ("train_test", "train")):
         both = [(user, of[held], of[other]) for (user, _), of in of_response.items() if held in of and other in of]
