@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+from pathlib import Path
 
 import torch
 from filelock import FileLock
@@ -17,6 +19,7 @@ from pyargs.lm.encode import encode_prompt, encode_response
 from pyargs.lm.hf import fingerprint, response_logprobs, response_states
 from pyargs.lm.hub import cache_dir
 from pyargs.lm.structure import as_written, contents, structure
+from pyargs.ops.library import has_extension
 from pyargs.types import Features
 
 
@@ -117,14 +120,29 @@ def policy_logprobs(policy, encoded) -> list[Tensor]:
     return list(stored["logprobs"].split(stored["lengths"].tolist()))
 
 
+def rounding() -> list[str]:
+    """What decides the last digits beside the model: torch and the extension as they are built, and their CPU code paths."""
+    found = [torch.__version__, torch.backends.cpu.get_cpu_capability()]
+    if has_extension:
+        from pyargs import _C
+
+        found += [_C.cpu_capability(), _digest(_C.__file__)]
+    return found
+
+
+@functools.cache
+def _digest(file: str) -> str:
+    return hashlib.blake2b(Path(file).read_bytes(), digest_size=16).hexdigest()
+
+
 def _cached(kind: str, model, inputs, compute) -> dict[str, Tensor]:
     """compute(), or what it gave before for the same model and inputs. One with LoRA is one experiment's, and one with hooks
     may do anything: not kept."""
     if lora.present(model) or not as_written(model):
         return compute()
-    # Weights alone do not make a model. The native stack rounds otherwise than transformers.
+    # Weights alone do not make a model, and every product is rounded in its own way.
     made = [repr(sorted(structure(model).items())), *(value.hex() for value in contents(model.buffers()))]
-    key = json.dumps([fingerprint(model), made, inputs, native.can_pack(model)])
+    key = json.dumps([fingerprint(model), made, inputs, native.can_pack(model), rounding()])
     key = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
     file = cache_dir() / kind / f"{key}.safetensors"
     if file.exists():

@@ -24,6 +24,14 @@ def shared_data() -> Path:
     return SHARED
 
 
+@pytest.fixture(scope="session", autouse=True)
+def session_cache(tmp_path_factory):
+    """What fixtures of a module compute is kept here: they are made before a test's own cache is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYARGS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def private_cache(tmp_path, monkeypatch):
     """No test reads or fills the user's cache."""

@@ -95,3 +95,20 @@ def test_features_are_of_the_model_as_it_is(tmp_path):
     for _ in range(2):  # never kept
         ask()
     assert len(found) == 6
+
+
+def test_features_of_other_arithmetic_are_not_taken(capability):
+    """Another processor, another torch or another build of the extension rounds otherwise: a cache may be shared by all."""
+    lm, found = tiny_lm(dtype=torch.float32), []
+    ask = lambda: _cached("features", lm, [], lambda: (found.append(0), {"x": torch.zeros(1)})[1])  # noqa: E731
+    ask()
+    ask()
+    assert len(found) == 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "ANOTHER")
+        ask()
+    from pyargs import _C
+
+    _C.set_cpu_capability("avx2" if capability == "default" else "default")
+    ask()
+    assert len(found) == 3

@@ -169,8 +169,8 @@ def weights(reward_weight, rows: int) -> Tensor:
     """float32 [1] or [rows]. A negative weight is legal: it turns the reward round."""
     try:
         # numpy's floats are float64, torch's what the caller has set.
-        given = reward_weight if isinstance(reward_weight, Tensor) else torch.as_tensor(numpy.array(reward_weight))
-        given = given.cpu()
+        given = reward_weight if isinstance(reward_weight, Tensor) else numpy.array(reward_weight)
+        given = torch.as_tensor(given, device="cpu")
         weight = given.to(torch.float32).flatten()
     except (TypeError, ValueError, RuntimeError):
         raise PyargsError(f"reward_weight must be a number, or one for each row, got {reward_weight!r}") from None
