@@ -140,10 +140,14 @@ def active(decoder: nn.Module) -> bool:
 
 
 def plain(decoder: nn.Module) -> bool:
-    """Whether all LoRA layers, if any, are a product added to a linear layer's: no embeddings, no DoRA and the like."""
+    """Whether all LoRA layers, if any, are a product added to a linear layer's: no embeddings, no DoRA, no
+    adapter that only others have."""
     from peft.tuners.lora import Linear
 
-    return all(type(layer) is Linear and not layer.lora_variant for layer in _layers(decoder))
+    return all(
+        type(layer) is Linear and not layer.lora_variant and set(layer.active_adapters) <= layer.lora_A.keys()
+        for layer in _layers(decoder)
+    )
 
 
 def base_weights(decoder: nn.Module) -> dict[str, Tensor]:

@@ -290,6 +290,9 @@ def _check(decoder: nn.Module, head: nn.Module | None, dtype: torch.dtype, found
     for name, module in decoder.named_modules():
         if name.endswith("_proj") and type(module) is not nn.Linear:
             _lora(name, module, refuse)
+    dim, inner, width = config.hidden_size, config.intermediate_size, decoder.layers[0].self_attn.head_dim
+    queries, keys = config.num_attention_heads * width, config.num_key_value_heads * width
+    shapes = (queries, dim), (keys, dim), (keys, dim), (dim, queries), (inner, dim), (inner, dim), (dim, inner)
     for number, layer in enumerate(decoder.layers):
         attention, norms = layer.self_attn, (layer.input_layernorm, layer.post_attention_layernorm, decoder.norm)
         if any(type(part).__module__ != family for part in (layer, attention, layer.mlp, *norms, rotary)):
@@ -298,9 +301,12 @@ def _check(decoder: nn.Module, head: nn.Module | None, dtype: torch.dtype, found
             refuse(f"the activation {type(layer.mlp.act_fn).__name__} (layer {number}; only silu)")
         if attention.scaling != attention.head_dim**-0.5 or any(n.variance_epsilon != config.rms_norm_eps for n in norms):
             refuse(f"another scale of attention, or another epsilon, than the config says (layer {number})")
+        linears = (layer.get_submodule(name) for names in MATRICES.values() for name in names)
+        if any(linear.weight.shape != shape for linear, shape in zip(linears, shapes, strict=True)):
+            refuse(f"weights of other sizes than the config says (layer {number})")
         sizes = attention.head_dim, attention.num_key_value_groups, attention.layer_idx, attention.is_causal
         groups = config.num_attention_heads // config.num_key_value_heads
-        if sizes != (decoder.layers[0].self_attn.head_dim, groups, number, True) or attention.config is not config:
+        if sizes != (width, groups, number, True) or attention.config is not config:
             refuse(f"attention of other sizes than the config says, or that looks ahead (layer {number})")
 
 
@@ -311,10 +317,16 @@ def _lora(name: str, module: nn.Module, refuse) -> None:
         refuse(f"layers of class {type(module).__name__} ({name})")
     if (
         len(module.active_adapters) > 1
+        or not set(module.active_adapters) <= module.lora_A.keys()
         or module.lora_variant
-        or any(getattr(b, "bias", None) is not None for b in module.lora_B.values())
+        or any(
+            type(part) is not nn.Linear or part.bias is not None for part in (*module.lora_A.values(), *module.lora_B.values())
+        )
+        or any(type(part) not in (nn.Identity, nn.Dropout) for part in module.lora_dropout.values())
     ):
-        refuse(f"several adapters, variants of LoRA, or its bias ({name})")
+        refuse(
+            f"several adapters, one that this layer has not, variants of LoRA, its bias, or parts of other classes ({name})"
+        )
 
 
 def _weight(linear: nn.Module) -> Tensor:
@@ -459,9 +471,9 @@ def stack_of(model: nn.Module, adapter: nn.Module | None = None) -> Stack:
     A stack with an output layer serves those who ask for none.
     """
     decoder, head = _parts(model)
-    table = decoder.get_input_embeddings().weight
+    table = decoder.get_input_embeddings().weight  # it and the rotary embedding are what a stack goes on to read
     asked = (
-        (structure(decoder), contents(decoder.parameters())),
+        (structure(decoder), contents(decoder.parameters()), table.data_ptr(), id(getattr(decoder, "rotary_emb", None))),
         None if head is None else (structure(head), contents(p for p in head.parameters() if p is not table)),
     )
     kept, stack, twins = _stacks.get(decoder, (asked, None, None))

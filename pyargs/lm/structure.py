@@ -8,6 +8,7 @@ parametrization may do anything: with one of these anywhere the model itself is 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterable
@@ -16,7 +17,7 @@ from functools import cache as once
 from functools import partial
 from importlib.util import find_spec
 from inspect import isfunction
-from types import BuiltinFunctionType, FunctionType
+from types import BuiltinFunctionType, FunctionType, MethodType
 
 import torch
 import xxhash
@@ -36,7 +37,7 @@ LIBRARIES = ("torch.nn.", "transformers.", "peft.", "pyargs.")
 FOLDERS = tuple(
     os.path.join(folder, "") for name in ("torch", "transformers", "peft", "pyargs")
     for folder in find_spec(name).submodule_search_locations
-)  # fmt: skip
+) + (contextlib.__file__,)  # fmt: skip  # the wrapper of a generator; what it wraps is looked at, too
 HARMLESS = ("output_capturing_hook", "make_inputs_require_grads", "make_inputs_require_grad")
 """Hooks of transformers and PEFT that stay on a model which was asked for hidden states, or trained with checkpointing: they
 change no number."""
@@ -89,6 +90,7 @@ def structure(model: nn.Module, *, below: bool = True) -> dict:
     found: dict = {}
     names: dict[int, str] = {}  # a module or a config that stands in several places is described once
     kinds: set[type] = set()
+    owners: set[type] = set()
     left = [("", model)]
     while left:
         name, module = left.pop()
@@ -98,11 +100,12 @@ def structure(model: nn.Module, *, below: bool = True) -> dict:
         names[id(module)] = name
         own, kind = vars(module), type(module)
         if kind not in kinds:
-            _check_class(kind, name)
+            _check_class(kind, name, owners)
             kinds.add(kind)
         if own["_forward_hooks"] or own["_forward_pre_hooks"]:
             _check_hooks(module, name)
-        if not _functions(kind).isdisjoint(own) and not _ours(own.get("forward")):
+        compiled = own.get("_compiled_call_impl")  # by module.compile()
+        if (compiled and not _known(compiled)) or not _functions(kind).isdisjoint(own) and not _ours(own.get("forward")):
             raise PyargsError(f"{_place(name)} has a function of its own in the place of one of its class")
         described: list = [kind]
         drops = False
@@ -197,32 +200,60 @@ def _check_surroundings() -> None:
         raise PyargsError("functions of torch.nn.functional are replaced")
 
 
-def _check_class(kind: type, name: str) -> None:
-    """Raises PyargsError unless the class, its `forward` and the functions beside it are those of a library's files."""
+def _check_class(kind: type, name: str, owners: set[type]) -> None:
+    """Raises PyargsError unless a class and the functions of its layers are those of a library's files. owners: those seen."""
     file = sys.modules.get(kind.__module__)
     wrapper = kind.__module__.startswith("peft.") and kind.__module__.endswith("model")  # PeftModel, LoraModel: `unwrapped`
     if wrapper or not f"{kind.__module__}.".startswith(LIBRARIES) or getattr(file, kind.__name__, None) is not kind:
         raise PyargsError(
             f"{_place(name)} is of class {kind.__name__}, which is none of torch.nn, transformers, PEFT or pyargs"
         )
-    for function in ("forward", "__call__", "_call_impl"):
-        owner = next(one for one in kind.__mro__ if function in vars(one))
-        code = vars(owner)[function]
-        if owner is not nn.Module and getattr(code, "__qualname__", "") != f"{owner.__name__}.{function}" or not _known(code):
-            raise PyargsError(f"{function} of {kind.__name__} is replaced ({_place(name)})")
+    for owner in kind.__mro__[:-1]:
+        if owner in owners:
+            continue
+        owners.add(owner)
+        of_layers = owner is not nn.Module and owner.__module__.startswith(LAYERS)
+        for key in vars(owner) if of_layers else vars(owner).keys() & CALLED:
+            value = vars(owner)[key]
+            value = value.fget if type(value) is property else getattr(value, "__func__", value)
+            moved = key in CALLED and of_layers and getattr(value, "__qualname__", "") != f"{owner.__name__}.{key}"
+            if moved or _foreign(value):
+                raise PyargsError(f"{key} of {owner.__name__} is replaced ({_place(name)})")
     if kind.__module__.startswith("transformers.models."):
         for key, value in vars(file).items():
-            if (type(value) is FunctionType and value.__module__ != "dataclasses" and not _known(value)) or type(
-                value
-            ) is partial:
+            if _foreign(value):
                 raise PyargsError(f"{key} of {kind.__module__} is replaced")
+
+
+CALLED = {"forward", "__call__", "_call_impl", "__getattr__", "__getattribute__"}
+"""Through which every module is called and its parts are found."""
+
+LAYERS = (
+    "torch.nn.modules.",
+    "transformers.models.",
+    "transformers.activations",
+    "transformers.pytorch_utils",
+    "peft.",
+    "pyargs.",
+)
+"""Where classes are written of which every function counts."""
+
+CACHED = type(once(bool))
+
+
+def _foreign(value) -> bool:
+    """Whether what stands in a class or a file is called like a function, but is none that a library wrote there."""
+    if isinstance(value, type) or not callable(value):
+        return False
+    others = type(value).__module__ in ("typing", "pyargs.lm.launches") or getattr(value, "__module__", None) == "dataclasses"
+    return not (others or _known(value))
 
 
 def _known(function) -> bool:
     """Whether a function and all that it wraps come from a library's files."""
     while function is not None:
         code = getattr(function, "__code__", None)
-        if code is None or not code.co_filename.startswith(FOLDERS):
+        if type(function) is not CACHED and (code is None or not code.co_filename.startswith(FOLDERS)):
             return False
         function = getattr(function, "__wrapped__", None)
     return True
@@ -259,10 +290,10 @@ def _described(value, name: str, key: str):
     if isinstance(value, Tensor):
         return _hash(value)
     if type(value) is partial:
-        return value.func.__qualname__, repr(value.args), repr(value.keywords)
-    if type(value) is FunctionType and not _known(value):
+        return _described(value.func, name, key), repr(value.args), repr(value.keywords)
+    if type(value) is not BuiltinFunctionType and not type(value).__module__.startswith(LIBRARIES) and _foreign(value):
         raise PyargsError(f"{key} of {_place(name)} is a function of another's")
-    if type(value) in (FunctionType, BuiltinFunctionType):
+    if type(value) in (FunctionType, BuiltinFunctionType, MethodType):
         return value.__module__, value.__qualname__
     return type(value)
 
