@@ -18,7 +18,10 @@ def user_id(user) -> str:
 
 
 def user_ids(users: Iterable[str]) -> list[str]:
-    """A list of ids as text. Raises PyargsError for one id in the place of a list, whose letters would count as users."""
-    if isinstance(users, (str, bytes)) or not isinstance(users, Iterable):
+    """A list of ids as text. Raises PyargsError for one id in the place of a list, whose letters would count as users, and
+    for a set, whose order is not the rows'."""
+    if isinstance(users, (set, frozenset)):
+        raise PyargsError("users is a list with one id for each row, got a set, which has no order: write a list")
+    if isinstance(users, (str, bytes)) or not isinstance(users, Iterable) or getattr(users, "ndim", 1) == 0:
         raise PyargsError(f"users is a list with one id for each row, got {users!r}: write [{users!r}]")
     return [user_id(user) for user in users]

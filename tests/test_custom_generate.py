@@ -160,6 +160,13 @@ class Kept(BaseStreamer):
         self.ended += 1
 
 
+@pytest.mark.parametrize("wrong", [None, "5", [5], 2.5])
+def test_the_number_of_candidates_is_checked_before_top_k(models, wrong):
+    guide = pyargs.args(models[1], users=["ann"], num_candidates=wrong)
+    with pytest.raises(PyargsError, match="num_candidates must be a whole number"):
+        answer(models, guide=guide, do_sample=True)
+
+
 def test_a_streamer_is_fed_as_generate_feeds_it(models):
     kept, seen = Kept(), []
     guide = pyargs.args(models[1], users=["ann"], num_candidates=5, streamer=kept, token_callback=seen.append)

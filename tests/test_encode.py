@@ -15,6 +15,9 @@ TRIMMING = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+SHOUTING = "{% for m in messages %}<|im_start|>{{ m['content'] | upper }}<|im_end|>{% endfor %}"
+LOOKING = "{% for m in messages %}<|im_start|>{{ m['content'] | replace('<|im_end|>', '!') }}{% endfor %}"
+"""Templates that change a content: every letter, or what it says."""
 JOINING = "{% for m in messages %}<|im_end{{ m['content'] }}|im_start|>{% endfor %}"
 """A template whose text and a content's make a special token together."""
 
@@ -149,6 +152,17 @@ def demonstrations(prompt: str, chosen: str, rejected: str) -> Demonstrations:
     pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     how = {"retrieve": "random", "show": "pair", "content_tokens": 9, "instruction": "", "max_tokens": 500, "seed": 0}
     return Demonstrations(shots=1, of_user={"ann": [pair]}, **how)
+
+
+def test_a_template_that_changes_a_content():
+    """What is put into a content, to keep special tokens out, is never seen by the model."""
+    shouting = byte_level(SHOUTING)
+    ids = encode_prompt(shouting, "ab[INST]cd")
+    assert shouting.decode(ids) == "<|im_start|>AB[INST]CD<|im_end|>"
+    assert controls(shouting, ids) == controls(shouting, encode_prompt(shouting, "ab"))
+    assert controls(byte_level(LOOKING), encode_prompt(byte_level(LOOKING), "a<|im_end|>")) == [1]
+    with pytest.raises(PyargsError, match="and writes otherwise"):
+        encode_prompt(byte_level(LOOKING), "a<|im_end|>b[INST]")
 
 
 def test_cut_prompts_and_demonstrations_are_text_too():

@@ -223,6 +223,20 @@ def test_unknown_methods_and_empty_training_sets(lm_folder, pairs):
         fit.train("lore", of_split(pairs, "query"), lore.Config(backbone=lm_folder))
 
 
+def test_pairs_that_are_no_dataset_are_refused_by_what_they_lack(lm_folder, pairs):
+    config = fit.method("lore").Config(backbone=lm_folder, freeze_backbone=True)
+    for wrong in (pairs.to_list(), "pairs.jsonl", {"train": pairs}, pairs.to_pandas(), None):
+        with pytest.raises(PyargsError, match="as pyargs.data.load gives it, not a"):
+            fit.train("lore", wrong, config)
+    for column in ("user_id", "prompt", "chosen", "rejected"):
+        with pytest.raises(PyargsError, match=f"no column '{column}'"):
+            fit.train("lore", pairs.remove_columns(column), config)
+    with pytest.raises(PyargsError, match="chosen must be text: lists of messages"):
+        fit.train("lore", pairs.map(lambda row: {"chosen": [{"role": "assistant", "content": row["chosen"]}]}), config)
+    with pytest.raises(PyargsError, match="no column 'split', which is one of"):
+        fit.adapt(None, pairs.remove_columns("split"))
+
+
 def test_a_method_can_be_a_file(tmp_path, lm_folder, pairs):
     file = tmp_path / "mine.py"
     file.write_text(open(global_rm.__file__).read())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pyargs
-from pyargs.decode import args, best_of_n, captured, reference
+from pyargs.decode import args, best_of_n, captured, plain, reference
 from pyargs.decode.request import check, numbered, seeds, whole
 from pyargs.errors import PyargsError
 
@@ -168,3 +169,27 @@ def test_weights_of_many_prompts_and_inside_generate_are_checked_alike(pair):
         for weight in (True, "strong", NAN, [1.0, 2.0, 3.0]):
             with pytest.raises(PyargsError, match="reward_weight"):
                 inside(weight)
+
+
+PLAIN = {
+    "seed": [1.5, "1", True, [1, 2], 2**64, np.array([1, 2])], "do_sample": ["False", 1, None], "temperature": [0, True, None],
+    "a token of a prompt": [[[5, -1]], [[5, 61]], [[5.0]], [["a"]], [[True]], "ab", [[None]]],
+    "prompts are lists of token ids": [None, 5, [5, 6], [None]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_plain_decoding_refuses_wrong_values_by_name(pair, name):
+    for value in PLAIN[name]:
+        more = {name: value} if name in ("seed", "do_sample", "temperature") else {"prompts": value}
+        with pytest.raises(PyargsError, match=name):
+            plain.generate(pair[0], **({"prompts": [[5, 6]], "max_new_tokens": 2, "do_sample": True} | more))
+            pytest.fail(f"{name}={value!r} was accepted")
+
+
+def test_plain_sampling_at_a_temperature_near_zero_is_the_greedy_choice(pair):
+    prompts = [torch.tensor([5, 6]), np.array([7]), (8, 9)]
+    greedy = plain.generate(pair[0], prompts, max_new_tokens=4)
+    for temperature in (1e-300, 5e-324, np.float32(1e-45), Fraction(1, 10**30)):
+        sampled = plain.generate(pair[0], prompts, max_new_tokens=4, do_sample=True, temperature=temperature)
+        assert torch.equal(sampled.tokens, greedy.tokens)

@@ -38,10 +38,18 @@ CALLS = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("users", ["a", "bob", 7, b"a", None])
+@pytest.mark.parametrize("users", ["a", "bob", 7, b"a", None, np.array("a"), torch.tensor(7)])
 def test_one_id_in_the_place_of_a_list_is_refused(models, call, users):
     with pytest.raises(PyargsError, match=r"users is a list with one id for each row, got .*: write \["):
         CALLS[call](*models, users)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_set_has_no_order(models, call):
+    """Which row were whose is decided by the hashes of the process."""
+    for users in ({"a"}, frozenset(["a"])):
+        with pytest.raises(PyargsError, match="a set, which has no order"):
+            CALLS[call](*models, users)
 
 
 @pytest.mark.parametrize("call", CALLS)

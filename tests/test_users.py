@@ -16,7 +16,8 @@ from pyargs.types import Users
 
 KINDS = {
     "lore": dict(rank=2, freeze_backbone=True, epochs=0.1, adapt_steps=5),
-    "mpu": dict(hidden=4, freeze_backbone=True, epochs=0.1, adapt_steps=5),
+    "pref": dict(rank=2, freeze_backbone=True, epochs=0.1, adapt_steps=5),
+    "mpu": dict(hidden=4, freeze_backbone=True, epochs=0.1, adapt_steps=5, adapt_init="mean"),
     "pdpo": dict(soft_tokens=2, epochs=0.1, adapt_steps=1, adapt_lr=0.1),
     "icl": dict(shots=2),
 }
@@ -98,6 +99,28 @@ def test_users_are_adapted_anew_when_it_is_asked_for(folder, rows):
     fit.adapt(fresh, others)
     assert torch.equal(scores(model, query), scores(fresh, query))
     assert not torch.equal(scores(model, query), scores(load_model(folder), query))
+
+
+def test_users_may_be_adapted_in_any_order(folder, rows):
+    """As many times as one likes, together or one by one: what a user becomes depends on the training and its own pairs."""
+    model, query = load_model(folder), of_split(rows, "query")
+    before = scores(model, query)
+    fit.adapt(model, rows, again=True)
+    assert torch.equal(scores(model, query), before)
+    forget(model, ["new_00", "new_01", "new_02"])
+    for user in ("new_02", "new_00", "new_01"):
+        fit.adapt(model, rows.filter(lambda row, user=user: row["user_id"] == user))
+    assert torch.equal(scores(model, query), before)
+
+
+def test_without_trained_users_there_is_no_mean_to_begin_at(folder, rows):
+    model = load_model(folder)
+    forget(model, [user for user in model.known_users if user.startswith("user_")])
+    if model.about["method"] == "pref" or model.about["fields"].get("adapt_init") == "mean":
+        with pytest.raises(PyargsError, match="no user of the training is left"):
+            fit.adapt(model, rows, again=True)
+    else:
+        fit.adapt(model, rows, again=True)
 
 
 def test_users_leave_a_folder_by_the_command_line(folder, rows, tmp_path, capsys):

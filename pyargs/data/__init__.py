@@ -112,13 +112,25 @@ def _module(name: str):
 
 def of_split(dataset: Dataset, *splits: str) -> Dataset:
     """The rows of these splits, in order; may be empty."""
+    if "split" not in dataset.column_names:
+        raise PyargsError(f"the pairs have no column 'split', which is one of {', '.join(SPLITS)} in each row")
     return dataset.select([row for row, split in enumerate(dataset["split"]) if split in splits])
 
 
 def with_text_ids(dataset: Dataset) -> Dataset:
-    """The dataset with integer user ids as their digits (`pyargs.user_ids`), as `load` gives them."""
-    from datasets import Value
+    """The dataset with integer user ids as their digits (`pyargs.user_ids`), as `load` gives them.
 
+    Raises PyargsError for what is no Dataset, lacks a column that training reads, or has answers that are not text.
+    """
+    from datasets import Dataset, Value
+
+    if not isinstance(dataset, Dataset):
+        raise PyargsError(f"pairs are a datasets.Dataset, as pyargs.data.load gives it, not a {type(dataset).__name__}")
+    for name in ("user_id", "prompt", "chosen", "rejected"):
+        if name not in dataset.column_names:
+            raise PyargsError(f"the pairs have no column '{name}'.{did_you_mean(name, dataset.column_names)}")
+        if name in ("chosen", "rejected") and len(dataset) and not isinstance(dataset[0][name], str):
+            raise PyargsError(f"{name} must be text: lists of messages are read from a file, by pyargs.data.load")
     kind = getattr(dataset.features.get("user_id"), "dtype", "")
     return dataset.cast_column("user_id", Value("string")) if kind.startswith(("int", "uint")) else dataset
 

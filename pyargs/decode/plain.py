@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyargs.decode import native
-from pyargs.decode.request import check_length, check_numbers, check_room, check_temperature, stop_and_pad
+from pyargs.decode.request import check_length, check_numbers, check_room, check_sampling, ids_of, one_seed, stop_and_pad
 from pyargs.errors import PyargsError
 from pyargs.lm.encode import left_pad
 from pyargs.lm.hf import forward_step
@@ -37,12 +37,12 @@ def generate(
     """
     lm = unwrapped(policy.lm if isinstance(policy, UserPolicy) else policy)
     soft, tokenizer = getattr(policy, "soft", None), getattr(policy, "tokenizer", None)
+    prompts = ids_of(prompts, len(lm.get_input_embeddings().weight))
     if not len(prompts):
         return _decoded(torch.zeros(0, 0, dtype=torch.long), [], 0)
     if not all(len(prompt) for prompt in prompts):
         raise PyargsError("a prompt without a token has nothing to answer: give each at least one")
-    if do_sample:
-        check_temperature(temperature)
+    temperature, seed = check_sampling(do_sample, temperature), one_seed(seed)
     check_length(max_new_tokens)
     lengths = [len(prompt) + (0 if soft is None else soft.centres.shape[1]) for prompt in prompts]
     check_room(lm, min(lengths), max(lengths), max_new_tokens)
@@ -50,7 +50,6 @@ def generate(
     vocabulary = rows if tokenizer is None else min(len(tokenizer), rows)
     stop, pad = stop_and_pad(lm)
     if soft is None and not do_sample and native.possible(lm):
-        prompts = [list(prompt) for prompt in prompts]
         tokens = native.greedy(lm, prompts, max_new_tokens=max_new_tokens, vocabulary=vocabulary, stop=stop, pad=pad)
         return _decoded(tokens, stop, pad)
     inputs, mask = (x.to(lm.device) for x in left_pad(prompts, 0))
@@ -67,7 +66,7 @@ def generate(
             torch.manual_seed(seed)
         tokens = _decode(
             lm, inputs, mask, max_new_tokens=max_new_tokens, vocabulary=vocabulary, pad=pad,
-            stop=torch.tensor(stop, dtype=torch.long, device=lm.device), temperature=temperature if do_sample else None,
+            stop=torch.tensor(stop, dtype=torch.long, device=lm.device), temperature=temperature,
         )  # fmt: skip
     return _decoded(tokens, stop, pad)
 
@@ -91,7 +90,8 @@ def _decode(
         if temperature is None:
             token = logits.argmax(1)
         else:
-            token = (logits / temperature).softmax(1).multinomial(1).squeeze(1)
+            colder = (logits - logits.amax(1, keepdim=True)).double() / temperature  # which float32 may not hold
+            token = colder.float().softmax(1).multinomial(1).squeeze(1)
         tokens.append(token.masked_fill(finished, pad))
         finished = finished | torch.isin(token, stop)
         if (finished | bad).all():  # the one look of a step at the device

@@ -75,9 +75,7 @@ def check(
     if len(users) != rows:
         raise PyargsError(f"{rows} prompts but {len(users)} users: name one user for each row")
     weight = weights(reward_weight, rows)
-    if not isinstance(do_sample, bool):
-        raise PyargsError(f"do_sample is True or False, not {do_sample!r}")
-    temperature = check_temperature(temperature) if do_sample else None
+    temperature = check_sampling(do_sample, temperature)
     if eos_reward not in ("before", "state"):
         raise PyargsError(f"eos_reward is 'before' or 'state', not {eos_reward!r}")
     if token_callback is not None and not callable(token_callback):
@@ -137,7 +135,20 @@ def whole(name: str, value, least: int, most: int | None = None) -> int:
     return number
 
 
-def check_temperature(temperature) -> float:
+def ids_of(prompts, known: int) -> list[list[int]]:
+    """Prompts as lists of ids. Raises PyargsError for what is no token of a model that knows so many."""
+    try:
+        return [[whole("a token of a prompt", one, 0, known - 1) for one in prompt] for prompt in prompts]
+    except TypeError:
+        raise PyargsError(f"prompts are lists of token ids, one for each row, got {str(prompts)[:60]}") from None
+
+
+def check_sampling(do_sample: bool, temperature) -> float | None:
+    """The temperature, None for the greedy choice."""
+    if not isinstance(do_sample, bool):
+        raise PyargsError(f"do_sample is True or False, not {do_sample!r}")
+    if not do_sample:
+        return None
     if isinstance(temperature, Real) and not isinstance(temperature, bool) and 0 < temperature < math.inf:
         return float(temperature)
     raise PyargsError(
@@ -149,12 +160,19 @@ def check_length(max_new_tokens: int) -> None:
     whole("max_new_tokens", max_new_tokens, 1)
 
 
+SEEDS = -(2**63), 2**64 - 1
+"""What torch takes."""
+
+
+def one_seed(seed) -> int | None:
+    return None if seed is None else whole("seed", seed, *SEEDS)
+
+
 def seeds(seed, rows: int) -> int | list[int] | None:
     """One seed of all rows, or one for each, as torch takes them."""
-    bounds = -(2**63), 2**64 - 1
-    if seed is None or not _several(seed):
-        return None if seed is None else whole("seed", seed, *bounds)
-    each = [whole("seed", one, *bounds) for one in seed]
+    if not _several(seed):
+        return one_seed(seed)
+    each = [whole("seed", one, *SEEDS) for one in seed]
     if len(each) != rows:
         raise PyargsError(f"{len(each)} seeds for {rows} rows: give one, or one for each row")
     return each

@@ -58,7 +58,7 @@ def args(
     and `synced_gpus=` given to `generate`: they do nothing here.
     """
     from pyargs.decode.args import generate
-    from pyargs.decode.request import weights
+    from pyargs.decode.request import weights, whole
 
     users = user_ids(users)
 
@@ -69,7 +69,7 @@ def args(
 
         try:
             config = generation_config
-            check_config(config, model.generation_config, num_candidates)
+            check_config(config, model.generation_config, whole("num_candidates", num_candidates, 1))
             check_processors(logits_processor or [], config)
             check_criteria(stopping_criteria or [], config)
             check_inputs(input_ids, model_inputs)

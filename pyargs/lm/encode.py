@@ -117,7 +117,8 @@ def _ids(tokenizer, contents: list[str], render: Callable, add_special_tokens: b
     """Ids of the text that `render` makes of the contents, in which no special token comes from a content.
 
     That is so where its special tokens are those of harmless contents. Else every text of a special token in a content is cut
-    behind its first character, and the parts are read one by one. Raises PyargsError where that does not help.
+    behind its first character, and the parts are read one by one. Raises PyargsError where that does not help, and where the
+    template looks into the contents, so that the parts are not those of the text.
     """
     if any(re.search("[\ud800-\udfff]", content) for content in contents):
         raise PyargsError("a text holds half a character (a lone surrogate): it is not text")
@@ -130,14 +131,20 @@ def _ids(tokenizer, contents: list[str], render: Callable, add_special_tokens: b
     def read(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    ids = tokenizer(render(contents), add_special_tokens=add_special_tokens)["input_ids"]
+    whole = render(contents)
+    ids = tokenizer(whole, add_special_tokens=add_special_tokens)["input_ids"]
     harmless = render(["a" if content.strip() else content for content in contents])
     frame = tokenizer(harmless, add_special_tokens=add_special_tokens)["input_ids"]
     if controls(ids) == controls(frame):
         return ids
-    mark = secrets.token_hex()  # nobody's content holds it
+    mark = str(secrets.randbits(256))  # nobody's content holds it, and a template that changes letters leaves it alone
     cut = re.compile(f"(?=(?:{'|'.join(map(re.escape, texts))}))(.)", re.DOTALL)
     first, *rest = render([cut.sub(rf"\g<1>{mark}", content) for content in contents]).split(mark)
+    if "".join([first, *rest]) != whole:
+        raise PyargsError(
+            "a text holds what the model's chat template takes for a special token and writes otherwise: take it out of the "
+            "text"
+        )
     ids, line = read(first), read("\n")
     for part in rest:
         # Behind a line's end, since tokenizers of sentencepiece begin every text with a space of their own.

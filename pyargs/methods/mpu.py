@@ -9,6 +9,7 @@ from torch import Tensor
 from pyargs.config import option
 from pyargs.fit import AdaptConfig, bradley_terry, fit_users
 from pyargs.heads import user_mlp
+from pyargs.models import trained_mean
 from pyargs.models.reward_model import RewardModel
 from pyargs.types import Batch, Features
 
@@ -48,7 +49,7 @@ def loss(model: RewardModel, batch: Batch, config: Config) -> Tensor:
 
 def adapt(model: RewardModel, support: Features, ids: list[str], config: Config) -> dict[str, Tensor]:
     if config.adapt_init == "mean":
-        initial = {name: value.detach().mean(0).repeat(len(ids), 1) for name, value in model.users.vectors.items()}
+        initial = {name: value.repeat(len(ids), 1) for name, value in trained_mean(model).items()}
     else:
         initial = model.head.initial(len(ids))
     return fit_users(model, support, ids, initial, steps=config.adapt_steps, lr=config.adapt_lr, weight_decay=config.adapt_l2)

@@ -16,6 +16,7 @@ from torch import Tensor
 from pyargs.config import option
 from pyargs.fit import AdaptConfig, bradley_terry, fit_users, randn_rows
 from pyargs.heads import linear
+from pyargs.models import trained_mean
 from pyargs.models.reward_model import RewardModel
 from pyargs.types import Batch, Features, Users
 
@@ -143,7 +144,7 @@ def adapt(model: RewardModel, support: Features, ids: list[str], config: Config)
     if config.adapt_init == "randn":
         initial = randn_rows(ids, config.rank, seed=config.seed)
     else:
-        initial = model.users.vectors["mixture"].detach().mean(0).repeat(len(ids), 1)
+        initial = trained_mean(model)["mixture"].repeat(len(ids), 1)
     return fit_users(
         model, support, ids, {"mixture": initial}, steps=config.adapt_steps, lr=config.adapt_lr, weight_decay=config.adapt_l2
     )

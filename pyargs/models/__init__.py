@@ -5,6 +5,10 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def load_model(folder: str | Path, **more):
@@ -38,3 +42,19 @@ def forget(model, users: Iterable[str]) -> None:
         model.demonstrations.remove(users)
     else:
         model.users.remove(users)
+    if "adapted" in model.about:
+        model.about["adapted"] = [user for user in model.about["adapted"] if user not in users]
+
+
+def trained_mean(model) -> dict[str, Tensor]:
+    """Mean [1, ...] of each kind of vector over the users that the model was trained on: where a new user may begin.
+
+    Users who were adapted later do not count, so that the order in which users are adapted does not matter. Folders saved
+    before that was written down count all. Raises PyargsError where no trained user is left.
+    """
+    from pyargs.errors import PyargsError
+
+    trained = [row for user, row in model.users.ids.items() if user not in model.about.get("adapted", [])]
+    if not trained:
+        raise PyargsError("no user of the training is left, at whose mean new users begin: take a model that has some")
+    return {name: value.detach()[trained].mean(0, keepdim=True) for name, value in model.users.vectors.items()}

@@ -26,6 +26,7 @@ KINDS = {
 ALWAYS = {"kind": str, "lora": bool, "users": dict[str, list[int]]}
 ABOUT = {
     "backbone": str, "dtype": str, "fingerprint": str, "method": str, "fields": dict, "max_length": int | None,
+    "adapted": list[str],
 }  # fmt: skip
 """What else the package reads there, if it is there."""
 
