@@ -66,7 +66,7 @@ class FitConfig(ModelConfig):
     target_modules: list[str] | None = option(
         None,
         "layers with LoRA (default: PEFT's choice for the family, mostly q_proj and v_proj, or all linear layers where it "
-        "has none, as for Phi-3, OLMo2, Granite, SmolLM3; paper silent)",
+        "has none, as for Phi-3, OLMo2, Granite, SmolLM3; all-linear: all of them; paper silent)",
     )
     epochs: float | None = option(
         None, "passes over the train pairs (default: 2 in full as for PRISM and Pref-LaMP, 20 with a frozen backbone, where "

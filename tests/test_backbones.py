@@ -24,7 +24,8 @@ SIZES = dict(
     ("family", "layers"), [("phi3", {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}), ("olmo2", {"q_proj", "down_proj"}),
                            ("granite", {"q_proj", "down_proj"}), ("smollm3", {"q_proj", "down_proj"}),
                            ("cohere", {"q_proj", "down_proj"}), ("starcoder2", {"q_proj", "c_fc"}),
-                           ("mamba", {"in_proj", "x_proj", "dt_proj"}), ("llama", {"q_proj", "v_proj"})],
+                           ("mamba", {"in_proj", "x_proj", "dt_proj"}), ("llama", {"q_proj", "v_proj"}),
+                           ("mixtral", {"q_proj", "v_proj"})],
 )  # fmt: skip
 def test_lora_goes_into_the_linear_layers_of_a_family_that_peft_has_no_choice_for(family, layers, tmp_path):
     from transformers import AutoConfig, AutoModel
@@ -35,7 +36,7 @@ def test_lora_goes_into_the_linear_layers_of_a_family_that_peft_has_no_choice_fo
     before = decoder(ids).last_hidden_state
     lora.add(decoder, rank=2, alpha=4, rslora=True, target_modules=None)
     there = {name.split(".lora_")[0].rpartition(".")[2] for name, _ in decoder.named_parameters() if ".lora_" in name}
-    assert there == layers if family in ("llama", "phi3", "mamba") else there > layers
+    assert there == layers if family in ("llama", "phi3", "mamba", "mixtral") else there > layers
     for name, parameter in decoder.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.1)
@@ -54,6 +55,20 @@ def test_layers_that_are_not_there_are_refused_by_name():
     decoder = AutoModel.from_config(AutoConfig.for_model("llama", **SIZES))
     with pytest.raises(PyargsError, match="no LoRA for llama in nowhere.*Fix: --target-modules, of down_proj, gate_proj"):
         lora.add(decoder, rank=2, alpha=4, rslora=True, target_modules=["nowhere"])
+    with pytest.raises(PyargsError, match="no LoRA for llama in nope: .*Fix: --target-modules, of down_proj, gate_proj"):
+        lora.add(decoder, rank=2, alpha=4, rslora=True, target_modules=["q_proj", "nope"])
+    assert not lora.present(decoder)
+
+
+def test_layers_are_named_by_the_end_of_their_place_or_all_linear():
+    from transformers import AutoConfig, AutoModel
+
+    for chosen, count in ((["all-linear"], 7), (["self_attn.q_proj", "layers.0.mlp.up_proj"], 2)):
+        decoder = AutoModel.from_config(AutoConfig.for_model("llama", **SIZES))
+        lora.add(decoder, rank=2, alpha=4, rslora=True, target_modules=chosen)
+        assert len(lora.weights(decoder)) == 2 * count
+    with pytest.raises(PyargsError, match="all-linear"):
+        lora.add(decoder, rank=2, alpha=4, rslora=True, target_modules=["all-linear", "q_proj"])
 
 
 @pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])

@@ -28,8 +28,8 @@ ARCHITECTURE = ("model_type", "rms_norm_eps", "layer_norm_eps", "rope_parameters
 def add(decoder: nn.Module, *, rank: int, alpha: float, rslora: bool, target_modules, dropout: float = 0.0) -> None:
     """Puts LoRA layers into the decoder, in place; only they are trainable. float32 weights even beside a bf16 base.
 
-    target_modules: names of layers; None: those that PEFT has for the model's family, or all linear ones where it has none.
-    Raises PyargsError where the decoder has no such layers.
+    target_modules: names of layers, or ["all-linear"]; None: those that PEFT has for the model's family, or all linear ones
+    where it has none. Raises PyargsError for a name that no layer of the decoder has.
     """
     from peft import LoraConfig
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -39,6 +39,12 @@ def add(decoder: nn.Module, *, rank: int, alpha: float, rslora: bool, target_mod
     linear = {name.rpartition(".")[2] for name, layer in decoder.named_modules() if isinstance(layer, (nn.Linear, Conv1D))}
     if kind in ("mamba", "mamba2", "falcon_mamba"):
         linear -= {"out_proj"}  # whose weight their kernels take, LoRA or not: PEFT refuses it
+    choices = f"Fix: --target-modules, of {', '.join(sorted(linear))}; or all-linear by itself"
+    if target_modules == ["all-linear"]:
+        target_modules = linear
+    for name in target_modules or ():  # PEFT passes over one that it does not find beside others
+        if not any(f".{place}".endswith(f".{name}") for place, _ in decoder.named_modules()):
+            raise PyargsError(f"no LoRA for {kind} in {name}: it has no layer of that name. {choices}")
     chosen = target_modules or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind, linear)
     config = LoraConfig(
         r=rank, lora_alpha=alpha, use_rslora=rslora, lora_dropout=dropout, target_modules=sorted(chosen),
@@ -48,8 +54,7 @@ def add(decoder: nn.Module, *, rank: int, alpha: float, rslora: bool, target_mod
         _inject(decoder, config)
     except ValueError as error:
         raise PyargsError(
-            f"no LoRA for {kind} in {', '.join(sorted(chosen))}: {str(error).splitlines()[0]} "
-            f"Fix: --target-modules, of {', '.join(sorted(linear))}"
+            f"no LoRA for {kind} in {', '.join(sorted(chosen))}: {str(error).splitlines()[0]} {choices}"
         ) from error
 
 
@@ -104,7 +109,7 @@ def load(decoder: nn.Module, folder: Path) -> None:
         config = LoraConfig(**{name: settings[name] for name in SETTINGS}, base_model_name_or_path=place)
         ours = config.to_dict()
         for name, value in settings.items():
-            if name not in SETTINGS and name not in NOTES and (value != ours[name] if name in ours else value):
+            if name not in SETTINGS and name not in NOTES and (value or None) != (ours.get(name) or None):  # PEFT fills in []
                 raise PyargsError(f"{file}: '{name}' is {value!r}, which pyargs does not support: only plain LoRA")
         _inject(decoder, config)
     same_tensors(weights(decoder), saved, folder / FILES[1])
