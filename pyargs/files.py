@@ -25,6 +25,8 @@ from pyargs.errors import ELSEWHERE, PyargsError, explained, refusal
 
 LINE = 1 << 24
 """Characters of the longest line that is read: a small .gz can hold one that fills the memory."""
+JSON = 1 << 28
+"""Bytes of the largest .json file between stages: it is read in one piece."""
 UNFOLDED = 100
 """Times its size that a .gz which is read in one piece may unfold to (text: 3 to 20)."""
 
@@ -40,6 +42,7 @@ def sha256(path: str | Path) -> str:
         for file in sorted(p for p in path.rglob("*") if p.is_file()):
             digest.update(f"{file.relative_to(path).as_posix()} {sha256(file)}\n".encode())
         return digest.hexdigest()
+    check_regular(path)
     with explained(f"{path} cannot be read"), path.open("rb") as stream:
         while block := stream.read(1 << 22):
             digest.update(block)
@@ -93,8 +96,18 @@ def _once(pairs: list[tuple[str, object]]) -> dict:
     return found
 
 
+def check_regular(path: str | Path) -> None:
+    """Raises PyargsError for a pipe or a device: one may be waited for, or read, without end."""
+    if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):
+        raise PyargsError(f"{path} is no regular file, but a pipe or a device: write what it gives to a file, and give that")
+
+
 def read_json(path: str | Path):
+    """The value of a .json file. Raises PyargsError: missing, too large, not JSON, no regular file."""
     try:
+        check_regular(path)
+        if Path(path).stat().st_size > JSON:
+            raise PyargsError(f"{path} is larger than {JSON >> 20} MiB: no file that pyargs writes is")
         return parse_json(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise PyargsError(f"{path} does not exist") from error
@@ -119,11 +132,9 @@ def read_jsonl(path: str | Path) -> Iterator:
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     """(number from 1, line) of a UTF-8 file, plain or .gz. Raises PyargsError: missing, damaged, a line without end."""
-    opener = gzip.open if str(path).endswith(".gz") else open
     number = 0
     try:
-        # -sig: a byte order mark, as some editors write one, is no part of the first line.
-        with explained(f"{path} cannot be read"), opener(path, "rt", encoding="utf-8-sig") as stream:
+        with explained(f"{path} cannot be read"), _open_text(path) as stream:
             while line := stream.readline(LINE + 1):
                 number += 1
                 if len(line) > LINE:
@@ -138,9 +149,8 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
 def read_text(path: str | Path) -> str:
     """All of a UTF-8 file, plain or .gz. Raises PyargsError: missing, damaged, a .gz that unfolds without end."""
     path = Path(path)
-    opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with explained(f"{path} cannot be read"), opener(path, "rt", encoding="utf-8-sig") as stream:
+        with explained(f"{path} cannot be read"), _open_text(path) as stream:
             most = max(4 * LINE, UNFOLDED * path.stat().st_size)
             text = stream.read(most + 1)
     except DAMAGED as error:
@@ -148,6 +158,12 @@ def read_text(path: str | Path) -> str:
     if len(text) > most:
         raise PyargsError(f"{path} unfolds to more than {UNFOLDED} times its size: unpack it yourself if you trust it")
     return text
+
+
+def _open_text(path: str | Path):
+    check_regular(path)
+    opener = gzip.open if str(path).endswith(".gz") else open
+    return opener(path, "rt", encoding="utf-8-sig")  # -sig: a byte order mark, as some editors write one, is no part of it
 
 
 DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError)
@@ -159,6 +175,7 @@ def read_tensors(file: str | Path) -> dict:
     from safetensors.torch import load_file
 
     try:
+        check_regular(file)
         return load_file(file)
     except (OSError, SafetensorError, MemoryError, RuntimeError) as error:
         why = refusal(error) or str(error)

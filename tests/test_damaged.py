@@ -270,6 +270,25 @@ def test_json_without_end_is_refused_by_name(tmp_path, monkeypatch):
     assert len(files.read_text(tmp_path / "plain.json")) > 10_000
 
 
+def test_pipes_and_devices_are_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "link.json").symlink_to("/dev/zero")
+    reads = files.read_json, files.read_text, files.read_tensors, files.sha256, lambda path: list(files.read_jsonl(path))
+    for name in ("pipe.json", "link.json"):
+        for read in reads:
+            with pytest.raises(PyargsError, match=f"{name} is no regular file"):
+                read(tmp_path / name)
+        with pytest.raises(PyargsError, match=f"{name} is no regular file"):
+            preferences.load(tmp_path / name)
+
+
+def test_a_json_file_of_any_size_is_not_read_into_memory(tmp_path):
+    with (tmp_path / "large.json").open("wb") as file:
+        file.truncate(files.JSON + 1)  # takes no room on the disk
+    with pytest.raises(PyargsError, match="large.json is larger than"):
+        files.read_json(tmp_path / "large.json")
+
+
 def test_parquet_with_bytes_that_are_no_text(tmp_path):
     import pyarrow
     import pyarrow.parquet

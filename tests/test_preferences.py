@@ -131,6 +131,8 @@ def test_pair_id_does_not_depend_on_the_label():
         ({"user": ..., "user_ids": "x"}, "no column 'user_id'; a row has user_id, prompt, chosen, rejected, split.*user_ids"),
         ({"user": 7.0}, "user_id is float"),
         ({"user": True}, "user_id is bool"),
+        ({"user": "u1", "user_id": "u2"}, "row 1: user is 'u1', but user_id 'u2'"),
+        ({"user": 8, "user_id": 7}, "row 1: user is '8', but user_id '7'"),
         ({"role": "test"}, "unknown split 'test'"),
         ({"role": ..., "split": ...}, "no column 'split'"),
         ({"rejected": ..., "loser": "x"}, "no column 'rejected'; .*split. There are: loser.$"),  # none of those that are read
@@ -144,6 +146,11 @@ def test_pair_id_does_not_depend_on_the_label():
 def test_refuses(changes, message):
     with pytest.raises(PyargsError, match=message):
         schema.check([row(**changes)])
+
+
+def test_a_user_may_be_named_twice_alike():
+    for both in ({"user": 7, "user_id": "7"}, {"user": None, "user_id": 7}):
+        assert schema.check([row(**both)])[0]["user_id"] == "7"
 
 
 def test_refuses_mixtures():

@@ -46,7 +46,10 @@ def check_row(row: dict, place: str) -> dict:
     split = "train" if split == "all" else split
     if split not in SPLITS:
         raise PyargsError(f"{place}: unknown split '{split}'; known: all, {', '.join(SPLITS)}.")
-    out = {"user_id": _id(_column(row, place, "user_id", "user"), place, "user_id"), **_texts(row, place), "split": split}
+    user = _id(_column(row, place, "user_id", "user"), place, "user_id")
+    if (other := row.get("user")) is not None and (other := _id(other, place, "user")) != user:
+        raise PyargsError(f"{place}: user is '{other}', but user_id '{user}': give one of them.")
+    out = {"user_id": user, **_texts(row, place), "split": split}
     if out["chosen"] == out["rejected"]:
         raise PyargsError(f"{place}: chosen and rejected are the same text.")
     pair_id = row.get("pair_id")

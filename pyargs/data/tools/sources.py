@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pyargs.errors import PyargsError, explained
-from pyargs.files import parse_json, read_lines, read_text, sha256, write_text
+from pyargs.files import check_regular, parse_json, read_lines, read_text, sha256, write_text
 from pyargs.lm.hub import cache_dir
 from pyargs.progress import progress_bar
 
@@ -48,6 +48,7 @@ def rows(path: Path) -> Iterator[tuple[str, dict]]:
     The place names file and row. Raises PyargsError, which begins with it: not JSON, not an object, a truncated file, another
     kind of file.
     """
+    check_regular(path)
     if not path.is_file():
         raise PyargsError(f"No file {path}.")
     kind = path.suffixes[-2] if path.suffix == ".gz" and len(path.suffixes) > 1 else path.suffix
