@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import tiny_lm
+from conftest import reward_model, tiny_lm
 from test_changed_weights import adapted
 from test_decode import same
-from test_structure import decoded, fast
+from test_structure import FEW, USERS, decoded, fast, guided, prompts
 from torch import nn
 from transformers.models.llama import modeling_llama
 
+from pyargs.decode import plain
+from pyargs.errors import PyargsError
+from pyargs.lm.cache import can_branch
+from pyargs.lm.hf import masks_every_step
 from pyargs.lm.structure import as_written
 
 
@@ -53,6 +57,56 @@ def test_a_part_of_the_same_look_counts(change, monkeypatch):
     ours = decoded(policy, model)
     monkeypatch.setenv("PYARGS_BACKEND", "eager")
     same(ours, decoded(policy, model))
+
+
+def one_layer_twice(lm):
+    lm.model.layers[1] = lm.model.layers[0]
+
+
+def later_tokens(lm):
+    lm.model.layers[1].self_attn.is_causal = False
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])
+@pytest.mark.parametrize(
+    ("change", "message"), [(one_layer_twice, "layers.0.* and .*layers.1.* are one"), (later_tokens, "sees later tokens")]
+)
+def test_layers_that_no_cache_serves_are_refused_though_the_first_ones_were_tried(change, message, family):
+    policy = tiny_lm(family, dtype=torch.float32)
+    model = reward_model(tiny_lm(family, seed=1, dtype=torch.float32)).eval()
+    padded, even = prompts([3, 5]), prompts([4, 4])
+    ways = [
+        lambda rows: guided(policy, model, rows, USERS[:2], **FEW),
+        lambda rows: plain.generate(policy, rows, max_new_tokens=2),
+    ]
+    before = [way(rows).tokens for way in ways for rows in (padded, even)]
+    assert can_branch(policy) and masks_every_step(policy)
+    layer, causal = policy.model.layers[1], policy.model.layers[1].self_attn.is_causal
+    change(policy)
+    assert not can_branch(policy)
+    for way in ways:
+        for rows in (padded, even):
+            with pytest.raises(PyargsError, match=message):
+                way(rows)
+    policy.model.layers[1], layer.self_attn.is_causal = layer, causal
+    for old, new in zip(before, [way(rows).tokens for way in ways for rows in (padded, even)], strict=True):
+        assert torch.equal(old, new)
+
+
+class Summing(nn.Module):
+    def forward(self, x):
+        return x.cumsum(1)
+
+
+def test_a_model_is_tried_again_when_a_module_was_replaced():
+    policy = tiny_lm()
+    assert can_branch(policy) and masks_every_step(policy)
+    old, policy.model.layers[0].mlp = policy.model.layers[0].mlp, Summing()
+    assert not can_branch(policy)
+    with pytest.raises(PyargsError, match="does not leave padding out"):
+        masks_every_step(policy)
+    policy.model.layers[0].mlp = old
+    assert can_branch(policy) and masks_every_step(policy)
 
 
 def test_what_hides_functions_and_parts_is_seen(monkeypatch):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from pyargs.errors import PyargsError
-from pyargs.lm.structure import may_replace, unwrapped
+from pyargs.lm.structure import may_replace, outline, unwrapped
 from pyargs.ops.commit import MOST, commit
 
 
@@ -161,7 +161,7 @@ def can_branch(model) -> bool:
     """Whether candidates may stand beside each other behind one prefix: full attention in all layers, by mask and position.
 
     Config and cache say whether a layer looks through a window or keeps a state, which a short text would not show. Whether
-    the model follows masks and positions (ALiBi does not) is tried on a few tokens, once for each model.
+    the model follows masks and positions (ALiBi does not) is tried on a few tokens, and again when its modules have changed.
     """
     model = unwrapped(model)
     config = model.config.get_text_config(decoder=True)
@@ -173,17 +173,21 @@ def can_branch(model) -> bool:
     layers = DynamicCache(config=config).layers
     if not layers or any(type(layer) is not DynamicLayer for layer in layers):
         return False
-    tried = _branching.setdefault(model, {})
-    if config._attn_implementation not in tried:
-        tried[config._attn_implementation] = _branches_rightly(model)
-    return tried[config._attn_implementation]
+    try:
+        check_layers(model)
+    except PyargsError:
+        return False
+    now = config._attn_implementation, outline(model)
+    if _branching.get(model, (None,))[0] != now:
+        _branching[model] = now, _branches_rightly(model)
+    return _branching[model][1]
 
 
 WINDOWS = "attention_window", "window_size"
 """How the names end under which configs keep the width of a window that no cache knows of (GPT-Neo's local attention)."""
 
-_branching: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
-"""By model and implementation of attention: what `_branches_rightly` found."""
+_branching: WeakKeyDictionary[nn.Module, tuple[tuple, bool]] = WeakKeyDictionary()
+"""By model: its attention and modules when it was tried, and what `_branches_rightly` found."""
 
 
 @torch.no_grad()
@@ -239,6 +243,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def check_layers(model) -> None:
+    """Raises PyargsError for layers that no cache serves: one that stands in two places of the model but has a single one in
+    the cache, or one whose tokens see later ones, so that new tokens would change the old ones' states."""
+    first: dict[int, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if type(getattr(module, "layer_idx", None)) is not int:
+            continue
+        if first.setdefault(id(module), name) != name:
+            raise PyargsError(
+                f"{first[id(module)]} and {name} are one module, so both would write to layer {module.layer_idx} of the "
+                "cache: give each place a copy (copy.deepcopy) with a layer_idx of its own"
+            )
+        if getattr(module, "is_causal", None) is False and "Cross" not in type(module).__name__:
+            raise PyargsError(
+                f"{name} sees later tokens (is_causal = False), so nothing can be decoded token by token: set is_causal = True"
+            )
 
 
 def can_share(model) -> bool:

@@ -13,11 +13,11 @@ from torch.utils.checkpoint import checkpoint
 
 from pyargs.errors import PyargsError, first_line, refusal
 from pyargs.lm import native
-from pyargs.lm.cache import additive, alike, cache_name, can_share, evaluating, parameters, positions
+from pyargs.lm.cache import additive, alike, cache_name, can_share, check_layers, evaluating, parameters, positions
 from pyargs.lm.encode import Packed, pack
 from pyargs.lm.hub import resolve
 from pyargs.lm.lora import ARCHITECTURE
-from pyargs.lm.structure import may_replace, structure, unwrapped
+from pyargs.lm.structure import may_replace, outline, structure, unwrapped
 from pyargs.ops import topk_logprobs
 from pyargs.progress import progress_bar
 
@@ -333,9 +333,11 @@ def forward_step(model, ids: Tensor, mask: Tensor, cache, padded: bool, **more):
     """One pass over new tokens [B, n], or their embeddings [B, n, D], behind a cache (None at first): the output, the cache.
 
     mask [B, all tokens so far]; padded: whether it has zeros. For any model of transformers, whatever it calls its cache.
-    Raises PyargsError for models that take no cache, or that padding changes.
+    Raises PyargsError for models that take no cache, or that a cache or padding changes.
     """
     model = unwrapped(model)
+    if cache is None:
+        check_layers(model)
     # Without padding a mask only costs time.
     masked = padded and (mask.shape[1] == ids.shape[1] or masks_every_step(model))
     return _step(model, ids, mask, cache, masked, **more)
@@ -353,24 +355,27 @@ def _step(model, ids: Tensor, mask: Tensor, cache, masked: bool, **more):
     return output, output[name]
 
 
-_every_step: WeakKeyDictionary[nn.Module, bool | None] = WeakKeyDictionary()
-"""By model: what `_right_when_padded` found."""
+_every_step: WeakKeyDictionary[nn.Module, tuple[list, bool | None]] = WeakKeyDictionary()
+"""By model: its modules when it was tried, and what `_right_when_padded` found."""
 
 
 def masks_every_step(model) -> bool:
     """Whether the model needs the mask of a padded batch at every step, as attention does, or with the prompt alone, since
-    its state has gone past the padding. Tried on a few tokens, once for each model.
+    its state has gone past the padding. Tried on a few tokens, and again when its modules have changed.
 
     Raises PyargsError for a model that is wrong about a padded row either way.
     """
-    if model not in _every_step:
-        _every_step[model] = next((every for every in (True, False) if _right_when_padded(model, every)), None)
-    if _every_step[model] is None:
+    now = outline(model)
+    before, found = _every_step.get(model, (None, None))
+    if before != now:
+        found = next((every for every in (True, False) if _right_when_padded(model, every)), None)
+        _every_step[model] = now, found
+    if found is None:
         raise PyargsError(
             f"{type(model).__name__} does not leave padding out: its answer to a short prompt would depend on the longer ones "
             "beside it. Give prompts of one length, or one prompt at a time (batch_size=1)"
         )
-    return _every_step[model]
+    return found
 
 
 @torch.no_grad()

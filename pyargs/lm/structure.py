@@ -141,6 +141,18 @@ def structure(model: nn.Module, *, below: bool = True) -> dict:
     return found
 
 
+def outline(model: nn.Module) -> list[tuple]:
+    """By place of each module which one it is, its class, and its attributes that are numbers or words: less than `structure`,
+    for any model, and in less than a millisecond."""
+    first: dict[int, str] = {}
+    return [
+        (name, first.setdefault(id(module), name), type(module), [
+            (key, value) for key, value in vars(module).items() if type(value) in PLAIN and key[0] != "_" and key not in OTHERS
+        ])
+        for name, module in model.named_modules(remove_duplicate=False)
+    ]  # fmt: skip
+
+
 DROPPING = "dropout in training mode"
 
 
