@@ -18,8 +18,15 @@ def test_the_ten_lines_run(tmp_path, capsys):
     code = code.replace('"smollm2-135m"', repr(lm)).replace(
         "freeze_backbone=True", f"freeze_backbone=True, epochs=1, backbone={lm!r}"
     )
-    exec(compile(code, "README.md", "exec"), {})
-    assert capsys.readouterr().out.count("What do people like about old trains?") == 2  # unguided, then guided
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
+    prompt, decoded = names["inputs"]["input_ids"][0], names["tokenizer"].decode
+    answer = decoded(
+        names["policy"].generate(**names["inputs"], max_new_tokens=40)[0][len(prompt) :], skip_special_tokens=True
+    )
+    printed = capsys.readouterr().out
+    assert answer and printed.startswith(f"{answer}\n") and len(printed) > len(answer) + 2  # unguided, then guided
+    assert "What do people like about old trains?" not in printed
 
 
 def test_the_tree_is_true():
@@ -32,6 +39,13 @@ def test_the_tree_is_true():
             assert (base / name).exists(), f"README names {name}, which {base} does not hold"
             if not line.startswith(" ") and name.endswith("/"):
                 folder = ROOT / name
+
+
+def test_the_tree_names_every_file_of_lm():
+    tree = README.split("## What is here")[1].split("```")[1]
+    block = re.search(r"^  lm/ +(what runs a language model.*?)^  \w+/", tree, re.M | re.S)[1]
+    for file in (ROOT / "pyargs/lm").glob("[!_]*.py"):
+        assert re.search(rf"\b{file.stem}\b", block), f"README does not name pyargs/lm/{file.name}"
 
 
 def test_every_command_of_the_readme_exists():
