@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -98,7 +99,7 @@ def _once(pairs: list[tuple[str, object]]) -> dict:
 
 def check_regular(path: str | Path) -> None:
     """Raises PyargsError for a pipe or a device: one may be waited for, or read, without end."""
-    if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):
+    if _kind(Path(path)) == "device":
         raise PyargsError(f"{path} is no regular file, but a pipe or a device: write what it gives to a file, and give that")
 
 
@@ -200,7 +201,7 @@ def writing(path: str | Path, replaceable: Iterable[str] = ()):
     path = _place(path)
     if path == Path.cwd() or path in Path.cwd().parents:
         raise PyargsError(f"'{path}' can not be replaced: name a file or a folder inside it")
-    if path.exists() and not (path.is_file() or path.is_dir()):
+    if _kind(path) not in (None, "file", "folder"):
         raise PyargsError(f"'{path}' is neither a file nor a folder: choose another place")
     with explained(f"{path} cannot be written", ELSEWHERE):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -208,14 +209,14 @@ def writing(path: str | Path, replaceable: Iterable[str] = ()):
         with _temporary(path) as scratch:
             new = scratch / path.name
             yield new
-            folder = new.is_dir()
-            if path.exists() and path.is_dir() != folder:
-                raise PyargsError(f"{path} is a {'file' if folder else 'folder'}: name a {'folder' if folder else 'file'}")
-            if path.is_dir():
-                there = set()
+            there, made = _kind(path), _kind(new)
+            if there and made and there != made:
+                raise PyargsError(f"{path} is a {there}: name a {made}")
+            if there == "folder":
+                held = set()
                 with suppress(FileNotFoundError):  # another process replaces it right now
-                    there = {p.name for p in path.iterdir()}
-                if foreign := there - {p.name for p in new.iterdir()} - set(replaceable):
+                    held = {p.name for p in path.iterdir()}
+                if foreign := held - {p.name for p in new.iterdir()} - set(replaceable):
                     raise PyargsError(f"{path} holds '{min(foreign)}', which is not ours to delete: choose another folder")
             _keep_modes(path, new)
             _put(new, path)
@@ -253,7 +254,7 @@ def _temporary(path: Path):
     while True:
         scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         lock = FileLock(scratch / _lock(path))
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError, FileExistsError):  # filelock makes a folder that has just gone, or fails to
             lock.acquire()
         if (scratch / _lock(path)).exists():
             break
@@ -298,6 +299,15 @@ def _keep_modes(path: Path, new: Path) -> None:
         for old in [path, *(path.iterdir() if path.is_dir() else ())]:
             if (fresh := new if old == path else new / old.name).exists():
                 shutil.copymode(old, fresh)
+
+
+def _kind(path: Path) -> str | None:
+    """What stands there, by one look, since another process may replace it between two."""
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "device"  # or a pipe
 
 
 def _place(path: str | Path) -> Path:

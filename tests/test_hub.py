@@ -168,6 +168,7 @@ def test_command_line(index, tmp_path):
     assert subprocess.run([*run], capture_output=True, env=environment).returncode == 2
 
 
+@pytest.mark.nightly  # half a minute, and the demo does the same
 @pytest.mark.skipif(bool(hub.damage("smollm2-135m")), reason="SmolLM2 is not in the cache: pyargs models fetch smollm2-135m")
 def test_real_smollm2():
     import torch
