@@ -232,10 +232,19 @@ def unchanged(folder: Path):
 
 
 def settle(path: str | Path) -> None:
-    """Clears what killed runs left beside `path`, and ends a replacement that one had begun. Living processes are let be."""
+    """Clears what killed runs left beside `path`, and ends a replacement that one had begun. Living processes are let be; a
+    replacement of theirs is waited for."""
+    path = _place(path)
+    for _ in range(10):  # the next one may have begun
+        if not _settle(path) or path.exists():
+            return
+
+
+def _settle(path: Path) -> bool:
+    """One round of it: whether there was an old folder that stood aside while nothing had its place."""
     from filelock import FileLock, Timeout
 
-    path = _place(path)
+    found = False
     name = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}")
     with suppress(OSError):  # no such folder, or one that may only be read
         for scratch in [one for one in path.parent.iterdir() if name.fullmatch(one.name)]:
@@ -243,8 +252,10 @@ def settle(path: str | Path) -> None:
             if held and _lock(path) not in held:
                 continue  # not ours, whatever it is called: ours is empty at first, and the lock goes last
             between = not path.exists() and any(one.startswith(_aside(path)) for one in held)
+            found |= between
             with suppress(Timeout), FileLock(scratch / _lock(path), timeout=10 if between else 0):
                 _clear(scratch, path)
+    return found
 
 
 @contextmanager
