@@ -103,17 +103,22 @@ def reward_model(
 CAPABILITIES = ("default", "avx2", "avx512")  # those of the ops
 
 
-@pytest.fixture(params=CAPABILITIES)
-def capability(request):
-    """Runs a test on each code path that this CPU has."""
+def take_capability(request, name: str) -> None:
+    """Takes a code path of the ops for as long as the requesting test runs; skips it where this CPU lacks the path."""
     _C = pytest.importorskip("pyargs._C")
     before = _C.cpu_capability()
     try:
-        _C.set_cpu_capability(request.param)
+        _C.set_cpu_capability(name)
     except ValueError as error:
         pytest.skip(str(error))
-    yield request.param
-    _C.set_cpu_capability(before)
+    request.addfinalizer(lambda: _C.set_cpu_capability(before))
+
+
+@pytest.fixture(params=CAPABILITIES)
+def capability(request):
+    """Runs a test on each code path that this CPU has."""
+    take_capability(request, request.param)
+    return request.param
 
 
 @pytest.fixture

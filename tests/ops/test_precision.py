@@ -7,6 +7,7 @@ import math
 import emulated
 import pytest
 import torch
+from conftest import CAPABILITIES, take_capability
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -14,7 +15,6 @@ from torch import Tensor
 from pyargs.ops import score_select, tokenwise_select, topk_logprobs, user_mlp
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-CAPABILITIES = ("default", "avx2", "avx512")
 
 
 @pytest.fixture(params=[*CAPABILITIES, pytest.param("emulated", marks=emulated.needed)])
@@ -22,13 +22,7 @@ def op_of(request):
     """The ops on one path: a CPU capability, or the CUDA kernels on the host."""
     if request.param == "emulated":
         return lambda op: getattr(emulated, op.__name__)
-    _C = pytest.importorskip("pyargs._C")
-    before = _C.cpu_capability()
-    try:
-        _C.set_cpu_capability(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    request.addfinalizer(lambda: _C.set_cpu_capability(before))
+    take_capability(request, request.param)
     return lambda op: op
 
 
