@@ -106,7 +106,7 @@ def tensors(draw):
         tensor = tensor.requires_grad_()
     elif change == "parameter" and tensor.is_floating_point():
         tensor = torch.nn.Parameter(tensor)
-    elif change == "sparse" and tensor.dtype == torch.float32 and tensor.dim():
+    elif change == "sparse" and tensor.dtype == torch.float32 and tensor.dim() and not tensor.is_meta:
         tensor = tensor.to_sparse()
     elif change == "numpy" and tensor.dtype == torch.float32 and not tensor.is_meta:
         return numpy.asarray(tensor)
