@@ -26,16 +26,16 @@ from pathlib import Path
 from threading import Thread
 from typing import NamedTuple
 
-import estimate
 from filelock import FileLock
-from profiles import PROFILES, Cell, cells
 
-from pyargs import cli, data, files, fit, rules
+from experiments import estimate, rules
+from experiments.profiles import PROFILES, Cell, cells
+from experiments.results import name as name_of
+from experiments.results import slug
+from pyargs import cli, data, files, fit
 from pyargs.errors import PyargsError, did_you_mean
 from pyargs.lm import hub
 from pyargs.progress import progress_bar
-from pyargs.results import name as name_of
-from pyargs.results import slug
 
 HERE = Path(__file__).parent
 NO_POLICY = {"word overlap", "MiniLM cosine"}  # rows that score texts

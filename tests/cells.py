@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from pyargs import files, rules
-from pyargs.results import slug
-from pyargs.tables.specs import ALONE, LAMP, LORA, SCORERS, UNGUIDED, has
+from experiments import rules
+from experiments.results import slug
+from experiments.tables.specs import ALONE, LAMP, LORA, SCORERS, UNGUIDED, has
+from pyargs import files
 
 ROOT = Path(__file__).resolve().parent.parent
 SETS = {"pref_lamp": "Pref-LaMP", "length_prefs": "TLDR", "two_types": "PRISM", "same_content": None}

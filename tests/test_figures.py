@@ -9,8 +9,8 @@ from pathlib import Path
 import cells as made
 import pytest
 
+from experiments.tables import table
 from pyargs import cli
-from pyargs.tables import table
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +50,14 @@ def test_figures_of_little(tmp_path, capsys):
 
 
 def _figure_text(folder) -> str:
-    from pyargs.figures import figure
+    from experiments.figures import figure
 
     return " ".join(figure("1", folder)[0].get_suptitle().split())
 
 
 def test_figure_1_has_the_tables_correlations(folder):
     """Of PRISM too, where Table 7 has one query of each user."""
-    from pyargs.figures import figure
+    from experiments.figures import figure
 
     drawn, _ = figure("1", folder)
     for data, name in (("TLDR", "2"), ("PRISM", "7")):

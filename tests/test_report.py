@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyargs import cli, files, report, results
-from pyargs.claims import CLAIMS, FAILS, HOLDS, OPEN, UNTESTABLE, findings, world
-from pyargs.claims.common import PERSONAL, same_answers
-from pyargs.claims.verdicts import (
+from experiments import report, results
+from experiments.claims import CLAIMS, FAILS, HOLDS, OPEN, UNTESTABLE, findings, world
+from experiments.claims.common import PERSONAL, same_answers
+from experiments.claims.verdicts import (
     LEAST,
     LEAST_SEEDS,
     above,
@@ -31,10 +31,11 @@ from pyargs.claims.verdicts import (
     difference,
     within,
 )
+from experiments.tables import planned, table
+from experiments.tables.render import shown
+from experiments.tables.specs import GUIDES, PRISM_EIGHT, PRISM_ROWS, TLDR_EIGHT, UNGUIDED
+from pyargs import cli, files
 from pyargs.errors import PyargsError
-from pyargs.tables import planned, table
-from pyargs.tables.render import shown
-from pyargs.tables.specs import GUIDES, PRISM_EIGHT, PRISM_ROWS, TLDR_EIGHT, UNGUIDED
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPER = files.read_json(ROOT / "experiments/expected/paper.json")

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pyargs import cli, files, fit, rules
+from experiments import rules
+from pyargs import cli, files, fit
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import cells as made
 import pytest
 
-from pyargs import cli, files, results
+from experiments import results
+from experiments.tables import table
+from experiments.tables.render import markdown
+from pyargs import cli, files
 from pyargs.errors import PyargsError
-from pyargs.tables import table
-from pyargs.tables.render import markdown
 
 
 def test_no_results_is_a_clear_message(tmp_path, capsys):

@@ -7,10 +7,10 @@ from pathlib import Path
 import cells as made
 import pytest
 
-from pyargs import report, results, rules
-from pyargs.figures import figure
-from pyargs.tables import table
-from pyargs.tables.render import as_csv, latex, markdown
+from experiments import report, results, rules
+from experiments.figures import figure
+from experiments.tables import table
+from experiments.tables.render import as_csv, latex, markdown
 
 COMMITTED = Path(__file__).resolve().parent.parent / "experiments/results"
 BIASES = next(rule for rule in rules.RULES if "VPL" in rule.before)

@@ -16,14 +16,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyargs import cli, files, results
+from experiments import results
+from experiments.tables import NAMES, planned, table
+from experiments.tables.captions import makes, runs
+from experiments.tables.render import MISSING, OURS, Column, Table, as_csv, escape, latex, markdown
+from experiments.tables.specs import GUIDES, SPECS, TLDR_EIGHT
+from pyargs import cli, files
 from pyargs.errors import PyargsError
 from pyargs.metrics.bootstrap import user_interval
 from pyargs.metrics.correlation import correlate_methods
-from pyargs.tables import NAMES, planned, table
-from pyargs.tables.render import MISSING, OURS, Column, Table, as_csv, escape, latex, markdown
-from pyargs.tables.specs import GUIDES, SPECS, TLDR_EIGHT
-from pyargs.tables.words import makes, runs
 
 ROOT = Path(__file__).resolve().parent.parent
 

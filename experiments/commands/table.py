@@ -23,9 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
 
 
 def run(args: argparse.Namespace) -> dict | None:
+    from experiments.tables import table
+    from experiments.tables.render import FORMATS
     from pyargs import files
-    from pyargs.tables import table
-    from pyargs.tables.render import FORMATS
 
     made, about = table(args.table, args.results, args.profile)
     text = FORMATS[args.format](made)

@@ -1,6 +1,6 @@
 """What every data set holds, beside the paper's: users, pairs, lengths, similarity of the two responses, user-blind scorers.
 
-    python experiments/data_statistics.py [SET ...] [--shared ../shared/data] [--work output/data]
+    python experiments/studies/data_statistics.py [SET ...] [--shared ../shared/data] [--work output/data]
 
 Sets that have a source are built first (`pyargs data build`, into --work; the full pref_lamp embeds 27,000 abstracts, once, 20
 minutes on two cores). A set that was done is done again only if its data changed; results/data_statistics.json holds numbers
@@ -12,14 +12,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pyargs import data, files, rules
+from experiments import rules
+from pyargs import data, files
 from pyargs.config import check
 from pyargs.data.tools.statistics import spread, statistics
 from pyargs.lm.embed import embed
 from pyargs.metrics.blind import blind, contents, sample
 
-HERE = Path(__file__).parent
-OUT, TABLE = HERE / "results/data_statistics.json", HERE / "tables/data_statistics.md"
+HERE = Path(__file__).parents[1]
+OUT, TABLE = HERE / "results/data_statistics.json", HERE / "results/data_statistics.md"
 EXPECTED = HERE / "expected/data_statistics.json"
 
 # row -> (data set, where in --shared, options of its build or, without a build, of load)
@@ -68,7 +69,7 @@ def table(found: dict, paper: dict) -> str:
     lines = [
         "# Data sets",
         "",
-        "`python experiments/data_statistics.py`. Means; a train user's pairs are those of train and train_test. LaMP-5 "
+        "`python experiments/studies/data_statistics.py`. Means; a train user's pairs are those of train and train_test. LaMP-5 "
         "itself is not to be had here: `pref_lamp` is built from a stand-in, ACL and arXiv papers in its format.",
         "",
         "| set | train users | pairs each | adapt users | support + query each | words of prompt, chosen, rejected | "
@@ -135,7 +136,7 @@ def main() -> None:
             found[row] = {**made, **measure(dataset)}
             print(f"{row}: {len(dataset)} pairs of {found[row]['users']} users")
         files.write_json(OUT, {
-            "command": "python experiments/data_statistics.py", "sets": {r: found[r] for r in SETS if r in found},
+            "command": "python experiments/studies/data_statistics.py", "sets": {r: found[r] for r in SETS if r in found},
             "provenance": {k: v for k, v in files.provenance(0).items() if k != "command"},
         })  # fmt: skip
     files.write_text(TABLE, table({r: found[r] for r in SETS if r in found}, files.read_json(EXPECTED)))

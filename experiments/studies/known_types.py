@@ -1,6 +1,6 @@
 """What a linear reward ranks of two_types when it is told each user's type, and what the methods rank that are not told.
 
-    python experiments/known_types.py [--data FILE]
+    python experiments/studies/known_types.py [--data FILE]
 
 Logistic regression with a ridge on the states of SmolLM2-135M's frozen backbone (bfloat16, as in profile cpu; of the last
 token, and the mean over the response), once for everybody and once for each type by itself. The ridge is chosen on the seen
@@ -18,14 +18,15 @@ import numpy as np
 import torch
 from scipy.optimize import minimize
 
-from pyargs import data, files, results
+from experiments import results
+from pyargs import data, files
 from pyargs.data import of_split
 from pyargs.features import features
 from pyargs.lm.hf import load_lm
 from pyargs.metrics.bootstrap import user_interval
 from pyargs.metrics.rm_accuracy import rm_accuracy
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 DATA = HERE.parent.parent / "shared/data/hh_rlhf_users/two_types_prefs.jsonl.gz"
 OUT = HERE / "results/known_types.json"
 RIDGES = [1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import NamedTuple
 
-from pyargs import results
-from pyargs.tables.render import OURS, PLAIN
+from experiments import results
+from experiments.tables.render import OURS, PLAIN
 
 SCALES = {  # the paper's policies by data set; Tables 9-12 have one each
     "TLDR": ("135M", "360M", "1.7B"),
@@ -26,7 +26,7 @@ LAMP = (*GUIDES[:7], "PAL", *GUIDES[7:], *ALONE)
 
 
 class Metric(NamedTuple):
-    """measure: cell -> number, as in pyargs.results. needs: what a row must have. paper: name of the paper's column."""
+    """measure: cell -> number, as in experiments.results. needs: what a row must have. paper: name of the paper's column."""
 
     heading: str
     measure: results.Measure

@@ -11,11 +11,12 @@ import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
-from pyargs import files, results, rules
+from experiments import results, rules
+from experiments.tables import captions
+from experiments.tables.specs import GUIDES, LAMP, LORA, METRICS, OWN_POLICY, SCALES, SPECS, UNGUIDED
+from pyargs import files
 from pyargs.errors import PyargsError
 from pyargs.metrics.correlation import correlate_methods
-from pyargs.tables import words
-from pyargs.tables.specs import GUIDES, LAMP, LORA, METRICS, OWN_POLICY, SCALES, SPECS, UNGUIDED
 
 SHOTS = (0, 2, 4, 8, 16)
 OVER = {"TLDR": SPECS["2"].over, "PRISM": SPECS["7"].over}  # the methods that the tables correlate; elsewhere GUIDES
@@ -36,7 +37,7 @@ def figure(number: str, folder: str | Path, profile: str | None = None):
     profile = results.choose_profile(cells, "PRISM" if number == "1" else "Pref-LaMP", profile)
     made, missing = draw([c for c in cells if c["profile"] == profile], paper, profile)
     data = None if number == "1" else "Pref-LaMP"
-    here, sets = words.runs(profile, missing, (), data)
+    here, sets = captions.runs(profile, missing, (), data)
     return made, {"profile": profile, "missing": missing, "command": results.command(profile, here, sets) if here else None}
 
 
@@ -67,7 +68,7 @@ def _scatter(cells: list[dict], paper: dict, profile: str):
                 if data in ONE_EACH:
                     sides = [results.one_per_user(side) for side in sides]
                 points = results.points(there, (*GUIDES, *LORA), *sides)
-                if lacks := [row for row in words.runs(profile, GUIDES, [name])[0] if row not in points]:
+                if lacks := [row for row in captions.runs(profile, GUIDES, [name])[0] if row not in points]:
                     missing[f"{name}, {policy}" if len(results.policies(own)) > 1 else name] = lacks
                 if points:
                     panels.append(
@@ -80,9 +81,9 @@ def _scatter(cells: list[dict], paper: dict, profile: str):
                         )
                     )
     if not panels:
-        raise PyargsError(f"Figure 1 needs RM and policy accuracies; {words.makes(profile, GUIDES, ())}")
+        raise PyargsError(f"Figure 1 needs RM and policy accuracies; {captions.makes(profile, GUIDES, ())}")
     lacking = [row for row in GUIDES if any(row in rows for rows in missing.values())]
-    lacks = f"Missing: {'; '.join(f'in {name} {words.listed(rows)}' for name, rows in missing.items())}." if missing else ""
+    lacks = f"Missing: {'; '.join(f'in {name} {captions.listed(rows)}' for name, rows in missing.items())}." if missing else ""
     plt = _pyplot()
     wide = min(3, len(panels))
     high = -(-len(panels) // wide)
@@ -160,7 +161,7 @@ def _quality(cells: list[dict], paper: dict, profile: str):
     beside = {policy: scale for scale, policy in results.match(SCALES["Pref-LaMP"], policies).items() if policy}
     metrics = [key for key in ("rouge1", "rougeL", "bertscore") if any(METRICS[key].measure(c) for c in cells)]
     if not metrics:
-        raise PyargsError(f"Figure 2 needs generated answers; {words.makes(profile, rows, (), 'Pref-LaMP')}")
+        raise PyargsError(f"Figure 2 needs generated answers; {captions.makes(profile, rows, (), 'Pref-LaMP')}")
     plt = _pyplot()
     size = (4.3 * len(metrics) + 1.2, 0.36 * len(rows) * max(1, 0.6 * len(policies)) + 2.6)
     made, axes = plt.subplots(1, len(metrics), figsize=size, layout="constrained", sharey=True, squeeze=False)
@@ -218,7 +219,7 @@ def _shots(cells: list[dict], paper: dict, profile: str):
     every = list(dict.fromkeys(row for rows in names.values() for row in rows))
     missing = [row for row in every if _lacks(cells, row, policies, "rouge1")]
     if not any(c["row"] in every and METRICS["rouge1"].measure(c) for c in cells):
-        raise PyargsError(f"Figure 3 needs generated answers; {words.makes(profile, every, (), 'Pref-LaMP')}")
+        raise PyargsError(f"Figure 3 needs generated answers; {captions.makes(profile, every, (), 'Pref-LaMP')}")
     plt = _pyplot()
     size = (4.6 * min(2, len(policies)) + 0.6, 3.8 * -(-len(policies) // 2) + 1.4)
     made, axes = plt.subplots(-(-len(policies) // 2), min(2, len(policies)), figsize=size, layout="constrained", squeeze=False)
@@ -339,9 +340,9 @@ def _older(cells: list[dict], rows: Iterable[str]) -> str:
         behind = dict.fromkeys(cell["row"] for cell in own if rules.older(cell))
         if behind:
             every = behind.keys() == {cell["row"] for cell in own}
-            said.append(f"{'all' if every else words.listed(behind)} of {name}")
+            said.append(f"{'all' if every else captions.listed(behind)} of {name}")
     return f"Made by older rules, which the tables name: {'; '.join(said)}. " if said else ""
 
 
 def _missing(rows: list[str]) -> str:
-    return f"Missing: {words.listed(rows)}." if rows else ""
+    return f"Missing: {captions.listed(rows)}." if rows else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyargs.claims.common import (
+from experiments.claims.common import (
     MEASURES,
     SAME_ACCURACY,
     World,
@@ -16,8 +16,8 @@ from pyargs.claims.common import (
     printed_correlations,
     several,
 )
-from pyargs.claims.verdicts import above, any_of, below, difference, other_than, within
-from pyargs.tables.specs import PRISM_EIGHT, PRISM_ROWS, SCALES, TLDR_EIGHT, UNGUIDED
+from experiments.claims.verdicts import above, any_of, below, difference, other_than, within
+from experiments.tables.specs import PRISM_EIGHT, PRISM_ROWS, SCALES, TLDR_EIGHT, UNGUIDED
 
 # --- TLDR
 

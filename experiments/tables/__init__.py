@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pyargs import results
-from pyargs.tables import words
-from pyargs.tables.methods import correlations, methods, policies
-from pyargs.tables.render import MISSING, OURS, PLAIN, Column, Table
-from pyargs.tables.specs import ALONE, GUIDES, LORA, METRICS, SCALES, SCORERS, SPECS, has
+from experiments import results
+from experiments.tables import captions
+from experiments.tables.methods import correlations, methods, policies
+from experiments.tables.render import MISSING, OURS, PLAIN, Column, Table
+from experiments.tables.specs import ALONE, GUIDES, LORA, METRICS, SCALES, SCORERS, SPECS, has
 
 NAMES = (*map(str, range(1, 13)), "same-content")
 
@@ -72,13 +72,13 @@ def _configurations(cells: list[dict], paper: dict | None, profile: str) -> tupl
         if "note" in printed
     ]
     if lacking:
-        notes.append(f"Missing: cells for {words.listed(lacking)}. {words.whole(profile)}.")
+        notes.append(f"Missing: cells for {captions.listed(lacking)}. {captions.whole(profile)}.")
     return Table(f"Table 1. Model configurations. Ours: profile {profile}.", columns, rows, notes), lacking
 
 
 def _backbones(cells: list[dict]) -> str:
     """Name of the reward models' backbone, where the cells tell it, and whether it is trained."""
-    frozen, trained = words.backbones(cells)
+    frozen, trained = captions.backbones(cells)
     names = sorted({c["backbone"] for c in cells if c.get("backbone")})
     how = " or ".join(word for word, rows in (("frozen", frozen), ("LoRA", trained)) if rows)
     return ", ".join([*names, *([how] if how else [])])
@@ -87,11 +87,11 @@ def _backbones(cells: list[dict]) -> str:
 def _with_rouge(name: str, spec, cells: list[dict], paper: dict | None, profile: str) -> tuple[Table, list[str]]:
     """Table 6: what predicts ROUGE-1."""
     beside = policies(spec, cells)
-    caption = words.caption(f"Table {name}. {spec.title}", cells, profile, spec.data, beside)
+    caption = captions.caption(f"Table {name}. {spec.title}", cells, profile, spec.data, beside)
     made = correlations(caption, spec, cells, paper, statistics=("kendall",), digits=3)
     lacking = {row: [] for row in spec.over if not any(c["row"] == row for c in cells)}
-    made.notes += words.marked([], [c for c in cells if c["row"] in spec.over])[1]
-    made.notes += words.missing(lacking, spec.over, cells, profile, spec.data, beside)
+    made.notes += captions.marked([], [c for c in cells if c["row"] in spec.over])[1]
+    made.notes += captions.missing(lacking, spec.over, cells, profile, spec.data, beside)
     return made, sorted(lacking)
 
 
@@ -132,14 +132,14 @@ def _same_content(cells: list[dict], profile: str) -> tuple[Table, list[str]]:
     notes = []
     if cells:
         for key, heading in keys.items():
-            notes.append(f"{heading}: {words.listed(above[key]) or 'nothing'} above Global RM beyond the 95% interval.")
+            notes.append(f"{heading}: {captions.listed(above[key]) or 'nothing'} above Global RM beyond the 95% interval.")
         notes.append(
-            f"{words.counted(cells)}Mean ± sample std over seeds [95% interval over users]. Differences are paired over "
+            f"{captions.counted(cells)}Mean ± sample std over seeds [95% interval over users]. Differences are paired over "
             "users, of LoRA rows with Global RM's LoRA row. Of rows that do not differ one in forty lies above. "
-            f"{words.WIDENED}"
+            f"{captions.WIDENED}"
         )
-    column, marks = words.marked(rows, cells)
+    column, marks = captions.marked(rows, cells)
     columns, notes = columns + column, notes + marks
-    notes += words.missing(lacking, names, cells, profile, None, {})
+    notes += captions.missing(lacking, names, cells, profile, None, {})
     title = "Where content can not decide: chosen and rejected are of the same prompt (not a table of the paper)"
-    return Table(words.caption(title, cells, profile, None, {}), columns, rows, notes), sorted(lacking)
+    return Table(captions.caption(title, cells, profile, None, {}), columns, rows, notes), sorted(lacking)

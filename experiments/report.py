@@ -14,15 +14,16 @@ from collections import Counter
 from pathlib import Path
 from statistics import quantiles
 
-from pyargs import files, results, rules
-from pyargs.claims import VERDICTS, findings
-from pyargs.claims.verdicts import LEAST, LEAST_SEEDS
+from experiments import results, rules
+from experiments.claims import VERDICTS, findings
+from experiments.claims.verdicts import LEAST, LEAST_SEEDS
+from experiments.figures import figure
+from experiments.tables import NAMES, planned, table
+from experiments.tables.captions import backbones, listed, with_seeds
+from experiments.tables.render import shown
+from experiments.tables.specs import FORMS, LAMP, LORA, METRICS, SCORERS, UNGUIDED
+from pyargs import files
 from pyargs.errors import PyargsError
-from pyargs.figures import figure
-from pyargs.tables import NAMES, planned, table
-from pyargs.tables.render import shown
-from pyargs.tables.specs import FORMS, LAMP, LORA, METRICS, SCORERS, UNGUIDED
-from pyargs.tables.words import backbones, listed, with_seeds
 
 ORDER = (*LAMP, *LORA, UNGUIDED, *SCORERS)
 USERS, PROMPTS = 4, 2  # whose answers are shown, and how many of each
@@ -57,7 +58,7 @@ def write(path: str | Path, found: dict) -> None:
     from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
     page = Environment(
-        loader=PackageLoader("pyargs", "."), autoescape=select_autoescape(default=True), undefined=StrictUndefined,
+        loader=PackageLoader("experiments", "."), autoescape=select_autoescape(default=True), undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     page.filters |= {"code": _code, "number": _number, "folded": _folded, "listed": listed}

@@ -1,6 +1,6 @@
 """RM accuracy of every method on users with known tastes (simulated users over real statements), with the bounds to beat.
 
-    python experiments/persona_statements.py [--only METHOD ...] [--seeds 0 1 2] [--data FILE]
+    python experiments/studies/persona_statements.py [--only METHOD ...] [--seeds 0 1 2] [--data FILE]
 
 60 train users and 20 new ones each have a sign for each of ten attributes; a pair sets a statement with the attribute against
 one without. A scorer that does not know the user can do no better than to guess each attribute's sign: `blind best` is the
@@ -17,15 +17,16 @@ import warnings
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from pyargs import files, fit, rules
+from experiments import rules
+from pyargs import files, fit
 from pyargs.data import of_split, preferences
 from pyargs.metrics.bootstrap import user_interval
 from pyargs.metrics.rm_accuracy import rm_accuracy
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 DATA = HERE.parent.parent / "shared/data/persona_statements/prefs.jsonl.gz"
 OUT = HERE / "results/persona_statements.json"
-TABLE = HERE / "tables/persona_statements.md"
+TABLE = HERE / "results/persona_statements.md"
 
 FROZEN = {"freeze_backbone": True}
 METHODS = {  # row: (method, fields that are not its defaults)
@@ -109,7 +110,7 @@ def table(result: dict) -> str:
     best = result["bounds"]["blind best"]
     lines = [
         "# Users with known tastes: RM accuracy on the query pairs of 20 new users", "",
-        f"`python experiments/persona_statements.py`; {result['pairs']} pairs of {result['users']} users to train on, "
+        f"`python experiments/studies/persona_statements.py`; {result['pairs']} pairs of {result['users']} users to train on, "
         f"{result['support']} support and {result['query']} query pairs of the new ones. SmolLM2-135M, its backbone frozen "
         "(GenARM, P-DPO: LoRA). Settings are those that are not the methods' defaults. Mean over the new users with the 95% "
         "interval over them (bootstrap, widened for few users), all seeds of a user together; then each seed's.",

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-from pyargs import results
+from experiments import results
 from pyargs.errors import PyargsError
 
 # The project's own: what stands beside other results is not executed.

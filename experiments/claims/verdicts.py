@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from pyargs import results
+from experiments import results
+from experiments.tables.captions import listed
+from experiments.tables.specs import trained
 from pyargs.metrics.bootstrap import LEVEL, resamples, tails
 from pyargs.metrics.correlation import correlate_methods, weighted
-from pyargs.tables.specs import trained
-from pyargs.tables.words import listed
 
 HOLDS, FAILS, OPEN, UNTESTABLE = "holds", "does not hold", "can not be told", "not testable here"
 VERDICTS = (HOLDS, FAILS, OPEN, UNTESTABLE)

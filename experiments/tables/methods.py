@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from pyargs import results
-from pyargs.metrics.correlation import STATISTICS, correlate_methods
-from pyargs.tables import words
-from pyargs.tables.render import MISSING, PAPER, PLAIN, Column, Table
-from pyargs.tables.specs import (
+from experiments import results
+from experiments.tables import captions
+from experiments.tables.render import MISSING, PAPER, PLAIN, Column, Table
+from experiments.tables.specs import (
     ACCURACIES,
     ALONE,
     LORA,
@@ -23,6 +22,7 @@ from pyargs.tables.specs import (
     Spec,
     has,
 )
+from pyargs.metrics.correlation import STATISTICS, correlate_methods
 
 
 class Slot(NamedTuple):
@@ -52,16 +52,16 @@ def methods(name: str, spec: Spec, cells: list[dict], paper: dict | None, profil
         rows.append({"row": row, **found, "seeds": _seeds(found)})
     columns = [Column("row", "method"), *(slot.column for slot in slots), Column("seeds", "seeds")]
     shown = [c for c in cells if c["policy"] in beside.values() or c["row"] == OWN_POLICY] if beside else cells
-    notes = words.reading(spec, shown)
+    notes = captions.reading(spec, shown)
     if "rouge1" in spec.metrics:
         for scale, policy in beside.items():
-            notes += words.controls([c for c in cells if c["policy"] == policy], paper, scale)
-    notes += words.missing(lacking, [row["row"] for row in rows], cells, profile, spec.data, beside)
+            notes += captions.controls([c for c in cells if c["policy"] == policy], paper, scale)
+    notes += captions.missing(lacking, [row["row"] for row in rows], cells, profile, spec.data, beside)
     own = results.policies(cells)[:1]  # whose cells tell what a reward model ranks, whatever policy the table is about
     ranked = [c for c in cells if c["policy"] in own and results.rm_accuracy(c)] if "rm_accuracy" in spec.metrics else []
-    column, marks = words.marked(rows, shown if set(spec.metrics) - set(SHARED) else [], ranked)
+    column, marks = captions.marked(rows, shown if set(spec.metrics) - set(SHARED) else [], ranked)
     columns, notes = columns + column, notes + marks
-    caption = words.caption(f"Table {name}. {spec.title}", cells, profile, spec.data, beside)
+    caption = captions.caption(f"Table {name}. {spec.title}", cells, profile, spec.data, beside)
     table = Table(caption, columns, rows, notes)
     if spec.pairs:
         table.below.append(correlations("Correlations over the methods.", spec, cells, paper))
@@ -99,13 +99,13 @@ def correlations(
             found = correlate_methods(points)
             for statistic in statistics if points else [name for name in statistics if name in values]:
                 row = {"policy": policy or MISSING, "paper_policy": scale, "x": METRICS[x].heading, "y": METRICS[y].heading}
-                row |= {"statistic": statistic, "paper": words.number_or_range(values.get(statistic))}
+                row |= {"statistic": statistic, "paper": captions.number_or_range(values.get(statistic))}
                 for kind in ("points", "means"):
                     one = found[kind][statistic]
                     row[kind] = {"mean": one["value"], "low": one["low"], "high": one["high"]} if points else MISSING
                     row[f"{kind}_n"] = {"mean": found[kind]["n"]}
                 rows.append(row)
-    return Table(caption, columns, rows, words.correlation_notes(spec, cells))
+    return Table(caption, columns, rows, captions.correlation_notes(spec, cells))
 
 
 def _slots(spec: Spec, beside: dict[str, str | None], seeds: list[int]) -> list[Slot]:

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
 
 
 def run(args: argparse.Namespace) -> dict:
-    from pyargs import report
+    from experiments import report
     from pyargs.commands import load_data
     from pyargs.errors import PyargsError
 

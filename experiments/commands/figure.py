@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
 
 
 def run(args: argparse.Namespace) -> dict:
-    from pyargs.figures import figure, save
+    from experiments.figures import figure, save
 
     out = args.out or f"figure-{args.figure}.png"
     made, about = figure(args.figure, args.results, args.profile)

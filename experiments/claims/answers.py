@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pyargs import results
-from pyargs.claims.common import (
+from experiments import results
+from experiments.claims.common import (
     MEASURES,
     PERSONAL,
     RM_GAP,
@@ -23,7 +23,7 @@ from pyargs.claims.common import (
     same_answers,
     wins,
 )
-from pyargs.claims.verdicts import (
+from experiments.claims.verdicts import (
     above,
     any_of,
     at_least,
@@ -36,7 +36,7 @@ from pyargs.claims.verdicts import (
     value,
     within,
 )
-from pyargs.tables.specs import GUIDES, UNGUIDED
+from experiments.tables.specs import GUIDES, UNGUIDED
 
 ROUNDING = "not in float32: two decoders can round differently, and that alone changes answers"
 

@@ -7,11 +7,11 @@ it. Nothing is written by hand about a result: a claim reads the same before and
 
 from __future__ import annotations
 
-from pyargs import results
-from pyargs.claims import accuracies, answers
-from pyargs.claims.common import World
-from pyargs.claims.verdicts import FAILS, HOLDS, OPEN, UNTESTABLE, VERDICTS
-from pyargs.tables.specs import SCALES
+from experiments import results
+from experiments.claims import accuracies, answers
+from experiments.claims.common import World
+from experiments.claims.verdicts import FAILS, HOLDS, OPEN, UNTESTABLE, VERDICTS
+from experiments.tables.specs import SCALES
 
 __all__ = ["CLAIMS", "FAILS", "HOLDS", "OPEN", "UNTESTABLE", "VERDICTS", "findings", "world"]
 

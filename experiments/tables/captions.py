@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from string import ascii_lowercase
 
-from pyargs import results, rules
-from pyargs.tables import planned
-from pyargs.tables.render import MISSING, Column
-from pyargs.tables.specs import GUIDES, METRICS, OWN_POLICY, SCALES, UNGUIDED, Spec
+from experiments import results, rules
+from experiments.tables import planned
+from experiments.tables.render import MISSING, Column
+from experiments.tables.specs import GUIDES, METRICS, OWN_POLICY, SCALES, UNGUIDED, Spec
 
 # How to read a column, by its metric.
 COLUMNS = {

@@ -8,8 +8,8 @@ from functools import partial
 from itertools import permutations
 from typing import NamedTuple
 
-from pyargs import results
-from pyargs.claims.verdicts import (
+from experiments import results
+from experiments.claims.verdicts import (
     UNTESTABLE,
     Test,
     all_of,
@@ -22,8 +22,8 @@ from pyargs.claims.verdicts import (
     win_rate,
     within,
 )
-from pyargs.tables.specs import GUIDES, SCALES
-from pyargs.tables.words import listed, makes, number_or_range
+from experiments.tables.captions import listed, makes, number_or_range
+from experiments.tables.specs import GUIDES, SCALES
 
 # What words such as "almost identical" are taken to mean (defaults: the paper gives no numbers for them).
 SAME_ROUGE = 1.0  # points of ROUGE-1

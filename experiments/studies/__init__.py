@@ -1,0 +1,1 @@
+"""Questions that were asked once: each is a script with its committed result."""
