@@ -34,7 +34,7 @@ demo: $(INSTALLED)
 # The paper's evaluation on two cores, hours long; goes on where it was killed. PROFILE=gpu and PROFILE=paper want other machines.
 PROFILE ?= cpu
 reproduce: $(INSTALLED)
-	PYTHON=$(BIN)/python runs/reproduce.sh $(PROFILE)
+	$(BIN)/python -m experiments reproduce $(PROFILE)
 
 # One thread per worker: two workers that each start a thread per core only wait for each other.
 test: $(INSTALLED)
@@ -60,5 +60,5 @@ lint: $(INSTALLED)
 
 # What these targets made in the tree. The user's cache (models, features) stays: `pyargs models` says where it is.
 clean:
-	rm -rf build *.egg-info pyargs/*.so .venv demo-output runs/output .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build *.egg-info pyargs/*.so .venv demo-output .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -prune -exec rm -rf {} +

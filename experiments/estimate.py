@@ -1,4 +1,4 @@
-"""How much a cell reads and writes, in tokens, and what that took where cells are done: the dry run of `reproduce.py`."""
+"""How much a cell reads and writes, in tokens, and what that took where cells are done: the dry run of `reproduce`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The paper's numbers in the form that `pyargs table` and `pyargs figure` read: experiments/expected/paper.json.
+"""The paper's numbers in the form that `python -m experiments table` and `figure` read: experiments/expected/paper.json.
 
-    python experiments/paper_numbers.py [../shared/paper_results.json]
+    python -m experiments.paper_numbers [../shared/paper_results.json]
 
 Rows get our names, every number becomes [mean, std or null], and the policy's size stands in the name of the column. Nothing
 is computed here.
@@ -76,7 +76,7 @@ def paper(source: dict) -> dict:
     figure1 = source["figures"]["figure1"]
     return {
         "about": "Figures of 'The Reward Model Selection Crisis in Personalized Alignment' (arXiv 2512.23067), as printed; "
-        "made by `python experiments/paper_numbers.py`. Percent; [mean, sample std over seeds or null]. `derived` is "
+        "made by `python -m experiments.paper_numbers`. Percent; [mean, sample std over seeds or null]. `derived` is "
         "arithmetic on them, not the paper's.",
         "tables": tables,
         "correlations": {  # table -> policy -> "x ~ y" -> statistic -> value, or [lowest, highest] over the policies

@@ -1,4 +1,4 @@
-"""What the evaluation runs: the rows of the tables, the data sets, the profiles. `experiments/reproduce.py` runs it.
+"""What the evaluation runs: the rows of the tables, the data sets, the profiles. `reproduce.py` runs it.
 
 A profile: workers (processes), seeds, dtype, sets. A set: stands_for (the paper's data set whose tables it fills; None: an
 extra table), about, data (flags of every command; {shared} and {work} are folders), build (flags of `pyargs data build` where
@@ -10,7 +10,11 @@ model).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import cache
 from typing import NamedTuple
+
+from experiments import results
 
 ZERO_SHOT = {"Zero-Shot": ("icl", {"shots": 0})}
 HEADS = {
@@ -223,3 +227,23 @@ def cells(profile: str) -> list[Cell]:
                     if not (once and number) and not own:
                         found.append(Cell(profile, name, policy, row, seed))
     return found
+
+
+@cache
+def planned(profile: str) -> list[dict]:
+    """{profile, set, policy, row, seed, stands_for} of every cell that a profile has to have."""
+    return [{**cell._asdict(), "stands_for": cell.settings()["stands_for"]} for cell in cells(profile)]
+
+
+def absent(profile: str, there: Iterable[dict]) -> list[dict]:
+    """The cells that a profile has to have and that are not `there`."""
+    found = {results.name(cell) for cell in there}
+    return [one for one in planned(profile) if results.name(one) not in found]
+
+
+def seeds(missing: Iterable[dict]) -> dict[str, list[int]]:
+    """Absent cells by row: the seeds that lack with some policy."""
+    found: dict[str, set[int]] = {}
+    for one in missing:
+        found.setdefault(one["row"], set()).add(one["seed"])
+    return {row: sorted(numbers) for row, numbers in found.items()}

@@ -14,11 +14,11 @@ from collections import Counter
 from pathlib import Path
 from statistics import quantiles
 
-from experiments import results, rules
+from experiments import profiles, results, rules
 from experiments.claims import VERDICTS, findings
 from experiments.claims.verdicts import LEAST, LEAST_SEEDS
 from experiments.figures import figure
-from experiments.tables import NAMES, planned, table
+from experiments.tables import NAMES, table
 from experiments.tables.captions import backbones, listed, with_seeds
 from experiments.tables.render import shown
 from experiments.tables.specs import FORMS, LAMP, LORA, METRICS, SCORERS, UNGUIDED
@@ -44,7 +44,7 @@ def report(folder: str | Path, profile: str | None = None, data=None) -> dict:
     judged = [] if paper is None else findings(cells, paper, profile)
     return {
         "profile": profile, "summary": _summary(cells), "grid": _grid(profile, cells), "findings": judged,
-        "no_findings": "" if judged else f"There is no {numbers}; `python experiments/paper_numbers.py` makes it.",
+        "no_findings": "" if judged else f"There is no {numbers}; `python -m experiments.paper_numbers` makes it.",
         "verdicts": {verdict: sum(one["verdict"] == verdict for one in judged) for verdict in VERDICTS}, "least": LEAST,
         "least_seeds": LEAST_SEEDS,
         "figures": [_figure(number, folder, profile) for number in FIGURES], "sets": [_charts(own) for own in _by_set(cells)],
@@ -119,14 +119,11 @@ def _distinct(words: list[str]) -> list[str]:
     return [f"{word} ({count} cells)" if len(counts) > 1 else word for word, count in counts.most_common()]
 
 
-def _grid(profile: str, cells: list[dict]) -> dict | None:
-    """How many cells the profile has to have, and which of them are not there, by set; None without a source tree to tell."""
-    told = planned.cells(profile)
-    if told is None:
-        return None
-    absent = planned.absent(profile, cells)
+def _grid(profile: str, cells: list[dict]) -> dict:
+    """How many cells the profile has to have, and which of them are not there, by set."""
+    told, absent = profiles.planned(profile), profiles.absent(profile, cells)
     sets = dict.fromkeys(one["set"] for one in absent)
-    missing = {name: with_seeds(planned.seeds(one for one in absent if one["set"] == name)) for name in sets}
+    missing = {name: with_seeds(profiles.seeds(one for one in absent if one["set"] == name)) for name in sets}
     return {
         "cells": len(told), "there": len(told) - len(absent), "command": results.command(profile), "missing": missing,
     }  # fmt: skip

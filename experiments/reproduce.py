@@ -1,6 +1,6 @@
 """The paper's grid, profile by profile: every row x seed x policy x data set as stages that are not done twice.
 
-    runs/reproduce.sh PROFILE [--only ROW ...] [--sets SET ...] [--seeds N ...] [--dry-run]
+    python -m experiments reproduce PROFILE [--only ROW ...] [--sets SET ...] [--seeds N ...] [--dry-run]
 
 A cell is one row, seed and policy on one data set. Its stages are `pyargs train`, `adapt`, `tune`, `decode`, `evaluate`, whose
 files lie in --work; its numbers and generations, without any text of the data, go to --results as one JSON file, which is not
@@ -10,7 +10,6 @@ worker is lost. --dry-run prints the cells with their sizes and an estimate of t
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -422,52 +421,34 @@ def plan(asked: list[Cell], places: Places, workers: int) -> dict:
     return {"done": finished, "sets": sizes, **estimate.plan(left, measured, workers)}
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("profile", choices=PROFILES)
-    parser.add_argument("--only", nargs="+", metavar="ROW", help="rows of the tables to run (default: all)")
-    parser.add_argument("--sets", nargs="+", metavar="SET", help="data sets to run (default: all of the profile)")
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="seeds to run (default: the profile's)")
-    parser.add_argument("--workers", type=int, help="processes (default: the profile's)")
-    parser.add_argument("--shared", type=Path, default=HERE.parent.parent / "shared/data", help="where the data lie")
-    parser.add_argument("--work", type=Path, default=HERE.parent / "output/reproduce", help="models and other stages' files")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="where the cells' files go")
-    parser.add_argument("--dry-run", action="store_true", help="print cells, sizes and estimated hours, and stop")
-    args = parser.parse_args(argv)
-    places, profile = Places(args.shared, args.work, args.results), PROFILES[args.profile]
-    everything = cells(args.profile)
-    for named, known in ((args.only, {c.row for c in everything}), (args.sets, {c.set for c in everything})):
+def chosen(profile: str, only: list[str] | None, sets: list[str] | None, seeds: list[int] | None) -> list[Cell]:
+    """The profile's cells of these rows, sets and seeds; None: of all. Raises PyargsError if there is no such cell."""
+    everything = cells(profile)
+    for named, known in ((only, {c.row for c in everything}), (sets, {c.set for c in everything})):
         for name in named or ():
             if name not in known:
-                parser.error(f"profile {args.profile} has no '{name}'.{did_you_mean(name, known)}")
-    asked = [
-        cell for cell in everything
-        if (not args.only or cell.row in args.only) and (not args.sets or cell.set in args.sets)
-        and (args.seeds is None or cell.seed in args.seeds)
-    ]  # fmt: skip
+                raise PyargsError(f"profile {profile} has no '{name}'.{did_you_mean(name, known)}")
+    asked = [c for c in everything if all(not some or one in some for some, one in ((only, c.row), (sets, c.set)))]
+    asked = [c for c in asked if seeds is None or c.seed in seeds]
     if not asked:
-        has = "; ".join(f"{name}: {', '.join(of['rows'])}" for name, of in profile["sets"].items())
-        parser.error(f"no cell of profile {args.profile} is all of that: its seeds are {profile['seeds']}, its rows {has}")
-    if args.workers is not None and args.workers < 1:
-        parser.error(f"--workers must be at least 1, got {args.workers}")
-    workers = args.workers or profile["workers"]
-    if args.dry_run:
-        print(json.dumps(plan(asked, places, min(workers, os.cpu_count() or 1)), indent=1))
-        return 0
-    there = {name: prepare(name, args.profile, places) for name in dict.fromkeys(cell.set for cell in asked)}
+        has = "; ".join(f"{name}: {', '.join(of['rows'])}" for name, of in PROFILES[profile]["sets"].items())
+        seeds_there = PROFILES[profile]["seeds"]
+        raise PyargsError(f"no cell of profile {profile} is all of that: its seeds are {seeds_there}, its rows {has}")
+    return asked
+
+
+def run_grid(asked: list[Cell], places: Places, workers: int) -> dict:
+    """Runs what is not done of cells of one profile: how many there are, how many ran now, names of those that failed."""
+    profile = asked[0].profile
+    there = {name: prepare(name, profile, places) for name in dict.fromkeys(cell.set for cell in asked)}
     asked = [cell for cell in asked if there[cell.set]]
     todo = [cell for cell in asked if not done(cell, places)]
     (places.work / "logs").mkdir(parents=True, exist_ok=True)
     failed = {}
-    with progress_bar(total=len(asked), initial=len(asked) - len(todo), desc=args.profile, unit="cell") as bar:
+    with progress_bar(total=len(asked), initial=len(asked) - len(todo), desc=profile, unit="cell") as bar:
         # What the others wait for comes first, and alone.
         for some in ([c for c in todo if c.row == "Zero-Shot"], [c for c in todo if c.row != "Zero-Shot"]):
             failed |= run_all(some, places, workers, bar)
     for cell, error in failed.items():
         print(f"failed: {cell.name()}: {error}", file=sys.stderr)
-    print(json.dumps({"cells": len(asked), "run_now": len(todo) - len(failed), "failed": [c.name() for c in failed]}))
-    return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return {"cells": len(asked), "run_now": len(todo) - len(failed), "failed": [c.name() for c in failed]}

@@ -1,7 +1,7 @@
 """The cells of an evaluation, read and added up: what the tables and figures are made from.
 
 A cell is the result of one row of the paper's tables with one seed: RESULTS/PROFILE/SET/POLICY/ROW-SEED.json, written by
-`runs/reproduce.sh PROFILE [--only ROW ...]`. Here cells are plain dicts. A measure of a cell is {"value", "users"}: the number
+`python -m experiments reproduce PROFILE`. Here cells are plain dicts. A measure of a cell is {"value", "users"}: the number
 itself, and the values it is the mean of, by user (empty where the cell has none), for the intervals.
 """
 
@@ -47,7 +47,7 @@ def of_paper(folder: str | Path) -> tuple[Path, dict | None]:
     found = files.read_json(path)
     tables = found.get("tables") if isinstance(found, dict) else None  # what Table 6 holds is elsewhere
     if not isinstance(tables, dict) or not {str(number) for number in range(1, 13) if number != 6} <= set(tables):
-        raise PyargsError(f"{path} does not hold the paper's tables: `python experiments/paper_numbers.py` makes it")
+        raise PyargsError(f"{path} does not hold the paper's tables: `python -m experiments.paper_numbers` makes it")
     return path, found
 
 
@@ -64,7 +64,7 @@ def name(cell: dict) -> str:
 def command(profile: str, rows: Iterable[str] = (), sets: Iterable[str] = ()) -> str:
     """The command that makes cells: of these rows, or of all; on these sets, or on all."""
     words = [profile, *(["--only", *rows] if rows else []), *(["--sets", *sets] if sets else [])]
-    return " ".join(["runs/reproduce.sh", *map(shlex.quote, words)])
+    return " ".join(["python -m experiments reproduce", *map(shlex.quote, words)])
 
 
 def size(policy: str) -> tuple[float, str]:
@@ -282,7 +282,7 @@ def pooled(found: Iterable[dict]) -> dict[str, list[float]]:
 # --- checking
 
 
-AGAIN = "make it again: remove the file and run runs/reproduce.sh"
+AGAIN = "make it again: remove the file and run `python -m experiments reproduce PROFILE`"
 
 
 OF_SET, OF_ROW = ("data", "dtype", "decode", "bertscore"), ("row", "tune")  # parts of a cell's key: what it was made with

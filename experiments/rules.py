@@ -1,7 +1,7 @@
 """What was computed otherwise when older cells were made: they are marked where they are shown, and made again.
 
 A cell notes the newest rule when it was made (`key.recipe`). A new rule here marks what it touches among the cells that are
-there, and `runs/reproduce.sh` makes those again; the others stay as they are.
+there, and `python -m experiments reproduce` makes those again; the others stay as they are.
 """
 
 from __future__ import annotations

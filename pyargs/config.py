@@ -97,7 +97,5 @@ def _kind(hint) -> tuple[type, bool]:
     return hint, False
 
 
-PROFILES = {
-    # What `--profile` presets: every method on planted users and a tiny random model, in seconds.
-    "smoke": {"data": "synthetic", "backbone": "tiny-random", "epochs": 1.0, "adapt_steps": 20},
-}
+TINY = {"data": "synthetic", "backbone": "tiny-random", "epochs": 1.0, "adapt_steps": 20}
+"""What `pyargs train METHOD --tiny` presets: every method on planted users and a tiny random model, in seconds."""

@@ -1,4 +1,4 @@
-"""Made-up cells of an evaluation: what `runs/reproduce.sh` writes, with outcomes drawn by a seed."""
+"""Made-up cells of an evaluation: what `python -m experiments reproduce` writes, with outcomes drawn by a seed."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def cell(row: str, seed: int = 0, **other) -> dict:
 
 
 def write(folder: Path, *cells: dict) -> Path:
-    """Writes cells where `runs/reproduce.sh` would; returns the folder."""
+    """Writes cells where `python -m experiments reproduce` would; returns the folder."""
     for one in cells:
         path = folder / one["profile"] / one["set"] / slug(one["policy"]) / f"{slug(one['row'])}-{one['seed']}.json"
         files.write_json(path, one)

@@ -275,7 +275,8 @@ def test_a_weight_tuned_for_another_model_is_refused(stages, capsys, tmp_path):
 
 
 def test_a_folder_is_no_file(tmp_path, capsys):
-    assert f"{tmp_path} is a folder: name a file" in call(capsys, ["table", "1", "--out", str(tmp_path)], expect=1)
+    with pytest.raises(PyargsError, match="is a folder: name a file"):
+        files.write_text(tmp_path, "a table")
     (tmp_path / "mine").write_text("precious")
     with pytest.raises(PyargsError, match="mine is a file: name a folder"), files.writing(tmp_path / "mine") as new:
         new.mkdir()
@@ -318,10 +319,10 @@ def test_tuning_and_adaptation_read_their_own_split_only(stages, capsys):
 @pytest.mark.parametrize("name", METHODS)
 def test_the_smoke_profile_presets_what_it_says_and_flags_win(name, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    plan = call(capsys, ["train", name, "--profile", "smoke", "--dry-run"])
-    assert plan["backbone"] == "tiny-random" and plan["out"] == f"output/smoke/{name}" and plan["pairs"] > 0
+    plan = call(capsys, ["train", name, "--tiny", "--dry-run"])
+    assert plan["backbone"] == "tiny-random" and plan["out"] == f"output/tiny/{name}" and plan["pairs"] > 0
     assert plan["steps"] == (0 if name == "icl" else 12)
-    plan = call(capsys, ["train", name, "--profile", "smoke", "--out", "else", "--backbone", "other", "--dry-run"])
+    plan = call(capsys, ["train", name, "--tiny", "--out", "else", "--backbone", "other", "--dry-run"])
     assert plan["out"] == "else" and plan["backbone"] == "other"
     assert not any(tmp_path.iterdir())
 
@@ -329,8 +330,8 @@ def test_the_smoke_profile_presets_what_it_says_and_flags_win(name, capsys, monk
 def test_models_that_answer_by_themselves_take_no_policy_and_no_weight(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = ["--data", "synthetic"]
-    call(capsys, ["train", "icl", "--profile", "smoke", "--shots", "2"])
-    call(capsys, ["adapt", "output/smoke/icl", *data, "--out", "icl"])
+    call(capsys, ["train", "icl", "--tiny", "--shots", "2"])
+    call(capsys, ["adapt", "output/tiny/icl", *data, "--out", "icl"])
     few = [*data, "--limit", "2", "--max-new-tokens", "4"]
     assert "neither for" in call(capsys, ["decode", "icl", *few, "--reward-weight", "1", "--out", "a.jsonl"], expect=1)
     call(capsys, ["decode", "icl", *few, "--out", "a.jsonl"])
@@ -344,8 +345,8 @@ def test_models_that_answer_by_themselves_take_no_policy_and_no_weight(capsys, t
     zero = ["evaluate", "icl", *data, "--generations", "a.jsonl", "--zero-shot", "a.jsonl", "--out", "z.json"]
     assert "has no rewards" in call(capsys, zero, expect=1)
     # A reward model without its policy: what it can say alone, and no more.
-    call(capsys, ["train", "pal", "--profile", "smoke", "--freeze-backbone"])
-    call(capsys, ["adapt", "output/smoke/pal", *data, "--out", "pal"])
+    call(capsys, ["train", "pal", "--tiny", "--freeze-backbone"])
+    call(capsys, ["adapt", "output/tiny/pal", *data, "--out", "pal"])
     assert set(call(capsys, ["evaluate", "pal", *data, "--out", "p.json"])["values"]) == {"rm_accuracy"}
     alone = ["evaluate", "pal", *data, "--policy", "tiny-random", "--out", "q.json"]
     assert "give both --policy and the weight" in call(capsys, alone, expect=1)

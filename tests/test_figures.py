@@ -9,8 +9,8 @@ from pathlib import Path
 import cells as made
 import pytest
 
+from experiments.__main__ import main
 from experiments.tables import table
-from pyargs import cli
 
 
 @pytest.fixture(scope="module")
@@ -22,31 +22,31 @@ def folder(tmp_path_factory) -> Path:
 def test_figures_are_drawn(number, folder, tmp_path, capsys):
     for suffix in ("png", "svg"):
         out = tmp_path / f"figure.{suffix}"
-        assert cli.main(["figure", number, "--results", str(folder), "--out", str(out)]) == 0
+        assert main(["figure", number, "--results", str(folder), "--out", str(out)]) == 0
         assert out.stat().st_size > 5000
         assert json.loads(capsys.readouterr().out)["missing"] == []
     first = out.read_bytes()
-    assert cli.main(["figure", number, "--results", str(folder), "--out", str(out)]) == 0
+    assert main(["figure", number, "--results", str(folder), "--out", str(out)]) == 0
     assert out.read_bytes() == first, "the same cells give the same bytes"
 
 
 def test_figures_of_little(tmp_path, capsys):
     made.write(tmp_path, made.cell("word overlap"))
     for number in "123":
-        assert cli.main(["figure", number, "--results", str(tmp_path), "--out", str(tmp_path / "f.png")]) == 1
-        assert "runs/reproduce.sh cpu --only" in capsys.readouterr().err
+        assert main(["figure", number, "--results", str(tmp_path), "--out", str(tmp_path / "f.png")]) == 1
+        assert "python -m experiments reproduce cpu --only" in capsys.readouterr().err
     made.write(tmp_path, made.cell("LoRE"), made.cell("ICL"))
     for number in "123":
-        assert cli.main(["figure", number, "--results", str(tmp_path), "--out", str(tmp_path / "f.png")]) == 0
-        assert json.loads(capsys.readouterr().out)["command"].startswith("runs/reproduce.sh cpu --only")
+        assert main(["figure", number, "--results", str(tmp_path), "--out", str(tmp_path / "f.png")]) == 0
+        assert json.loads(capsys.readouterr().out)["command"].startswith("python -m experiments reproduce cpu --only")
     # A row that one panel has and another lacks is missing.
     made.write(tmp_path, made.cell("VPL", set="length_prefs", stands_for="TLDR"))
-    assert cli.main(["figure", "1", "--results", str(tmp_path), "--out", str(tmp_path / "f.png")]) == 0
+    assert main(["figure", "1", "--results", str(tmp_path), "--out", str(tmp_path / "f.png")]) == 0
     missing = _figure_text(tmp_path)
     assert re.search(r"Missing: in length_prefs .*LoRE.*; in pref_lamp .*VPL", missing)
     assert "VPL" not in re.search(r"in length_prefs (.*?);", missing)[1], "what a panel shows is not missing there"
     assert {"LoRE", "VPL"} <= set(json.loads(capsys.readouterr().out)["missing"])
-    assert cli.main(["figure", "1", "--results", str(tmp_path), "--out", str(tmp_path / "f.pdf")]) == 1
+    assert main(["figure", "1", "--results", str(tmp_path), "--out", str(tmp_path / "f.pdf")]) == 1
 
 
 def _figure_text(folder) -> str:

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments import report, results
+from experiments.__main__ import main
 from experiments.claims import CLAIMS, FAILS, HOLDS, OPEN, UNTESTABLE, findings, world
 from experiments.claims.common import PERSONAL, same_answers
 from experiments.claims.verdicts import (
@@ -31,10 +32,10 @@ from experiments.claims.verdicts import (
     difference,
     within,
 )
-from experiments.tables import planned, table
+from experiments.tables import table
 from experiments.tables.render import shown
 from experiments.tables.specs import GUIDES, PRISM_EIGHT, PRISM_ROWS, TLDR_EIGHT, UNGUIDED
-from pyargs import cli, files
+from pyargs import files
 from pyargs.errors import PyargsError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -235,7 +236,7 @@ def test_rounding_is_not_taken_for_the_decoder():
 
 @pytest.mark.parametrize("id", FLIPS)
 def test_what_is_missing_is_said(id):
-    assert verdict(id, [])["verdict"] == UNTESTABLE and "reproduce.sh cpu" in verdict(id, [])["reason"]
+    assert verdict(id, [])["verdict"] == UNTESTABLE and "reproduce cpu" in verdict(id, [])["reason"]
     one = verdict(id, FLIPS[id][0][:1])
     assert one["verdict"] in (OPEN, UNTESTABLE)
     said = r"1 methods, 5 are needed" if id in ("tau_range", "prism_tau", "t6_range") else r"Missing: |Needs "
@@ -360,7 +361,7 @@ def pairs(folder, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def page(folder, tmp_path_factory) -> str:
     out = tmp_path_factory.mktemp("page") / "report.html"
-    assert cli.main(["report", "--results", str(folder), "--out", str(out)]) == 0
+    assert main(["report", "--results", str(folder), "--out", str(out)]) == 0
     return out.read_text(encoding="utf-8")
 
 
@@ -380,7 +381,7 @@ def test_without_the_data_no_text_of_it_is_in_the_page(page, pairs):
 
 def test_with_the_data_the_users_own_text_stands_beside_ours(folder, pairs, tmp_path):
     out = tmp_path / "own.html"
-    assert cli.main(["report", "--results", str(folder), "--data", str(pairs), "--out", str(out)]) == 0
+    assert main(["report", "--results", str(folder), "--data", str(pairs), "--out", str(out)]) == 0
     page = out.read_text(encoding="utf-8")
     own = re.findall(r"AUTHOR &lt;(user \d-\d)&gt;", page)
     assert len(own) == report.USERS * report.PROMPTS == len(set(own))
@@ -395,9 +396,9 @@ def test_data_that_are_not_the_cells(folder, tmp_path, capsys):
     files.write_jsonl(
         path, [{"user_id": "x", "prompt": "p", "chosen": "c", "rejected": "r", "split": "query", "pair_id": "1"}]
     )
-    assert cli.main(["report", "--results", str(folder), "--data", str(path), "--out", str(tmp_path / "o.html")]) == 1
+    assert main(["report", "--results", str(folder), "--data", str(path), "--out", str(tmp_path / "o.html")]) == 1
     assert "sets with answers: pref_lamp" in capsys.readouterr().err and not (tmp_path / "o.html").exists()
-    assert cli.main(["report", "--results", str(folder), "--source", "x", "--out", str(tmp_path / "o.html")]) == 1
+    assert main(["report", "--results", str(folder), "--source", "x", "--out", str(tmp_path / "o.html")]) == 1
 
 
 def test_texts_are_escaped_and_numbers_are_numbers(page):
@@ -410,7 +411,7 @@ def test_what_is_there_and_what_is_missing(page, folder):
     text = re.sub(r"<[^>]+>", " ", page)
     assert "stands in for TLDR, which it is not" in text and "pref_lamp_like/ci, 40 users" in text
     assert "LoRE (seeds 1, 2)" in text and "two_types is missing as a whole" in re.sub(r"\s+", " ", text)
-    assert "runs/reproduce.sh cpu" in text and "Pref-LaMP (here: pref_lamp)" in text
+    assert "python -m experiments reproduce cpu" in text and "Pref-LaMP (here: pref_lamp)" in text
     made_of, _ = table("9", folder)
     for row in made_of.rows:
         for column in made_of.columns:
@@ -432,7 +433,7 @@ def test_texts_that_are_left_out(tmp_path, pairs):
     assert [measure(one)["value"] for one in (whole, left)] == [0, 100]
     out = tmp_path / "a.html"
     for data in ((), ("--data", str(pairs))):
-        assert cli.main(["report", "--results", str(tmp_path / "results"), *data, "--out", str(out)]) == 0
+        assert main(["report", "--results", str(tmp_path / "results"), *data, "--out", str(out)]) == 0
         page = out.read_text(encoding="utf-8")
         assert page.count("copies 11 words of its prompt or title; text left out") == report.USERS * report.PROMPTS
         assert "MPU and VPL" in page and (not data or "11 of its 12 words stand in one run in the prompt or the title" in page)
@@ -446,14 +447,13 @@ def test_a_script_beside_the_results_is_not_executed(tmp_path):
     assert found["summary"]["hardware"] == ["x, 1 thread"]
 
 
-def test_one_cell_alone_and_no_paper_beside_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(planned, "PROFILES", tmp_path / "profiles.py")  # as without a source tree
+def test_one_cell_alone_and_no_paper_beside_it(tmp_path):
     made.write(tmp_path / "results", made.cell("word overlap"))
     found = report.report(tmp_path / "results")
     report.write(tmp_path / "a.html", found)
     report.write(tmp_path / "b.html", report.report(tmp_path / "results"))
     page = (tmp_path / "a.html").read_text(encoding="utf-8")
-    assert found["grid"] is None and "not known here" in page and "python experiments/paper_numbers.py" in page
+    assert found["grid"]["there"] == 1 and "python -m experiments.paper_numbers" in page
     assert page.count("Not drawn") == 3 and "no cell of this profile has generated answers" in page
     assert page == (tmp_path / "b.html").read_text(encoding="utf-8")
     with pytest.raises(PyargsError, match=r"no cells of profile gpu"):
@@ -463,7 +463,7 @@ def test_one_cell_alone_and_no_paper_beside_it(tmp_path, monkeypatch):
 def test_commands_name_rows_that_exist():
     rows = {*made.ROWS, *(f"{row}, {shots} shots" for row in ("ICL", "ICL-RAG") for shots in (2, 4, 16))}
     for one in findings([cell(data, "no row", rm=10) for data in SETS], PAPER, "cpu"):
-        named = re.findall(r"`runs/reproduce.sh cpu --only (.*?)(?: --sets (\w+))?`", one["reason"])
+        named = re.findall(r"`python -m experiments reproduce cpu --only (.*?)(?: --sets (\w+))?`", one["reason"])
         assert all(set(shlex.split(words)) <= rows for words, _ in named), one["reason"]
         assert all(name == SETS.get(one["data"], "same_content" * (one["data"] in SETS.values())) for _, name in named)
         assert one["verdict"] == UNTESTABLE and (named or "Needs" in one["reason"])

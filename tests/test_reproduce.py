@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 from pathlib import Path
 
 import pytest
 
-from experiments import rules
+from experiments import reproduce, rules
+from experiments.__main__ import main
 from pyargs import cli, files, fit
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 
 
-@pytest.fixture(scope="module")
-def reproduce():
-    sys.path.insert(0, str(EXPERIMENTS))
-    try:
-        yield importlib.import_module("reproduce")
-    finally:
-        sys.path.remove(str(EXPERIMENTS))
-
-
 @pytest.fixture
-def places(reproduce, tmp_path):
+def places(tmp_path):
     return reproduce.Places(shared=tmp_path / "shared", work=tmp_path / "work", results=tmp_path / "results")
 
 
 @pytest.mark.parametrize("profile", ["smoke", "cpu", "gpu", "paper"])
-def test_every_command_is_understood_and_every_cell_has_a_file_of_its_own(profile, reproduce, places):
+def test_every_command_is_understood_and_every_cell_has_a_file_of_its_own(profile, places):
     cells = reproduce.cells(profile)
     assert len({reproduce.result_file(cell, places) for cell in cells}) == len(cells) > 20
     settings = reproduce.PROFILES[profile]
@@ -52,13 +43,13 @@ def test_every_command_is_understood_and_every_cell_has_a_file_of_its_own(profil
 
 
 @pytest.mark.parametrize("profile", ["smoke", "cpu", "gpu", "paper"])
-def test_all_rows_of_a_set_keep_as_much_of_a_prompt(profile, reproduce):
+def test_all_rows_of_a_set_keep_as_much_of_a_prompt(profile):
     for name, settings in reproduce.PROFILES[profile]["sets"].items():
         made = [fit.method(row[0]).Config(**row[1]) for row in settings["rows"].values() if row is not None]
         assert len({config.max_length for config in made}) == 1, name
 
 
-def test_the_papers_profile_has_its_one_rate_and_what_the_methods_own_codes_have(reproduce):
+def test_the_papers_profile_has_its_one_rate_and_what_the_methods_own_codes_have():
     for name, settings in reproduce.PROFILES["paper"]["sets"].items():
         made = {row: fit.method(own[0]).Config(**own[1]) for row, own in settings["rows"].items() if own is not None}
         assert {config.lora_lr for config in made.values() if hasattr(config, "lora_lr")} == {5e-5}, name
@@ -68,10 +59,10 @@ def test_the_papers_profile_has_its_one_rate_and_what_the_methods_own_codes_have
         assert rates == {0.5 if name == "prism" else 0.1}, "LoRE's code has another for PRISM"
 
 
-def test_no_stage_of_the_gpu_profile_wants_more_than_the_others_together(reproduce, places, capsys):
+def test_no_stage_of_the_gpu_profile_wants_more_than_the_others_together(places, capsys):
     """So that calls of ten minutes get through: 200 steps for P-DPO's new users alone would be four fifths of all tokens."""
     words = ["--shared", places.shared, "--work", places.work, "--results", places.results]
-    assert reproduce.main(["gpu", "--dry-run", *map(str, words)]) == 0
+    assert main(["reproduce", "gpu", "--dry-run", *map(str, words)]) == 0
     plan = json.loads(capsys.readouterr().out)
     of = {line["cell"].split(" / ")[2]: line["tokens"] for line in plan["cells"]}
     assert of["P-DPO"] < plan["tokens"] / 2
@@ -79,13 +70,13 @@ def test_no_stage_of_the_gpu_profile_wants_more_than_the_others_together(reprodu
     assert rules.hardly_adapted({"method": method, "fields": fields}), "and its row says so"
 
 
-def test_sets_that_are_built_otherwise_lie_elsewhere(reproduce):
+def test_sets_that_are_built_otherwise_lie_elsewhere():
     built = [one for profile in reproduce.PROFILES.values() for one in profile["sets"].values() if "build" in one]
     assert len(built) > 3 and len({one["data"][1] for one in built}) == len({tuple(one["build"]) for one in built})
 
 
 @pytest.fixture
-def smoke(reproduce, places, monkeypatch, encoder):
+def smoke(places, monkeypatch, encoder):
     """A cell of the smoke profile, and what was really done of its stages, a line each."""
     monkeypatch.setitem(reproduce.PROFILES["smoke"]["sets"]["synthetic"], "bertscore", encoder)
     plain, done = reproduce.command, []
@@ -104,7 +95,7 @@ def _numbers(cell: dict) -> dict:
     return {name: value for name, value in cell.items() if name not in ("seconds", "provenance")}
 
 
-def test_a_killed_cell_goes_on_where_it_was(smoke, reproduce, places, monkeypatch):
+def test_a_killed_cell_goes_on_where_it_was(smoke, places, monkeypatch):
     cell, done = smoke
     whole = reproduce.run(cell, places._replace(work=places.work / "whole", results=places.results / "whole"))
     assert done == ["train", "adapt", "decode", "train", "adapt", "tune", "decode", "evaluate"]  # of the unguided row first
@@ -170,7 +161,7 @@ def test_a_killed_cell_goes_on_where_it_was(smoke, reproduce, places, monkeypatc
 
 
 @pytest.mark.parametrize("quoted", [0, 3, 7, 8, 20])
-def test_an_answer_that_quotes_its_prompt_loses_its_text(quoted, reproduce):
+def test_an_answer_that_quotes_its_prompt_loses_its_text(quoted):
     from pyargs.metrics.overlap import copied
 
     prompt = " ".join(f"word{i}" for i in range(30))
@@ -196,7 +187,7 @@ def test_a_whole_title_is_a_quotation():
     assert not quotes("", [title, ""], 4)
 
 
-def test_a_cell_holds_no_text_of_the_data(smoke, reproduce, places):
+def test_a_cell_holds_no_text_of_the_data(smoke, places):
     import pyargs.data
 
     cell, _ = smoke
@@ -207,15 +198,15 @@ def test_a_cell_holds_no_text_of_the_data(smoke, reproduce, places):
         assert not any(json.dumps(row[name])[1:-1] in text for name in ("chosen", "rejected") if len(row[name].split()) > 4)
 
 
-def test_a_dry_run_begins_nothing_and_missing_data_are_said(reproduce, tmp_path, capsys):
+def test_a_dry_run_begins_nothing_and_missing_data_are_said(tmp_path, capsys):
     words = ["--shared", tmp_path / "nowhere", "--work", tmp_path / "work", "--results", tmp_path / "results"]
     words = [str(word) for word in words]
-    assert reproduce.main(["smoke", "--dry-run", *words]) == 0
+    assert main(["reproduce", "smoke", "--dry-run", *words]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert len(plan["cells"]) == len(reproduce.cells("smoke")) and plan["tokens"] > 0 and plan["hours"] is None
     assert "would fit" in plan["note"] and not list(tmp_path.iterdir())
     # A set that is not built yet is taken as it was counted, and a cell that came with the project as done.
-    assert reproduce.main(["gpu", "--dry-run", *words]) == 0
+    assert main(["reproduce", "gpu", "--dry-run", *words]) == 0
     plan = json.loads(capsys.readouterr().out)
     sizes = plan["sets"]["pref_lamp"]
     assert sizes["users"] == 611 and sizes["pairs"]["query"] > 1000 and "no data at" in sizes["not there yet"]
@@ -223,7 +214,7 @@ def test_a_dry_run_begins_nothing_and_missing_data_are_said(reproduce, tmp_path,
     assert tokens["GenARM"] > tokens["LoRE"] > tokens["Zero-Shot"] > sizes["pairs"]["query"] * sizes["prompt_tokens"]
     words[-1] = str(EXPERIMENTS / "results")
     (tmp_path / "nowhere/pref_lamp_like/ci").mkdir(parents=True)
-    assert reproduce.main(["cpu", "--sets", "same_content", "--dry-run", *words]) == 0
+    assert main(["reproduce", "cpu", "--sets", "same_content", "--dry-run", *words]) == 0
     plan = json.loads(capsys.readouterr().out)
     rows = [line["cell"].split(" / ")[2] for line in plan["cells"]]
     assert plan["done"] + len(rows) == len([cell for cell in reproduce.cells("cpu") if cell.set == "same_content"])
@@ -239,6 +230,7 @@ def test_a_dry_run_begins_nothing_and_missing_data_are_said(reproduce, tmp_path,
     shared = EXPERIMENTS.parent.parent / "shared/data"
     if shared.is_dir():
         line = [
+            "reproduce",
             "cpu",
             "--only",
             "ICL-RAG, 16 shots",
@@ -248,26 +240,27 @@ def test_a_dry_run_begins_nothing_and_missing_data_are_said(reproduce, tmp_path,
             "--results",
             str(EXPERIMENTS / "results"),
         ]
-        assert reproduce.main(line) == 0
+        assert main(line) == 0
         plan = json.loads(capsys.readouterr().out)
         assert plan["done"] == 1 or plan["hours"] > 0.05
-    assert reproduce.main(["cpu", "--sets", "length_prefs", *words]) == 0
+    assert main(["reproduce", "cpu", "--sets", "length_prefs", *words]) == 0
     out = capsys.readouterr()
     assert "no data at" in out.err and json.loads(out.out)["cells"] == 0
-    with pytest.raises(SystemExit, match="2"):
-        reproduce.main(["cpu", "--only", "LoRa", *words])
+    assert main(["reproduce", "cpu", "--only", "LoRa", *words]) == 1
     assert "Did you mean: LoRE" in capsys.readouterr().err
-    for wrong in (["--seeds", "7"], ["--workers", "0"]):
-        with pytest.raises(SystemExit, match="2"):
-            reproduce.main(["smoke", *wrong, *words])
+    assert main(["reproduce", "smoke", "--seeds", "7", *words]) == 1
+    assert "its seeds are [0]" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["reproduce", "smoke", "--workers", "0", *words])
 
 
-def test_a_cell_that_fails_does_not_stop_the_others(reproduce, tmp_path, capsys):
+def test_a_cell_that_fails_does_not_stop_the_others(tmp_path, capsys):
     cell = reproduce.Cell("smoke", "synthetic", "tiny-random", "LoRE", 0)
     taken = reproduce.model_folder(cell, reproduce.Places(tmp_path, tmp_path / "work", tmp_path / "results")) / "seen"
     taken.mkdir(parents=True)
     (taken / "somebody's.txt").write_text("not ours")
     words = [
+        "reproduce",
         "smoke",
         "--only",
         "LoRE",
@@ -277,15 +270,16 @@ def test_a_cell_that_fails_does_not_stop_the_others(reproduce, tmp_path, capsys)
         "--results",
         str(tmp_path / "results"),
     ]
-    assert reproduce.main(words) == 1
+    with pytest.raises(SystemExit, match="1"):
+        main(words)
     out = capsys.readouterr()
     assert "was not written by this command" in out.err
     assert json.loads(out.out)["failed"] == ["synthetic / tiny-random / LoRE / seed 0"]
     assert (tmp_path / "results/smoke/synthetic/tiny-random/word-overlap-0.json").exists()
 
 
-def test_measured_cells_tell_the_hours(reproduce):
-    from estimate import Left, plan, sizes, tokens, trains
+def test_measured_cells_tell_the_hours():
+    from experiments.estimate import Left, plan, sizes, tokens, trains
 
     import pyargs.data
 
@@ -320,7 +314,7 @@ def begun(tmp_path, *words: str):
     """The grid in a process of its own, with two workers."""
     import subprocess
 
-    command = [sys.executable, str(EXPERIMENTS / "reproduce.py"), "smoke", "--only", "word overlap", "LoRE", *words]
+    command = [sys.executable, "-m", "experiments", "reproduce", "smoke", "--only", "word overlap", "LoRE", *words]
     command += ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "results")]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

@@ -6,16 +6,17 @@ import cells as made
 import pytest
 
 from experiments import results
+from experiments.__main__ import main
 from experiments.tables import table
 from experiments.tables.render import markdown
-from pyargs import cli, files
+from pyargs import files
 from pyargs.errors import PyargsError
 
 
 def test_no_results_is_a_clear_message(tmp_path, capsys):
-    assert cli.main(["table", "4", "--results", str(tmp_path / "none")]) == 1
+    assert main(["table", "4", "--results", str(tmp_path / "none")]) == 1
     said = capsys.readouterr().err
-    assert "no result cells below" in said and "runs/reproduce.sh smoke" in said
+    assert "no result cells below" in said and "python -m experiments reproduce smoke" in said
 
 
 def broken(change):

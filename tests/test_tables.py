@@ -16,12 +16,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments import results
-from experiments.tables import NAMES, planned, table
+from experiments import profiles, results
+from experiments.__main__ import main
+from experiments.tables import NAMES, table
 from experiments.tables.captions import makes, runs
 from experiments.tables.render import MISSING, OURS, Column, Table, as_csv, escape, latex, markdown
 from experiments.tables.specs import GUIDES, SPECS, TLDR_EIGHT
-from pyargs import cli, files
+from pyargs import files
 from pyargs.errors import PyargsError
 from pyargs.metrics.bootstrap import user_interval
 from pyargs.metrics.correlation import correlate_methods
@@ -35,7 +36,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def printed(*words, capsys) -> str:
-    assert cli.main(["table", *map(str, words)]) == 0
+    assert main(["table", *map(str, words)]) == 0
     return capsys.readouterr().out
 
 
@@ -243,7 +244,7 @@ def test_a_missing_row_names_its_command(folder, tmp_path):
     assert about["missing"] == ["Global RM-v2", "VPL"]
     assert row_of(found, "VPL")["rm_accuracy"] == row_of(found, "VPL")["weight"] == MISSING
     note, seeds = [note for note in found.notes if note.startswith("Missing")]
-    assert "`runs/reproduce.sh cpu --only 'Global RM-v2' VPL --sets pref_lamp`" in note
+    assert "`python -m experiments reproduce cpu --only 'Global RM-v2' VPL --sets pref_lamp`" in note
     assert "LoRE (seeds 1, 2); " in seeds and "--only 'Global RM' LoRE " in seeds and "Zero-Shot" not in seeds
     assert row_of(found, "PAL").get("policy_accuracy") is None, "PAL can not guide: nothing is missing"
     assert any("paper.json" in note for note in found.notes)  # not beside these results
@@ -257,18 +258,19 @@ def test_a_row_that_the_profile_does_not_run_names_one_that_does(tmp_path):
     for name, (own, data) in sets.items():
         made.write(tmp_path, made.cell("LoRE", set=own, stands_for=data))
         (note,) = [n for n in table(name, tmp_path)[0].notes if n.startswith("Missing") and "VPL" in n]
-        for line in re.findall(r"`runs/reproduce.sh (.*?)`", note):
+        for line in re.findall(r"`python -m experiments reproduce (.*?)`", note):
             profile, _, *words = shlex.split(line)
             rows, named = words[: words.index("--sets")], words[words.index("--sets") + 1 :]
-            assert rows and set(rows) <= {cell["row"] for cell in planned.cells(profile) if cell["set"] in named}
+            assert rows and set(rows) <= {cell["row"] for cell in profiles.planned(profile) if cell["set"] in named}
         assert ("paper --only P-DPO --sets tldr" in note) == (name == "2")
     assert makes("paper", ["LoRE", "Nobody"], ["prism"]) == (
-        "`runs/reproduce.sh paper --only LoRE --sets prism`; no profile runs Nobody on these data (experiments/profiles.py)"
+        "`python -m experiments reproduce paper --only LoRE --sets prism`; "
+        "no profile runs Nobody on these data (experiments/profiles.py)"
     )
     # Of data that a profile has no set for, or with rows that it does not run: the larger profile alone.
     unguided = makes("smoke", ["ARGS, weight 0"], (), "TLDR")
     assert (
-        "`runs/reproduce.sh cpu --only 'ARGS, weight 0' --sets length_prefs` does" in unguided
+        "`python -m experiments reproduce cpu --only 'ARGS, weight 0' --sets length_prefs` does" in unguided
         and "smoke --only" not in unguided
     )
     assert runs("smoke", ["ICL", "ICL, 2 shots"], (), "Pref-LaMP") == (["ICL"], ["synthetic"])
@@ -288,7 +290,7 @@ def test_a_policy_that_is_not_there(folder):
     found, about = table("11", folder)
     assert row_of(found, "LoRE")["rouge1"] == MISSING and row_of(found, "LoRE")["paper_rouge1"] == {"mean": 45.14, "std": 0.03}
     assert row_of(found, "LoRE")["rm_accuracy"] != MISSING, "the reward model is the same for every policy"
-    assert any("beside the paper's 3B" in note and "runs/reproduce.sh paper" in note for note in found.notes)
+    assert any("beside the paper's 3B" in note and "python -m experiments reproduce paper" in note for note in found.notes)
 
 
 def test_p_dpo_is_its_own_policy_in_every_table(folder):
@@ -309,7 +311,7 @@ def test_a_set_that_is_not_there(folder):
     found, about = table("2", folder, "smoke")
     assert about["profile"] == "smoke" and row_of(found, "LoRE")["rm_accuracy"] == MISSING
     assert row_of(found, "LoRE")["paper_rm_accuracy"]["mean"] == 82.56
-    assert any("`runs/reproduce.sh smoke`" in note for note in found.notes)
+    assert any("`python -m experiments reproduce smoke`" in note for note in found.notes)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -356,7 +358,7 @@ def test_the_largest_profile_with_the_data_is_taken():
     assert results.choose_profile(cells, "TLDR") == "cpu"
     assert results.choose_profile(cells, "PRISM") == "gpu", "none has it: the largest of all"
     assert results.choose_profile(cells, "Pref-LaMP", "smoke") == "smoke"
-    with pytest.raises(PyargsError, match="only of gpu, cpu, smoke: `runs/reproduce.sh paper`"):
+    with pytest.raises(PyargsError, match="only of gpu, cpu, smoke: `python -m experiments reproduce paper`"):
         results.choose_profile(cells, "TLDR", "paper")
 
 
@@ -431,7 +433,7 @@ def test_markdown_rows_have_all_columns(folder):
 def test_the_command_prints_or_writes(folder, tmp_path, capsys):
     text = printed(4, "--results", folder, capsys=capsys)
     assert text.startswith("**Table 4.") and "± " in text
-    assert cli.main(["table", "4", "--results", str(folder), "--out", str(tmp_path / "a/4.md")]) == 0
+    assert main(["table", "4", "--results", str(folder), "--out", str(tmp_path / "a/4.md")]) == 0
     assert json.loads(capsys.readouterr().out) == {
         "table": "4",
         "out": str(tmp_path / "a/4.md"),

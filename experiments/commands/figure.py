@@ -6,7 +6,7 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
-    from pyargs.commands import add_results
+    from experiments.commands import add_results
 
     parser.add_argument(
         "figure", choices=["1", "2", "3"], metavar="N",

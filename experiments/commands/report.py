@@ -6,7 +6,8 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
-    from pyargs.commands import add_data, add_results
+    from experiments.commands import add_results
+    from pyargs.commands import add_data
 
     add_results(parser)
     add_data(parser, required=False)
@@ -29,5 +30,5 @@ def run(args: argparse.Namespace) -> dict:
     grid = found["grid"]
     return {
         "out": args.out, "profile": found["profile"], "cells": found["summary"]["cells"],
-        "missing": None if grid is None else grid["cells"] - grid["there"], "verdicts": found["verdicts"],
+        "missing": grid["cells"] - grid["there"], "verdicts": found["verdicts"],
     }  # fmt: skip

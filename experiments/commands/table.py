@@ -6,7 +6,7 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
-    from pyargs.commands import add_results
+    from experiments.commands import add_results
 
     names = [*map(str, range(1, 13)), "same-content"]
     parser.add_argument(

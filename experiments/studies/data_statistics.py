@@ -1,6 +1,6 @@
 """What every data set holds, beside the paper's: users, pairs, lengths, similarity of the two responses, user-blind scorers.
 
-    python experiments/studies/data_statistics.py [SET ...] [--shared ../shared/data] [--work output/data]
+    python -m experiments.studies.data_statistics [SET ...] [--shared ../shared/data] [--work output/data]
 
 Sets that have a source are built first (`pyargs data build`, into --work; the full pref_lamp embeds 27,000 abstracts, once, 20
 minutes on two cores). A set that was done is done again only if its data changed; results/data_statistics.json holds numbers
@@ -69,8 +69,8 @@ def table(found: dict, paper: dict) -> str:
     lines = [
         "# Data sets",
         "",
-        "`python experiments/studies/data_statistics.py`. Means; a train user's pairs are those of train and train_test. LaMP-5 "
-        "itself is not to be had here: `pref_lamp` is built from a stand-in, ACL and arXiv papers in its format.",
+        "`python -m experiments.studies.data_statistics`. Means; a train user's pairs are those of train and train_test. "
+        "LaMP-5 itself is not to be had here: `pref_lamp` is built from a stand-in, ACL and arXiv papers in its format.",
         "",
         "| set | train users | pairs each | adapt users | support + query each | words of prompt, chosen, rejected | "
         "cosine of the two responses | users per pair |",
@@ -136,7 +136,7 @@ def main() -> None:
             found[row] = {**made, **measure(dataset)}
             print(f"{row}: {len(dataset)} pairs of {found[row]['users']} users")
         files.write_json(OUT, {
-            "command": "python experiments/studies/data_statistics.py", "sets": {r: found[r] for r in SETS if r in found},
+            "command": "python -m experiments.studies.data_statistics", "sets": {r: found[r] for r in SETS if r in found},
             "provenance": {k: v for k, v in files.provenance(0).items() if k != "command"},
         })  # fmt: skip
     files.write_text(TABLE, table({r: found[r] for r in SETS if r in found}, files.read_json(EXPECTED)))

@@ -1,6 +1,6 @@
 """What a linear reward ranks of two_types when it is told each user's type, and what the methods rank that are not told.
 
-    python experiments/studies/known_types.py [--data FILE]
+    python -m experiments.studies.known_types [--data FILE]
 
 Logistic regression with a ridge on the states of SmolLM2-135M's frozen backbone (bfloat16, as in profile cpu; of the last
 token, and the mean over the response), once for everybody and once for each type by itself. The ridge is chosen on the seen

@@ -1,6 +1,6 @@
 """Every method's full training, LoRA and all, once on SmolLM2 with a few users: that it works, and what it costs.
 
-    python experiments/studies/lora_runs.py [--only ROW ...]
+    python -m experiments.studies.lora_runs [--only ROW ...]
 
 Six users with 12 pairs each to train on and two new ones (12 support, 12 query pairs) of
 ../shared/data/persona_statements: far too few for an accuracy that means anything. Each run trains, adapts, saves, loads,
@@ -17,8 +17,8 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from experiments.studies.persona_statements import DATA, HERE
 
+from experiments.studies.persona_statements import DATA, HERE
 from pyargs import files, fit, load_model
 from pyargs.data import of_split, preferences
 from pyargs.decode.prompts import decode_prompts, load_pair

@@ -1,6 +1,6 @@
 """Makes `pyargs/data/demo/answers.jsonl.gz`: four sampled answers of SmolLM2-135M to each prompt of `prompts.txt`.
 
-    python experiments/studies/make_demo_set.py
+    python -m experiments.studies.make_demo_set
 
 About ten minutes on two cores. Eight candidates per prompt are sampled, two with each of four hidden system prompts, and
 four are kept: first the shortest and the longest mean word length, then the lowest and the highest first-person rate.
@@ -60,7 +60,7 @@ def main() -> None:
     data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     (args.out / "answers.jsonl.gz").write_bytes(gzip.compress(data, 9, mtime=0))
     made = {
-        "command": " ".join(["python", "experiments/studies/make_demo_set.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", "experiments.studies.make_demo_set", *sys.argv[1:]]),
         "seed": args.seed,
         "model": args.model,
         "model_sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),

@@ -1,6 +1,6 @@
 """RM accuracy of every method on users with known tastes (simulated users over real statements), with the bounds to beat.
 
-    python experiments/studies/persona_statements.py [--only METHOD ...] [--seeds 0 1 2] [--data FILE]
+    python -m experiments.studies.persona_statements [--only METHOD ...] [--seeds 0 1 2] [--data FILE]
 
 60 train users and 20 new ones each have a sign for each of ten attributes; a pair sets a statement with the attribute against
 one without. A scorer that does not know the user can do no better than to guess each attribute's sign: `blind best` is the
@@ -110,7 +110,7 @@ def table(result: dict) -> str:
     best = result["bounds"]["blind best"]
     lines = [
         "# Users with known tastes: RM accuracy on the query pairs of 20 new users", "",
-        f"`python experiments/studies/persona_statements.py`; {result['pairs']} pairs of {result['users']} users to train on, "
+        f"`python -m experiments.studies.persona_statements`; {result['pairs']} pairs of {result['users']} users to train on, "
         f"{result['support']} support and {result['query']} query pairs of the new ones. SmolLM2-135M, its backbone frozen "
         "(GenARM, P-DPO: LoRA). Settings are those that are not the methods' defaults. Mean over the new users with the 95% "
         "interval over them (bootstrap, widened for few users), all seeds of a user together; then each seed's.",

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from string import ascii_lowercase
 
-from experiments import results, rules
-from experiments.tables import planned
+from experiments import profiles, results, rules
 from experiments.tables.render import MISSING, Column
 from experiments.tables.specs import GUIDES, METRICS, OWN_POLICY, SCALES, UNGUIDED, Spec
 
@@ -201,7 +200,7 @@ def missing(
         what = f"{'; '.join(headings)} of " if headings else ""
         said.append(f"Missing: {what}{listed(alike)}. {_sentence(makes(profile, alike, sets))}")
     begun = {c["row"] for c in cells} & set(rows)
-    absent = planned.seeds(c for c in planned.absent(profile, cells) or () if c["set"] in sets and c["row"] in begun)
+    absent = profiles.seeds(c for c in profiles.absent(profile, cells) if c["set"] in sets and c["row"] in begun)
     if absent:
         said.append(f"Missing: {'; '.join(with_seeds(absent))}. {_sentence(makes(profile, absent, sets))}")
     return said
@@ -219,9 +218,9 @@ def makes(profile: str, rows: Collection[str], sets: Iterable[str], data: str | 
     here, sets = runs(profile, rows, sets, data)
     others = [row for row in rows if row not in here]
     said = [f"`{results.command(profile, here, sets)}`"] if here else []
-    stands = {one["stands_for"] for one in planned.cells(profile) or () if one["set"] in sets} | {data}
+    stands = {one["stands_for"] for one in profiles.planned(profile) if one["set"] in sets} | {data}
     for larger in results.PROFILES[: results.PROFILES.index(profile)][::-1] if others else ():
-        there = {one["row"]: one["set"] for one in planned.cells(larger) if one["stands_for"] in stands - {None}}
+        there = {one["row"]: one["set"] for one in profiles.planned(larger) if one["stands_for"] in stands - {None}}
         if both := [row for row in others if row in there]:
             run = results.command(larger, both, sorted({there[row] for row in both}))
             said.append(f"profile {profile} does not run {listed(both)} on these data, `{run}` does")
@@ -233,9 +232,7 @@ def makes(profile: str, rows: Collection[str], sets: Iterable[str], data: str | 
 
 def runs(profile: str, rows: Iterable[str], sets: Iterable[str], data: str | None = None) -> tuple[list[str], list[str]]:
     """Those of the rows that a profile runs on these sets, and the sets (those for `data` where there are none)."""
-    told = planned.cells(profile)
-    if told is None:
-        return list(rows), sorted(sets)
+    told = profiles.planned(profile)
     sets = sorted(sets) or sorted({one["set"] for one in told if data is not None and one["stands_for"] == data})
     known = {one["row"] for one in told if one["set"] in sets or not (sets or data)}
     return [row for row in rows if row in known], sets

@@ -1,4 +1,4 @@
-"""One module per verb of the command line."""
+"""Personalized reward-guided decoding."""
 
 from __future__ import annotations
 
@@ -36,12 +36,3 @@ def load_data(args: argparse.Namespace):
 
     options = {} if args.data_seed is None else {"seed": args.data_seed}
     return data.load(args.data, args.source, **options)
-
-
-def add_results(parser: argparse.ArgumentParser) -> None:
-    """The flags that say which results a table or figure is made from."""
-    parser.add_argument("--results", default="experiments/results", help="folder of the cells (default experiments/results)")
-    parser.add_argument(
-        "--profile", choices=["paper", "gpu", "cpu", "smoke"],
-        help="whose cells (default: the first of paper, gpu, cpu, smoke that has the data set's)",
-    )  # fmt: skip

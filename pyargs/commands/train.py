@@ -12,23 +12,23 @@ def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
 
     from pyargs import methods
     from pyargs.commands import add_data
-    from pyargs.config import PROFILES, add_options
+    from pyargs.config import TINY, add_options
 
-    # A first look at the words tells the method, whose fields are the other flags, and the profile, which presets some.
+    # A first look at the words tells the method, whose fields are the other flags, and whether it is a tiny run, which presets some.
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("method", nargs="?")
-    first.add_argument("--profile", choices=PROFILES)
+    first.add_argument("--tiny", action="store_true")
     for flag in ("--out", "--data", "--source", "--data-seed"):
         first.add_argument(flag)
     known_words = first.parse_known_args(words)[0]
-    name, preset = known_words.method, PROFILES.get(known_words.profile, {})
+    name, preset = known_words.method, TINY if known_words.tiny else {}
 
     known = [module.name for module in pkgutil.iter_modules(methods.__path__)]
     parser.add_argument("method", help=f"one of {', '.join(known)}, or a path to a .py file; its flags follow from it")
     parser.add_argument("--out", required=not preset, help="folder for the model; a killed full training goes on where it was")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, with sizes, and stop")
     parser.add_argument(
-        "--profile", choices=PROFILES, help="smoke: planted users, a tiny random model and few steps, in output/smoke"
+        "--tiny", action="store_true", help="a trial: planted users, a tiny random model and few steps, in output/tiny"
     )
     add_data(parser, required=not preset)
     if name:
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
         config = method(name).Config
         add_options(parser.add_argument_group(f"method {name}"), config)
         own = {field.name for field in fields(config)} | {"data"}
-        out = f"output/{known_words.profile}/{Path(name).stem}"
+        out = f"output/tiny/{Path(name).stem}"
         parser.set_defaults(**{key: value for key, value in preset.items() if key in own}, **({"out": out} if preset else {}))
 
 

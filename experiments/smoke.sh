@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The evaluation at smoke size: every row of the paper's tables with a tiny random model on planted users, then tables, a
 # figure and the report of it. A killed run and a second one do nothing twice.
-#   runs/smoke.sh [FOLDER]        (default: a temporary folder). About two minutes on two cores.
+#   experiments/smoke.sh [FOLDER]        (default: a temporary folder). About two minutes on two cores.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 export PYTHON="${PYTHON:-$root/.venv/bin/python}"
@@ -19,15 +19,15 @@ fi
 cd "$root" # whose pyargs it is that runs
 export HF_HUB_OFFLINE=1
 
-grid() { runs/reproduce.sh smoke --work "$out/work" --results "$out/results" > "$out/grid.json"; }
-show() { "$PYTHON" -m pyargs.cli "$@"; }
+experiments() { "$PYTHON" -m experiments "$@"; }
+grid() { experiments reproduce smoke --work "$out/work" --results "$out/results" > "$out/grid.json"; }
 
 grid
 grid
 grep -q '"run_now": 0' "$out/grid.json" || { echo "smoke: a finished cell was run twice" >&2; exit 1; }
-for number in 4 5 6 9; do show table "$number" --results "$out/results" --out "$out/table-$number.md"; done
-show figure 2 --results "$out/results" --out "$out/figure-2.png"
-show report --results "$out/results" --out "$out/report.html" > /dev/null
+for number in 4 5 6 9; do experiments table "$number" --results "$out/results" --out "$out/table-$number.md"; done
+experiments figure 2 --results "$out/results" --out "$out/figure-2.png"
+experiments report --results "$out/results" --out "$out/report.html" > /dev/null
 
 # The planted users disagree as often as they agree: a personal reward gets nearly all pairs right, a shared one half of them.
 "$PYTHON" - "$out/results/smoke/synthetic/tiny-random" <<'PY'

@@ -1,0 +1,48 @@
+"""Run the paper's grid: every row, seed, policy and data set of a profile; killed at any point it goes on where it was.
+
+A cell is one row, seed and policy on one data set. Its stages are `pyargs train`, `adapt`, `tune`, `decode`, `evaluate`, whose
+files lie in --work; its numbers and generations, without any text of the data, go to --results as one JSON file, which is not
+made again unless its settings or its data are others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
+    from experiments.commands import RESULTS
+    from experiments.profiles import PROFILES
+    from pyargs.commands import positive
+
+    root = RESULTS.parents[1]
+    parser.add_argument("profile", choices=PROFILES, help="smoke: 2 minutes; cpu: hours on two cores; gpu, paper: with GPUs")
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="rows of the tables to run (default: all)")
+    parser.add_argument("--sets", nargs="+", metavar="SET", help="data sets to run (default: all of the profile)")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="seeds to run (default: the profile's)")
+    parser.add_argument("--workers", type=positive, help="processes (default: the profile's)")
+    parser.add_argument("--shared", type=Path, default=root.parent / "shared/data", help="where the data lie")
+    parser.add_argument("--work", type=Path, default=root / "output/reproduce", help="models and other stages' files")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where the cells' files go")
+    parser.add_argument("--dry-run", action="store_true", help="print cells, sizes and estimated hours, and stop")
+
+
+def run(args: argparse.Namespace) -> dict | None:
+    import json
+    import os
+
+    from experiments import reproduce
+    from experiments.profiles import PROFILES
+
+    asked = reproduce.chosen(args.profile, args.only, args.sets, args.seeds)
+    places = reproduce.Places(args.shared, args.work, args.results)
+    workers = args.workers or PROFILES[args.profile]["workers"]
+    if args.dry_run:
+        return reproduce.plan(asked, places, min(workers, os.cpu_count() or 1))
+    found = reproduce.run_grid(asked, places, workers)
+    if not found["failed"]:
+        return found
+    print(json.dumps(found, indent=1), flush=True)
+    sys.exit(1)
