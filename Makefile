@@ -25,7 +25,7 @@ $(VENV)/.torch-installed:
 
 # Editable: Python files are used as they are; a change of the C++ or CUDA sources builds the extension again.
 $(INSTALLED): $(VENV)/.torch-installed $(SOURCES)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[all,dev]"
 	@touch $@
 
 demo: $(INSTALLED)

@@ -15,8 +15,13 @@ from experiments import results, rules
 from experiments.tables import captions
 from experiments.tables.specs import GUIDES, LAMP, LORA, METRICS, OWN_POLICY, SCALES, SPECS, UNGUIDED
 from pyargs import files
-from pyargs.errors import PyargsError
+from pyargs.errors import PyargsError, extra
 from pyargs.metrics.correlation import correlate_methods
+
+with extra("experiments", "a figure"):
+    import matplotlib
+    from matplotlib import pyplot
+    from matplotlib.lines import Line2D
 
 SHOTS = (0, 2, 4, 8, 16)
 OVER = {"TLDR": SPECS["2"].over, "PRISM": SPECS["7"].over}  # the methods that the tables correlate; elsewhere GUIDES
@@ -43,8 +48,6 @@ def figure(number: str, folder: str | Path, profile: str | None = None):
 
 def save(made, path: str | Path) -> None:
     """Writes .png or .svg; the same figure gives the same bytes."""
-    import matplotlib
-
     path = Path(path)
     if path.suffix not in (".png", ".svg"):
         raise PyargsError(f"{path}: a figure is a .png or a .svg file")
@@ -276,14 +279,10 @@ def _shots_row(name: str, shots: int) -> str:
 
 
 def _pyplot():
-    import matplotlib
-
     matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    plt.close("all")
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    return plt
+    pyplot.close("all")
+    pyplot.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    return pyplot
 
 
 def _colours(names) -> dict[str, str]:
@@ -313,8 +312,6 @@ def _point(axis, found: dict, place: float, colour: str, vertical: bool = False)
 
 
 def _handle(**look):
-    from matplotlib.lines import Line2D
-
     return Line2D([], [], **{"linestyle": "none", **look})
 
 

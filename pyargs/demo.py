@@ -9,9 +9,6 @@ import time
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.live import Live
-from rich.table import Table
 
 from pyargs import fit
 from pyargs.data import demo as data
@@ -19,6 +16,7 @@ from pyargs.data import of_split
 from pyargs.decode import args, reference
 from pyargs.decode.prompts import load_pair
 from pyargs.decode.request import check
+from pyargs.errors import extra
 from pyargs.files import writing
 from pyargs.lm.encode import encode_prompt, left_pad
 from pyargs.methods import global_rm, lore
@@ -27,6 +25,13 @@ from pyargs.metrics.policy_accuracy import pair_scores, policy_accuracy
 from pyargs.metrics.rm_accuracy import rm_accuracy
 from pyargs.models.reward_model import RewardModel
 from pyargs.tune import Tuning, tune
+
+with extra("demo", "the demonstration"):
+    import matplotlib
+    from matplotlib import pyplot as plt
+    from rich.console import Console
+    from rich.live import Live
+    from rich.table import Table
 
 NEW_TOKENS = 40
 CONSOLE = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
@@ -260,11 +265,7 @@ def write_report(path: Path, result: dict) -> None:
 
 def _plots(result: dict) -> dict[str, str]:
     """PNGs as data URLs: each user's attribute prompt by prompt, and what each weight costs."""
-    import matplotlib
-
     matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     shown = result["shown"]
     figure, axes = plt.subplots(1, len(shown), figsize=(3.1 * len(shown), 3.4), constrained_layout=True)
     for axis, (user, row) in zip(axes, shown.items(), strict=True):
@@ -302,8 +303,6 @@ def _plots(result: dict) -> dict[str, str]:
 
 
 def _png(figure) -> str:
-    from matplotlib import pyplot as plt
-
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     plt.close(figure)

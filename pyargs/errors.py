@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import importlib.util
 import re
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -82,6 +83,21 @@ def described(what: str):
         raise
     except Exception as error:
         raise PyargsError(f"{what}: {refusal(error) or f'{type(error).__name__}: {first_line(error)}'}") from error
+
+
+@contextmanager
+def extra(name: str, what: str):
+    """Around the import of what only `pip install 'pyargs[NAME]'` brings: where it is missing, a PyargsError says so.
+
+    `what` begins that message. A package that is there and broken raises its own error.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if not package or importlib.util.find_spec(package) is not None:
+            raise
+        raise PyargsError(f"{what} needs {package}, which is not installed. Fix: pip install 'pyargs[{name}]'") from error
 
 
 def first_line(error: BaseException) -> str:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pyargs.config import option
 from pyargs.data.tools import schema, sources
 from pyargs.data.tools.folder import Built
-from pyargs.errors import PyargsError
+from pyargs.errors import PyargsError, extra
 
 INSTRUCTION = "Summarize the following post in one or two sentences: "
 LICENCE = "comparisons: Modified MIT (OpenAI 2020); Reddit posts of the TL;DR corpus: CC BY 4.0"
@@ -66,6 +67,7 @@ def build(source: str, config: Config) -> Built:
     the full source the published counts are asserted. Raises PyargsError: damaged or foreign files, a new worker with too few
     pairs.
     """
+    draw = _drawing()
     if source == "hub":
         source = sources.from_hub(REPOSITORY, ["comparisons/**"], revision="refs/convert/parquet")
     paths = _paths(sources.local(source))
@@ -104,12 +106,12 @@ def build(source: str, config: Config) -> Built:
         counts["pairs of equal length (or with an empty summary) dropped"] += len(rows) - len(found)
         return found
 
-    train, shares_posts = _stratified(pairs(ten))
+    train, shares_posts = _stratified(draw, pairs(ten))
     counts["pairs that PAL holds out of the train rows, not used"] = len(shares_posts)
     splits = {"train": train, "train_test": pairs(seen_test), "support": [], "query": []}
     for worker in NEW_WORKERS:
         own = pairs([row for row in kept["validation"] if row["worker"] == worker])
-        support, query = _support(own, worker, config.support)
+        support, query = _support(draw, own, worker, config.support)
         splits["support"] += support
         splits["query"] += query
     counts["train pairs"] = len(train)
@@ -164,26 +166,29 @@ def _row(place: str, row: dict) -> tuple[str, dict]:
         ) from None
 
 
-def _stratified(pairs: list[dict]) -> tuple[list[dict], list[dict]]:
-    """90% and 10% of every worker's pairs, as scikit-learn draws them with PAL's seed."""
-    from sklearn.model_selection import train_test_split
+def _drawing():
+    """scikit-learn's `train_test_split` with PAL's seed."""
+    with extra("prepare", "TL;DR's split"):
+        from sklearn.model_selection import train_test_split
+    return partial(train_test_split, random_state=SEED)
 
+
+def _stratified(draw, pairs: list[dict]) -> tuple[list[dict], list[dict]]:
+    """90% and 10% of every worker's pairs."""
     workers = [pair["user_id"] for pair in pairs]
     try:
-        return train_test_split(pairs, test_size=0.1, random_state=SEED, stratify=workers)
+        return draw(pairs, test_size=0.1, stratify=workers)
     except ValueError as error:
         raise PyargsError(f"The {len(pairs)} train pairs of the ten workers cannot be split 90/10: {error}") from None
 
 
-def _support(pairs: list[dict], worker: str, size: int) -> tuple[list[dict], list[dict]]:
-    from sklearn.model_selection import train_test_split
-
+def _support(draw, pairs: list[dict], worker: str, size: int) -> tuple[list[dict], list[dict]]:
     if len(pairs) <= size:
         raise PyargsError(
             f"worker {worker} has {len(pairs)} validation pairs that can be used: too few for {size} to adapt to and one "
             "query. Fix: the full source, or a smaller --support."
         )
-    return train_test_split(pairs, train_size=size, random_state=SEED)
+    return draw(pairs, train_size=size)
 
 
 def _pair(row: dict) -> dict | None:

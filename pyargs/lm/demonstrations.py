@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 from pyargs.config import check_kinds
-from pyargs.errors import PyargsError, UnknownUser, did_you_mean
+from pyargs.errors import PyargsError, UnknownUser, did_you_mean, extra
 from pyargs.files import read_json
 from pyargs.lm.embed import embed
 from pyargs.lm.encode import as_messages, encode_prompt, shorten, text_ids
@@ -142,7 +142,8 @@ class Demonstrations:
 
 def bm25(query: str, texts: list[str]) -> list[float]:
     """Okapi BM25 of the query in each of the texts; English stop words do not count."""
-    import bm25s
+    with extra("evaluate", "retrieval by bm25"):
+        import bm25s
 
     asked, *words = bm25s.tokenize([query, *texts], return_ids=False, show_progress=False)
     known = [word for word in asked if any(word in found for found in words)]

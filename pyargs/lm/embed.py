@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pyargs.errors import PyargsError, first_line
+from pyargs.errors import PyargsError, extra, first_line
 from pyargs.files import short_hash
 from pyargs.lm import hub
 from pyargs.lm.inert import check_inert
@@ -79,7 +79,9 @@ def _compute(encoder, texts: list[str], store: Store, progress: bool) -> dict[st
 @lru_cache(maxsize=1)
 def _encoder(name: str, identity: str):
     from huggingface_hub import snapshot_download
-    from sentence_transformers import SentenceTransformer
+
+    with extra("evaluate", f"the sentence encoder '{name}'"):
+        from sentence_transformers import SentenceTransformer
 
     path = hub.resolve(name)
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pyargs.errors import PyargsError
+from pyargs.errors import PyargsError, extra
 from pyargs.metrics.blind import words
 
 
@@ -87,11 +87,13 @@ def quotes(text: str, sources: Sequence[str], least: int) -> bool:
 
 def _scorer(model: str, rescale: bool, device: str | None):
     """bert-score's scorer and the layer that it reads."""
-    from bert_score import BERTScorer
-    from bert_score.utils import model2layers
     from transformers import AutoConfig
 
     from pyargs.lm import hub
+
+    with extra("evaluate", "BERTScore"):
+        from bert_score import BERTScorer
+        from bert_score.utils import model2layers
 
     path = str(hub.resolve(model))
     try:

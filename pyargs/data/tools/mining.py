@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pyargs.errors import PyargsError
+from pyargs.errors import PyargsError, extra
 
 SPARE = 50  # neighbours looked at beyond those that may be the user's own: near-duplicates among them
 
@@ -38,7 +38,8 @@ def hard_negatives(
     rejected in training must not be what evaluation asks about. Ties go to the lower row. Raises PyargsError where fewer than
     k are left for a text.
     """
-    from sklearn.neighbors import NearestNeighbors
+    with extra("prepare", "the search for similar texts"):
+        from sklearn.neighbors import NearestNeighbors
 
     names = [plain(title) for title in titles]
     # Users may share a text: it stands in the pool once.

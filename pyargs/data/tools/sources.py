@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from pyargs.errors import PyargsError, explained
+from pyargs.errors import PyargsError, explained, extra
 from pyargs.files import check_regular, parse_json, read_lines, read_text, sha256, write_text
 from pyargs.lm.hub import cache_dir
 from pyargs.progress import progress_bar
@@ -135,7 +135,8 @@ def download(url: str, name: str) -> Path:
 
 
 def _fetch(url: str, part: Path) -> None:
-    import requests
+    with extra("prepare", "a download"):
+        import requests
 
     have = part.stat().st_size if part.exists() else 0
     try:
