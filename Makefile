@@ -9,7 +9,7 @@ RESULTS ?= build/benchmarks
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.pyargs-installed
-SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/*)
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/* csrc/*/*/*)
 BENCHMARKS := $(wildcard benchmarks/bench_*.py)
 
 .PHONY: help setup demo reproduce test bench sanitize lint clean
@@ -56,7 +56,7 @@ sanitize: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
+	$(BIN)/clang-format --dry-run -Werror $(filter %.h %.cpp %.cu %.cuh,$(SOURCES) $(wildcard tests/ops/emulate/*))
 
 # What these targets made in the tree. The user's cache (models, features) stays: `pyargs models` says where it is.
 clean:

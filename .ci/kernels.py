@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-CUDA = Path(__file__).parents[1] / "csrc" / "cuda"
+CUDA = Path(__file__).parents[1] / "csrc" / "kernels" / "cuda"
 ARCHITECTURES = ("80", "90", "100")
 # Registers of a thread, by kernel: the 65,536 of an SM over the threads that should fit.
 LIMIT = {

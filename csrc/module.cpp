@@ -1,7 +1,5 @@
 // pyargs._C: what was built, and what this CPU can do. Loading it also registers the ops (torch must be imported
 // first).
-#include "lm/module.h"
-
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -11,7 +9,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "common.h"
+#include "kernels/common.h"
+#include "stack/bindings.h"
 
 namespace py = pybind11;
 

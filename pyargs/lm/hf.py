@@ -310,7 +310,7 @@ def _of_logits(output, ids: Tensor, start: int) -> Tensor:
 
 
 POSITIONS = 12
-"""Whose logits are kept at a time: rows of one block of the output layer's product (kBlockRows of csrc/lm/gemm.h)."""
+"""Whose logits are kept at a time: rows of one block of the output layer's product (kBlockRows of csrc/stack/gemm.h)."""
 
 
 def _native_logprobs(stack: native.Stack, groups: Sequences, progress: str) -> list[list[Tensor]]:

@@ -38,7 +38,7 @@ MATRICES = {
 }
 """Of a layer: what one product computes, as the linear layers of transformers."""
 
-PANEL = 32  # kPanel of csrc/lm/stack.h
+PANEL = 32  # kPanel of csrc/stack/pass.h
 
 FLOATS = torch.float32, torch.bfloat16
 SILU = ACT2CLS["silu"]
@@ -381,7 +381,7 @@ class _errors:
 
 
 ROWS = 48
-"""Tokens in a pass up to which its weights are read once (kTaskRows of csrc/lm/stack.h): what short responses share."""
+"""Tokens in a pass up to which its weights are read once (kTaskRows of csrc/stack/pass.h): what short responses share."""
 
 PLACES = 512
 """Tokens that the cache holds for responses of one pass, each behind a copy of the prompt."""

@@ -44,7 +44,7 @@ has_extension = _load_extension()
 
 
 def define(name: str, default: Callable, fake: Callable, mutates: tuple[str, ...] = ()) -> tuple[Callable, Callable]:
-    """The op `pyargs::name`; its schema is in csrc/name.cpp and in the annotations of `default`.
+    """The op `pyargs::name`; its schema is in csrc/ops/name.cpp and in the annotations of `default`.
 
     Returns the op, for compiled code, and the same without the Python frame around it, which takes a tenth of a small call.
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels on the host: csrc/cuda/*.cu compiled by g++ against csrc/emulate, with the signatures of the ops."""
+"""The CUDA kernels on the host: csrc/kernels/cuda/*.cu compiled by g++ against emulate/, with the signatures of the ops."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from filelock import FileLock
 from torch import Tensor
 
 CSRC = Path(__file__).parents[2] / "csrc"
+EMULATE = Path(__file__).parent / "emulate"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 needed = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the kernels for the host")
@@ -24,7 +25,7 @@ needed = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compi
 @cache
 def library() -> ctypes.CDLL:
     """Compiled once for each state of the sources, whichever test process comes first."""
-    sources = [*sorted(CSRC.glob("cuda/*")), *sorted(CSRC.glob("emulate/*")), *CSRC.glob("*.h")]
+    sources = [*sorted(CSRC.glob("kernels/cuda/*")), *sorted(EMULATE.glob("*")), *sorted(CSRC.glob("kernels/*.h"))]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / "pyargs-emulated"
     folder.mkdir(exist_ok=True)
@@ -41,14 +42,17 @@ def library() -> ctypes.CDLL:
                 "-Wextra",
                 "-Wno-unknown-pragmas",
                 "-Werror",
-                "-DPYARGS_EMULATE",
+                "-I",
+                str(EMULATE),
+                "-I",
+                str(CSRC),
             ]
             command += [
                 "-o",
                 f"{target}.part",
                 "-x",
                 "c++",
-                *map(str, [*CSRC.glob("cuda/*.cu"), CSRC / "emulate/emulate.cpp"]),
+                *map(str, [*CSRC.glob("kernels/cuda/*.cu"), EMULATE / "emulate.cpp"]),
             ]
             subprocess.run(command, check=True)
             Path(f"{target}.part").rename(target)

@@ -2,12 +2,11 @@
 // __shared__, __syncthreads, __syncwarp, __shfl_down_sync, __shfl_sync, __reduce_add_sync, atomicAdd, __threadfence.
 #pragma once
 
+#include <cuda_runtime.h>  // CUDA's, or the one in tests/ops/emulate, which brings its own PYARGS_LAUNCH
+
 #include "../common.h"
 
-#ifdef PYARGS_EMULATE
-#include "../emulate/cuda.h"
-#else
-#include <cuda_runtime.h>
+#ifndef PYARGS_LAUNCH
 #define PYARGS_LAUNCH(kernel, blocks, threads, stream, ...) kernel<<<blocks, threads, 0, stream>>>(__VA_ARGS__)
 #endif
 

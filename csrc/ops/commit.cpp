@@ -3,10 +3,10 @@
 
 #include <vector>
 
-#include "rows.h"
+#include "../kernels/rows.h"
 #include "tensor.h"
 #ifdef PYARGS_CUDA_ARCHS
-#include "cuda/launch.h"
+#include "../kernels/cuda/launch.h"
 #endif
 
 namespace pyargs {

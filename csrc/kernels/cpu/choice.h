@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "rows.h"
+#include "../rows.h"
 
 namespace pyargs {
 namespace {
@@ -75,7 +75,7 @@ void pad_row(const ChoiceRows& rows, int64_t row) {
 
 #ifdef PYARGS_HOST
 
-#include "tensor.h"
+#include "../../ops/tensor.h"
 
 namespace pyargs {
 namespace {

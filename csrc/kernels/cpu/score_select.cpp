@@ -4,7 +4,7 @@
 // One thread does a whole row, so a row's result depends neither on the batch nor on the number of threads.
 
 #include "choice.h"
-#include "cpu.h"
+#include "floats.h"
 
 namespace pyargs {
 
@@ -148,9 +148,9 @@ void score_rows(const ScoreRows&, int64_t, int64_t);
 
 #ifdef PYARGS_HOST  // the op: schema, checks, threads
 
-#include "tensor.h"
+#include "../../ops/tensor.h"
 #ifdef PYARGS_CUDA_ARCHS
-#include "cuda/launch.h"
+#include "../cuda/launch.h"
 #endif
 
 namespace pyargs {

@@ -8,7 +8,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../common.h"
+#include "../kernels/common.h"
 
 namespace pyargs::lm {
 

@@ -9,8 +9,8 @@
 #include <cmath>
 #include <type_traits>
 
-#include "cpu.h"
-#include "rows.h"
+#include "../rows.h"
+#include "floats.h"
 
 namespace pyargs {
 
@@ -228,9 +228,9 @@ void user_mlp_blocks(const UserMlpRows&, int64_t, int64_t);
 
 #ifdef PYARGS_HOST  // the op: schema, checks, threads
 
-#include "tensor.h"
+#include "../../ops/tensor.h"
 #ifdef PYARGS_CUDA_ARCHS
-#include "cuda/launch.h"
+#include "../cuda/launch.h"
 #endif
 
 namespace pyargs {

@@ -1,7 +1,7 @@
 // Small vectorisable pieces of the CPU kernels. Everything is static: each capability keeps its own copy.
 #pragma once
 
-#include "common.h"
+#include "../common.h"
 
 #ifdef __F16C__
 #include <immintrin.h>

@@ -1,7 +1,7 @@
 // pyargs._C.Stack and Cache: packing, and the threads of a pass. Baseline only. Nothing that Python can pass does more
 // than raise; pyargs/lm/native.py turns the errors into its own.
 
-#include "module.h"
+#include "bindings.h"
 
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/ops.h>
@@ -18,10 +18,10 @@
 #include <utility>
 #include <vector>
 
-#include "../cpu.h"
+#include "../kernels/cpu/floats.h"
 #include "cache.h"
 #include "memory.h"
-#include "stack.h"
+#include "pass.h"
 #include "view.h"
 
 namespace py = pybind11;

@@ -1,4 +1,4 @@
-// Host functions of the .cu files, for the ops in csrc/*.cpp. No torch: pointers, sizes and a stream.
+// Host functions of the .cu files, for csrc/ops. No torch: pointers, sizes and a stream.
 #pragma once
 
 #include <cstddef>

@@ -2,7 +2,7 @@
 // the files that are compiled for AVX2 or AVX-512 see nothing else.
 #pragma once
 
-#include "../common.h"
+#include "../kernels/common.h"
 
 namespace pyargs::lm {
 

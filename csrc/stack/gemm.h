@@ -7,8 +7,8 @@
 #include <type_traits>
 #include <utility>
 
-#include "../cpu.h"
-#include "stack.h"
+#include "../kernels/cpu/floats.h"
+#include "pass.h"
 
 #ifdef __AVX512F__
 #include <immintrin.h>

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "memory.h"
-#include "stack.h"
+#include "pass.h"
 #include "view.h"
 
 namespace pyargs::lm {

@@ -1,4 +1,5 @@
-// The fibers behind cuda.h, and the kernels' host functions for ctypes (tests/ops/emulated.py builds and calls this).
+// The fibers behind cuda_runtime.h, and the kernels' host functions for ctypes (tests/ops/emulated.py builds and calls
+// this).
 
 #include <ucontext.h>
 
@@ -9,8 +10,8 @@
 #include <string>
 #include <vector>
 
-#include "../cuda/launch.h"
-#include "cuda.h"
+#include "cuda_runtime.h"
+#include "kernels/cuda/launch.h"
 
 namespace pyargs::emulate {
 namespace {

@@ -72,7 +72,7 @@ void tokenwise_merge(const TokenwiseScan&, int64_t);
 #ifdef PYARGS_HOST  // the op: schema and checks
 
 #ifdef PYARGS_CUDA_ARCHS
-#include "cuda/launch.h"
+#include "../cuda/launch.h"
 #endif
 
 namespace pyargs {

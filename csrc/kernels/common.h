@@ -59,7 +59,7 @@ PYARGS_HD uint32_t float16_to_float32_bits(uint32_t half) {
 
 }  // namespace pyargs
 
-// Calls `function` of the namespace compiled for this machine. Only csrc/lm has code of its own for kAvx512Bf16.
+// Calls `function` of the namespace compiled for this machine. Only csrc/stack has code of its own for kAvx512Bf16.
 #ifdef PYARGS_X86
 #define PYARGS_DISPATCH(function, ...)             \
   do {                                             \

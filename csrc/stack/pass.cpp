@@ -1,7 +1,7 @@
 // A pass through a decoder stack of the Llama family: each thread of the team runs `forward` once, and they meet after
 // every phase. See pyargs/lm/native.py for the contract.
 
-#include "stack.h"
+#include "pass.h"
 
 #include <math.h>
 #include <sched.h>

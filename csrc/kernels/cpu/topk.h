@@ -10,8 +10,8 @@
 
 #include <cmath>
 
-#include "cpu.h"
-#include "rows.h"
+#include "../rows.h"
+#include "floats.h"
 
 namespace pyargs {
 
@@ -229,7 +229,7 @@ Best merge_row(const Parts& parts, int k, int64_t row) {
 
 #include <memory>
 
-#include "tensor.h"
+#include "../../ops/tensor.h"
 
 namespace pyargs {
 namespace {

@@ -10,7 +10,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "common.h"
+#include "../kernels/common.h"
 
 #ifdef PYARGS_CUDA_ARCHS
 // Part of the stable C interface in builds of torch with CUDA; null elsewhere.

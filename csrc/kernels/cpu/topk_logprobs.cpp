@@ -58,10 +58,10 @@ void topk_merge(const TopkRows&, int64_t);
 
 #ifdef PYARGS_HOST  // the op: schema and checks
 
-#include "tensor.h"
+#include "../../ops/tensor.h"
 
 #ifdef PYARGS_CUDA_ARCHS
-#include "cuda/launch.h"
+#include "../cuda/launch.h"
 #endif
 
 namespace pyargs {
