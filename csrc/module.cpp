@@ -9,7 +9,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "kernels/common.h"
+#include "kernels/cpu/capability.h"
 #include "stack/bindings.h"
 
 namespace py = pybind11;
@@ -89,5 +89,5 @@ PYBIND11_MODULE(_C, m) {
       "set_cpu_capability", [](const std::string& name) { used = available(name); }, py::arg("name"),
       "Use this capability. For tests; PYARGS_CPU_CAPABILITY does the same at import. Raises ValueError for another "
       "name, and for one that this CPU lacks.");
-  lm::bind(m);
+  stack::bind(m);
 }

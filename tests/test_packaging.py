@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -91,6 +92,22 @@ def test_pybind11_comes_before_the_copy_that_torch_carries(tmp_path):
     assert done.returncode == 0, done.stderr
     commands = {Path(c["file"]).name: c["command"] for c in json.loads((tmp_path / "build/compile_commands.json").read_text())}
     assert 0 < commands["module.cpp"].index(str(ours)) < commands["module.cpp"].index(str(torch_dir / "include"))
+
+
+def test_what_computes_sees_no_header_of_torch():
+    """It is compiled for several processors, and of an inline function that they share the linker could keep AVX-512's."""
+    kernels = {*(ROOT / "csrc/kernels").rglob("*.*"), ROOT / "csrc/stack/pass.cpp"}
+    if not kernels & {ROOT / "csrc/kernels/cpu/score_select.cpp"}:
+        pytest.skip("not in a source tree")
+    todo, seen = [*kernels], set()
+    while todo:
+        file = todo.pop()
+        seen.add(file)
+        for bracket, name in re.findall(r'^#\s*include\s*([<"])([^>"]+)', file.read_text(), re.MULTILINE):
+            assert not name.startswith(("torch/", "ATen/", "c10/", "pybind11/", "Python.h")), f"{file} includes {name}"
+            if bracket == '"' and (included := (file.parent / name).resolve()) not in seen:
+                todo.append(included)
+    assert {file.relative_to(ROOT / "csrc").parts[0] for file in seen} == {"kernels", "stack"}
 
 
 CPU, CUDA = "cuda: Optional[str] = None", "cuda: Optional[str] = '13.0'"

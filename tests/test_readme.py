@@ -33,7 +33,9 @@ def test_the_tree_is_true():
     tree = README.split("## What is here")[1].split("```")[1]
     folder = None
     for line in tree.strip().splitlines():
-        names = re.findall(r"[\w.]+/|[\w]+\.(?:py|cpp|h)\b", line.split("  ", 1)[0] if not line.startswith(" ") else line[:22])
+        names = re.findall(
+            r"[\w./]+/|[\w]+\.(?:py|cpp|h)\b", line.split("  ", 1)[0] if not line.startswith(" ") else line[:22]
+        )
         for name in names:
             base = ROOT if not line.startswith(" ") else folder
             assert (base / name).exists(), f"README names {name}, which {base} does not hold"

@@ -1,14 +1,9 @@
-// What all kernels share: dtype access, the choice of a CPU capability, key packing. No torch here: the files that are
-// compiled for AVX2, AVX-512 or by nvcc see this header only.
+// What all kernels share: number formats, and the keys that values and ids are sorted by. No header of torch below
+// csrc/kernels: the files are compiled for AVX2, AVX-512 and by nvcc.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
-
-// The capability this object is compiled for; CMake sets it for all but the baseline.
-#ifndef PYARGS_CPU
-#define PYARGS_CPU baseline
-#endif
 
 #ifdef __CUDACC__
 #define PYARGS_HD __host__ __device__ __forceinline__
@@ -19,11 +14,6 @@
 namespace pyargs {
 
 enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
-enum class Capability : int { kDefault = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
-
-// The one in use: the best of this CPU, or what PYARGS_CPU_CAPABILITY=default|avx2|avx512|avx512_bf16 says. See
-// module.cpp.
-Capability cpu_capability();
 
 // Top-k never asks for more than this; larger k is refused.
 constexpr int kMaxTopK = 64;
@@ -58,23 +48,3 @@ PYARGS_HD uint32_t float16_to_float32_bits(uint32_t half) {
 }
 
 }  // namespace pyargs
-
-// Calls `function` of the namespace compiled for this machine. Only csrc/stack has code of its own for kAvx512Bf16.
-#ifdef PYARGS_X86
-#define PYARGS_DISPATCH(function, ...)             \
-  do {                                             \
-    switch (::pyargs::cpu_capability()) {          \
-      case ::pyargs::Capability::kAvx512Bf16:      \
-      case ::pyargs::Capability::kAvx512:          \
-        ::pyargs::avx512::function(__VA_ARGS__);   \
-        break;                                     \
-      case ::pyargs::Capability::kAvx2:            \
-        ::pyargs::avx2::function(__VA_ARGS__);     \
-        break;                                     \
-      default:                                     \
-        ::pyargs::baseline::function(__VA_ARGS__); \
-    }                                              \
-  } while (0)
-#else
-#define PYARGS_DISPATCH(function, ...) ::pyargs::baseline::function(__VA_ARGS__)
-#endif

@@ -3,33 +3,25 @@
 
 #include <vector>
 
-#include "../kernels/rows.h"
-#include "tensor.h"
-#ifdef PYARGS_CUDA_ARCHS
+#include "../kernels/cpu/launch.h"
 #include "../kernels/cuda/launch.h"
-#endif
+#include "tensor.h"
 
 namespace pyargs {
 namespace {
 
 using Run = void (*)(const CommitRows&, int64_t capacity, const Array& like);
 
-// Copies of a few hundred bytes: memcpy chooses by itself for this CPU.
-void run_on_cpu(const CommitRows& rows, int64_t capacity, const Array&) {
+void run_on_cpu(const CommitRows& given, int64_t capacity, const Array&) {
   // Copies: slot and length may be views of the states themselves.
-  const int64_t length = *rows.length;
-  const std::vector<int64_t> slots(rows.slot, rows.slot + rows.batch);
+  const int64_t length = *given.length;
+  const std::vector<int64_t> slots(given.slot, given.slot + given.batch);
   check(length >= 0 && length < capacity, "length must be a place of the states");
   for (const int64_t slot : slots) check(slot < capacity - length, "a slot lies behind the states");
-  for (int64_t i = 0; i < rows.batch * rows.heads; ++i) {
-    const int64_t b = i / rows.heads, h = i % rows.heads, slot = slots[b];
-    if (slot <= 0) continue;
-    const int64_t to = b * rows.stride_b + h * rows.stride_h + length * rows.stride_t;
-    for (int64_t t = 0; t < rows.count; ++t) {
-      char* states = static_cast<char*>(rows.states[t]);
-      std::memcpy(states + to, states + to + slot * rows.stride_t, rows.bytes);
-    }
-  }
+  CommitRows rows = given;
+  rows.slot = slots.data();
+  rows.length = &length;
+  PYARGS_DISPATCH(commit, rows);
 }
 
 #ifdef PYARGS_CUDA_ARCHS

@@ -10,7 +10,7 @@
 #include "pass.h"
 #include "view.h"
 
-namespace pyargs::lm {
+namespace pyargs::stack {
 
 constexpr int64_t kLargest = (int64_t{1} << 31) - 1;  // of any size of a model
 constexpr int64_t kMostRows = 1 << 20;
@@ -124,4 +124,4 @@ class Cache {
   Memory memory_;
 };
 
-}  // namespace pyargs::lm
+}  // namespace pyargs::stack

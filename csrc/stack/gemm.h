@@ -14,7 +14,7 @@
 #include <immintrin.h>
 #endif
 
-namespace pyargs::lm {
+namespace pyargs::stack {
 namespace {
 
 #if defined(__AVX512F__)
@@ -208,4 +208,4 @@ inline float dot(const float* x, const float* y, int64_t n) {
 }
 
 }  // namespace
-}  // namespace pyargs::lm
+}  // namespace pyargs::stack

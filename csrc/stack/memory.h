@@ -14,7 +14,7 @@
 #include <sanitizer/asan_interface.h>
 #endif
 
-namespace pyargs::lm {
+namespace pyargs::stack {
 
 inline void check(bool ok, const char* message) {
   if (!ok) [[unlikely]]
@@ -108,4 +108,4 @@ class Memory {
   int64_t size_ = kHuge;
 };
 
-}  // namespace pyargs::lm
+}  // namespace pyargs::stack

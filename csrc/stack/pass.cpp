@@ -6,6 +6,7 @@
 #include <math.h>
 #include <sched.h>
 
+#include "../kernels/cpu/capability.h"
 #include "gemm.h"
 
 namespace pyargs {
@@ -13,7 +14,7 @@ namespace pyargs {
 namespace PYARGS_CPU {
 namespace {
 
-using namespace lm;
+using namespace stack;
 
 // A phase's tasks are shared out in stretches, one for each worker: rows of a pass stay in the cache of the core that
 // computed them, and weights are read in order. Who is done takes over what others have left, and a phase ends when its

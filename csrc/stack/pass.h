@@ -4,7 +4,7 @@
 
 #include "../kernels/common.h"
 
-namespace pyargs::lm {
+namespace pyargs::stack {
 
 constexpr int kPanel = 32;  // outputs of a matrix side by side in memory, and rows are padded to a multiple of it
 
@@ -109,4 +109,4 @@ constexpr int64_t kAttentionRows = 24;     // of queries times heads in a group:
 constexpr int64_t kAttentionPlaces = 512;  // of keys at a time
 constexpr int64_t kQueriesPerPass = 512;   // longer prompts go in parts, which bounds the memory to work in
 
-}  // namespace pyargs::lm
+}  // namespace pyargs::stack

@@ -10,7 +10,7 @@
 
 #include "../kernels/common.h"
 
-namespace pyargs::lm {
+namespace pyargs::stack {
 
 // What a capsule "dltensor" holds first, by the DLPack specification. (torch's own header is closed to the stable ABI.)
 struct DlTensor {
@@ -100,4 +100,4 @@ class View {
   int64_t size_ = 1;
 };
 
-}  // namespace pyargs::lm
+}  // namespace pyargs::stack

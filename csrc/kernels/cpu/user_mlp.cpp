@@ -9,17 +9,14 @@
 #include <cmath>
 #include <type_traits>
 
-#include "../rows.h"
 #include "floats.h"
+#include "launch.h"
 
 namespace pyargs {
-
-constexpr int kUnits = 4;  // of one block
-
 namespace PYARGS_CPU {
 namespace {
 
-// In registers: kMaxRows * kUnits sums, kMaxRows candidates, a vector of the bank.
+// In registers: kMaxRows * kMlpUnits sums, kMaxRows candidates, a vector of the bank.
 #if defined(__AVX512F__)
 constexpr int kWidth = 16, kMaxRows = 6;
 #elif defined(__AVX2__)
@@ -80,16 +77,16 @@ inline Vec load_some(const Half* p, int n) {
 template <int kRows, class W>
 inline void block(const float* x, int64_t x_stride, const W* const* w, int64_t ahead, int n, float* sums) {
   const float* rows[kRows];
-  const W* units[kUnits];
+  const W* units[kMlpUnits];
   for (int j = 0; j < kRows; ++j) rows[j] = x + j * x_stride;
-  for (int h = 0; h < kUnits; ++h) units[h] = w[h];
-  Vec acc[kRows][kUnits] = {};
+  for (int h = 0; h < kMlpUnits; ++h) units[h] = w[h];
+  Vec acc[kRows][kMlpUnits] = {};
   const auto step = [&](auto&& get) {
     Vec xs[kRows];
 #pragma GCC unroll 8
     for (int j = 0; j < kRows; ++j) xs[j] = get(rows[j]);
 #pragma GCC unroll 8
-    for (int h = 0; h < kUnits; ++h) {
+    for (int h = 0; h < kMlpUnits; ++h) {
       const Vec ws = get(units[h]);
 #pragma GCC unroll 8
       for (int j = 0; j < kRows; ++j) acc[j][h] += xs[j] * ws;
@@ -98,17 +95,17 @@ inline void block(const float* x, int64_t x_stride, const W* const* w, int64_t a
   const int rest = n % kWidth, whole = n - rest;
   for (int i = 0; i < whole; i += kWidth) {
 #pragma GCC unroll 8
-    for (int h = 0; h < kUnits; ++h) __builtin_prefetch(units[h] + ahead + i, 0, 2);
+    for (int h = 0; h < kMlpUnits; ++h) __builtin_prefetch(units[h] + ahead + i, 0, 2);
     step([i](const auto* p) { return load(p + i); });
   }
   if (rest) step([=](const auto* p) { return load_some(p + whole, rest); });
 
-  constexpr int kSums = kRows * kUnits;
+  constexpr int kSums = kRows * kMlpUnits;
   alignas(64) float lanes[kSums * kWidth], pairs[kSums * kWidth / 2];
 #pragma GCC unroll 8
   for (int j = 0; j < kRows; ++j) {
 #pragma GCC unroll 8
-    for (int h = 0; h < kUnits; ++h) std::memcpy(lanes + (j * kUnits + h) * kWidth, &acc[j][h], sizeof(Vec));
+    for (int h = 0; h < kMlpUnits; ++h) std::memcpy(lanes + (j * kMlpUnits + h) * kWidth, &acc[j][h], sizeof(Vec));
   }
   const auto add_pairs = [](const float* __restrict from, float* __restrict to, int count) {
 #pragma omp simd
@@ -152,7 +149,7 @@ void row_units(const UserMlpRows& rows, int64_t row, int64_t begin, int64_t end)
   // What a block reads: the bank itself, or floats made of it.
   constexpr bool direct = std::is_same_v<W, float> || kWidth == 16;
   using Read = std::conditional_t<direct, W, float>;
-  alignas(64) float x_buffer[kGroup * kPitch], w_buffer[direct ? 1 : kUnits * kPitch], sums[kMaxRows * kUnits];
+  alignas(64) float x_buffer[kGroup * kPitch], w_buffer[direct ? 1 : kMlpUnits * kPitch], sums[kMaxRows * kMlpUnits];
   const int64_t tile = ceil_div(part(rows.dim, kTile), kWidth) * kWidth;
   for (int64_t start = 0; start < rows.dim; start += tile) {
     const int n = static_cast<int>(rows.dim - start < tile ? rows.dim - start : tile);
@@ -170,10 +167,10 @@ void row_units(const UserMlpRows& rows, int64_t row, int64_t begin, int64_t end)
           as_floats(rows.hidden_dtype, rows.hidden, at + j * rows.hidden_stride_k, n, x_buffer + j * kPitch);
         }
       }
-      for (int64_t h = begin; h < end; h += kUnits) {
-        const int valid = static_cast<int>(end - h < kUnits ? end - h : kUnits);
-        const Read* w[kUnits];
-        for (int i = 0; i < kUnits; ++i) {
+      for (int64_t h = begin; h < end; h += kMlpUnits) {
+        const int valid = static_cast<int>(end - h < kMlpUnits ? end - h : kMlpUnits);
+        const Read* w[kMlpUnits];
+        for (int i = 0; i < kMlpUnits; ++i) {
           const int64_t unit = h + (i < valid ? i : valid - 1);  // past the end: again the last, and not stored
           if constexpr (direct) {
             w[i] = bank + unit * rows.bank_stride_h;
@@ -181,13 +178,14 @@ void row_units(const UserMlpRows& rows, int64_t row, int64_t begin, int64_t end)
             w[i] = as_floats(rows.bank_dtype, bank, unit * rows.bank_stride_h, n, w_buffer + i * kPitch);
           }
         }
-        const int64_t ahead = direct && h + kUnits < end ? kUnits * rows.bank_stride_h : 0;
+        const int64_t ahead = direct && h + kMlpUnits < end ? kMlpUnits * rows.bank_stride_h : 0;
         for (int done = 0; done < group;) {
           const int count = part(group - done, kMaxRows);
           block(count, x + done * x_stride, x_stride, w, ahead, n, sums);
           for (int j = 0; j < count; ++j) {
             float* to = out + (first + done + j) * rows.units + h;
-            for (int i = 0; i < valid; ++i) to[i] = start > 0 ? to[i] + sums[j * kUnits + i] : sums[j * kUnits + i];
+            for (int i = 0; i < valid; ++i)
+              to[i] = start > 0 ? to[i] + sums[j * kMlpUnits + i] : sums[j * kMlpUnits + i];
           }
           done += count;
         }
@@ -199,107 +197,19 @@ void row_units(const UserMlpRows& rows, int64_t row, int64_t begin, int64_t end)
 
 }  // namespace
 
-// Blocks begin ... end - 1 of all rows' blocks of kUnits units.
-void user_mlp_blocks(const UserMlpRows& rows, int64_t begin, int64_t end) {
+// Blocks begin ... end - 1 of all rows' blocks of kMlpUnits units.
+void user_mlp(const UserMlpRows& rows, int64_t begin, int64_t end) {
   const auto work = rows.bank_dtype == Dtype::kFloat32    ? row_units<float>
                     : rows.bank_dtype == Dtype::kBFloat16 ? row_units<BFloat16>
                                                           : row_units<Float16>;
-  const int64_t blocks = ceil_div(rows.units, kUnits);
+  const int64_t blocks = ceil_div(rows.units, kMlpUnits);
   while (begin < end) {
     const int64_t row = begin / blocks, first = begin % blocks;
     const int64_t last = first + (end - begin) < blocks ? first + (end - begin) : blocks;
-    work(rows, row, first * kUnits, last * kUnits < rows.units ? last * kUnits : rows.units);
+    work(rows, row, first * kMlpUnits, last * kMlpUnits < rows.units ? last * kMlpUnits : rows.units);
     begin += last - first;
   }
 }
 
 }  // namespace PYARGS_CPU
-
-#ifdef PYARGS_X86
-namespace avx2 {
-void user_mlp_blocks(const UserMlpRows&, int64_t, int64_t);
-}
-namespace avx512 {
-void user_mlp_blocks(const UserMlpRows&, int64_t, int64_t);
-}
-#endif
-
 }  // namespace pyargs
-
-#ifdef PYARGS_HOST  // the op: schema, checks, threads
-
-#include "../../ops/tensor.h"
-#ifdef PYARGS_CUDA_ARCHS
-#include "../cuda/launch.h"
-#endif
-
-namespace pyargs {
-namespace {
-
-using Run = void (*)(const UserMlpRows&, int64_t batch, const Array& like);
-
-void run_on_cpu(const UserMlpRows& rows, int64_t batch, const Array&) {
-  const int64_t blocks = batch * ((rows.units + kUnits - 1) / kUnits);
-  const int64_t grain = 1 + (1 << 18) / (rows.k * rows.dim * kUnits);  // less is not worth waking a thread
-  if (blocks <= grain) {
-    PYARGS_DISPATCH(user_mlp_blocks, rows, 0, blocks);
-  } else {
-    torch::stable::parallel_for(
-        0, blocks, grain, [&rows](int64_t begin, int64_t end) { PYARGS_DISPATCH(user_mlp_blocks, rows, begin, end); });
-  }
-}
-
-#ifdef PYARGS_CUDA_ARCHS
-void run_on_cuda(const UserMlpRows& rows, int64_t batch, const Array& like) {
-  check_launch(cuda::user_mlp(rows, batch, like.device_index(), cuda_stream(like)));
-}
-#endif
-
-// The handles are ours: boxed arguments come owned, and results are given away.
-template <Run run>
-StableIValue user_mlp(AtenTensorHandle hidden_handle, AtenTensorHandle bank_handle, AtenTensorHandle user_handle) {
-  Array hidden(hidden_handle), bank(bank_handle), user(user_handle);
-#ifdef PYARGS_CUDA_ARCHS
-  if (run == run_on_cuda) check_one_device({&hidden, &bank, &user});
-#endif
-  check(hidden.dim() == 3 && hidden.size(1) >= 1 && hidden.size(2) >= 1, "hidden must be [B, k, D], k and D >= 1");
-  UserMlpRows rows{};
-  const int64_t batch = hidden.size(0);
-  rows.k = hidden.size(1);
-  rows.dim = hidden.size(2);
-  check(bank.dim() == 3 && bank.size(0) >= 1 && bank.size(1) >= 1 && bank.size(2) == rows.dim,
-        "bank must be [U, H, D], U and H >= 1");
-  rows.users = bank.size(0);
-  rows.units = bank.size(1);
-  rows.hidden_dtype = hidden.float_dtype("hidden must be float32, bfloat16 or float16");
-  rows.bank_dtype = bank.float_dtype("bank must be float32, bfloat16 or float16");
-  user.require({batch}, aoti_torch_dtype_int64(), "user must be [B] int64");
-  hidden.require_dense_rows();
-  bank.require_dense_rows();
-  rows.hidden = hidden.data();
-  rows.hidden_stride_b = hidden.stride(0);
-  rows.hidden_stride_k = hidden.stride(1);
-  rows.bank = bank.data();
-  rows.bank_stride_u = bank.stride(0);
-  rows.bank_stride_h = bank.stride(1);
-  rows.user = user.data<int64_t>();
-
-  Result out({batch, rows.k, rows.units}, aoti_torch_dtype_float32(), hidden);
-  rows.out = out.data<float>();
-
-  if (batch > 0) run(rows, batch, hidden);
-  return out.release();
-}
-
-}  // namespace
-}  // namespace pyargs
-
-STABLE_TORCH_LIBRARY_FRAGMENT(pyargs, m) { m.def("user_mlp(Tensor hidden, Tensor bank, Tensor user) -> Tensor"); }
-
-STABLE_TORCH_LIBRARY_IMPL(pyargs, CPU, m) { m.impl("user_mlp", TORCH_BOX(&pyargs::user_mlp<pyargs::run_on_cpu>)); }
-
-#ifdef PYARGS_CUDA_ARCHS
-STABLE_TORCH_LIBRARY_IMPL(pyargs, CUDA, m) { m.impl("user_mlp", TORCH_BOX(&pyargs::user_mlp<pyargs::run_on_cuda>)); }
-#endif
-
-#endif  // PYARGS_HOST
