@@ -56,6 +56,7 @@ std::tuple<StableIValue, StableIValue, StableIValue, StableIValue> score_select(
   rows.k = features.size(1);
   rows.hidden = features.size(2);
   check(rows.k >= 1 && rows.hidden >= 1, "features must have k >= 1 and H >= 1");
+  check(rows.k < INT32_MAX, "k must be less than 2^31 - 1");
   features.require_dense_rows();
   rows.features_dtype = features.float_dtype("features must be float32, bfloat16 or float16");
   const auto check_bank = [&](Array& bank, const char* message) {

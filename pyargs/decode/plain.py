@@ -18,6 +18,7 @@ from pyargs.lm.encode import left_pad
 from pyargs.lm.hf import forward_step
 from pyargs.lm.structure import unwrapped
 from pyargs.models.user_policy import UserPolicy
+from pyargs.ops.choice import settle
 from pyargs.types import Decoded
 
 
@@ -92,9 +93,9 @@ def _decode(
         else:
             colder = (logits - logits.amax(1, keepdim=True)).double() / temperature  # which float32 may not hold
             token = colder.float().softmax(1).multinomial(1).squeeze(1)
-        tokens.append(token.masked_fill(finished, pad))
-        finished = finished | torch.isin(token, stop)
-        if (finished | bad).all():  # the one look of a step at the device
+        token, finished = settle(token, finished, bad, stop, pad)
+        tokens.append(token)
+        if finished.all():  # the one look of a step at the device
             break
         inputs, mask = tokens[-1].unsqueeze(1), torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
     check_numbers(bad)

@@ -15,7 +15,7 @@ from pyargs.errors import PyargsError
 from pyargs.lm.cache import PrefixLayer
 from pyargs.lm.hf import forward_step
 from pyargs.models.reward_model import RewardModel
-from pyargs.ops.score_select import broken
+from pyargs.ops.choice import choose
 from pyargs.types import Decoded
 
 
@@ -46,30 +46,19 @@ def decode(policy, reward_model: RewardModel, request: Request) -> Decoded:
         )
         hidden = reward_out.last_hidden_state.reshape(rows, k, -1)
         reward = reward_model.head(hidden, request.user.unsqueeze(1).expand(rows, k))
-        is_stop = torch.isin(ids, request.stop)
         if request.eos_reward == "before":
-            reward = torch.where(is_stop, so_far.unsqueeze(1), reward)
-        weight = request.step_weight(step).unsqueeze(1)
-        score = torch.where(weight == 0, logprobs, logprobs + weight * reward)
-
-        if request.uniform is None:
-            slot = score.argmax(1)
-        else:
-            cumulative = ((score - score.amax(1, keepdim=True)) / request.temperature).softmax(-1).cumsum(-1)
-            slot = (cumulative > request.uniform[step].unsqueeze(1)).int().argmax(1)
-        bad = broken(score, logprobs, reward).any(1) & ~finished
-        token = ids.gather(1, slot.unsqueeze(1)).squeeze(1).masked_fill(finished | bad, request.pad_id)
-        reward = reward.masked_fill(finished.unsqueeze(1), 0.0)
-        stopped = is_stop.gather(1, slot.unsqueeze(1)).squeeze(1)
-        output_slot = slot.masked_fill(finished, 0).masked_fill(bad, -1)
-        finished = finished | stopped | bad
-        chosen = output.add(token, output_slot, reward, finished)
+            reward = torch.where(torch.isin(ids, request.stop), so_far.unsqueeze(1), reward)
+        token, slot, reward, finished = choose(
+            logprobs, reward, request.step_weight(step), ids, finished, stop=request.stop, pad_id=request.pad_id,
+            temperature=request.temperature, uniform=None if request.uniform is None else request.uniform[step],
+        )  # fmt: skip
+        chosen = output.add(token, slot, reward, finished)
         total = total + chosen
         so_far = total / (step + 1) if request.prefix_mean else chosen
         if output.stop(request, step, finished):
             break
 
-        _follow(reward_cache, (first_row + slot).repeat_interleave(k))
+        _follow(reward_cache, (first_row + slot.clamp(min=0)).repeat_interleave(k))
         policy_out, policy_cache = forward_step(
             policy, token.unsqueeze(1).to(policy.device), mask, policy_cache, padded, logits_to_keep=1
         )

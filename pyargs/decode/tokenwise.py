@@ -16,7 +16,7 @@ from pyargs.errors import PyargsError
 from pyargs.lm.hf import forward_step
 from pyargs.models.token_reward import TokenReward
 from pyargs.ops import tokenwise_select
-from pyargs.ops.score_select import broken
+from pyargs.ops.choice import choose
 from pyargs.types import Decoded
 from pyargs.user_ids import user_ids
 
@@ -75,18 +75,11 @@ def generate(
 def _among_all(policy: Tensor, reward: Tensor, request: Request, step: int, finished: Tensor):
     """The same over all tokens: the choice, its rank under the policy (-1: not a number), its reward [B, 1], and finished."""
     logprobs, rewards = policy.float().log_softmax(1), reward.float().log_softmax(1)
-    weight = request.weight.unsqueeze(1)
-    score = torch.where(weight == 0, logprobs, logprobs + weight * rewards)
-    bad = broken(score, logprobs, rewards).any(1) & ~finished
-    if request.uniform is None:
-        token = score.argmax(1)
-    else:
-        cumulative = ((score.double() - score.amax(1, keepdim=True)) / request.temperature).softmax(1).cumsum(1)
-        passed = cumulative > request.uniform[step].double().unsqueeze(1) * cumulative[:, -1:]
-        token = passed.int().argmax(1)
-    chosen = token.unsqueeze(1)
-    rank = (logprobs > logprobs.gather(1, chosen)).sum(1)
-    value = rewards.gather(1, chosen).masked_fill(finished.unsqueeze(1), 0.0)
-    stopped = torch.isin(token, request.stop)
-    token = token.masked_fill(finished | bad, request.pad_id)
-    return token, rank.masked_fill(finished, 0).masked_fill(bad, -1), value, finished | stopped | bad
+    ids = torch.arange(logprobs.shape[1], device=logprobs.device).expand_as(logprobs)
+    token, slot, rewards, after = choose(
+        logprobs, rewards, request.weight, ids, finished, stop=request.stop, pad_id=request.pad_id,
+        temperature=request.temperature, uniform=None if request.uniform is None else request.uniform[step],
+    )  # fmt: skip
+    place = slot.clamp(min=0).unsqueeze(1)  # the candidates stand in order of their ids
+    rank = (logprobs > logprobs.gather(1, place)).sum(1).masked_fill(finished, 0).masked_fill(slot < 0, -1)
+    return token, rank, rewards.gather(1, place), after

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
+from pyargs.ops.choice import choose
 from pyargs.ops.library import check_tensors, define
 
 ACTIVATIONS = {
@@ -58,29 +59,10 @@ def score_select_reference(
         is_stop = torch.isin(ids, stop) & ~bad_user[:, None]
         reward = torch.where(is_stop, stop_reward[:, None], reward)
 
-    weighted = torch.where(reward_weight[:, None] == 0, 0.0, reward_weight[:, None] * reward)
-    score = logprobs + weighted
-    bad = bad_user | broken(score, logprobs, reward).any(-1)
-    slot = score.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).argmax(-1)  # ties: see below
-    slot = (score == score.gather(-1, slot[:, None])).int().argmax(-1)  # argmax of 0/1 takes the first
-    if uniform is not None:
-        p = torch.softmax((score.double() - score.amax(-1, keepdim=True)) / temperature, dim=-1)
-        passed = p.cumsum(-1) > uniform[:, None].double()
-        last = (p > 0).int().cumsum(-1).argmax(-1)  # where rounding leaves none
-        sampled = torch.where(passed.any(-1), passed.int().argmax(-1), last)
-        slot = torch.where((score == -math.inf).all(-1), slot, sampled)
-
-    token = ids.gather(-1, slot[:, None])[:, 0]
-    stopped = torch.isin(token, stop) if stop is not None else torch.zeros_like(finished)
-    slot = slot.masked_fill(bad, -1).masked_fill(finished, 0)
-    token = token.masked_fill(bad | finished, pad_id)
-    reward = reward.masked_fill(finished[:, None], 0.0)
-    return token, slot, reward, finished | bad | stopped
-
-
-def broken(score: Tensor, logprobs: Tensor, reward: Tensor) -> Tensor:
-    """No score to choose by: NaN, +inf, or a finite log-prob and reward whose sum is beyond float32. -inf forbids a token."""
-    return ~(score < math.inf) | ((score == -math.inf) & (logprobs > -math.inf) & (reward > -math.inf))
+    logprobs = logprobs.masked_fill(bad_user[:, None], math.nan)  # no choice, whatever the weight
+    return choose(
+        logprobs, reward, reward_weight, ids, finished, stop=stop, pad_id=pad_id, temperature=temperature, uniform=uniform
+    )
 
 
 def score_select(

@@ -3,7 +3,7 @@
 //
 // One thread does a whole row, so a row's result depends neither on the batch nor on the number of threads.
 
-#include "choice.h"
+#include "../choice.h"
 #include "floats.h"
 #include "launch.h"
 
@@ -99,7 +99,7 @@ void select_row(const ScoreRows& rows, int64_t row) {
   const int64_t* ids = rows.ids + row * rows.k;
   if (rows.finished[row]) return pad_row(rows, row);
   const int64_t users = rows.weight_rows > rows.bias_rows ? rows.weight_rows : rows.bias_rows;
-  int64_t slot = -1;
+  int slot = -1;
   if (users > 1 && (rows.user[row] < 0 || rows.user[row] >= users)) {
     for (int64_t j = 0; j < rows.k; ++j) reward[j] = NAN;
   } else {
@@ -122,7 +122,8 @@ void select_row(const ScoreRows& rows, int64_t row) {
         if (is_stop(rows, ids[j])) reward[j] = rows.stop_reward[row];
       }
     }
-    slot = choose(rows, row, rows.logprobs + row * rows.k);
+    const float* logprobs = rows.logprobs + row * rows.k;
+    slot = choose(rows, row, logprobs, reward, leader_of(rows, row, logprobs, reward));
   }
   write_choice(rows, row, slot, ids);
 }

@@ -3,7 +3,7 @@
 //
 // A row's tasks are the chunks of its policy logits, then those of its reward logits, of which only the sum is wanted.
 
-#include "choice.h"
+#include "../choice.h"
 #include "topk.h"
 
 namespace pyargs {
@@ -23,7 +23,8 @@ void select_row(const TokenwiseScan& scan, int64_t row, const Best& best) {
     const int64_t at = row * rows.rewards.row_stride + ids[j];
     rows.reward[row * rows.k + j] = rewards(*as_floats(rows.rewards.dtype, rows.rewards.logits, at, 1, &buffer));
   }
-  write_choice(rows, row, choose(rows, row, logprobs), ids);
+  const float* reward = rows.reward + row * rows.k;
+  write_choice(rows, row, choose(rows, row, logprobs, reward, leader_of(rows, row, logprobs, reward)), ids);
 }
 
 }  // namespace

@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(1024, 1) score_select_kernel(ScoreRows a) {
   const int64_t row = blockIdx.x;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int warps = static_cast<int>(blockDim.x) / 32;
-  if (a.finished[row]) return pad_row(a, row);
+  if (a.finished[row]) return pad_row(a, row, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x));
   const int64_t users = a.weight_rows > a.bias_rows ? a.weight_rows : a.bias_rows;
   const bool unknown = users > 1 && (a.user[row] < 0 || a.user[row] >= users);
   const int64_t weight_row = a.weight_rows > 1 && !unknown ? a.user[row] : 0;
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(1024, 1) score_select_kernel(ScoreRows a) {
   }
   __syncthreads();
   if (warp != 0) return;
-  const int slot = unknown ? -1 : choose(a, row, a.logprobs + row * a.k, shared.reward);
+  const int slot = unknown ? -1 : choose_by_warp(a, row, a.logprobs + row * a.k, shared.reward);
   if (lane == 0) write_choice(a, row, slot, a.ids + row * a.k);
 }
 

@@ -54,7 +54,7 @@ __device__ __forceinline__ void select_row(TokenwiseShared& shared, const Tokenw
   }
   __syncthreads();
   if (warp != 0) return;
-  const int slot = choose(a, row, shared.logprobs, shared.reward);
+  const int slot = choose_by_warp(a, row, shared.logprobs, shared.reward);
   if (threadIdx.x == 0) write_choice(a, row, slot, shared.ids);
 }
 
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kTopkThreads, 3)
   const int64_t row = blockIdx.x / (2 * chunks), chunk = blockIdx.x % chunks;
   const bool policy = blockIdx.x / chunks % 2 == 0;
   if (a.finished[row]) {
-    if (policy && chunk == 0) pad_row(a, row);
+    if (policy && chunk == 0) pad_row(a, row, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x));
     return;
   }
   const LogitRows logits = policy ? a.policy : a.rewards;

@@ -1,0 +1,90 @@
+// The choice of the next token among k scored candidates, on the CPU and on CUDA. Everything is static: each capability
+// keeps its own copy.
+#pragma once
+
+#include <cmath>
+
+#include "rows.h"
+
+namespace pyargs {
+namespace {
+
+PYARGS_HD bool is_stop(const ChoiceRows& rows, int64_t id) {
+  for (int64_t e = 0; e < rows.stops; ++e) {
+    if (rows.stop[e] == id) return true;
+  }
+  return false;
+}
+
+// logprob + w * reward; w == 0 leaves the log-prob alone, whatever the reward.
+PYARGS_HD float score(float logprob, float weight, float reward) {
+  return weight == 0.0f ? logprob : logprob + weight * reward;
+}
+
+// No score to choose by: NaN, +inf, or a finite log-prob and reward whose sum is beyond float32. -inf forbids a token.
+PYARGS_HD bool broken(float score, float logprob, float reward) {
+  return !(score < INFINITY) || (score == -INFINITY && logprob != -INFINITY && reward != -INFINITY);
+}
+
+// The leader of some candidates, and whether one of them has a broken score. Equal scores go to the lower slot.
+struct Leader {
+  int slot;
+  float score;
+  bool broken;
+};
+
+// Of candidates first, first + step ...: on the CPU all of them, on CUDA those of a lane. Log-probs and rewards are the
+// row's.
+PYARGS_HD Leader leader_of(const ChoiceRows& rows, int64_t row, const float* logprobs, const float* reward,
+                           int first = 0, int step = 1) {
+  const float weight = rows.reward_weight[row];
+  Leader best{first, -INFINITY, false};
+  for (int j = first; j < rows.k; j += step) {
+    const float s = score(logprobs[j], weight, reward[j]);
+    best.broken |= broken(s, logprobs[j], reward[j]);
+    if (s > best.score) {
+      best.score = s;
+      best.slot = j;
+    }
+  }
+  return best;
+}
+
+// The slot chosen where `best` leads all candidates: that one, or a sample; -1 if a score is broken.
+PYARGS_HD int choose(const ChoiceRows& rows, int64_t row, const float* logprobs, const float* reward,
+                     const Leader& best) {
+  if (best.broken) return -1;
+  if (!rows.uniform || best.score == -INFINITY) return best.slot;
+  const float weight = rows.reward_weight[row];
+  double total = 0.0;
+  for (int j = 0; j < rows.k; ++j) {
+    total += exp((static_cast<double>(score(logprobs[j], weight, reward[j])) - best.score) / rows.temperature);
+  }
+  double cumulated = 0.0;
+  int last = best.slot;  // where rounding leaves none
+  for (int j = 0; j < rows.k; ++j) {
+    const double p = exp((static_cast<double>(score(logprobs[j], weight, reward[j])) - best.score) / rows.temperature);
+    if (p > 0.0) last = j;
+    cumulated += p / total;
+    if (cumulated > rows.uniform[row]) return j;
+  }
+  return last;
+}
+
+PYARGS_HD void write_choice(const ChoiceRows& rows, int64_t row, int slot, const int64_t* ids) {
+  rows.slot[row] = slot;
+  rows.token[row] = slot < 0 ? rows.pad_id : ids[slot];
+  rows.finished_out[row] = slot < 0 || is_stop(rows, ids[slot]);
+}
+
+// What a row gets that had finished before: candidates first, first + step ... of it, as above.
+PYARGS_HD void pad_row(const ChoiceRows& rows, int64_t row, int first = 0, int step = 1) {
+  for (int j = first; j < rows.k; j += step) rows.reward[row * rows.k + j] = 0.0f;
+  if (first > 0) return;
+  rows.token[row] = rows.pad_id;
+  rows.slot[row] = 0;
+  rows.finished_out[row] = true;
+}
+
+}  // namespace
+}  // namespace pyargs
