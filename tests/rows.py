@@ -6,7 +6,7 @@ import gzip
 import json
 from pathlib import Path
 
-from pyargs.data import tldr
+from pyargs.prepare import tldr
 
 
 def row(**changes) -> dict:

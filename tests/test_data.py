@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 from rows import DIALOGUES, lamp, prism, row, tldr_source, write
 
-from pyargs import cli, data
-from pyargs.data import hh_rlhf_users, persona_statements, pref_lamp, preferences, tldr
-from pyargs.data import prism as prism_set
-from pyargs.data.tools import check, sources
+from pyargs import cli, data, prepare
+from pyargs.data import sources
+from pyargs.data.sets import hh_rlhf_users, persona_statements
+from pyargs.data.sets import pref_lamp as lamp_files
 from pyargs.errors import PyargsError
+from pyargs.prepare import check, pref_lamp, preferences, tldr
+from pyargs.prepare import prism as prism_set
 
 SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
 CI = SHARED / "pref_lamp_like" / "ci"
@@ -26,8 +28,8 @@ needs_shared = pytest.mark.skipif(not CI.is_dir(), reason="the data pack ../shar
 
 
 def test_load_by_name(tmp_path):
-    assert {"demo", "synthetic", "preferences", "pref_lamp", "tldr", "prism"} <= set(data.names())
-    assert data.builders() == ["pref_lamp", "preferences", "prism", "tldr"]
+    assert {"demo", "synthetic", "preferences", "pref_lamp", "hh_rlhf_users"} <= set(data.names())
+    assert prepare.names() == ["pref_lamp", "preferences", "prism", "tldr"]
     for call, message in [
         (lambda: data.load("dmeo"), "No data set and no file 'dmeo'. Did you mean: demo"),
         (lambda: data.load("pref_lamp"), "needs a source"),
@@ -35,7 +37,7 @@ def test_load_by_name(tmp_path):
         (lambda: data.load("synthetic", usres=3), "no option 'usres'. Did you mean: users"),
         (lambda: data.load(write(tmp_path / "a.jsonl", [row()]), "other"), "is a file or folder already"),
         (lambda: data.load("tldr", tmp_path), "pyargs data build tldr"),
-        (lambda: data.build("demo", tmp_path, tmp_path / "out"), "'demo' is not built"),
+        (lambda: prepare.build("demo", tmp_path, tmp_path / "out"), "'demo' is not built"),
     ]:
         with pytest.raises(PyargsError, match=message):
             call()
@@ -85,7 +87,7 @@ def test_lamp_from_its_server(server, tmp_path, monkeypatch, encoder):
         target.parent.mkdir(exist_ok=True)
         target.write_bytes(path.read_bytes())
     monkeypatch.setattr(pref_lamp, "ADDRESS", server.address)
-    found = data.build("pref_lamp", "hub", tmp_path / "out", pref_lamp.Config(embedder=encoder, k=2, near=1.1))
+    found = prepare.build("pref_lamp", "hub", tmp_path / "out", pref_lamp.Config(embedder=encoder, k=2, near=1.1))
     assert found["counts"]["papers"] == 20 and set(found["sources"]) == {path.name for path in served.iterdir()}
 
 
@@ -94,7 +96,7 @@ def test_lamp_from_its_server(server, tmp_path, monkeypatch, encoder):
 
 @pytest.mark.parametrize("gz", [False, True])
 def test_lamp_items(tmp_path, gz):
-    found = pref_lamp.items(lamp(tmp_path, gz=gz))
+    found = lamp_files.items(lamp(tmp_path, gz=gz))
     assert found["item_id"][:] == ["10", "1", "20", "2", "30", "3"]
     assert found["title"][:] == [f"Title {item}" for item in found["item_id"]]
     assert found["user_split"][:] == ["train"] * 4 + ["adapt"] * 2
@@ -104,17 +106,17 @@ def test_lamp_items(tmp_path, gz):
 
 def test_lamp_pairs_are_checked_against_the_papers(tmp_path):
     def pair(item: str, role: str, **changes) -> dict:
-        text = {"prompt": f"{pref_lamp.INSTRUCTION}About {item}.", "chosen": f"Title {item}", "rejected": "Other"}
+        text = {"prompt": f"{lamp_files.INSTRUCTION}About {item}.", "chosen": f"Title {item}", "rejected": "Other"}
         return {"user": item[0], "role": role, "pair_id": item} | text | changes
 
     folder = lamp(tmp_path)
     with pytest.raises(PyargsError, match="found preference files none.*pyargs data build"):
-        pref_lamp.load(folder)
+        lamp_files.load(folder)
     prefs = write(folder / "prefs.jsonl", [pair("10", "train"), pair("1", "train"), pair("30", "support"), pair("3", "query")])
-    assert pref_lamp.load(folder)["split"][:] == data.load("pref_lamp", prefs)["split"][:]
+    assert lamp_files.load(folder)["split"][:] == data.load("pref_lamp", prefs)["split"][:]
     write(prefs, [pair("10", "train", chosen="Not the title")])
     with pytest.raises(PyargsError, match="pair 10 does not match"):
-        pref_lamp.load(folder)
+        lamp_files.load(folder)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +131,7 @@ def test_lamp_pairs_are_checked_against_the_papers(tmp_path):
         (lambda q, g: g[1].update(output=""), r"train_outputs.json, gold 2 \(id 2\): output is empty"),
         (lambda q, g: q[1].update(profile=[]), "train_questions.json: user 2 has a single paper"),
         (lambda q, g: q[0].update(input="Write a tweet"), "not LaMP-5"),
-        (lambda q, g: q[0].update(input=pref_lamp.INSTRUCTION), "abstract is empty"),
+        (lambda q, g: q[0].update(input=lamp_files.INSTRUCTION), "abstract is empty"),
         (lambda q, g: q.insert(0, "x"), "not an array of objects"),
         (lambda q, g: q[1]["profile"][0].update(title="\u200b..."), "without a letter or digit"),
         (lambda q, g: q[1]["profile"][0].update(id=None), "profile entry 1: the id is None"),
@@ -145,17 +147,17 @@ def test_lamp_names_what_is_wrong(tmp_path, change, message):
 
 def test_lamp_refuses_other_data(tmp_path):
     with pytest.raises(PyargsError, match="no train_questions.json"):
-        pref_lamp.items(tmp_path)
+        lamp_files.items(tmp_path)
     (tmp_path / "train_questions.json").write_text("[{")
     with pytest.raises(PyargsError, match="damaged or not JSON"):
-        pref_lamp.items(tmp_path)
+        lamp_files.items(tmp_path)
     (tmp_path / "train_questions.json").unlink()
     whole = gzip.compress(json.dumps([{"id": i} for i in range(2000)]).encode())
     (tmp_path / "train_questions.json.gz").write_bytes(whole[:-50])
     with pytest.raises(PyargsError, match="train_questions.json.gz is damaged"):
-        pref_lamp.items(tmp_path)
+        lamp_files.items(tmp_path)
     with pytest.raises(PyargsError, match="No file or folder"):
-        pref_lamp.load(tmp_path / "nowhere")
+        lamp_files.load(tmp_path / "nowhere")
     folder = lamp(tmp_path / "lamp")
     (folder / "dev_outputs.json").unlink()
     with pytest.raises(PyargsError, match="dev_outputs.json .*is missing"):
@@ -166,9 +168,9 @@ def test_pref_lamp(tmp_path, encoder):
     users = {"1": ("train", 9), "2": ("train", 14), "3": ("train", 4), "7": ("dev", 9), "8": ("dev", 4)}
     source, out = lamp(tmp_path / "lamp", users), tmp_path / "out"
     config = pref_lamp.Config(embedder=encoder, k=3, near=1.1)
-    found = data.build("pref_lamp", source, out, config)
+    found = prepare.build("pref_lamp", source, out, config)
     rows = [r for split in data.SPLITS for _, r in sources.rows(out / f"{split}.parquet")]
-    papers = {p["item_id"]: p for p in pref_lamp.items(source)}
+    papers = {p["item_id"]: p for p in lamp_files.items(source)}
     assert len(rows) == len(papers) == 45 and found["check"]["problems"] == {}
     for r in rows:
         mine, other = papers[r["pair_id"]], papers[r["similar"]]
@@ -184,9 +186,9 @@ def test_pref_lamp(tmp_path, encoder):
         if kind == "dev":  # the newest, and the question
             dates = {s: [r["date"] for r in own if r["split"] == s and r["date"]] for s in ("support", "query")}
             assert user in {r["pair_id"] for r in held} and max(dates["support"]) <= min(dates["query"], default="3000")
-    again = data.build("pref_lamp", source, tmp_path / "again", config)
+    again = prepare.build("pref_lamp", source, tmp_path / "again", config)
     assert again["statistics"]["sha256"] == found["statistics"]["sha256"] and again["files"] == found["files"]
-    other = data.build("pref_lamp", source, tmp_path / "other", pref_lamp.Config(embedder=encoder, k=3, near=1.1, seed=1))
+    other = prepare.build("pref_lamp", source, tmp_path / "other", pref_lamp.Config(embedder=encoder, k=3, near=1.1, seed=1))
     assert other["statistics"]["sha256"] != found["statistics"]["sha256"]
     from datasets import load_dataset
 
@@ -198,7 +200,7 @@ def test_pref_lamp(tmp_path, encoder):
 def test_pref_lamp_draws_users(tmp_path, encoder):
     users = {str(i): ("train" if i < 14 else "dev", 3) for i in range(10, 22)}
     config = pref_lamp.Config(embedder=encoder, k=2, near=1.1, users=10)
-    found = data.build("pref_lamp", lamp(tmp_path / "lamp", users), tmp_path / "out", config)
+    found = prepare.build("pref_lamp", lamp(tmp_path / "lamp", users), tmp_path / "out", config)
     splits = found["statistics"]["splits"]
     assert splits["train"]["users"] == 8 and splits["query"]["users"] == 2
     with pytest.raises(PyargsError, match="users=13, but the source has 12"):
@@ -215,7 +217,7 @@ def test_a_paper_is_there_once(tmp_path, encoder):
 
     users = {"1": ("train", 5), "2": ("train", 5), "3": ("dev", 4), "4": ("dev", 4)}
     config = pref_lamp.Config(embedder=encoder, k=2, near=1.1)
-    found = data.build("pref_lamp", lamp(tmp_path / "lamp", users, change=change), tmp_path / "out", config)
+    found = prepare.build("pref_lamp", lamp(tmp_path / "lamp", users, change=change), tmp_path / "out", config)
     assert found["counts"]["papers that a user has twice, dropped"] == 1
     assert found["counts"]["papers of train users that new users have, dropped"] == 1
     titles = data.load(tmp_path / "out")["chosen"][:]
@@ -230,7 +232,7 @@ def test_years_and_dates_of_any_kind(tmp_path, encoder):
 
     users = {"1": ("train", 5), "2": ("train", 5), "3": ("dev", 4), "4": ("dev", 4)}
     config = pref_lamp.Config(embedder=encoder, k=2, near=1.1)
-    data.build("pref_lamp", lamp(tmp_path / "lamp", users, change=change), tmp_path / "out", config)
+    prepare.build("pref_lamp", lamp(tmp_path / "lamp", users, change=change), tmp_path / "out", config)
     assert len(data.load(tmp_path / "out")) == 22
 
 
@@ -244,28 +246,28 @@ def test_options_that_cannot_be(tmp_path):
         if config.near != 0.95:
             config.embedder = "minilm"
         with pytest.raises(PyargsError, match=message):
-            pref_lamp.build(str(source), config) if config.near != 0.95 else data.build(
+            pref_lamp.build(str(source), config) if config.near != 0.95 else prepare.build(
                 "pref_lamp", source, tmp_path / "o", config
             )
     late = pref_lamp.Config(negatives="policy", embedder="nobody/nothing", policy="nobody/else")
     with pytest.raises(PyargsError, match="cannot load the embedding model"):  # before a title is written
-        data.build("pref_lamp", source, tmp_path / "out", late)
+        prepare.build("pref_lamp", source, tmp_path / "out", late)
     with pytest.raises(PyargsError, match="no official place"):
-        data.build("preferences", "hub", tmp_path / "out", preferences.Config(embedder="none"))
+        prepare.build("preferences", "hub", tmp_path / "out", preferences.Config(embedder="none"))
 
 
 def test_ids_of_items_that_several_users_have_are_told_apart(tmp_path, encoder):
     source = lamp(tmp_path / "lamp", {str(i): ("train" if i < 3 else "dev", 3) for i in range(1, 5)}, change=lambda q, g: [
         paper.update(id=str(number)) for question in q for number, paper in enumerate(question["profile"], 100)
     ])  # fmt: skip
-    found = data.build("pref_lamp", source, tmp_path / "out", pref_lamp.Config(embedder=encoder, k=2, near=1.1))
+    found = prepare.build("pref_lamp", source, tmp_path / "out", pref_lamp.Config(embedder=encoder, k=2, near=1.1))
     assert found["statistics"]["pair_ids"] == 16
 
 
 def test_pref_lamp_against_the_policys_own_titles(tmp_path):
     users = {"1": ("train", 4), "7": ("dev", 4)}
     config = pref_lamp.Config(negatives="policy", policy="tiny-random", embedder="none", max_new_tokens=5)
-    found = data.build("pref_lamp", lamp(tmp_path / "lamp", users), tmp_path / "out", config)
+    found = prepare.build("pref_lamp", lamp(tmp_path / "lamp", users), tmp_path / "out", config)
     dataset = data.load(tmp_path / "out")
     assert (
         len(dataset) + found["counts"]["titles of the policy that are empty, dropped"]
@@ -273,7 +275,7 @@ def test_pref_lamp_against_the_policys_own_titles(tmp_path):
         > found["counts"]["titles of the policy that are the author's, dropped"]
     )
     assert all("\n" not in r["rejected"] and r["rejected"] == pref_lamp.clean_title(r["rejected"]) for r in dataset)
-    again = data.build("pref_lamp", tmp_path / "lamp", tmp_path / "again", config)  # from the kept answers
+    again = prepare.build("pref_lamp", tmp_path / "lamp", tmp_path / "again", config)  # from the kept answers
     assert again["statistics"]["sha256"] == found["statistics"]["sha256"]
 
 
@@ -332,7 +334,7 @@ def test_turns_of_a_dialogue():
 
 @needs_shared
 def test_real_titles():
-    pairs, papers = data.load("pref_lamp", CI), pref_lamp.items(CI)
+    pairs, papers = data.load("pref_lamp", CI), lamp_files.items(CI)
     assert len(papers) == len(pairs) == 1291 and papers.filter(lambda p: p["role"] == "question").num_rows == 40
     counts = {split: pairs["split"][:].count(split) for split in data.SPLITS}
     assert counts["train"] + counts["train_test"] == 960 and counts["support"] + counts["query"] == 331

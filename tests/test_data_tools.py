@@ -13,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rows import row, write
 
-from pyargs import cli, data
-from pyargs.data import pref_lamp, preferences
-from pyargs.data.tools import check, mining, simulate, sources
+from pyargs import cli, data, prepare
+from pyargs.data import schema, sources
+from pyargs.data.preferences import read
+from pyargs.data.sets import pref_lamp as lamp_files
 from pyargs.errors import PyargsError
+from pyargs.prepare import check, mining, preferences, simulate
 
 SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
 CI = SHARED / "pref_lamp_like" / "ci"
@@ -106,11 +108,11 @@ def test_negatives_are_near_and_another_users(seed, users, each, k):
         return
     cosines = vectors @ vectors.T
     for i, negative in enumerate(found):
-        own = {mining.plain(t) for t, u in zip(titles, names, strict=True) if u == names[i]}
-        assert mining.plain(titles[negative.row]) not in own and cosines[i, negative.row] < 0.9991
+        own = {schema.plain(t) for t, u in zip(titles, names, strict=True) if u == names[i]}
+        assert schema.plain(titles[negative.row]) not in own and cosines[i, negative.row] < 0.9991
         better = {
-            mining.plain(t) for j, t in enumerate(titles)
-            if mining.plain(t) not in own and cosines[i, negative.row] + 1e-5 < cosines[i, j] < 0.9989
+            schema.plain(t) for j, t in enumerate(titles)
+            if schema.plain(t) not in own and cosines[i, negative.row] + 1e-5 < cosines[i, j] < 0.9989
         }  # fmt: skip
         assert len(better) <= negative.rank < k
 
@@ -168,7 +170,7 @@ def test_a_users_own_papers_do_not_use_up_the_neighbours(monkeypatch):
 
 @needs_shared
 def test_items_of_the_full_set():
-    papers = pref_lamp.items(SHARED / "pref_lamp_like")
+    papers = lamp_files.items(SHARED / "pref_lamp_like")
     kinds, users = papers["user_split"][:], papers["user_id"][:]
     assert (kinds.count("train"), kinds.count("adapt")) == (24111, 6247)
     assert len({u for u, k in zip(users, kinds, strict=True) if k == "train"}) == 485 and len(set(users)) == 611
@@ -178,7 +180,7 @@ def test_items_of_the_full_set():
 def test_neighbours_of_the_real_set():
     """The pack's own neighbours (cosine of float16 vectors) are found, but for near-duplicates and near ties."""
     stored = np.load(CI / "abstract_embeddings_minilm.npz")
-    papers = {p["item_id"]: p for p in pref_lamp.items(CI)}
+    papers = {p["item_id"]: p for p in lamp_files.items(CI)}
     ids = stored["item_id"].tolist()
     vectors = stored["embedding"].astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -211,7 +213,7 @@ def test_dense_overlap(tmp_path):
     config = preferences.Config(
         simulated_users=30, simulated_new_users=6, labels_per_pair=10, simulated_pairs=40, embedder="none"
     )
-    found = data.build("preferences", pairs_file(tmp_path), tmp_path / "out", config)
+    found = prepare.build("preferences", pairs_file(tmp_path), tmp_path / "out", config)
     dataset = data.load(tmp_path / "out")
     train = data.of_split(dataset, "train", "train_test")
     labels = {}
@@ -254,7 +256,7 @@ def test_simulated_users_are_consistent():
 def test_hybrid_keeps_the_real_users(tmp_path):
     source = pairs_file(tmp_path)
     config = preferences.Config(simulated_users=12, labels_per_pair=5, hybrid=True, embedder="none")
-    data.build("preferences", source, tmp_path / "out", config)
+    prepare.build("preferences", source, tmp_path / "out", config)
     dataset = data.load(tmp_path / "out")
     real = [r for r in dataset if not r["user_id"].startswith("sim")]
     plain = {(r["user_id"], r["prompt"], r["chosen"], r["rejected"]) for r in data.load(source)}
@@ -262,13 +264,13 @@ def test_hybrid_keeps_the_real_users(tmp_path):
     sides = [set(data.of_split(dataset, s)["prompt"]) for s in ("train", "train_test")]
     assert sides[0] and sides[1] and not sides[0] & sides[1]
     built = preferences.Config(simulated_users=12, labels_per_pair=5, hybrid=True, embedder="none")
-    data.build("preferences", tmp_path / "out", tmp_path / "again", built)  # over a set with its own train_test
+    prepare.build("preferences", tmp_path / "out", tmp_path / "again", built)  # over a set with its own train_test
     again = data.load(tmp_path / "again")
     sides = [set(data.of_split(again, s)["prompt"]) for s in ("train", "train_test")]
     assert not sides[0] & sides[1] and any(u.startswith("sim") for u in data.of_split(again, "train_test")["user_id"])
     with pytest.raises(PyargsError, match="no rows of support or query"):
         rows = write(tmp_path / "train.jsonl", [row(prompt=f"p{i}") for i in range(5)])
-        data.build("preferences", rows, tmp_path / "x", preferences.Config(simulated_new_users=3, embedder="none"))
+        prepare.build("preferences", rows, tmp_path / "x", preferences.Config(simulated_new_users=3, embedder="none"))
 
 
 # ---- the check ----
@@ -435,12 +437,12 @@ def test_check_command(tmp_path):
 @pytest.mark.parametrize("file", ["hh_rlhf_users/length_prefs", "hh_rlhf_users/two_types_prefs", "persona_statements/prefs",
                                   "pandalm_annotators/prefs", "pref_lamp_like/ci/prefs_minilm"])  # fmt: skip
 def test_real_files_have_no_problems(file):
-    found = check.check(preferences.read(SHARED / f"{file}.jsonl.gz"), embedder=None)
+    found = check.check(read(SHARED / f"{file}.jsonl.gz"), embedder=None)
     repeated = found["problems"].pop("responses rejected in query that the same user rejects in support", {"count": 0})
     assert found["problems"] == {} and repeated["count"] == (50 if "pref_lamp" in file else 0)
 
 
 @needs_shared
 def test_word_overlap_decides_the_real_titles():
-    found = check.check(preferences.read(CI / "prefs_minilm.jsonl.gz"), embedder=None)
+    found = check.check(read(CI / "prefs_minilm.jsonl.gz"), embedder=None)
     assert found["blind"]["word_overlap"]["accuracy"] > 95 and found["blind"]["words"]["accuracy"] < 50

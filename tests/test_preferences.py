@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from rows import row, write
 
 from pyargs import data
-from pyargs.data import preferences
-from pyargs.data.tools import schema
+from pyargs.data import preferences, schema
 from pyargs.errors import PyargsError
 
 # ---- preference files ----

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from rows import DIALOGUES, prism
 
-from pyargs import data
-from pyargs.data import prism as prism_set
-from pyargs.data.tools import sources
+from pyargs import data, prepare
+from pyargs.data import sources
 from pyargs.errors import PyargsError
+from pyargs.prepare import prism as prism_set
 
 SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the data pack ../shared/data is not here")
@@ -19,7 +19,7 @@ needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the data pack ../
 
 def test_prism(tmp_path):
     out = tmp_path / "out"
-    found = data.build("prism", prism(tmp_path / "source", DIALOGUES), out, prism_set.Config(embedder="none"))
+    found = prepare.build("prism", prism(tmp_path / "source", DIALOGUES), out, prism_set.Config(embedder="none"))
     rows = [r for split in data.SPLITS for _, r in sources.rows(out / f"{split}.parquet")]
     splits = {}
     for r in rows:
@@ -53,7 +53,9 @@ def test_prism_leaves_out_what_is_no_pair(tmp_path):
         for item in silent["conversation_history"]:
             item["if_chosen"] = False
 
-    found = data.build("prism", prism(tmp_path / "s", DIALOGUES, change), tmp_path / "out", prism_set.Config(embedder="none"))
+    found = prepare.build(
+        "prism", prism(tmp_path / "s", DIALOGUES, change), tmp_path / "out", prism_set.Config(embedder="none")
+    )
     assert found["counts"]["pairs that are too long"] == 2 and found["counts"]["pairs of the same or of empty texts"] == 1
     assert any("Dialogues without a usable turn: user39-1" in note for note in found["notes"])
 
@@ -132,7 +134,9 @@ def test_prism_refuses(tmp_path):
 
 @needs_shared
 def test_prism_in_the_original_layout(tmp_path):
-    found = data.build("prism", SHARED / "fixtures_synthetic" / "prism", tmp_path / "out", prism_set.Config(embedder="none"))
+    found = prepare.build(
+        "prism", SHARED / "fixtures_synthetic" / "prism", tmp_path / "out", prism_set.Config(embedder="none")
+    )
     assert found["counts"]["conversations"] == 155 and found["counts"]["users with conversations"] == 40
     rows = [r for split in data.SPLITS for _, r in sources.rows(tmp_path / "out" / f"{split}.parquet")]
     owners = {

@@ -279,9 +279,8 @@ def test_a_cell_that_fails_does_not_stop_the_others(tmp_path, capsys):
 
 
 def test_measured_cells_tell_the_hours():
-    from experiments.estimate import Left, plan, sizes, tokens, trains
-
     import pyargs.data
+    from experiments.estimate import Left, plan, sizes, tokens, trains
 
     size = sizes(pyargs.data.load("synthetic"))
     settings = reproduce.PROFILES["smoke"]["sets"]["synthetic"]

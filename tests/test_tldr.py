@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from rows import comparison, tldr_source, write
 
-from pyargs import data
-from pyargs.data import tldr
-from pyargs.data.tools import sources
+from pyargs import data, prepare
+from pyargs.data import sources
 from pyargs.errors import PyargsError
+from pyargs.prepare import tldr
 
 SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the data pack ../shared/data is not here")
@@ -19,7 +19,7 @@ needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the data pack ../
 
 def test_tldr(tmp_path):
     out = tmp_path / "out"
-    found = data.build("tldr", tldr_source(tmp_path / "source"), out, tldr.Config(support=4, embedder="none"))
+    found = prepare.build("tldr", tldr_source(tmp_path / "source"), out, tldr.Config(support=4, embedder="none"))
     counts = found["counts"]
     assert counts["pairs of equal length (or with an empty summary) dropped"] == 4
     assert counts["train rows"] == 306 and counts["train rows kept"] == 303 and counts["rows without a post"] == 1
@@ -43,7 +43,7 @@ def test_tldr(tmp_path):
 
 def test_the_weight_of_tldr_is_chosen_on_the_seen_users_test_split(tmp_path):
     """Validation rows of the ten workers, which share no post with what was trained on (the paper's F.2)."""
-    data.build("tldr", tldr_source(tmp_path / "source"), tmp_path / "out", tldr.Config(support=4, embedder="none"))
+    prepare.build("tldr", tldr_source(tmp_path / "source"), tmp_path / "out", tldr.Config(support=4, embedder="none"))
     dataset = data.load(tmp_path / "out")
     held, train = (data.of_split(dataset, split) for split in ("train_test", "train"))  # what `pyargs tune` reads is the first
     numbers = [int(re.search(r"Post (\d+) of", prompt)[1]) for prompt in held["prompt"]]
@@ -62,7 +62,7 @@ def test_tldr_splits_are_those_of_scikit_learn(tmp_path):
     rows = [r for r in rows if r["summaries"][0]["text"] != " same"]  # pairs without a label go first
     seen = [r for r in rows if r["split"] == "train" and r["worker"] in tldr.TRAIN_WORKERS]
     train, _ = train_test_split(seen, test_size=0.1, random_state=42, stratify=[r["worker"] for r in seen])
-    data.build("tldr", source, tmp_path / "out", tldr.Config(support=4, embedder="none"))
+    prepare.build("tldr", source, tmp_path / "out", tldr.Config(support=4, embedder="none"))
     built = data.load(tmp_path / "out")
     expected = [tldr.INSTRUCTION + r["info"]["post"] for r in train]
     assert data.of_split(built, "train")["prompt"][:] == expected
@@ -84,7 +84,7 @@ def test_tldr_files_in_order_and_once(tmp_path):
         tldr.build(str(folder.parent), tldr.Config())
     (folder / "batch3.json.gz").unlink()
     write(folder / "batch11.json", [comparison("somebody else")])
-    found = data.build("tldr", folder.parent, tmp_path / "out", tldr.Config(support=4, embedder="none"))
+    found = prepare.build("tldr", folder.parent, tmp_path / "out", tldr.Config(support=4, embedder="none"))
     assert found["counts"]["rows that are there before (the same worker, post and summaries)"] >= 1
     assert any("Not the full source" in note for note in found["notes"])
 
@@ -102,7 +102,7 @@ def test_tldr_parquet(tmp_path, layout):
     (tmp_path / "hub" / "comparisons" / "train").mkdir(parents=True)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "hub" / "comparisons" / "train" / "0000.parquet")
     config = tldr.Config(support=4, embedder="none")
-    one, two = (data.build("tldr", s, tmp_path / f"out-{s.name}", config) for s in (source, tmp_path / "hub"))
+    one, two = (prepare.build("tldr", s, tmp_path / f"out-{s.name}", config) for s in (source, tmp_path / "hub"))
     assert one["statistics"]["sha256"] == two["statistics"]["sha256"] and one["counts"] == two["counts"]
 
 
@@ -110,7 +110,7 @@ def test_tldr_asserts_the_published_counts(tmp_path, monkeypatch):
     source, config = tldr_source(tmp_path / "source"), tldr.Config(support=4, embedder="none")
     monkeypatch.setattr(tldr, "FULL", {"train rows": 306, "validation rows": 249})
     with pytest.raises(PyargsError, match="303.*38487"):
-        data.build("tldr", source, tmp_path / "out", config)
+        prepare.build("tldr", source, tmp_path / "out", config)
     assert not (tmp_path / "out").exists()
     known = {
         "train rows kept": 303, "validation rows kept": 249, "rows of the ten workers": 301,
@@ -118,10 +118,10 @@ def test_tldr_asserts_the_published_counts(tmp_path, monkeypatch):
     }  # fmt: skip
     assert list(known) == list(tldr.EXPECTED)
     monkeypatch.setattr(tldr, "EXPECTED", known)
-    data.build("tldr", source, tmp_path / "out", config)
+    prepare.build("tldr", source, tmp_path / "out", config)
     monkeypatch.setattr(tldr, "TRAIN_WORKERS", tldr.TRAIN_WORKERS[::-1])  # not the order by count
     with pytest.raises(PyargsError, match="another version"):
-        data.build("tldr", source, tmp_path / "other", config)
+        prepare.build("tldr", source, tmp_path / "other", config)
 
 
 def test_tldr_refuses(tmp_path):
@@ -146,7 +146,7 @@ def test_tldr_refuses(tmp_path):
 @needs_shared
 def test_tldr_in_the_original_layout(tmp_path):
     source = SHARED / "fixtures_synthetic" / "tldr"
-    found = data.build("tldr", source, tmp_path / "out", tldr.Config(support=4, embedder="none"))
+    found = prepare.build("tldr", source, tmp_path / "out", tldr.Config(support=4, embedder="none"))
     kept = found["counts"]["train rows kept"] + found["counts"]["validation rows kept"]
     assert kept == 870 and found["counts"]["train rows"] + found["counts"]["validation rows"] - kept == 64
     assert found["statistics"]["users"] == 41 and found["check"]["problems"] == {}

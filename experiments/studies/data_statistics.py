@@ -13,11 +13,11 @@ import argparse
 from pathlib import Path
 
 from experiments import rules
-from pyargs import data, files
+from pyargs import data, files, prepare
 from pyargs.config import check
-from pyargs.data.tools.statistics import spread, statistics
 from pyargs.lm.embed import embed
 from pyargs.metrics.blind import blind, contents, sample
+from pyargs.prepare.statistics import spread, statistics
 
 HERE = Path(__file__).parents[1]
 OUT, TABLE = HERE / "results/data_statistics.json", HERE / "results/data_statistics.md"
@@ -43,13 +43,13 @@ SETS = {
 
 def load(name: str, source: Path, options: dict, work: Path):
     """The set as a Dataset, and the counts of its build where it has one."""
-    if name not in data.builders():
+    if name not in prepare.names():
         return data.load(name, source, **options), None
-    settings = data.config(name)(**options)
+    settings = prepare.config(name)(**options)
     check(settings)
     out = work / files.short_hash([name, str(source), options])
     if not (out / "dataset.json").is_file():
-        data.build(name, source, out, settings)
+        prepare.build(name, source, out, settings)
     return data.load(out), files.read_json(out / "dataset.json")["counts"]
 
 

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
 
 
 def _add_build(parser: argparse.ArgumentParser, words: list[str]) -> None:
-    from pyargs import data
+    from pyargs import prepare
     from pyargs.config import add_options
 
     if words[:1] != ["build"]:
@@ -37,19 +37,19 @@ def _add_build(parser: argparse.ArgumentParser, words: list[str]) -> None:
     for word in ("name", "--source", "--out"):
         first.add_argument(word, nargs="?")
     name = first.parse_known_args(words[1:])[0].name
-    parser.add_argument("name", choices=data.builders(), help="the data set, whose flags follow from it")
+    parser.add_argument("name", choices=prepare.names(), help="the data set, whose flags follow from it")
     parser.add_argument("--source", required=True, help="local file or folder, or 'hub': the set's official place")
     parser.add_argument("--out", required=True, help="folder for the built set")
-    if name in data.builders():
-        add_options(parser.add_argument_group(name), data.config(name))
+    if name in prepare.names():
+        add_options(parser.add_argument_group(name), prepare.config(name))
 
 
 def run(args: argparse.Namespace) -> dict:
-    from pyargs import data
-    from pyargs.data.tools.statistics import statistics
+    from pyargs import data, prepare
+    from pyargs.prepare.statistics import statistics
 
     if args.action == "list":
-        return {"data_sets": data.names(), "built_from_a_source": data.builders()}
+        return {"data_sets": data.names(), "built_from_a_source": prepare.names()}
     if args.action == "build":
         return _build(args)
     if args.action == "check":
@@ -63,11 +63,11 @@ def _build(args: argparse.Namespace) -> dict:
     from dataclasses import asdict
     from pathlib import Path
 
-    from pyargs import data, files
+    from pyargs import files, prepare
     from pyargs.config import from_args
     from pyargs.errors import PyargsError
 
-    config = from_args(data.config(args.name), args)
+    config = from_args(prepare.config(args.name), args)
     source = Path(args.source)
     if args.source != "hub" and source.is_dir() and source.resolve() in Path(args.out).resolve().parents:
         raise PyargsError(f"--out {args.out} lies inside the source {source}: choose another folder.")
@@ -78,7 +78,7 @@ def _build(args: argparse.Namespace) -> dict:
     if done := files.finished(args.out, key):
         return {**done, "already_done": True}
     try:
-        found = data.build(args.name, args.source, args.out, config)
+        found = prepare.build(args.name, args.source, args.out, config)
     except PyargsError:
         files.beside(args.out, "stage.json").unlink(missing_ok=True)  # nothing was begun that could be gone on with
         raise
@@ -95,8 +95,8 @@ def _check(args: argparse.Namespace) -> dict:
 
     from pyargs import data
     from pyargs.data import preferences
-    from pyargs.data.tools.check import check
     from pyargs.errors import PyargsError
+    from pyargs.prepare.check import check
 
     if args.name in data.names():
         rows = ((f"{args.name}, row {number}", row) for number, row in enumerate(data.load(args.name, args.source), 1))

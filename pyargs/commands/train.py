@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
     from pyargs.commands import add_data
     from pyargs.config import TINY, add_options
 
-    # A first look at the words tells the method, whose fields are the other flags, and whether it is a tiny run, which presets some.
+    # A first look at the words tells the method, whose fields are the other flags, and whether --tiny presets some of them.
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("method", nargs="?")
     first.add_argument("--tiny", action="store_true")

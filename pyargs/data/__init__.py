@@ -1,4 +1,4 @@
-"""Preference data. Every module of this folder is a data set; its `load` gives a `datasets.Dataset` with the columns
+"""Preference data: the schema, reading files, and sets by name. `load` gives a `datasets.Dataset` with the columns
 
 user_id   str
 prompt    str, or a list of {"role", "content"} (chat messages)
@@ -7,10 +7,8 @@ rejected  str
 split     "train" and "train_test" for the users to train on; "support" and "query" for the users to adapt to
 pair_id   str; the same pair may be shown to several users
 
-and sometimes more (`user_type`, `attribute`). It is TRL's preference format with a user.
-
-Sets that are made from a source have `build` as well (`pyargs data build NAME`), which writes a folder that loads as any file
-does. What builders share is in `tools`.
+and sometimes more (`user_type`, `attribute`). It is TRL's preference format with a user. Sets are built from sources by
+`pyargs.prepare`.
 """
 
 from __future__ import annotations
@@ -30,18 +28,19 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SPLITS = ("train", "train_test", "support", "query")
+HERE = ("demo", "preferences", "synthetic")  # sets that are modules of this folder; published ones are in sets/
 COLUMNS = ("user_id", "prompt", "chosen", "rejected", "split", "pair_id")
 
 
 def names() -> list[str]:
-    """The data sets that `load` knows: the modules of this folder."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg)
+    """The data sets that `load` knows."""
+    return sorted([*HERE, *(module.name for module in pkgutil.iter_modules([str(Path(__path__[0], "sets"))]))])
 
 
 def load(name: str | Path, source: str | Path | None = None, **options) -> Dataset:
     """Preference pairs of a data set (`demo`, `synthetic`, `pref_lamp` ...), of a file or of a built folder.
 
-    `name` is a module of this folder or the path of a JSONL or parquet file or a built set (then read by `preferences`);
+    `name` is one of `names()` or the path of a JSONL or parquet file or a built set (then read by `preferences`);
     `source` is the file or folder for data that the package does not carry. `options` go to that module's `load`. Raises
     PyargsError: unknown name, missing source, unknown option, or what the data are refused for.
     """
@@ -51,11 +50,12 @@ def load(name: str | Path, source: str | Path | None = None, **options) -> Datas
         if source is not None:
             raise PyargsError(f"{name} is a file or folder already; leave out the source {source}.")
         name, source = "preferences", name
-    function = getattr(_module(str(name)), "load", None)
-    if function is None:
+    if name not in names():
         raise PyargsError(
-            f"'{name}' has to be built first: pyargs data build {name} --source SOURCE --out FOLDER; then give the folder."
+            f"No data set and no file '{name}'.{did_you_mean(str(name), names())} A set with a builder (`pyargs data list`) "
+            f"has to be built first: pyargs data build {name} --source SOURCE --out FOLDER; then give the folder."
         )
+    function = importlib.import_module(f"pyargs.data.{'' if name in HERE else 'sets.'}{name}").load
     known = inspect.signature(function).parameters
     wants_source = next(iter(known), None) == "source"
     for option in options:
@@ -66,48 +66,6 @@ def load(name: str | Path, source: str | Path | None = None, **options) -> Datas
     if not wants_source and source is not None:
         raise PyargsError(f"Data set '{name}' takes no source. For a file of your own, give its path alone.")
     return function(source, **options) if wants_source else function(**options)
-
-
-def build(name: str, source: str | Path, out: str | Path, settings=None) -> dict:
-    """Makes a data set from its source in a folder: parquet files, a card, and dataset.json, which is returned.
-
-    `name` is a module with `build` (`tldr`, `prism`, `pref_lamp`, `preferences`), `source` a local path or "hub", `settings`
-    the module's `Config` (default: its defaults). Nothing is written unless everything could be. Raises PyargsError.
-    """
-    from dataclasses import asdict
-
-    from pyargs.config import check
-    from pyargs.data.tools import folder
-    from pyargs.lm.embed import embed
-
-    settings = config(name)() if settings is None else settings
-    check(settings)
-    module = _module(name)
-    embedder = None if settings.embedder == "none" else settings.embedder
-    if embedder is not None:
-        embed(embedder, ["."])  # one that cannot be loaded is known now, not when everything else is done
-    built = module.build(str(source), settings)
-    about = (module.__doc__ or "").strip()
-    how = {"source": str(source), **asdict(settings)}
-    return folder.write(out, built, title=name, about=about, licence=module.LICENCE, how=how, embedder=embedder)
-
-
-def config(name: str) -> type:
-    """The dataclass of a built set's options. Raises PyargsError for a set that is not built."""
-    if not hasattr(_module(name), "build"):
-        raise PyargsError(f"'{name}' is not built: load it. With a source to build from: {', '.join(builders())}.")
-    return _module(name).Config
-
-
-def builders() -> list[str]:
-    """The data sets that are made from a source."""
-    return [name for name in names() if hasattr(_module(name), "build")]
-
-
-def _module(name: str):
-    if name not in names():
-        raise PyargsError(f"No data set and no file '{name}'.{did_you_mean(name, names())}")
-    return importlib.import_module(f"pyargs.data.{name}")
 
 
 def of_split(dataset: Dataset, *splits: str) -> Dataset:

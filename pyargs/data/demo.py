@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pyargs.data.tools import schema
+from pyargs.data import schema
 from pyargs.errors import PyargsError, did_you_mean
 
 if TYPE_CHECKING:

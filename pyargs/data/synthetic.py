@@ -16,7 +16,7 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from pyargs.data.tools import schema
+from pyargs.data import schema
 from pyargs.errors import PyargsError
 
 if TYPE_CHECKING:

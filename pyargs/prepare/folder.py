@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pyargs import data, files
-from pyargs.data.tools import schema
-from pyargs.data.tools.check import check
-from pyargs.data.tools.statistics import statistics
+from pyargs.data import schema
+from pyargs.prepare.check import check
+from pyargs.prepare.statistics import statistics
 
 
 class Built(NamedTuple):

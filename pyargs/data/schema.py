@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -182,3 +183,8 @@ def text_id(row: dict) -> str:
     """An id from the texts, the same whichever response is preferred."""
     parts = [row["prompt"], *sorted((row["chosen"], row["rejected"]))]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def plain(text: str) -> str:
+    """A text without case, punctuation and spacing: what two versions of one title have in common."""
+    return re.sub(r"[\W_]+", " ", text).strip().casefold()

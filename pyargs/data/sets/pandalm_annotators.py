@@ -10,8 +10,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pyargs.data import preferences
-from pyargs.data.tools import schema, sources
+from pyargs.data import preferences, schema, sources
 from pyargs.errors import PyargsError, did_you_mean
 
 if TYPE_CHECKING:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from pyargs.data.schema import plain
 from pyargs.errors import PyargsError, extra
 
 SPARE = 50  # neighbours looked at beyond those that may be the user's own: near-duplicates among them
@@ -18,11 +18,6 @@ class Negative(NamedTuple):
     row: int  # of the similar text
     cosine: float
     rank: int  # 0 is the nearest that was allowed
-
-
-def plain(text: str) -> str:
-    """A text without case, punctuation and spacing: what two versions of one title have in common."""
-    return re.sub(r"[\W_]+", " ", text).strip().casefold()
 
 
 def hard_negatives(

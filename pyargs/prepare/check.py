@@ -9,9 +9,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from itertools import combinations
 
-from pyargs.data import SPLITS
-from pyargs.data.tools import schema
-from pyargs.data.tools.mining import plain
+from pyargs.data import SPLITS, schema
+from pyargs.data.schema import plain
 from pyargs.errors import PyargsError
 
 FIRST = 3  # rows named for each finding

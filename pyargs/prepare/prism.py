@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pyargs.config import option
-from pyargs.data.tools import schema, sources
-from pyargs.data.tools.folder import Built
+from pyargs.data import schema, sources
 from pyargs.errors import PyargsError
+from pyargs.prepare.folder import Built
 
 LICENCE = "human-written texts: CC BY 4.0; model replies: CC BY-NC 4.0; no attempt at identifying participants"
 REPOSITORY = "HannahRoseKirk/prism-alignment"

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from pyargs.data import schema
 from pyargs.data.demo import ATTRIBUTES
-from pyargs.data.tools import schema
 from pyargs.errors import PyargsError
 
 # What a simulated user may care about: what can be measured on a response.

@@ -14,9 +14,9 @@ from functools import partial
 from pathlib import Path
 
 from pyargs.config import option
-from pyargs.data.tools import schema, sources
-from pyargs.data.tools.folder import Built
+from pyargs.data import schema, sources
 from pyargs.errors import PyargsError, extra
+from pyargs.prepare.folder import Built
 
 INSTRUCTION = "Summarize the following post in one or two sentences: "
 LICENCE = "comparisons: Modified MIT (OpenAI 2020); Reddit posts of the TL;DR corpus: CC BY 4.0"

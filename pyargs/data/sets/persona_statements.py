@@ -9,8 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pyargs.data import preferences
-from pyargs.data.tools import sources
+from pyargs.data import preferences, sources
 
 if TYPE_CHECKING:
     from datasets import Dataset

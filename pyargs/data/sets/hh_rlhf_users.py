@@ -10,8 +10,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pyargs.data import preferences
-from pyargs.data.tools import schema, sources
+from pyargs.data import preferences, schema, sources
 from pyargs.errors import PyargsError
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""Published sets whose files load as they are; `load(source, ...)` gives the pairs."""
