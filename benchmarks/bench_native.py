@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 import pyargs
 from pyargs.files import write_json
-from pyargs.lm import native
 from pyargs.lm.cache import PrefixCache, cache_name
+from pyargs.lm.stack import run
 
 PREFIX = 64
 COLUMNS = ["pass", "HF ms", "native ms", "HF/native", "GB/s", "of stream", "GFLOP/s", "largest error"]
@@ -108,7 +108,7 @@ def main() -> None:
     imported = time.perf_counter()
     model, _ = pyargs.load_lm("tiny-random" if options.quick else "smollm2-135m", dtype=options.dtype, device="cpu")
     loaded = time.perf_counter()
-    stack = native.pack(model)
+    stack = run.pack(model)
     packed = time.perf_counter()
     print(
         f"{hardware_line(info)}\n{options.dtype}, transformers imported in {imported - start:.1f} s, "

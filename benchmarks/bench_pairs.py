@@ -14,11 +14,11 @@ from contextlib import contextmanager
 import torch
 from timing import interleaved, main
 
-from pyargs.fit import _collate
 from pyargs.lm import lora
-from pyargs.lm.encode import Packed, pack
-from pyargs.lm.hf import load_lm, packed_states, spans, token_logprobs
+from pyargs.lm.forward import load_lm, packed_states, spans, token_logprobs
+from pyargs.lm.tokenize import Packed, pack
 from pyargs.methods import lore
+from pyargs.training.trainer import _collate
 
 COLUMNS = ["what", "prompt", "packed ms", "separate ms", "ratio", "tokens packed", "tokens separate", "largest difference"]
 

@@ -5,7 +5,7 @@
 SmolLM2-135M; a tiny random model with --quick.
 
 Eight prompts of random ids, of which the first `shared` are the same in all, as one user's demonstrations are.
-Both ways are those of `pyargs.decode.plain`. `same` is the share of the answers' tokens before the first that differs.
+Both ways are those of `pyargs.decode.unguided`. `same` is the share of the answers' tokens before the first that differs.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from unittest.mock import patch
 import torch
 from timing import interleaved, main
 
-from pyargs.decode import native, plain
-from pyargs.lm.hf import load_lm
+from pyargs.decode import unguided
+from pyargs.decode.backends import cpu
+from pyargs.lm.forward import load_lm
 
 COLUMNS = ["dtype", "prompts", "tokens", "shared", "new", "ours ms", "HF ms", "ratio", "same"]
 
@@ -40,11 +41,11 @@ def compare(lm, dtype: str, length: int, shared: int, new: int, repeats: int) ->
     answers: dict[str, torch.Tensor] = {}
 
     def ours() -> None:
-        answers["ours"] = plain.generate(lm, prompts, max_new_tokens=new).tokens
+        answers["ours"] = unguided.generate(lm, prompts, max_new_tokens=new).tokens
 
     def theirs() -> None:
-        with patch.object(native, "possible", lambda *models: False):
-            answers["HF"] = plain.generate(lm, prompts, max_new_tokens=new).tokens
+        with patch.object(cpu, "possible", lambda *models: False):
+            answers["HF"] = unguided.generate(lm, prompts, max_new_tokens=new).tokens
 
     seconds = interleaved({"ours": ours, "HF": theirs}, repeats=repeats, warmup=0)  # it calls each once before it counts
     same = (answers["ours"] == answers["HF"]).cumprod(1).double().mean().item()

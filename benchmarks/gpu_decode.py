@@ -34,12 +34,13 @@ from timing import hardware, hardware_line, table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from pyargs.decode import captured, passes, reference
+from pyargs.decode import reference
+from pyargs.decode.backends import cuda_graph, eager
 from pyargs.decode.request import check
 from pyargs.heads import linear
 from pyargs.lm import lora
 from pyargs.lm.cache import PrefixCache, cache_name
-from pyargs.lm.launches import few_launches
+from pyargs.lm.fused_modules import few_launches
 from pyargs.models.reward_model import RewardModel
 from pyargs.ops import topk_logprobs
 from pyargs.types import Users
@@ -108,7 +109,7 @@ def request(policy, model, ids: Tensor, steps: int, weight: float, clock=None):
 
 def guided(policy, model, asked):
     """The recorded step; fails where it cannot be recorded rather than measuring something else."""
-    decoded = captured.decode(policy, model, asked)
+    decoded = cuda_graph.decode(policy, model, asked)
     if decoded is None:
         raise RuntimeError("the step was not captured")
     return decoded
@@ -145,7 +146,7 @@ def ours(policy, model, batches: list[Tensor], steps: int, weight: float) -> tup
 def greedy(policy, ids: Tensor, steps: int) -> float:
     """Seconds of a captured step of the policy alone: one pass over the last token, the best token, the cache."""
     rows, length = ids.shape
-    places = -(-(length + steps + 2) // captured.PLACES) * captured.PLACES
+    places = -(-(length + steps + 2) // cuda_graph.PLACES) * cuda_graph.PLACES
     cache = PrefixCache(policy.config, rows, places, ids.device)
     cache.begin(torch.ones_like(ids))
     positions = torch.arange(length, device=ids.device).expand(rows, -1)
@@ -162,7 +163,7 @@ def greedy(policy, ids: Tensor, steps: int) -> float:
         cache.advance(1)
 
     with few_launches(policy.get_decoder()):
-        replay = captured._capture(step, ids.device)
+        replay = cuda_graph._capture(step, ids.device)
     return _seconds(lambda: [replay() for _ in range(steps)]) / steps
 
 
@@ -205,9 +206,9 @@ def compare(
     for way, model in (("own", own), ("shared", shared)):
         weight = balanced_weight(policy, model, prompts)
         second, top = ours(policy, model, prompts, steps, weight)
-        passes_ = passes.of(policy, model, len(ids), K)
+        passes_ = eager.of(policy, model, len(ids), K)
         rows.append({
-            "way": way, "seconds": second, "bytes": one if passes_ is passes.OnePass else two, "top-1": top,
+            "way": way, "seconds": second, "bytes": one if passes_ is eager.OnePass else two, "top-1": top,
             "passes": passes_.__name__, "RM KV MB": _reward_memory(policy, model, ids, weight), "reward_weight": weight,
         })  # fmt: skip
 
@@ -245,7 +246,7 @@ def _reward_memory(policy, model, ids: Tensor, weight: float) -> str:
     """Megabytes of the caches' keys and values at k = 10 and k = 40, the same places: they do not grow with k."""
     sizes = []
     for k in (10, 40):
-        way = passes.of(policy, model, len(ids), k)
+        way = eager.of(policy, model, len(ids), k)
         caches = way.caches(policy, model, len(ids), 512)
         asked = request(policy, model, ids, 2, weight)
         asked.num_candidates = k
@@ -266,7 +267,7 @@ def main() -> None:
     if device == "cpu" and not options.dry_run:
         parser.error("no GPU here: --dry-run tries the script on a CPU")
     if device == "cpu":
-        captured._capture = lambda step, device: step
+        cuda_graph._capture = lambda step, device: step
     info, rate = hardware(), copy_rate(device)
     print(f"{hardware_line(info)}\ncopies at {rate:.0f} GB/s", flush=True)
     if options.dry_run:
@@ -278,7 +279,7 @@ def main() -> None:
         print(table(rows, COLUMNS), flush=True)
         found = {"hardware": info, "copy_gb_s": round(rate, 1), "dry_run": options.dry_run, "rows": rows}
         add(options.out, "decode", found, key=("size", "B", "way"))
-        captured._recordings.clear()
+        cuda_graph._recordings.clear()
         gc.collect()
         torch.cuda.empty_cache()
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 import pyargs
 from pyargs import data
-from pyargs.fit import method
-from pyargs.lm.encode import encode_prompt, left_pad
+from pyargs.lm.tokenize import encode_prompt, left_pad
+from pyargs.training.trainer import method
 from pyargs.tune import reward_std
 
 PROMPTS = ["What makes a good cup of tea?", "How do I keep a houseplant alive through the winter?"]

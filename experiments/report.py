@@ -260,7 +260,7 @@ def _prompt(key: tuple[str, str], texts: dict[str, dict], originals: dict) -> di
     original = originals.get(key)
     prompt = None
     if original:
-        from pyargs.lm.demonstrations import last_user_text
+        from pyargs.models.demonstrations import last_user_text
 
         prompt = last_user_text(original["prompt"])
     return {

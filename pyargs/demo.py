@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from pyargs import fit
 from pyargs.data import demo as data
 from pyargs.data import of_split
 from pyargs.decode import args, reference
@@ -18,12 +17,13 @@ from pyargs.decode.prompts import load_pair
 from pyargs.decode.request import check
 from pyargs.errors import extra
 from pyargs.files import writing
-from pyargs.lm.encode import encode_prompt, left_pad
+from pyargs.lm.tokenize import encode_prompt, left_pad
 from pyargs.methods import global_rm, lore
 from pyargs.metrics.perplexity import perplexity
 from pyargs.metrics.policy_accuracy import pair_scores, policy_accuracy
 from pyargs.metrics.rm_accuracy import rm_accuracy
 from pyargs.models.reward_model import RewardModel
+from pyargs.training import trainer
 from pyargs.tune import Tuning, tune
 
 with extra("demo", "the demonstration"):
@@ -49,10 +49,10 @@ def run(out: Path, shown: dict[str, str], *, backbone: str, prompts: int) -> dic
     CONSOLE.rule("train and adapt")
     # Token averages: a head that learns only from the last of 40 tokens has little to say about the others.
     fields = dict(backbone=backbone, freeze_backbone=True, pool="mean")
-    fit.train("global_rm", pairs, global_rm.Config(**fields)).save_pretrained(out / "global_rm")
-    model = fit.train("lore", pairs, lore.Config(**fields))
+    trainer.train("global_rm", pairs, global_rm.Config(**fields)).save_pretrained(out / "global_rm")
+    model = trainer.train("lore", pairs, lore.Config(**fields))
     trained = len(model.users)
-    new = fit.adapt(model, pairs)
+    new = trainer.adapt(model, pairs)
     model.save_pretrained(out / "lore")
     lap("train and adapt")
 

@@ -17,13 +17,13 @@ from test_decode import USERS, arguments, plain, prompts, requests, same, shared
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyargs
-from pyargs.decode import captured, passes
+from pyargs.decode.backends import cuda_graph, eager
 from pyargs.decode.request import CHUNK, Output, check
 from pyargs.errors import PyargsError
 from pyargs.heads import distance, latent, linear, mlp, user_mlp
 from pyargs.lm import lora
-from pyargs.lm.encode import left_pad
-from pyargs.lm.launches import few_launches
+from pyargs.lm.fused_modules import few_launches
+from pyargs.lm.tokenize import left_pad
 from pyargs.types import Users
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,14 +48,14 @@ cuda = pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
 def without_a_gpu():
     with pytest.MonkeyPatch.context() as patch:
         if DEVICE == "cpu":
-            patch.setattr(captured, "_capture", replay.capture)
+            patch.setattr(cuda_graph, "_capture", replay.capture)
         yield
 
 
 def recorded(policy, model, rows, users, **changes):
     ids, mask = left_pad(rows, pad_id=1)
     policy, model = policy.to(DEVICE), model.to(DEVICE)
-    decoded = captured.decode(policy, model, check(policy, model, ids, mask, users, **arguments(**changes)))
+    decoded = cuda_graph.decode(policy, model, check(policy, model, ids, mask, users, **arguments(**changes)))
     assert decoded is not None
     return decoded
 
@@ -94,18 +94,18 @@ def test_a_recording_serves_other_prompts_users_weights_and_noise():
         rows = prompts(lengths, 7)
         changes["do_sample"] = True
         same(recorded(policy, model, rows, users, **changes), plain(policy, model, rows, users, **changes))
-    assert len(captured._recordings[model]) == 1
+    assert len(cuda_graph._recordings[model]) == 1
 
 
 def test_recordings_are_few_and_go_with_their_model():
     policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
-    for k in range(1, captured.KEPT + 3):
+    for k in range(1, cuda_graph.KEPT + 3):
         recorded(policy, model, prompts([4]), ["ann"], num_candidates=k, max_new_tokens=2)
-    assert len(captured._recordings[model]) == captured.KEPT
-    before = len(captured._recordings)
+    assert len(cuda_graph._recordings[model]) == cuda_graph.KEPT
+    before = len(cuda_graph._recordings)
     del model
     gc.collect()
-    assert len(captured._recordings) < before
+    assert len(cuda_graph._recordings) < before
 
 
 def test_a_changed_head_is_recorded_anew_and_changed_weights_are_seen():
@@ -139,7 +139,7 @@ def test_what_a_recording_keeps_of_head_and_modules_is_looked_at():
     agree()
     assert all(one != other for one, other in zip(seen, seen[1:], strict=False))
     policy.model.layers[1].register_forward_hook(lambda *a: None)
-    assert not captured.possible(policy, model)
+    assert not cuda_graph.possible(policy, model)
 
 
 @pytest.mark.parametrize("where", ["policy", "reward"])
@@ -190,8 +190,8 @@ def test_a_step_that_cannot_be_captured_falls_back_with_one_warning(monkeypatch)
     def forbidden(*_):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(captured, "_capture", forbidden)
-    monkeypatch.setattr(captured, "possible", lambda policy, model: model not in captured._refused)
+    monkeypatch.setattr(cuda_graph, "_capture", forbidden)
+    monkeypatch.setattr(cuda_graph, "possible", lambda policy, model: model not in cuda_graph._refused)
     with pytest.warns(UserWarning, match="cannot be captured.*not permitted") as caught:
         got = pyargs.generate(policy, model, ids, mask, USERS[:2], **arguments())
     assert len(caught) == 1
@@ -226,14 +226,14 @@ def launches(layers: int, monkeypatch) -> int:
             step()
         return step
 
-    monkeypatch.setattr(captured, "_capture", counting)
+    monkeypatch.setattr(cuda_graph, "_capture", counting)
     recorded(policy, reward_model(policy), prompts([4, 1]), USERS[:2])
     return counted.count
 
 
 def test_a_layer_takes_few_launches(monkeypatch):
     few = (launches(6, monkeypatch) - launches(2, monkeypatch)) / 4
-    monkeypatch.setattr(captured, "few_launches", lambda *models: contextlib.nullcontext())
+    monkeypatch.setattr(cuda_graph, "few_launches", lambda *models: contextlib.nullcontext())
     many = (launches(6, monkeypatch) - launches(2, monkeypatch)) / 4
     assert few <= 21 < 30 <= many
 
@@ -263,8 +263,8 @@ def test_a_graph_reads_no_memory_that_was_freed(head, weights, monkeypatch):
     policy, model = shared_pair(weights, "linear", 1)
     model.head = HEADS[head]()
     found: list[replay.Recorder] = []
-    monkeypatch.setattr(captured, "_capture", lambda step, device: replay.freed(step, device, found))
-    captured.decode(policy, model, request_for(policy, model))
+    monkeypatch.setattr(cuda_graph, "_capture", lambda step, device: replay.freed(step, device, found))
+    cuda_graph.decode(policy, model, request_for(policy, model))
     assert len(found[0].foreign) > 20 and replay.dead(found[0]) == []
 
 
@@ -337,11 +337,11 @@ def test_the_recording_used_last_is_kept():
     policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
     run = lambda k: recorded(policy, model, prompts([4]), ["ann"], num_candidates=k, max_new_tokens=2)  # noqa: E731
     run(1)
-    hot = next(iter(captured._recordings[model].values()))
-    for k in range(2, captured.KEPT + 4):
+    hot = next(iter(cuda_graph._recordings[model].values()))
+    for k in range(2, cuda_graph.KEPT + 4):
         run(k)
         run(1)
-    assert any(one is hot for one in captured._recordings[model].values())
+    assert any(one is hot for one in cuda_graph._recordings[model].values())
 
 
 @cuda
@@ -354,32 +354,32 @@ def test_generate_on_a_gpu_replays_without_a_warning(weights, dtype):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         one, two = (pyargs.generate(policy, model, ids.cuda(), mask.cuda(), USERS, **arguments()) for _ in range(2))
-    assert torch.equal(one.tokens, two.tokens) and len(captured._recordings[model]) == 1
+    assert torch.equal(one.tokens, two.tokens) and len(cuda_graph._recordings[model]) == 1
 
 
 @cuda
 def test_a_refused_capture_leaves_the_gpu_usable(monkeypatch):
     policy, model = (part.to(DEVICE) for part in (tiny_lm(), reward_model(tiny_lm(seed=3))))
-    real = captured.choose
-    monkeypatch.setattr(captured, "choose", lambda *a: (real(*a), torch.ones(1, device="cuda").item())[0])
+    real = cuda_graph.choose
+    monkeypatch.setattr(cuda_graph, "choose", lambda *a: (real(*a), torch.ones(1, device="cuda").item())[0])
     with pytest.warns(UserWarning, match="cannot be captured"):
-        assert captured.decode(policy, model, request_for(policy, model)) is None
-    monkeypatch.setattr(captured, "choose", real)
+        assert cuda_graph.decode(policy, model, request_for(policy, model)) is None
+    monkeypatch.setattr(cuda_graph, "choose", real)
     torch.randn(3, device="cuda").sum().item()
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
-    captured._refused.clear()
+    cuda_graph._refused.clear()
     same(recorded(policy, model, prompts([4]), ["ann"]), plain(policy, model, prompts([4]), ["ann"]))
 
 
 def test_which_way():
     policy = tiny_lm()
     frozen = reward_model(policy)
-    assert passes.of(policy, frozen, 64, 10) is passes.OnePass
-    assert passes.of(policy, reward_model(tiny_lm(seed=3)), 1, 2) is passes.TwoPasses
+    assert eager.of(policy, frozen, 64, 10) is eager.OnePass
+    assert eager.of(policy, reward_model(tiny_lm(seed=3)), 1, 2) is eager.TwoPasses
     policy, adapted = shared_pair("shared lora", "linear", 0)
-    assert passes.of(policy, adapted, 1, 10) is passes.OnePass
-    assert passes.of(policy, adapted, 8, 10) is passes.TwoPasses  # too many rows for a CPU
-    assert passes.of(policy.float(), adapted.float().merge(), 1, 10) is passes.TwoPasses
-    assert passes.of(policy, reward_model(tiny_lm("qwen2")), 1, 10) is passes.TwoPasses
+    assert eager.of(policy, adapted, 1, 10) is eager.OnePass
+    assert eager.of(policy, adapted, 8, 10) is eager.TwoPasses  # too many rows for a CPU
+    assert eager.of(policy.float(), adapted.float().merge(), 1, 10) is eager.TwoPasses
+    assert eager.of(policy, reward_model(tiny_lm("qwen2")), 1, 10) is eager.TwoPasses
     frozen.backbone.norm.weight.data[0] += 1
-    assert passes.of(tiny_lm(), frozen, 1, 10) is passes.TwoPasses
+    assert eager.of(tiny_lm(), frozen, 1, 10) is eager.TwoPasses

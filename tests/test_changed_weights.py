@@ -9,9 +9,9 @@ from test_decode import same
 from test_structure import decoded, fast
 from torch import nn
 
-from pyargs.features import _cached
 from pyargs.lm import lora
-from pyargs.lm.hf import response_logprobs, response_states
+from pyargs.lm.forward import response_logprobs, response_states
+from pyargs.scoring import _cached
 
 
 def adapted():

@@ -10,10 +10,11 @@ from conftest import tiny_lm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyargs.decode import args, native
+from pyargs.decode import args
+from pyargs.decode.backends import cpu
 from pyargs.decode.request import check
 from pyargs.heads import distance, latent, linear, mlp, user_mlp
-from pyargs.lm.encode import left_pad
+from pyargs.lm.tokenize import left_pad
 from pyargs.models.reward_model import RewardModel
 from pyargs.ops.library import has_extension
 from pyargs.types import Users
@@ -48,7 +49,7 @@ def decoded(head: str, rows: list[list[int]], users: list[str], k: int, **more):
         policy, model, ids, mask, users, num_candidates=k, temperature=0.7, token_callback=None,
         do_sample=more.get("seed") is not None, **({"seed": None, "eos_token_id": [3, 5, 9, 11]} | more),
     )  # fmt: skip
-    assert native.possible(policy, model)
+    assert cpu.possible(policy, model)
     return args.decode(policy, model, request)
 
 

@@ -23,9 +23,9 @@ from pyargs import cli, files
 from pyargs.data import preferences, synthetic
 from pyargs.errors import PyargsError, refusal
 from pyargs.heads import linear
-from pyargs.lm import hf, lora
-from pyargs.lm.demonstrations import Demonstrations
-from pyargs.lm.hf import fingerprint, load_lm
+from pyargs.lm import forward, lora
+from pyargs.lm.forward import fingerprint, load_lm
+from pyargs.models.demonstrations import Demonstrations
 from pyargs.models.reward_model import RewardModel
 from pyargs.models.token_reward import TokenReward
 from pyargs.models.user_policy import SoftPrompt, UserPolicy
@@ -92,7 +92,7 @@ def same(one, other) -> bool:
 @pytest.fixture
 def quick(monkeypatch):
     """Loading the same backbone hundreds of times: once from the disk, then a copy."""
-    loaded, load = {}, hf.load_lm
+    loaded, load = {}, forward.load_lm
 
     def again(name, *, dtype, device=None):
         if (name, dtype) not in loaded:
@@ -231,7 +231,7 @@ def test_a_model_is_loaded_in_another_dtype(backbone, tmp_path):
 def test_a_folder_that_is_replaced_while_it_is_read_is_not_mixed(backbone, tmp_path, monkeypatch):
     model = make("soft", backbone)
     model.save_pretrained(tmp_path / "rm")
-    load = hf.load_lm
+    load = forward.load_lm
     monkeypatch.setattr(
         "pyargs.models.folder.load_lm", lambda *names, **more: model.save_pretrained(tmp_path / "rm") or load(*names, **more)
     )

@@ -15,7 +15,7 @@ from pyargs.decode import reference
 from pyargs.decode.request import check
 from pyargs.errors import PyargsError, UnknownUser
 from pyargs.lm import lora
-from pyargs.lm.encode import left_pad
+from pyargs.lm.tokenize import left_pad
 
 USERS = ["ann", "bob", "cid"]
 

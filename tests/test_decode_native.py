@@ -15,15 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_decode import USERS, arguments, plain, prompts, same
 
-from pyargs.decode import args, native, passes
-from pyargs.decode import plain as policy_alone
+from pyargs.decode import args
+from pyargs.decode import unguided as policy_alone
+from pyargs.decode.backends import cpu, eager
 from pyargs.decode.prompts import decode_prompts
 from pyargs.decode.request import check
 from pyargs.errors import PyargsError
 from pyargs.lm import lora
-from pyargs.lm import native as stacks
-from pyargs.lm.encode import left_pad
-from pyargs.lm.hf import response_logprobs, response_states
+from pyargs.lm.forward import response_logprobs, response_states
+from pyargs.lm.stack import run as stacks
+from pyargs.lm.tokenize import left_pad
 from pyargs.models.user_policy import UserPolicy
 from pyargs.ops.library import has_extension
 
@@ -54,7 +55,7 @@ def decoded(policy, model, rows, users, **changes):
 @pytest.mark.parametrize("sample", [False, True])
 def test_the_tokens_of_transformers(family, weights, lengths, sample):
     policy, model = pair(weights, family)
-    assert native.possible(policy, model)
+    assert cpu.possible(policy, model)
     rows, changes = prompts(lengths), dict(reward_weight=[2.0, 0.5, 0.0][: len(lengths)], do_sample=sample, max_new_tokens=9)
     same(
         decoded(policy, model, rows, USERS[: len(rows)], **changes), plain(policy, model, rows, USERS[: len(rows)], **changes)
@@ -67,9 +68,9 @@ def test_guesses_change_nothing_bit_by_bit(rows, guesses, monkeypatch):
     policy, model = pair("shared lora")
     asked = [prompts([n])[0] for n in (4, 1, 9, 2, 6)][:rows], [USERS[i % 3] for i in range(rows)]
     changes = dict(reward_weight=3.0, eos_token_id=[], num_candidates=5)
-    monkeypatch.setattr(native, "GUESSES", {})
+    monkeypatch.setattr(cpu, "GUESSES", {})
     want = decoded(policy, model, *asked, **changes)
-    monkeypatch.setattr(native, "GUESSES", {rows: guesses})
+    monkeypatch.setattr(cpu, "GUESSES", {rows: guesses})
     got = decoded(policy, model, *asked, **changes)
     assert torch.equal(got.tokens, want.tokens) and torch.equal(got.rewards, want.rewards)
     assert (want.slots > 0).any()  # the rewards steer
@@ -79,8 +80,8 @@ def test_guesses_change_nothing_bit_by_bit(rows, guesses, monkeypatch):
 def test_only_a_winner_that_was_not_guessed_takes_a_pass_of_its_own(guesses, monkeypatch):
     policy, model = pair("shared lora")
     if guesses is not None:
-        monkeypatch.setattr(native, "GUESSES", {1: guesses})
-    guesses, passes = native.GUESSES.get(1, 0), []
+        monkeypatch.setattr(cpu, "GUESSES", {1: guesses})
+    guesses, passes = cpu.GUESSES.get(1, 0), []
     real = stacks.Stack.__call__
     monkeypatch.setattr(stacks.Stack, "__call__", lambda self, *a, **b: (passes.append(b), real(self, *a, **b))[1])
     got = decoded(policy, model, prompts([4]), ["ann"], reward_weight=3.0, eos_token_id=[])
@@ -112,11 +113,11 @@ def test_rows_that_have_finished_take_no_work(weights, monkeypatch):
 
 def test_which_models():
     policy, model = pair("shared lora")
-    assert type(native.of(policy, model, 1, 8)) is native.OneStack
-    assert type(native.of(policy, pair("own")[1], 1, 8)) is native.TwoStacks
-    assert type(native.of(policy, model.merge(), 1, 8)) is native.TwoStacks
-    assert not native.possible(tiny_lm(), reward_model(tiny_lm()))  # float64
-    assert not native.possible(policy, pair("own", "phi")[1])
+    assert type(cpu.of(policy, model, 1, 8)) is cpu.OneStack
+    assert type(cpu.of(policy, pair("own")[1], 1, 8)) is cpu.TwoStacks
+    assert type(cpu.of(policy, model.merge(), 1, 8)) is cpu.TwoStacks
+    assert not cpu.possible(tiny_lm(), reward_model(tiny_lm()))  # float64
+    assert not cpu.possible(policy, pair("own", "phi")[1])
 
 
 @pytest.fixture
@@ -142,8 +143,8 @@ def test_a_stack_is_packed_once_and_anew_when_weights_change(packed):
 def test_without_room_for_the_weights_it_goes_through_transformers(monkeypatch):
     policy, model = pair("own")
     monkeypatch.setattr(stacks.psutil, "virtual_memory", lambda: type("", (), {"available": 1000}))
-    assert not native.possible(policy, model)
-    assert passes.of(policy, model, 1, 5) is passes.TwoPasses
+    assert not cpu.possible(policy, model)
+    assert eager.of(policy, model, 1, 5) is eager.TwoPasses
     same(decoded(policy, model, prompts([4]), ["ann"]), plain(policy, model, prompts([4]), ["ann"]))
 
 
@@ -293,7 +294,7 @@ def test_greedy_is_that_of_transformers(family, lengths, new, stop, seed):
     policy.generation_config.eos_token_id = stop
     ours = policy_alone.generate(policy, rows, max_new_tokens=new)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "possible", lambda *models: False)
+        patch.setattr(cpu, "possible", lambda *models: False)
         theirs = policy_alone.generate(policy, rows, max_new_tokens=new)
     same(ours, theirs)
 
@@ -332,7 +333,7 @@ def test_prompts_with_one_users_demonstrations_are_neighbours(monkeypatch):
     monkeypatch.setattr(model, "prompt_ids", lambda prompt, user, room: shown[user] + prompt)
     asked, users = [[11, 12], [20], [30, 31, 32], [40, 41]], ["ann", "bob", "ann", "bob"]
     for possible, expected in ((True, [[1, 3, 0, 2]]), (False, [[0, 1, 2, 3]])):
-        monkeypatch.setattr(native, "possible", lambda *models, possible=possible: possible)
+        monkeypatch.setattr(cpu, "possible", lambda *models, possible=possible: possible)
         got = list(decode_prompts(None, model, asked, users, batch_size=4, max_new_tokens=2))
         assert [numbers for numbers, _, _ in got] == expected
         for numbers, ids, decoded in got:
@@ -347,7 +348,7 @@ def test_tokens_that_the_tokenizer_has_not_are_never_chosen():
     policy.tokenizer = range(int(free.max()))  # the largest that was chosen is no token now
     for possible in (True, False):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(native, "possible", lambda *models, possible=possible: possible)
+            patch.setattr(cpu, "possible", lambda *models, possible=possible: possible)
             assert policy_alone.generate(policy, rows, max_new_tokens=20).tokens.max() < free.max()
 
 
@@ -355,7 +356,7 @@ def test_tokens_that_the_tokenizer_has_not_are_never_chosen():
 def test_a_policy_that_can_not_answer_says_so(possible, monkeypatch):
     policy = tiny_lm(dtype=torch.float32)
     if not possible:
-        monkeypatch.setattr(native, "possible", lambda *models: False)
+        monkeypatch.setattr(cpu, "possible", lambda *models: False)
     for prompt, new, message in [
         ([], 2, "without a token"), ([5], 0, "at least 1, got 0"), ([5], -3, "at least 1"),
         ([5] * 120, 9, "120 prompt . 9 new tokens exceed the 128 positions of LlamaForCausalLM"),

@@ -14,13 +14,14 @@ from test_company import HEADS, NAMES
 from test_company import decoded as on_the_stack
 from test_company import models as company
 
-from pyargs import fit
-from pyargs.decode import args, best_of_n, native
+from pyargs.decode import args, best_of_n
+from pyargs.decode.backends import cpu
 from pyargs.decode.request import check
-from pyargs.lm import hf, lora
-from pyargs.lm import native as stacks
-from pyargs.lm.encode import left_pad
+from pyargs.lm import forward, lora
+from pyargs.lm.stack import run as stacks
+from pyargs.lm.tokenize import left_pad
 from pyargs.ops.library import has_extension
+from pyargs.training import trainer
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float64]
 ROWS = [[3, 9, 4], [5, 8, 8, 2, 30, 11], [7]]
@@ -85,8 +86,8 @@ def test_states_log_probs_and_scores(default, path):
     policy, model = company("distance")
 
     def everything():
-        states = hf.response_states(model.backbone, GROUPS)
-        logprobs = hf.response_logprobs(policy, GROUPS)
+        states = forward.response_states(model.backbone, GROUPS)
+        logprobs = forward.response_logprobs(policy, GROUPS)
         return states, logprobs, model.score(GROUPS, NAMES)
 
     same(default(everything), everything())
@@ -132,7 +133,7 @@ def test_best_of_n(default):
 @pytest.mark.skipif(not has_extension, reason="no extension")
 def test_greedy_answers(default):
     policy, _ = company("linear")
-    answer = lambda: native.greedy(policy, ROWS, max_new_tokens=6, vocabulary=61, stop=[3], pad=0)  # noqa: E731
+    answer = lambda: cpu.greedy(policy, ROWS, max_new_tokens=6, vocabulary=61, stop=[3], pad=0)  # noqa: E731
     same(default(answer), answer())
 
 
@@ -144,7 +145,7 @@ def test_heads_are_float32(default):
 
 @pytest.mark.parametrize("method", ["lore", "mpu", "pal", "pref", "global_rm", "vpl"])
 def test_training_and_adapting(default, method):
-    recipe = fit.method(method)
+    recipe = trainer.method(method)
     data = planted.pairs("mixtures")
 
     def everything():
@@ -154,7 +155,7 @@ def test_training_and_adapting(default, method):
         model = recipe.build(planted.Backbone(), None, list(dict.fromkeys(data.train.users)), config)
         if hasattr(recipe, "start"):
             recipe.start(model, data.train, config)
-        fit.train_head(recipe, model, data.train, config)
+        trainer.train_head(recipe, model, data.train, config)
         found = dict(model.head.state_dict())
         if hasattr(recipe, "adapt"):
             user = data.support.users[0]
@@ -172,11 +173,11 @@ def test_training_and_adapting(default, method):
 @pytest.mark.skipif(not has_extension, reason="no extension")
 def test_under_another_default_device():
     """meta stands for any: it holds no numbers, so that whatever lands there by accident is an error."""
-    right = guided("mlp"), on_the_stack("linear", ROWS, NAMES, 5), hf.response_states(company("linear")[0].model, GROUPS)
+    right = guided("mlp"), on_the_stack("linear", ROWS, NAMES, 5), forward.response_states(company("linear")[0].model, GROUPS)
     torch.set_default_device("meta")
     try:
         same(vars(on_the_stack("linear", ROWS, NAMES, 5)), vars(right[1]))
         same(guided("mlp"), right[0])
-        same(hf.response_states(company("linear")[0].model, GROUPS), right[2])
+        same(forward.response_states(company("linear")[0].model, GROUPS), right[2])
     finally:
         torch.set_default_device(None)

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from pyargs.data.synthetic import tiny_tokenizer
 from pyargs.errors import PyargsError
-from pyargs.lm.demonstrations import Demonstrations
-from pyargs.lm.encode import encode_prompt, encode_response
+from pyargs.lm.tokenize import encode_prompt, encode_response
+from pyargs.models.demonstrations import Demonstrations
 
 TRIMMING = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n{% endfor %}"
@@ -242,7 +242,7 @@ def test_two_tokenizers_are_compared_once_and_again_when_they_change(monkeypatch
     import gc
     import weakref
 
-    from pyargs.lm.hf import same_tokenizer
+    from pyargs.lm.forward import same_tokenizer
 
     one, other = tiny_tokenizer(), tiny_tokenizer()
     counted = []

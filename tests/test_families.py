@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from test_decode import guided, prompts
 from test_decode import plain as with_copies
 
-from pyargs.decode import plain
-from pyargs.decode import tokenwise as tokenwise_module
+from pyargs.decode import genarm as tokenwise_module
+from pyargs.decode import unguided
 from pyargs.errors import PyargsError
 from pyargs.lm.cache import can_branch
-from pyargs.lm.encode import left_pad, pack
-from pyargs.lm.hf import masks_every_step, plain_output_layer, response_logprobs, response_states
+from pyargs.lm.forward import masks_every_step, plain_output_layer, response_logprobs, response_states
+from pyargs.lm.tokenize import left_pad, pack
 from pyargs.models.token_reward import TokenReward
 from pyargs.models.user_policy import SoftPrompt, UserPolicy
 from pyargs.types import Users
@@ -171,7 +171,7 @@ def test_plain_decoding_and_responses_follow_the_oracle(name):
     lm = copy.deepcopy(random_lm(name, 0))
     lm.generation_config.eos_token_id = None
     score, state, rows = Oracle(lm), Oracle(lm.get_decoder()), [row["prompt"] for row in ROWS]
-    for row, answer in zip(rows, plain.generate(lm, rows, max_new_tokens=4).tokens.tolist(), strict=True):
+    for row, answer in zip(rows, unguided.generate(lm, rows, max_new_tokens=4).tokens.tolist(), strict=True):
         for n, token in enumerate(answer):
             logprobs = score(row + answer[:n])
             assert logprobs[token] >= logprobs.max() - 1e-4
@@ -201,7 +201,7 @@ def test_soft_prompts_of_several_lengths_follow_the_definition(name):
         return exact(inputs_embeds=embeds, use_cache=False).logits[0, -1].log_softmax(-1)
 
     for row, user, answer in zip(
-        rows, USERS, plain.generate(policy, rows, USERS, max_new_tokens=3).tokens.tolist(), strict=True
+        rows, USERS, unguided.generate(policy, rows, USERS, max_new_tokens=3).tokens.tolist(), strict=True
     ):
         for n, token in enumerate(answer):
             own = logprobs(user, row + answer[:n])
@@ -246,7 +246,7 @@ def test_longrope_across_its_border_is_refused(lengths):
     with pytest.raises(PyargsError, match="more than 12 tokens"):
         guided(policy, model, rows, ["ann"] * 2, num_candidates=3, max_new_tokens=4)
     with pytest.raises(PyargsError, match="more than 12 tokens"):
-        plain.generate(policy, rows, max_new_tokens=4)
+        unguided.generate(policy, rows, max_new_tokens=4)
     with pytest.raises(PyargsError, match="more than 12 tokens"):
         tokenwise(policy, TokenReward(policy, None), rows, max_new_tokens=4)
     with pytest.raises(PyargsError, match="more than 12 tokens"):
@@ -282,9 +282,9 @@ def test_a_model_that_padding_changes_is_refused_where_there_is_padding():
     torch.manual_seed(0)
     lm = Blind(config).double().eval()  # in float64, which the native stack leaves alone
     model, rows = reward_model(random_lm("llama", 1)), prompts([3, 5])
-    assert plain.generate(lm, rows[:1], max_new_tokens=2).tokens.shape == (1, 2)
+    assert unguided.generate(lm, rows[:1], max_new_tokens=2).tokens.shape == (1, 2)
     for way in (
-        lambda: plain.generate(lm, rows, max_new_tokens=2),
+        lambda: unguided.generate(lm, rows, max_new_tokens=2),
         lambda: tokenwise(lm, TokenReward(random_lm("llama", 1), None), rows, max_new_tokens=2),
         lambda: guided(lm, model, rows, USERS[:2], num_candidates=3, max_new_tokens=2),
     ):

@@ -8,13 +8,13 @@ import pytest
 import torch
 from datasets import Dataset
 
-from pyargs import fit
 from pyargs.data import of_split, synthetic
 from pyargs.errors import PyargsError
-from pyargs.features import features
-from pyargs.lm.hf import load_lm
+from pyargs.lm.forward import load_lm
 from pyargs.methods import global_rm, lore
 from pyargs.models.reward_model import RewardModel
+from pyargs.scoring import features
+from pyargs.training import trainer
 from pyargs.types import Features
 
 
@@ -63,7 +63,7 @@ def trained(recipe, planted, **fields):
     config = recipe.Config(**{"epochs": 12, "seed": 1, **few, **fields})
     torch.manual_seed(config.seed)
     model = recipe.build(Backbone(16), None, list(dict.fromkeys(planted.train.users)), config)
-    fit.train_head(recipe, model, planted.train, config)
+    trainer.train_head(recipe, model, planted.train, config)
     return model.eval(), config
 
 
@@ -111,7 +111,7 @@ def test_users_without_pairs_and_losses_that_are_no_numbers_raise(planted):
     broken = Features(planted.train.hidden * float("nan"), planted.train.offsets, planted.train.chosen, planted.train.rejected,
                       planted.train.users)  # fmt: skip
     with pytest.raises(PyargsError, match="loss is nan at step 0"):
-        fit.train_head(lore, model, broken, config)
+        trainer.train_head(lore, model, broken, config)
 
 
 def test_lore_alt_moves_mixtures_and_directions_in_turn(planted):
@@ -120,10 +120,10 @@ def test_lore_alt_moves_mixtures_and_directions_in_turn(planted):
     mixtures, rest = lore.turns(model, config)
     assert mixtures == set(model.users.parameters())
     assert rest == {model.head.directions}
-    fit._drop_others(model, mixtures)
+    trainer._drop_others(model, mixtures)
     batch = planted.train.batch(model.users.rows(planted.train.users), last=True)
     lore.loss(model, batch, config).backward()
-    fit._drop_others(model, mixtures)
+    trainer._drop_others(model, mixtures)
     assert model.head.directions.grad is None and model.users.vectors["mixture"].grad is not None
 
 
@@ -163,8 +163,8 @@ def pairs() -> Dataset:
     ("lore", {}), ("lore", {"alternate": True}),
 ])  # fmt: skip
 def test_full_training_moves_lora_and_head(lm_folder, pairs, name, fields):
-    config = fit.method(name).Config(backbone=lm_folder, epochs=0.5, batch_size=16, lora_lr=1e-2, **fields)
-    model = fit.train(name, pairs, config)
+    config = trainer.method(name).Config(backbone=lm_folder, epochs=0.5, batch_size=16, lora_lr=1e-2, **fields)
+    model = trainer.train(name, pairs, config)
     lora = {n: p for n, p in model.backbone.named_parameters() if "lora_B" in n}
     assert lora and all(p.abs().sum() > 0 for p in lora.values())  # lora_B starts at zero
     frozen, _ = load_lm(lm_folder)
@@ -173,13 +173,13 @@ def test_full_training_moves_lora_and_head(lm_folder, pairs, name, fields):
             n.replace("proj.weight", "proj.base_layer.weight") if "q_proj" in n or "v_proj" in n else n
         ]
         assert torch.equal(p, now), n
-    again = fit.train(name, pairs, config)
+    again = trainer.train(name, pairs, config)
     assert all(torch.equal(x, y) for x, y in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
 
 
 def test_accumulated_steps_equal_one_batch(lm_folder, pairs):
     small = pairs.select(range(64)) if "train" in pairs["split"][:64] else pairs
-    make = lambda n: fit.train("global_rm", small, global_rm.Config(backbone=lm_folder, epochs=1, accumulation=n))  # noqa: E731
+    make = lambda n: trainer.train("global_rm", small, global_rm.Config(backbone=lm_folder, epochs=1, accumulation=n))  # noqa: E731
     one, four = make(1), make(4)
     for (name, x), y in zip(one.head.state_dict().items(), four.head.state_dict().values(), strict=True):
         torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-3, msg=name)
@@ -187,10 +187,10 @@ def test_accumulated_steps_equal_one_batch(lm_folder, pairs):
 
 def test_training_on_features_is_training_on_text(lm_folder, pairs):
     """The cached features are what the model's own forward pass computes, padding and batch apart."""
-    from pyargs.features import groups
-    from pyargs.lm.encode import pack
+    from pyargs.lm.tokenize import pack
+    from pyargs.scoring import groups
 
-    model = fit.train("lore", pairs, lore.Config(backbone=lm_folder, freeze_backbone=True, epochs=1))
+    model = trainer.train("lore", pairs, lore.Config(backbone=lm_folder, freeze_backbone=True, epochs=1))
     rows = pairs.select(range(6))
     data = features(model.backbone, model.tokenizer, rows)
     encoded, numbers = groups(model.tokenizer, rows, 512)
@@ -203,44 +203,46 @@ def test_training_on_features_is_training_on_text(lm_folder, pairs):
 
 
 def test_the_query_set_cannot_reach_adaptation(lm_folder, pairs):
-    model = fit.train("lore", pairs, lore.Config(backbone=lm_folder, freeze_backbone=True, epochs=2))
+    model = trainer.train("lore", pairs, lore.Config(backbone=lm_folder, freeze_backbone=True, epochs=2))
     model.save_pretrained(lm_folder + "-rm")
-    ids = fit.adapt(model, pairs)
+    ids = trainer.adapt(model, pairs)
     assert ids and set(ids) <= set(model.users.ids)
     other = RewardModel.from_pretrained(lm_folder + "-rm")
-    fit.adapt(other, of_split(pairs, "train", "train_test", "support"))
+    trainer.adapt(other, of_split(pairs, "train", "train_test", "support"))
     assert torch.equal(model.users.vectors["mixture"], other.users.vectors["mixture"])
     with pytest.raises(PyargsError, match="no rows with split 'support'"):
-        fit.adapt(other, of_split(pairs, "query"))
+        trainer.adapt(other, of_split(pairs, "query"))
     with pytest.raises(PyargsError, match="there already"):
-        fit.adapt(other, pairs)
+        trainer.adapt(other, pairs)
 
 
 def test_unknown_methods_and_empty_training_sets(lm_folder, pairs):
     with pytest.raises(PyargsError, match="Did you mean: lore"):
-        fit.train("lor", pairs)
+        trainer.train("lor", pairs)
     with pytest.raises(PyargsError, match="nothing to train on"):
-        fit.train("lore", of_split(pairs, "query"), lore.Config(backbone=lm_folder))
+        trainer.train("lore", of_split(pairs, "query"), lore.Config(backbone=lm_folder))
 
 
 def test_pairs_that_are_no_dataset_are_refused_by_what_they_lack(lm_folder, pairs):
-    config = fit.method("lore").Config(backbone=lm_folder, freeze_backbone=True)
+    config = trainer.method("lore").Config(backbone=lm_folder, freeze_backbone=True)
     for wrong in (pairs.to_list(), "pairs.jsonl", {"train": pairs}, pairs.to_pandas(), None):
         with pytest.raises(PyargsError, match="as pyargs.data.load gives it, not a"):
-            fit.train("lore", wrong, config)
+            trainer.train("lore", wrong, config)
     for column in ("user_id", "prompt", "chosen", "rejected"):
         with pytest.raises(PyargsError, match=f"no column '{column}'"):
-            fit.train("lore", pairs.remove_columns(column), config)
+            trainer.train("lore", pairs.remove_columns(column), config)
     with pytest.raises(PyargsError, match="chosen must be text: lists of messages"):
-        fit.train("lore", pairs.map(lambda row: {"chosen": [{"role": "assistant", "content": row["chosen"]}]}), config)
+        trainer.train("lore", pairs.map(lambda row: {"chosen": [{"role": "assistant", "content": row["chosen"]}]}), config)
     with pytest.raises(PyargsError, match="no column 'split', which is one of"):
-        fit.adapt(None, pairs.remove_columns("split"))
+        trainer.adapt(None, pairs.remove_columns("split"))
 
 
 def test_a_method_can_be_a_file(tmp_path, lm_folder, pairs):
     file = tmp_path / "mine.py"
     file.write_text(open(global_rm.__file__).read())
-    model = fit.train(str(file), pairs, fit.method(str(file)).Config(backbone=lm_folder, freeze_backbone=True, epochs=1))
+    model = trainer.train(
+        str(file), pairs, trainer.method(str(file)).Config(backbone=lm_folder, freeze_backbone=True, epochs=1)
+    )
     assert model.about["method"] == str(file)
 
 
@@ -252,14 +254,14 @@ def test_lore_alt_reads_every_minibatch_twice_in_full_training(lm_folder, pairs,
     for alternate in (False, True):
         passes.clear()
         config = lore.Config(backbone=lm_folder, epochs=0.5, batch_size=32, alternate=alternate)
-        model = fit.train("lore", pairs, config)
+        model = trainer.train("lore", pairs, config)
         counts[alternate] = len(passes)
     assert counts[True] == 2 * counts[False] > 0
     assert model.users.vectors["mixture"].isfinite().all()
 
 
 def test_what_a_pair_looks_like_does_not_depend_on_other_rows(lm_folder):
-    from pyargs.features import groups
+    from pyargs.scoring import groups
 
     _, tokenizer = load_lm(lm_folder)
     row = {"user_id": "u", "prompt": "word " * 100, "chosen": "a b", "rejected": "c"}
@@ -272,6 +274,6 @@ def test_what_a_pair_looks_like_does_not_depend_on_other_rows(lm_folder):
 
 def test_impossible_settings_raise(lm_folder, pairs):
     with pytest.raises(PyargsError, match="accumulation=64"):
-        fit.train("lore", pairs, lore.Config(backbone=lm_folder, accumulation=64))
+        trainer.train("lore", pairs, lore.Config(backbone=lm_folder, accumulation=64))
     with pytest.raises(PyargsError, match="no method file"):
-        fit.train("./nofile.py", pairs)
+        trainer.train("./nofile.py", pairs)

@@ -8,7 +8,8 @@ from test_decode import guided, prompts
 from test_families import tokenwise
 from transformers import GenerationConfig
 
-from pyargs.decode import native, plain
+from pyargs.decode import unguided
+from pyargs.decode.backends import cpu
 from pyargs.models.token_reward import TokenReward
 
 READ = ("eos_token_id", "pad_token_id")
@@ -42,9 +43,9 @@ def test_no_field_of_the_generation_config_changes_an_answer(monkeypatch):
     rows, token_reward = prompts([3, 5, 2]), TokenReward(tiny_lm(seed=4, dtype=torch.float32), None)
 
     def answers() -> list:
-        drawn = plain.generate(policy, rows, max_new_tokens=8, do_sample=True, temperature=1.5, seed=1)
+        drawn = unguided.generate(policy, rows, max_new_tokens=8, do_sample=True, temperature=1.5, seed=1)
         return [
-            plain.generate(policy, rows, max_new_tokens=8).tokens.tolist(), drawn.tokens.tolist(),
+            unguided.generate(policy, rows, max_new_tokens=8).tokens.tolist(), drawn.tokens.tolist(),
             guided(policy, model, rows, ["ann", "bob", "cid"], max_new_tokens=8).tokens.tolist(),
             tokenwise(policy, token_reward, rows, max_new_tokens=8).tokens.tolist(),
         ]  # fmt: skip
@@ -54,28 +55,28 @@ def test_no_field_of_the_generation_config_changes_an_answer(monkeypatch):
         setattr(policy.generation_config, name, value)
     policy.config.min_length, policy.config.repetition_penalty = 30, 9.0  # where older checkpoints keep them
     assert answers() == before
-    monkeypatch.setattr(native, "possible", lambda *models: False)
+    monkeypatch.setattr(cpu, "possible", lambda *models: False)
     assert answers() == before  # through transformers
 
 
 def test_each_field_by_itself_changes_no_answer(monkeypatch):
     policy, rows = tiny_lm(dtype=torch.float32), prompts([3, 5, 2])
     policy.generation_config.eos_token_id = None
-    monkeypatch.setattr(native, "possible", lambda *models: False)
-    before = plain.generate(policy, rows, max_new_tokens=5).tokens
+    monkeypatch.setattr(cpu, "possible", lambda *models: False)
+    before = unguided.generate(policy, rows, max_new_tokens=5).tokens
     for name, value in fields(sorted(set(before.flatten().tolist()))).items():
         policy.generation_config = GenerationConfig(pad_token_id=1)
         setattr(policy.generation_config, name, value)
-        assert torch.equal(plain.generate(policy, rows, max_new_tokens=5).tokens, before), name
+        assert torch.equal(unguided.generate(policy, rows, max_new_tokens=5).tokens, before), name
 
 
 def test_stop_and_padding_tokens_are_the_checkpoints():
     policy, rows = tiny_lm(dtype=torch.float32), prompts([3, 5, 2])
     policy.generation_config = GenerationConfig(pad_token_id=1)
-    tokens = plain.generate(policy, rows, max_new_tokens=6).tokens
+    tokens = unguided.generate(policy, rows, max_new_tokens=6).tokens
     stop = int(tokens[0, 2])
     policy.generation_config = GenerationConfig(eos_token_id=[stop, 9], pad_token_id=5)
     first = tokens[0].tolist().index(stop)
-    found = plain.generate(policy, rows, max_new_tokens=6)
+    found = unguided.generate(policy, rows, max_new_tokens=6)
     assert found.tokens[0].tolist()[: first + 1] == tokens[0, : first + 1].tolist() and found.lengths[0] == first
     assert set(found.tokens[0, first + 1 :].tolist()) <= {5}

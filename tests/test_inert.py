@@ -12,14 +12,15 @@ import torch
 from safetensors.torch import save_file
 
 import pyargs
-from pyargs import cli, fit
+from pyargs import cli
 from pyargs.data import of_split, synthetic
 from pyargs.errors import PyargsError
 from pyargs.lm import lora
 from pyargs.lm.embed import embed
-from pyargs.lm.hf import load_lm
+from pyargs.lm.forward import load_lm
 from pyargs.lm.inert import check_inert
 from pyargs.methods import global_rm, lore
+from pyargs.training import trainer
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inert")
     lm = str(synthetic.tiny_lm(folder / "lm", layers=1, width=32))
     config = lore.Config(backbone=lm, epochs=0.02, batch_size=4, rank=2, lora_rank=2, adapt_steps=2)
-    fit.train("lore", synthetic.load(), config).save_pretrained(folder / "rm")
+    trainer.train("lore", synthetic.load(), config).save_pretrained(folder / "rm")
     return folder / "lm", folder / "rm"
 
 
@@ -61,12 +62,12 @@ def test_a_folder_does_not_choose_the_method_file_that_is_run(copy, trap, tmp_pa
     (tmp_path / "elsewhere.py").write_text(recipe.read_text())
     model = pyargs.load_model(folder)  # what is loaded can score; only adapting needs the method
     with pytest.raises(PyargsError, match=r"recipe\.py made it"):
-        fit.adapt(model, support)
+        trainer.adapt(model, support)
     words = ["adapt", str(folder), "--data", "synthetic", "--out", str(tmp_path / "out")]
     assert cli.main(words) == 1
     assert "--method PATH" in capsys.readouterr().err and not mark.exists()
     recipe.unlink()
-    fit.adapt(pyargs.load_model(folder), support, method=str(tmp_path / "elsewhere.py"))
+    trainer.adapt(pyargs.load_model(folder), support, method=str(tmp_path / "elsewhere.py"))
     assert mark.exists()
     mark.unlink()
     assert cli.main([*words, "--method", str(tmp_path / "elsewhere.py")]) == 0
@@ -78,7 +79,7 @@ def test_only_names_of_methods_are_methods(copy, name):
     _, folder = copy
     change(folder / "config.json", method=name)
     with pytest.raises(PyargsError):
-        fit.adapt(pyargs.load_model(folder), synthetic.load())
+        trainer.adapt(pyargs.load_model(folder), synthetic.load())
 
 
 def test_fields_of_a_method_are_of_their_kinds(copy):
@@ -93,14 +94,14 @@ def test_fields_of_a_method_are_of_their_kinds(copy):
             if type(new) is not type(value) and not (value is None and new in ("x", -1.5)):
                 tried += 1
                 try:
-                    fit.adapt(model, rows, steps=0)
+                    trainer.adapt(model, rows, steps=0)
                 except PyargsError:
                     pass
     assert tried > 100
     for broken in (None, [], {"strange": 1}):
         model.about["fields"] = broken
         with pytest.raises(PyargsError, match="do not fit"):
-            fit.adapt(model, rows)
+            trainer.adapt(model, rows)
 
 
 @pytest.mark.parametrize("kind", ["folder", "os", "reward_model.RewardModel", "../evil", "", None, ["reward_model"], {}])
@@ -116,7 +117,7 @@ def test_only_kinds_of_models_and_heads_are_imported(copy, kind):
 def test_a_method_file_takes_no_other_modules_place(tmp_path):
     file = tmp_path / "json.py"
     file.write_text(Path(global_rm.__file__).read_text())
-    fit.method(str(file))
+    trainer.method(str(file))
     import json as still
 
     assert still is json and __import__("sys").modules["json"] is json
@@ -311,16 +312,16 @@ def test_a_pickle_in_a_checkpoint_is_not_run(tmp_path, made, trap):
     config = global_rm.Config(backbone=str(made[0]), epochs=1.0, batch_size=64, lora_rank=2, checkpoint_steps=1)
     rows = synthetic.load().select(range(128))
     folder = tmp_path / "checkpoints"
-    fit.train("global_rm", rows, config, checkpoints=folder)
+    trainer.train("global_rm", rows, config, checkpoints=folder)
     shutil.rmtree(folder / "checkpoint-2")
     last = folder / "checkpoint-1"
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         before = (last / name).read_bytes()
         torch.save(Trap(), last / name)
         with pytest.raises(PyargsError, match="checkpoint"):
-            fit.train("global_rm", rows, config, checkpoints=folder)
+            trainer.train("global_rm", rows, config, checkpoints=folder)
         assert not trap[1].exists(), name
         (last / name).write_bytes(before)
     save_file({"stranger": torch.zeros(1)}, last / "trained.safetensors")
     with pytest.raises(PyargsError, match="checkpoint"):
-        fit.train("global_rm", rows, config, checkpoints=folder)
+        trainer.train("global_rm", rows, config, checkpoints=folder)

@@ -15,14 +15,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from pyargs import fit, load_model, methods, optimizers
+from pyargs import load_model, methods
 from pyargs.data import of_split, synthetic
 from pyargs.errors import PyargsError, UnknownUser
 from pyargs.heads import latent
-from pyargs.lm.encode import encode_prompt, left_pad
-from pyargs.lm.hf import load_lm
+from pyargs.lm.forward import load_lm
+from pyargs.lm.tokenize import encode_prompt, left_pad
 from pyargs.methods import genarm, icl, lore, mpu, pal, pdpo, pref, vpl
 from pyargs.models.reward_model import RewardModel
+from pyargs.training import optimizers, trainer
 from pyargs.types import Batch, Features, LogProbs, Users
 
 METHODS = [module.name for module in pkgutil.iter_modules(methods.__path__)]
@@ -51,13 +52,13 @@ def ids(data: Features) -> list[str]:
 
 def trained(name: str, data, **fields):
     """A method trained on planted features, as `fit.train` does it with a frozen backbone."""
-    recipe = fit.method(name)
+    recipe = trainer.method(name)
     config = recipe.Config(seed=1, **fields)
     torch.manual_seed(config.seed)
     model = recipe.build(planted.Backbone(), None, ids(data.train), config)
     if hasattr(recipe, "start"):
         recipe.start(model, data.train, config)
-    fit.train_head(recipe, model, data.train, config)
+    trainer.train_head(recipe, model, data.train, config)
     if hasattr(recipe, "finish"):
         recipe.finish(model, config)
     return model.eval(), config
@@ -65,7 +66,7 @@ def trained(name: str, data, **fields):
 
 def vectors(name: str, model, data: Features, config) -> dict:
     torch.manual_seed(config.seed)
-    return fit.method(name).adapt(model, data, ids(data), config)
+    return trainer.method(name).adapt(model, data, ids(data), config)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -144,7 +145,7 @@ def test_users_with_one_pair_or_none(found):
     one = data.support.select([0])
     assert all(value.isfinite().all() for value in vectors(name, model, one, config).values())
     with pytest.raises(PyargsError, match="'nobody' has no support pair"):
-        fit.method(name).adapt(model, one, [*one.users, "nobody"], config)
+        trainer.method(name).adapt(model, one, [*one.users, "nobody"], config)
 
 
 def test_equal_responses_teach_nothing_and_losses_that_are_no_numbers_raise(found):
@@ -160,13 +161,13 @@ def test_equal_responses_teach_nothing_and_losses_that_are_no_numbers_raise(foun
     chosen, rejected = model.rewards(part.batch(model.users.rows(part.users), last=not model.whole)).unbind(1)
     assert torch.equal(chosen, rejected) and chosen.isfinite().all()
     broken = Features(data.train.hidden * float("nan"), *list(vars(data.train).values())[1:])
-    recipe = fit.method(name)
+    recipe = trainer.method(name)
     torch.manual_seed(0)
     model = recipe.build(planted.Backbone(), None, ids(data.train), config)
     if name == "vpl":
         recipe.start(model, data.train, config)
     with pytest.raises(PyargsError, match="loss is nan at step 0"):
-        fit.train_head(recipe, model, broken, config)
+        trainer.train_head(recipe, model, broken, config)
 
 
 def test_a_folded_head_and_a_saved_one_give_the_same_rewards(found):
@@ -294,7 +295,7 @@ DEFAULTS = {
 
 @pytest.mark.parametrize("name", METHODS)
 def test_defaults_are_the_papers_or_those_of_its_sources(name):
-    config = fit.method(name).Config()
+    config = trainer.method(name).Config()
     assert {key: getattr(config, key) for key in DEFAULTS[name]} == DEFAULTS[name]
 
 
@@ -311,7 +312,7 @@ GROUPS = {  # (learning rate, weight decay, sparse) of every trained part; LoRA 
 
 
 def optimized(model, name: str, config) -> dict:
-    optimizer = optimizers.make(fit.method(name), model, config)
+    optimizer = optimizers.make(trainer.method(name), model, config)
     return {
         parameter: (group["lr"], group.get("weight_decay", 0), isinstance(one, torch.optim.SparseAdam))
         for one in getattr(optimizer, "optimizers", [optimizer])
@@ -322,8 +323,8 @@ def optimized(model, name: str, config) -> dict:
 
 @pytest.mark.parametrize("name", GROUPS)
 def test_every_part_has_its_learning_rate_and_decay(name):
-    config = fit.method(name).Config()
-    model = fit.method(name).build(planted.Backbone(), None, USERS, config)
+    config = trainer.method(name).Config()
+    model = trainer.method(name).build(planted.Backbone(), None, USERS, config)
     found = optimized(model, name, config)
     for key, parameter in model.head.named_parameters():
         assert found.get(parameter) == GROUPS[name][key.split(".")[0]], key
@@ -514,9 +515,9 @@ def test_pal_fits_new_users_by_its_loss(variant, rank):
                      None if batch.prompt is None else batch.prompt[n : n + 1]) for n in range(len(batch))]  # fmt: skip
 
     ids = ["new", "other"]
-    start = fit.randn_rows(ids, rank, seed=0)
+    start = trainer.randn_rows(ids, rank, seed=0)
     initial = {"mixture": start.clone()}
-    want = fit.fit_users(model, support, ids, initial, steps=100, lr=config.user_lr, objective=plain)["mixture"]
+    want = trainer.fit_users(model, support, ids, initial, steps=100, lr=config.user_lr, objective=plain)["mixture"]
     assert (want - start).abs().max() > 0.1
     torch.testing.assert_close(pal.adapt(model, support, ids, config)["mixture"], want, atol=1e-4, rtol=1e-4)
 
@@ -618,7 +619,7 @@ VARIANTS = [(name, {}) for name in METHODS] + [
 
 
 def config_of(name: str, folder: str, **more):
-    recipe = fit.method(name)
+    recipe = trainer.method(name)
     fields = {"backbone": folder, **SMALL.get(name, {}), **more}
     if hasattr(recipe, "loss"):
         fields = {"epochs": 1, "batch_size": 16, "lora_lr": 1e-2, **fields}
@@ -637,10 +638,10 @@ def tuned(request, lm_folder, rows, tmp_path_factory):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PReF on sparse data
         config = config_of(name, lm_folder, **more)
-        model = fit.train(name, rows, config)
+        model = trainer.train(name, rows, config)
         folder = tmp_path_factory.mktemp("trained") / "model"
         model.save_pretrained(folder)
-        fit.adapt(model, rows)
+        trainer.adapt(model, rows)
     return name, config, model, folder
 
 
@@ -657,14 +658,14 @@ def test_full_training_is_seeded_and_leaves_the_base_alone(tuned, rows, lm_folde
     name, config, model, folder = tuned
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        again = fit.train(name, rows, config)
+        again = trainer.train(name, rows, config)
     saved = load_model(folder)
     for key, value in saved.state_dict().items():
         assert torch.equal(value, again.state_dict()[key]), key
     base, _ = load_lm(lm_folder)
     now = {key.replace(".base_layer", ""): value for key, value in model.backbone.state_dict().items()}
     assert all(torch.equal(value, now[key]) for key, value in base.get_decoder().state_dict().items())
-    if hasattr(fit.method(name), "loss"):
+    if hasattr(trainer.method(name), "loss"):
         moved = [value for key, value in model.backbone.state_dict().items() if "lora_B" in key]
         assert moved and all(value.abs().sum() > 0 for value in moved)  # LoRA's B starts at zero
 
@@ -672,12 +673,12 @@ def test_full_training_is_seeded_and_leaves_the_base_alone(tuned, rows, lm_folde
 def test_the_query_set_cannot_reach_adaptation(tuned, rows):
     name, _, model, folder = tuned
     other = load_model(folder)
-    new = fit.adapt(other, of_split(rows, "support"))
+    new = trainer.adapt(other, of_split(rows, "support"))
     assert new == ["new_00", "new_01", "new_02"]
     query = of_split(rows, "query")
     assert torch.equal(scores(model, query), scores(other, query))
     with pytest.raises(PyargsError, match="no rows with split 'support'"):
-        fit.adapt(other, query)
+        trainer.adapt(other, query)
 
 
 def test_each_user_is_adapted_as_if_alone(tuned, rows):
@@ -685,7 +686,7 @@ def test_each_user_is_adapted_as_if_alone(tuned, rows):
     other = load_model(folder)
     keep = [i for i, (user, split) in enumerate(zip(rows["user_id"], rows["split"], strict=True))
             if user == "new_00" and split == "support"]  # fmt: skip
-    fit.adapt(other, rows.select(keep))
+    trainer.adapt(other, rows.select(keep))
     for kind, table in other.users.vectors.items():
         assert torch.equal(table[other.users.ids["new_00"]], model.users.vectors[kind][model.users.ids["new_00"]])
     mine = of_split(rows, "query").filter(lambda row: row["user_id"] == "new_00")
@@ -737,14 +738,14 @@ def left_pad_prompt(model, prompt):
     return left_pad([encode_prompt(model.tokenizer, prompt)], 0)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if hasattr(fit.method(name), "loss")])
+@pytest.mark.parametrize("name", [name for name in METHODS if hasattr(trainer.method(name), "loss")])
 def test_a_killed_training_goes_on_where_it_was(name, rows, lm_folder, tmp_path, monkeypatch):
     """Stopped in the fifth step, with a checkpoint after every second one: the result is that of an undisturbed run."""
     config = config_of(name, lm_folder, checkpoint_steps=2, batch_size=12)
-    recipe, folder = fit.method(name), tmp_path / "checkpoints"
+    recipe, folder = trainer.method(name), tmp_path / "checkpoints"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        whole = fit.train(name, rows, config)
+        whole = trainer.train(name, rows, config)
         plain, calls = recipe.loss, []
 
         def stops(model, batch, config):
@@ -756,27 +757,27 @@ def test_a_killed_training_goes_on_where_it_was(name, rows, lm_folder, tmp_path,
         with monkeypatch.context() as patch:
             patch.setattr(recipe, "loss", stops)
             with pytest.raises(KeyboardInterrupt):
-                fit.train(name, rows, config, checkpoints=folder)
+                trainer.train(name, rows, config, checkpoints=folder)
         assert any(folder.iterdir())
         steps = []
         with monkeypatch.context() as patch:
             patch.setattr(recipe, "loss", lambda m, b, c: steps.append(b.step) or plain(m, b, c))
-            again = fit.train(name, rows, config, checkpoints=folder)
+            again = trainer.train(name, rows, config, checkpoints=folder)
     assert steps[0] == 4
     for key, value in whole.state_dict().items():
         torch.testing.assert_close(value, again.state_dict()[key], atol=1e-6, rtol=1e-5, msg=key)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if hasattr(fit.method(name), "loss")])
+@pytest.mark.parametrize("name", [name for name in METHODS if hasattr(trainer.method(name), "loss")])
 def test_bfloat16_backbones_have_float32_heads_and_losses(name, rows, lm_folder):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = config_of(name, lm_folder, dtype="bfloat16", gradient_checkpointing=True, epochs=0.5)
-        recipe, seen = fit.method(name), []
+        recipe, seen = trainer.method(name), []
         plain = recipe.loss
         recipe.loss = lambda *args: seen.append(plain(*args)) or seen[-1]
         try:
-            model = fit.train(name, rows, config)
+            model = trainer.train(name, rows, config)
         finally:
             recipe.loss = plain
     assert seen and all(value.dtype == torch.float32 and value.isfinite() for value in seen)
@@ -786,17 +787,17 @@ def test_bfloat16_backbones_have_float32_heads_and_losses(name, rows, lm_folder)
     assert scores(model, of_split(rows, "train").select(range(4))).dtype in (torch.float32, torch.float64)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if hasattr(fit.method(name).Config, "freeze_backbone")])
+@pytest.mark.parametrize("name", [name for name in METHODS if hasattr(trainer.method(name).Config, "freeze_backbone")])
 def test_a_frozen_backbone_gives_what_the_text_gives(name, rows, lm_folder):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for more in ({}, {"variant": "B"}) if name == "pal" else ({},):
-            model = fit.train(name, rows, config_of(name, lm_folder, freeze_backbone=True, **more))
+            model = trainer.train(name, rows, config_of(name, lm_folder, freeze_backbone=True, **more))
             assert not any("lora" in key for key in model.state_dict())
             query = of_split(rows, "train").select(range(6))
             examples = fit_examples(model, query)
             with torch.no_grad():
-                batch = model(**fit._collate(examples, share=True))
+                batch = model(**trainer._collate(examples, share=True))
                 torch.testing.assert_close(model.rewards(batch), model.pair_scores(query)[1], atol=2e-5, rtol=2e-5)
 
 
@@ -813,11 +814,11 @@ def fit_examples(model, data) -> list[dict]:
 def test_one_packed_pass_is_two_passes(tuned, rows):
     """A pair's responses behind one copy of their prompt, and each behind its own: the same within float32 rounding."""
     _, _, model, _ = tuned
-    if not hasattr(model, "forward") or not hasattr(fit.method(model.about["method"]), "loss"):
+    if not hasattr(model, "forward") or not hasattr(trainer.method(model.about["method"]), "loss"):
         return
     examples = fit_examples(model, of_split(rows, "query").select(range(5)))
     with torch.no_grad():
-        one, two = (model(**fit._collate(examples, share=share)) for share in (True, False))
+        one, two = (model(**trainer._collate(examples, share=share)) for share in (True, False))
     if isinstance(model, RewardModel):
         torch.testing.assert_close(one.hidden, two.hidden, atol=5e-5, rtol=5e-5)
     else:
@@ -831,7 +832,7 @@ def test_genarm_finds_a_global_rule(tmp_path):
     folder = str(synthetic.tiny_lm(tmp_path / "lm", tie=True))
     rows = synthetic.load(users=1, pairs=240, new_users=1, support=1, query=60, rank=1, train_test=0.0)
     config = genarm.Config(backbone=folder, lora_lr=2e-2, beta=0.5, epochs=6, target_modules=["q_proj", "v_proj", "o_proj"])
-    model = fit.train("genarm", rows, config)
+    model = trainer.train("genarm", rows, config)
     chosen, rejected = model.pair_scores(of_split(rows, "query"))[1].unbind(1)
     assert (chosen > rejected).float().mean() >= 0.9
 
@@ -841,8 +842,8 @@ def test_pdpo_finds_planted_users(tmp_path):
     folder = str(synthetic.tiny_lm(tmp_path / "lm", tie=True))
     rows = synthetic.load(users=4, pairs=100, new_users=2, support=40, query=50, rank=1, train_test=0.0)
     config = pdpo.Config(backbone=folder, lora_lr=1e-2, soft_lr=5e-2, epochs=6, adapt_lr=5e-2, adapt_steps=60)
-    model = fit.train("pdpo", rows, config)
-    fit.adapt(model, rows)
+    model = trainer.train("pdpo", rows, config)
+    trainer.adapt(model, rows)
     query = of_split(rows, "query")
     ranked = lambda values: (values[:, 0] > values[:, 1]).float().mean().item()  # noqa: E731
     own = ranked(model.pair_logprobs(query)[0])
@@ -855,7 +856,7 @@ def test_pdpo_finds_planted_users(tmp_path):
 def test_p_dpo_and_genarm_learn_to_stop(lm_folder, rows):
     """The end token is in what they train on, and in no reported score."""
     for name in ("genarm", "pdpo"):
-        model = fit.train(name, rows, config_of(name, lm_folder, epochs=0.2))
+        model = trainer.train(name, rows, config_of(name, lm_folder, epochs=0.2))
         data = of_split(rows, "train").select(range(2))
         encoded, _ = model.encode(data)
         stop = model.tokenizer.eos_token_id
@@ -871,8 +872,8 @@ def test_p_dpo_and_genarm_learn_to_stop(lm_folder, rows):
 @pytest.fixture
 def shown(lm_folder, rows):
     def make(**more):
-        model = fit.train("icl", rows, config_of("icl", lm_folder, **more))
-        fit.adapt(model, rows)
+        model = trainer.train("icl", rows, config_of("icl", lm_folder, **more))
+        trainer.adapt(model, rows)
         return model
 
     return make
@@ -960,7 +961,7 @@ def test_a_cut_prompt_is_the_same_for_every_response(shown, rows):
 
 
 def test_retrieval_puts_the_most_similar_last(shown, monkeypatch):
-    from pyargs.lm import demonstrations
+    from pyargs.models import demonstrations
 
     vectors = {"tell me": [1.0, 0.0]}
     monkeypatch.setattr(demonstrations, "embed", lambda name, texts: torch.tensor([vectors.get(t, [0.0, 1.0]) for t in texts]))
@@ -1026,28 +1027,28 @@ def test_zero_shots_is_the_policy_as_it_is(shown, lm_folder):
 
 
 def test_plain_decoding_ignores_the_checkpoints_own_settings(lm_folder):
-    from pyargs.decode import plain
+    from pyargs.decode import unguided
 
     policy, tokenizer = load_lm(lm_folder)
     prompts = [[5, 6, 7], [8, 9, 10, 11, 12]]
-    before = plain.generate(policy, prompts, max_new_tokens=8)
+    before = unguided.generate(policy, prompts, max_new_tokens=8)
     policy.generation_config.repetition_penalty, policy.generation_config.do_sample = 5.0, True
-    assert torch.equal(plain.generate(policy, prompts, max_new_tokens=8).tokens, before.tokens)
+    assert torch.equal(unguided.generate(policy, prompts, max_new_tokens=8).tokens, before.tokens)
     ids = torch.tensor([prompts[0]])
     for token in before.answers()[0]:
         assert policy(ids).logits[0, -1].argmax().item() == token
         ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
-    one, two = (plain.generate(policy, prompts, max_new_tokens=8, do_sample=True, seed=s).tokens for s in (1, 1))
+    one, two = (unguided.generate(policy, prompts, max_new_tokens=8, do_sample=True, seed=s).tokens for s in (1, 1))
     assert torch.equal(one, two)
-    assert plain.generate(policy, [], max_new_tokens=8).tokens.shape[0] == 0
+    assert unguided.generate(policy, [], max_new_tokens=8).tokens.shape[0] == 0
 
 
 def test_a_soft_prompt_is_embeddings_before_the_prompt(lm_folder, rows):
-    model = fit.train("pdpo", rows, config_of("pdpo", lm_folder, epochs=0.5))
-    from pyargs.decode import plain
+    model = trainer.train("pdpo", rows, config_of("pdpo", lm_folder, epochs=0.5))
+    from pyargs.decode import unguided
 
     prompts, users = [[5, 6, 7], [8, 9, 10, 11, 12]], ["user_01", "user_00"]
-    found = plain.generate(model, prompts, users, max_new_tokens=5).answers()
+    found = unguided.generate(model, prompts, users, max_new_tokens=5).answers()
     for prompt, user, answer in zip(prompts, users, found, strict=True):
         soft = model.soft(model.users.rows([user]))
         for n in range(len(answer)):
@@ -1057,7 +1058,7 @@ def test_a_soft_prompt_is_embeddings_before_the_prompt(lm_folder, rows):
 
 def test_p_dpo_scores_against_plain_passes(lm_folder, rows):
     """Soft prompt, prompt and response as one causal sequence: the same log-probs; the reference is the base model."""
-    model = fit.train("pdpo", rows, config_of("pdpo", lm_folder, epochs=0.5))
+    model = trainer.train("pdpo", rows, config_of("pdpo", lm_folder, epochs=0.5))
     base, _ = load_lm(lm_folder)
     query = of_split(rows, "train").select(range(3))
     total, _ = model.pair_logprobs(query)
@@ -1109,8 +1110,8 @@ def test_p_dpo_starts_from_embeddings_of_tokens(lm_folder, rows):
 
 
 def test_vpl_adapts_on_states_of_the_untrained_backbone(lm_folder, rows):
-    model = fit.train("vpl", rows, config_of("vpl", lm_folder))
-    base = fit.train("lore", rows, config_of("lore", lm_folder, freeze_backbone=True))
+    model = trainer.train("vpl", rows, config_of("vpl", lm_folder))
+    base = trainer.train("lore", rows, config_of("lore", lm_folder, freeze_backbone=True))
     support = of_split(rows, "support")
     torch.testing.assert_close(vpl.support(model, support).hidden, base.read(support).hidden, atol=2e-5, rtol=2e-5)
     assert not torch.allclose(model.read(support).hidden, base.read(support).hidden, atol=1e-3)
@@ -1125,7 +1126,7 @@ def test_lore_alt_moves_in_turn_in_full_training(lm_folder, rows, monkeypatch):
         return plain(model, batch, config)
 
     monkeypatch.setattr(lore, "loss", loss)
-    fit.train("lore", rows, config_of("lore", lm_folder, alternate=True, epochs=0.5, warmup=0.0))
+    trainer.train("lore", rows, config_of("lore", lm_folder, alternate=True, epochs=0.5, warmup=0.0))
     for number, (one, two) in enumerate(zip(moved, moved[1:], strict=False)):
         mixtures, directions = (not torch.equal(a, b) for a, b in zip(one, two, strict=True))
         assert (mixtures, directions) == ((True, False) if number % 2 == 0 else (False, True)), number
@@ -1136,8 +1137,8 @@ def test_lora_has_its_own_learning_rate(name, rate, lm_folder):
     from pyargs.lm import lora
 
     lm, tokenizer = load_lm(lm_folder)
-    config = fit.method(name).Config(backbone=lm_folder)
-    model = fit.method(name).build(lm, tokenizer, USERS, config)
+    config = trainer.method(name).Config(backbone=lm_folder)
+    model = trainer.method(name).build(lm, tokenizer, USERS, config)
     lm.requires_grad_(False)
     lora.add(lm.get_decoder(), rank=8, alpha=16, rslora=True, target_modules=None)
     found = optimized(model, name, config)
@@ -1154,31 +1155,31 @@ def test_half_written_checkpoints_are_passed_over(tmp_path):
     for number, complete in ((2, True), (4, True), (10, False)):
         (tmp_path / f"checkpoint-{number}").mkdir()
         if complete:
-            (tmp_path / f"checkpoint-{number}" / fit.COMPLETE).touch()
-    assert fit._last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+            (tmp_path / f"checkpoint-{number}" / trainer.COMPLETE).touch()
+    assert trainer._last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
     assert not (tmp_path / "checkpoint-10").exists()
-    assert fit._last_checkpoint(tmp_path / "none") is None
+    assert trainer._last_checkpoint(tmp_path / "none") is None
 
 
 def test_known_users_and_useless_steps_raise_before_any_work(lm_folder, rows, monkeypatch):
     for name in ("icl", "vpl", "lore"):
-        model = fit.train(name, rows, config_of(name, lm_folder, **({} if name == "icl" else {"epochs": 0.1})))
-        fit.adapt(model, rows)
+        model = trainer.train(name, rows, config_of(name, lm_folder, **({} if name == "icl" else {"epochs": 0.1})))
+        trainer.adapt(model, rows)
         monkeypatch.setattr(type(model), "read", lambda *_: pytest.fail("work before the check"), raising=False)
         with pytest.raises(PyargsError, match="is there already: ask for it"):
-            fit.adapt(model, rows)
+            trainer.adapt(model, rows)
         monkeypatch.undo()
         if name != "lore":
             with pytest.raises(PyargsError, match="takes no steps"):
-                fit.adapt(model, rows, steps=3)
+                trainer.adapt(model, rows, steps=3)
 
 
 def test_impossible_ways_to_decode_raise(lm_folder, rows, monkeypatch):
-    from pyargs.decode import plain
+    from pyargs.decode import unguided
 
     policy, _ = load_lm(lm_folder)
-    lore_model = fit.train("lore", rows, config_of("lore", lm_folder, freeze_backbone=True))
-    self_answering = fit.train("icl", rows, config_of("icl", lm_folder, shots=0))
+    lore_model = trainer.train("lore", rows, config_of("lore", lm_folder, freeze_backbone=True))
+    self_answering = trainer.train("icl", rows, config_of("icl", lm_folder, shots=0))
     ask = lambda model, **more: answers(policy, model, ["tell me"], ["user_00"], reward_weight=1.0, **more)  # noqa: E731
     with pytest.raises(PyargsError, match="answers by itself"):
         ask(self_answering, best_of=2)
@@ -1187,8 +1188,8 @@ def test_impossible_ways_to_decode_raise(lm_folder, rows, monkeypatch):
     with pytest.raises(PyargsError, match="samples anyway"):
         ask(lore_model, best_of=2, do_sample=True)
     temperatures = []
-    generate = plain.generate
-    monkeypatch.setattr(plain, "generate", lambda *a, **k: temperatures.append(k["temperature"]) or generate(*a, **k))
+    generate = unguided.generate
+    monkeypatch.setattr(unguided, "generate", lambda *a, **k: temperatures.append(k["temperature"]) or generate(*a, **k))
     ask(lore_model, best_of=2, temperature=None)
     assert temperatures == [1.0]
     with pytest.raises(PyargsError, match="positions"):
@@ -1196,25 +1197,25 @@ def test_impossible_ways_to_decode_raise(lm_folder, rows, monkeypatch):
 
 
 def test_rows_of_the_logits_that_are_no_tokens_are_never_drawn(lm_folder):
-    from pyargs.decode import plain
+    from pyargs.decode import unguided
 
     policy, tokenizer = load_lm(lm_folder)
     policy.resize_token_embeddings(len(tokenizer) + 64)
     policy.get_output_embeddings().weight.data[-64:] = 3 * policy.get_output_embeddings().weight.data[:64]
-    drawn = plain.generate(policy, [[5, 6, 7]] * 64, max_new_tokens=4, do_sample=True, seed=0).tokens
+    drawn = unguided.generate(policy, [[5, 6, 7]] * 64, max_new_tokens=4, do_sample=True, seed=0).tokens
     assert drawn.max() < len(tokenizer)
 
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_tokenwise_decoding_against_its_formula(lm_folder, rows, whole):
-    from pyargs.decode import tokenwise
+    from pyargs.decode import genarm
 
     policy, _ = load_lm(lm_folder)
-    model = fit.train("genarm", rows, config_of("genarm", lm_folder))
+    model = trainer.train("genarm", rows, config_of("genarm", lm_folder))
     prompts = [[5, 6, 7], [8, 9, 10, 11, 12]]
     ids, mask = left_pad(prompts, 0)
     weights, k = [0.0, 1.5], None if whole else 5
-    decoded = tokenwise.generate(policy, model, ids, mask, reward_weight=weights, num_candidates=k, max_new_tokens=6)
+    decoded = genarm.generate(policy, model, ids, mask, reward_weight=weights, num_candidates=k, max_new_tokens=6)
     for prompt, weight, answer, reward in zip(prompts, weights, decoded.answers(), decoded.rewards, strict=True):
         for n, token in enumerate(answer):
             context = torch.tensor([prompt + answer[:n]])
@@ -1225,28 +1226,28 @@ def test_tokenwise_decoding_against_its_formula(lm_folder, rows, whole):
             assert token == best.item() and reward[n].item() == pytest.approx(rewards[token].item(), abs=1e-3)
     # sampling: seeded by row, the same alone
     options = dict(num_candidates=k, max_new_tokens=6, do_sample=True, reward_weight=1.0)
-    both = tokenwise.generate(policy, model, ids, mask, seed=[3, 4], **options).answers()
-    alone = tokenwise.generate(policy, model, torch.tensor([prompts[1]]), None, seed=[4], **options).answers()
-    assert both[1] == alone[0] and both == tokenwise.generate(policy, model, ids, mask, seed=[3, 4], **options).answers()
+    both = genarm.generate(policy, model, ids, mask, seed=[3, 4], **options).answers()
+    alone = genarm.generate(policy, model, torch.tensor([prompts[1]]), None, seed=[4], **options).answers()
+    assert both[1] == alone[0] and both == genarm.generate(policy, model, ids, mask, seed=[3, 4], **options).answers()
 
 
 def test_a_model_without_a_head_is_sent_to_its_own_decoder(lm_folder, rows):
     from pyargs import generate
 
     policy, _ = load_lm(lm_folder)
-    for name, decoder in (("genarm", "tokenwise"), ("icl", "plain")):
-        model = fit.train(name, rows, config_of(name, lm_folder, **({"epochs": 0.1} if name == "genarm" else {})))
+    for name, decoder in (("genarm", "genarm"), ("icl", "unguided")):
+        model = trainer.train(name, rows, config_of(name, lm_folder, **({"epochs": 0.1} if name == "genarm" else {})))
         with pytest.raises(PyargsError, match=decoder):
             generate(policy, model, torch.tensor([[5, 6]]), None, ["user_00"])
 
 
 def test_genarms_own_sampling_follows_its_distribution(lm_folder, rows):
-    from pyargs.decode import tokenwise
+    from pyargs.decode import genarm
 
     policy, _ = load_lm(lm_folder)
-    model = fit.train("genarm", rows, config_of("genarm", lm_folder))
+    model = trainer.train("genarm", rows, config_of("genarm", lm_folder))
     n, prompt = 4000, torch.tensor([[5, 6, 7]])
-    drawn = tokenwise.generate(
+    drawn = genarm.generate(
         policy, model, prompt.repeat(n, 1), None, num_candidates=None, do_sample=True, max_new_tokens=1, seed=0
     ).tokens[:, 0]  # fmt: skip
     logs = policy(prompt).logits[0, -1].log_softmax(-1) + model.lm(prompt).logits[0, -1].log_softmax(-1)
@@ -1260,7 +1261,7 @@ def test_best_of_n_takes_the_best_sample(lm_folder, rows):
     from pyargs.decode import best_of_n
 
     policy, _ = load_lm(lm_folder)
-    model = fit.train("lore", rows, config_of("lore", lm_folder, freeze_backbone=True))
+    model = trainer.train("lore", rows, config_of("lore", lm_folder, freeze_backbone=True))
     prompts, users = [[5, 6, 7], [8, 9, 10, 11, 12]], ["user_00", "user_01"]
     best, rewards = best_of_n.generate(policy, model, prompts, users, n=5, max_new_tokens=6, seed=3)
     assert rewards.shape == (2, 5)

@@ -14,8 +14,8 @@ from pyargs.errors import PyargsError, UnknownUser
 from pyargs.heads import linear, mlp
 from pyargs.lm import lora
 from pyargs.lm.cache import cache_name, can_branch
-from pyargs.lm.encode import encode_prompt, encode_response, pack
-from pyargs.lm.hf import load_lm, packed_states, response_logprobs, response_states, spans
+from pyargs.lm.forward import load_lm, packed_states, response_logprobs, response_states, spans
+from pyargs.lm.tokenize import encode_prompt, encode_response, pack
 from pyargs.models.reward_model import RewardModel
 from pyargs.ops import score_select
 from pyargs.types import Batch, Features, Users
@@ -187,7 +187,7 @@ def on_disk(tmp_path):
 
 
 def make(folder, lm, tokenizer, kind="linear", with_lora=True):
-    from pyargs.lm.hf import fingerprint
+    from pyargs.lm.forward import fingerprint
 
     backbone, dim = lm.get_decoder(), lm.config.hidden_size
     torch.manual_seed(0)
@@ -347,13 +347,13 @@ def test_merged_lora_gives_the_same_rewards_and_can_still_be_saved(on_disk, tmp_
 
 def test_many_responses_to_one_prompt_go_to_several_rows(monkeypatch):
     """The prompt is repeated where a row would get too long, pairs stay together, and nothing changes."""
-    from pyargs.lm import hf
+    from pyargs.lm import forward
 
     lm = tiny_lm()
     groups = [([5, 6, 7], [[n, n + 1, 3] for n in range(8)]), ([9] * 20, [[4, 4], [5]]), ([], [[1, 2], [3]])]
     whole, logs = response_states(lm.get_decoder(), groups), response_logprobs(lm, groups[:2])
-    monkeypatch.setattr(hf, "ROW", 12)
-    rows = [len(packed.input_ids) for _, packed in hf.batches(groups, lm.get_decoder(), 1, "rows")]
+    monkeypatch.setattr(forward, "ROW", 12)
+    rows = [len(packed.input_ids) for _, packed in forward.batches(groups, lm.get_decoder(), 1, "rows")]
     assert rows == [1] * 5  # 8 responses of 3 tokens in rows of three, behind a prompt of 3; each of the others in one
     for one, two in zip(whole, response_states(lm.get_decoder(), groups), strict=True):
         for a, b in zip(one, two, strict=True):

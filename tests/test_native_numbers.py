@@ -10,17 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_native import AVAILABLE, VOCABULARY, identical, random_lm, using, with_lora
 
-from pyargs.lm import native
+from pyargs.lm.stack import run
 
 BAD = 7
 """The token whose embedding is no number."""
 
 
 @functools.cache
-def stack_with(value: float, dtype: torch.dtype = torch.float32) -> native.Stack:
+def stack_with(value: float, dtype: torch.dtype = torch.float32) -> run.Stack:
     model = random_lm(heads=6, hidden=48)
     model.get_input_embeddings().weight.data[BAD] = value
-    return native.pack(model, dtype=dtype)
+    return run.pack(model, dtype=dtype)
 
 
 def same(ours, theirs):
@@ -32,11 +32,11 @@ def same(ours, theirs):
 def test_a_response_that_is_no_number_reaches_no_other():
     stack = stack_with(torch.nan)
     groups = [([3, 4, 5], [[7, 8, 9], [10, 11]]), ([3, 4, 5], [[10, 11]]), ([20, 21], [[12, 13]])]
-    found = list(native.continuations(stack, groups))
+    found = list(run.continuations(stack, groups))
     assert found[0][1][0].isnan().all()
     for group, (last, states) in zip(groups, found, strict=True):
         for response, state in zip(group[1], states, strict=True):
-            ((alone_last, (alone,)),) = native.continuations(stack, [(group[0], [response])])
+            ((alone_last, (alone,)),) = run.continuations(stack, [(group[0], [response])])
             same(last, alone_last)
             same(state, alone)
             assert BAD in response or state.isfinite().all()
@@ -55,10 +55,10 @@ texts = st.lists(st.lists(tokens, min_size=1, max_size=12), min_size=1, max_size
 def test_continuations_are_those_of_each_response_alone(groups, value, capability, dtype):
     stack = stack_with(value, dtype)
     with using(capability):
-        found = list(native.continuations(stack, groups))
+        found = list(run.continuations(stack, groups))
         for (prompt, several), (last, states) in zip(groups, found, strict=True):
             for response, state in zip(several, states, strict=True):
-                ((alone_last, (alone,)),) = native.continuations(stack, [(prompt, [response])])
+                ((alone_last, (alone,)),) = run.continuations(stack, [(prompt, [response])])
                 same(last, alone_last)
                 same(state, alone)
 
@@ -113,7 +113,7 @@ def test_lora_that_is_no_number_stays_with_the_rows_that_ask_for_it(dtype, value
     for name, parameter in tuned.named_parameters():
         if "lora_" in name:
             parameter.data[0, 0] = value
-    stack, ids = native.pack(model, adapter=tuned, dtype=dtype), torch.randint(0, VOCABULARY, (5, 6))
+    stack, ids = run.pack(model, adapter=tuned, dtype=dtype), torch.randint(0, VOCABULARY, (5, 6))
     plain = stack(ids, stack.cache(5, 6))
     mixed = stack(ids, stack.cache(5, 6), delta=[True, False, True, True, False])
     same(mixed[[1, 4]], plain[[1, 4]])

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyargs import optimizers
+from pyargs.training import optimizers
 
 
 @given(st.integers(0, 10**6), st.floats(0.01, 100), st.booleans())

@@ -11,10 +11,10 @@ from test_structure import FEW, USERS, decoded, fast, guided, prompts
 from torch import nn
 from transformers.models.llama import modeling_llama
 
-from pyargs.decode import plain
+from pyargs.decode import unguided
 from pyargs.errors import PyargsError
 from pyargs.lm.cache import can_branch
-from pyargs.lm.hf import masks_every_step
+from pyargs.lm.forward import masks_every_step
 from pyargs.lm.structure import as_written
 
 
@@ -77,7 +77,7 @@ def test_layers_that_no_cache_serves_are_refused_though_the_first_ones_were_trie
     padded, even = prompts([3, 5]), prompts([4, 4])
     ways = [
         lambda rows: guided(policy, model, rows, USERS[:2], **FEW),
-        lambda rows: plain.generate(policy, rows, max_new_tokens=2),
+        lambda rows: unguided.generate(policy, rows, max_new_tokens=2),
     ]
     before = [way(rows).tokens for way in ways for rows in (padded, even)]
     assert can_branch(policy) and masks_every_step(policy)

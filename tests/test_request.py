@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pyargs
-from pyargs.decode import args, best_of_n, captured, plain, reference
+from pyargs.decode import args, best_of_n, reference, unguided
+from pyargs.decode.backends import cuda_graph
 from pyargs.decode.request import check, numbered, seeds, whole
 from pyargs.errors import PyargsError
 
@@ -135,8 +136,8 @@ def test_a_weight_that_overflows_is_an_error(pair, weight, way, monkeypatch):
     model.head.directions.data *= 1e4
     request = ask(pair, reward_weight=weight)
     if way == "captured":
-        monkeypatch.setattr(captured, "_capture", lambda step, device: step)
-    decode = {"captured": captured.decode, "reference": reference.decode}.get(way, args.decode)
+        monkeypatch.setattr(cuda_graph, "_capture", lambda step, device: step)
+    decode = {"captured": cuda_graph.decode, "reference": reference.decode}.get(way, args.decode)
     with pytest.raises(PyargsError, match=r"beyond float32: .* lower reward_weight"):
         decode(policy, model, request)
 
@@ -183,13 +184,13 @@ def test_plain_decoding_refuses_wrong_values_by_name(pair, name):
     for value in PLAIN[name]:
         more = {name: value} if name in ("seed", "do_sample", "temperature") else {"prompts": value}
         with pytest.raises(PyargsError, match=name):
-            plain.generate(pair[0], **({"prompts": [[5, 6]], "max_new_tokens": 2, "do_sample": True} | more))
+            unguided.generate(pair[0], **({"prompts": [[5, 6]], "max_new_tokens": 2, "do_sample": True} | more))
             pytest.fail(f"{name}={value!r} was accepted")
 
 
 def test_plain_sampling_at_a_temperature_near_zero_is_the_greedy_choice(pair):
     prompts = [torch.tensor([5, 6]), np.array([7]), (8, 9)]
-    greedy = plain.generate(pair[0], prompts, max_new_tokens=4)
+    greedy = unguided.generate(pair[0], prompts, max_new_tokens=4)
     for temperature in (1e-300, 5e-324, np.float32(1e-45), Fraction(1, 10**30)):
-        sampled = plain.generate(pair[0], prompts, max_new_tokens=4, do_sample=True, temperature=temperature)
+        sampled = unguided.generate(pair[0], prompts, max_new_tokens=4, do_sample=True, temperature=temperature)
         assert torch.equal(sampled.tokens, greedy.tokens)

@@ -17,12 +17,12 @@ from transformers import AttentionInterface
 from transformers.models.llama import modeling_llama
 
 import pyargs
-from pyargs.decode import captured, native, passes
-from pyargs.decode import plain as policy_alone
+from pyargs.decode import unguided as policy_alone
+from pyargs.decode.backends import cpu, cuda_graph, eager
 from pyargs.errors import PyargsError
 from pyargs.lm import lora
-from pyargs.lm import native as stacks
-from pyargs.lm.hf import response_logprobs, response_states
+from pyargs.lm.forward import response_logprobs, response_states
+from pyargs.lm.stack import run as stacks
 from pyargs.lm.structure import may_replace
 from pyargs.metrics.perplexity import perplexity
 from pyargs.models.reward_model import RewardModel
@@ -249,9 +249,9 @@ def test_what_is_changed_within_a_model_counts(change, side, patch):
 def test_in_every_family(family, change, patch):
     for side in ("policy", "reward"):
         policy, model = pair(family)
-        assert passes.of(policy, model, 1, 3) is passes.OnePass
+        assert eager.of(policy, model, 1, 3) is eager.OnePass
         change(policy.get_decoder() if side == "policy" else model.backbone, patch)
-        assert passes.of(policy, model, 1, 3) is passes.TwoPasses
+        assert eager.of(policy, model, 1, 3) is eager.TwoPasses
         follows_the_definition(policy, model, None)
 
 
@@ -288,7 +288,7 @@ def decoded(policy, model):
 
 
 def fast(policy, model) -> bool:
-    return native.possible(policy, model) and type(native.of(policy, model, 1, 8)) is native.OneStack
+    return cpu.possible(policy, model) and type(cpu.of(policy, model, 1, 8)) is cpu.OneStack
 
 
 def test_a_hook_that_is_removed_leaves_the_fast_path():
@@ -343,9 +343,9 @@ def test_dropout_in_training_mode_is_not_packed():
     assert fast(policy, model)  # none of it has dropout
     for layer in policy.model.layers:
         layer.self_attn.attention_dropout = 0.5
-    assert not native.possible(policy)
+    assert not cpu.possible(policy)
     policy.eval()
-    assert native.possible(policy)
+    assert cpu.possible(policy)
 
 
 def test_a_head_with_a_hook_is_called():
@@ -364,10 +364,10 @@ def test_eager_is_plain_everywhere(monkeypatch):
     policy, model = pair()
     want = decoded(policy, model)
     monkeypatch.setattr(stacks.Stack, "__call__", None)
-    monkeypatch.setattr(passes, "OnePass", None)
+    monkeypatch.setattr(eager, "OnePass", None)
     monkeypatch.setenv("PYARGS_BACKEND", "eager")
     same(decoded(policy, model), want)
-    assert not native.possible(policy) and not captured.possible(policy, model)
+    assert not cpu.possible(policy) and not cuda_graph.possible(policy, model)
     response_logprobs(policy, [([5], [[6]])])
     response_states(policy.get_decoder(), [([5], [[6]])])
     policy_alone.generate(policy, [[5]], max_new_tokens=2)

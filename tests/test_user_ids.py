@@ -8,10 +8,10 @@ import torch
 from conftest import reward_model, tiny_lm
 
 import pyargs
-from pyargs.decode import best_of_n, tokenwise
+from pyargs.decode import best_of_n, genarm
 from pyargs.decode.prompts import decode_prompts
 from pyargs.errors import PyargsError
-from pyargs.lm.demonstrations import Demonstrations
+from pyargs.models.demonstrations import Demonstrations
 from pyargs.models.token_reward import TokenReward
 from pyargs.types import Users
 from pyargs.user_ids import user_ids
@@ -27,7 +27,7 @@ def models():
 
 CALLS = {
     "generate": lambda lm, reward, _, users: pyargs.generate(lm, reward, IDS, None, users, max_new_tokens=1),
-    "tokenwise": lambda lm, _, reward, users: tokenwise.generate(lm, reward, IDS, None, users, max_new_tokens=1),
+    "tokenwise": lambda lm, _, reward, users: genarm.generate(lm, reward, IDS, None, users, max_new_tokens=1),
     "best_of_n": lambda lm, reward, _, users: best_of_n.generate(lm, reward, IDS.tolist(), users, n=1, max_new_tokens=1),
     "custom_generate": lambda lm, reward, _, users: lm.generate(
         IDS, max_new_tokens=1, custom_generate=pyargs.args(reward, users=users)

@@ -1,4 +1,4 @@
-// Keys and values of several sequences. Baseline only; pyargs/lm/native.py says what they are for.
+// Keys and values of several sequences. Baseline only; pyargs/lm/stack/run.py says what they are for.
 #pragma once
 
 #include <algorithm>

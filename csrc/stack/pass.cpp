@@ -1,5 +1,5 @@
 // A pass through a decoder stack of the Llama family: each thread of the team runs `forward` once, and they meet after
-// every phase. See pyargs/lm/native.py for the contract.
+// every phase. See pyargs/lm/stack/run.py for the contract.
 
 #include "pass.h"
 

@@ -1,5 +1,5 @@
 // A decoder stack: packing its weights, and the threads of a pass. Baseline only. Nothing that Python can pass does
-// more than raise; pyargs/lm/native.py turns the errors into its own.
+// more than raise; pyargs/lm/stack/run.py turns the errors into its own.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -21,10 +21,10 @@ from scipy.optimize import minimize
 from experiments import results
 from pyargs import data, files
 from pyargs.data import of_split
-from pyargs.features import features
-from pyargs.lm.hf import load_lm
+from pyargs.lm.forward import load_lm
 from pyargs.metrics.bootstrap import user_interval
 from pyargs.metrics.rm_accuracy import rm_accuracy
+from pyargs.scoring import features
 
 HERE = Path(__file__).parents[1]
 DATA = HERE.parent.parent / "shared/data/hh_rlhf_users/two_types_prefs.jsonl.gz"

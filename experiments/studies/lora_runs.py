@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 
 from experiments.studies.persona_statements import DATA, HERE
-from pyargs import files, fit, load_model
+from pyargs import files, load_model
 from pyargs.data import of_split, preferences
 from pyargs.decode.prompts import decode_prompts, load_pair
 from pyargs.metrics.rm_accuracy import rm_accuracy
+from pyargs.training import trainer
 
 OUT = HERE / "results/lora_runs.json"
 PAIRS = 12
@@ -62,7 +63,7 @@ def run(name: str, data) -> dict:
     def lap(what: str) -> None:
         seconds[what] = round(time.perf_counter() - started - sum(seconds.values()), 1)
 
-    recipe = fit.method(method)
+    recipe = trainer.method(method)
     fields = {**fields, **({"epochs": 1.0, "batch_size": 8} if hasattr(recipe, "loss") else {})}
     losses = []
     if hasattr(recipe, "loss"):
@@ -70,11 +71,11 @@ def run(name: str, data) -> dict:
         recipe.loss = lambda *args: losses.append(plain(*args)) or losses[-1]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PReF: sparse data
-        model = fit.train(method, data, recipe.Config(**fields))
+        model = trainer.train(method, data, recipe.Config(**fields))
     if hasattr(recipe, "loss"):
         recipe.loss = plain
     lap("train")
-    fit.adapt(model, data)
+    trainer.adapt(model, data)
     lap("adapt")
     query = of_split(data, "query")
     scores = _scores(model, query)

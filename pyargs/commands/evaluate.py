@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> dict:
     from pyargs.decode.prompts import load_pair
     from pyargs.errors import PyargsError
     from pyargs.lm import hub
-    from pyargs.lm.hf import load_lm
+    from pyargs.lm.forward import load_lm
     from pyargs.metrics.rm_accuracy import rm_accuracy
     from pyargs.models import load_model
     from pyargs.models.folder import locate, read_config
@@ -91,7 +91,7 @@ def _generations(args: argparse.Namespace, model, policy, rows, tuned: dict | No
     from pyargs import files
     from pyargs.config import check_kinds
     from pyargs.errors import PyargsError
-    from pyargs.lm.encode import encode_prompt
+    from pyargs.lm.tokenize import encode_prompt
     from pyargs.metrics.overlap import bertscore, copied, quotes, rouge
     from pyargs.metrics.perplexity import perplexity
     from pyargs.metrics.win_rate import win_rate

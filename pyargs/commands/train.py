@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
     )
     add_data(parser, required=not preset)
     if name:
-        from pyargs.fit import method
+        from pyargs.training.trainer import method
 
         config = method(name).Config
         add_options(parser.add_argument_group(f"method {name}"), config)
@@ -44,13 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
 def run(args: argparse.Namespace) -> dict:
     from dataclasses import asdict
 
-    from pyargs import files, fit
+    from pyargs import files
     from pyargs.commands import load_data
     from pyargs.config import from_args
     from pyargs.data import content_hash, of_split
     from pyargs.lm import hub
+    from pyargs.training import trainer
 
-    recipe = fit.method(args.method)
+    recipe = trainer.method(args.method)
     config = from_args(recipe.Config, args)
     data = load_data(args)
     rows = of_split(data, "train")
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> dict:
         "frozen": getattr(config, "freeze_backbone", False),
         "pairs": len(rows),
         "users": len(set(rows["user_id"])),
-        "steps": round(fit.epochs(config) * -(-len(rows) // config.batch_size)) if hasattr(recipe, "loss") else 0,
+        "steps": round(trainer.epochs(config) * -(-len(rows) // config.batch_size)) if hasattr(recipe, "loss") else 0,
         "out": args.out,
     }
     if args.dry_run:
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> dict:
         return {**done, "already_done": True}
     # Its name holds the stage's key: a checkpoint of other settings or data is never gone on from.
     with files.resumable(args.out, "checkpoints", key) as checkpoints:
-        model = fit.train(args.method, data, config, checkpoints=checkpoints)
+        model = trainer.train(args.method, data, config, checkpoints=checkpoints)
         model.save_pretrained(args.out)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         return files.record(

@@ -15,9 +15,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pyargs.decode import captured, native, passes, reference
+from pyargs.decode import reference
+from pyargs.decode.backends import cpu, cuda_graph, eager
+from pyargs.decode.loop import begin, choose
 from pyargs.decode.request import Output, Request, check
-from pyargs.decode.step import begin, choose
 from pyargs.errors import PyargsError
 from pyargs.lm.cache import can_branch
 from pyargs.lm.structure import may_replace, unwrapped
@@ -53,7 +54,7 @@ def generate(
     if not isinstance(reward_model, RewardModel):
         raise PyargsError(
             f"a {type(reward_model).__name__} has no head to score candidates with: decode a TokenReward through "
-            "pyargs.decode.tokenwise, a UserPolicy through pyargs.decode.plain"
+            "pyargs.decode.genarm, a UserPolicy through pyargs.decode.unguided"
         )
     policy = unwrapped(policy)
     if num_candidates is None:
@@ -74,7 +75,7 @@ def generate(
             stacklevel=2,
         )
         return reference.decode(policy, reward_model, request)
-    decoded = captured.decode(policy, reward_model, request) if captured.possible(policy, reward_model) else None
+    decoded = cuda_graph.decode(policy, reward_model, request) if cuda_graph.possible(policy, reward_model) else None
     return decode(policy, reward_model, request) if decoded is None else decoded
 
 
@@ -84,10 +85,10 @@ def decode(policy, reward_model: RewardModel, request: Request) -> Decoded:
     rows, length = request.input_ids.shape
     k, device = request.num_candidates, reward_model.device
     capacity, folded = length + request.max_new_tokens + k, reward_model.head.fold()
-    if native.possible(policy, reward_model):
-        both = native.of(policy, reward_model, rows, capacity)
+    if cpu.possible(policy, reward_model):
+        both = cpu.of(policy, reward_model, rows, capacity)
     else:
-        way = passes.of(policy, reward_model, rows, k)
+        way = eager.of(policy, reward_model, rows, k)
         both = way(policy, reward_model, way.caches(policy, reward_model, rows, capacity))
     output = Output(rows, request.max_new_tokens, device)
     state = begin(both, folded, request, torch.zeros(rows, dtype=torch.bool, device=device))

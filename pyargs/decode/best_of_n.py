@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyargs.decode import plain
+from pyargs.decode import unguided
 from pyargs.decode.request import numbered, seeds, whole
 from pyargs.errors import PyargsError
 from pyargs.types import Decoded
@@ -36,7 +36,7 @@ def generate(
     own_seeds = given if isinstance(given, list) else [numbered(given or 0, i) for i in range(len(prompts))]
     best, rewards = [], torch.full((len(prompts), n), -torch.inf, dtype=torch.float32, device="cpu")
     for row, (prompt, user, own) in enumerate(zip(prompts, users, own_seeds, strict=True)):
-        drawn = plain.generate(
+        drawn = unguided.generate(
             policy, [prompt] * n, max_new_tokens=max_new_tokens, do_sample=True, temperature=temperature, seed=own
         )
         answers = drawn.answers()

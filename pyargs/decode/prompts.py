@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from pyargs.decode import args, best_of_n, native, plain, tokenwise
+from pyargs.decode import args, best_of_n, genarm, unguided
+from pyargs.decode.backends import cpu
 from pyargs.decode.request import numbered, weights
 from pyargs.errors import PyargsError
 from pyargs.files import short_hash
 from pyargs.lm import hub
-from pyargs.lm.encode import encode_prompt, left_pad
-from pyargs.lm.hf import load_lm
+from pyargs.lm.forward import load_lm
 from pyargs.lm.structure import eager
+from pyargs.lm.tokenize import encode_prompt, left_pad
 from pyargs.models import load_model
 from pyargs.models.folder import device_or_default, locate, read_config
 from pyargs.models.token_reward import TokenReward
@@ -84,7 +85,7 @@ def decode_prompts(
     sampled = own and more.get("do_sample")
     batch_size = 1 if best_of or sampled else batch_size  # transformers samples a whole batch by one seed
     # One user's demonstrations are read once where the user's prompts are neighbours.
-    alike = own and model.demonstrations is not None and native.possible(model.lm)
+    alike = own and model.demonstrations is not None and cpu.possible(model.lm)
     order = sorted(range(len(encoded)), key=lambda i: encoded[i] if alike else len(encoded[i]))
     with progress_bar(total=len(order), desc=progress, unit="prompt") as bar:
         for start in range(0, len(order), batch_size):
@@ -94,9 +95,9 @@ def decode_prompts(
             if best_of:
                 (decoded,), _ = best_of_n.generate(policy, model, some, their, n=best_of, seed=seeds, **length)
             elif own:
-                decoded = plain.generate(model, some, their, do_sample=bool(sampled), seed=seeds[0], **length)
+                decoded = unguided.generate(model, some, their, do_sample=bool(sampled), seed=seeds[0], **length)
             else:
-                generate = tokenwise.generate if token_reward else args.generate
+                generate = genarm.generate if token_reward else args.generate
                 ids, mask = left_pad(some, pad_id=0)
                 decoded = generate(
                     policy, model, ids, mask, their, reward_weight=each and [each[i] for i in take], seed=seeds, **more

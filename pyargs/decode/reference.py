@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer
 from pyargs.decode.request import Output, Request
 from pyargs.errors import PyargsError
 from pyargs.lm.cache import PrefixLayer
-from pyargs.lm.hf import forward_step
+from pyargs.lm.forward import forward_step
 from pyargs.models.reward_model import RewardModel
 from pyargs.ops.choice import choose
 from pyargs.types import Decoded

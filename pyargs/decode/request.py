@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyargs.errors import PyargsError
-from pyargs.lm.hf import check_lengths, same_tokenizer
+from pyargs.lm.forward import check_lengths, same_tokenizer
 from pyargs.types import Decoded
 from pyargs.user_ids import user_ids
 

@@ -257,7 +257,9 @@ def _foreign(value) -> bool:
     """Whether what stands in a class or a file is called like a function, but is none that a library wrote there."""
     if isinstance(value, type) or not callable(value):
         return False
-    others = type(value).__module__ in ("typing", "pyargs.lm.launches") or getattr(value, "__module__", None) == "dataclasses"
+    others = (
+        type(value).__module__ in ("typing", "pyargs.lm.fused_modules") or getattr(value, "__module__", None) == "dataclasses"
+    )
     return not (others or _known(value))
 
 
@@ -279,7 +281,7 @@ def _functions(kind: type) -> frozenset[str]:
 
 def _ours(forward) -> bool:
     """Whether it is what pyargs puts there for the time of one pass in one thread: the others' passes are as ever."""
-    return type(forward) is partial and forward.func.__module__ in ("pyargs.lm.lora", "pyargs.lm.launches")
+    return type(forward) is partial and forward.func.__module__ in ("pyargs.lm.lora", "pyargs.lm.fused_modules")
 
 
 def _check_hooks(module: nn.Module, name: str) -> None:
@@ -290,7 +292,7 @@ def _check_hooks(module: nn.Module, name: str) -> None:
 
 def _config(config: PreTrainedConfig, name: str) -> str:
     attention = ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation)
-    if not (attention is None or _known(attention) or type(attention).__module__ == "pyargs.lm.launches"):
+    if not (attention is None or _known(attention) or type(attention).__module__ == "pyargs.lm.fused_modules"):
         raise PyargsError(f"{_place(name)} has an attention of another's ({config._attn_implementation})")
     return repr({key: value for key, value in vars(config).items() if key not in LABELS})
 

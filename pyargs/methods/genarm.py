@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyargs.config import option
-from pyargs.fit import FitConfig
 from pyargs.models.token_reward import TokenReward
+from pyargs.training.trainer import FitConfig
 from pyargs.types import LogProbs
 
 

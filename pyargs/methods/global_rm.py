@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pyargs.config import option
-from pyargs.fit import HeadConfig, bradley_terry
 from pyargs.heads import linear, mlp
 from pyargs.models.reward_model import RewardModel
+from pyargs.training.trainer import HeadConfig, bradley_terry
 from pyargs.types import Batch, Users
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pyargs.config import option
-from pyargs.fit import ModelConfig
-from pyargs.lm.demonstrations import Demonstrations, last_user_text
+from pyargs.models.demonstrations import Demonstrations, last_user_text
 from pyargs.models.user_policy import UserPolicy
+from pyargs.training.trainer import ModelConfig
 from pyargs.user_ids import user_id
 
 

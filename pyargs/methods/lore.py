@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from pyargs.config import option
-from pyargs.fit import AdaptConfig, bradley_terry, fit_users, randn_rows
 from pyargs.heads import linear
 from pyargs.models.reward_model import RewardModel
+from pyargs.training.trainer import AdaptConfig, bradley_terry, fit_users, randn_rows
 from pyargs.types import Batch, Features, Users
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pyargs.config import option
-from pyargs.fit import AdaptConfig, bradley_terry, fit_users
 from pyargs.heads import user_mlp
 from pyargs.models import trained_mean
 from pyargs.models.reward_model import RewardModel
+from pyargs.training.trainer import AdaptConfig, bradley_terry, fit_users
 from pyargs.types import Batch, Features
 
 

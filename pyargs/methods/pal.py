@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyargs.config import option
-from pyargs.fit import AdaptConfig, fit_users, randn_rows
 from pyargs.heads import cosine, distance
 from pyargs.models.reward_model import RewardModel
+from pyargs.training.trainer import AdaptConfig, fit_users, randn_rows
 from pyargs.types import Batch, Features, Users
 
 

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from pyargs.config import option
 from pyargs.errors import PyargsError
-from pyargs.fit import FitConfig, pairs_of_users
 from pyargs.models.user_policy import SoftPrompt, UserPolicy, random_embeddings
 from pyargs.progress import progress_bar
+from pyargs.training.trainer import FitConfig, pairs_of_users
 from pyargs.types import LogProbs, Users
 
 

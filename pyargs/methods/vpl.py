@@ -17,10 +17,10 @@ from torch.nn import functional as F
 
 from pyargs.config import option
 from pyargs.errors import PyargsError
-from pyargs.fit import HeadConfig, pairs_of_users
 from pyargs.heads import latent
 from pyargs.lm import lora
 from pyargs.models.reward_model import RewardModel
+from pyargs.training.trainer import HeadConfig, pairs_of_users
 from pyargs.types import Batch, Features, Users
 
 

@@ -52,7 +52,7 @@ def pair_scores(model, policy, dataset) -> PairScores:
 
     Log-probs of the policy are computed once for the same weights and texts and kept in the user's cache.
     """
-    from pyargs.features import groups, pair_logprobs
+    from pyargs.scoring import groups, pair_logprobs
 
     logprob, length = pair_logprobs(policy, *groups(model.tokenizer, dataset, model.about.get("max_length")))
     step_reward, reward = model.pair_scores(dataset)

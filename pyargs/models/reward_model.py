@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from pyargs.errors import PyargsError, described
-from pyargs.features import features, groups
 from pyargs.files import read_tensors
 from pyargs.lm import lora
-from pyargs.lm.encode import Packed
-from pyargs.lm.hf import packed_states, response_states, spans
+from pyargs.lm.forward import packed_states, response_states, spans
+from pyargs.lm.tokenize import Packed
 from pyargs.models import folder as folders
+from pyargs.scoring import features, groups
 from pyargs.types import Batch, Features, Users
 
 
@@ -169,7 +169,7 @@ class RewardModel(nn.Module):
         """Loads what `save_pretrained` wrote, from a local folder or the hub.
 
         backbone, tokenizer: a decoder that is in memory already (say, `policy.get_decoder()` of the same base model), so that
-        its weights are there once; it stays as it is. Decoding then needs one pass for both (`pyargs.decode.passes`). Raises
+        its weights are there once; it stays as it is. Decoding then needs one pass for both (`decode.backends.eager`). Raises
         PyargsError on a missing or unexpected key and when the backbone's weights are not the ones of the training. backbone
         may also be the place that it was moved to; dtype: what it is cast to after that check.
         """

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pyargs.features import groups, pair_logprobs
 from pyargs.lm import lora
-from pyargs.lm.encode import Packed
-from pyargs.lm.hf import response_logprobs, token_logprobs
+from pyargs.lm.forward import response_logprobs, token_logprobs
+from pyargs.lm.tokenize import Packed
 from pyargs.models import folder as folders
+from pyargs.scoring import groups, pair_logprobs
 from pyargs.types import LogProbs, Users
 
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from pyargs.errors import PyargsError, described
-from pyargs.features import groups, pair_logprobs
 from pyargs.files import read_tensors
 from pyargs.lm import lora
 from pyargs.lm.cache import can_share
-from pyargs.lm.demonstrations import Demonstrations
-from pyargs.lm.encode import Packed, encode_prompt, pack
-from pyargs.lm.hf import check_output_layer, token_logprobs
+from pyargs.lm.forward import check_output_layer, token_logprobs
+from pyargs.lm.tokenize import Packed, encode_prompt, pack
 from pyargs.models import folder as folders
+from pyargs.models.demonstrations import Demonstrations
+from pyargs.scoring import groups, pair_logprobs
 from pyargs.types import LogProbs, Users
 
 GENERIC = -1

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyargs.decode import native
+from pyargs.decode.backends import cpu
 from pyargs.decode.request import check_length, check_numbers, check_room, check_sampling, ids_of, one_seed, stop_and_pad
 from pyargs.errors import PyargsError
-from pyargs.lm.encode import left_pad
-from pyargs.lm.hf import forward_step
+from pyargs.lm.forward import forward_step
 from pyargs.lm.structure import unwrapped
+from pyargs.lm.tokenize import left_pad
 from pyargs.models.user_policy import UserPolicy
 from pyargs.ops.choice import settle
 from pyargs.types import Decoded
@@ -50,8 +50,8 @@ def generate(
     rows = lm.config.get_text_config(decoder=True).vocab_size  # of the logits; the last may be no token
     vocabulary = rows if tokenizer is None else min(len(tokenizer), rows)
     stop, pad = stop_and_pad(lm)
-    if soft is None and not do_sample and native.possible(lm):
-        tokens = native.greedy(lm, prompts, max_new_tokens=max_new_tokens, vocabulary=vocabulary, stop=stop, pad=pad)
+    if soft is None and not do_sample and cpu.possible(lm):
+        tokens = cpu.greedy(lm, prompts, max_new_tokens=max_new_tokens, vocabulary=vocabulary, stop=stop, pad=pad)
         return _decoded(tokens, stop, pad)
     inputs, mask = (x.to(lm.device) for x in left_pad(prompts, 0))
     if soft is not None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from pyargs.decode.request import Request
 from pyargs.lm import lora
 from pyargs.lm.cache import PrefixCache, additive, cache_name, parameters, positions
-from pyargs.lm.hf import plain_output_layer
+from pyargs.lm.forward import plain_output_layer
 from pyargs.lm.structure import may_replace
 from pyargs.models.reward_model import RewardModel
 

@@ -9,7 +9,7 @@ from pyargs.config import check_kinds
 from pyargs.errors import PyargsError, UnknownUser, did_you_mean, extra
 from pyargs.files import read_json
 from pyargs.lm.embed import embed
-from pyargs.lm.encode import as_messages, encode_prompt, shorten, text_ids
+from pyargs.lm.tokenize import as_messages, encode_prompt, shorten, text_ids
 from pyargs.user_ids import user_id
 
 TASK = "Below are examples of what one user prefers. Answer the last prompt as this user would prefer."

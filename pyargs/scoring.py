@@ -14,11 +14,12 @@ from torch import Tensor
 
 from pyargs.errors import ELSEWHERE, PyargsError, explained
 from pyargs.files import read_tensors, writing
-from pyargs.lm import lora, native
-from pyargs.lm.encode import encode_prompt, encode_response
-from pyargs.lm.hf import fingerprint, response_logprobs, response_states
+from pyargs.lm import lora
+from pyargs.lm.forward import fingerprint, response_logprobs, response_states
 from pyargs.lm.hub import cache_dir
+from pyargs.lm.stack import run
 from pyargs.lm.structure import as_written, contents, structure
+from pyargs.lm.tokenize import encode_prompt, encode_response
 from pyargs.ops.library import has_extension
 from pyargs.types import Features
 
@@ -142,7 +143,7 @@ def _cached(kind: str, model, inputs, compute) -> dict[str, Tensor]:
         return compute()
     # Weights alone do not make a model, and every product is rounded in its own way.
     made = [repr(sorted(structure(model).items())), *(value.hex() for value in contents(model.buffers()))]
-    key = json.dumps([fingerprint(model), made, inputs, native.can_pack(model), rounding()])
+    key = json.dumps([fingerprint(model), made, inputs, run.can_pack(model), rounding()])
     key = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
     file = cache_dir() / kind / f"{key}.safetensors"
     if file.exists():

@@ -21,17 +21,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyargs import optimizers
 from pyargs.config import check, check_kinds, option
 from pyargs.data import of_split, with_text_ids
 from pyargs.errors import PyargsError, described, did_you_mean, explained
 from pyargs.files import read_tensors
 from pyargs.lm import lora
 from pyargs.lm.cache import can_share
-from pyargs.lm.encode import pack
-from pyargs.lm.hf import fingerprint, load_lm
+from pyargs.lm.forward import fingerprint, load_lm
+from pyargs.lm.tokenize import pack
 from pyargs.models.reward_model import RewardModel
 from pyargs.progress import progress_bar, watched
+from pyargs.training import optimizers
 from pyargs.types import Batch, Features, Users
 
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from pyargs.decode.request import Request, check_numbers
-from pyargs.lm import lora, native
-from pyargs.lm.encode import left_pad
-from pyargs.lm.hf import plain_output_layer
+from pyargs.lm import lora
+from pyargs.lm.forward import plain_output_layer
+from pyargs.lm.stack import run
+from pyargs.lm.tokenize import left_pad
 from pyargs.models.reward_model import RewardModel
 
 GUESSES = {1: 2, 2: 1}
@@ -27,22 +28,22 @@ the reward model's rows alone keep the processor busy (docs/performance.md)."""
 def possible(policy, reward_model: RewardModel | None = None) -> bool:
     """Whether the native stack computes what these models do as they are now, on this machine."""
     models = [policy] if reward_model is None else [policy, reward_model.backbone]
-    return all(native.can_pack(model) for model in models) and plain_output_layer(policy)
+    return all(run.can_pack(model) for model in models) and plain_output_layer(policy)
 
 
 def of(policy, reward_model: RewardModel, rows: int, capacity: int) -> TwoStacks | OneStack:
     """The passes of a batch of `rows`, with room for `capacity` tokens each, branches included."""
     backbone = reward_model.backbone
     if not lora.same_weights(policy.get_decoder(), backbone):
-        return TwoStacks(native.stack_of(policy), native.stack_of(backbone), rows, capacity)
+        return TwoStacks(run.stack_of(policy), run.stack_of(backbone), rows, capacity)
     adapted = lora.active(backbone)
-    return OneStack(native.stack_of(policy, backbone if adapted else None), adapted, rows, capacity)
+    return OneStack(run.stack_of(policy, backbone if adapted else None), adapted, rows, capacity)
 
 
 class TwoStacks:
     """Policy and reward model each through a stack of its own."""
 
-    def __init__(self, policy: native.Stack, backbone: native.Stack, rows: int, capacity: int):
+    def __init__(self, policy: run.Stack, backbone: run.Stack, rows: int, capacity: int):
         self.policy, self.backbone = policy, backbone
         self.policy_cache, self.reward_cache = policy.cache(rows, capacity), backbone.cache(rows, capacity)
 
@@ -65,7 +66,7 @@ class OneStack:
     """Policy and reward model on the same weights. Rows 0 .. B of the cache are the policy's; with LoRA (`adapted`) the reward
     model has B more."""
 
-    def __init__(self, stack: native.Stack, adapted: bool, rows: int, capacity: int):
+    def __init__(self, stack: run.Stack, adapted: bool, rows: int, capacity: int):
         self.stack, self.adapted = stack, adapted
         self.cache = stack.cache(rows * 2 if adapted else rows, capacity)
 
@@ -110,7 +111,7 @@ def greedy(lm, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, vocabul
 
     What prompts have in common with one before them, the demonstrations of one user say, is computed once.
     """
-    stack, rows = native.stack_of(lm), len(prompts)
+    stack, rows = run.stack_of(lm), len(prompts)
     cache = stack.cache(rows, max(map(len, prompts)) + max_new_tokens)
     state, going = _read(stack, cache, prompts), torch.arange(rows, device="cpu")
     tokens, stops = torch.full((rows, max_new_tokens), pad, device="cpu"), torch.tensor(stop, dtype=torch.long, device="cpu")
@@ -126,14 +127,14 @@ def greedy(lm, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, vocabul
     return tokens
 
 
-def _read(stack: native.Stack, cache: native.Cache, prompts: Sequence[Sequence[int]]) -> Tensor:
+def _read(stack: run.Stack, cache: run.Cache, prompts: Sequence[Sequence[int]]) -> Tensor:
     """The prompts' last states [B, D], in two passes: prompts that begin as none before them, then what others add to those.
 
     A prompt is continued from the last of the first kind if it takes half of its tokens over.
     """
     source, known = [], []
     for row, prompt in enumerate(prompts):
-        same = native.shared(prompts[source[-1]], prompt) if source else 0
+        same = run.shared(prompts[source[-1]], prompt) if source else 0
         own = 2 * same < len(prompt)
         source.append(row if own else source[-1])
         known.append(0 if own else same)

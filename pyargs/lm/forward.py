@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pyargs.errors import PyargsError, first_line, refusal
-from pyargs.lm import native
 from pyargs.lm.cache import additive, alike, cache_name, can_share, check_layers, evaluating, parameters, positions
-from pyargs.lm.encode import Packed, pack
 from pyargs.lm.hub import resolve
 from pyargs.lm.lora import ARCHITECTURE
+from pyargs.lm.stack import run
 from pyargs.lm.structure import may_replace, outline, structure, unwrapped
+from pyargs.lm.tokenize import Packed, pack
 from pyargs.ops import topk_logprobs
 from pyargs.progress import progress_bar
 
@@ -197,8 +197,8 @@ def response_states(decoder: nn.Module, groups: Sequences, *, max_tokens: int = 
     decoder = unwrapped(decoder)
     if not may_replace(decoder):
         return list(_one_by_one(decoder, groups, progress, _of_states))
-    if native.can_pack(decoder):
-        return [states for _, states in native.continuations(native.stack_of(decoder), groups, progress)]
+    if run.can_pack(decoder):
+        return [states for _, states in run.continuations(run.stack_of(decoder), groups, progress)]
     device = next(decoder.parameters()).device
     found: list[list[Tensor]] = [[torch.empty(0, dtype=torch.float32, device="cpu")] * len(several) for _, several in groups]
     for numbers, packed in batches(groups, decoder, max_tokens, progress):
@@ -288,8 +288,8 @@ def response_logprobs(model: nn.Module, groups: Sequences, *, max_tokens: int = 
         raise PyargsError("a response without a prompt has no first log-prob: give each at least one token before it")
     if not (may_replace(model) and plain_output_layer(model)):
         return list(_one_by_one(model, groups, progress, _of_logits))
-    if native.can_pack(model):
-        return _native_logprobs(native.stack_of(model), groups, progress)
+    if run.can_pack(model):
+        return _native_logprobs(run.stack_of(model), groups, progress)
     device = next(model.get_decoder().parameters()).device
     found: list[list[Tensor]] = [[torch.empty(0, dtype=torch.float32, device="cpu")] * len(several) for _, several in groups]
     for numbers, packed in batches(groups, model.get_decoder(), max_tokens, progress):
@@ -313,9 +313,9 @@ POSITIONS = 12
 """Whose logits are kept at a time: rows of one block of the output layer's product (kBlockRows of csrc/stack/gemm.h)."""
 
 
-def _native_logprobs(stack: native.Stack, groups: Sequences, progress: str) -> list[list[Tensor]]:
+def _native_logprobs(stack: run.Stack, groups: Sequences, progress: str) -> list[list[Tensor]]:
     found = []
-    for (_, several), (last, states) in zip(groups, native.continuations(stack, groups, progress), strict=True):
+    for (_, several), (last, states) in zip(groups, run.continuations(stack, groups, progress), strict=True):
         predicting = torch.cat([row for state in states for row in (last[: len(state)], state[:-1])] or [last[:0]])
         ids = torch.tensor([token for response in several for token in response], dtype=torch.long).unsqueeze(1)
         parts = zip(predicting.split(POSITIONS), ids.split(POSITIONS), strict=True)

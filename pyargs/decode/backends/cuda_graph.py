@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyargs.decode import passes
-from pyargs.decode.passes import OnePass, TwoPasses
+from pyargs.decode.backends import eager
+from pyargs.decode.backends.eager import OnePass, TwoPasses
+from pyargs.decode.loop import State, begin, choose
 from pyargs.decode.request import Output, Request
-from pyargs.decode.step import State, begin, choose
 from pyargs.heads import Folded
 from pyargs.lm.cache import PrefixCache
-from pyargs.lm.launches import few_launches
+from pyargs.lm.fused_modules import few_launches
 from pyargs.lm.structure import contents, may_replace, structure
 from pyargs.models.reward_model import RewardModel
 from pyargs.types import Decoded
@@ -76,7 +76,7 @@ def decode(policy, reward_model: RewardModel, request: Request) -> Decoded | Non
     rows = 1 << (len(request.user) - 1).bit_length()
     places = request.input_ids.shape[1] + request.max_new_tokens + TRIALS + k
     places = -(-places // PLACES) * PLACES
-    way = passes.of(policy, reward_model, rows, k)
+    way = eager.of(policy, reward_model, rows, k)
     wide = _widened(request, rows, places)
     finished = torch.arange(rows, device=device) >= len(request.user)
     kept = _recordings.setdefault(reward_model, {})

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyargs.decode.request import Output, Request, as_float, check
 from pyargs.errors import PyargsError
-from pyargs.lm.hf import forward_step
+from pyargs.lm.forward import forward_step
 from pyargs.models.token_reward import TokenReward
 from pyargs.ops import tokenwise_select
 from pyargs.ops.choice import choose

@@ -1,0 +1,1 @@
+"""How a step's passes are run: eager (any model of transformers), cpu (the C++ stack), cuda_graph (the step as one graph)."""

@@ -1,0 +1,1 @@
+"""The decoder stack in C++ (csrc/stack): pack (weights into a stack), run (passes), keep (one stack for each model)."""
