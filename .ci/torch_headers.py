@@ -22,7 +22,7 @@ import pybind11
 import torch
 
 from pyargs.errors import PyargsError
-from pyargs.lm.hub import cache_dir
+from pyargs.files import cache_dir
 
 ROOT = Path(__file__).parents[1]
 RELEASES = ("2.10.0", "2.11.0", "2.12.0")

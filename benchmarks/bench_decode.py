@@ -35,7 +35,7 @@ from pyargs.decode.request import check
 from pyargs.files import write_json
 from pyargs.heads import linear
 from pyargs.lm import lora
-from pyargs.lm.stack import run
+from pyargs.lm.stack import keep
 from pyargs.models.reward_model import RewardModel
 from pyargs.ops import topk_logprobs
 from pyargs.types import Users
@@ -112,7 +112,7 @@ def loops(policy, model, merged, ids: Tensor, users: list[str], steps: int) -> d
 @torch.no_grad()
 def greedy(policy, model, ids: Tensor, steps: int, clock: Clock) -> None:
     """The policy alone through the stack that the decoder uses."""
-    stack = run.stack_of(policy, model.backbone)
+    stack = keep.stack_of(policy, model.backbone)
     cache = stack.cache(len(ids), ids.shape[1] + steps)
     logits = stack.logits(stack(ids, cache)[:, -1], top=1)
     for _ in range(steps):
@@ -191,7 +191,7 @@ def main() -> None:
     start = time.perf_counter()
     name = "tiny-random" if options.quick else "smollm2-135m"
     policy, tokenizer, model, merged = models(name, getattr(torch, options.dtype))
-    run.stack_of(policy, model.backbone)
+    keep.stack_of(policy, model.backbone)
     loading = time.perf_counter() - start
     print(f"{hardware_line(info)}\n{options.dtype}, k=10, reward_weight={WEIGHT}, prefill not counted", flush=True)
     print(f"loaded and packed in {loading:.1f} s", flush=True)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 import pyargs
 from pyargs.files import write_json
 from pyargs.lm.cache import PrefixCache, cache_name
-from pyargs.lm.stack import run
+from pyargs.lm.stack import pack
 
 PREFIX = 64
 COLUMNS = ["pass", "HF ms", "native ms", "HF/native", "GB/s", "of stream", "GFLOP/s", "largest error"]
@@ -108,7 +108,7 @@ def main() -> None:
     imported = time.perf_counter()
     model, _ = pyargs.load_lm("tiny-random" if options.quick else "smollm2-135m", dtype=options.dtype, device="cpu")
     loaded = time.perf_counter()
-    stack = run.pack(model)
+    stack = pack.pack(model)
     packed = time.perf_counter()
     print(
         f"{hardware_line(info)}\n{options.dtype}, transformers imported in {imported - start:.1f} s, "

@@ -15,7 +15,8 @@ import torch
 from timing import interleaved, main
 
 from pyargs.lm import lora
-from pyargs.lm.forward import load_lm, packed_states, spans, token_logprobs
+from pyargs.lm.forward import packed_states, spans, token_logprobs
+from pyargs.lm.loading import load_lm
 from pyargs.lm.tokenize import Packed, pack
 from pyargs.methods import lore
 from pyargs.training.trainer import _collate

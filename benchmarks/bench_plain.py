@@ -17,7 +17,7 @@ from timing import interleaved, main
 
 from pyargs.decode import unguided
 from pyargs.decode.backends import cpu
-from pyargs.lm.forward import load_lm
+from pyargs.lm.loading import load_lm
 
 COLUMNS = ["dtype", "prompts", "tokens", "shared", "new", "ours ms", "HF ms", "ratio", "same"]
 

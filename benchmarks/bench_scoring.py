@@ -5,8 +5,8 @@
 SmolLM2-135M, float32; a tiny random model with --quick.
 
 two forwards: each whole sequence through the model, log_softmax of all logits, the response's
-gathered. ours: `pyargs.lm.forward.response_logprobs`, which computes the prompt once, keeps logits of 12 positions at most,
-and goes through the native stack. MiB is the most memory that a call needs beside the weights: the peak of the process, reset
+gathered. ours: `pyargs.scoring.response_logprobs`, which computes the prompt once, keeps logits of 12 positions at most, and
+goes through the native stack. MiB is the most memory that a call needs beside the weights: the peak of the process, reset
 before the call, with an allocator that gives memory back (the script starts itself again with MALLOC_MMAP_THRESHOLD_ set).
 """
 
@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 from timing import interleaved, main
 
-from pyargs.lm.forward import load_lm, response_logprobs
+from pyargs.lm.loading import load_lm
+from pyargs.scoring import response_logprobs
 
 COLUMNS = ["prompt", "response", "ours ms", "torch ms", "ratio", "ours MiB", "torch MiB", "memory", "largest difference"]
 

@@ -35,7 +35,7 @@ from pyargs import cli, data, files
 from pyargs.errors import PyargsError, did_you_mean
 from pyargs.lm import hub
 from pyargs.progress import progress_bar
-from pyargs.training import trainer
+from pyargs.training import hooks
 
 HERE = Path(__file__).parent
 NO_POLICY = {"word overlap", "MiniLM cosine"}  # rows that score texts
@@ -196,7 +196,7 @@ def load(words):
 def recipe(cell: Cell) -> list | None:
     """The row's method and all of its fields, defaults too: a setting that changes makes another cell."""
     row = cell.settings()["rows"][cell.row]
-    return None if row is None else [row[0], asdict(trainer.method(row[0]).Config(**row[1]))]
+    return None if row is None else [row[0], asdict(hooks.method(row[0]).Config(**row[1]))]
 
 
 def wanted(cell: Cell) -> dict:
@@ -252,7 +252,7 @@ def completed(noted, now):
     recipes = all(isinstance(one, list) and len(one) == 2 and isinstance(one[1], dict) for one in (noted, now))
     if not recipes or noted[0] != now[0]:
         return noted
-    later = {name: value for name, value in asdict(trainer.method(noted[0]).Config()).items() if name in now[1]}
+    later = {name: value for name, value in asdict(hooks.method(noted[0]).Config()).items() if name in now[1]}
     return [noted[0], {**json.loads(json.dumps(later)), **noted[1]}]
 
 

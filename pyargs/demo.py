@@ -23,7 +23,7 @@ from pyargs.metrics.perplexity import perplexity
 from pyargs.metrics.policy_accuracy import pair_scores, policy_accuracy
 from pyargs.metrics.rm_accuracy import rm_accuracy
 from pyargs.models.reward_model import RewardModel
-from pyargs.training import trainer
+from pyargs.training import adapt, trainer
 from pyargs.tune import Tuning, tune
 
 with extra("demo", "the demonstration"):
@@ -52,7 +52,7 @@ def run(out: Path, shown: dict[str, str], *, backbone: str, prompts: int) -> dic
     trainer.train("global_rm", pairs, global_rm.Config(**fields)).save_pretrained(out / "global_rm")
     model = trainer.train("lore", pairs, lore.Config(**fields))
     trained = len(model.users)
-    new = trainer.adapt(model, pairs)
+    new = adapt.adapt(model, pairs)
     model.save_pretrained(out / "lore")
     lap("train and adapt")
 

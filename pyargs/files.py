@@ -479,3 +479,16 @@ def short_hash(value) -> str:
 
 def _record(out: Path) -> Path:
     return beside(out, "stage.json")
+
+
+def cache_dir() -> Path:
+    """Where files are kept between runs: `$PYARGS_CACHE`, else `$XDG_CACHE_HOME/pyargs`, else `~/.cache/pyargs`."""
+    own = os.environ.get("PYARGS_CACHE")
+    if own:
+        return Path(own)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyargs"
+    except RuntimeError as error:
+        raise PyargsError(
+            "there is no home folder for the cache. Fix: set PYARGS_CACHE to a folder that can be written"
+        ) from error

@@ -1,26 +1,29 @@
-"""From text to tensors: hidden states and log-probs of a data set's responses, each computed once and kept in the cache."""
+"""Hidden states and log-probs of given responses, whoever computes them; of a data set's each once, kept in the cache."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from filelock import FileLock
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyargs.errors import ELSEWHERE, PyargsError, explained
-from pyargs.files import read_tensors, writing
+from pyargs.files import cache_dir, read_tensors, writing
 from pyargs.lm import lora
-from pyargs.lm.forward import fingerprint, response_logprobs, response_states
-from pyargs.lm.hub import cache_dir
-from pyargs.lm.stack import run
-from pyargs.lm.structure import as_written, contents, structure
+from pyargs.lm.forward import Sequences, batches, packed_states, plain_output_layer, spans, token_logprobs
+from pyargs.lm.loading import fingerprint
+from pyargs.lm.stack import keep, run
+from pyargs.lm.structure import as_written, contents, may_replace, structure, unwrapped
 from pyargs.lm.tokenize import encode_prompt, encode_response
+from pyargs.ops import topk_logprobs
 from pyargs.ops.library import has_extension
+from pyargs.progress import progress_bar
 from pyargs.types import Features
 
 
@@ -143,7 +146,7 @@ def _cached(kind: str, model, inputs, compute) -> dict[str, Tensor]:
         return compute()
     # Weights alone do not make a model, and every product is rounded in its own way.
     made = [repr(sorted(structure(model).items())), *(value.hex() for value in contents(model.buffers()))]
-    key = json.dumps([fingerprint(model), made, inputs, run.can_pack(model), rounding()])
+    key = json.dumps([fingerprint(model), made, inputs, keep.can_pack(model), rounding()])
     key = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
     file = cache_dir() / kind / f"{key}.safetensors"
     if file.exists():
@@ -161,3 +164,77 @@ def _cached(kind: str, model, inputs, compute) -> dict[str, Tensor]:
     finally:
         lock.release()
     return values
+
+
+@torch.no_grad()
+def response_states(decoder: nn.Module, groups: Sequences, *, max_tokens: int = 4096, progress: str = "features"):
+    """Hidden states of every response: for each group a list of float32 tensors [T, D], one for each of its responses."""
+    decoder = unwrapped(decoder)
+    if not may_replace(decoder):
+        return list(_one_by_one(decoder, groups, progress, _of_states))
+    if keep.can_pack(decoder):
+        return [states for _, states in run.continuations(keep.stack_of(decoder), groups, progress)]
+    device = next(decoder.parameters()).device
+    found: list[list[Tensor]] = [[torch.empty(0, dtype=torch.float32, device="cpu")] * len(several) for _, several in groups]
+    for numbers, packed in batches(groups, decoder, max_tokens, progress):
+        states, mask = spans(packed_states(decoder, packed.to(device)), packed.to(device))
+        for (group, response), state, seen in zip(numbers, states, mask, strict=True):
+            found[group][response] = state[seen].float().cpu()
+    return found
+
+
+def _one_by_one(model: nn.Module, groups: Sequences, progress: str, read) -> Iterator[list[Tensor]]:
+    """The plain way: each response behind its prompt in a pass of its own; read(output, ids [1, T], length of the prompt)."""
+    device = next(model.parameters()).device
+    for prompt, several in progress_bar(groups, desc=progress, unit="prompt", hide=len(groups) < 32):
+        rows = [torch.tensor([[*prompt, *response]], dtype=torch.long, device=device) for response in several]
+        yield [read(model(input_ids=ids, use_cache=False), ids, len(prompt)).cpu() for ids in rows]
+
+
+@torch.no_grad()
+def response_logprobs(model: nn.Module, groups: Sequences, *, max_tokens: int = 4096, progress: str = "policy"):
+    """log pi(y_t | x, y_<t) of every response: for each group a list of float32 tensors [T]."""
+    model = unwrapped(model)
+    if not all(prompt for prompt, _ in groups):
+        raise PyargsError("a response without a prompt has no first log-prob: give each at least one token before it")
+    if not (may_replace(model) and plain_output_layer(model)):
+        return list(_one_by_one(model, groups, progress, _of_logits))
+    if keep.can_pack(model):
+        return _native_logprobs(keep.stack_of(model), groups, progress)
+    device = next(model.get_decoder().parameters()).device
+    found: list[list[Tensor]] = [[torch.empty(0, dtype=torch.float32, device="cpu")] * len(several) for _, several in groups]
+    for numbers, packed in batches(groups, model.get_decoder(), max_tokens, progress):
+        scores, mask = token_logprobs(model, packed.to(device))
+        for (group, response), score, seen in zip(numbers, scores.cpu(), mask.cpu(), strict=True):
+            found[group][response] = score[seen]
+    return found
+
+
+def _of_states(output, ids: Tensor, start: int) -> Tensor:
+    """States [T, D] of the tokens of ids [1, S] from `start` on."""
+    return output.last_hidden_state[0, start:].float()
+
+
+def _of_logits(output, ids: Tensor, start: int) -> Tensor:
+    """Log-probs [T] of the tokens of ids [1, S] from `start` on."""
+    return output.logits[0, start - 1 : -1].float().log_softmax(-1).gather(-1, ids[0, start:, None]).squeeze(-1)
+
+
+POSITIONS = 12
+"""Whose logits are kept at a time: rows of one block of the output layer's product (kBlockRows of csrc/stack/gemm.h)."""
+
+
+def _native_logprobs(stack: run.Stack, groups: Sequences, progress: str) -> list[list[Tensor]]:
+    found = []
+    for (_, several), (last, states) in zip(groups, run.continuations(stack, groups, progress), strict=True):
+        predicting = torch.cat([row for state in states for row in (last[: len(state)], state[:-1])] or [last[:0]])
+        ids = torch.tensor([token for response in several for token in response], dtype=torch.long).unsqueeze(1)
+        parts = zip(predicting.split(POSITIONS), ids.split(POSITIONS), strict=True)
+        values = [_logprobs(stack.logits(rows), part) for rows, part in parts]
+        found.append(list(torch.cat(values).split([len(response) for response in several])))
+    return found
+
+
+def _logprobs(logits: Tensor, ids: Tensor) -> Tensor:
+    """Of ids [T, 1], float32 [T]. The op's sum, unlike torch's, is the same for a row whatever the others are."""
+    return logits.gather(1, ids).squeeze(1) - topk_logprobs(logits, 1)[2]

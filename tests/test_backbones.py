@@ -12,7 +12,7 @@ from pyargs.commands.train import held_out
 from pyargs.data import of_split, synthetic
 from pyargs.errors import PyargsError
 from pyargs.lm import lora
-from pyargs.lm.forward import load_lm
+from pyargs.lm.loading import load_lm
 
 SIZES = dict(
     vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,

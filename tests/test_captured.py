@@ -17,8 +17,9 @@ from test_decode import USERS, arguments, plain, prompts, requests, same, shared
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyargs
+from pyargs.decode.answer import CHUNK, Output
 from pyargs.decode.backends import cuda_graph, eager
-from pyargs.decode.request import CHUNK, Output, check
+from pyargs.decode.request import check
 from pyargs.errors import PyargsError
 from pyargs.heads import distance, latent, linear, mlp, user_mlp
 from pyargs.lm import lora

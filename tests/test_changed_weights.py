@@ -10,8 +10,7 @@ from test_structure import decoded, fast
 from torch import nn
 
 from pyargs.lm import lora
-from pyargs.lm.forward import response_logprobs, response_states
-from pyargs.scoring import _cached
+from pyargs.scoring import _cached, response_logprobs, response_states
 
 
 def adapted():

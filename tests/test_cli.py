@@ -49,10 +49,10 @@ def test_every_option_of_a_method_explains_itself():
     assert "--freeze-backbone" in text and "--rank" in text
     from dataclasses import fields
 
-    from pyargs.training import trainer
+    from pyargs.training import hooks
     from pyargs.tune import Tuning
 
-    for config in (*(trainer.method(name).Config for name in METHODS), Tuning):
+    for config in (*(hooks.method(name).Config for name in METHODS), Tuning):
         assert all(len(field.metadata.get("help", "")) > 5 for field in fields(config)), config
 
 

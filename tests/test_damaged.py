@@ -23,8 +23,8 @@ from pyargs import cli, files
 from pyargs.data import preferences, synthetic
 from pyargs.errors import PyargsError, refusal
 from pyargs.heads import linear
-from pyargs.lm import forward, lora
-from pyargs.lm.forward import fingerprint, load_lm
+from pyargs.lm import loading, lora
+from pyargs.lm.loading import fingerprint, load_lm
 from pyargs.models.demonstrations import Demonstrations
 from pyargs.models.reward_model import RewardModel
 from pyargs.models.token_reward import TokenReward
@@ -92,7 +92,7 @@ def same(one, other) -> bool:
 @pytest.fixture
 def quick(monkeypatch):
     """Loading the same backbone hundreds of times: once from the disk, then a copy."""
-    loaded, load = {}, forward.load_lm
+    loaded, load = {}, loading.load_lm
 
     def again(name, *, dtype, device=None):
         if (name, dtype) not in loaded:
@@ -231,7 +231,7 @@ def test_a_model_is_loaded_in_another_dtype(backbone, tmp_path):
 def test_a_folder_that_is_replaced_while_it_is_read_is_not_mixed(backbone, tmp_path, monkeypatch):
     model = make("soft", backbone)
     model.save_pretrained(tmp_path / "rm")
-    load = forward.load_lm
+    load = loading.load_lm
     monkeypatch.setattr(
         "pyargs.models.folder.load_lm", lambda *names, **more: model.save_pretrained(tmp_path / "rm") or load(*names, **more)
     )
@@ -402,10 +402,10 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, backbone, capsys)
     monkeypatch.delenv("PYARGS_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory.")))
-    from pyargs.lm import hub
+    from pyargs import files
 
     with pytest.raises(PyargsError, match="PYARGS_CACHE"):
-        hub.cache_dir()
+        files.cache_dir()
 
 
 def test_memory_that_is_not_there(backbone, monkeypatch):

@@ -22,11 +22,12 @@ from pyargs.decode.prompts import decode_prompts
 from pyargs.decode.request import check
 from pyargs.errors import PyargsError
 from pyargs.lm import lora
-from pyargs.lm.forward import response_logprobs, response_states
+from pyargs.lm.stack import keep, pack
 from pyargs.lm.stack import run as stacks
 from pyargs.lm.tokenize import left_pad
 from pyargs.models.user_policy import UserPolicy
 from pyargs.ops.library import has_extension
+from pyargs.scoring import response_logprobs, response_states
 
 pytestmark = pytest.mark.skipif(not has_extension, reason="no extension")
 
@@ -123,7 +124,7 @@ def test_which_models():
 @pytest.fixture
 def packed(monkeypatch) -> list:
     """Grows with every model that is packed."""
-    found, real = [], stacks.pack
+    found, real = [], pack.pack
     monkeypatch.setattr(stacks, "pack", lambda *a: (found.append(a), real(*a))[1])
     return found
 
@@ -158,12 +159,12 @@ def test_a_container_has_the_memory_that_its_group_may_still_take(files, tmp_pat
     (tmp_path / "memory").mkdir()
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    assert stacks._available() == 1300
-    assert not stacks.can_pack(tiny_lm(dtype=torch.float32))
+    assert keep._available() == 1300
+    assert not keep.can_pack(tiny_lm(dtype=torch.float32))
     limit = tmp_path / next(iter(files))
     for no_limit in ("max", "9223372036854771712"):
         limit.write_text(no_limit)
-        assert stacks._available() > 2**25 and stacks.can_pack(tiny_lm(dtype=torch.float32))
+        assert keep._available() > 2**25 and keep.can_pack(tiny_lm(dtype=torch.float32))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -204,9 +205,9 @@ def test_an_empty_prompt_has_states_but_no_log_probs():
 
 def test_one_stack_serves_a_model_and_its_decoder(packed):
     policy, _ = pair("shared lora")
-    stacks.stack_of(policy.get_decoder())
-    full = stacks.stack_of(policy)
-    assert full is stacks.stack_of(policy.get_decoder()) and len(packed) == 2
+    keep.stack_of(policy.get_decoder())
+    full = keep.stack_of(policy)
+    assert full is keep.stack_of(policy.get_decoder()) and len(packed) == 2
 
 
 def test_reward_models_that_take_turns_share_the_packed_weights(packed):
@@ -219,8 +220,8 @@ def test_reward_models_that_take_turns_share_the_packed_weights(packed):
     for model in (one, two, one, two):
         same(decoded(policy, model, rows, USERS[:2]), plain(policy, model, rows, USERS[:2]))
     assert len(packed) == 1
-    first, second = (stacks.stack_of(policy, model.backbone) for model in (one, two))
-    assert first is not second and first is stacks.stack_of(policy, one.backbone)
+    first, second = (keep.stack_of(policy, model.backbone) for model in (one, two))
+    assert first is not second and first is keep.stack_of(policy, one.backbone)
     with torch.no_grad():
         policy.lm_head.weight.mul_(-1.0)
     same(decoded(policy, one, rows, USERS[:2]), plain(policy, one, rows, USERS[:2]))
@@ -264,7 +265,7 @@ def test_what_is_changed_after_packing_is_seen(how, monkeypatch):
 
 def test_features_and_log_probs_take_the_stack(monkeypatch):
     lm, packed = tiny_lm(dtype=torch.float32), []
-    real = stacks.stack_of
+    real = keep.stack_of
     monkeypatch.setattr(stacks, "stack_of", lambda *a: (packed.append(a), real(*a))[1])
     response_states(lm.get_decoder(), [([5], [[6]])])
     response_logprobs(lm, [([5], [[6]])])
@@ -309,7 +310,7 @@ def test_greedy_is_args_at_weight_0(dtype):
 
 def test_what_prompts_share_is_computed_once(monkeypatch):
     policy, rows = tiny_lm(dtype=torch.float32), alike([(0, 9), (7, 9), (9, 9), (8, 8), (0, 3), (2, 7)])
-    stack, counts, call = stacks.stack_of(policy), [], stacks.Stack.__call__
+    stack, counts, call = keep.stack_of(policy), [], stacks.Stack.__call__
 
     def counted(self, ids, cache, mask=None, **more):
         counts.append(ids.numel() if mask is None else int(mask.sum()))
@@ -379,7 +380,7 @@ def test_models_of_inference_mode():
 
 
 def test_a_cache_is_not_cut_below_nothing():
-    stack = stacks.stack_of(tiny_lm(dtype=torch.float32))
+    stack = keep.stack_of(tiny_lm(dtype=torch.float32))
     cache = stack.cache(1, 8)
     with pytest.raises(PyargsError, match="cannot keep -5"):
         cache.cut(-5)

@@ -14,14 +14,16 @@ from test_company import HEADS, NAMES
 from test_company import decoded as on_the_stack
 from test_company import models as company
 
+from pyargs import scoring
 from pyargs.decode import args, best_of_n
 from pyargs.decode.backends import cpu
 from pyargs.decode.request import check
-from pyargs.lm import forward, lora
+from pyargs.lm import lora
+from pyargs.lm.stack import pack
 from pyargs.lm.stack import run as stacks
 from pyargs.lm.tokenize import left_pad
 from pyargs.ops.library import has_extension
-from pyargs.training import trainer
+from pyargs.training import hooks, trainer
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float64]
 ROWS = [[3, 9, 4], [5, 8, 8, 2, 30, 11], [7]]
@@ -86,8 +88,8 @@ def test_states_log_probs_and_scores(default, path):
     policy, model = company("distance")
 
     def everything():
-        states = forward.response_states(model.backbone, GROUPS)
-        logprobs = forward.response_logprobs(policy, GROUPS)
+        states = scoring.response_states(model.backbone, GROUPS)
+        logprobs = scoring.response_logprobs(policy, GROUPS)
         return states, logprobs, model.score(GROUPS, NAMES)
 
     same(default(everything), everything())
@@ -107,7 +109,7 @@ def with_adapter():
 def everything_of_a_stack():
     found = []
     for dtype in (torch.float32, torch.bfloat16):
-        stack = stacks.pack(*with_adapter(), dtype=dtype)
+        stack = pack.pack(*with_adapter(), dtype=dtype)
         cache = stack.cache(2, 30)
         found.append(stack([[3, 4], [5, 6]], cache, [[0, 1], [1, 1]], delta=[True, False]))
         found.append(stack([[3, 4], [5, 6]], cache, branches=True, delta=True, rows=[1, 0]))
@@ -145,7 +147,7 @@ def test_heads_are_float32(default):
 
 @pytest.mark.parametrize("method", ["lore", "mpu", "pal", "pref", "global_rm", "vpl"])
 def test_training_and_adapting(default, method):
-    recipe = trainer.method(method)
+    recipe = hooks.method(method)
     data = planted.pairs("mixtures")
 
     def everything():
@@ -173,11 +175,11 @@ def test_training_and_adapting(default, method):
 @pytest.mark.skipif(not has_extension, reason="no extension")
 def test_under_another_default_device():
     """meta stands for any: it holds no numbers, so that whatever lands there by accident is an error."""
-    right = guided("mlp"), on_the_stack("linear", ROWS, NAMES, 5), forward.response_states(company("linear")[0].model, GROUPS)
+    right = guided("mlp"), on_the_stack("linear", ROWS, NAMES, 5), scoring.response_states(company("linear")[0].model, GROUPS)
     torch.set_default_device("meta")
     try:
         same(vars(on_the_stack("linear", ROWS, NAMES, 5)), vars(right[1]))
         same(guided("mlp"), right[0])
-        same(forward.response_states(company("linear")[0].model, GROUPS), right[2])
+        same(scoring.response_states(company("linear")[0].model, GROUPS), right[2])
     finally:
         torch.set_default_device(None)

@@ -242,7 +242,7 @@ def test_two_tokenizers_are_compared_once_and_again_when_they_change(monkeypatch
     import gc
     import weakref
 
-    from pyargs.lm.forward import same_tokenizer
+    from pyargs.lm.loading import same_tokenizer
 
     one, other = tiny_tokenizer(), tiny_tokenizer()
     counted = []

@@ -17,7 +17,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 def trained(tmp_path_factory):
     """A tiny random language model and a reward model trained over it, as folders."""
     import pyargs.data
-    from pyargs.training.trainer import method
+    from pyargs.training.hooks import method
 
     folder = tmp_path_factory.mktemp("examples")
     lm = str(tiny_lm(folder / "lm"))

@@ -17,10 +17,11 @@ from pyargs.decode import genarm as tokenwise_module
 from pyargs.decode import unguided
 from pyargs.errors import PyargsError
 from pyargs.lm.cache import can_branch
-from pyargs.lm.forward import masks_every_step, plain_output_layer, response_logprobs, response_states
+from pyargs.lm.forward import masks_every_step, plain_output_layer
 from pyargs.lm.tokenize import left_pad, pack
 from pyargs.models.token_reward import TokenReward
 from pyargs.models.user_policy import SoftPrompt, UserPolicy
+from pyargs.scoring import response_logprobs, response_states
 from pyargs.types import Users
 
 VOCABULARY, USERS = 61, ["ann", "bob", "cid"]

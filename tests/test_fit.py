@@ -10,11 +10,11 @@ from datasets import Dataset
 
 from pyargs.data import of_split, synthetic
 from pyargs.errors import PyargsError
-from pyargs.lm.forward import load_lm
+from pyargs.lm.loading import load_lm
 from pyargs.methods import global_rm, lore
 from pyargs.models.reward_model import RewardModel
 from pyargs.scoring import features
-from pyargs.training import trainer
+from pyargs.training import adapt, hooks, trainer
 from pyargs.types import Features
 
 
@@ -163,7 +163,7 @@ def pairs() -> Dataset:
     ("lore", {}), ("lore", {"alternate": True}),
 ])  # fmt: skip
 def test_full_training_moves_lora_and_head(lm_folder, pairs, name, fields):
-    config = trainer.method(name).Config(backbone=lm_folder, epochs=0.5, batch_size=16, lora_lr=1e-2, **fields)
+    config = hooks.method(name).Config(backbone=lm_folder, epochs=0.5, batch_size=16, lora_lr=1e-2, **fields)
     model = trainer.train(name, pairs, config)
     lora = {n: p for n, p in model.backbone.named_parameters() if "lora_B" in n}
     assert lora and all(p.abs().sum() > 0 for p in lora.values())  # lora_B starts at zero
@@ -205,15 +205,15 @@ def test_training_on_features_is_training_on_text(lm_folder, pairs):
 def test_the_query_set_cannot_reach_adaptation(lm_folder, pairs):
     model = trainer.train("lore", pairs, lore.Config(backbone=lm_folder, freeze_backbone=True, epochs=2))
     model.save_pretrained(lm_folder + "-rm")
-    ids = trainer.adapt(model, pairs)
+    ids = adapt.adapt(model, pairs)
     assert ids and set(ids) <= set(model.users.ids)
     other = RewardModel.from_pretrained(lm_folder + "-rm")
-    trainer.adapt(other, of_split(pairs, "train", "train_test", "support"))
+    adapt.adapt(other, of_split(pairs, "train", "train_test", "support"))
     assert torch.equal(model.users.vectors["mixture"], other.users.vectors["mixture"])
     with pytest.raises(PyargsError, match="no rows with split 'support'"):
-        trainer.adapt(other, of_split(pairs, "query"))
+        adapt.adapt(other, of_split(pairs, "query"))
     with pytest.raises(PyargsError, match="there already"):
-        trainer.adapt(other, pairs)
+        adapt.adapt(other, pairs)
 
 
 def test_unknown_methods_and_empty_training_sets(lm_folder, pairs):
@@ -224,7 +224,7 @@ def test_unknown_methods_and_empty_training_sets(lm_folder, pairs):
 
 
 def test_pairs_that_are_no_dataset_are_refused_by_what_they_lack(lm_folder, pairs):
-    config = trainer.method("lore").Config(backbone=lm_folder, freeze_backbone=True)
+    config = hooks.method("lore").Config(backbone=lm_folder, freeze_backbone=True)
     for wrong in (pairs.to_list(), "pairs.jsonl", {"train": pairs}, pairs.to_pandas(), None):
         with pytest.raises(PyargsError, match="as pyargs.data.load gives it, not a"):
             trainer.train("lore", wrong, config)
@@ -234,15 +234,13 @@ def test_pairs_that_are_no_dataset_are_refused_by_what_they_lack(lm_folder, pair
     with pytest.raises(PyargsError, match="chosen must be text: lists of messages"):
         trainer.train("lore", pairs.map(lambda row: {"chosen": [{"role": "assistant", "content": row["chosen"]}]}), config)
     with pytest.raises(PyargsError, match="no column 'split', which is one of"):
-        trainer.adapt(None, pairs.remove_columns("split"))
+        adapt.adapt(None, pairs.remove_columns("split"))
 
 
 def test_a_method_can_be_a_file(tmp_path, lm_folder, pairs):
     file = tmp_path / "mine.py"
     file.write_text(open(global_rm.__file__).read())
-    model = trainer.train(
-        str(file), pairs, trainer.method(str(file)).Config(backbone=lm_folder, freeze_backbone=True, epochs=1)
-    )
+    model = trainer.train(str(file), pairs, hooks.method(str(file)).Config(backbone=lm_folder, freeze_backbone=True, epochs=1))
     assert model.about["method"] == str(file)
 
 

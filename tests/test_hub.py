@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from pyargs import files
 from pyargs.errors import PyargsError
 from pyargs.lm import hub
 
@@ -144,10 +145,10 @@ def test_resolve_leaves_other_names(tmp_path):
 def test_cache_dir(monkeypatch, tmp_path):
     monkeypatch.delenv("PYARGS_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert hub.cache_dir() == tmp_path / "pyargs"
+    assert files.cache_dir() == tmp_path / "pyargs"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert hub.cache_dir() == tmp_path / ".cache" / "pyargs"
+    assert files.cache_dir() == tmp_path / ".cache" / "pyargs"
 
 
 def test_pip_failure_names_the_fix(tmp_path, monkeypatch):

@@ -17,10 +17,10 @@ from pyargs.data import of_split, synthetic
 from pyargs.errors import PyargsError
 from pyargs.lm import lora
 from pyargs.lm.embed import embed
-from pyargs.lm.forward import load_lm
 from pyargs.lm.inert import check_inert
+from pyargs.lm.loading import load_lm
 from pyargs.methods import global_rm, lore
-from pyargs.training import trainer
+from pyargs.training import adapt, hooks, trainer
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +62,12 @@ def test_a_folder_does_not_choose_the_method_file_that_is_run(copy, trap, tmp_pa
     (tmp_path / "elsewhere.py").write_text(recipe.read_text())
     model = pyargs.load_model(folder)  # what is loaded can score; only adapting needs the method
     with pytest.raises(PyargsError, match=r"recipe\.py made it"):
-        trainer.adapt(model, support)
+        adapt.adapt(model, support)
     words = ["adapt", str(folder), "--data", "synthetic", "--out", str(tmp_path / "out")]
     assert cli.main(words) == 1
     assert "--method PATH" in capsys.readouterr().err and not mark.exists()
     recipe.unlink()
-    trainer.adapt(pyargs.load_model(folder), support, method=str(tmp_path / "elsewhere.py"))
+    adapt.adapt(pyargs.load_model(folder), support, method=str(tmp_path / "elsewhere.py"))
     assert mark.exists()
     mark.unlink()
     assert cli.main([*words, "--method", str(tmp_path / "elsewhere.py")]) == 0
@@ -79,7 +79,7 @@ def test_only_names_of_methods_are_methods(copy, name):
     _, folder = copy
     change(folder / "config.json", method=name)
     with pytest.raises(PyargsError):
-        trainer.adapt(pyargs.load_model(folder), synthetic.load())
+        adapt.adapt(pyargs.load_model(folder), synthetic.load())
 
 
 def test_fields_of_a_method_are_of_their_kinds(copy):
@@ -94,14 +94,14 @@ def test_fields_of_a_method_are_of_their_kinds(copy):
             if type(new) is not type(value) and not (value is None and new in ("x", -1.5)):
                 tried += 1
                 try:
-                    trainer.adapt(model, rows, steps=0)
+                    adapt.adapt(model, rows, steps=0)
                 except PyargsError:
                     pass
     assert tried > 100
     for broken in (None, [], {"strange": 1}):
         model.about["fields"] = broken
         with pytest.raises(PyargsError, match="do not fit"):
-            trainer.adapt(model, rows)
+            adapt.adapt(model, rows)
 
 
 @pytest.mark.parametrize("kind", ["folder", "os", "reward_model.RewardModel", "../evil", "", None, ["reward_model"], {}])
@@ -117,7 +117,7 @@ def test_only_kinds_of_models_and_heads_are_imported(copy, kind):
 def test_a_method_file_takes_no_other_modules_place(tmp_path):
     file = tmp_path / "json.py"
     file.write_text(Path(global_rm.__file__).read_text())
-    trainer.method(str(file))
+    hooks.method(str(file))
     import json as still
 
     assert still is json and __import__("sys").modules["json"] is json

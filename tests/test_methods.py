@@ -19,11 +19,11 @@ from pyargs import load_model, methods
 from pyargs.data import of_split, synthetic
 from pyargs.errors import PyargsError, UnknownUser
 from pyargs.heads import latent
-from pyargs.lm.forward import load_lm
+from pyargs.lm.loading import load_lm
 from pyargs.lm.tokenize import encode_prompt, left_pad
 from pyargs.methods import genarm, icl, lore, mpu, pal, pdpo, pref, vpl
 from pyargs.models.reward_model import RewardModel
-from pyargs.training import optimizers, trainer
+from pyargs.training import adapt, hooks, optimizers, trainer
 from pyargs.types import Batch, Features, LogProbs, Users
 
 METHODS = [module.name for module in pkgutil.iter_modules(methods.__path__)]
@@ -52,7 +52,7 @@ def ids(data: Features) -> list[str]:
 
 def trained(name: str, data, **fields):
     """A method trained on planted features, as `fit.train` does it with a frozen backbone."""
-    recipe = trainer.method(name)
+    recipe = hooks.method(name)
     config = recipe.Config(seed=1, **fields)
     torch.manual_seed(config.seed)
     model = recipe.build(planted.Backbone(), None, ids(data.train), config)
@@ -66,7 +66,7 @@ def trained(name: str, data, **fields):
 
 def vectors(name: str, model, data: Features, config) -> dict:
     torch.manual_seed(config.seed)
-    return trainer.method(name).adapt(model, data, ids(data), config)
+    return hooks.method(name).adapt(model, data, ids(data), config)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -145,7 +145,7 @@ def test_users_with_one_pair_or_none(found):
     one = data.support.select([0])
     assert all(value.isfinite().all() for value in vectors(name, model, one, config).values())
     with pytest.raises(PyargsError, match="'nobody' has no support pair"):
-        trainer.method(name).adapt(model, one, [*one.users, "nobody"], config)
+        hooks.method(name).adapt(model, one, [*one.users, "nobody"], config)
 
 
 def test_equal_responses_teach_nothing_and_losses_that_are_no_numbers_raise(found):
@@ -161,7 +161,7 @@ def test_equal_responses_teach_nothing_and_losses_that_are_no_numbers_raise(foun
     chosen, rejected = model.rewards(part.batch(model.users.rows(part.users), last=not model.whole)).unbind(1)
     assert torch.equal(chosen, rejected) and chosen.isfinite().all()
     broken = Features(data.train.hidden * float("nan"), *list(vars(data.train).values())[1:])
-    recipe = trainer.method(name)
+    recipe = hooks.method(name)
     torch.manual_seed(0)
     model = recipe.build(planted.Backbone(), None, ids(data.train), config)
     if name == "vpl":
@@ -295,7 +295,7 @@ DEFAULTS = {
 
 @pytest.mark.parametrize("name", METHODS)
 def test_defaults_are_the_papers_or_those_of_its_sources(name):
-    config = trainer.method(name).Config()
+    config = hooks.method(name).Config()
     assert {key: getattr(config, key) for key in DEFAULTS[name]} == DEFAULTS[name]
 
 
@@ -312,7 +312,7 @@ GROUPS = {  # (learning rate, weight decay, sparse) of every trained part; LoRA 
 
 
 def optimized(model, name: str, config) -> dict:
-    optimizer = optimizers.make(trainer.method(name), model, config)
+    optimizer = optimizers.make(hooks.method(name), model, config)
     return {
         parameter: (group["lr"], group.get("weight_decay", 0), isinstance(one, torch.optim.SparseAdam))
         for one in getattr(optimizer, "optimizers", [optimizer])
@@ -323,8 +323,8 @@ def optimized(model, name: str, config) -> dict:
 
 @pytest.mark.parametrize("name", GROUPS)
 def test_every_part_has_its_learning_rate_and_decay(name):
-    config = trainer.method(name).Config()
-    model = trainer.method(name).build(planted.Backbone(), None, USERS, config)
+    config = hooks.method(name).Config()
+    model = hooks.method(name).build(planted.Backbone(), None, USERS, config)
     found = optimized(model, name, config)
     for key, parameter in model.head.named_parameters():
         assert found.get(parameter) == GROUPS[name][key.split(".")[0]], key
@@ -515,9 +515,9 @@ def test_pal_fits_new_users_by_its_loss(variant, rank):
                      None if batch.prompt is None else batch.prompt[n : n + 1]) for n in range(len(batch))]  # fmt: skip
 
     ids = ["new", "other"]
-    start = trainer.randn_rows(ids, rank, seed=0)
+    start = adapt.randn_rows(ids, rank, seed=0)
     initial = {"mixture": start.clone()}
-    want = trainer.fit_users(model, support, ids, initial, steps=100, lr=config.user_lr, objective=plain)["mixture"]
+    want = adapt.fit_users(model, support, ids, initial, steps=100, lr=config.user_lr, objective=plain)["mixture"]
     assert (want - start).abs().max() > 0.1
     torch.testing.assert_close(pal.adapt(model, support, ids, config)["mixture"], want, atol=1e-4, rtol=1e-4)
 
@@ -619,7 +619,7 @@ VARIANTS = [(name, {}) for name in METHODS] + [
 
 
 def config_of(name: str, folder: str, **more):
-    recipe = trainer.method(name)
+    recipe = hooks.method(name)
     fields = {"backbone": folder, **SMALL.get(name, {}), **more}
     if hasattr(recipe, "loss"):
         fields = {"epochs": 1, "batch_size": 16, "lora_lr": 1e-2, **fields}
@@ -641,7 +641,7 @@ def tuned(request, lm_folder, rows, tmp_path_factory):
         model = trainer.train(name, rows, config)
         folder = tmp_path_factory.mktemp("trained") / "model"
         model.save_pretrained(folder)
-        trainer.adapt(model, rows)
+        adapt.adapt(model, rows)
     return name, config, model, folder
 
 
@@ -665,7 +665,7 @@ def test_full_training_is_seeded_and_leaves_the_base_alone(tuned, rows, lm_folde
     base, _ = load_lm(lm_folder)
     now = {key.replace(".base_layer", ""): value for key, value in model.backbone.state_dict().items()}
     assert all(torch.equal(value, now[key]) for key, value in base.get_decoder().state_dict().items())
-    if hasattr(trainer.method(name), "loss"):
+    if hasattr(hooks.method(name), "loss"):
         moved = [value for key, value in model.backbone.state_dict().items() if "lora_B" in key]
         assert moved and all(value.abs().sum() > 0 for value in moved)  # LoRA's B starts at zero
 
@@ -673,12 +673,12 @@ def test_full_training_is_seeded_and_leaves_the_base_alone(tuned, rows, lm_folde
 def test_the_query_set_cannot_reach_adaptation(tuned, rows):
     name, _, model, folder = tuned
     other = load_model(folder)
-    new = trainer.adapt(other, of_split(rows, "support"))
+    new = adapt.adapt(other, of_split(rows, "support"))
     assert new == ["new_00", "new_01", "new_02"]
     query = of_split(rows, "query")
     assert torch.equal(scores(model, query), scores(other, query))
     with pytest.raises(PyargsError, match="no rows with split 'support'"):
-        trainer.adapt(other, query)
+        adapt.adapt(other, query)
 
 
 def test_each_user_is_adapted_as_if_alone(tuned, rows):
@@ -686,7 +686,7 @@ def test_each_user_is_adapted_as_if_alone(tuned, rows):
     other = load_model(folder)
     keep = [i for i, (user, split) in enumerate(zip(rows["user_id"], rows["split"], strict=True))
             if user == "new_00" and split == "support"]  # fmt: skip
-    trainer.adapt(other, rows.select(keep))
+    adapt.adapt(other, rows.select(keep))
     for kind, table in other.users.vectors.items():
         assert torch.equal(table[other.users.ids["new_00"]], model.users.vectors[kind][model.users.ids["new_00"]])
     mine = of_split(rows, "query").filter(lambda row: row["user_id"] == "new_00")
@@ -738,11 +738,11 @@ def left_pad_prompt(model, prompt):
     return left_pad([encode_prompt(model.tokenizer, prompt)], 0)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if hasattr(trainer.method(name), "loss")])
+@pytest.mark.parametrize("name", [name for name in METHODS if hasattr(hooks.method(name), "loss")])
 def test_a_killed_training_goes_on_where_it_was(name, rows, lm_folder, tmp_path, monkeypatch):
     """Stopped in the fifth step, with a checkpoint after every second one: the result is that of an undisturbed run."""
     config = config_of(name, lm_folder, checkpoint_steps=2, batch_size=12)
-    recipe, folder = trainer.method(name), tmp_path / "checkpoints"
+    recipe, folder = hooks.method(name), tmp_path / "checkpoints"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         whole = trainer.train(name, rows, config)
@@ -768,12 +768,12 @@ def test_a_killed_training_goes_on_where_it_was(name, rows, lm_folder, tmp_path,
         torch.testing.assert_close(value, again.state_dict()[key], atol=1e-6, rtol=1e-5, msg=key)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if hasattr(trainer.method(name), "loss")])
+@pytest.mark.parametrize("name", [name for name in METHODS if hasattr(hooks.method(name), "loss")])
 def test_bfloat16_backbones_have_float32_heads_and_losses(name, rows, lm_folder):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = config_of(name, lm_folder, dtype="bfloat16", gradient_checkpointing=True, epochs=0.5)
-        recipe, seen = trainer.method(name), []
+        recipe, seen = hooks.method(name), []
         plain = recipe.loss
         recipe.loss = lambda *args: seen.append(plain(*args)) or seen[-1]
         try:
@@ -787,7 +787,7 @@ def test_bfloat16_backbones_have_float32_heads_and_losses(name, rows, lm_folder)
     assert scores(model, of_split(rows, "train").select(range(4))).dtype in (torch.float32, torch.float64)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if hasattr(trainer.method(name).Config, "freeze_backbone")])
+@pytest.mark.parametrize("name", [name for name in METHODS if hasattr(hooks.method(name).Config, "freeze_backbone")])
 def test_a_frozen_backbone_gives_what_the_text_gives(name, rows, lm_folder):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -814,7 +814,7 @@ def fit_examples(model, data) -> list[dict]:
 def test_one_packed_pass_is_two_passes(tuned, rows):
     """A pair's responses behind one copy of their prompt, and each behind its own: the same within float32 rounding."""
     _, _, model, _ = tuned
-    if not hasattr(model, "forward") or not hasattr(trainer.method(model.about["method"]), "loss"):
+    if not hasattr(model, "forward") or not hasattr(hooks.method(model.about["method"]), "loss"):
         return
     examples = fit_examples(model, of_split(rows, "query").select(range(5)))
     with torch.no_grad():
@@ -843,7 +843,7 @@ def test_pdpo_finds_planted_users(tmp_path):
     rows = synthetic.load(users=4, pairs=100, new_users=2, support=40, query=50, rank=1, train_test=0.0)
     config = pdpo.Config(backbone=folder, lora_lr=1e-2, soft_lr=5e-2, epochs=6, adapt_lr=5e-2, adapt_steps=60)
     model = trainer.train("pdpo", rows, config)
-    trainer.adapt(model, rows)
+    adapt.adapt(model, rows)
     query = of_split(rows, "query")
     ranked = lambda values: (values[:, 0] > values[:, 1]).float().mean().item()  # noqa: E731
     own = ranked(model.pair_logprobs(query)[0])
@@ -873,7 +873,7 @@ def test_p_dpo_and_genarm_learn_to_stop(lm_folder, rows):
 def shown(lm_folder, rows):
     def make(**more):
         model = trainer.train("icl", rows, config_of("icl", lm_folder, **more))
-        trainer.adapt(model, rows)
+        adapt.adapt(model, rows)
         return model
 
     return make
@@ -1137,8 +1137,8 @@ def test_lora_has_its_own_learning_rate(name, rate, lm_folder):
     from pyargs.lm import lora
 
     lm, tokenizer = load_lm(lm_folder)
-    config = trainer.method(name).Config(backbone=lm_folder)
-    model = trainer.method(name).build(lm, tokenizer, USERS, config)
+    config = hooks.method(name).Config(backbone=lm_folder)
+    model = hooks.method(name).build(lm, tokenizer, USERS, config)
     lm.requires_grad_(False)
     lora.add(lm.get_decoder(), rank=8, alpha=16, rslora=True, target_modules=None)
     found = optimized(model, name, config)
@@ -1164,14 +1164,14 @@ def test_half_written_checkpoints_are_passed_over(tmp_path):
 def test_known_users_and_useless_steps_raise_before_any_work(lm_folder, rows, monkeypatch):
     for name in ("icl", "vpl", "lore"):
         model = trainer.train(name, rows, config_of(name, lm_folder, **({} if name == "icl" else {"epochs": 0.1})))
-        trainer.adapt(model, rows)
+        adapt.adapt(model, rows)
         monkeypatch.setattr(type(model), "read", lambda *_: pytest.fail("work before the check"), raising=False)
         with pytest.raises(PyargsError, match="is there already: ask for it"):
-            trainer.adapt(model, rows)
+            adapt.adapt(model, rows)
         monkeypatch.undo()
         if name != "lore":
             with pytest.raises(PyargsError, match="takes no steps"):
-                trainer.adapt(model, rows, steps=3)
+                adapt.adapt(model, rows, steps=3)
 
 
 def test_impossible_ways_to_decode_raise(lm_folder, rows, monkeypatch):
@@ -1235,7 +1235,7 @@ def test_a_model_without_a_head_is_sent_to_its_own_decoder(lm_folder, rows):
     from pyargs import generate
 
     policy, _ = load_lm(lm_folder)
-    for name, decoder in (("genarm", "genarm"), ("icl", "unguided")):
+    for name, decoder in (("genarm", "tokenwise"), ("icl", "plain")):
         model = trainer.train(name, rows, config_of(name, lm_folder, **({"epochs": 0.1} if name == "genarm" else {})))
         with pytest.raises(PyargsError, match=decoder):
             generate(policy, model, torch.tensor([[5, 6]]), None, ["user_00"])

@@ -60,7 +60,7 @@ def test_scores_are_those_of_single_passes(tmp_path):
     from datasets import Dataset
 
     from pyargs.data.synthetic import tiny_lm as saved_lm
-    from pyargs.lm.forward import load_lm
+    from pyargs.lm.loading import load_lm
     from pyargs.lm.tokenize import encode_prompt, encode_response
 
     lm, tokenizer = load_lm(str(saved_lm(tmp_path / "lm")))

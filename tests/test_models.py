@@ -14,10 +14,12 @@ from pyargs.errors import PyargsError, UnknownUser
 from pyargs.heads import linear, mlp
 from pyargs.lm import lora
 from pyargs.lm.cache import cache_name, can_branch
-from pyargs.lm.forward import load_lm, packed_states, response_logprobs, response_states, spans
+from pyargs.lm.forward import packed_states, spans
+from pyargs.lm.loading import load_lm
 from pyargs.lm.tokenize import encode_prompt, encode_response, pack
 from pyargs.models.reward_model import RewardModel
 from pyargs.ops import score_select
+from pyargs.scoring import response_logprobs, response_states
 from pyargs.types import Batch, Features, Users
 
 HEADS = ("linear", "mlp", "personal mlp")
@@ -187,7 +189,7 @@ def on_disk(tmp_path):
 
 
 def make(folder, lm, tokenizer, kind="linear", with_lora=True):
-    from pyargs.lm.forward import fingerprint
+    from pyargs.lm.loading import fingerprint
 
     backbone, dim = lm.get_decoder(), lm.config.hidden_size
     torch.manual_seed(0)

@@ -19,8 +19,8 @@ import pyargs
 from pyargs.errors import PyargsError
 from pyargs.heads import linear
 from pyargs.lm import lora
-from pyargs.lm.forward import load_lm
-from pyargs.lm.stack import run
+from pyargs.lm.loading import load_lm
+from pyargs.lm.stack import pack
 from pyargs.models.reward_model import RewardModel
 from pyargs.ops import score_select, topk_logprobs
 from pyargs.ops.library import has_extension
@@ -102,7 +102,7 @@ def identical(ours, theirs):
 @given(model=models(), batch=batches(), capability=st.sampled_from(AVAILABLE))
 def test_prompts_of_any_model_as_in_transformers(model, batch, capability):
     ids, mask, _ = batch
-    stack = run.pack(model)
+    stack = pack.pack(model)
     with using(capability):
         states = stack(ids, stack.cache(len(ids), ids.shape[1]), mask)
         logits = stack.logits(states[:, -1])
@@ -117,7 +117,7 @@ def test_prompts_of_any_model_as_in_transformers(model, batch, capability):
 @given(model=models(), batch=batches(), k=st.integers(1, 14), data=st.data(), capability=st.sampled_from(AVAILABLE))
 def test_branches_and_the_committed_one_as_in_transformers(model, batch, k, data, capability):
     ids, mask, lengths = batch
-    stack = run.pack(model)
+    stack = pack.pack(model)
     texts = [text[seen].tolist() for text, seen in zip(ids, mask, strict=True)]
     with using(capability):
         cache = stack.cache(len(ids), ids.shape[1] + 3 + k)
@@ -141,7 +141,7 @@ def test_branches_and_the_committed_one_as_in_transformers(model, batch, k, data
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_state_does_not_depend_on_its_pass(capability, dtype, with_threads):
     """Bit by bit: in a prompt, one after the other, as a branch in any column, beside others, with any threads."""
-    stack = run.pack(random_lm(hidden=44, inner=45, head_dim=10), dtype=dtype)
+    stack = pack.pack(random_lm(hidden=44, inner=45, head_dim=10), dtype=dtype)
     text = torch.randint(0, VOCABULARY, (1, 600))
     with using(capability):
         whole = stack(text, stack.cache(1, 600))
@@ -189,7 +189,7 @@ def test_the_largest_logits_are_those_of_the_whole_output_layer(data, capability
     states[0] *= draw(st.sampled_from([1.0, 0.0, 1e-18, 1e-23, 1e-30, 1e-38, 1e15, 1e30, torch.nan]))
     vocabulary = draw(st.integers(1, len(weight)))
     top = draw(st.integers(1, min(vocabulary, 64)))
-    stack = run.pack(model, dtype=dtype)
+    stack = pack.pack(model, dtype=dtype)
     with using(capability):
         whole, found = stack.logits(states)[:, :vocabulary], stack.logits(states, top=top, vocabulary=vocabulary)
         for row, state in zip(found, states, strict=True):
@@ -203,7 +203,7 @@ def test_the_largest_logits_are_those_of_the_whole_output_layer(data, capability
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_screen_leaves_most_of_the_output_layer_out(dtype):
     """Else it would be exact, and of no use; a row that has finished, all zero, is left out as a whole."""
-    stack = run.pack(random_lm(hidden=256, head_dim=64, layers=1, vocabulary=20000), dtype=dtype)
+    stack = pack.pack(random_lm(hidden=256, head_dim=64, layers=1, vocabulary=20000), dtype=dtype)
     states = torch.cat([torch.randn(1, 256), torch.zeros(1, 256)])
     whole, found = stack.logits(states), stack.logits(states, top=10)
     assert 10 <= (whole[0] == found[0]).sum() < 2000
@@ -214,7 +214,7 @@ def test_the_screen_leaves_most_of_the_output_layer_out(dtype):
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_long_prompts(family):
     model = random_lm(family, layers=1)
-    stack = run.pack(model)
+    stack = pack.pack(model)
     text = torch.randint(0, VOCABULARY, (1, 1500))
     close(stack(text, stack.cache(1, 1500))[0], hf_states(model, text[0]))
 
@@ -226,7 +226,7 @@ def test_long_prompts(family):
 ])  # fmt: skip
 def test_rope_scaling(scaling):
     model = random_lm(rope_parameters={"rope_theta": 500.0, **scaling}, head_dim=32)
-    stack = run.pack(model)
+    stack = pack.pack(model)
     text = torch.randint(0, VOCABULARY, (1, 100))
     close(stack(text, stack.cache(1, 100))[0], hf_states(model, text[0]))
 
@@ -237,7 +237,7 @@ def test_bfloat16_is_as_near_to_the_truth_as_that_of_transformers(model, batch, 
     ids, mask, _ = batch
     half = copy.deepcopy(model).bfloat16()
     exact = copy.deepcopy(half).float()
-    for stack in (run.pack(half), run.pack(exact, dtype=torch.bfloat16)):
+    for stack in (pack.pack(half), pack.pack(exact, dtype=torch.bfloat16)):
         with using(capability):
             states = stack(ids, stack.cache(len(ids), ids.shape[1]), mask)
         for row, text, seen in zip(states, ids, mask, strict=True):
@@ -268,26 +268,26 @@ def test_lora_merged_and_as_a_delta_of_single_rows(model, batch, modules, capabi
     delta = torch.arange(len(ids)) % 2 == 0
     truth = [hf_states(tuned if d else model, text[seen]) for text, seen, d in zip(ids, mask, delta, strict=True)]
     lora_states = [hf_states(tuned, text[seen]) for text, seen in zip(ids, mask, strict=True)]
-    both = run.pack(model, adapter=tuned)
+    both = pack.pack(model, adapter=tuned)
     if merged:
         lora.merge(tuned)
-    alone, plain = run.pack(tuned), run.pack(model)
+    alone, plain = pack.pack(tuned), pack.pack(model)
     with using(capability):
-        through = lambda stack, **more: stack(ids, stack.cache(len(ids), ids.shape[1]), mask, **more)  # noqa: E731
-        for row, seen, states in zip(through(both, delta=delta), mask, truth, strict=True):
+        run = lambda stack, **more: stack(ids, stack.cache(len(ids), ids.shape[1]), mask, **more)  # noqa: E731
+        for row, seen, states in zip(run(both, delta=delta), mask, truth, strict=True):
             close(row[seen], states)
-        for states in (through(alone), through(both, delta=True)):
+        for states in (run(alone), run(both, delta=True)):
             for row, seen, truth in zip(states, mask, lora_states, strict=True):
                 close(row[seen], truth)
-        identical(through(both), through(plain))
-        assert torch.equal(through(both, delta=delta)[~delta], through(plain)[~delta])
+        identical(run(both), run(plain))
+        assert torch.equal(run(both, delta=delta)[~delta], run(plain)[~delta])
 
 
 def test_policy_and_reward_model_in_one_pass():
     """Two policy rows and k reward-model rows of each sequence, each with its own row of the cache."""
     model = random_lm()
     tuned, k = with_lora(model), 5
-    stack = run.pack(model, adapter=tuned)
+    stack = pack.pack(model, adapter=tuned)
     ids, prompt = torch.randint(0, VOCABULARY, (2, k)), torch.randint(0, VOCABULARY, (2, 9))
     cache = stack.cache(4, 9 + k)
     delta = [False, False, True, True]
@@ -316,17 +316,17 @@ def test_policy_and_reward_model_in_one_pass():
 ])  # fmt: skip
 def test_what_is_not_supported_is_named(change, named):
     with pytest.raises(PyargsError, match=named):
-        run.pack(change())
+        pack.pack(change())
 
 
 def test_an_adapter_of_another_model_is_refused():
     with pytest.raises(PyargsError, match="same base weights"):
-        run.pack(random_lm(seed=1), adapter=with_lora(random_lm(seed=2)))
+        pack.pack(random_lm(seed=1), adapter=with_lora(random_lm(seed=2)))
 
 
 def test_wrong_arguments_are_errors():
     model = random_lm()
-    stack = run.pack(model)
+    stack = pack.pack(model)
     cache = stack.cache(2, 8)
     ids = torch.zeros(2, 6, dtype=torch.long)
     stack(ids, cache)
@@ -351,8 +351,8 @@ def test_wrong_arguments_are_errors():
         (lambda: stack.logits(torch.zeros(2, 32), top=-1), "the -1 largest"),
         (lambda: stack.logits(torch.zeros(2, 32), vocabulary=-1), "-1 tokens"),
         (lambda: stack.logits(torch.zeros(2, 32), vocabulary=VOCABULARY + 1), "tokens"),
-        (lambda: stack(ids[:, :1], run.pack(random_lm(layers=1)).cache(2, 8)), "sizes"),
-        (lambda: run.pack(model.get_decoder()).logits(torch.zeros(1, 32)), "output layer"),
+        (lambda: stack(ids[:, :1], pack.pack(random_lm(layers=1)).cache(2, 8)), "sizes"),
+        (lambda: pack.pack(model.get_decoder()).logits(torch.zeros(1, 32)), "output layer"),
     ]:
         with pytest.raises(PyargsError, match=message):
             call()
@@ -361,7 +361,7 @@ def test_wrong_arguments_are_errors():
 
 
 def test_only_a_branch_of_the_last_pass_is_committed():
-    stack = run.pack(random_lm())
+    stack = pack.pack(random_lm())
     cache = stack.cache(3, 12)
     ids = torch.zeros(3, 3, dtype=torch.long)
     stack(ids, cache)
@@ -397,7 +397,7 @@ def smollm2():
 def test_greedy_text_of_smollm2(smollm2):
     model, tokenizer = smollm2
     ids = torch.tensor([tokenizer("The first thing to know about winter is that it")["input_ids"]])
-    stack = run.pack(model)
+    stack = pack.pack(model)
     expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, eos_token_id=[])
     cache, text = stack.cache(1, 64), ids
     states = stack(ids, cache)
@@ -425,7 +425,7 @@ def test_args_of_two_users_on_smollm2(smollm2):
     )  # fmt: skip
     assert 0 < (decoded.slots > 0).sum() < decoded.slots.numel()  # the reward model decides, and not alone
 
-    stack = run.pack(model, adapter=decoder)
+    stack = pack.pack(model, adapter=decoder)
     cache = stack.cache(2 * batch, ids.shape[1] + steps + k)
     policy, reward = [0, 1], [2, 3]
     state = stack(ids.repeat(2, 1), cache, mask.repeat(2, 1), delta=[False, False, True, True])[:batch, -1]
@@ -444,8 +444,8 @@ def test_args_of_two_users_on_smollm2(smollm2):
 def test_a_pass_ends_with_fewer_threads_than_asked_for():
     """Whoever is there takes the share of those who never come."""
     code = (
-        "import torch; from conftest import tiny_lm; from pyargs.lm.stack import run; torch.set_num_threads(8);"
-        "stack = run.pack(tiny_lm(dtype=torch.float32)); ids = torch.arange(40).view(2, 20);"
+        "import torch; from conftest import tiny_lm; from pyargs.lm import native; torch.set_num_threads(8);"
+        "stack = native.pack(tiny_lm(dtype=torch.float32)); ids = torch.arange(40).view(2, 20);"
         "many = stack(ids, stack.cache(2, 20)); torch.set_num_threads(1);"
         "assert many.equal(stack(ids, stack.cache(2, 20)))"
     )

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_native import AVAILABLE, VOCABULARY, identical, random_lm, using, with_lora
 
-from pyargs.lm.stack import run
+from pyargs.lm.stack import pack, run
 
 BAD = 7
 """The token whose embedding is no number."""
@@ -20,7 +20,7 @@ BAD = 7
 def stack_with(value: float, dtype: torch.dtype = torch.float32) -> run.Stack:
     model = random_lm(heads=6, hidden=48)
     model.get_input_embeddings().weight.data[BAD] = value
-    return run.pack(model, dtype=dtype)
+    return pack.pack(model, dtype=dtype)
 
 
 def same(ours, theirs):
@@ -113,7 +113,7 @@ def test_lora_that_is_no_number_stays_with_the_rows_that_ask_for_it(dtype, value
     for name, parameter in tuned.named_parameters():
         if "lora_" in name:
             parameter.data[0, 0] = value
-    stack, ids = run.pack(model, adapter=tuned, dtype=dtype), torch.randint(0, VOCABULARY, (5, 6))
+    stack, ids = pack.pack(model, adapter=tuned, dtype=dtype), torch.randint(0, VOCABULARY, (5, 6))
     plain = stack(ids, stack.cache(5, 6))
     mixed = stack(ids, stack.cache(5, 6), delta=[True, False, True, True, False])
     same(mixed[[1, 4]], plain[[1, 4]])

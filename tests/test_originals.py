@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from pyargs import load_model
 from pyargs.data import synthetic
 from pyargs.errors import PyargsError
-from pyargs.lm.forward import load_lm
+from pyargs.lm.loading import load_lm
 from pyargs.lm.tokenize import encode_prompt
 from pyargs.methods import icl, pal, pdpo, pref, vpl
 from pyargs.models.user_policy import GENERIC
-from pyargs.training import trainer
+from pyargs.training import adapt, trainer
 
 USERS = ["a", "b", "c", "d"]
 
@@ -127,7 +127,7 @@ def test_p_dpos_generic_cluster_user_has_weights_that_are_learned(lm_folder, tmp
     assert (soft.generic - start.generic).abs().min() > 1e-3
     want = (soft.generic.double().softmax(0)[:, None, None] * soft.centres.double()).sum(0)
     torch.testing.assert_close(soft(torch.tensor([GENERIC]))[0].double(), want, atol=1e-6, rtol=1e-6)
-    trainer.adapt(model, rows, steps=0)  # a new user begins as the generic one
+    adapt.adapt(model, rows, steps=0)  # a new user begins as the generic one
     torch.testing.assert_close(soft(model.users.rows(["new_00"]))[0].double(), want, atol=1e-6, rtol=1e-6)
     model.save_pretrained(tmp_path / "m")
     torch.testing.assert_close(
@@ -217,4 +217,4 @@ def test_demonstrations_saved_before_keep_their_one_limit(lm_folder, tmp_path):
         90 < len(old.prompt_ids("old one", "anna", 20)) <= 200 and 190 < len(old.prompt_ids("old " * 900, "anna", 20)) <= 200
     )
     with pytest.raises(PyargsError, match="'response_tokens'.*train it again"):
-        trainer.adapt(old, synthetic.load(users=1, pairs=2, new_users=1, support=2, query=1))
+        adapt.adapt(old, synthetic.load(users=1, pairs=2, new_users=1, support=2, query=1))

@@ -11,7 +11,7 @@ import pytest
 from experiments import reproduce, rules
 from experiments.__main__ import main
 from pyargs import cli, files
-from pyargs.training import trainer
+from pyargs.training import hooks
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 
@@ -46,13 +46,13 @@ def test_every_command_is_understood_and_every_cell_has_a_file_of_its_own(profil
 @pytest.mark.parametrize("profile", ["smoke", "cpu", "gpu", "paper"])
 def test_all_rows_of_a_set_keep_as_much_of_a_prompt(profile):
     for name, settings in reproduce.PROFILES[profile]["sets"].items():
-        made = [trainer.method(row[0]).Config(**row[1]) for row in settings["rows"].values() if row is not None]
+        made = [hooks.method(row[0]).Config(**row[1]) for row in settings["rows"].values() if row is not None]
         assert len({config.max_length for config in made}) == 1, name
 
 
 def test_the_papers_profile_has_its_one_rate_and_what_the_methods_own_codes_have():
     for name, settings in reproduce.PROFILES["paper"]["sets"].items():
-        made = {row: trainer.method(own[0]).Config(**own[1]) for row, own in settings["rows"].items() if own is not None}
+        made = {row: hooks.method(own[0]).Config(**own[1]) for row, own in settings["rows"].items() if own is not None}
         assert {config.lora_lr for config in made.values() if hasattr(config, "lora_lr")} == {5e-5}, name
         assert made["PReF"].votes == "unit" and made["PReF"].adapt_init == made["LoRE"].adapt_init == "randn"
         assert made["P-DPO"].soft_lr == 5e-5 and made["P-DPO"].adapt_steps == 200

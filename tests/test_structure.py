@@ -21,11 +21,12 @@ from pyargs.decode import unguided as policy_alone
 from pyargs.decode.backends import cpu, cuda_graph, eager
 from pyargs.errors import PyargsError
 from pyargs.lm import lora
-from pyargs.lm.forward import response_logprobs, response_states
+from pyargs.lm.stack import pack
 from pyargs.lm.stack import run as stacks
 from pyargs.lm.structure import may_replace
 from pyargs.metrics.perplexity import perplexity
 from pyargs.models.reward_model import RewardModel
+from pyargs.scoring import response_logprobs, response_states
 
 
 def parts(decoder):
@@ -297,7 +298,7 @@ def test_a_hook_that_is_removed_leaves_the_fast_path():
     handle = policy.model.layers[1].register_forward_hook(lambda module, args, out: out * 2.0)
     assert not fast(policy, model) and not may_replace(policy)
     with pytest.raises(PyargsError, match="module 'model.layers.1' has a hook"):
-        stacks.pack(policy)
+        pack.pack(policy)
     handle.remove()
     same(decoded(policy, model), before)
     assert fast(policy, model)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pyargs import cli, forget, load_model
 from pyargs.data import of_split, synthetic
 from pyargs.errors import PyargsError, UnknownUser
-from pyargs.training import trainer
+from pyargs.training import adapt, hooks, trainer
 from pyargs.types import Users
 
 KINDS = {
@@ -37,9 +37,9 @@ def rows():
 @pytest.fixture(scope="module", params=KINDS)
 def folder(request, lm_folder, rows, tmp_path_factory):
     """A model with its new users, saved."""
-    config = trainer.method(request.param).Config(backbone=lm_folder, **KINDS[request.param])
+    config = hooks.method(request.param).Config(backbone=lm_folder, **KINDS[request.param])
     model = trainer.train(request.param, rows, config)
-    trainer.adapt(model, rows)
+    adapt.adapt(model, rows)
     where = tmp_path_factory.mktemp(request.param) / "model"
     model.save_pretrained(where)
     return where
@@ -83,7 +83,7 @@ def test_users_are_forgotten_and_the_others_stay_as_they_were(folder, rows, tmp_
     assert "new_00" not in written and "new_01" not in written and "new_02" in written
     again = load_model(tmp_path / "m")
     assert torch.equal(scores(again, stays), before)
-    trainer.adapt(again, rows.filter(lambda row: row["user_id"] != "new_02"))  # and they may come back
+    adapt.adapt(again, rows.filter(lambda row: row["user_id"] != "new_02"))  # and they may come back
     assert torch.equal(scores(again, query), scores(load_model(folder), query))
 
 
@@ -93,11 +93,11 @@ def test_users_are_adapted_anew_when_it_is_asked_for(folder, rows):
     query = of_split(rows, "query")
     model, fresh = load_model(folder), load_model(folder)
     with pytest.raises(PyargsError, match="again=True"):
-        trainer.adapt(model, others)
+        adapt.adapt(model, others)
     assert torch.equal(scores(model, query), scores(fresh, query))
-    trainer.adapt(model, others, again=True)
+    adapt.adapt(model, others, again=True)
     forget(fresh, ["new_01"])
-    trainer.adapt(fresh, others)
+    adapt.adapt(fresh, others)
     assert torch.equal(scores(model, query), scores(fresh, query))
     assert not torch.equal(scores(model, query), scores(load_model(folder), query))
 
@@ -106,11 +106,11 @@ def test_users_may_be_adapted_in_any_order(folder, rows):
     """As many times as one likes, together or one by one: what a user becomes depends on the training and its own pairs."""
     model, query = load_model(folder), of_split(rows, "query")
     before = scores(model, query)
-    trainer.adapt(model, rows, again=True)
+    adapt.adapt(model, rows, again=True)
     assert torch.equal(scores(model, query), before)
     forget(model, ["new_00", "new_01", "new_02"])
     for user in ("new_02", "new_00", "new_01"):
-        trainer.adapt(model, rows.filter(lambda row, user=user: row["user_id"] == user))
+        adapt.adapt(model, rows.filter(lambda row, user=user: row["user_id"] == user))
     assert torch.equal(scores(model, query), before)
 
 
@@ -119,9 +119,9 @@ def test_without_trained_users_there_is_no_mean_to_begin_at(folder, rows):
     forget(model, [user for user in model.known_users if user.startswith("user_")])
     if model.about["method"] == "pref" or model.about["fields"].get("adapt_init") == "mean":
         with pytest.raises(PyargsError, match="no user of the training is left"):
-            trainer.adapt(model, rows, again=True)
+            adapt.adapt(model, rows, again=True)
     else:
-        trainer.adapt(model, rows, again=True)
+        adapt.adapt(model, rows, again=True)
 
 
 def test_users_leave_a_folder_by_the_command_line(folder, rows, tmp_path, capsys):
@@ -138,6 +138,6 @@ def test_users_leave_a_folder_by_the_command_line(folder, rows, tmp_path, capsys
 
 
 def test_a_model_without_users_has_nobody_to_forget(lm_folder, rows):
-    config = trainer.method("global_rm").Config(backbone=lm_folder, freeze_backbone=True, epochs=0.1)
+    config = hooks.method("global_rm").Config(backbone=lm_folder, freeze_backbone=True, epochs=0.1)
     with pytest.raises(UnknownUser, match="no user 'user_00'"):
         forget(trainer.train("global_rm", rows, config), ["user_00"])

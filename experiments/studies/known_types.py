@@ -21,7 +21,7 @@ from scipy.optimize import minimize
 from experiments import results
 from pyargs import data, files
 from pyargs.data import of_split
-from pyargs.lm.forward import load_lm
+from pyargs.lm.loading import load_lm
 from pyargs.metrics.bootstrap import user_interval
 from pyargs.metrics.rm_accuracy import rm_accuracy
 from pyargs.scoring import features

@@ -23,7 +23,7 @@ from pyargs import files, load_model
 from pyargs.data import of_split, preferences
 from pyargs.decode.prompts import decode_prompts, load_pair
 from pyargs.metrics.rm_accuracy import rm_accuracy
-from pyargs.training import trainer
+from pyargs.training import adapt, hooks, trainer
 
 OUT = HERE / "results/lora_runs.json"
 PAIRS = 12
@@ -63,7 +63,7 @@ def run(name: str, data) -> dict:
     def lap(what: str) -> None:
         seconds[what] = round(time.perf_counter() - started - sum(seconds.values()), 1)
 
-    recipe = trainer.method(method)
+    recipe = hooks.method(method)
     fields = {**fields, **({"epochs": 1.0, "batch_size": 8} if hasattr(recipe, "loss") else {})}
     losses = []
     if hasattr(recipe, "loss"):
@@ -75,7 +75,7 @@ def run(name: str, data) -> dict:
     if hasattr(recipe, "loss"):
         recipe.loss = plain
     lap("train")
-    trainer.adapt(model, data)
+    adapt.adapt(model, data)
     lap("adapt")
     query = of_split(data, "query")
     scores = _scores(model, query)

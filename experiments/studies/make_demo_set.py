@@ -46,11 +46,12 @@ def main() -> None:
     import torch
     import transformers
 
+    from pyargs import files
     from pyargs.lm import hub
 
     prompts = (DEMO / "prompts.txt").read_text(encoding="utf-8").splitlines()
     folder = Path(hub.resolve(args.model))
-    path = args.candidates or hub.cache_dir() / f"demo-candidates-{args.seed}.jsonl"
+    path = args.candidates or files.cache_dir() / f"demo-candidates-{args.seed}.jsonl"
     candidates = sample_all(prompts, folder, path, args.seed)
     rows = [
         {"prompt": i, "answer": j, "text": text}

@@ -22,7 +22,7 @@ from pyargs import files
 from pyargs.data import of_split, preferences
 from pyargs.metrics.bootstrap import user_interval
 from pyargs.metrics.rm_accuracy import rm_accuracy
-from pyargs.training import trainer
+from pyargs.training import adapt, hooks, trainer
 
 HERE = Path(__file__).parents[1]
 DATA = HERE.parent.parent / "shared/data/persona_statements/prefs.jsonl.gz"
@@ -57,8 +57,8 @@ def cell(name: str, seed: int, data, data_hash: str) -> dict:
     started = time.perf_counter()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        model = trainer.train(method, data, trainer.method(method).Config(seed=seed, **fields))
-        trainer.adapt(model, data)
+        model = trainer.train(method, data, hooks.method(method).Config(seed=seed, **fields))
+        adapt.adapt(model, data)
     query = of_split(data, "query")
     if hasattr(model, "pair_scores"):
         scores = model.pair_scores(query)[1]

@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> dict:
     from pyargs.data import content_hash, of_split
     from pyargs.lm import hub
     from pyargs.models import load_model
-    from pyargs.training import trainer
+    from pyargs.training import adapt
 
     rows = of_split(load_data(args), "support")
     method = hub.identity(args.method)
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> dict:
     if done := files.finished(args.out, key):
         return {**done, "already_done": True}
     model = load_model(args.model, backbone=args.backbone)
-    trainer.adapt(model, rows, steps=args.adapt_steps, method=args.method, again=args.again)
+    adapt.adapt(model, rows, steps=args.adapt_steps, method=args.method, again=args.again)
     model.save_pretrained(args.out)
     if not model.known_users:
         plan["new_users"] = 0  # the same for everyone: nobody had to be added

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> dict:
     from pyargs.decode.prompts import load_pair
     from pyargs.errors import PyargsError
     from pyargs.lm import hub
-    from pyargs.lm.forward import load_lm
+    from pyargs.lm.loading import load_lm
     from pyargs.metrics.rm_accuracy import rm_accuracy
     from pyargs.models import load_model
     from pyargs.models.folder import locate, read_config

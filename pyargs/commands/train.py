@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
     )
     add_data(parser, required=not preset)
     if name:
-        from pyargs.training.trainer import method
+        from pyargs.training.hooks import method
 
         config = method(name).Config
         add_options(parser.add_argument_group(f"method {name}"), config)
@@ -49,9 +49,10 @@ def run(args: argparse.Namespace) -> dict:
     from pyargs.config import from_args
     from pyargs.data import content_hash, of_split
     from pyargs.lm import hub
-    from pyargs.training import trainer
+    from pyargs.training import hooks, trainer
+    from pyargs.training.config import epochs
 
-    recipe = trainer.method(args.method)
+    recipe = hooks.method(args.method)
     config = from_args(recipe.Config, args)
     data = load_data(args)
     rows = of_split(data, "train")
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> dict:
         "frozen": getattr(config, "freeze_backbone", False),
         "pairs": len(rows),
         "users": len(set(rows["user_id"])),
-        "steps": round(trainer.epochs(config) * -(-len(rows) // config.batch_size)) if hasattr(recipe, "loss") else 0,
+        "steps": round(epochs(config) * -(-len(rows) // config.batch_size)) if hasattr(recipe, "loss") else 0,
         "out": args.out,
     }
     if args.dry_run:

@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pyargs.errors import PyargsError, explained, extra
-from pyargs.files import check_regular, parse_json, read_lines, read_text, sha256, write_text
-from pyargs.lm.hub import cache_dir
+from pyargs.files import cache_dir, check_regular, parse_json, read_lines, read_text, sha256, write_text
 from pyargs.progress import progress_bar
 
 BLOCK = 1 << 20

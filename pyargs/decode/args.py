@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from pyargs.decode import reference
+from pyargs.decode.answer import Output
 from pyargs.decode.backends import cpu, cuda_graph, eager
 from pyargs.decode.loop import begin, choose
-from pyargs.decode.request import Output, Request, check
+from pyargs.decode.request import Request, check
 from pyargs.errors import PyargsError
 from pyargs.lm.cache import can_branch
 from pyargs.lm.structure import may_replace, unwrapped

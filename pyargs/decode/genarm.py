@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pyargs.decode.request import Output, Request, as_float, check
+from pyargs.decode.answer import Output
+from pyargs.decode.request import Request, as_float, check
 from pyargs.errors import PyargsError
 from pyargs.lm.forward import forward_step
 from pyargs.models.token_reward import TokenReward

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyargs.decode.answer import Output
 from pyargs.decode.backends.cpu import OneStack, TwoStacks
 from pyargs.decode.backends.eager import OnePass, TwoPasses
-from pyargs.decode.request import Output, Request, as_float
+from pyargs.decode.request import Request, as_float
 from pyargs.heads import Folded
 from pyargs.ops import score_select, topk_logprobs
 

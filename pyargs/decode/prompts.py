@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from pyargs import files
 from pyargs.decode import args, best_of_n, genarm, unguided
 from pyargs.decode.backends import cpu
 from pyargs.decode.request import numbered, weights
 from pyargs.errors import PyargsError
 from pyargs.files import short_hash
 from pyargs.lm import hub
-from pyargs.lm.forward import load_lm
+from pyargs.lm.loading import load_lm
 from pyargs.lm.structure import eager
 from pyargs.lm.tokenize import encode_prompt, left_pad
 from pyargs.models import load_model
@@ -116,7 +117,7 @@ def greedy_answers(
     """
     settings = {"policy": hub.identity(policy), "dtype": dtype, "max_new_tokens": max_new_tokens, "max_tokens": max_tokens}
     settings |= {"native": has_extension and not eager(), "device": device_or_default(None).type}  # which may round otherwise
-    with Store(hub.cache_dir() / "answers" / f"{short_hash(settings)}.sqlite") as store:
+    with Store(files.cache_dir() / "answers" / f"{short_hash(settings)}.sqlite") as store:
         found = store.get(prompts)
         missing = sorted(set(prompts) - found.keys())
         if missing:

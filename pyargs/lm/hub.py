@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyargs.errors import ELSEWHERE, PyargsError, did_you_mean, explained
-from pyargs.files import parse_json, settle, sha256, write_json, writing
+from pyargs.files import cache_dir, parse_json, settle, sha256, write_json, writing
 from pyargs.lm.inert import check_inert
 from pyargs.progress import progress_bar
 
@@ -62,19 +62,6 @@ MODELS = {
         what="all-MiniLM-L6-v2 (Sentence Transformers): sentence embeddings, mean pooling, 384 dimensions",
     ),
 }
-
-
-def cache_dir() -> Path:
-    """Where files are kept between runs: `$PYARGS_CACHE`, else `$XDG_CACHE_HOME/pyargs`, else `~/.cache/pyargs`."""
-    own = os.environ.get("PYARGS_CACHE")
-    if own:
-        return Path(own)
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyargs"
-    except RuntimeError as error:
-        raise PyargsError(
-            "there is no home folder for the cache. Fix: set PYARGS_CACHE to a folder that can be written"
-        ) from error
 
 
 def model_dir(name: str) -> Path:

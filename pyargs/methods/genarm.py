@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from pyargs.config import option
 from pyargs.models.token_reward import TokenReward
-from pyargs.training.trainer import FitConfig
+from pyargs.training.config import FitConfig
 from pyargs.types import LogProbs
 
 

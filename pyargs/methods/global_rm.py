@@ -9,7 +9,8 @@ from torch import Tensor
 from pyargs.config import option
 from pyargs.heads import linear, mlp
 from pyargs.models.reward_model import RewardModel
-from pyargs.training.trainer import HeadConfig, bradley_terry
+from pyargs.training.config import HeadConfig
+from pyargs.training.losses import bradley_terry
 from pyargs.types import Batch, Users
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyargs.config import option
 from pyargs.models.demonstrations import Demonstrations, last_user_text
 from pyargs.models.user_policy import UserPolicy
-from pyargs.training.trainer import ModelConfig
+from pyargs.training.config import ModelConfig
 from pyargs.user_ids import user_id
 
 

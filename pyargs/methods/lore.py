@@ -16,7 +16,9 @@ from torch import Tensor
 from pyargs.config import option
 from pyargs.heads import linear
 from pyargs.models.reward_model import RewardModel
-from pyargs.training.trainer import AdaptConfig, bradley_terry, fit_users, randn_rows
+from pyargs.training.adapt import fit_users, randn_rows
+from pyargs.training.config import AdaptConfig
+from pyargs.training.losses import bradley_terry
 from pyargs.types import Batch, Features, Users
 
 

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from pyargs.config import option
 from pyargs.heads import cosine, distance
 from pyargs.models.reward_model import RewardModel
-from pyargs.training.trainer import AdaptConfig, fit_users, randn_rows
+from pyargs.training.adapt import fit_users, randn_rows
+from pyargs.training.config import AdaptConfig
 from pyargs.types import Batch, Features, Users
 
 

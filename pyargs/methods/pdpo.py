@@ -18,7 +18,8 @@ from pyargs.config import option
 from pyargs.errors import PyargsError
 from pyargs.models.user_policy import SoftPrompt, UserPolicy, random_embeddings
 from pyargs.progress import progress_bar
-from pyargs.training.trainer import FitConfig, pairs_of_users
+from pyargs.training.adapt import pairs_of_users
+from pyargs.training.config import FitConfig
 from pyargs.types import LogProbs, Users
 
 

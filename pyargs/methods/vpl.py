@@ -20,7 +20,8 @@ from pyargs.errors import PyargsError
 from pyargs.heads import latent
 from pyargs.lm import lora
 from pyargs.models.reward_model import RewardModel
-from pyargs.training.trainer import HeadConfig, pairs_of_users
+from pyargs.training.adapt import pairs_of_users
+from pyargs.training.config import HeadConfig
 from pyargs.types import Batch, Features, Users
 
 

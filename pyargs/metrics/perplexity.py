@@ -15,7 +15,7 @@ def perplexity(policy, prompts: Sequence[Ids], answers: Sequence[Ids]) -> float:
 
 def perplexities(policy, prompts: Sequence[Ids], several: Sequence[Sequence[Ids]]) -> list[float]:
     """`perplexity` of several sets of answers to the same prompts, each prompt read once for all of them."""
-    from pyargs.lm.forward import response_logprobs
+    from pyargs.scoring import response_logprobs
 
     groups = [(prompt, [list(a) for a in own if len(a)]) for prompt, *own in zip(prompts, *several, strict=True)]
     found = response_logprobs(policy, [group for group in groups if group[1]], progress="perplexity")

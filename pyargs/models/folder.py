@@ -13,8 +13,8 @@ from pyargs.config import check_kinds
 from pyargs.errors import PyargsError
 from pyargs.files import read_json, read_tensors, settle, write_json, writing
 from pyargs.lm import lora
-from pyargs.lm.forward import default_device, fingerprint, load_lm, torch_dtype
 from pyargs.lm.inert import PICKLED
+from pyargs.lm.loading import default_device, fingerprint, load_lm, torch_dtype
 from pyargs.types import Users
 
 KINDS = {

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from pyargs.errors import PyargsError, described
 from pyargs.files import read_tensors
 from pyargs.lm import lora
-from pyargs.lm.forward import packed_states, response_states, spans
+from pyargs.lm.forward import packed_states, spans
 from pyargs.lm.tokenize import Packed
 from pyargs.models import folder as folders
-from pyargs.scoring import features, groups
+from pyargs.scoring import features, groups, response_states
 from pyargs.types import Batch, Features, Users
 
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from pyargs.lm import lora
-from pyargs.lm.forward import response_logprobs, token_logprobs
+from pyargs.lm.forward import token_logprobs
 from pyargs.lm.tokenize import Packed
 from pyargs.models import folder as folders
-from pyargs.scoring import groups, pair_logprobs
+from pyargs.scoring import groups, pair_logprobs, response_logprobs
 from pyargs.types import LogProbs, Users
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from pyargs.decode.request import Request, check_numbers
 from pyargs.lm import lora
 from pyargs.lm.forward import plain_output_layer
-from pyargs.lm.stack import run
+from pyargs.lm.stack import keep, run
 from pyargs.lm.tokenize import left_pad
 from pyargs.models.reward_model import RewardModel
 
@@ -28,16 +28,16 @@ the reward model's rows alone keep the processor busy (docs/performance.md)."""
 def possible(policy, reward_model: RewardModel | None = None) -> bool:
     """Whether the native stack computes what these models do as they are now, on this machine."""
     models = [policy] if reward_model is None else [policy, reward_model.backbone]
-    return all(run.can_pack(model) for model in models) and plain_output_layer(policy)
+    return all(keep.can_pack(model) for model in models) and plain_output_layer(policy)
 
 
 def of(policy, reward_model: RewardModel, rows: int, capacity: int) -> TwoStacks | OneStack:
     """The passes of a batch of `rows`, with room for `capacity` tokens each, branches included."""
     backbone = reward_model.backbone
     if not lora.same_weights(policy.get_decoder(), backbone):
-        return TwoStacks(run.stack_of(policy), run.stack_of(backbone), rows, capacity)
+        return TwoStacks(keep.stack_of(policy), keep.stack_of(backbone), rows, capacity)
     adapted = lora.active(backbone)
-    return OneStack(run.stack_of(policy, backbone if adapted else None), adapted, rows, capacity)
+    return OneStack(keep.stack_of(policy, backbone if adapted else None), adapted, rows, capacity)
 
 
 class TwoStacks:
@@ -111,7 +111,7 @@ def greedy(lm, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, vocabul
 
     What prompts have in common with one before them, the demonstrations of one user say, is computed once.
     """
-    stack, rows = run.stack_of(lm), len(prompts)
+    stack, rows = keep.stack_of(lm), len(prompts)
     cache = stack.cache(rows, max(map(len, prompts)) + max_new_tokens)
     state, going = _read(stack, cache, prompts), torch.arange(rows, device="cpu")
     tokens, stops = torch.full((rows, max_new_tokens), pad, device="cpu"), torch.tensor(stop, dtype=torch.long, device="cpu")

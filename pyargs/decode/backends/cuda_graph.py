@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pyargs.decode.answer import Output
 from pyargs.decode.backends import eager
 from pyargs.decode.backends.eager import OnePass, TwoPasses
 from pyargs.decode.loop import State, begin, choose
-from pyargs.decode.request import Output, Request
+from pyargs.decode.request import Request
 from pyargs.heads import Folded
 from pyargs.lm.cache import PrefixCache
 from pyargs.lm.fused_modules import few_launches

@@ -1,6 +1,6 @@
-"""A decoder stack of the Llama family (Llama, Qwen2) in C++: weights packed once, one parallel region per pass.
+"""Passes of a decoder stack of the Llama family (Llama, Qwen2) in C++: weights packed once, one parallel region per pass.
 
-    stack = native.pack(model)
+    stack = pack(model)                                 # pyargs.lm.stack.pack
     cache = stack.cache(rows=len(ids), capacity=ids.shape[1] + 64 + k)
     states = stack(ids, cache, mask)                    # the prompts
     logits = stack.logits(states[:, -1])
@@ -13,36 +13,13 @@ among branches, and for any number of threads.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from pathlib import Path
-from weakref import WeakKeyDictionary
 
-import psutil
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2CLS
 
 from pyargs.errors import PyargsError
-from pyargs.lm import lora
-from pyargs.lm.structure import DROPPING, contents, eager, structure
-from pyargs.ops.library import has_extension
 from pyargs.progress import progress_bar
-
-MATRICES = {
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "o": ("self_attn.o_proj",),
-    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
-    "down": ("mlp.down_proj",),
-}
-"""Of a layer: what one product computes, as the linear layers of transformers."""
-
-PANEL = 32  # kPanel of csrc/stack/pass.h
-
-FLOATS = torch.float32, torch.bfloat16
-SILU = ACT2CLS["silu"]
-ROPE = ("default", "linear", "llama3", "yarn")  # those whose frequencies do not change with the length of a text
 
 
 class Cache:
@@ -86,7 +63,7 @@ class Stack:
     def cache(self, rows: int, capacity: int) -> Cache:
         """An empty cache for `rows` sequences of at most `capacity` tokens, branches included."""
         # Through the model's own tables: every scaling that it has, rounded as it rounds.
-        tables = self._rotary(_zeros(0), torch.arange(capacity, device="cpu").unsqueeze(0))
+        tables = self._rotary(zeros(0), torch.arange(capacity, device="cpu").unsqueeze(0))
         half = self._sizes["head_dim"] // 2
         cosine, sine = (table[0, :, :half].contiguous() for table in tables)
         shape = (self._sizes[name] for name in ("layers", "kv_heads", "head_dim"))
@@ -153,202 +130,6 @@ class Stack:
         return logits
 
 
-@torch.no_grad()
-def pack(model: nn.Module, adapter: nn.Module | None = None, *, dtype: torch.dtype | None = None) -> Stack:
-    """A Stack with the weights of a LlamaForCausalLM or Qwen2ForCausalLM, or of the decoder in one.
-
-    adapter: a decoder with the same weights and LoRA of pyargs.lm.lora: its LoRA becomes the delta that single rows of a pass
-    can ask for. LoRA in `model` itself is added to the weights.
-    dtype: of the packed weights, float32 or bfloat16; the model's by default. Everything else is float32, except that bfloat16
-    weights meet inputs rounded to bfloat16.
-
-    The model is not changed, and only its embedding stays in use. Raises PyargsError that names what a model has and the
-    stack has not.
-    """
-    if not has_extension:
-        raise PyargsError("the native stack needs the extension: pip install pyargs with a compiler at hand")
-    from pyargs._C import Stack as Native
-
-    decoder, head = _parts(model)
-    config = decoder.config
-    embedding = decoder.get_input_embeddings().weight.detach()
-    dtype = dtype or embedding.dtype
-    _check(decoder, head, dtype, structure(model))
-
-    heads, kv_heads, inner = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
-    sizes = dict(
-        dim=config.hidden_size, heads=heads, kv_heads=kv_heads, head_dim=decoder.layers[0].self_attn.head_dim, inner=inner,
-        layers=len(decoder.layers), vocabulary=len(embedding),
-    )  # fmt: skip
-    native = Native(str(dtype).removeprefix("torch."), *sizes.values(), head is not None, config.rms_norm_eps)
-
-    def put(layer: int, matrices: dict[str, list[nn.Module]]) -> None:
-        parts = []
-        for matrix, linears in matrices.items():
-            places, columns = _places(linears, matrix)
-            bias = _zeros(columns)
-            for linear, place in zip(linears, places, strict=True):
-                parts.append((matrix, int(place[0]), matrix == "gate_up", _weight(linear)))
-                if linear.bias is not None:
-                    bias[place] = linear.bias.float()
-            if any(linear.bias is not None for linear in linears):
-                native.bias(layer, matrix, bias)
-        native.pack(layer, parts)
-
-    for number, layer in enumerate(decoder.layers):
-        put(number, {matrix: [layer.get_submodule(name) for name in names] for matrix, names in MATRICES.items()})
-        native.norms(number, _float(layer.input_layernorm.weight), _float(layer.post_attention_layernorm.weight))
-    if head is not None:
-        put(0, {"head": [head]})
-    native.embedding(embedding, _float(decoder.norm.weight))
-    stack = Stack(native, sizes, dtype, decoder.rotary_emb, embedding, head is not None)
-    return stack if adapter is None else _with_delta(stack, decoder, adapter)
-
-
-@torch.no_grad()
-def _with_delta(stack: Stack, decoder: nn.Module, adapter: nn.Module) -> Stack:
-    """A second stack on the packed weights of `decoder`, with the adapter's LoRA as the delta."""
-    adapter = adapter.get_decoder() if hasattr(adapter, "get_decoder") else adapter
-    _check(adapter, None, torch.float32, structure(adapter))
-    if not lora.same_weights(decoder, adapter):
-        raise PyargsError("the adapter rests on other weights: a delta needs the same base weights")
-    twin = copy.copy(stack)
-    twin._native, twin.has_delta = stack._native.twin(), True
-    for number, layer in enumerate(adapter.layers):
-        for matrix, names in MATRICES.items():
-            linears, low, high = [layer.get_submodule(name) for name in names], [], []
-            places, columns = _places(linears, matrix)
-            for linear, place in zip(linears, places, strict=True):
-                for down, up in _factors(linear):
-                    low.append(nn.functional.pad(down, (0, down.shape[1] % 2 if stack._dtype == torch.bfloat16 else 0)))
-                    high.append(_zeros(len(down), columns))
-                    high[-1][:, place] = up.T
-            if low:
-                a, b = torch.cat(low), torch.cat(high).unflatten(1, (-1, PANEL)).transpose(0, 1).contiguous()
-                twin._native.delta(number, matrix, a, b)
-    return twin
-
-
-def _places(linears: list[nn.Module], matrix: str) -> tuple[list[Tensor], int]:
-    """Which columns of the matrix are the outputs of each of its linear layers, and how many columns it has.
-
-    They stand side by side; gate and up take turns by panels.
-    """
-    sizes = [linear.out_features for linear in linears]
-    if matrix == "gate_up":
-        place = torch.arange(sizes[0], device="cpu")
-        place = place + place // PANEL * PANEL
-        return [place, place + PANEL], 2 * _padded(sizes[0])
-    return list(torch.arange(sum(sizes), device="cpu").split(sizes)), _padded(sum(sizes))
-
-
-def _padded(n: int) -> int:
-    return -(-n // PANEL) * PANEL
-
-
-def _check(decoder: nn.Module, head: nn.Module | None, dtype: torch.dtype, found: dict) -> None:
-    """Raises PyargsError for everything that the stack would compute differently; found: the model's `structure`, which has
-    refused what is not of libraries."""
-    config, embedding = decoder.config, decoder.get_input_embeddings()
-
-    def refuse(what: str) -> None:
-        raise PyargsError(f"the native stack does not do {what}: decode this model through transformers")
-
-    if config.model_type not in ("llama", "qwen2"):
-        refuse(f"the architecture '{config.model_type}' (only llama and qwen2)")
-    if config.hidden_act != "silu":
-        refuse(f"the activation '{config.hidden_act}' (only silu)")
-    if other := sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"}):
-        refuse(f"{other[0]} layers (only full attention)")
-    rotary = decoder.rotary_emb
-    if rotary.rope_type not in ROPE:
-        refuse(f"the rope scaling '{rotary.rope_type}' (only {', '.join(ROPE)})")
-    if config._attn_implementation not in ("sdpa", "eager"):
-        refuse(f"the attention '{config._attn_implementation}' (only sdpa and eager)")
-    if any(DROPPING in described for described in found.values()):
-        refuse("dropout in training mode (call eval())")
-    if 2 * len(rotary.inv_freq) != decoder.layers[0].self_attn.head_dim:
-        refuse("rotary embeddings of a part of the head")
-    if type(embedding) is not nn.Embedding or embedding.max_norm is not None or not embedding.weight.is_contiguous():
-        refuse(f"an embedding of class {type(embedding).__name__}, with max_norm, or not contiguous")
-    if head is not None and type(head) is not nn.Linear:
-        refuse(f"an output layer of class {type(head).__name__}")
-    if head is not None and len(head.weight) != len(embedding.weight):
-        refuse(f"an output layer of {len(head.weight)} tokens beside an embedding of {len(embedding.weight)}")
-    for name, tensor in decoder.named_parameters():
-        if tensor.device.type != "cpu":
-            refuse(f"weights on {tensor.device} ({name})")
-        if "lora_" not in name and (tensor.dtype not in FLOATS or tensor.dtype != embedding.weight.dtype):
-            refuse(f"weights of {tensor.dtype} ({name}; only float32 or bfloat16, the same in all modules)")
-    if head is not None and head.weight.dtype != embedding.weight.dtype:
-        refuse(f"an output layer of {head.weight.dtype} behind an embedding of {embedding.weight.dtype}")
-    if dtype not in FLOATS:
-        refuse(f"packed weights of {dtype} (only float32 and bfloat16)")
-    family = type(decoder).__module__
-    if not family.startswith("transformers.models.") or len(decoder.layers) > config.num_hidden_layers:
-        refuse(f"decoders of class {type(decoder).__name__} with {len(decoder.layers)} layers (only transformers' own)")
-    for name, module in decoder.named_modules():
-        if name.endswith("_proj") and type(module) is not nn.Linear:
-            _lora(name, module, refuse)
-    dim, inner, width = config.hidden_size, config.intermediate_size, decoder.layers[0].self_attn.head_dim
-    queries, keys = config.num_attention_heads * width, config.num_key_value_heads * width
-    shapes = (queries, dim), (keys, dim), (keys, dim), (dim, queries), (inner, dim), (inner, dim), (dim, inner)
-    for number, layer in enumerate(decoder.layers):
-        attention, norms = layer.self_attn, (layer.input_layernorm, layer.post_attention_layernorm, decoder.norm)
-        if any(type(part).__module__ != family for part in (layer, attention, layer.mlp, *norms, rotary)):
-            refuse(f"parts of other classes (layer {number})")
-        if type(layer.mlp.act_fn) is not SILU:
-            refuse(f"the activation {type(layer.mlp.act_fn).__name__} (layer {number}; only silu)")
-        if attention.scaling != attention.head_dim**-0.5 or any(n.variance_epsilon != config.rms_norm_eps for n in norms):
-            refuse(f"another scale of attention, or another epsilon, than the config says (layer {number})")
-        linears = (layer.get_submodule(name) for names in MATRICES.values() for name in names)
-        if any(linear.weight.shape != shape for linear, shape in zip(linears, shapes, strict=True)):
-            refuse(f"weights of other sizes than the config says (layer {number})")
-        sizes = attention.head_dim, attention.num_key_value_groups, attention.layer_idx, attention.is_causal
-        groups = config.num_attention_heads // config.num_key_value_heads
-        if sizes != (width, groups, number, True) or attention.config is not config:
-            refuse(f"attention of other sizes than the config says, or that looks ahead (layer {number})")
-
-
-def _lora(name: str, module: nn.Module, refuse) -> None:
-    from peft.tuners.lora import Linear
-
-    if not isinstance(module, Linear) or type(module.get_base_layer()) is not nn.Linear:
-        refuse(f"layers of class {type(module).__name__} ({name})")
-    if (
-        len(module.active_adapters) > 1
-        or not set(module.active_adapters) <= module.lora_A.keys()
-        or module.lora_variant
-        or any(
-            type(part) is not nn.Linear or part.bias is not None for part in (*module.lora_A.values(), *module.lora_B.values())
-        )
-        or any(type(part) not in (nn.Identity, nn.Dropout) for part in module.lora_dropout.values())
-    ):
-        refuse(
-            f"several adapters, one that this layer has not, variants of LoRA, its bias, or parts of other classes ({name})"
-        )
-
-
-def _weight(linear: nn.Module) -> Tensor:
-    """The weight of a linear layer with its LoRA, dense."""
-    if not hasattr(linear, "get_base_layer"):
-        return linear.weight.detach().contiguous()
-    weight = linear.get_base_layer().weight.detach()
-    if not (linear.merged or linear.disable_adapters):
-        weight = weight.float() + sum(linear.get_delta_weight(name).float() for name in linear.active_adapters)
-    return weight.contiguous()
-
-
-def _factors(linear: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """LoRA of a linear layer: A [r, inputs] and B [outputs, r], scaled; none without an adapter, or with one switched off."""
-    if not hasattr(linear, "get_base_layer") or linear.disable_adapters:
-        return []
-    return [
-        (linear.lora_A[name].weight.float(), linear.lora_B[name].weight.float() * linear.scaling[name])
-        for name in linear.active_adapters
-    ]
-
-
 def _dense(values, dtype: torch.dtype, name: str) -> Tensor:
     """Values as the extension takes them: it checks shape and device, and that nothing was moved between devices."""
     tensor = values if isinstance(values, Tensor) else torch.tensor(values, device="cpu")
@@ -361,11 +142,7 @@ def _ids(rows: list) -> Tensor:
     return torch.tensor(rows, dtype=torch.long, device="cpu")
 
 
-def _float(weight: Tensor) -> Tensor:
-    return weight.detach().float().contiguous()
-
-
-def _zeros(*shape: int) -> Tensor:
+def zeros(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.float32, device="cpu")
 
 
@@ -399,7 +176,7 @@ def continuations(stack: Stack, groups, progress: str = "states") -> Iterator[tu
     before: Sequence[int] = []
     for (prompt, _), parts in zip(bar, passes, strict=True):
         cache.cut(known := shared(before, prompt))
-        last = stack(_ids([prompt[known:]]), cache)[0, -1:] if prompt else _zeros(0, stack.dim)
+        last = stack(_ids([prompt[known:]]), cache)[0, -1:] if prompt else zeros(0, stack.dim)
         for row in range(1, max(map(len, parts), default=1)):
             cache.copy(row, 0, len(prompt))
         states, before = [], prompt
@@ -427,73 +204,3 @@ def _together(several: Sequence[Sequence[int]], most: int) -> list[list[Sequence
         else:
             parts.append([response])
     return parts
-
-
-def can_pack(model: nn.Module) -> bool:
-    """Whether `pack` takes the model, and the machine has the memory for its weights once more."""
-    if eager() or not has_extension:
-        return False
-    decoder, head = _parts(model)
-    try:
-        _check(decoder, head, decoder.get_input_embeddings().weight.dtype, structure(model))
-    except PyargsError:
-        return False
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    screen = 0 if head is None else head.weight.numel()
-    return decoder in _stacks or 1.2 * (size + screen) < _available()
-
-
-CGROUP = Path("/sys/fs/cgroup")
-
-
-def _available() -> int:
-    """Bytes that the machine has left, or fewer where a container may take less. The files that it has read give way."""
-    left = [psutil.virtual_memory().available]
-    for limit, used, stat, of in (  # control groups, version 2 and 1
-        ("memory.max", "memory.current", "memory.stat", ""),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_"),
-    ):
-        with suppress(OSError, KeyError, ValueError):  # no such group, or its limit is "max"
-            files = dict(line.split() for line in (CGROUP / stat).read_text().splitlines())
-            files = int(files[f"{of}active_file"]) + int(files[f"{of}inactive_file"])
-            left.append(int((CGROUP / limit).read_text()) - int((CGROUP / used).read_text()) + files)
-    return min(left)
-
-
-_stacks: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()
-"""By decoder: the state of it and its output layer, their stack, and by adapter its state and its stack on the same ones."""
-
-
-def stack_of(model: nn.Module, adapter: nn.Module | None = None) -> Stack:
-    """`pack(model, adapter)`, once for as long as the decoder lives and neither its modules nor any of its numbers change (all
-    are read in each call); adapters share the packed weights.
-
-    A stack with an output layer serves those who ask for none.
-    """
-    decoder, head = _parts(model)
-    table = decoder.get_input_embeddings().weight  # it and the rotary embedding are what a stack goes on to read
-    asked = (
-        (structure(decoder), contents(decoder.parameters()), table.data_ptr(), id(getattr(decoder, "rotary_emb", None))),
-        None if head is None else (structure(head), contents(p for p in head.parameters() if p is not table)),
-    )
-    kept, stack, twins = _stacks.get(decoder, (asked, None, None))
-    if stack is None or any(one is not None and one != other for one, other in zip(asked, kept, strict=True)):
-        _stacks.pop(decoder, None)
-        stack = twins = None  # before the next one takes its memory
-        stack, twins = pack(model), WeakKeyDictionary()
-        _stacks[decoder] = asked, stack, twins
-    if adapter is None:
-        return stack
-    own = [p for name, p in adapter.named_parameters() if ".lora_" in name]  # the others are the decoder's
-    state = structure(adapter), contents(own)
-    kept, twin = twins.get(adapter, (None, None))
-    if kept != state:
-        twin = _with_delta(stack, decoder, adapter)
-        twins[adapter] = state, twin
-    return twin
-
-
-def _parts(model: nn.Module) -> tuple[nn.Module, nn.Module | None]:
-    """The decoder, and the output layer of a causal language model."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    return decoder, None if decoder is model else model.get_output_embeddings()

