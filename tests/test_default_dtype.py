@@ -159,7 +159,7 @@ def test_training_and_adapting(default, method):
             recipe.start(model, data.train, config)
         trainer.train_head(recipe, model, data.train, config)
         found = dict(model.head.state_dict())
-        if hasattr(recipe, "adapt"):
+        if recipe.adapt:
             user = data.support.users[0]
             own = torch.tensor([one == user for one in data.support.users]).nonzero().flatten()
             few = replace(config, adapt_steps=3) if hasattr(config, "adapt_steps") else config

@@ -59,7 +59,8 @@ def planted():
 
 
 def trained(recipe, planted, **fields):
-    few = {"adapt_steps": 200} if hasattr(recipe, "adapt") else {}  # as good as 500 on these pairs
+    recipe = hooks.with_defaults(recipe)
+    few = {"adapt_steps": 200} if recipe.adapt else {}  # as good as 500 on these pairs
     config = recipe.Config(**{"epochs": 12, "seed": 1, **few, **fields})
     torch.manual_seed(config.seed)
     model = recipe.build(Backbone(16), None, list(dict.fromkeys(planted.train.users)), config)

@@ -59,8 +59,7 @@ def trained(name: str, data, **fields):
     if hasattr(recipe, "start"):
         recipe.start(model, data.train, config)
     trainer.train_head(recipe, model, data.train, config)
-    if hasattr(recipe, "finish"):
-        recipe.finish(model, config)
+    recipe.finish(model, config)
     return model.eval(), config
 
 
@@ -621,7 +620,7 @@ VARIANTS = [(name, {}) for name in METHODS] + [
 def config_of(name: str, folder: str, **more):
     recipe = hooks.method(name)
     fields = {"backbone": folder, **SMALL.get(name, {}), **more}
-    if hasattr(recipe, "loss"):
+    if recipe.loss:
         fields = {"epochs": 1, "batch_size": 16, "lora_lr": 1e-2, **fields}
     return recipe.Config(**{"adapt_steps": 20, **fields} if hasattr(recipe.Config, "adapt_steps") else fields)
 
@@ -665,7 +664,7 @@ def test_full_training_is_seeded_and_leaves_the_base_alone(tuned, rows, lm_folde
     base, _ = load_lm(lm_folder)
     now = {key.replace(".base_layer", ""): value for key, value in model.backbone.state_dict().items()}
     assert all(torch.equal(value, now[key]) for key, value in base.get_decoder().state_dict().items())
-    if hasattr(hooks.method(name), "loss"):
+    if hooks.method(name).loss:
         moved = [value for key, value in model.backbone.state_dict().items() if "lora_B" in key]
         assert moved and all(value.abs().sum() > 0 for value in moved)  # LoRA's B starts at zero
 
@@ -738,7 +737,7 @@ def left_pad_prompt(model, prompt):
     return left_pad([encode_prompt(model.tokenizer, prompt)], 0)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if hasattr(hooks.method(name), "loss")])
+@pytest.mark.parametrize("name", [name for name in METHODS if hooks.method(name).loss])
 def test_a_killed_training_goes_on_where_it_was(name, rows, lm_folder, tmp_path, monkeypatch):
     """Stopped in the fifth step, with a checkpoint after every second one: the result is that of an undisturbed run."""
     config = config_of(name, lm_folder, checkpoint_steps=2, batch_size=12)
@@ -768,7 +767,7 @@ def test_a_killed_training_goes_on_where_it_was(name, rows, lm_folder, tmp_path,
         torch.testing.assert_close(value, again.state_dict()[key], atol=1e-6, rtol=1e-5, msg=key)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if hasattr(hooks.method(name), "loss")])
+@pytest.mark.parametrize("name", [name for name in METHODS if hooks.method(name).loss])
 def test_bfloat16_backbones_have_float32_heads_and_losses(name, rows, lm_folder):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -814,7 +813,7 @@ def fit_examples(model, data) -> list[dict]:
 def test_one_packed_pass_is_two_passes(tuned, rows):
     """A pair's responses behind one copy of their prompt, and each behind its own: the same within float32 rounding."""
     _, _, model, _ = tuned
-    if not hasattr(model, "forward") or not hasattr(hooks.method(model.about["method"]), "loss"):
+    if not hasattr(model, "forward") or not hooks.method(model.about["method"]).loss:
         return
     examples = fit_examples(model, of_split(rows, "query").select(range(5)))
     with torch.no_grad():

@@ -64,15 +64,15 @@ def run(name: str, data) -> dict:
         seconds[what] = round(time.perf_counter() - started - sum(seconds.values()), 1)
 
     recipe = hooks.method(method)
-    fields = {**fields, **({"epochs": 1.0, "batch_size": 8} if hasattr(recipe, "loss") else {})}
+    fields = {**fields, **({"epochs": 1.0, "batch_size": 8} if recipe.loss else {})}
     losses = []
-    if hasattr(recipe, "loss"):
+    if recipe.loss:
         plain = recipe.loss
         recipe.loss = lambda *args: losses.append(plain(*args)) or losses[-1]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PReF: sparse data
         model = trainer.train(method, data, recipe.Config(**fields))
-    if hasattr(recipe, "loss"):
+    if recipe.loss:
         recipe.loss = plain
     lap("train")
     adapt.adapt(model, data)

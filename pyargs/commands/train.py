@@ -7,12 +7,11 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
-    import pkgutil
     from dataclasses import fields
 
-    from pyargs import methods
     from pyargs.commands import add_data
     from pyargs.config import TINY, add_options
+    from pyargs.training import hooks
 
     # A first look at the words tells the method, whose fields are the other flags, and whether --tiny presets some of them.
     first = argparse.ArgumentParser(add_help=False)
@@ -23,8 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
     known_words = first.parse_known_args(words)[0]
     name, preset = known_words.method, TINY if known_words.tiny else {}
 
-    known = [module.name for module in pkgutil.iter_modules(methods.__path__)]
-    parser.add_argument("method", help=f"one of {', '.join(known)}, or a path to a .py file; its flags follow from it")
+    parser.add_argument("method", help=f"one of {', '.join(hooks.names())}, or a path to a .py file; its flags follow from it")
     parser.add_argument("--out", required=not preset, help="folder for the model; a killed full training goes on where it was")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, with sizes, and stop")
     parser.add_argument(
@@ -32,9 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
     )
     add_data(parser, required=not preset)
     if name:
-        from pyargs.training.hooks import method
-
-        config = method(name).Config
+        config = hooks.method(name).Config
         add_options(parser.add_argument_group(f"method {name}"), config)
         own = {field.name for field in fields(config)} | {"data"}
         out = f"output/tiny/{Path(name).stem}"
@@ -65,7 +61,7 @@ def run(args: argparse.Namespace) -> dict:
         "frozen": getattr(config, "freeze_backbone", False),
         "pairs": len(rows),
         "users": len(set(rows["user_id"])),
-        "steps": round(epochs(config) * -(-len(rows) // config.batch_size)) if hasattr(recipe, "loss") else 0,
+        "steps": round(epochs(config) * -(-len(rows) // config.batch_size)) if recipe.loss else 0,
         "out": args.out,
     }
     if args.dry_run:

@@ -47,7 +47,7 @@ def adapt(model, dataset, *, steps: int | None = None, method: str | None = None
         if not hasattr(config, "adapt_steps"):
             raise PyargsError(f"{model.about['method']} takes no steps to adapt: leave adapt_steps out")
         config = replace(config, adapt_steps=steps)
-    if not hasattr(recipe, "adapt"):
+    if recipe.adapt is None:
         return ids
     known = [user for user in ids if user in model.known_users]
     if known and not again:
@@ -59,7 +59,7 @@ def adapt(model, dataset, *, steps: int | None = None, method: str | None = None
     for user, own in zip(ids, pairs_of_users(rows["user_id"], ids), strict=True):
         torch.manual_seed(config.seed)
         pairs = rows.select(own.tolist())
-        support = recipe.support(model, pairs) if hasattr(recipe, "support") else model.read(pairs)
+        support = recipe.support(model, pairs)
         found.append(recipe.adapt(model, support, [user], config))
     model.users.remove([user for user in known if user in model.users.ids])
     model.users.append(ids, **{name: torch.cat([one[name] for one in found]) for name in found[0]})

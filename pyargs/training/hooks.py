@@ -1,4 +1,8 @@
-"""A method by its name, with the hooks that it leaves out."""
+"""A method by its name, and what its hooks do where it leaves them out.
+
+A method is a module with `Config` and `build(lm, tokenizer, users, config)`. Everything else that training and adaptation ask
+of it is a hook with a default here.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,54 @@ import importlib.util
 import pkgutil
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from pyargs.errors import PyargsError, did_you_mean
 
 
-def method(name: str):
+def _nothing(*_) -> None:
+    pass
+
+
+def _head_at_its_rate(model, config) -> list[dict]:
+    return [{"params": model.head.parameters(), "lr": config.head_lr}] if hasattr(model, "head") else []
+
+
+def _all_at_once(model, config) -> list[set]:
+    return [{p for p in model.parameters() if p.requires_grad}]
+
+
+def _read(model, rows):
+    return model.read(rows)
+
+
+DEFAULTS = {
+    "loss": None,  # (model, batch, config) -> the loss, a scalar; without it nothing is trained
+    "warm_start": _nothing,  # (model, rows, config): before the first step
+    "groups": _head_at_its_rate,  # (model, config) -> the optimizer's parameter groups beside LoRA's
+    "turns": _all_at_once,  # (model, config) -> the sets of parameters that a minibatch updates in turn, a forward pass each
+    "finish": _nothing,  # (model, config): behind the last step
+    "support": _read,  # (model, rows of one user) -> what `adapt` is given
+    "adapt": None,  # (model, support, [user], config) -> {kind of vector: [1, ...]}; without it users have no vectors
+}
+
+
+def method(name: str) -> ModuleType:
     """The module pyargs/methods/<name>.py, or the file itself where `name` is a path to a .py file, which is run.
 
-    So a path must come from the caller, never out of a file.
+    So a path must come from the caller, never out of a file. Hooks that the module leaves out are those of `DEFAULTS`.
     """
-    from pyargs import methods
+    return with_defaults(_module(name))
 
+
+def with_defaults(module: ModuleType) -> ModuleType:
+    """The same module, with those hooks of `DEFAULTS` that it leaves out."""
+    for hook, default in DEFAULTS.items():
+        vars(module).setdefault(hook, default)
+    return module
+
+
+def _module(name: str) -> ModuleType:
     if name.endswith(".py"):
         if not Path(name).is_file():
             raise PyargsError(f"no method file {name}")
@@ -25,10 +66,15 @@ def method(name: str):
         module = sys.modules[own] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
         spec.loader.exec_module(module)
         return module
-    known = [m.name for m in pkgutil.iter_modules(methods.__path__)]
+    known = names()
     if name not in known:
         raise PyargsError(f"unknown method '{name}'.{did_you_mean(name, known)}")
     return importlib.import_module(f"pyargs.methods.{name}")
+
+
+def names() -> list[str]:
+    """The methods of the package: its files in `pyargs/methods`."""
+    return [module.name for module in pkgutil.iter_modules([str(Path(__file__).parents[1] / "methods")])]
 
 
 def method_of(model, given: str | None):

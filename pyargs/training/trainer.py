@@ -53,14 +53,13 @@ def train(name: str, dataset, config=None, *, checkpoints: str | Path | None = N
         "fingerprint": fingerprint(decoder), "max_length": config.max_length,
     }  # fmt: skip
     model.to(lm.device)
-    if not hasattr(recipe, "loss"):
+    if recipe.loss is None:
         return model.eval()
 
     if not len(rows):
         raise PyargsError("no rows with split 'train': there is nothing to train on")
     lm.requires_grad_(False)
-    if hasattr(recipe, "warm_start"):
-        recipe.warm_start(model, rows, config)
+    recipe.warm_start(model, rows, config)
     set_seed(config.seed)  # what a warm start draws depends on the data
     if getattr(config, "freeze_backbone", False):
         train_head(recipe, model, model.read(rows), config)
@@ -74,15 +73,8 @@ def train(name: str, dataset, config=None, *, checkpoints: str | Path | None = N
             dropout=config.lora_dropout,
         )
         _train_all(recipe, model, rows, config, checkpoints)
-    if hasattr(recipe, "finish"):
-        recipe.finish(model, config)
+    recipe.finish(model, config)
     return model.eval()
-
-
-def _turns(recipe, model, config) -> list[set]:
-    """The parameter sets that a minibatch updates in turn, each after a forward pass of its own; one set for most methods."""
-    everything = {p for p in model.parameters() if p.requires_grad}
-    return recipe.turns(model, config) if hasattr(recipe, "turns") else [everything]
 
 
 def train_head(recipe, model: RewardModel, data: Features, config) -> None:
@@ -95,7 +87,7 @@ def train_head(recipe, model: RewardModel, data: Features, config) -> None:
     steps = math.ceil(epochs(config) * per_epoch)  # as the Trainer counts
     schedule = get_cosine_schedule_with_warmup(optimizer, round(config.warmup * steps), steps)
     order = torch.Generator().manual_seed(config.seed)
-    turns = _turns(recipe, model, config)
+    turns = recipe.turns(model, config)
     model.head.train()
     with progress_bar(range(steps), desc="train", unit="step") as bar:
         for step in bar:
@@ -158,7 +150,7 @@ def _train_all(recipe, model, rows, config, checkpoints: str | Path | None) -> N
             return self.optimizer
 
         def training_step(self, wrapped, inputs, num_items_in_batch=None):
-            *first, last = _turns(recipe, model, config)
+            *first, last = recipe.turns(model, config)
             for active in first:  # whole steps of their own; the trainer makes the last one
                 super().training_step(wrapped, inputs, num_items_in_batch)
                 _drop_others(model, active)
@@ -198,7 +190,7 @@ def _train_all(recipe, model, rows, config, checkpoints: str | Path | None) -> N
 
     if config.accumulation > config.batch_size:
         raise PyargsError(f"accumulation={config.accumulation} splits a batch of {config.batch_size}: it can be at most that")
-    if config.accumulation > 1 and len(_turns(recipe, model, config)) > 1:
+    if config.accumulation > 1 and len(recipe.turns(model, config)) > 1:
         raise PyargsError("alternating updates need whole minibatches: use accumulation=1")
     if config.gradient_checkpointing:
         model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
