@@ -51,7 +51,7 @@ def ids(data: Features) -> list[str]:
 
 
 def trained(name: str, data, **fields):
-    """A method trained on planted features, as `fit.train` does it with a frozen backbone."""
+    """A method trained on planted features, as `trainer.train` does it with a frozen backbone."""
     recipe = hooks.method(name)
     config = recipe.Config(seed=1, **fields)
     torch.manual_seed(config.seed)

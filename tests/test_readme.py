@@ -31,16 +31,16 @@ def test_the_ten_lines_run(tmp_path, capsys):
 
 def test_the_tree_is_true():
     tree = README.split("## What is here")[1].split("```")[1]
-    folder = None
+    folders = {0: ROOT}  # by indentation
     for line in tree.strip().splitlines():
-        names = re.findall(
-            r"[\w./]+/|[\w]+\.(?:py|cpp|h)\b", line.split("  ", 1)[0] if not line.startswith(" ") else line[:22]
-        )
-        for name in names:
-            base = ROOT if not line.startswith(" ") else folder
-            assert (base / name).exists(), f"README names {name}, which {base} does not hold"
-            if not line.startswith(" ") and name.endswith("/"):
-                folder = ROOT / name
+        indent = len(line) - len(line.lstrip())
+        if indent not in folders:
+            continue  # more about what stands above
+        for name in re.findall(r"[\w./]+/|[\w]+\.(?:py|cpp|h)\b", line.strip().split("  ", 1)[0]):
+            place = folders[indent] / name
+            assert place.exists(), f"README names {name}, which {folders[indent]} does not hold"
+            if name.endswith("/"):
+                folders = {n: folder for n, folder in folders.items() if n <= indent} | {indent + 2: place}
 
 
 def test_the_tree_names_every_file_of_lm():

@@ -17,16 +17,18 @@ def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
 def run(args: argparse.Namespace) -> dict:
     from pathlib import Path
 
-    from pyargs import demo, files
+    from pyargs import files
+    from pyargs.demo import page
+    from pyargs.demo.run import run as measure
     from pyargs.errors import PyargsError
 
     if not 3 <= args.prompts <= 12:
         raise PyargsError(f"--prompts is 3 to 12 (an interval needs some), got {args.prompts}")
     out = Path(args.out)
-    result = demo.run(out, SHOWN, backbone=args.backbone, prompts=args.prompts)
+    result = measure(out, SHOWN, backbone=args.backbone, prompts=args.prompts)
     result["provenance"] = files.provenance(0)
     files.write_json(out / "result.json", result)
-    demo.write_report(out / "report.html", result)
-    demo.print_table(result, out)
+    page.write_report(out / "report.html", result)
+    page.print_table(result, out)
     # The report holds the texts; stdout gets the numbers.
     return {name: value for name, value in result.items() if name != "answers"}
