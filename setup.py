@@ -52,14 +52,21 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve()
         cmake = [
-            "cmake", "-S", str(Path(__file__).resolve().parent), "-B", str(build), "-GNinja",
+            "cmake",
+            "-S",
+            str(Path(__file__).resolve().parent),
+            "-B",
+            str(build),
+            "-GNinja",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
-            f"-DPYARGS_TORCH_DIR={torch[0]}", f"-DPYARGS_TORCH_VERSION={torch[1]}",
+            f"-DPYARGS_TORCH_DIR={torch[0]}",
+            f"-DPYARGS_TORCH_VERSION={torch[1]}",
             f"-DPYARGS_PYBIND11_INCLUDE={pybind11.get_include()}",
             f"-DPYARGS_PYTHON_INCLUDE={sysconfig.get_paths()['include']}",
-            f"-DPYARGS_OUTPUT_DIR={target.parent}", f"-DPYARGS_OUTPUT_NAME={target.name}",
+            f"-DPYARGS_OUTPUT_DIR={target.parent}",
+            f"-DPYARGS_OUTPUT_NAME={target.name}",
             f"-DPYARGS_CUDA={os.environ.get('PYARGS_CUDA') or 'AUTO'}",
-        ]  # fmt: skip
+        ]
         if shutil.which("ninja"):  # pip's isolation moves between calls: never keep the path of an older ninja
             cmake.append(f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}")
         subprocess.run(cmake, check=True)

@@ -19,9 +19,12 @@ CUDA = Path(__file__).parents[1] / "csrc" / "kernels" / "cuda"
 ARCHITECTURES = ("80", "90", "100")
 # Registers of a thread, by kernel: the 65,536 of an SM over the threads that should fit.
 LIMIT = {
-    "topk_logprobs_kernel": 80, "score_select_kernel": 64, "tokenwise_select_kernel": 80, "user_mlp_kernel": 128,
+    "topk_logprobs_kernel": 80,
+    "score_select_kernel": 64,
+    "tokenwise_select_kernel": 80,
+    "user_mlp_kernel": 128,
     "commit_kernel": 64,
-}  # fmt: skip
+}
 ENTRY = re.compile(r"Compiling entry function '(\S+)' for 'sm_(\d+)a?'")
 USED = re.compile(r"Used (\d+) registers")
 SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")

@@ -65,10 +65,13 @@ def build(release: str, folder: Path) -> None:
     (torch_dir / "include").symlink_to(headers(release) / "include")
     (torch_dir / "lib").symlink_to(INSTALLED / "lib")
     options = {
-        "PYARGS_TORCH_DIR": torch_dir, "PYARGS_TORCH_VERSION": f"{release} (headers)", "PYARGS_OUTPUT_DIR": target,
-        "PYARGS_PYBIND11_INCLUDE": pybind11.get_include(), "PYARGS_PYTHON_INCLUDE": sysconfig.get_paths()["include"],
+        "PYARGS_TORCH_DIR": torch_dir,
+        "PYARGS_TORCH_VERSION": f"{release} (headers)",
+        "PYARGS_OUTPUT_DIR": target,
+        "PYARGS_PYBIND11_INCLUDE": pybind11.get_include(),
+        "PYARGS_PYTHON_INCLUDE": sysconfig.get_paths()["include"],
         "PYARGS_CUDA": "ON" if shutil.which("nvcc") else "OFF",
-    }  # fmt: skip
+    }
     cmake = ["cmake", "-S", ROOT, "-B", folder / "build", "-GNinja", *(f"-D{name}={value}" for name, value in options.items())]
     subprocess.run(cmake, check=True, stdout=subprocess.DEVNULL)
     subprocess.run(["cmake", "--build", folder / "build"], check=True, stdout=subprocess.DEVNULL)

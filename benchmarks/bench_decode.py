@@ -92,9 +92,17 @@ class Clock(StoppingCriteria):
 def loops(policy, model, merged, ids: Tensor, users: list[str], steps: int) -> dict[str, Callable[[Clock], object]]:
     mask = torch.ones_like(ids)
     options = dict(
-        reward_weight=WEIGHT, num_candidates=10, max_new_tokens=steps, eos_token_id=[], pad_token_id=0, do_sample=False,
-        temperature=1.0, seed=0, eos_reward="before", tokenizer=None,
-    )  # fmt: skip
+        reward_weight=WEIGHT,
+        num_candidates=10,
+        max_new_tokens=steps,
+        eos_token_id=[],
+        pad_token_id=0,
+        do_sample=False,
+        temperature=1.0,
+        seed=0,
+        eos_reward="before",
+        tokenizer=None,
+    )
 
     def copies(clock: Clock):
         return reference.decode(policy, merged, check(policy, merged, ids, mask, users, **options, token_callback=clock))
@@ -141,14 +149,20 @@ def compare(policy, model, merged, batches: list[tuple[Tensor, list[str]]], step
     chosen, rows = torch.cat(slots), len(batches[0][0])
     size = sum(p.numel() * p.element_size() for p in policy.parameters())
     return {
-        "B": rows, "T": batches[0][0].shape[1], **{f"{name} ms": ms[name] for name in seconds},
-        "pyargs tok/s": rows / ms["pyargs"] * 1e3, "reference/pyargs": ratio("reference", "pyargs"),
-        "HF/pyargs": ratio("HF", "pyargs"), "pyargs/greedy": ratio("pyargs", "greedy"),
-        "top-1": (chosen == 0).float().mean().item(), "missed": (chosen >= GUESSES.get(rows, 0)).float().mean().item(),
-        "of stream": size / ms["pyargs"] / 1e6 / statistics.median(rate), "greedy of stream": size / ms["greedy"] / 1e6
-        / statistics.median(rate), "same tokens": "yes" if min(agree) == 1 else f"{statistics.mean(agree):.0%}",
+        "B": rows,
+        "T": batches[0][0].shape[1],
+        **{f"{name} ms": ms[name] for name in seconds},
+        "pyargs tok/s": rows / ms["pyargs"] * 1e3,
+        "reference/pyargs": ratio("reference", "pyargs"),
+        "HF/pyargs": ratio("HF", "pyargs"),
+        "pyargs/greedy": ratio("pyargs", "greedy"),
+        "top-1": (chosen == 0).float().mean().item(),
+        "missed": (chosen >= GUESSES.get(rows, 0)).float().mean().item(),
+        "of stream": size / ms["pyargs"] / 1e6 / statistics.median(rate),
+        "greedy of stream": size / ms["greedy"] / 1e6 / statistics.median(rate),
+        "same tokens": "yes" if min(agree) == 1 else f"{statistics.mean(agree):.0%}",
         "GB/s": statistics.median(rate),
-    }  # fmt: skip
+    }
 
 
 def plot(rows: list[dict], title: str, file: Path) -> None:

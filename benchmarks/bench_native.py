@@ -81,13 +81,15 @@ def compare(name: str, fns: dict[str, Callable], rows: int, weights: int, size: 
             seconds[side].append(statistics.median(times))
     ours = statistics.median(seconds["native"])
     return {
-        "pass": name, "HF ms": statistics.median(seconds["HF"]) * 1e3, "native ms": ours * 1e3,
+        "pass": name,
+        "HF ms": statistics.median(seconds["HF"]) * 1e3,
+        "native ms": ours * 1e3,
         "HF/native": statistics.median(a / b for a, b in zip(seconds["HF"], seconds["native"], strict=True)),
         "GB/s": weights * size / ours / 1e9,
         "of stream": statistics.median(weights * size / 1e9 / t / r for t, r in zip(seconds["native"], rates, strict=True)),
         "GFLOP/s": 2 * rows * weights / ours / 1e9,
         "largest error": float((results[0] - results[1]).abs().max() / results[0].abs().max()),
-    }  # fmt: skip
+    }
 
 
 @torch.no_grad()

@@ -32,8 +32,7 @@ def measure(quick: bool, rate: float) -> list[dict]:
     torch.manual_seed(0)
     model = lore.build(lm, tokenizer, ["ann", "bob"], config)
     lm.requires_grad_(False)
-    rows = [compare(what, length, lm, model, quick) for length in LENGTHS[quick]
-            for what in ("features", "scoring")]  # fmt: skip
+    rows = [compare(what, length, lm, model, quick) for length in LENGTHS[quick] for what in ("features", "scoring")]
     lora.add(lm.get_decoder(), rank=8, alpha=16, rslora=True, target_modules=None)
     return rows + [compare("train", length, lm, model, quick) for length in LENGTHS[quick]]
 
@@ -53,10 +52,15 @@ def compare(what: str, length: int, lm, model, quick: bool) -> dict:
     seconds = interleaved(ways, repeats=3, warmup=1)
     share, own = (pack([e["prompt"] for e in examples], [e["responses"] for e in examples], share=s) for s in (True, False))
     return {
-        "what": what, "prompt": length, "packed ms": round(1e3 * seconds["packed"], 1),
-        "separate ms": round(1e3 * seconds["separate"], 1), "ratio": round(seconds["separate"] / seconds["packed"], 2),
-        "tokens packed": share.input_ids.numel(), "tokens separate": own.input_ids.numel(), "largest difference": difference,
-    }  # fmt: skip
+        "what": what,
+        "prompt": length,
+        "packed ms": round(1e3 * seconds["packed"], 1),
+        "separate ms": round(1e3 * seconds["separate"], 1),
+        "ratio": round(seconds["separate"] / seconds["packed"], 2),
+        "tokens packed": share.input_ids.numel(),
+        "tokens separate": own.input_ids.numel(),
+        "largest difference": difference,
+    }
 
 
 def once(what: str, lm, model, examples: list[dict], share: bool) -> torch.Tensor:

@@ -50,10 +50,15 @@ def compare(lm, dtype: str, length: int, shared: int, new: int, repeats: int) ->
     seconds = interleaved({"ours": ours, "HF": theirs}, repeats=repeats, warmup=0)  # it calls each once before it counts
     same = (answers["ours"] == answers["HF"]).cumprod(1).double().mean().item()
     return {
-        "dtype": dtype, "prompts": len(prompts), "tokens": length, "shared": shared, "new": new,
+        "dtype": dtype,
+        "prompts": len(prompts),
+        "tokens": length,
+        "shared": shared,
+        "new": new,
         **{f"{name} ms": round(1e3 * s, 1) for name, s in seconds.items()},
-        "ratio": round(seconds["HF"] / seconds["ours"], 2), "same": round(same, 3),
-    }  # fmt: skip
+        "ratio": round(seconds["HF"] / seconds["ours"], 2),
+        "same": round(same, 3),
+    }
 
 
 if __name__ == "__main__":

@@ -63,12 +63,14 @@ def compare(lm, length: int, size: int, repeats: int) -> dict:
     memory = {name: peak(fn) for name, fn in ways.items()}
     difference = max((a - b).abs().max().item() for a, b in zip(*(fn() for fn in ways.values()), strict=True))
     return {
-        "prompt": length, "response": size, **{f"{name} ms": round(1e3 * s, 1) for name, s in seconds.items()},
+        "prompt": length,
+        "response": size,
+        **{f"{name} ms": round(1e3 * s, 1) for name, s in seconds.items()},
         "ratio": round(seconds["torch"] / seconds["ours"], 2),
         **{f"{name} MiB": round(m, 1) for name, m in memory.items()},
         "memory": round(memory["ours"] / memory["torch"], 3) if memory["torch"] else math.nan,
         "largest difference": difference,
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

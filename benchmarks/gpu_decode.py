@@ -54,19 +54,38 @@ SIZES = {  # hidden, intermediate, layers, heads, key-value heads, tied
 }
 USERS = [f"user_{i}" for i in range(32)]
 K, PROMPT = 10, 256
-COLUMNS = ["size", "B", "way", "passes", "ms", "tokens/s", "limit ms", "of limit", "x reference", "x greedy", "top-1",
+COLUMNS = [
+    "size",
+    "B",
+    "way",
+    "passes",
+    "ms",
+    "tokens/s",
+    "limit ms",
+    "of limit",
+    "x reference",
+    "x greedy",
+    "top-1",
     "RM KV MB",
-]  # fmt: skip
+]
 
 
 def random_lm(size: str, device: str):
     """A causal language model of this shape, N(0, 0.02) weights made on the device."""
     hidden, intermediate, layers, heads, groups, tied = SIZES[size]
     config = Qwen2Config(
-        vocab_size=1000 if size == "tiny" else 151936, hidden_size=hidden, intermediate_size=intermediate,
-        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=groups, tie_word_embeddings=tied,
-        max_position_embeddings=4096, bos_token_id=None, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=1000 if size == "tiny" else 151936,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        tie_word_embeddings=tied,
+        max_position_embeddings=4096,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
     with torch.device(device):
         lm = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
     for name, parameter in lm.named_parameters():
@@ -157,9 +176,15 @@ def greedy(policy, ids: Tensor, steps: int) -> float:
 
     def step() -> None:
         token = topk_logprobs(logits, 1)[1]
-        logits.copy_(policy(
-            input_ids=token, attention_mask=cache.branches(1), position_ids=cache.position, logits_to_keep=1, **cached,
-        ).logits[:, -1])  # fmt: skip
+        logits.copy_(
+            policy(
+                input_ids=token,
+                attention_mask=cache.branches(1),
+                position_ids=cache.position,
+                logits_to_keep=1,
+                **cached,
+            ).logits[:, -1]
+        )
         cache.advance(1)
 
     with few_launches(policy.get_decoder()):
@@ -207,10 +232,17 @@ def compare(
         weight = balanced_weight(policy, model, prompts)
         second, top = ours(policy, model, prompts, steps, weight)
         passes_ = eager.of(policy, model, len(ids), K)
-        rows.append({
-            "way": way, "seconds": second, "bytes": one if passes_ is eager.OnePass else two, "top-1": top,
-            "passes": passes_.__name__, "RM KV MB": _reward_memory(policy, model, ids, weight), "reward_weight": weight,
-        })  # fmt: skip
+        rows.append(
+            {
+                "way": way,
+                "seconds": second,
+                "bytes": one if passes_ is eager.OnePass else two,
+                "top-1": top,
+                "passes": passes_.__name__,
+                "RM KV MB": _reward_memory(policy, model, ids, weight),
+                "reward_weight": weight,
+            }
+        )
 
     def generate(clock):
         return policy.generate(
@@ -235,10 +267,14 @@ def compare(
     for row in rows:
         second, limit = row.pop("seconds"), row.pop("bytes") / rate / 1e9
         row |= {
-            "B": len(ids), "ms": second * 1e3, "tokens/s": len(ids) / second, "limit ms": limit * 1e3,
+            "B": len(ids),
+            "ms": second * 1e3,
+            "tokens/s": len(ids) / second,
+            "limit ms": limit * 1e3,
             "of limit": limit / second,
-            "x reference": seconds["reference"] / second, "x greedy": second / seconds["greedy"],
-        }  # fmt: skip
+            "x reference": seconds["reference"] / second,
+            "x greedy": second / seconds["greedy"],
+        }
     return rows
 
 

@@ -69,10 +69,20 @@ class Table:
         """make() -> arguments of both functions; size: bytes that one call must read."""
         inputs = self.inputs(make, size)
         one, two, eager = (seconds(fn, inputs, graph) for fn, graph in ((ours, True), (theirs, True), (theirs, False)))
-        self.rows.append({
-            "op": op, "shape": shape, **more, "ours us": one * 1e6, "torch us": two * 1e6, "ratio": two / one,
-            "torch eager us": eager * 1e6, "GB/s": size / one / 1e9, "of copy": size / one / 1e9 / self.rate, "target": target,
-        })  # fmt: skip
+        self.rows.append(
+            {
+                "op": op,
+                "shape": shape,
+                **more,
+                "ours us": one * 1e6,
+                "torch us": two * 1e6,
+                "ratio": two / one,
+                "torch eager us": eager * 1e6,
+                "GB/s": size / one / 1e9,
+                "of copy": size / one / 1e9 / self.rate,
+                "target": target,
+            }
+        )
         print(table(self.rows[-1:], COLUMNS).splitlines()[-1], flush=True)
 
     def random(self, *shape: int, dtype=torch.bfloat16) -> Tensor:
@@ -99,10 +109,17 @@ def topk(t: Table) -> None:
                 for k, torch_way in ((10, theirs), (40, theirs_40)):
                     want = targets.get(batch, "") if vocab == 151936 and dtype == torch.bfloat16 else ""
                     t.compare(
-                        "topk_logprobs", f"V={vocab}", lambda x, k=k: topk_logprobs(x, k), torch_way,
-                        lambda v=vocab, b=batch, d=dtype: (t.random(b, v, dtype=d),), batch * vocab * dtype.itemsize,
-                        B=batch, k=k, dtype=name(dtype), target=want,
-                    )  # fmt: skip
+                        "topk_logprobs",
+                        f"V={vocab}",
+                        lambda x, k=k: topk_logprobs(x, k),
+                        torch_way,
+                        lambda v=vocab, b=batch, d=dtype: (t.random(b, v, dtype=d),),
+                        batch * vocab * dtype.itemsize,
+                        B=batch,
+                        k=k,
+                        dtype=name(dtype),
+                        target=want,
+                    )
 
 
 def linear_heads(t: Table) -> None:
@@ -117,11 +134,14 @@ def linear_heads(t: Table) -> None:
 
             def make(batch=batch, k=k):
                 return (
-                    t.random(batch, k, dim), t.random(users, dim), torch.randint(users, (batch,), device=t.device),
-                    torch.ones(batch, device=t.device), t.random(batch, k, dtype=torch.float32),
+                    t.random(batch, k, dim),
+                    t.random(users, dim),
+                    torch.randint(users, (batch,), device=t.device),
+                    torch.ones(batch, device=t.device),
+                    t.random(batch, k, dtype=torch.float32),
                     torch.randint(1000, (batch, k), device=t.device),
                     torch.zeros(batch, dtype=torch.bool, device=t.device),
-                )  # fmt: skip
+                )
 
             size = batch * (k + 1) * dim * 2
             want = "75% of copy" if (batch, k) == (256, 40) else ""
@@ -136,8 +156,10 @@ def mlp_heads(t: Table) -> None:
     for batch in (2,) if t.dry else (1, 32, 256):
         for k in (10, 40):
             make = lambda batch=batch, k=k: (  # noqa: E731
-                t.random(batch, k, dim), t.random(batch, units, dim), torch.randperm(batch, device=t.device),
-            )  # fmt: skip
+                t.random(batch, k, dim),
+                t.random(batch, units, dim),
+                torch.randperm(batch, device=t.device),
+            )
             want = "60% of copy" if batch == 256 else ""
             size = batch * (k + units) * dim * 2
             shape = f"D={dim} H={units}"
@@ -154,9 +176,11 @@ def tokenwise(t: Table) -> None:
     vocab = 1000 if t.dry else 151936
     for batch in (2,) if t.dry else (1, 8, 32, 256):
         make = lambda batch=batch: (  # noqa: E731
-            t.random(batch, vocab), t.random(batch, vocab), torch.ones(batch, device=t.device),
+            t.random(batch, vocab),
+            t.random(batch, vocab),
+            torch.ones(batch, device=t.device),
             torch.zeros(batch, dtype=torch.bool, device=t.device),
-        )  # fmt: skip
+        )
         ours = lambda policy, reward, weight, finished: tokenwise_select(policy, reward, weight, finished, 10)  # noqa: E731
         size = 2 * batch * vocab * 2
         t.compare("tokenwise_select", f"V={vocab}", ours, theirs, make, size, B=batch, k=10, dtype="bfloat16")
@@ -172,8 +196,9 @@ def commits(t: Table) -> None:
     for batch in (2,) if t.dry else (1, 8, 32):
         make = lambda batch=batch: (  # noqa: E731
             [t.random(batch, heads, 300, dim) for _ in range(2 * layers)],
-            torch.randint(1, 10, (batch,), device=t.device), torch.tensor(200, device=t.device),
-        )  # fmt: skip
+            torch.randint(1, 10, (batch,), device=t.device),
+            torch.tensor(200, device=t.device),
+        )
         size = 2 * batch * layers * 2 * heads * dim * 2
         t.compare("commit", f"{layers} layers", commit, theirs, make, size, B=batch, k=10, dtype="bfloat16")
 

@@ -33,9 +33,20 @@ def main() -> None:
             features, bank = random(3, 64, hidden, dtype=dtype), random(5, hidden, dtype=dtype)
             for activation in ("identity", "relu", "gelu", "leaky_relu"):
                 score_select(
-                    features, bank, user, weight, logprobs, ids, finished, bias=bank, activation=activation, stop=stop,
-                    stop_reward=weight, temperature=0.7, uniform=weight / 2,
-                )  # fmt: skip
+                    features,
+                    bank,
+                    user,
+                    weight,
+                    logprobs,
+                    ids,
+                    finished,
+                    bias=bank,
+                    activation=activation,
+                    stop=stop,
+                    stop_reward=weight,
+                    temperature=0.7,
+                    uniform=weight / 2,
+                )
         user_mlp(random(3, 13, 577, dtype=dtype), random(5, 37, 577, dtype=dtype), user)
         tokenwise_select(logits, random(3, 17001, dtype=dtype), weight, finished, 64, stop=stop)
         commit([torch.randn(3, 2, 9, 33, device=DEVICE).to(dtype)] * 3, user % 3, torch.tensor(4, device=DEVICE))

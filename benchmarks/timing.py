@@ -93,9 +93,12 @@ def against_torch(seconds: dict[str, float], read: Tensor, rate: float) -> dict:
     """The columns that every op's row ends with: both times, their ratio, and how fast the op reads the tensor `read`."""
     speed = read.numel() * read.element_size() / seconds["ours"] / 1e9
     return {
-        "ours us": round(seconds["ours"] * 1e6, 1), "torch us": round(seconds["torch"] * 1e6, 1),
-        "ratio": round(seconds["torch"] / seconds["ours"], 2), "GB/s": round(speed, 2), "of stream": round(speed / rate, 2),
-    }  # fmt: skip
+        "ours us": round(seconds["ours"] * 1e6, 1),
+        "torch us": round(seconds["torch"] * 1e6, 1),
+        "ratio": round(seconds["torch"] / seconds["ours"], 2),
+        "GB/s": round(speed, 2),
+        "of stream": round(speed / rate, 2),
+    }
 
 
 def main(description: str | None, measure: Callable[[bool, float], list[dict]], columns: list[str]) -> None:

@@ -45,17 +45,23 @@ def decode(policy, model, input_ids, attention_mask, users, weight: float, stop:
             candidates.reshape(-1, 1), attention_mask=mask[copies], position_ids=place[copies], **reward_cached
         ).last_hidden_state
         token, slot, reward, finished = score_select(
-            hidden.view(batch, k, -1), directions, user, weights, logprobs, candidates, finished,
-            stop=stop, stop_reward=before, pad_id=pad,
-        )  # fmt: skip
+            hidden.view(batch, k, -1),
+            directions,
+            user,
+            weights,
+            logprobs,
+            candidates,
+            finished,
+            stop=stop,
+            stop_reward=before,
+            pad_id=pad,
+        )
         tokens.append(token)
         if finished.all():
             break
         before = reward.gather(1, slot.unsqueeze(1)).squeeze(1)
         reward_cache.reorder_cache((torch.arange(batch, device=device) * k + slot)[copies])  # all copies follow the winner
-        logits = policy(
-            token.unsqueeze(1), attention_mask=mask, position_ids=place, **policy_cached
-        ).logits[:, -1]  # fmt: skip
+        logits = policy(token.unsqueeze(1), attention_mask=mask, position_ids=place, **policy_cached).logits[:, -1]
     return torch.stack(tokens, dim=1)
 
 
@@ -68,9 +74,15 @@ def main(words: list[str] | None = None) -> torch.Tensor:
     stop = policy.generation_config.eos_token_id
     stop = [stop] if isinstance(stop, int) else list(stop or [])
     tokens = decode(
-        policy, model, **inputs, users=options.users, weight=weight, stop=stop, pad=tokenizer.pad_token_id,
+        policy,
+        model,
+        **inputs,
+        users=options.users,
+        weight=weight,
+        stop=stop,
+        pad=tokenizer.pad_token_id,
         steps=options.max_new_tokens,
-    )  # fmt: skip
+    )
     quick.show(tokenizer, options.users, tokens)
     return tokens
 

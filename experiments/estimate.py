@@ -21,19 +21,22 @@ def sizes(rows) -> dict:
     prompts = [p if isinstance(p, str) else " ".join(turn["content"] for turn in p) for p in rows["prompt"][:]]
     words = sum(len(p.split()) for p in prompts), sum(len(r.split()) for side in ("chosen", "rejected") for r in rows[side][:])
     return {
-        "pairs": dict(Counter(rows["split"])), "users": len(set(rows["user_id"])),
-        "prompt_tokens": round(PER_WORD * words[0] / len(rows)), "response_tokens": round(PER_WORD * words[1] / 2 / len(rows)),
-    }  # fmt: skip
+        "pairs": dict(Counter(rows["split"])),
+        "users": len(set(rows["user_id"])),
+        "prompt_tokens": round(PER_WORD * words[0] / len(rows)),
+        "response_tokens": round(PER_WORD * words[1] / 2 / len(rows)),
+    }
 
 
 def counted(row: dict) -> dict:
     """The same from a row of results/data_statistics.json, for a set that is not built yet."""
     words = {name: row["words"][name]["mean"] for name in ("prompt", "chosen", "rejected")}
     return {
-        "pairs": {split: of["pairs"] for split, of in row["splits"].items()}, "users": row["users"],
+        "pairs": {split: of["pairs"] for split, of in row["splits"].items()},
+        "users": row["users"],
         "prompt_tokens": round(PER_WORD * words["prompt"]),
         "response_tokens": round(PER_WORD * (words["chosen"] + words["rejected"]) / 2),
-    }  # fmt: skip
+    }
 
 
 def tokens(row, settings: dict, size: dict) -> int:
@@ -124,11 +127,15 @@ def plan(left: list[Left], measured: list[tuple[str, int, float]], workers: int 
         for one, took in zip(left, seconds, strict=True)
     ]
     found = {
-        "cells": lines, "tokens": total, "cells_without_data": missing, "cells_without_estimate": unknown, "workers": workers,
+        "cells": lines,
+        "tokens": total,
+        "cells_without_data": missing,
+        "cells_without_estimate": unknown,
+        "workers": workers,
         "tokens_per_second": {kind: round(rate) for kind, rate in rates.items()},
         "hours": round(hours, 2) if rates or not unknown else None,
         "fits_30_minutes_of_a_gpu": None if unknown else hours < GPU_MINUTES / 60,
-    }  # fmt: skip
+    }
     if not rates and total and not missing:
         found["note"] = (
             f"no cell of this profile has been measured: {total / 60 / GPU_MINUTES:.0f} tokens/s would fit 30 minutes"

@@ -23,8 +23,15 @@ NAMES = {
     "Prior": "Zero-Shot",
 }  # Table 2's names -> those of all the others
 METRICS = {"rm_acc": "rm_accuracy", "policy_acc": "policy_accuracy", "bertscore_f1": "bertscore"}  # the rest keep theirs
-DERIVED = ("prism_main_text_quantum", "preflamp_query_set_size", "correlation_points", "args_minus_zeroshot_rouge1",
-           "icl_rag_minus_best_reward_rouge1", "two_good_one_collapsed_rouge1", "inconsistencies")  # fmt: skip
+DERIVED = (
+    "prism_main_text_quantum",
+    "preflamp_query_set_size",
+    "correlation_points",
+    "args_minus_zeroshot_rouge1",
+    "icl_rag_minus_best_reward_rouge1",
+    "two_good_one_collapsed_rouge1",
+    "inconsistencies",
+)
 
 
 def number(value) -> list | None:
@@ -55,14 +62,16 @@ def paper(source: dict) -> dict:
         "1": source["table1_model_configurations"],
         "2": rows(source["table2_tldr"]["methods"]),
         "3": rows({name: {"rm_acc": value} for name, value in source["table3_prism_rm_acc"].items()}),
-        "4": rows({
-            name: {"rm_acc": value["rm_acc"], "policy_acc": {"3B": value["policy_acc"]}}
-            for name, value in source["table4_preflamp_3B"].items()
-        }),
+        "4": rows(
+            {
+                name: {"rm_acc": value["rm_acc"], "policy_acc": {"3B": value["policy_acc"]}}
+                for name, value in source["table4_preflamp_3B"].items()
+            }
+        ),
         "5": rows({name: {"win_rate": value} for name, value in source["table5_win_rate_vs_zero_shot"].items()}),
         "7": rows(source["table7_prism"]),
         "8": rows({name: {"rm_acc": value} for name, value in source["table8_prism_full_test_rm_acc"].items()}),
-    }  # fmt: skip
+    }
     for size, table in source["tables9_12_preflamp"].items():
         per_policy = {  # the RM is the same in all four tables
             name: {

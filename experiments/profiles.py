@@ -55,9 +55,11 @@ def two_tastes(rows: dict) -> dict:
 
 
 TITLES = {
-    "instruction": "Generate a title for the following abstract of a paper: ", "prompt_name": "Abstract",
-    "response_name": "title", "demonstration_tokens": 5504,
-}  # fmt: skip
+    "instruction": "Generate a title for the following abstract of a paper: ",
+    "prompt_name": "Abstract",
+    "response_name": "title",
+    "demonstration_tokens": 5504,
+}
 WEIGHT_BY_TITLES = ["--objective", "harmonic"]
 
 # -- cpu: two cores, SmolLM2-135M as policy and as backbone of the reward models ------------------------------------------
@@ -120,11 +122,13 @@ CPU_SETS = {
 GPU_LORA = fields(
     {
         # 200 steps for new users do not fit calls of ten minutes: the row is marked.
-        "GenARM": LANGUAGE_MODELS["GenARM"], "P-DPO": ("pdpo", {"adapt_steps": 10}),
+        "GenARM": LANGUAGE_MODELS["GenARM"],
+        "P-DPO": ("pdpo", {"adapt_steps": 10}),
         **named(HEADS, "LoRA", "Global RM", "LoRE"),
     },
-    dtype="bfloat16", epochs=1.0,
-)  # fmt: skip
+    dtype="bfloat16",
+    epochs=1.0,
+)
 GPU_SETS = {
     "pref_lamp": {
         **CPU_SETS["pref_lamp"], "data": ["--data", "{work}/data/pref_lamp_like"], "needs": "{shared}/pref_lamp_like",
@@ -144,9 +148,11 @@ SMOLLM2 = [f"HuggingFaceTB/SmolLM2-{size}-Instruct" for size in ("135M", "360M",
 QWEN = [f"Qwen/Qwen2.5-{size}-Instruct" for size in ("0.5B", "1.5B", "3B", "7B")]
 # What the methods' own codes have where the paper is silent and our default is another; the paper's one rate for all LoRA.
 ORIGINAL = {
-    "lore": {"adapt_init": "randn"}, "pref": {"votes": "unit", "adapt_init": "randn"}, "pdpo": {"soft_lr": 5e-5},
+    "lore": {"adapt_init": "randn"},
+    "pref": {"votes": "unit", "adapt_init": "randn"},
+    "pdpo": {"soft_lr": 5e-5},
     "genarm": {"lora_lr": 5e-5},
-}  # fmt: skip
+}
 FULL = {
     row: (method, {**own, **ORIGINAL.get(method, {}), "dtype": "bfloat16"})
     for row, (method, own) in {**HEADS, **LANGUAGE_MODELS}.items()
@@ -178,18 +184,28 @@ PAPER_SETS = {
 
 SMOKE_SETS = {
     "synthetic": {
-        "stands_for": "Pref-LaMP", "about": "planted users who disagree as often as they agree", "backbone": "tiny-random",
-        "policies": ["tiny-random"], "data": ["--data", "synthetic"], "needs": None,
+        "stands_for": "Pref-LaMP",
+        "about": "planted users who disagree as often as they agree",
+        "backbone": "tiny-random",
+        "policies": ["tiny-random"],
+        "data": ["--data", "synthetic"],
+        "needs": None,
         "rows": {
-            **ZERO_SHOT, **fields(HEADS, freeze_backbone=True, epochs=4.0), **UNGUIDED, **BLIND,
+            **ZERO_SHOT,
+            **fields(HEADS, freeze_backbone=True, epochs=4.0),
+            **UNGUIDED,
+            **BLIND,
             **fields(named(HEADS, "LoRA", "Global RM", "LoRE", "LoRE-Alt", "PAL", "VPL"), epochs=1.0),
-            "GenARM": ("genarm", {"epochs": 1.0}), "P-DPO": ("pdpo", {"epochs": 1.0, "adapt_steps": 2}),
+            "GenARM": ("genarm", {"epochs": 1.0}),
+            "P-DPO": ("pdpo", {"epochs": 1.0, "adapt_steps": 2}),
             **fields(ICL, shots=2),
         },
-        "once": [], "tune": [*WEIGHT_BY_TITLES, "--grid", "0", "1", "--prompts", "8", "--max-new-tokens", "8"],
-        "decode": ["--limit", "12", "--max-new-tokens", "8"], "bertscore": "minilm",
+        "once": [],
+        "tune": [*WEIGHT_BY_TITLES, "--grid", "0", "1", "--prompts", "8", "--max-new-tokens", "8"],
+        "decode": ["--limit", "12", "--max-new-tokens", "8"],
+        "bertscore": "minilm",
     },
-}  # fmt: skip
+}
 
 PROFILES = {
     "smoke": {"workers": 2, "seeds": [0], "dtype": "float32", "sets": SMOKE_SETS},

@@ -28,8 +28,10 @@ from pyargs.errors import PyargsError
 ORDER = (*LAMP, *LORA, UNGUIDED, *SCORERS)
 USERS, PROMPTS = 4, 2  # whose answers are shown, and how many of each
 FIGURES = {
-    "1": "RM accuracy against policy accuracy", "2": "Answers against what the user wrote", "3": "ROUGE-1 by demonstrations",
-}  # fmt: skip
+    "1": "RM accuracy against policy accuracy",
+    "2": "Answers against what the user wrote",
+    "3": "ROUGE-1 by demonstrations",
+}
 
 
 def report(folder: str | Path, profile: str | None = None, data=None) -> dict:
@@ -43,14 +45,21 @@ def report(folder: str | Path, profile: str | None = None, data=None) -> dict:
     numbers, paper = results.of_paper(folder)
     judged = [] if paper is None else findings(cells, paper, profile)
     return {
-        "profile": profile, "summary": _summary(cells), "grid": _grid(profile, cells), "findings": judged,
+        "profile": profile,
+        "summary": _summary(cells),
+        "grid": _grid(profile, cells),
+        "findings": judged,
         "no_findings": "" if judged else f"There is no {numbers}; `python -m experiments.paper_numbers` makes it.",
-        "verdicts": {verdict: sum(one["verdict"] == verdict for one in judged) for verdict in VERDICTS}, "least": LEAST,
+        "verdicts": {verdict: sum(one["verdict"] == verdict for one in judged) for verdict in VERDICTS},
+        "least": LEAST,
         "least_seeds": LEAST_SEEDS,
-        "figures": [_figure(number, folder, profile) for number in FIGURES], "sets": [_charts(own) for own in _by_set(cells)],
-        "tables": [table(one, folder, profile)[0] for one in NAMES], "answers": _answers(cells, data),
-        "cells": [_line(cell) for cell in cells], "older": _older(cells),
-    }  # fmt: skip
+        "figures": [_figure(number, folder, profile) for number in FIGURES],
+        "sets": [_charts(own) for own in _by_set(cells)],
+        "tables": [table(one, folder, profile)[0] for one in NAMES],
+        "answers": _answers(cells, data),
+        "cells": [_line(cell) for cell in cells],
+        "older": _older(cells),
+    }
 
 
 def write(path: str | Path, found: dict) -> None:
@@ -58,9 +67,12 @@ def write(path: str | Path, found: dict) -> None:
     from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
     page = Environment(
-        loader=PackageLoader("experiments", "."), autoescape=select_autoescape(default=True), undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+        loader=PackageLoader("experiments", "."),
+        autoescape=select_autoescape(default=True),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     page.filters |= {"code": _code, "number": _number, "folded": _folded, "listed": listed}
     page.globals["shown"] = lambda value, column: shown(value, column, "±", "–", "−")
     with files.writing(path) as temporary:
@@ -75,15 +87,16 @@ def _summary(cells: list[dict]) -> dict:
     notes = [c.get("provenance") or {} for c in cells]
     hardware = [n.get("hardware") or {} for n in notes]
     versions = [n.get("versions") or {} for n in notes]
-    words = [", ".join(filter(None, [h.get("gpu"), h.get("cpu"), _threads(h.get("threads"))]))
-             for h in hardware]  # fmt: skip
+    words = [", ".join(filter(None, [h.get("gpu"), h.get("cpu"), _threads(h.get("threads"))])) for h in hardware]
     return {
-        "cells": len(cells), "seeds": sorted({c["seed"] for c in cells}),
+        "cells": len(cells),
+        "seeds": sorted({c["seed"] for c in cells}),
         "hours": sum(sum((c.get("seconds") or {}).values()) for c in cells) / 3600,
-        "hardware": _distinct(words), "commits": _distinct([n.get("commit") or "" for n in notes]),
+        "hardware": _distinct(words),
+        "commits": _distinct([n.get("commit") or "" for n in notes]),
         "versions": _distinct([", ".join(f"{key} {value}" for key, value in v.items() if value) for v in versions]),
         "sets": [_about(own) for own in _by_set(cells)],
-    }  # fmt: skip
+    }
 
 
 def _threads(count: int | None) -> str:
@@ -96,12 +109,17 @@ def _about(cells: list[dict]) -> dict:
         p: sorted({c.get("dtype") or "dtype unknown" for c in cells if c["policy"] == p}) for p in results.policies(cells)
     }
     return {
-        "set": cells[0]["set"], "stands_for": cells[0]["stands_for"], "cells": len(cells), "users": _users(cells),
-        "about": " and ".join(sorted({c.get("data") or "" for c in cells})), "seeds": sorted({c["seed"] for c in cells}),
+        "set": cells[0]["set"],
+        "stands_for": cells[0]["stands_for"],
+        "cells": len(cells),
+        "users": _users(cells),
+        "about": " and ".join(sorted({c.get("data") or "" for c in cells})),
+        "seeds": sorted({c["seed"] for c in cells}),
         "policies": [f"{policy} ({listed(found)})" for policy, found in dtypes.items()],
-        "backbones": sorted({c["backbone"] for c in cells if c.get("backbone")}), "frozen": backbones(cells)[0],
+        "backbones": sorted({c["backbone"] for c in cells if c.get("backbone")}),
+        "frozen": backbones(cells)[0],
         "lora": backbones(cells)[1],
-    }  # fmt: skip
+    }
 
 
 def _by_set(cells: list[dict]) -> list[list[dict]]:
@@ -125,8 +143,11 @@ def _grid(profile: str, cells: list[dict]) -> dict:
     sets = dict.fromkeys(one["set"] for one in absent)
     missing = {name: with_seeds(profiles.seeds(one for one in absent if one["set"] == name)) for name in sets}
     return {
-        "cells": len(told), "there": len(told) - len(absent), "command": results.command(profile), "missing": missing,
-    }  # fmt: skip
+        "cells": len(told),
+        "there": len(told) - len(absent),
+        "command": results.command(profile),
+        "missing": missing,
+    }
 
 
 # --- figures and charts
@@ -163,8 +184,16 @@ def _charts(cells: list[dict]) -> dict:
                 )
                 end = 100 if key == "rm_accuracy" else max(10, -(-int(highest + 1) // 10) * 10)
                 zero = next((line["mean"] for line in rows if line["row"] == "Zero-Shot"), None)
-                charts.append({"policy": policy, "heading": heading, "rows": rows, "end": end, "mark": 50 if end == 100 and
-                               key == "rm_accuracy" else zero, "text": key == "rouge1"})  # fmt: skip
+                charts.append(
+                    {
+                        "policy": policy,
+                        "heading": heading,
+                        "rows": rows,
+                        "end": end,
+                        "mark": 50 if end == 100 and key == "rm_accuracy" else zero,
+                        "text": key == "rouge1",
+                    }
+                )
     return {"set": cells[0]["set"], "stands_for": cells[0]["stands_for"], "charts": charts}
 
 
@@ -192,9 +221,13 @@ def _line(cell: dict) -> dict:
     """A cell in the list at the end: its file and its main numbers."""
     measures = ("rm_accuracy", *FORMS, "rouge1")
     found = {key: one["value"] if (one := METRICS[key].measure(cell)) else None for key in measures}
-    return {"file": results.name(cell), **found, "weight": cell["values"].get("relative"),
-            "older": [rule.number for rule in rules.older(cell)],
-            "commit": (cell.get("provenance") or {}).get("commit")}  # fmt: skip
+    return {
+        "file": results.name(cell),
+        **found,
+        "weight": cell["values"].get("relative"),
+        "older": [rule.number for rule in rules.older(cell)],
+        "commit": (cell.get("provenance") or {}).get("commit"),
+    }
 
 
 def _older(cells: list[dict]) -> list[dict]:
@@ -216,8 +249,10 @@ def _answers(cells: list[dict], data) -> list[dict]:
         policy = next(
             (p for p in reversed(results.policies(own)) if any(c["policy"] == p and c.get("answers") for c in own)), None
         )
-        first = {row: next((c for c in own if c["row"] == row and c["policy"] == policy and c.get("answers")), None)
-                 for row in _rows(own)}  # fmt: skip
+        first = {
+            row: next((c for c in own if c["row"] == row and c["policy"] == policy and c.get("answers")), None)
+            for row in _rows(own)
+        }
         first = {row: cell for row, cell in first.items() if cell}
         if not first:
             continue
@@ -232,12 +267,20 @@ def _answers(cells: list[dict], data) -> list[dict]:
         ]
         originals = {} if data is None else _originals(own, data, keys)
         if data is None or originals:
-            found.append({"set": own[0]["set"], "policy": policy, "files": [results.name(cell) for cell in first.values()],
-                          "prompts": [_prompt(key, texts, originals) for key in keys]})  # fmt: skip
+            found.append(
+                {
+                    "set": own[0]["set"],
+                    "policy": policy,
+                    "files": [results.name(cell) for cell in first.values()],
+                    "prompts": [_prompt(key, texts, originals) for key in keys],
+                }
+            )
     if data is not None and not found:
         sets = listed(sorted({c["set"] for c in cells if c.get("answers")})) or "none"
-        raise PyargsError(f"the data given are not those of these cells (sets with answers: {sets}): give the same --data, "
-                          "--source and --data-seed as `pyargs evaluate`, or leave --data out")  # fmt: skip
+        raise PyargsError(
+            f"the data given are not those of these cells (sets with answers: {sets}): give the same --data, "
+            "--source and --data-seed as `pyargs evaluate`, or leave --data out"
+        )
     return found
 
 
@@ -264,13 +307,21 @@ def _prompt(key: tuple[str, str], texts: dict[str, dict], originals: dict) -> di
 
         prompt = last_user_text(original["prompt"])
     return {
-        "user": key[0], "pair": key[1], "prompt": prompt, "original": original["chosen"] if original else None,
+        "user": key[0],
+        "pair": key[1],
+        "prompt": prompt,
+        "original": original["chosen"] if original else None,
         "texts": [
-            {"rows": rows, "rouge1": answer.get("rouge1"), "text": answer["text"], "left_out": answer.get("copied"),
-             "copied": None if prompt is None else _copied(answer, prompt)}
+            {
+                "rows": rows,
+                "rouge1": answer.get("rouge1"),
+                "text": answer["text"],
+                "left_out": answer.get("copied"),
+                "copied": None if prompt is None else _copied(answer, prompt),
+            }
             for answer, rows in same
         ],
-    }  # fmt: skip
+    }
 
 
 def _originals(cells: list[dict], data, keys: list[tuple[str, str]]) -> dict:
@@ -296,9 +347,7 @@ def _code(text: str):
     from markupsafe import Markup, escape
 
     words = text.split("`")
-    return Markup("").join(
-        Markup("<code>{}</code>").format(word) if i % 2 else escape(word) for i, word in enumerate(words)
-    )  # fmt: skip
+    return Markup("").join(Markup("<code>{}</code>").format(word) if i % 2 else escape(word) for i, word in enumerate(words))
 
 
 def _number(value: float | None, digits: int = 2) -> str:

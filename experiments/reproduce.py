@@ -204,19 +204,22 @@ def wanted(cell: Cell) -> dict:
     settings = cell.settings()
     compared = settings["decode"] is not None and guides(cell)
     return {
-        "recipe": rules.NEWEST, "row": recipe(cell), "dtype": PROFILES[cell.profile]["dtype"],
+        "recipe": rules.NEWEST,
+        "row": recipe(cell),
+        "dtype": PROFILES[cell.profile]["dtype"],
         **{name: settings.get(name) for name in ("stands_for", "about", "tune", "decode", "bertscore")},
         "compared_with": recipe(zero_shot(cell)) if compared else None,
-    }  # fmt: skip
+    }
 
 
 def key(cell: Cell, places: Places, built: bool = True) -> dict:
     """What the cell's numbers depend on: its settings (not where things lie), the data (if they are built), the models."""
     settings = cell.settings()
     found = {
-        **wanted(cell), "data": dataset_hash(tuple(data_words(cell, places))) if built else None,
+        **wanted(cell),
+        "data": dataset_hash(tuple(data_words(cell, places))) if built else None,
         "models": [hub.identity(settings["backbone"]), hub.identity(cell.policy)],
-    }  # fmt: skip
+    }
     return json.loads(json.dumps(found))
 
 
@@ -265,9 +268,12 @@ def run(cell: Cell, places: Places) -> dict:
     """Does what is missing of a cell and writes its file."""
     settings = cell.settings()
     found = {
-        **cell._asdict(), "stands_for": settings["stands_for"], "data": settings["about"], "backbone": settings["backbone"],
+        **cell._asdict(),
+        "stands_for": settings["stands_for"],
+        "data": settings["about"],
+        "backbone": settings["backbone"],
         "dtype": PROFILES[cell.profile]["dtype"],
-    }  # fmt: skip
+    }
     method, fields = settings["rows"][cell.row] or (None, {})
     found |= {"method": method, "fields": fields}
     if cell.row in NO_POLICY:
@@ -281,8 +287,10 @@ def run(cell: Cell, places: Places) -> dict:
         result = files.read_json(out / "result.json")
         values, answers = result["values"], result["values"].pop("answers", None)
         if cell.row == "ARGS, weight 0":
-            values = {"policy_accuracy": {"weight_0": values["policy_accuracy"]["weight_0"]}, **{
-                name: value for name, value in values.items() if name in ("reward_weight", "generations")}}  # fmt: skip
+            values = {
+                "policy_accuracy": {"weight_0": values["policy_accuracy"]["weight_0"]},
+                **{name: value for name, value in values.items() if name in ("reward_weight", "generations")},
+            }
         found |= {"values": values}
         if (out / "tune.json").exists():
             found["tune"] = {name: value for name, value in files.read_json(out / "tune.json").items() if name != "model"}

@@ -235,9 +235,11 @@ def summary(cells: list[dict], measure: Measure, **interval) -> dict | None:
     return {
         "mean": sum(values) / len(values),
         "std": stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None,
-        "low": over_users["low"], "high": over_users["high"], "n": len(values),
+        "low": over_users["low"],
+        "high": over_users["high"],
+        "n": len(values),
         "seeds": {seed: one["value"] for seed, one in found.items()},
-    }  # fmt: skip
+    }
 
 
 def difference(cells: list[dict], others: list[dict], measure: Measure, **interval) -> dict | None:
@@ -346,8 +348,17 @@ def _checked(path: Path) -> dict:
 
 def _notes(cell: dict):
     """What is wrong with what a cell says about itself, as (key, problem). All of it may be absent or null."""
-    kinds = {"data": str, "backbone": str, "dtype": str, "method": str, "fields": dict, "seconds": dict, "provenance": dict,
-             "tune": dict, "answers": list}  # fmt: skip
+    kinds = {
+        "data": str,
+        "backbone": str,
+        "dtype": str,
+        "method": str,
+        "fields": dict,
+        "seconds": dict,
+        "provenance": dict,
+        "tune": dict,
+        "answers": list,
+    }
     for name, kind in kinds.items():
         if not isinstance(cell.get(name), kind | None):
             yield name, f"is {cell[name]!r:.40}, not {'text' if kind is str else 'a list' if kind is list else 'an object'}"

@@ -48,21 +48,25 @@ def _ended_at_the_grid(cell: dict) -> bool:
 
 RULES = (
     Rule(
-        3, "PAL-A's projector did not add its input to its output",
+        3,
+        "PAL-A's projector did not add its input to its output",
         lambda cell: cell.get("method") == "pal" and (cell.get("fields") or {}).get("variant") == "A",
     ),
     Rule(4, "VPL's encoder had no biases on query, key and value", lambda cell: cell.get("method") == "vpl"),
     Rule(
-        5, "a title that a user's support (or train) rejects could be rejected in the user's query (or train_test) again, as "
-        "in 50 of the 170 queries of cpu", lambda cell: cell["set"] == "pref_lamp",
+        5,
+        "a title that a user's support (or train) rejects could be rejected in the user's query (or train_test) again, as "
+        "in 50 of the 170 queries of cpu",
+        lambda cell: cell["set"] == "pref_lamp",
     ),
     Rule(
-        6, "prompt and response kept up to 2048 tokens together, where those of guided rows keep 512 (14 of the 1,550 queries "
+        6,
+        "prompt and response kept up to 2048 tokens together, where those of guided rows keep 512 (14 of the 1,550 queries "
         "of length_prefs and 4 of the 400 of two_types are longer)",
         lambda cell: cell["row"] == "Zero-Shot" and cell["set"] in ("length_prefs", "two_types"),
     ),
     Rule(7, "the largest weight of the grid was the best, and no larger one was tried", _ended_at_the_grid, of_weight=True),
-)  # fmt: skip
+)
 NEWEST = RULES[-1].number
 
 

@@ -39,9 +39,11 @@ class Tuning:
     batch_size: int = option(8, "prompts decoded together")
     seed: int = option(0, "which prompts are taken")
     eos_reward: str | None = option(
-        None, "what a stop token earns: the reward of the text before it, or of the state behind it, on which no head is "
-        "trained (default: before; GenARM has a reward of its own for it)", choices=["before", "state"],
-    )  # fmt: skip
+        None,
+        "what a stop token earns: the reward of the text before it, or of the state behind it, on which no head is "
+        "trained (default: before; GenARM has a reward of its own for it)",
+        choices=["before", "state"],
+    )
 
 
 STEP, BEYOND = 3.0, 6  # how far apart weights beyond the grid are, and how many at most
@@ -74,16 +76,23 @@ def tune(model, policy, rows, config: Tuning) -> dict:
     sample = list(first.values())[: config.prompts]
     users = [row["user_id"] for row in sample]
     options = dict(
-        num_candidates=config.num_candidates, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size,
+        num_candidates=config.num_candidates,
+        max_new_tokens=config.max_new_tokens,
+        batch_size=config.batch_size,
         eos_reward=config.eos_reward,
-    )  # fmt: skip
+    )
 
     def answer(weight: float):
         texts, prompts, tokens, outputs = [""] * len(sample), [None] * len(sample), [[]] * len(sample), []
         for numbers, ids, decoded in decode_prompts(
-            policy, model, [row["prompt"] for row in sample], users,
-            reward_weight=weight, progress=f"weight {weight:.3g}", **options,
-        ):  # fmt: skip
+            policy,
+            model,
+            [row["prompt"] for row in sample],
+            users,
+            reward_weight=weight,
+            progress=f"weight {weight:.3g}",
+            **options,
+        ):
             outputs.append(decoded)
             for i, prompt, answer, text in zip(numbers, ids, decoded.answers(), decoded.texts(model.tokenizer), strict=True):
                 texts[i], prompts[i], tokens[i] = text, prompt, answer
@@ -160,8 +169,16 @@ def tune(model, policy, rows, config: Tuning) -> dict:
             "add smaller weights, or raise max_perplexity"
         )
     return {
-        "objective": config.objective, "max_perplexity": config.max_perplexity, "reward_std": unit, "centre": centre,
-        "unguided_perplexity": plain, "num_candidates": config.num_candidates, "eos_reward": config.eos_reward,
-        "reward_weight": best["reward_weight"], "relative": best["relative"], "prompts": len(sample), "pairs": len(rows),
+        "objective": config.objective,
+        "max_perplexity": config.max_perplexity,
+        "reward_std": unit,
+        "centre": centre,
+        "unguided_perplexity": plain,
+        "num_candidates": config.num_candidates,
+        "eos_reward": config.eos_reward,
+        "reward_weight": best["reward_weight"],
+        "relative": best["relative"],
+        "prompts": len(sample),
+        "pairs": len(rows),
         "grid": points,
-    }  # fmt: skip
+    }

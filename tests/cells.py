@@ -20,9 +20,13 @@ def accuracy(outcomes: dict[str, str]) -> dict:
     together = "".join(outcomes.values())
     each = [text.count("1") / len(text) for text in outcomes.values()]
     return {
-        "accuracy": 100 * together.count("1") / len(together), "macro": 100 * sum(each) / len(each), "tie_rate": 1.5,
-        "n": len(together), "users": len(outcomes), "each": outcomes,
-    }  # fmt: skip
+        "accuracy": 100 * together.count("1") / len(together),
+        "macro": 100 * sum(each) / len(each),
+        "tie_rate": 1.5,
+        "n": len(together),
+        "users": len(outcomes),
+        "each": outcomes,
+    }
 
 
 def cell(row: str, seed: int = 0, **other) -> dict:
@@ -30,9 +34,11 @@ def cell(row: str, seed: int = 0, **other) -> dict:
     draw = random.Random(f"{row} {seed} {other.get('set')} {other.get('policy')}")
     level = random.Random(row).uniform(0.4, 0.95)
     pairs = {f"user {n}": 4 + n % 3 for n in range(8)}
-    made = lambda: accuracy({  # noqa: E731
-        user: "".join(str(int(draw.random() < level)) for _ in range(count)) for user, count in pairs.items()
-    })  # fmt: skip
+    made = lambda: accuracy(
+        {  # noqa: E731
+            user: "".join(str(int(draw.random() < level)) for _ in range(count)) for user, count in pairs.items()
+        }
+    )
     kinds, values, answers = has(row), {}, []
     if "reward" in kinds:
         values["rm_accuracy"] = made()
@@ -46,22 +52,38 @@ def cell(row: str, seed: int = 0, **other) -> dict:
         values["policy_accuracy"] = {"base": made(), "weight_0": {"paper": made(), "all": made()}}
     if "text" in kinds:
         answers = [
-            {"user_id": user, "pair_id": f"{user}-{n}", "text": "a title", "rouge1": 40 * draw.random() * level,
-             "rougeL": 30 * draw.random() * level, "bertscore": 60 + 10 * draw.random()}
-            for user, count in pairs.items() for n in range(count)
-        ]  # fmt: skip
+            {
+                "user_id": user,
+                "pair_id": f"{user}-{n}",
+                "text": "a title",
+                "rouge1": 40 * draw.random() * level,
+                "rougeL": 30 * draw.random() * level,
+                "bertscore": 60 + 10 * draw.random(),
+            }
+            for user, count in pairs.items()
+            for n in range(count)
+        ]
         mean = {name: sum(a[name] for a in answers) / len(answers) for name in ("rouge1", "rougeL", "bertscore")}
         values["generations"] = {
-            "n": len(answers), "empty": 0, **mean, "bertscore_model": "minilm, layer 6, not rescaled",
-            "perplexity": 1 + draw.random(), "words": 10 + draw.random(), "cut": 20 * draw.random(),
-        }  # fmt: skip
+            "n": len(answers),
+            "empty": 0,
+            **mean,
+            "bertscore_model": "minilm, layer 6, not rescaled",
+            "perplexity": 1 + draw.random(),
+            "words": 10 + draw.random(),
+            "cut": 20 * draw.random(),
+        }
         if "win" in kinds:
             values["generations"]["same_as_zero_shot"] = 100 * draw.random()
             won = made()
             values["generations"]["win_rate"] = {
-                "win_rate": won["accuracy"], "tie_rate": 2.0, "n": len(answers), "unscored": 0, "tokens": [11.0, 10.5],
+                "win_rate": won["accuracy"],
+                "tie_rate": 2.0,
+                "n": len(answers),
+                "unscored": 0,
+                "tokens": [11.0, 10.5],
                 "each": won["each"],
-            }  # fmt: skip
+            }
     method = None if row in (UNGUIDED, *SCORERS) else "icl" if row.split(",")[0] in ALONE[1:] else "lore"
     frozen = not row.endswith(", LoRA") and row not in ("GenARM", "P-DPO")
     return {

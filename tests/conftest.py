@@ -57,10 +57,17 @@ def tiny_lm(
     sizes = {
         "gpt2": dict(n_embd=32, n_head=4, n_layer=layers, n_positions=128),
         "mamba": dict(hidden_size=32, num_hidden_layers=layers, state_size=4),
-    }.get(family, dict(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=128,
-    ))  # fmt: skip
+    }.get(
+        family,
+        dict(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+        ),
+    )
     if family == "mistral":
         sizes["sliding_window"] = 4
     config = AutoConfig.for_model(family, vocab_size=vocab, bos_token_id=0, eos_token_id=1, pad_token_id=1, **sizes)

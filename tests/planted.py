@@ -71,16 +71,23 @@ def pairs(family: str, *, seed: int = 3, noise: float = 0.1) -> SimpleNamespace:
     number = torch.arange(len(user)) % unique
     left, right = 2 * number, 2 * number + 1
     every = Features(
-        hidden, torch.arange(len(hidden) + 1), torch.where(first, left, right), torch.where(first, right, left),
+        hidden,
+        torch.arange(len(hidden) + 1),
+        torch.where(first, left, right),
+        torch.where(first, right, left),
         [f"user{u}" for u in user.tolist()],
-    )  # fmt: skip
+    )
     part = lambda condition: every.select((condition & shown).nonzero().flatten())  # noqa: E731
     right_share = lambda condition: ((difference > 0) == first)[condition].float().mean().item()  # noqa: E731
     old, early = user < seen, place < each
     return SimpleNamespace(
-        train=part(old & early), unseen=part(old & ~early), support=part(~old & early), query=part(~old & ~early),
-        best_unseen=right_share(old & ~early), best_query=right_share(~old & ~early),
-    )  # fmt: skip
+        train=part(old & early),
+        unseen=part(old & ~early),
+        support=part(~old & early),
+        query=part(~old & ~early),
+        best_unseen=right_share(old & ~early),
+        best_query=right_share(~old & ~early),
+    )
 
 
 def correct(model, data: Features) -> Tensor:

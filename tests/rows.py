@@ -35,10 +35,13 @@ def lamp(folder: Path, users: dict[str, tuple[str, int]] | None = None, *, gz: b
     for stem in ("train", "dev"):
         mine = {user: count for user, (kind, count) in users.items() if kind == stem}
         questions = [
-            {"id": user, "input": f"Generate a title for the following abstract of a paper: About {user}.",
-             "profile": [paper(user, number) for number in range(count)]}
+            {
+                "id": user,
+                "input": f"Generate a title for the following abstract of a paper: About {user}.",
+                "profile": [paper(user, number) for number in range(count)],
+            }
             for user, count in mine.items()
-        ]  # fmt: skip
+        ]
         golds = [{"id": user, "output": f"Title {user}"} for user in mine]
         if change is not None and stem == "train":
             change(questions, golds)
@@ -56,9 +59,13 @@ def comparison(
     policy = changes.get("policy", "sup2")
     return {
         "info": {"id": f"t3_{number}", "post": changes.get("post", f"Post {number} of {worker}."), "title": "T"},
-        "split": split, "summaries": [{"text": text, "policy": policy, "note": None} for text in texts], "choice": 0,
-        "worker": worker, "batch": "batch3", "extra": {"confidence": 2},
-    }  # fmt: skip
+        "split": split,
+        "summaries": [{"text": text, "policy": policy, "note": None} for text in texts],
+        "choice": 0,
+        "worker": worker,
+        "batch": "batch3",
+        "extra": {"confidence": 2},
+    }
 
 
 def conversation(name: str, user: str, turns: int = 2, *, replies: int = 3, text: str = "") -> dict:
@@ -67,10 +74,17 @@ def conversation(name: str, user: str, turns: int = 2, *, replies: int = 3, text
     for turn in range(turns):
         history.append({"turn": turn, "role": "user", "content": f"{name} asks {turn}{text}"})
         history += [
-            {"turn": turn, "role": "model", "content": f"{name} reply {turn}-{i}", "if_chosen": i == 0, "within_turn_id": i,
-             "score": 50, "model_name": "m"}
+            {
+                "turn": turn,
+                "role": "model",
+                "content": f"{name} reply {turn}-{i}",
+                "if_chosen": i == 0,
+                "within_turn_id": i,
+                "score": 50,
+                "model_name": "m",
+            }
             for i in range(replies if turn == 0 else 2)
-        ]  # fmt: skip
+        ]
     return {"conversation_id": name, "user_id": user, "conversation_turns": turns, "conversation_history": history}
 
 

@@ -15,18 +15,32 @@ from pyargs.lm import lora
 from pyargs.lm.loading import load_lm
 
 SIZES = dict(
-    vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-    bos_token_id=0, eos_token_id=1, pad_token_id=1,
-)  # fmt: skip
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    bos_token_id=0,
+    eos_token_id=1,
+    pad_token_id=1,
+)
 
 
 @pytest.mark.parametrize(
-    ("family", "layers"), [("phi3", {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}), ("olmo2", {"q_proj", "down_proj"}),
-                           ("granite", {"q_proj", "down_proj"}), ("smollm3", {"q_proj", "down_proj"}),
-                           ("cohere", {"q_proj", "down_proj"}), ("starcoder2", {"q_proj", "c_fc"}),
-                           ("mamba", {"in_proj", "x_proj", "dt_proj"}), ("llama", {"q_proj", "v_proj"}),
-                           ("mixtral", {"q_proj", "v_proj"})],
-)  # fmt: skip
+    ("family", "layers"),
+    [
+        ("phi3", {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}),
+        ("olmo2", {"q_proj", "down_proj"}),
+        ("granite", {"q_proj", "down_proj"}),
+        ("smollm3", {"q_proj", "down_proj"}),
+        ("cohere", {"q_proj", "down_proj"}),
+        ("starcoder2", {"q_proj", "c_fc"}),
+        ("mamba", {"in_proj", "x_proj", "dt_proj"}),
+        ("llama", {"q_proj", "v_proj"}),
+        ("mixtral", {"q_proj", "v_proj"}),
+    ],
+)
 def test_lora_goes_into_the_linear_layers_of_a_family_that_peft_has_no_choice_for(family, layers, tmp_path):
     from transformers import AutoConfig, AutoModel
 

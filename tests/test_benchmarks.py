@@ -60,7 +60,13 @@ case "$*" in *gpu_results*) exec "{sys.executable}" "$@" ;; *tests/ops*commit*) 
     assert sorted(path.name for path in (tmp_path / "found").iterdir()) == ["A.log", "gpu.json"]
     stages = json.loads((tmp_path / "found/gpu.json").read_text())["stages"]
     assert {name: stage["exit"] for name, stage in stages.items()} == {
-        "env": 0, "topk_logprobs": 0, "score_select": 0, "tokenwise_select": 0, "user_mlp": 0, "commit": 3, "repeatable": 0,
+        "env": 0,
+        "topk_logprobs": 0,
+        "score_select": 0,
+        "tokenwise_select": 0,
+        "user_mlp": 0,
+        "commit": 3,
+        "repeatable": 0,
         "captured": 0,
-    }  # fmt: skip
+    }
     assert stages["commit"]["log"][-1] == "broken" and "broken" in (tmp_path / "found/A.log").read_text()

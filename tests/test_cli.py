@@ -231,8 +231,11 @@ def test_decoding_follows_how_the_weight_was_tuned(stages, capsys, tmp_path):
         count += 1
         made = call(capsys, [*to(decode, out=f"{count}.jsonl"), *flags])["config"]
         assert (made["eos_reward"], made["num_candidates"]) == ("state", 3), flags
-    for flags, name in ((["--eos-reward", "before"], "--eos-reward"), (["--num-candidates", "10"], "--num-candidates"),
-                        (["--whole-vocabulary"], "--whole-vocabulary")):  # fmt: skip
+    for flags, name in (
+        (["--eos-reward", "before"], "--eos-reward"),
+        (["--num-candidates", "10"], "--num-candidates"),
+        (["--whole-vocabulary"], "--whole-vocabulary"),
+    ):
         assert f"leave {name} out" in call(capsys, [*to(decode, out="refused.jsonl"), *flags], expect=1)
     assert not (tmp_path / "refused.jsonl").exists()
     # What is not said in tuning is the decoder's own, which a flag may say too.

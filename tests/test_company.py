@@ -46,9 +46,17 @@ def decoded(head: str, rows: list[list[int]], users: list[str], k: int, **more):
     ids, mask = left_pad(rows, 0)
     more = dict(reward_weight=2.0, max_new_tokens=6, pad_token_id=0, eos_reward="before", tokenizer=None) | more
     request = check(
-        policy, model, ids, mask, users, num_candidates=k, temperature=0.7, token_callback=None,
-        do_sample=more.get("seed") is not None, **({"seed": None, "eos_token_id": [3, 5, 9, 11]} | more),
-    )  # fmt: skip
+        policy,
+        model,
+        ids,
+        mask,
+        users,
+        num_candidates=k,
+        temperature=0.7,
+        token_callback=None,
+        do_sample=more.get("seed") is not None,
+        **({"seed": None, "eos_token_id": [3, 5, 9, 11]} | more),
+    )
     assert cpu.possible(policy, model)
     return args.decode(policy, model, request)
 

@@ -16,7 +16,7 @@ from transformers.generation import (
     MinLengthLogitsProcessor,
     TemperatureLogitsWarper,
     TopPLogitsWarper,
-)  # fmt: skip
+)
 from transformers.generation.streamers import BaseStreamer
 
 import pyargs
@@ -120,9 +120,10 @@ def test_another_models_cache_and_embeddings_are_refused(models):
         answer(models, past_key_values=cache)
     with pytest.raises(PyargsError, match="reads tokens"):
         policy.generate(
-            inputs_embeds=torch.zeros(1, 3, 32, dtype=torch.float64), max_new_tokens=2,
+            inputs_embeds=torch.zeros(1, 3, 32, dtype=torch.float64),
+            max_new_tokens=2,
             custom_generate=pyargs.args(models[1], users=["ann"]),
-        )  # fmt: skip
+        )
 
 
 def test_a_checkpoints_own_settings_are_refused_with_the_way_out():
@@ -194,9 +195,11 @@ def test_a_streamers_reader_never_waits_for_ever(models):
         raise ValueError("the reader went away")
 
     for users, more, asked in (
-        (["nobody"], {}, {}), (["ann"], {}, {"num_beams": 2}), (["ann"] * 2, {}, {"ids": PROMPT.repeat(2, 1)}),
+        (["nobody"], {}, {}),
+        (["ann"], {}, {"num_beams": 2}),
+        (["ann"] * 2, {}, {"ids": PROMPT.repeat(2, 1)}),
         (["ann"], {"token_callback": fail}, {}),
-    ):  # fmt: skip
+    ):
         streamer = TextIteratorStreamer(tiny_tokenizer())
         guide = pyargs.args(models[1], users=users, num_candidates=5, streamer=streamer, **more)
         failed = []

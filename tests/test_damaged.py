@@ -171,11 +171,20 @@ def test_a_damaged_backbone_is_refused(backbone, tmp_path):
         broken = [b"", content[: len(content) // 2], b"\xff\xfe\x00"]
         if file.name == "config.json":
             config = json.loads(content)
-            broken += [json.dumps({**config, name: new}).encode() for name, new in (
-                ("model_type", "x"), ("model_type", None), ("hidden_size", -1), ("hidden_size", "x"), ("hidden_size", 48),
-                ("num_attention_heads", 0), ("vocab_size", 10), ("num_hidden_layers", 2),
-                ("quantization_config", {"quant_method": "x"}),
-            )]  # fmt: skip
+            broken += [
+                json.dumps({**config, name: new}).encode()
+                for name, new in (
+                    ("model_type", "x"),
+                    ("model_type", None),
+                    ("hidden_size", -1),
+                    ("hidden_size", "x"),
+                    ("hidden_size", 48),
+                    ("num_attention_heads", 0),
+                    ("vocab_size", 10),
+                    ("num_hidden_layers", 2),
+                    ("quantization_config", {"quant_method": "x"}),
+                )
+            ]
         for new in (*broken, None):
             tried += 1
             file.unlink()

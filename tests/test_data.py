@@ -257,9 +257,13 @@ def test_options_that_cannot_be(tmp_path):
 
 
 def test_ids_of_items_that_several_users_have_are_told_apart(tmp_path, encoder):
-    source = lamp(tmp_path / "lamp", {str(i): ("train" if i < 3 else "dev", 3) for i in range(1, 5)}, change=lambda q, g: [
-        paper.update(id=str(number)) for question in q for number, paper in enumerate(question["profile"], 100)
-    ])  # fmt: skip
+    source = lamp(
+        tmp_path / "lamp",
+        {str(i): ("train" if i < 3 else "dev", 3) for i in range(1, 5)},
+        change=lambda q, g: [
+            paper.update(id=str(number)) for question in q for number, paper in enumerate(question["profile"], 100)
+        ],
+    )
     found = prepare.build("pref_lamp", source, tmp_path / "out", pref_lamp.Config(embedder=encoder, k=2, near=1.1))
     assert found["statistics"]["pair_ids"] == 16
 
@@ -326,8 +330,11 @@ def test_build_command(tmp_path, capsys):
 
 def test_turns_of_a_dialogue():
     found = hh_rlhf_users.messages("Human: Hi\nthere\n\nAssistant: Yes?\n\nHuman: One\n\nHuman: Two")
-    assert found == [{"role": "user", "content": "Hi\nthere"}, {"role": "assistant", "content": "Yes?"},
-                     {"role": "user", "content": "One\n\nTwo"}]  # fmt: skip
+    assert found == [
+        {"role": "user", "content": "Hi\nthere"},
+        {"role": "assistant", "content": "Yes?"},
+        {"role": "user", "content": "One\n\nTwo"},
+    ]
     assert hh_rlhf_users.messages("no mark") == [{"role": "user", "content": "no mark"}]
     assert hh_rlhf_users.messages("Human: a\n\nAssistant: \n\nHuman: b") == [{"role": "user", "content": "a\n\nb"}]
 

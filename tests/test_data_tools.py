@@ -111,9 +111,10 @@ def test_negatives_are_near_and_another_users(seed, users, each, k):
         own = {schema.plain(t) for t, u in zip(titles, names, strict=True) if u == names[i]}
         assert schema.plain(titles[negative.row]) not in own and cosines[i, negative.row] < 0.9991
         better = {
-            schema.plain(t) for j, t in enumerate(titles)
+            schema.plain(t)
+            for j, t in enumerate(titles)
             if schema.plain(t) not in own and cosines[i, negative.row] + 1e-5 < cosines[i, j] < 0.9989
-        }  # fmt: skip
+        }
         assert len(better) <= negative.rank < k
 
 
@@ -125,8 +126,9 @@ def test_a_draw_depends_on_user_and_key_alone():
     titles = [f"t{i}" for i in range(40)]
     order = rng.permutation(40)
     one = mining.hard_negatives(users, titles, vectors, k=4, keys=keys)
-    two = mining.hard_negatives(*([x[i] for i in order] for x in (users, titles)), vectors[order], k=4,
-                                keys=[keys[i] for i in order])  # fmt: skip
+    two = mining.hard_negatives(
+        *([x[i] for i in order] for x in (users, titles)), vectors[order], k=4, keys=[keys[i] for i in order]
+    )
     assert [titles[one[i].row] for i in order] == [titles[order[n.row]] for n in two]
     assert len({n.rank for n in one}) == 4  # not always the nearest
     limit = 0.3
@@ -204,8 +206,10 @@ def pairs_file(folder: Path, train: int = 60, new: int = 30) -> Path:
     rng = np.random.default_rng(0)
     text = lambda: " ".join(rng.choice(words, rng.integers(3, 12))) + "."  # noqa: E731
     rows = [row(user=f"real{i % 5}", prompt=f"p{i}", chosen=text(), rejected=text() + " x") for i in range(train)]
-    rows += [row(user=f"new{i % 3}", role=("support", "query")[i % 2], prompt=f"q{i}", chosen=text(), rejected=text() + " x")
-             for i in range(new)]  # fmt: skip
+    rows += [
+        row(user=f"new{i % 3}", role=("support", "query")[i % 2], prompt=f"q{i}", chosen=text(), rejected=text() + " x")
+        for i in range(new)
+    ]
     return write(folder / "pairs.jsonl", rows)
 
 
@@ -221,8 +225,9 @@ def test_dense_overlap(tmp_path):
         labels.setdefault(r["pair_id"], []).append((r["user_id"], r["chosen"]))
     assert len(labels) == 40 and all(len({user for user, _ in several}) >= 9 for several in labels.values())
     assert len(train) <= 400 == 40 * config.labels_per_pair and set(dataset["user_id"]) <= {
-        *(f"sim_{i:02d}" for i in range(30)), *(f"new_sim_{i}" for i in range(6))
-    }  # fmt: skip
+        *(f"sim_{i:02d}" for i in range(30)),
+        *(f"new_sim_{i}" for i in range(6)),
+    }
     assert sum(len({chosen for _, chosen in several}) == 2 for several in labels.values()) > 20  # tastes differ
     support, query = (set(data.of_split(dataset, s)["pair_id"]) for s in ("support", "query"))
     assert support and query and not support & query and not (support | query) & set(labels)
@@ -235,8 +240,15 @@ def test_simulated_users_are_consistent():
 
     rng = np.random.default_rng(0)
     words = "I you we my your tremendously little cat observed running over seas . !".split()
-    pairs = [{"prompt": "p", "pair_id": str(i), "chosen": " ".join(rng.choice(words, rng.integers(3, 30))),
-              "rejected": " ".join(rng.choice(words, rng.integers(3, 30)))} for i in range(200)]  # fmt: skip
+    pairs = [
+        {
+            "prompt": "p",
+            "pair_id": str(i),
+            "chosen": " ".join(rng.choice(words, rng.integers(3, 30))),
+            "rejected": " ".join(rng.choice(words, rng.integers(3, 30))),
+        }
+        for i in range(200)
+    ]
     pairs = [pair | {"split": "train"} for pair in pairs]
     rows = simulate.label_densely(pairs, users=3, labels_per_pair=3)
     for user in {r["user_id"] for r in rows}:
@@ -390,9 +402,13 @@ def test_blind_scorers():
     prompts = [f"{instruct}red fox", f"{instruct}blue owl", f"{instruct}old hen"]
     found = blind(prompts, ["red fox.", "an owl it is", "hen"], ["a cow", "owl", "the name"], ["a", "a", "b"], embedder=None)
     assert {n: (f["accuracy"], f["reversed"], f["tie_rate"]) for n, f in found.items()} == {
-        "words": (33.33, 33.33, 33.33), "characters": (66.67, 33.33, 0.0), "lines": (0.0, 0.0, 100.0),
-        "terminator": (33.33, 0.0, 66.67), "brackets": (0.0, 0.0, 100.0), "word_overlap": (66.67, 33.33, 0.0),
-    }  # fmt: skip
+        "words": (33.33, 33.33, 33.33),
+        "characters": (66.67, 33.33, 0.0),
+        "lines": (0.0, 0.0, 100.0),
+        "terminator": (33.33, 0.0, 66.67),
+        "brackets": (0.0, 0.0, 100.0),
+        "word_overlap": (66.67, 33.33, 0.0),
+    }
     assert contents(prompts) == ["red fox", "blue owl", "old hen"]
     assert contents([[{"role": "user", "content": "x"}, {"role": "user", "content": "last"}]]) == ["last"]
     assert overlap("The red-fox, 12", "FOX fox 12 cow") == pytest.approx(2 / 3) and overlap("a", "...") == 0
@@ -411,10 +427,19 @@ def test_blind_cosine(encoder):
 def test_users_who_share_their_pairs_are_no_fault(tmp_path, capsys):
     """Everybody judges everything, each in an own way: the point of personalisation."""
     pairs = [(u, i, (f"a{i}", f"b{i}")[:: 1 if u % 2 else -1]) for u in range(6) for i in range(8)]
-    shared = write(tmp_path / "shared.jsonl", [
-        row(user=f"u{u}", role="train" if u < 3 else ("support", "query")[i % 2], prompt=f"p{i}", chosen=one, rejected=other)
-        for u, i, (one, other) in pairs
-    ])  # fmt: skip
+    shared = write(
+        tmp_path / "shared.jsonl",
+        [
+            row(
+                user=f"u{u}",
+                role="train" if u < 3 else ("support", "query")[i % 2],
+                prompt=f"p{i}",
+                chosen=one,
+                rejected=other,
+            )
+            for u, i, (one, other) in pairs
+        ],
+    )
     assert cli.main(["data", "check", "--embedder", "none", str(shared)]) == 0
     assert "pairs of train users among the adapt users'" in json.loads(capsys.readouterr().out)["notes"]
 
@@ -434,8 +459,16 @@ def test_check_command(tmp_path):
 
 
 @needs_shared
-@pytest.mark.parametrize("file", ["hh_rlhf_users/length_prefs", "hh_rlhf_users/two_types_prefs", "persona_statements/prefs",
-                                  "pandalm_annotators/prefs", "pref_lamp_like/ci/prefs_minilm"])  # fmt: skip
+@pytest.mark.parametrize(
+    "file",
+    [
+        "hh_rlhf_users/length_prefs",
+        "hh_rlhf_users/two_types_prefs",
+        "persona_statements/prefs",
+        "pandalm_annotators/prefs",
+        "pref_lamp_like/ci/prefs_minilm",
+    ],
+)
 def test_real_files_have_no_problems(file):
     found = check.check(read(SHARED / f"{file}.jsonl.gz"), embedder=None)
     repeated = found["problems"].pop("responses rejected in query that the same user rejects in support", {"count": 0})

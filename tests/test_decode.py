@@ -27,9 +27,18 @@ def prompts(lengths, seed=0, vocab=61):
 
 def arguments(**changes):
     defaults = dict(
-        reward_weight=1.0, num_candidates=5, max_new_tokens=12, eos_token_id=None, pad_token_id=None, do_sample=False,
-        temperature=0.7, seed=0, eos_reward="before", tokenizer=None, token_callback=None,
-    )  # fmt: skip
+        reward_weight=1.0,
+        num_candidates=5,
+        max_new_tokens=12,
+        eos_token_id=None,
+        pad_token_id=None,
+        do_sample=False,
+        temperature=0.7,
+        seed=0,
+        eos_reward="before",
+        tokenizer=None,
+        token_callback=None,
+    )
     return {**defaults, **changes}
 
 
@@ -109,11 +118,13 @@ def requests(draw, most: int = 4):
     weights = draw(st.sampled_from(["own", "shared", "shared lora"]))
     seed = draw(st.integers(0, 99))
     changes = dict(
-        num_candidates=draw(st.sampled_from([1, 2, 7])), do_sample=draw(st.booleans()),
+        num_candidates=draw(st.sampled_from([1, 2, 7])),
+        do_sample=draw(st.booleans()),
         eos_token_id=draw(st.sampled_from([[], [1], [1, 7, 9, 11, 13, 20, 21, 30, 31, 40, 41, 50, 51]])),
-        eos_reward=draw(st.sampled_from(["before", "state"])), seed=seed,
+        eos_reward=draw(st.sampled_from(["before", "state"])),
+        seed=seed,
         reward_weight=[0.0, 1.5, 0.3, 4.0, 1.0, 2.0][: len(lengths)],
-    )  # fmt: skip
+    )
     users = [USERS[i % 3] for i in range(len(lengths))]
     return *shared_pair(weights, head, seed), prompts(lengths, seed), users, changes
 
@@ -310,9 +321,13 @@ def test_generate_of_transformers_gives_the_same_tokens(sample):
     ids, mask = left_pad(rows, pad_id=1)
     own = guided(policy, model, rows, USERS, do_sample=sample, reward_weight=[1.0, 2.0, 0.0])
     got = policy.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=12, do_sample=sample, **({"temperature": 0.7} if sample else {}),
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=12,
+        do_sample=sample,
+        **({"temperature": 0.7} if sample else {}),
         custom_generate=pyargs.args(model, users=USERS, reward_weight=[1.0, 2.0, 0.0], num_candidates=5, seed=0),
-    )  # fmt: skip
+    )
     assert got[:, : ids.shape[1]].tolist() == ids.tolist()
     assert got[:, ids.shape[1] :].tolist() == own.tokens.tolist()
 

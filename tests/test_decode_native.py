@@ -149,11 +149,17 @@ def test_without_room_for_the_weights_it_goes_through_transformers(monkeypatch):
     same(decoded(policy, model, prompts([4]), ["ann"]), plain(policy, model, prompts([4]), ["ann"]))
 
 
-@pytest.mark.parametrize("files", [
-    {"memory.max": "900000", "memory.current": "899000", "memory.stat": "anon 5\nactive_file 100\ninactive_file 200\n"},
-    {"memory/memory.limit_in_bytes": "900000", "memory/memory.usage_in_bytes": "899000",
-     "memory/memory.stat": "active_file 1\ntotal_active_file 100\ntotal_inactive_file 200\n"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"memory.max": "900000", "memory.current": "899000", "memory.stat": "anon 5\nactive_file 100\ninactive_file 200\n"},
+        {
+            "memory/memory.limit_in_bytes": "900000",
+            "memory/memory.usage_in_bytes": "899000",
+            "memory/memory.stat": "active_file 1\ntotal_active_file 100\ntotal_inactive_file 200\n",
+        },
+    ],
+)
 def test_a_container_has_the_memory_that_its_group_may_still_take(files, tmp_path, monkeypatch):
     monkeypatch.setattr(stacks, "CGROUP", tmp_path)
     (tmp_path / "memory").mkdir()
@@ -184,8 +190,10 @@ def test_short_responses_share_a_pass_and_do_not_meet(monkeypatch):
     lm, counted = tiny_lm(dtype=torch.float32), []
     prompt, *several = prompts([37, 2, 16, 1, 9, 20, 60, 3, 48, 1, 0])
     groups = [(prompt, several), (prompt[:5], several[1:3]), ([7], []), (prompt, several[::-1])]
-    alone = [[function(model, [(prompt, [one])])[0][0] for prompt, several in groups for one in several]
-             for function, model in ((response_states, lm.get_decoder()), (response_logprobs, lm))]  # fmt: skip
+    alone = [
+        [function(model, [(prompt, [one])])[0][0] for prompt, several in groups for one in several]
+        for function, model in ((response_states, lm.get_decoder()), (response_logprobs, lm))
+    ]
     real = stacks.Stack.__call__
     monkeypatch.setattr(stacks.Stack, "__call__", lambda self, *a, **b: (counted.append(a), real(self, *a, **b))[1])
     together = response_states(lm.get_decoder(), groups), response_logprobs(lm, groups)
@@ -288,8 +296,10 @@ def alike(lengths, seed=0):
 @given(
     family=st.sampled_from(["llama", "qwen2"]),
     lengths=st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), min_size=1, max_size=5),
-    new=st.integers(1, 7), stop=st.sampled_from([None, 1, [1, 5, 9, 20, 33, 40, 41]]), seed=st.integers(0, 20),
-)  # fmt: skip
+    new=st.integers(1, 7),
+    stop=st.sampled_from([None, 1, [1, 5, 9, 20, 33, 40, 41]]),
+    seed=st.integers(0, 20),
+)
 def test_greedy_is_that_of_transformers(family, lengths, new, stop, seed):
     policy, rows = tiny_lm(family, seed=seed, dtype=torch.float32), alike(lengths, seed)
     policy.generation_config.eos_token_id = stop
@@ -359,9 +369,11 @@ def test_a_policy_that_can_not_answer_says_so(possible, monkeypatch):
     if not possible:
         monkeypatch.setattr(cpu, "possible", lambda *models: False)
     for prompt, new, message in [
-        ([], 2, "without a token"), ([5], 0, "at least 1, got 0"), ([5], -3, "at least 1"),
+        ([], 2, "without a token"),
+        ([5], 0, "at least 1, got 0"),
+        ([5], -3, "at least 1"),
         ([5] * 120, 9, "120 prompt . 9 new tokens exceed the 128 positions of LlamaForCausalLM"),
-    ]:  # fmt: skip
+    ]:
         with pytest.raises(PyargsError, match=message):
             policy_alone.generate(policy, [[5], prompt], max_new_tokens=new)
     with pytest.raises(PyargsError, match="must be a whole number, 0 to 60, got 61"):
@@ -400,6 +412,8 @@ print(pyargs.generate(policy, reward_model(policy), torch.tensor([[5, 6]]), None
 """
     ran = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code, str(Path(__file__).parent)],
-        env=os.environ | {"PYARGS_NO_EXT": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
+        env=os.environ | {"PYARGS_NO_EXT": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert ran.returncode == 0 and "torch.Size([1, 3])" in ran.stdout, ran.stderr

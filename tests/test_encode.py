@@ -62,9 +62,13 @@ def in_python():
 
 
 TOKENIZERS = {
-    "byte level": byte_level(), "trimming": byte_level(TRIMMING), "no template": byte_level(),
-    "sentencepiece": sentencepiece(), "unigram": sentencepiece("unigram"), "python": in_python(),
-}  # fmt: skip
+    "byte level": byte_level(),
+    "trimming": byte_level(TRIMMING),
+    "no template": byte_level(),
+    "sentencepiece": sentencepiece(),
+    "unigram": sentencepiece("unigram"),
+    "python": in_python(),
+}
 TOKENIZERS["no template"].chat_template = None
 
 

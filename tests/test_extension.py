@@ -86,8 +86,18 @@ def test_every_function_is_tried():
                 function(*arguments, None)
 
 
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool,
-          torch.complex64, torch.float8_e4m3fn]  # fmt: skip
+DTYPES = [
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+    torch.complex64,
+    torch.float8_e4m3fn,
+]
 numbers = st.sampled_from([-(2**63), -1, 0, 1, 2, 7, 2**31, 2**40, 2**62, 2**63, 10**40, 2.5, float("nan"), True])
 
 
@@ -153,26 +163,32 @@ def test_hostile_arguments_end_no_process():
 IDS = torch.ones(3, 2, dtype=torch.long)
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda s, c: s.forward(c, floats(3, 2), None, None, None, False, floats(3, 2, 6)), "ids must be int64 .any, any., dense"),
-    (lambda s, c: s.forward(c, [[1]], None, None, None, False, floats(3, 2, 6)), "ids must be a dense tensor"),
-    (lambda s, c: s.forward(c, IDS.to("meta"), None, None, None, False, None), "ids must"),
-    (lambda s, c: s.forward(c, IDS, torch.ones(3, 2), None, None, False, floats(3, 2, 6)), "mask must be bool"),
-    (lambda s, c: s.forward(c, IDS, None, None, None, False, floats(2, 6).expand(3, 2, 6)), "states must.*strides"),
-    (lambda s, c: s.forward(c, IDS, None, None, None, False, floats(3, 2, 6).bfloat16()), "states must be float32"),
-    (lambda s, c: s.logits(floats(2, 6), 1, floats(2, 12)), "not as many tokens"),
-    (lambda s, c: s.logits(floats(2, 6), 1, floats(3, 11)), r"logits must be float32 \[2, any\]"),
-    (lambda s, c: s.pack(0, [("dwon", 0, False, floats(6, 5))]), "not 'dwon'"),
-    (lambda s, c: s.bias(0, "Qkv", floats(32)), "not 'Qkv'"),
-    (lambda s, c: s.pack(0, [("down", 0, False, floats(6, 7))]), "inputs"),
-    (lambda s, c: s.pack(0, [("down", 30, False, floats(6, 5))]), "outputs"),
-    (lambda s, c: s.pack(0, [("head", 0, False, floats(10, 6))]), "row for each token"),
-    (lambda s, c: s.embedding(floats(10, 6), floats(6)), "embedding must be float32 or bfloat16 .11, 6."),
-    (lambda s, c: new_stack("float16"), "float32 or bfloat16"),
-    (lambda s, c: new_stack("bfloat"), "float32 or bfloat16"),
-    (lambda s, c: new_stack(layers=0), "positive"),
-    (lambda s, c: new_stack().forward(c, IDS, None, None, None, False, floats(3, 2, 6)), "not packed"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (
+            lambda s, c: s.forward(c, floats(3, 2), None, None, None, False, floats(3, 2, 6)),
+            "ids must be int64 .any, any., dense",
+        ),
+        (lambda s, c: s.forward(c, [[1]], None, None, None, False, floats(3, 2, 6)), "ids must be a dense tensor"),
+        (lambda s, c: s.forward(c, IDS.to("meta"), None, None, None, False, None), "ids must"),
+        (lambda s, c: s.forward(c, IDS, torch.ones(3, 2), None, None, False, floats(3, 2, 6)), "mask must be bool"),
+        (lambda s, c: s.forward(c, IDS, None, None, None, False, floats(2, 6).expand(3, 2, 6)), "states must.*strides"),
+        (lambda s, c: s.forward(c, IDS, None, None, None, False, floats(3, 2, 6).bfloat16()), "states must be float32"),
+        (lambda s, c: s.logits(floats(2, 6), 1, floats(2, 12)), "not as many tokens"),
+        (lambda s, c: s.logits(floats(2, 6), 1, floats(3, 11)), r"logits must be float32 \[2, any\]"),
+        (lambda s, c: s.pack(0, [("dwon", 0, False, floats(6, 5))]), "not 'dwon'"),
+        (lambda s, c: s.bias(0, "Qkv", floats(32)), "not 'Qkv'"),
+        (lambda s, c: s.pack(0, [("down", 0, False, floats(6, 7))]), "inputs"),
+        (lambda s, c: s.pack(0, [("down", 30, False, floats(6, 5))]), "outputs"),
+        (lambda s, c: s.pack(0, [("head", 0, False, floats(10, 6))]), "row for each token"),
+        (lambda s, c: s.embedding(floats(10, 6), floats(6)), "embedding must be float32 or bfloat16 .11, 6."),
+        (lambda s, c: new_stack("float16"), "float32 or bfloat16"),
+        (lambda s, c: new_stack("bfloat"), "float32 or bfloat16"),
+        (lambda s, c: new_stack(layers=0), "positive"),
+        (lambda s, c: new_stack().forward(c, IDS, None, None, None, False, floats(3, 2, 6)), "not packed"),
+    ],
+)
 def test_errors_name_the_argument(call, message):
     with pytest.raises(RuntimeError, match=message):
         call(packed(), new_cache())

@@ -150,9 +150,12 @@ def test_every_way_of_decoding_follows_the_oracle(name):
 
 @settings(max_examples=10, deadline=None)
 @given(
-    name=st.sampled_from(QUICK), lengths=st.lists(st.integers(1, 14), min_size=2, max_size=5), k=st.sampled_from([1, 2, 4]),
-    weight=st.sampled_from([0.0, 0.5, 5.0]), seed=st.integers(0, 99),
-)  # fmt: skip
+    name=st.sampled_from(QUICK),
+    lengths=st.lists(st.integers(1, 14), min_size=2, max_size=5),
+    k=st.sampled_from([1, 2, 4]),
+    weight=st.sampled_from([0.0, 0.5, 5.0]),
+    seed=st.integers(0, 99),
+)
 def test_any_padding_follows_the_oracle(name, lengths, k, weight, seed):
     policy, model = random_lm(name, 0), reward_model(random_lm(name, 1))
     score, state = Oracle(policy), Oracle(model.backbone)

@@ -142,8 +142,13 @@ def test_two_processes_on_one_folder_and_a_reader(tmp_path):
 
 
 def test_folders_that_only_look_like_ours_are_let_be(tmp_path):
-    others = ((".so.settings", "mine.toml"), (".so.versions", "so.1"), (".so.previous", "so"), (".so.ab.abcdefgh", "so"),
-              (".other.abcdefgh", "other"))  # fmt: skip
+    others = (
+        (".so.settings", "mine.toml"),
+        (".so.versions", "so.1"),
+        (".so.previous", "so"),
+        (".so.ab.abcdefgh", "so"),
+        (".other.abcdefgh", "other"),
+    )
     for name, file in others:
         (tmp_path / name).mkdir()
         (tmp_path / name / file).write_text("precious")

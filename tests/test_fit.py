@@ -53,9 +53,11 @@ def planted():
     part = lambda condition: as_features(found, condition.nonzero().flatten().tolist(), name)  # noqa: E731
     seen = found.user < 16
     return SimpleNamespace(
-        train=part(seen & (place < 90)), unseen=part(seen & (place >= 90)),
-        support=part(~seen & (place < 60)), query=part(~seen & (place >= 60)),
-    )  # fmt: skip
+        train=part(seen & (place < 90)),
+        unseen=part(seen & (place >= 90)),
+        support=part(~seen & (place < 60)),
+        query=part(~seen & (place >= 60)),
+    )
 
 
 def trained(recipe, planted, **fields):
@@ -109,8 +111,13 @@ def test_users_without_pairs_and_losses_that_are_no_numbers_raise(planted):
         lore.adapt(model, planted.support, [*ids, "nobody"], config)
     one = planted.support.select([0])
     assert lore.adapt(model, one, one.users, config)["mixture"].isfinite().all()
-    broken = Features(planted.train.hidden * float("nan"), planted.train.offsets, planted.train.chosen, planted.train.rejected,
-                      planted.train.users)  # fmt: skip
+    broken = Features(
+        planted.train.hidden * float("nan"),
+        planted.train.offsets,
+        planted.train.chosen,
+        planted.train.rejected,
+        planted.train.users,
+    )
     with pytest.raises(PyargsError, match="loss is nan at step 0"):
         trainer.train_head(lore, model, broken, config)
 
@@ -159,10 +166,16 @@ def pairs() -> Dataset:
     return synthetic.load(seed=0)
 
 
-@pytest.mark.parametrize("name,fields", [
-    ("global_rm", {}), ("global_rm", {"pool": "mean", "hidden": 8}), ("global_rm", {"hidden": 0}),
-    ("lore", {}), ("lore", {"alternate": True}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name,fields",
+    [
+        ("global_rm", {}),
+        ("global_rm", {"pool": "mean", "hidden": 8}),
+        ("global_rm", {"hidden": 0}),
+        ("lore", {}),
+        ("lore", {"alternate": True}),
+    ],
+)
 def test_full_training_moves_lora_and_head(lm_folder, pairs, name, fields):
     config = hooks.method(name).Config(backbone=lm_folder, epochs=0.5, batch_size=16, lora_lr=1e-2, **fields)
     model = trainer.train(name, pairs, config)

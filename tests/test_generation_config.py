@@ -30,9 +30,11 @@ BITING = dict(
 def fields(tokens: list[int]) -> dict:
     """A value for each field of GenerationConfig but the two that are read; tokens: what the model would write."""
     biting = BITING | dict(
-        bad_words_ids=[[t] for t in tokens], suppress_tokens=tokens, begin_suppress_tokens=tokens,
+        bad_words_ids=[[t] for t in tokens],
+        suppress_tokens=tokens,
+        begin_suppress_tokens=tokens,
         sequence_bias=[[[t], -99.0] for t in tokens],
-    )  # fmt: skip
+    )
     names = set(vars(GenerationConfig())) | biting.keys()
     return {name: biting.get(name, 3) for name in sorted(names - set(READ)) if not name.startswith("_")}
 
@@ -45,10 +47,11 @@ def test_no_field_of_the_generation_config_changes_an_answer(monkeypatch):
     def answers() -> list:
         drawn = unguided.generate(policy, rows, max_new_tokens=8, do_sample=True, temperature=1.5, seed=1)
         return [
-            unguided.generate(policy, rows, max_new_tokens=8).tokens.tolist(), drawn.tokens.tolist(),
+            unguided.generate(policy, rows, max_new_tokens=8).tokens.tolist(),
+            drawn.tokens.tolist(),
             guided(policy, model, rows, ["ann", "bob", "cid"], max_new_tokens=8).tokens.tolist(),
             tokenwise(policy, token_reward, rows, max_new_tokens=8).tokens.tolist(),
-        ]  # fmt: skip
+        ]
 
     before = answers()
     for name, value in fields(sorted({token for row in before[0] for token in row})).items():

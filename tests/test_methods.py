@@ -106,9 +106,10 @@ def test_adapted_users_are_above_global(found):
 
 def test_adaptation_is_worth_it(found):
     name, data, model, config, new, _ = found
-    start = {"vpl": lambda: {"latent": torch.zeros_like(new["latent"])},
-             "mpu": lambda: model.head.initial(len(ids(data.support)))}.get(
-        name, lambda: {"mixture": model.users.vectors["mixture"].detach().mean(0).repeat(len(new["mixture"]), 1)})  # fmt: skip
+    start = {
+        "vpl": lambda: {"latent": torch.zeros_like(new["latent"])},
+        "mpu": lambda: model.head.initial(len(ids(data.support))),
+    }.get(name, lambda: {"mixture": model.users.vectors["mixture"].detach().mean(0).repeat(len(new["mixture"]), 1)})
     scores = []
     for chosen in (start(), new):
         head, before = with_new(model, data, chosen)
@@ -178,9 +179,16 @@ def test_a_folded_head_and_a_saved_one_give_the_same_rewards(found):
     folded = model.head.fold()
     with torch.no_grad():
         _, _, reward, _ = score_select(
-            folded.features(hidden, user), folded.weight, user, torch.ones(5), torch.zeros(5, 7),
-            torch.arange(7).expand(5, 7), torch.zeros(5, dtype=torch.bool), bias=folded.bias, activation=folded.activation,
-        )  # fmt: skip
+            folded.features(hidden, user),
+            folded.weight,
+            user,
+            torch.ones(5),
+            torch.zeros(5, 7),
+            torch.arange(7).expand(5, 7),
+            torch.zeros(5, dtype=torch.bool),
+            bias=folded.bias,
+            activation=folded.activation,
+        )
         torch.testing.assert_close(reward, model.head(hidden, user.unsqueeze(1).expand(5, 7)), atol=1e-4, rtol=1e-4)
 
 
@@ -302,12 +310,22 @@ GROUPS = {  # (learning rate, weight decay, sparse) of every trained part; LoRA 
     "global_rm": {"first": (1e-4, 0, False), "last": (1e-4, 0, False)},
     "lore": {"directions": (0.5, 0, False), "users": (0.5, 0, False)},
     "pref": {"directions": (1e-3, 0.02, False), "users": (1e-3, 0.02, False)},
-    "pal": {"project": (1e-4, 0.01, False), "queries": (1e-4, 0.01, False), "logit_scale": (0.1, 0, False),
-            "users": (5e-3, 0, False)},
-    "vpl": {"encoder": (1e-4, 0, False), "score": (1e-4, 1e-3, False), "first": (1e-4, 1e-3, False),
-            "second": (1e-4, 1e-3, False), "last": (1e-4, 1e-3, False), "users": None},
+    "pal": {
+        "project": (1e-4, 0.01, False),
+        "queries": (1e-4, 0.01, False),
+        "logit_scale": (0.1, 0, False),
+        "users": (5e-3, 0, False),
+    },
+    "vpl": {
+        "encoder": (1e-4, 0, False),
+        "score": (1e-4, 1e-3, False),
+        "first": (1e-4, 1e-3, False),
+        "second": (1e-4, 1e-3, False),
+        "last": (1e-4, 1e-3, False),
+        "users": None,
+    },
     "mpu": {"users": (1e-3, 0, True)},
-}  # fmt: skip
+}
 
 
 def optimized(model, name: str, config) -> dict:
@@ -337,9 +355,15 @@ def test_pal_a_has_a_rate_for_prototypes():
 
 
 def test_settings_out_of_range_raise():
-    for make in (lambda: mpu.Config(hidden=0), lambda: vpl.Config(max_context=0), lambda: lore.Config(rank=0),
-                 lambda: icl.Config(show="both"), lambda: pref.Config(adapt_steps=-3), lambda: pal.Config(variant="C"),
-                 lambda: genarm.Config(batch_size=0)):  # fmt: skip
+    for make in (
+        lambda: mpu.Config(hidden=0),
+        lambda: vpl.Config(max_context=0),
+        lambda: lore.Config(rank=0),
+        lambda: icl.Config(show="both"),
+        lambda: pref.Config(adapt_steps=-3),
+        lambda: pal.Config(variant="C"),
+        lambda: genarm.Config(batch_size=0),
+    ):
         with pytest.raises(PyargsError, match="must be at least|is one of"):
             make()
     with pytest.raises(PyargsError, match="above max_context"):
@@ -477,8 +501,11 @@ def test_formula_of_pal(variant, weighting):
         length = batch.mask[n].sum(-1).tolist()
         first = 1 if n == 0 and max(length) > 1 else 0
         positions = range(first, max(length))
-        weights = {"cumulative": [i + 1 for i, _ in enumerate(positions)], "mean": [1 for _ in positions],
-                   "last": [int(t == max(length) - 1) for t in positions]}[weighting]  # fmt: skip
+        weights = {
+            "cumulative": [i + 1 for i, _ in enumerate(positions)],
+            "mean": [1 for _ in positions],
+            "last": [int(t == max(length) - 1) for t in positions],
+        }[weighting]
         for t, weight in zip(positions, weights, strict=True):
             r = []
             for side in (0, 1):
@@ -502,16 +529,28 @@ def test_pal_fits_new_users_by_its_loss(variant, rank):
     offsets = torch.cat([offsets.new_zeros(1), offsets])
     number = torch.arange(10)
     support = Features(
-        torch.randn(int(offsets[-1]), planted.DIM), offsets, number, number + 10, ["new"] * 6 + ["other"] * 4,
+        torch.randn(int(offsets[-1]), planted.DIM),
+        offsets,
+        number,
+        number + 10,
+        ["new"] * 6 + ["other"] * 4,
         number + 20 if variant == "B" else None,
-    )  # fmt: skip
+    )
 
     def plain(probe, batch):
         return lambda: torch.stack([pal.loss(probe, pair, config) for pair in apart(batch)])
 
     def apart(batch):
-        return [Batch(batch.hidden[n : n + 1], batch.mask[n : n + 1], batch.user[n : n + 1], batch.pair[n : n + 1],
-                     None if batch.prompt is None else batch.prompt[n : n + 1]) for n in range(len(batch))]  # fmt: skip
+        return [
+            Batch(
+                batch.hidden[n : n + 1],
+                batch.mask[n : n + 1],
+                batch.user[n : n + 1],
+                batch.pair[n : n + 1],
+                None if batch.prompt is None else batch.prompt[n : n + 1],
+            )
+            for n in range(len(batch))
+        ]
 
     ids = ["new", "other"]
     start = adapt.randn_rows(ids, rank, seed=0)
@@ -608,13 +647,23 @@ def rows() -> Dataset:
 
 
 SMALL = {
-    "lore": dict(rank=3), "pref": dict(rank=3), "pal": dict(variant="A", rank=2), "vpl": dict(latent=16),
-    "mpu": dict(hidden=8), "pdpo": dict(soft_tokens=3, adapt_steps=5, adapt_lr=1e-2), "icl": dict(shots=3, max_length=768),
-}  # fmt: skip
+    "lore": dict(rank=3),
+    "pref": dict(rank=3),
+    "pal": dict(variant="A", rank=2),
+    "vpl": dict(latent=16),
+    "mpu": dict(hidden=8),
+    "pdpo": dict(soft_tokens=3, adapt_steps=5, adapt_lr=1e-2),
+    "icl": dict(shots=3, max_length=768),
+}
 VARIANTS = [(name, {}) for name in METHODS] + [
-    ("pal", {"variant": "B"}), ("mpu", {"pool": "mean"}), ("global_rm", {"pool": "mean", "step_reward": "prefix_mean"}),
-    ("lore", {"alternate": True}), ("pdpo", {"clusters": 2}), ("icl", {"shots": 0}), ("icl", {"show": "chosen"}),
-]  # fmt: skip
+    ("pal", {"variant": "B"}),
+    ("mpu", {"pool": "mean"}),
+    ("global_rm", {"pool": "mean", "step_reward": "prefix_mean"}),
+    ("lore", {"alternate": True}),
+    ("pdpo", {"clusters": 2}),
+    ("icl", {"shots": 0}),
+    ("icl", {"show": "chosen"}),
+]
 
 
 def config_of(name: str, folder: str, **more):
@@ -683,8 +732,11 @@ def test_the_query_set_cannot_reach_adaptation(tuned, rows):
 def test_each_user_is_adapted_as_if_alone(tuned, rows):
     name, _, model, folder = tuned
     other = load_model(folder)
-    keep = [i for i, (user, split) in enumerate(zip(rows["user_id"], rows["split"], strict=True))
-            if user == "new_00" and split == "support"]  # fmt: skip
+    keep = [
+        i
+        for i, (user, split) in enumerate(zip(rows["user_id"], rows["split"], strict=True))
+        if user == "new_00" and split == "support"
+    ]
     adapt.adapt(other, rows.select(keep))
     for kind, table in other.users.vectors.items():
         assert torch.equal(table[other.users.ids["new_00"]], model.users.vectors[kind][model.users.ids["new_00"]])
@@ -727,8 +779,11 @@ def test_every_kind_of_model_decodes_and_a_row_does_not_depend_on_its_batch(tune
     alone = [answers(policy, model, [p], [u], reward_weight=w)[0] for p, u, w in zip(prompts, users, weights, strict=True)]
     assert together == alone
     if hasattr(model, "pair_scores"):  # weight 0 is the policy's own greedy answer
-        plain = policy.generate(**dict(zip(("input_ids", "attention_mask"), left_pad_prompt(model, prompts[0]), strict=True)),
-                                max_new_tokens=6, do_sample=False)  # fmt: skip
+        plain = policy.generate(
+            **dict(zip(("input_ids", "attention_mask"), left_pad_prompt(model, prompts[0]), strict=True)),
+            max_new_tokens=6,
+            do_sample=False,
+        )
         ids = plain[0, -len(together[0]) :].tolist() if together[0] else []
         assert together[0] == ids or together[0] == plain[0][left_pad_prompt(model, prompts[0])[0].shape[1] :].tolist()
 
@@ -1248,7 +1303,7 @@ def test_genarms_own_sampling_follows_its_distribution(lm_folder, rows):
     n, prompt = 4000, torch.tensor([[5, 6, 7]])
     drawn = genarm.generate(
         policy, model, prompt.repeat(n, 1), None, num_candidates=None, do_sample=True, max_new_tokens=1, seed=0
-    ).tokens[:, 0]  # fmt: skip
+    ).tokens[:, 0]
     logs = policy(prompt).logits[0, -1].log_softmax(-1) + model.lm(prompt).logits[0, -1].log_softmax(-1)
     expected = logs.softmax(-1)[: len(model.tokenizer)]
     count = torch.bincount(drawn, minlength=len(expected)).float()

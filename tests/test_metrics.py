@@ -67,11 +67,13 @@ def test_scores_are_those_of_single_passes(tmp_path):
     model = reward_model(lm)
     model.backbone, model.tokenizer = lm.get_decoder(), tokenizer
     model.head.directions.data = torch.randn(3, lm.config.hidden_size)
-    rows = Dataset.from_list([
-        {"user_id": "ann", "prompt": "one two", "chosen": "a b c", "rejected": "d"},
-        {"user_id": "bob", "prompt": "one two", "chosen": "d", "rejected": "a b c"},
-        {"user_id": "bob", "prompt": "other", "chosen": "x y", "rejected": "y x"},
-    ])  # fmt: skip
+    rows = Dataset.from_list(
+        [
+            {"user_id": "ann", "prompt": "one two", "chosen": "a b c", "rejected": "d"},
+            {"user_id": "bob", "prompt": "one two", "chosen": "d", "rejected": "a b c"},
+            {"user_id": "bob", "prompt": "other", "chosen": "x y", "rejected": "y x"},
+        ]
+    )
     found = pair_scores(model, lm, rows)
     for n, row in enumerate(rows):
         for side, text in enumerate((row["chosen"], row["rejected"])):
@@ -129,9 +131,13 @@ def bert(tmp_path_factory) -> str:
     BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(words), hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64,
+        vocab_size=len(words),
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=64,
         max_position_embeddings=40,
-    )  # fmt: skip
+    )
     BertModel(config).save_pretrained(folder)
     return str(folder)
 

@@ -34,10 +34,16 @@ def test_a_folded_head_gives_the_same_rewards(kind, rows, k, seed):
     hidden, user = torch.randn(rows, k, 32), torch.randint(0, 3, (rows,))
     folded = head.fold()
     _, _, reward, _ = score_select(
-        folded.features(hidden, user), folded.weight, user, torch.ones(rows), torch.zeros(rows, k),
-        torch.arange(k).expand(rows, k), torch.zeros(rows, dtype=torch.bool),
-        bias=folded.bias, activation=folded.activation,
-    )  # fmt: skip
+        folded.features(hidden, user),
+        folded.weight,
+        user,
+        torch.ones(rows),
+        torch.zeros(rows, k),
+        torch.arange(k).expand(rows, k),
+        torch.zeros(rows, dtype=torch.bool),
+        bias=folded.bias,
+        activation=folded.activation,
+    )
     torch.testing.assert_close(reward, head(hidden, user.unsqueeze(1).expand(rows, k)), atol=2e-5, rtol=2e-5)
 
 
@@ -57,9 +63,12 @@ def test_only_tokens_reach_a_head(pool, lengths, seed):
     torch.manual_seed(seed)
     count = torch.tensor(lengths)
     features = Features(
-        torch.randn(int(count.sum()), 32), torch.cat([torch.zeros(1, dtype=torch.long), count.flatten().cumsum(0)]),
-        torch.arange(len(count)) * 2, torch.arange(len(count)) * 2 + 1, ["x"] * len(count),
-    )  # fmt: skip
+        torch.randn(int(count.sum()), 32),
+        torch.cat([torch.zeros(1, dtype=torch.long), count.flatten().cumsum(0)]),
+        torch.arange(len(count)) * 2,
+        torch.arange(len(count)) * 2 + 1,
+        ["x"] * len(count),
+    )
     user, seen = torch.randint(0, 3, (len(count),)), []
     model = reward_model(tiny_lm(), head="personal mlp", pool=pool)
     model.head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
@@ -267,9 +276,11 @@ def test_prompts_are_cut_in_their_content_only(on_disk):
     with pytest.raises(PyargsError, match="no room"):
         encode_prompt(tokenizer, text, 3)
     chat = [
-        {"role": "system", "content": "be kind"}, {"role": "user", "content": "old " * 40},
-        {"role": "assistant", "content": "reply " * 40}, {"role": "user", "content": "the question"},
-    ]  # fmt: skip
+        {"role": "system", "content": "be kind"},
+        {"role": "user", "content": "old " * 40},
+        {"role": "assistant", "content": "reply " * 40},
+        {"role": "user", "content": "the question"},
+    ]
     short = tokenizer.decode(encode_prompt(tokenizer, chat, 120))
     assert "be kind" in short and "the question" in short and "old" not in short and "reply" not in short
 

@@ -51,9 +51,17 @@ def random_lm(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
-        family, vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, max_position_embeddings=4096, **more,
-    )  # fmt: skip
+        family,
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=4096,
+        **more,
+    )
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():
@@ -66,10 +74,15 @@ def models(draw, **fixed):
     family = draw(st.sampled_from(["llama", "qwen2"]))
     kv_heads, share = draw(st.integers(1, 3)), draw(st.integers(1, 4))
     more = dict(
-        heads=kv_heads * share, kv_heads=kv_heads, head_dim=2 * draw(st.integers(1, 24)),
-        hidden=kv_heads * share * draw(st.integers(1, 9)), inner=draw(st.integers(1, 80)), layers=draw(st.integers(1, 3)),
-        tie_word_embeddings=draw(st.booleans()), seed=draw(st.integers(0, 999)),
-    )  # fmt: skip
+        heads=kv_heads * share,
+        kv_heads=kv_heads,
+        head_dim=2 * draw(st.integers(1, 24)),
+        hidden=kv_heads * share * draw(st.integers(1, 9)),
+        inner=draw(st.integers(1, 80)),
+        layers=draw(st.integers(1, 3)),
+        tie_word_embeddings=draw(st.booleans()),
+        seed=draw(st.integers(0, 999)),
+    )
     if family == "llama":
         more |= dict(attention_bias=draw(st.booleans()), mlp_bias=draw(st.booleans()))
     return random_lm(family, **(more | fixed))
@@ -219,11 +232,14 @@ def test_long_prompts(family):
     close(stack(text, stack.cache(1, 1500))[0], hf_states(model, text[0]))
 
 
-@pytest.mark.parametrize("scaling", [
-    {"rope_type": "linear", "factor": 4.0},
-    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
-    dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+        dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32),
+    ],
+)
 def test_rope_scaling(scaling):
     model = random_lm(rope_parameters={"rope_theta": 500.0, **scaling}, head_dim=32)
     stack = pack.pack(model)
@@ -259,9 +275,12 @@ ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 
 @settings(max_examples=30, deadline=None)
 @given(
-    model=models(), batch=batches(20), modules=st.sets(st.sampled_from(ALL), min_size=1),
-    capability=st.sampled_from(AVAILABLE), merged=st.booleans(),
-)  # fmt: skip
+    model=models(),
+    batch=batches(20),
+    modules=st.sets(st.sampled_from(ALL), min_size=1),
+    capability=st.sampled_from(AVAILABLE),
+    merged=st.booleans(),
+)
 def test_lora_merged_and_as_a_delta_of_single_rows(model, batch, modules, capability, merged):
     ids, mask, _ = batch
     tuned = with_lora(model, sorted(modules))
@@ -306,14 +325,17 @@ def test_policy_and_reward_model_in_one_pass():
     assert cache.length == [10, 9, 10, 9]
 
 
-@pytest.mark.parametrize("change, named", [
-    (lambda: random_lm(hidden_act="gelu"), "gelu"),
-    (lambda: random_lm("qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=0), "sliding_attention"),
-    (lambda: random_lm(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), "dynamic"),
-    (lambda: random_lm("mistral"), "mistral"),
-    (lambda: random_lm().double(), "float64"),
-    (lambda: random_lm().to("meta"), "meta"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (lambda: random_lm(hidden_act="gelu"), "gelu"),
+        (lambda: random_lm("qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=0), "sliding_attention"),
+        (lambda: random_lm(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), "dynamic"),
+        (lambda: random_lm("mistral"), "mistral"),
+        (lambda: random_lm().double(), "float64"),
+        (lambda: random_lm().to("meta"), "meta"),
+    ],
+)
 def test_what_is_not_supported_is_named(change, named):
     with pytest.raises(PyargsError, match=named):
         pack.pack(change())
@@ -420,9 +442,17 @@ def test_args_of_two_users_on_smollm2(smollm2):
     head = linear.Head(model.config.hidden_size, 8, users, softmax=True, divisor=model.config.hidden_size**0.5)
     reward_model = RewardModel(decoder, tokenizer, head).eval()
     decoded = pyargs.generate(
-        model, reward_model, ids, mask, ["ann", "bob"], reward_weight=1.8, num_candidates=k, max_new_tokens=steps,
-        eos_token_id=[], pad_token_id=0,
-    )  # fmt: skip
+        model,
+        reward_model,
+        ids,
+        mask,
+        ["ann", "bob"],
+        reward_weight=1.8,
+        num_candidates=k,
+        max_new_tokens=steps,
+        eos_token_id=[],
+        pad_token_id=0,
+    )
     assert 0 < (decoded.slots > 0).sum() < decoded.slots.numel()  # the reward model decides, and not alone
 
     stack = pack.pack(model, adapter=decoder)
@@ -433,9 +463,14 @@ def test_args_of_two_users_on_smollm2(smollm2):
         logprobs, candidates, _ = topk_logprobs(stack.logits(state), k)
         hidden = stack(candidates, cache, branches=True, rows=reward, delta=True)
         token, slot, _, _ = score_select(
-            hidden, head.fold().weight, users.rows(["ann", "bob"]), torch.full((batch,), 1.8), logprobs, candidates,
+            hidden,
+            head.fold().weight,
+            users.rows(["ann", "bob"]),
+            torch.full((batch,), 1.8),
+            logprobs,
+            candidates,
             torch.zeros(batch, dtype=torch.bool),
-        )  # fmt: skip
+        )
         assert token.tolist() == decoded.tokens[:, step].tolist()
         stack.commit(cache, slot, rows=reward)
         state = stack(token[:, None], cache, rows=policy)[:, -1]

@@ -49,9 +49,10 @@ texts = st.lists(st.lists(tokens, min_size=1, max_size=12), min_size=1, max_size
 @settings(max_examples=25, deadline=None)
 @given(
     groups=st.lists(st.tuples(st.lists(tokens, min_size=1, max_size=40), texts), min_size=1, max_size=4),
-    value=st.sampled_from([torch.nan, torch.inf, -torch.inf, 3e38]), capability=st.sampled_from(AVAILABLE),
+    value=st.sampled_from([torch.nan, torch.inf, -torch.inf, 3e38]),
+    capability=st.sampled_from(AVAILABLE),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-)  # fmt: skip
+)
 def test_continuations_are_those_of_each_response_alone(groups, value, capability, dtype):
     stack = stack_with(value, dtype)
     with using(capability):

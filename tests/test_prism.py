@@ -115,16 +115,18 @@ def test_prism_refuses(tmp_path):
     def no_history(survey, conversations):
         del conversations[1]["conversation_history"]
 
-    for number, (change, message) in enumerate([
-        (twice, "conversations.jsonl, line .*user0-0 is there twice"),
-        (stranger, "line 5: user nobody is not in survey.jsonl"),
-        (a_list, "line 3: a content in turn 0 is list, not a string"),
-        (two_users, "survey.jsonl, line .*user0 is there twice"),
-        (no_history, "line 2: not a conversation"),
-        (a_system_turn, "line 1: turn 0 has a role"),
-        (a_word_for_a_choice, "line 1: turn 0 has a role or an if_chosen"),
-        (a_number, "line 2: conversation_id or user_id is not a string"),
-    ]):  # fmt: skip
+    for number, (change, message) in enumerate(
+        [
+            (twice, "conversations.jsonl, line .*user0-0 is there twice"),
+            (stranger, "line 5: user nobody is not in survey.jsonl"),
+            (a_list, "line 3: a content in turn 0 is list, not a string"),
+            (two_users, "survey.jsonl, line .*user0 is there twice"),
+            (no_history, "line 2: not a conversation"),
+            (a_system_turn, "line 1: turn 0 has a role"),
+            (a_word_for_a_choice, "line 1: turn 0 has a role or an if_chosen"),
+            (a_number, "line 2: conversation_id or user_id is not a string"),
+        ]
+    ):
         with pytest.raises(PyargsError, match=message):
             prism_set.build(str(prism(tmp_path / str(number), DIALOGUES, change)), prism_set.Config())
     (tmp_path / "0" / "survey.jsonl").unlink()

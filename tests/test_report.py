@@ -70,8 +70,17 @@ def cell(
                 "unscored": 0,
                 "each": won,
             }
-    return {"profile": "cpu", "set": SETS[data], "stands_for": data, "policy": by, "row": row, "seed": seed, "values": values,
-            "dtype": "float32", "answers": answers}  # fmt: skip
+    return {
+        "profile": "cpu",
+        "set": SETS[data],
+        "stands_for": data,
+        "policy": by,
+        "row": row,
+        "seed": seed,
+        "values": values,
+        "dtype": "float32",
+        "answers": answers,
+    }
 
 
 def rows(data, levels: dict, key: str, **more) -> list[dict]:
@@ -140,8 +149,12 @@ FLIPS = {  # claim -> cells for it, then cells against it (one list or more)
         lamp({"Global RM": 20, "LoRE": 20, UNGUIDED: 20}) + lamp({"MPU-Avg": 20}, text=text) for text in ("a title", "another")
     ),
     "collapse": tuple(
-        lamp({UNGUIDED: 20}) + [cell("Pref-LaMP", row, seed=seed, rouge=r if (row, seed) == ("VPL", 1) else 20)
-                                for row in ("LoRE-Alt", "VPL", "MPU") for seed in range(3)]
+        lamp({UNGUIDED: 20})
+        + [
+            cell("Pref-LaMP", row, seed=seed, rouge=r if (row, seed) == ("VPL", 1) else 20)
+            for row in ("LoRE-Alt", "VPL", "MPU")
+            for seed in range(3)
+        ]
         for r in (5, 20)
     ),
     "rm_gap_20": tuple(
@@ -154,20 +167,23 @@ FLIPS = {  # claim -> cells for it, then cells against it (one list or more)
         [cell("Pref-LaMP", row, rm=18 if row == "Global RM" else 10, rouge=20, win=w) for row in GUIDES] for w in (100.0, 60.0)
     ),
     "t6_range": (
-        [cell("Pref-LaMP", row, seed=n, rm=8 + n, policy=8 + n, win=50.0 + n, rouge=30 + n % 2) for row in GUIDES
-         for n in range(3)],  # seeds that go up and down again: tau is 0 whichever methods are drawn
-        *([cell("Pref-LaMP", row, rm=8 + n, policy=8 + n, win=50.0 + n, rouge=30 + s * n) for n, row in enumerate(GUIDES)]
-          for s in (-1, 1)),
+        [
+            cell("Pref-LaMP", row, seed=n, rm=8 + n, policy=8 + n, win=50.0 + n, rouge=30 + n % 2)
+            for row in GUIDES
+            for n in range(3)
+        ],  # seeds that go up and down again: tau is 0 whichever methods are drawn
+        *(
+            [cell("Pref-LaMP", row, rm=8 + n, policy=8 + n, win=50.0 + n, rouge=30 + s * n) for n, row in enumerate(GUIDES)]
+            for s in (-1, 1)
+        ),
     ),
     "blind": tuple(rows("Pref-LaMP", guided(r, **{"word overlap": 15}), "rm") for r in (15, 18)),
     "form": tuple(
         [one for data in ("TLDR", "PRISM", "Pref-LaMP") for one in rows(data, {"Zero-Shot": 12, UNGUIDED: p}, "policy")]
         for p in (15, 12)
     ),
-    "same_content": tuple(
-        rows(None, {**dict.fromkeys(PERSONAL, 10), "PAL": p, "Global RM": 12}, "rm") for p in (15, 10)
-    ),
-}  # fmt: skip
+    "same_content": tuple(rows(None, {**dict.fromkeys(PERSONAL, 10), "PAL": p, "Global RM": 12}, "rm") for p in (15, 10)),
+}
 FLIPS = {id: [thrice(cells) for cells in sides] for id, sides in FLIPS.items()}
 
 
@@ -349,10 +365,16 @@ def pairs(folder, tmp_path_factory) -> Path:
     """The data set that the cells' answers are of, as a file."""
     ids = [(answer["user_id"], answer["pair_id"]) for answer in made.cell("LoRE")["answers"]]
     rows = [
-        {"user_id": user, "prompt": f"ABSTRACT <{pair}>", "chosen": f"AUTHOR <{pair}>", "rejected": f"STRANGER <{pair}>",
-         "split": "query", "pair_id": pair}
+        {
+            "user_id": user,
+            "prompt": f"ABSTRACT <{pair}>",
+            "chosen": f"AUTHOR <{pair}>",
+            "rejected": f"STRANGER <{pair}>",
+            "split": "query",
+            "pair_id": pair,
+        }
         for user, pair in ids
-    ]  # fmt: skip
+    ]
     path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
     files.write_jsonl(path, rows)
     return path

@@ -290,9 +290,10 @@ def test_measured_cells_tell_the_hours():
     assert {trains(row) for row in settings["rows"].values()} == {"nothing", "head", "language model"}
     measured = [("head", 1000, 10.0), ("nothing", 1000, 1.0)]
     known, like, other = (
-        Left("a", ("train",), "head", 1000, 3600.0), Left("b", ("train",), "head", 360_000, None),
+        Left("a", ("train",), "head", 1000, 3600.0),
+        Left("b", ("train",), "head", 360_000, None),
         Left("c", ("decode",), "nothing", 3_600_000, None),
-    )  # fmt: skip
+    )
     found = plan([known, like, other], measured)
     assert found["tokens_per_second"] == {"head": 100, "nothing": 1000} and found["cells_without_estimate"] == 0
     assert [line["minutes"] for line in found["cells"]] == [60, 60, 60] and found["hours"] == 3.0

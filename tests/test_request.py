@@ -30,9 +30,18 @@ def pair():
 
 def ask(pair, ids=IDS, mask=MASK, **changes):
     defaults = dict(
-        reward_weight=1.0, num_candidates=5, max_new_tokens=2, eos_token_id=[], pad_token_id=1, do_sample=False,
-        temperature=0.7, seed=0, eos_reward="before", tokenizer=None, token_callback=None,
-    )  # fmt: skip
+        reward_weight=1.0,
+        num_candidates=5,
+        max_new_tokens=2,
+        eos_token_id=[],
+        pad_token_id=1,
+        do_sample=False,
+        temperature=0.7,
+        seed=0,
+        eos_reward="before",
+        tokenizer=None,
+        token_callback=None,
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return check(*pair, ids, mask, ["ann", "bob"], **(defaults | changes))
@@ -70,9 +79,15 @@ def test_temperature_of_samples(pair):
 
 def test_numbers_of_numpy_and_torch_are_welcome(pair):
     got = ask(
-        pair, num_candidates=np.int32(4), max_new_tokens=torch.tensor(3), seed=np.array([3, 2**63], dtype=np.uint64),
-        eos_token_id=np.int64(7), pad_token_id=np.int8(0), reward_weight=np.array([0.5, 2], dtype=np.float16), do_sample=True,
-    )  # fmt: skip
+        pair,
+        num_candidates=np.int32(4),
+        max_new_tokens=torch.tensor(3),
+        seed=np.array([3, 2**63], dtype=np.uint64),
+        eos_token_id=np.int64(7),
+        pad_token_id=np.int8(0),
+        reward_weight=np.array([0.5, 2], dtype=np.float16),
+        do_sample=True,
+    )
     assert (got.num_candidates, got.max_new_tokens, got.pad_id) == (4, 3, 0)
     assert got.stop.tolist() == [7] and got.weight.tolist() == [0.5, 2.0] and got.uniform.shape == (3, 2)
     assert ask(pair, eos_token_id=torch.tensor([7, 8])).stop.tolist() == [7, 8]
@@ -117,11 +132,16 @@ def test_masks_are_left_padded_ones_and_zeros(pair, rows):
 @pytest.mark.parametrize(
     ("ids", "mask", "says"),
     [
-        ([[1, 2, 3]], None, "input_ids"), (IDS.float(), None, "input_ids"), (IDS.int(), None, "input_ids"),
-        (IDS[0], None, "input_ids"), (IDS, MASK.tolist(), "attention_mask"), (IDS, MASK[:, 1:], "attention_mask"),
-        (IDS, torch.zeros(2, 3), "padded on the left"), (IDS, "ones", "attention_mask"),
+        ([[1, 2, 3]], None, "input_ids"),
+        (IDS.float(), None, "input_ids"),
+        (IDS.int(), None, "input_ids"),
+        (IDS[0], None, "input_ids"),
+        (IDS, MASK.tolist(), "attention_mask"),
+        (IDS, MASK[:, 1:], "attention_mask"),
+        (IDS, torch.zeros(2, 3), "padded on the left"),
+        (IDS, "ones", "attention_mask"),
     ],
-)  # fmt: skip
+)
 def test_prompts_of_another_form(pair, ids, mask, says):
     with pytest.raises(PyargsError, match=says):
         ask(pair, ids, mask)
@@ -173,10 +193,12 @@ def test_weights_of_many_prompts_and_inside_generate_are_checked_alike(pair):
 
 
 PLAIN = {
-    "seed": [1.5, "1", True, [1, 2], 2**64, np.array([1, 2])], "do_sample": ["False", 1, None], "temperature": [0, True, None],
+    "seed": [1.5, "1", True, [1, 2], 2**64, np.array([1, 2])],
+    "do_sample": ["False", 1, None],
+    "temperature": [0, True, None],
     "a token of a prompt": [[[5, -1]], [[5, 61]], [[5.0]], [["a"]], [[True]], "ab", [[None]]],
     "prompts are lists of token ids": [None, 5, [5, 6], [None]],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PLAIN)

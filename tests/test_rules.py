@@ -33,9 +33,9 @@ def test_rules_are_numbered_and_each_touches_some_cells_that_came_with_the_proje
 
 
 @pytest.mark.parametrize(
-    ("chosen", "perplexity", "largest", "older"), [(1, None, False, False), (3, None, True, True), (3, 1.4, True, True),
-                                                   (3, 9.0, True, False), (0, None, False, False)],
-)  # fmt: skip
+    ("chosen", "perplexity", "largest", "older"),
+    [(1, None, False, False), (3, None, True, True), (3, 1.4, True, True), (3, 9.0, True, False), (0, None, False, False)],
+)
 def test_a_choice_at_the_end_of_the_grid(chosen, perplexity, largest, older):
     grid = [{"relative": weight} for weight in (0, 1, 3)]
     grid[-1] |= {} if perplexity is None else {"perplexity": perplexity}
@@ -50,9 +50,17 @@ def test_a_choice_at_the_end_of_the_grid(chosen, perplexity, largest, older):
 
 
 @pytest.mark.parametrize(
-    ("chosen", "values", "marked"), [(3, {9: 70}, True), (3, {9: 50}, False), (3, {9: 60}, False), (1, {3: 50}, False),
-                                     (3, {}, False), (0, {}, False), (3, {9: None}, False)],
-)  # fmt: skip
+    ("chosen", "values", "marked"),
+    [
+        (3, {9: 70}, True),
+        (3, {9: 50}, False),
+        (3, {9: 60}, False),
+        (1, {3: 50}, False),
+        (3, {}, False),
+        (0, {}, False),
+        (3, {9: None}, False),
+    ],
+)
 def test_a_choice_that_the_bound_decides(chosen, values, marked):
     """The last weight tried was better than the chosen, so what is beyond the bound on perplexity was refused."""
     points = {0: 40, 1: 55, chosen: 60, **values}

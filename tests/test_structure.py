@@ -190,8 +190,18 @@ def frequencies(lm, patch):
 
 
 OUTSIDE = (
-    epsilon, head_hook, head_forward, head_class, whole_hook, whole_forward, rotary, rope, attention, layers, frequencies,
-)  # fmt: skip
+    epsilon,
+    head_hook,
+    head_forward,
+    head_class,
+    whole_hook,
+    whole_forward,
+    rotary,
+    rope,
+    attention,
+    layers,
+    frequencies,
+)
 
 
 def pair(family="llama", dtype=torch.float32):

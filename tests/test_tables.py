@@ -368,8 +368,11 @@ def test_policies_stand_beside_those_of_their_size():
     beside = results.match(scales, ["smollm2-135m", "Qwen/Qwen2.5-3B-Instruct"])
     assert beside == {"0.5B": "smollm2-135m", "1.5B": None, "3B": "Qwen/Qwen2.5-3B-Instruct", "7B": None}
     assert sorted(["x-1.7B", "tiny-random", "a-360m", "Qwen/Qwen2.5-0.5B"], key=results.size) == [
-        "tiny-random", "a-360m", "Qwen/Qwen2.5-0.5B", "x-1.7B",
-    ]  # fmt: skip
+        "tiny-random",
+        "a-360m",
+        "Qwen/Qwen2.5-0.5B",
+        "x-1.7B",
+    ]
 
 
 def test_two_sets_for_one_are_an_error(tmp_path):
@@ -405,8 +408,12 @@ SPECIAL = st.text(alphabet=st.sampled_from(list("ab \\&%$#_{}~^<>|—–±−[]\
 @settings(deadline=None)
 @given(SPECIAL, SPECIAL)
 def test_latex_is_escaped(caption, cell):
-    made_table = Table(caption, [Column("row", cell), Column("x", "x_1", OURS)], [{"row": cell, "x": {"mean": 1.0, "low": -1.0,
-                       "high": 2.0, "std": None}}, {"row": "no value", "x": MISSING}], [cell])  # fmt: skip
+    made_table = Table(
+        caption,
+        [Column("row", cell), Column("x", "x_1", OURS)],
+        [{"row": cell, "x": {"mean": 1.0, "low": -1.0, "high": 2.0, "std": None}}, {"row": "no value", "x": MISSING}],
+        [cell],
+    )
     text = latex(made_table)
     body = re.sub(r"\\[&%$#_{}\\]|\\[a-zA-Z]+", "", text)  # without escapes and commands
     depth = 0

@@ -113,9 +113,11 @@ def test_tldr_asserts_the_published_counts(tmp_path, monkeypatch):
         prepare.build("tldr", source, tmp_path / "out", config)
     assert not (tmp_path / "out").exists()
     known = {
-        "train rows kept": 303, "validation rows kept": 249, "rows of the ten workers": 301,
+        "train rows kept": 303,
+        "validation rows kept": 249,
+        "rows of the ten workers": 301,
         "validation rows of the ten workers": 60,
-    }  # fmt: skip
+    }
     assert list(known) == list(tldr.EXPECTED)
     monkeypatch.setattr(tldr, "EXPECTED", known)
     prepare.build("tldr", source, tmp_path / "out", config)

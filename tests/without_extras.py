@@ -24,10 +24,15 @@ def pairs() -> list[dict]:
     for number in range(6):
         for user, splits in (("ann", ("train",)), ("bob", ("train",)), ("cid", ("support", "query"))):
             texts = [f"Yes, number {number}.", f"Yes, and number {number} is worth a longer answer."]
-            rows.append({
-                "user_id": user, "prompt": f"What about number {number}?", "chosen": texts[user == "ann"],
-                "rejected": texts[user != "ann"], "split": splits[number % len(splits)],
-            })  # fmt: skip
+            rows.append(
+                {
+                    "user_id": user,
+                    "prompt": f"What about number {number}?",
+                    "chosen": texts[user == "ann"],
+                    "rejected": texts[user != "ann"],
+                    "split": splits[number % len(splits)],
+                }
+            )
     return rows
 
 
@@ -62,7 +67,7 @@ def verbs(model: str) -> list[tuple[str, str | None]]:
         (f"adapt near {data} --out near-cid", None),
         (f"decode near-cid {few} --out near.jsonl", "evaluate"),
         ("demo --out demo", "demo"),
-    ]  # fmt: skip
+    ]
 
 
 def outcome(line: str, extra: str | None) -> str | None:

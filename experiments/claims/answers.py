@@ -135,8 +135,9 @@ def rgd_gain(world: World) -> dict:
     shown = [
         (f"{row} minus Zero-Shot, {scale}", f"{gain:+.2f}")
         for scale, of_scale in world.paper["derived"]["args_minus_zeroshot_rouge1"].items()
-        for row, gain in of_scale.items() if row in PERSONAL
-    ]  # fmt: skip
+        for row, gain in of_scale.items()
+        if row in PERSONAL
+    ]
     return claim(
         world,
         "rgd_gain",
@@ -210,8 +211,11 @@ def collapse(world: World) -> dict:
             if len(cells) < 3:
                 lacking.append(f"{row} with three seeds")
     derived = world.paper["derived"]["two_good_one_collapsed_rouge1"]
-    shown = [(f"{row}, {scale}", ", ".join(f"{one:.2f}" for one in seeds))
-               for row in rows for scale, seeds in derived.get(row, {}).items()]  # fmt: skip
+    shown = [
+        (f"{row}, {scale}", ", ".join(f"{one:.2f}" for one in seeds))
+        for row in rows
+        for scale, seeds in derived.get(row, {}).items()
+    ]
     return claim(
         world,
         "collapse",
@@ -287,8 +291,9 @@ def global_win(world: World) -> dict:
 def t6_range(world: World) -> dict:
     shown = [
         (f"{pair.replace('_', ' ')}, {scale}", f"{tau['kendall']:.3f}")
-        for scale, of_scale in world.paper["correlations"]["6"].items() for pair, tau in of_scale.items()
-    ]  # fmt: skip
+        for scale, of_scale in world.paper["correlations"]["6"].items()
+        for pair, tau in of_scale.items()
+    ]
     bound = max(abs(tau["kendall"]) for of_scale in world.paper["correlations"]["6"].values() for tau in of_scale.values())
     found, lacking = [], []
     for policy in world.policies("Pref-LaMP"):

@@ -35,9 +35,12 @@ RM_GAP = 20.0  # points of RM accuracy; the paper's number
 PERSONAL = ("LoRE", "LoRE-Alt", "MPU", "MPU-Avg", "PReF", "VPL")
 WORDS = {"rm": "RM accuracy", "policy": "policy accuracy", "all": "policy accuracy (all normalised)", "rouge1": "ROUGE-1"}
 MEASURES: dict[str, results.Measure] = {
-    "rm": results.rm_accuracy, "policy": results.policy_accuracy, "win": results.win_rate,
-    "all": partial(results.policy_accuracy, normalize="all"), "rouge1": partial(results.text, name="rouge1"),
-}  # fmt: skip
+    "rm": results.rm_accuracy,
+    "policy": results.policy_accuracy,
+    "win": results.win_rate,
+    "all": partial(results.policy_accuracy, normalize="all"),
+    "rouge1": partial(results.text, name="rouge1"),
+}
 Found = tuple[list[dict], list[str]]  # comparisons, and the rows that lack cells for one
 
 
@@ -57,9 +60,20 @@ class World(NamedTuple):
 
 
 def claim(
-    world: World, id: str, source: str, data: str, text: str, paper: list[tuple[str, str]], rule: str,
-    found: list[dict], lacking: list[str], *, judge: Callable = all_of, needs: str = "", note: str = "",
-) -> dict:  # fmt: skip
+    world: World,
+    id: str,
+    source: str,
+    data: str,
+    text: str,
+    paper: list[tuple[str, str]],
+    rule: str,
+    found: list[dict],
+    lacking: list[str],
+    *,
+    judge: Callable = all_of,
+    needs: str = "",
+    note: str = "",
+) -> dict:
     """The finding. needs: what is not here, without which the claim can not be tested."""
     found = decided(found)
     if data in (*SCALES, "same_content") and not world.sets.get(data):
@@ -71,9 +85,17 @@ def claim(
     else:
         verdict, reason = judge(found, lacking)
     return {
-        "id": id, "source": source, "data": data, "claim": text, "paper": paper, "ours": found, "rule": rule,
-        "verdict": verdict, "reason": reason, "note": note,
-    }  # fmt: skip
+        "id": id,
+        "source": source,
+        "data": data,
+        "claim": text,
+        "paper": paper,
+        "ours": found,
+        "rule": rule,
+        "verdict": verdict,
+        "reason": reason,
+        "note": note,
+    }
 
 
 def missing(world: World, lacking: list[str], data: str) -> str:
@@ -140,9 +162,16 @@ def far_apart(world: World, rows: tuple[str, ...], above: str | None = None) -> 
 
 
 def icl_over_guided(
-    world: World, id: str, test: Test, policies: list[str], needs: str, scales: tuple[str, ...], text: str, rule: str,
+    world: World,
+    id: str,
+    test: Test,
+    policies: list[str],
+    needs: str,
+    scales: tuple[str, ...],
+    text: str,
+    rule: str,
     judge: Callable = all_of,
-) -> dict:  # fmt: skip
+) -> dict:
     parts = [differences(world, "Pref-LaMP", ["ICL-RAG"], row, "rouge1", test, policies) for row in GUIDES] if policies else []
     gains = world.paper["derived"]["icl_rag_minus_best_reward_rouge1"]
     paper = [(f"ICL-RAG minus the best guided row, {scale}", f"{gains[scale]:+.2f}") for scale in scales]
@@ -208,8 +237,9 @@ def printed(world: World, table: str, row: str, column: str) -> list[tuple[str, 
     given = world.paper["tables"][table].get(row, {})
     return [
         (f"{row}, {key.replace('_', ' ').replace('rm ', 'RM ').replace('rouge1', 'ROUGE-1')}", _number(number))
-        for key, number in given.items() if key.split(" ")[0] == column
-    ]  # fmt: skip
+        for key, number in given.items()
+        if key.split(" ")[0] == column
+    ]
 
 
 def printed_rouge(world: World, row: str) -> list[tuple[str, str]]:
@@ -221,8 +251,9 @@ def printed_correlations(world: World, table: str, statistic: str) -> list[tuple
     given = world.paper["correlations"][table]
     return [
         (f"{statistic}, {'all policies' if scale == 'all' else scale}", number_or_range(of_pair[statistic]))
-        for scale, of_scale in given.items() for of_pair in of_scale.values()
-    ]  # fmt: skip
+        for scale, of_scale in given.items()
+        for of_pair in of_scale.values()
+    ]
 
 
 def highest_correlation(world: World, table: str, statistic: str) -> float:

@@ -64,9 +64,12 @@ def within(low: float, high: float) -> Test:
 def other_than(bound: float, near: float) -> Test:
     """True: the interval is without the bound. False: the whole interval is nearer to it than `near`."""
     return lambda one: (
-        False if bound - near < one["low"] and one["high"] < bound + near
-        else True if one["low"] > bound or one["high"] < bound else None
-    )  # fmt: skip
+        False
+        if bound - near < one["low"] and one["high"] < bound + near
+        else True
+        if one["low"] > bound or one["high"] < bound
+        else None
+    )
 
 
 # --- comparisons
@@ -115,11 +118,18 @@ def decided(found: list[dict]) -> list[dict]:
     for one in found:
         number, test = one["measured"](level), one["test"]
         unusable = one["why"].startswith("no interval")
-        made.append({
-            "what": one["what"], "mean": number["mean"], "low": None if unusable else number["low"],
-            "high": None if unusable else number["high"], "level": level, "why": one["why"],
-            "for": None if one["why"] else test(number), "cells": one["cells"],
-        })  # fmt: skip
+        made.append(
+            {
+                "what": one["what"],
+                "mean": number["mean"],
+                "low": None if unusable else number["low"],
+                "high": None if unusable else number["high"],
+                "level": level,
+                "why": one["why"],
+                "for": None if one["why"] else test(number),
+                "cells": one["cells"],
+            }
+        )
     return made
 
 

@@ -9,9 +9,11 @@ def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
     from experiments.commands import add_results
 
     parser.add_argument(
-        "figure", choices=["1", "2", "3"], metavar="N",
+        "figure",
+        choices=["1", "2", "3"],
+        metavar="N",
         help="1: RM against policy accuracy; 2: ROUGE and BERTScore; 3: ROUGE-1 by demonstrations",
-    )  # fmt: skip
+    )
     add_results(parser)
     parser.add_argument("--out", help=".png or .svg file (default: figure-N.png)")
 

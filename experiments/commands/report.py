@@ -29,6 +29,9 @@ def run(args: argparse.Namespace) -> dict:
     report.write(args.out, found)
     grid = found["grid"]
     return {
-        "out": args.out, "profile": found["profile"], "cells": found["summary"]["cells"],
-        "missing": grid["cells"] - grid["there"], "verdicts": found["verdicts"],
-    }  # fmt: skip
+        "out": args.out,
+        "profile": found["profile"],
+        "cells": found["summary"]["cells"],
+        "missing": grid["cells"] - grid["there"],
+        "verdicts": found["verdicts"],
+    }

@@ -28,17 +28,20 @@ SETS = {
     "pref_lamp": ("pref_lamp", "pref_lamp_like", {"embedder": "minilm"}),
     "pref_lamp, 40 users": ("pref_lamp", "pref_lamp_like/ci", {"embedder": "minilm"}),
     "pref_lamp, 40 users, policy's titles": (
-        "pref_lamp", "pref_lamp_like/ci", {"embedder": "minilm", "negatives": "policy", "dtype": "bfloat16"},
+        "pref_lamp",
+        "pref_lamp_like/ci",
+        {"embedder": "minilm", "negatives": "policy", "dtype": "bfloat16"},
     ),
     "hh_rlhf_users, length": ("hh_rlhf_users", "hh_rlhf_users", {"users": "length"}),
     "hh_rlhf_users, two types": ("hh_rlhf_users", "hh_rlhf_users", {"users": "two_types"}),
     "persona_statements": ("persona_statements", "persona_statements", {}),
     "pandalm_annotators": ("pandalm_annotators", "pandalm_annotators", {}),
     "200 simulated users over persona's pairs": (
-        "preferences", "persona_statements/prefs.jsonl.gz",
+        "preferences",
+        "persona_statements/prefs.jsonl.gz",
         {"simulated_users": 200, "simulated_new_users": 20, "labels_per_pair": 50, "by": "pair"},
     ),
-}  # fmt: skip
+}
 
 
 def load(name: str, source: Path, options: dict, work: Path):
@@ -111,8 +114,11 @@ def table(found: dict, paper: dict) -> str:
         cells = [f"{s['blind'][x]['accuracy']:.1f} / {s['blind'][x]['reversed']:.1f}" for x in scorers]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     for rule in rules.RULES:
-        about = {name: {"set": s["data_set"], "row": "", "values": {}, "key": {"recipe": s.get("recipe", 2)}}
-                 for name, s in found.items() if s["options"].get("negatives") != "policy"}  # fmt: skip
+        about = {
+            name: {"set": s["data_set"], "row": "", "values": {}, "key": {"recipe": s.get("recipe", 2)}}
+            for name, s in found.items()
+            if s["options"].get("negatives") != "policy"
+        }
         if behind := [name for name, one in about.items() if rule in rules.older(one)]:
             lines += ["", f"Made by the older rule: {rule.before}. {'; '.join(behind)}."]
     return "\n".join(lines) + "\n"
@@ -135,10 +141,14 @@ def main() -> None:
             made = {"data_set": name, "options": options, "counts": counts, "recipe": rules.NEWEST}
             found[row] = {**made, **measure(dataset)}
             print(f"{row}: {len(dataset)} pairs of {found[row]['users']} users")
-        files.write_json(OUT, {
-            "command": "python -m experiments.studies.data_statistics", "sets": {r: found[r] for r in SETS if r in found},
-            "provenance": {k: v for k, v in files.provenance(0).items() if k != "command"},
-        })  # fmt: skip
+        files.write_json(
+            OUT,
+            {
+                "command": "python -m experiments.studies.data_statistics",
+                "sets": {r: found[r] for r in SETS if r in found},
+                "provenance": {k: v for k, v in files.provenance(0).items() if k != "command"},
+            },
+        )
     files.write_text(TABLE, table({r: found[r] for r in SETS if r in found}, files.read_json(EXPECTED)))
 
 

@@ -76,14 +76,18 @@ def main() -> None:
                 split: [user for user, own in zip(rows[split]["user_id"], mine[split], strict=True) if own] for split in rows
             }
             own = {split: x[split][mine[split]] for split in rows}
-            tried = [(accuracy(own["train_test"], w := direction(own["train"], r), users["train_test"])["accuracy"], r, w)
-                     for r in RIDGES]  # fmt: skip
+            tried = [
+                (accuracy(own["train_test"], w := direction(own["train"], r), users["train_test"])["accuracy"], r, w)
+                for r in RIDGES
+            ]
             held_out, ridge, w = max(tried, key=lambda one: one[:2])
             found = accuracy(own["query"], w, users["query"])
             each[" and ".join(told)] = {
-                "ridge": ridge, "train": accuracy(own["train"], w, users["train"])["accuracy"], "held_out": held_out,
+                "ridge": ridge,
+                "train": accuracy(own["train"], w, users["train"])["accuracy"],
+                "held_out": held_out,
                 **{name: found[name] for name in ("accuracy", "n", "users", "each")},
-            }  # fmt: skip
+            }
         each["each type by itself"] = {"each": {user: right for kind in TYPES for user, right in each[kind]["each"].items()}}
         result |= {f"{name}, {read}": one for name, one in each.items()}
     labels = {pair["pair_id"]: pair for pair in files.read_jsonl(options.data.with_name("pairs.jsonl.gz"))}
@@ -99,8 +103,14 @@ def main() -> None:
             by_row.setdefault(cell["row"], []).append(cell["values"]["rm_accuracy"]["each"])
     result |= {row: split(seeds, opposed) for row, seeds in by_row.items()}
     for name, one in result.items():
-        print(name + "".join(f"; {which} {v['mean']:.1f} ({v['low']:.1f} to {v['high']:.1f}), {v['n']}"
-                             for which in ("all", "opposed", "others") if (v := one[which])))  # fmt: skip
+        print(
+            name
+            + "".join(
+                f"; {which} {v['mean']:.1f} ({v['low']:.1f} to {v['high']:.1f}), {v['n']}"
+                for which in ("all", "opposed", "others")
+                if (v := one[which])
+            )
+        )
     files.write_json(OUT, {**result, "data": files.sha256(options.data), "provenance": files.provenance()})
 
 

@@ -95,12 +95,17 @@ def run(name: str, data) -> dict:
                     texts[i] = text
         lap("answer")
     return {
-        "fields": fields, "steps": len(losses), "losses": [round(loss.item(), 4) for loss in losses], "seconds": seconds,
+        "fields": fields,
+        "steps": len(losses),
+        "losses": [round(loss.item(), 4) for loss in losses],
+        "seconds": seconds,
         "lora_moved": sum(p.abs().sum().item() > 0 for n, p in model.backbone.named_parameters() if "lora_B" in n),
         "train_accuracy": rm_accuracy(_scores(model, of_split(data, "train")), of_split(data, "train")["user_id"])["accuracy"],
-        "query_accuracy": rm_accuracy(scores, query["user_id"])["accuracy"], "saved_equals_loaded": same, "answers": texts,
+        "query_accuracy": rm_accuracy(scores, query["user_id"])["accuracy"],
+        "saved_equals_loaded": same,
+        "answers": texts,
         "provenance": files.provenance(0),
-    }  # fmt: skip
+    }
 
 
 def _scores(model, rows) -> torch.Tensor:
@@ -125,7 +130,7 @@ def main() -> None:
             f"{name}: {found['steps']} steps in {found['seconds']['train']} s, accuracy {found['train_accuracy']:.0f} on "
             f"train, {found['query_accuracy']:.0f} on query pairs; saved equals loaded: {found['saved_equals_loaded']}",
             flush=True,
-        )  # fmt: skip
+        )
 
 
 if __name__ == "__main__":

@@ -73,8 +73,11 @@ def cell(name: str, seed: int, data, data_hash: str) -> dict:
         "each": {user: round(100 * sum(values) / len(values), 2) for user, values in right.items()},
         "seconds": round(time.perf_counter() - started, 1),
         "warnings": sorted({str(w.message) for w in caught if "PReF" in str(w.message)}),
-        "fields": fields, "data": data_hash, "provenance": files.provenance(seed), "recipe": rules.NEWEST,
-    }  # fmt: skip
+        "fields": fields,
+        "data": data_hash,
+        "provenance": files.provenance(seed),
+        "recipe": rules.NEWEST,
+    }
 
 
 def bounds(source: Path, data) -> dict:
@@ -110,7 +113,8 @@ def older(name: str, cell: dict) -> list[rules.Rule]:
 def table(result: dict) -> str:
     best = result["bounds"]["blind best"]
     lines = [
-        "# Users with known tastes: RM accuracy on the query pairs of 20 new users", "",
+        "# Users with known tastes: RM accuracy on the query pairs of 20 new users",
+        "",
         f"`python -m experiments.studies.persona_statements`; {result['pairs']} pairs of {result['users']} users to train on, "
         f"{result['support']} support and {result['query']} query pairs of the new ones. SmolLM2-135M, its backbone frozen "
         "(GenARM, P-DPO: LoRA). Settings are those that are not the methods' defaults. Mean over the new users with the 95% "
@@ -118,7 +122,7 @@ def table(result: dict) -> str:
         "",
         "| row | settings | accuracy | 95% interval | seeds | knows the user | beats every blind scorer |",
         "|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    ]
     for name, value in result["bounds"].items():
         lines.append(f"| *{name}* | | {value:.1f} | | | no | |")
     for name in METHODS:
@@ -136,7 +140,7 @@ def table(result: dict) -> str:
         "",
         f"`blind best` ({best:.1f}%) is the most that any scorer that ignores the user, yet knows the attribute, can get on "
         "these query pairs; `train majority` follows the sign that most train users have.",
-    ]  # fmt: skip
+    ]
     behind = defaultdict(set)
     for key, one in result["cells"].items():
         for rule in older(key.rpartition(" / ")[0], one):
@@ -158,9 +162,13 @@ def main() -> None:
     part = {split: of_split(data, split) for split in ("train", "support", "query")}
     result = files.read_json(OUT) if OUT.exists() else {"cells": {}}
     result |= {
-        "data": files.sha256(options.data), "bounds": bounds(options.data, data), "users": len(set(part["train"]["user_id"])),
-        "pairs": len(part["train"]), "support": len(part["support"]), "query": len(part["query"]),
-    }  # fmt: skip
+        "data": files.sha256(options.data),
+        "bounds": bounds(options.data, data),
+        "users": len(set(part["train"]["user_id"])),
+        "pairs": len(part["train"]),
+        "support": len(part["support"]),
+        "query": len(part["query"]),
+    }
     for name in options.only:
         for seed in options.seeds:
             old = result["cells"].get(f"{name} / {seed}")

@@ -45,11 +45,14 @@ def table(name: str, folder: str | Path, profile: str | None = None) -> tuple[Ta
 def _configurations(cells: list[dict], paper: dict | None, profile: str) -> tuple[Table, list[str]]:
     """Table 1: reward models and policies of each data set, and of our sets that stand for none."""
     columns = [
-        Column("data", "data set"), Column("paper_reward_model", "paper: reward model"),
+        Column("data", "data set"),
+        Column("paper_reward_model", "paper: reward model"),
         Column("paper_policies", "paper: policies"),
-        Column("ours", "ours"), Column("reward_model", "reward models"), Column("policies", "policies"),
+        Column("ours", "ours"),
+        Column("reward_model", "reward models"),
+        Column("policies", "policies"),
         Column("seeds", "seeds", PLAIN, 0),
-    ]  # fmt: skip
+    ]
     extra = sorted({c["set"] for c in cells if c["stands_for"] is None})
     rows, lacking = [], []
     for data in (*SCALES, *extra):
@@ -60,9 +63,11 @@ def _configurations(cells: list[dict], paper: dict | None, profile: str) -> tupl
         row["paper_policies"] = ", ".join(printed.get("base_policies", []))
         if own:
             row |= {
-                "ours": " and ".join(sorted({c.get("data") or c["set"] for c in own})), "reward_model": _backbones(own),
-                "policies": ", ".join(results.policies(own)), "seeds": {"mean": len({c["seed"] for c in own})},
-            }  # fmt: skip
+                "ours": " and ".join(sorted({c.get("data") or c["set"] for c in own})),
+                "reward_model": _backbones(own),
+                "policies": ", ".join(results.policies(own)),
+                "seeds": {"mean": len({c["seed"] for c in own})},
+            }
         else:
             lacking.append(data)
         rows.append(row)

@@ -140,10 +140,13 @@ def controls(cells: list[dict], paper: dict | None, scale: str) -> list[str]:
     gains = (derived.get("args_minus_zeroshot_rouge1") or {}).get(scale)
     rag = (derived.get("icl_rag_minus_best_reward_rouge1") or {}).get(scale)
     asked = {  # what: (row, other row, the paper's)
-        "Decoding by ARGS with weight 0 minus Zero-Shot, ROUGE-1 (the same policy, no reward)": (UNGUIDED, "Zero-Shot",
-            f"the paper's rows that look unguided: {min(gains.values()):+g} to {max(gains.values()):+g}" if gains else ""),
+        "Decoding by ARGS with weight 0 minus Zero-Shot, ROUGE-1 (the same policy, no reward)": (
+            UNGUIDED,
+            "Zero-Shot",
+            f"the paper's rows that look unguided: {min(gains.values()):+g} to {max(gains.values()):+g}" if gains else "",
+        ),
         f"ICL-RAG minus the best guided row ({best}), ROUGE-1": ("ICL-RAG", best, f"the paper's: {rag:+g}" if rag else ""),
-    }  # fmt: skip
+    }
     said = []
     for what, (row, other, printed) in asked.items():
         if found := results.difference(own.get(row, []), own.get(other, []), rouge):
@@ -160,9 +163,10 @@ def rounding(cells: list[dict]) -> str:
     if not dtypes:
         return ""
     same = {
-        f"{c['row']}, seed {c['seed']}": one["value"] for c in cells
+        f"{c['row']}, seed {c['seed']}": one["value"]
+        for c in cells
         if c["values"].get("relative") == 0 and (one := results.text(c, "same_as_zero_shot"))
-    }  # fmt: skip
+    }
     if same and min(same.values()) == 100:
         return ""
     unguided = "; ".join(f"{row}: {value:.1f} percent" for row, value in same.items())
@@ -173,9 +177,13 @@ def rounding(cells: list[dict]) -> str:
 
 
 def missing(
-    lacking: dict[str, list[str]], rows: Iterable[str], cells: list[dict], profile: str, data: str | None,
+    lacking: dict[str, list[str]],
+    rows: Iterable[str],
+    cells: list[dict],
+    profile: str,
+    data: str | None,
     beside: dict[str, str | None],
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     """A line for each set of rows that lack the same, and for seeds, with the commands that make them.
 
     lacking: row -> headings; rows: all that the table shows.

@@ -83,11 +83,17 @@ def correlations(
     """Over points of method x seed and over the methods' means, for each policy and pair of measures of the spec."""
     parts = ("mean", "low", "high")
     columns = [
-        Column("policy", "policy"), Column("paper_policy", "paper's"), Column("x", "of"), Column("y", "with"),
-        Column("statistic", "statistic"), Column("points", "method x seed", parts, digits),
+        Column("policy", "policy"),
+        Column("paper_policy", "paper's"),
+        Column("x", "of"),
+        Column("y", "with"),
+        Column("statistic", "statistic"),
+        Column("points", "method x seed", parts, digits),
         Column("points_n", "points", PLAIN, 0),
-        Column("means", "methods' means", parts, digits), Column("means_n", "methods", PLAIN, 0), Column("paper", "paper"),
-    ]  # fmt: skip
+        Column("means", "methods' means", parts, digits),
+        Column("means_n", "methods", PLAIN, 0),
+        Column("paper", "paper"),
+    ]
     rows = []
     for scale, policy in policies(spec, cells).items():
         printed = ((paper or {}).get("correlations") or {}).get(spec.printed, {})

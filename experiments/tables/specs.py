@@ -39,9 +39,7 @@ class Metric(NamedTuple):
 METRICS = {
     "rm_accuracy": Metric("RM acc.", results.rm_accuracy, "reward", paper="rm_accuracy"),
     "rm_ties": Metric("ties", results.ties(results.rm_accuracy), "reward", PLAIN),
-    "policy_accuracy": Metric(
-        "policy acc. (paper's form)", results.policy_accuracy, "policy", paper="policy_accuracy"
-    ),
+    "policy_accuracy": Metric("policy acc. (paper's form)", results.policy_accuracy, "policy", paper="policy_accuracy"),
     "policy_ties": Metric("ties", results.ties(results.policy_accuracy), "policy", PLAIN),
     **{
         f"policy_accuracy_{form}": Metric(f"policy acc. ({words})", partial(results.policy_accuracy, normalize=form), "policy")
@@ -59,7 +57,7 @@ METRICS = {
     "win_tokens": Metric("tokens", partial(results.win_tokens, side=0), "win", PLAIN, digits=1),
     "zero_shot_tokens": Metric("tokens, zero-shot", partial(results.win_tokens, side=1), "win", PLAIN, digits=1),
     "same": Metric("same as zero-shot", partial(results.text, name="same_as_zero_shot"), "win", PLAIN, digits=1),
-}  # fmt: skip
+}
 SHARED = ("rm_accuracy", "rm_ties")  # of the reward model alone: the same for every policy
 FORMS = ("policy_accuracy", "policy_accuracy_centred", "policy_accuracy_all")
 ACCURACIES = ("rm_accuracy", *FORMS)  # what one query of each user can be taken of

@@ -16,17 +16,24 @@ def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
     parser.add_argument("--split", default="query", help="whose prompts (default: query)")
     parser.add_argument("--limit", type=positive, help="only the first N prompts")
     parser.add_argument("--num-candidates", type=positive, help="k of ARGS (default: as tuned, else 10)")
-    parser.add_argument("--whole-vocabulary", action="store_true", help="GenARM: all tokens instead of the k candidates; with "
-                        "--do-sample its own rule")  # fmt: skip
+    parser.add_argument(
+        "--whole-vocabulary",
+        action="store_true",
+        help="GenARM: all tokens instead of the k candidates; with --do-sample its own rule",
+    )
     parser.add_argument("--best-of", type=positive, metavar="N", help="best of N samples instead of guidance")
     parser.add_argument("--max-new-tokens", type=positive, default=64, help="length of an answer (default 64)")
     parser.add_argument("--batch-size", type=positive, default=8, help="prompts decoded together (default 8)")
     parser.add_argument("--do-sample", action="store_true", help="sample instead of the argmax")
     parser.add_argument("--temperature", type=float, help="of sampling (default: 0.7 among ARGS' candidates, else 1)")
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
-    parser.add_argument("--eos-reward", choices=["before", "state"], help="what a stop token earns: the reward of the text "
-                        "before it, or of the state behind it, on which no head is trained (default: as tuned, else "
-                        "before)")  # fmt: skip
+    parser.add_argument(
+        "--eos-reward",
+        choices=["before", "state"],
+        help="what a stop token earns: the reward of the text "
+        "before it, or of the state behind it, on which no head is trained (default: as tuned, else "
+        "before)",
+    )
     parser.add_argument("--out", required=True, help="JSONL file, one answer a line")
     add_data(parser)
 
@@ -71,17 +78,30 @@ def run(args: argparse.Namespace) -> dict:
     policy, model = load_pair(args.policy, args.model, dtype=args.dtype, backbone=args.backbone)
     lines, started = {}, time.perf_counter()
     for numbers, _, decoded in decode_prompts(
-        policy, model, [row["prompt"] for row in items], [row["user_id"] for row in items], reward_weight=weight,
-        batch_size=args.batch_size, num_candidates=None if args.whole_vocabulary else args.num_candidates,
-        max_new_tokens=args.max_new_tokens, do_sample=args.do_sample, temperature=args.temperature, seed=args.seed,
-        best_of=args.best_of or 0, eos_reward=args.eos_reward,
-    ):  # fmt: skip
+        policy,
+        model,
+        [row["prompt"] for row in items],
+        [row["user_id"] for row in items],
+        reward_weight=weight,
+        batch_size=args.batch_size,
+        num_candidates=None if args.whole_vocabulary else args.num_candidates,
+        max_new_tokens=args.max_new_tokens,
+        do_sample=args.do_sample,
+        temperature=args.temperature,
+        seed=args.seed,
+        best_of=args.best_of or 0,
+        eos_reward=args.eos_reward,
+    ):
         texts = decoded.texts(model.tokenizer)
         for row, (i, text, tokens) in enumerate(zip(numbers, texts, decoded.answers(), strict=True)):
             lines[i] = {
-                "user_id": items[i]["user_id"], "pair_id": items[i].get("pair_id"), "text": text, "tokens": tokens,
-                "reward_weight": weight, "cut": len(tokens) >= args.max_new_tokens,
-            }  # fmt: skip
+                "user_id": items[i]["user_id"],
+                "pair_id": items[i].get("pair_id"),
+                "text": text,
+                "tokens": tokens,
+                "reward_weight": weight,
+                "cut": len(tokens) >= args.max_new_tokens,
+            }
             if weight is not None:  # what guided each step
                 lines[i]["rewards"] = [round(r, 5) for r in decoded.rewards[row, : len(tokens)].tolist()]
                 lines[i]["slots"] = decoded.slots[row, : len(tokens)].tolist()
@@ -89,9 +109,14 @@ def run(args: argparse.Namespace) -> dict:
     files.write_jsonl(args.out, [lines[i] for i in sorted(lines)])
     tokens = sum(len(line["tokens"]) for line in lines.values())
     return files.record(
-        args.out, key, answers=len(lines), tokens=tokens, seconds=round(seconds, 2),
-        tokens_per_second=round(tokens / seconds, 2), provenance=files.provenance(args.seed),
-    )  # fmt: skip
+        args.out,
+        key,
+        answers=len(lines),
+        tokens=tokens,
+        seconds=round(seconds, 2),
+        tokens_per_second=round(tokens / seconds, 2),
+        provenance=files.provenance(args.seed),
+    )
 
 
 def _follow(args: argparse.Namespace, tuned: dict) -> float:

@@ -143,11 +143,16 @@ def _generations(args: argparse.Namespace, model, policy, rows, tuned: dict | No
         if getattr(model, "demonstrations", None) is not None:
             sources += [text for shown in model.demonstrations.of_user[line["user_id"]] for text in shown.values()]
         run, length = copied(line["text"], sources)
-        singles.append({
-            **{name: line[name] for name in ("user_id", "pair_id", "text")}, "digest": files.short_hash(line["text"]),
-            "words": length, "copied": run, "quotes": quotes(line["text"], sources, WHOLE),
-            **{name: round(v[i], 2) for name, v in each.items()},
-        })  # fmt: skip
+        singles.append(
+            {
+                **{name: line[name] for name in ("user_id", "pair_id", "text")},
+                "digest": files.short_hash(line["text"]),
+                "words": length,
+                "copied": run,
+                "quotes": quotes(line["text"], sources, WHOLE),
+                **{name: round(v[i], 2) for name, v in each.items()},
+            }
+        )
     return {"generations": found, "answers": singles}
 
 

@@ -52,9 +52,14 @@ def run(args: argparse.Namespace) -> dict:
     config = from_args(recipe.Config, args)
     data = load_data(args)
     rows = of_split(data, "train")
-    key = files.stage_key({"stage": "train", "method": args.method, **asdict(config)}, {
-        "data": content_hash(data), "backbone": hub.identity(config.backbone), "method": hub.identity(args.method),
-    })  # fmt: skip
+    key = files.stage_key(
+        {"stage": "train", "method": args.method, **asdict(config)},
+        {
+            "data": content_hash(data),
+            "backbone": hub.identity(config.backbone),
+            "method": hub.identity(args.method),
+        },
+    )
     plan = {
         "method": args.method,
         "backbone": config.backbone,
@@ -75,9 +80,13 @@ def run(args: argparse.Namespace) -> dict:
         model.save_pretrained(args.out)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         return files.record(
-            args.out, key, **plan, trained_parameters=trained, held_out=held_out(model, data),
+            args.out,
+            key,
+            **plan,
+            trained_parameters=trained,
+            held_out=held_out(model, data),
             provenance=files.provenance(config.seed),
-        )  # fmt: skip
+        )
 
 
 def held_out(model, data, most: int = 500) -> dict | str:

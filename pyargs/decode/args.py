@@ -29,12 +29,24 @@ from pyargs.types import Decoded
 
 @torch.no_grad()
 def generate(
-    policy, reward_model: RewardModel, input_ids: Tensor, attention_mask: Tensor | None, users: Sequence[str], *,
-    reward_weight: float | Sequence[float] | Tensor = 1.0, num_candidates: int = 10, max_new_tokens: int = 64,
-    eos_token_id: int | Sequence[int] | None = None, pad_token_id: int | None = None, do_sample: bool = False,
-    temperature: float = 0.7, seed: int | Sequence[int] | None = None, eos_reward: str = "before", tokenizer=None,
+    policy,
+    reward_model: RewardModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    users: Sequence[str],
+    *,
+    reward_weight: float | Sequence[float] | Tensor = 1.0,
+    num_candidates: int = 10,
+    max_new_tokens: int = 64,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    do_sample: bool = False,
+    temperature: float = 0.7,
+    seed: int | Sequence[int] | None = None,
+    eos_reward: str = "before",
+    tokenizer=None,
     token_callback: Callable[[Tensor], None] | None = None,
-) -> Decoded:  # fmt: skip
+) -> Decoded:
     """Reward-guided decoding for a batch of different users.
 
     policy: a decoder-only model of transformers; reward_model: of the same tokenizer; both may be on different devices.

@@ -16,9 +16,16 @@ from pyargs.user_ids import user_ids
 
 @torch.no_grad()
 def generate(
-    policy, model, prompts: Sequence[Sequence[int]], users: Sequence[str], *, n: int = 16, max_new_tokens: int = 64,
-    temperature: float = 1.0, seed: int | Sequence[int] = 0,
-) -> tuple[list[Decoded], Tensor]:  # fmt: skip
+    policy,
+    model,
+    prompts: Sequence[Sequence[int]],
+    users: Sequence[str],
+    *,
+    n: int = 16,
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    seed: int | Sequence[int] = 0,
+) -> tuple[list[Decoded], Tensor]:
     """argmax over N samples y ~ pi(. | x) of R_u(x, y).
 
     policy: a model of transformers; model: a RewardModel or TokenReward of the same tokenizer; prompts as ids, one user each;

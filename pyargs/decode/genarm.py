@@ -24,12 +24,23 @@ from pyargs.user_ids import user_ids
 
 @torch.no_grad()
 def generate(
-    policy, token_reward: TokenReward, input_ids: Tensor, attention_mask: Tensor | None = None, users: Sequence[str] = (), *,
-    reward_weight: float | Sequence[float] | Tensor = 1.0, num_candidates: int | None = 10, max_new_tokens: int = 64,
-    eos_token_id: int | Sequence[int] | None = None, pad_token_id: int | None = None, do_sample: bool = False,
-    temperature: float = 1.0, seed: int | Sequence[int] | None = None, tokenizer=None,
+    policy,
+    token_reward: TokenReward,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    users: Sequence[str] = (),
+    *,
+    reward_weight: float | Sequence[float] | Tensor = 1.0,
+    num_candidates: int | None = 10,
+    max_new_tokens: int = 64,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    seed: int | Sequence[int] | None = None,
+    tokenizer=None,
     token_callback: Callable[[Tensor], None] | None = None,
-) -> Decoded:  # fmt: skip
+) -> Decoded:
     """Arguments and result as for `pyargs.generate`; the rewards are the same for all users, who need not be named.
 
     num_candidates: k of the policy, or None for the whole vocabulary. A stop token has its own reward: a TokenReward learns
@@ -63,9 +74,15 @@ def generate(
             output.slots[:, step] = rank
         else:
             token, slot, reward, finished = tokenwise_select(
-                *logits, request.weight, finished, request.num_candidates, stop=request.stop, pad_id=request.pad_id,
-                temperature=request.temperature, uniform=None if request.uniform is None else request.uniform[step],
-            )  # fmt: skip
+                *logits,
+                request.weight,
+                finished,
+                request.num_candidates,
+                stop=request.stop,
+                pad_id=request.pad_id,
+                temperature=request.temperature,
+                uniform=None if request.uniform is None else request.uniform[step],
+            )
             output.add(token, slot, reward, finished)
         if output.stop(request, step, finished):
             break
@@ -78,9 +95,16 @@ def _among_all(policy: Tensor, reward: Tensor, request: Request, step: int, fini
     logprobs, rewards = policy.float().log_softmax(1), reward.float().log_softmax(1)
     ids = torch.arange(logprobs.shape[1], device=logprobs.device).expand_as(logprobs)
     token, slot, rewards, after = choose(
-        logprobs, rewards, request.weight, ids, finished, stop=request.stop, pad_id=request.pad_id,
-        temperature=request.temperature, uniform=None if request.uniform is None else request.uniform[step],
-    )  # fmt: skip
+        logprobs,
+        rewards,
+        request.weight,
+        ids,
+        finished,
+        stop=request.stop,
+        pad_id=request.pad_id,
+        temperature=request.temperature,
+        uniform=None if request.uniform is None else request.uniform[step],
+    )
     place = slot.clamp(min=0).unsqueeze(1)  # the candidates stand in order of their ids
     rank = (logprobs > logprobs.gather(1, place)).sum(1).masked_fill(finished, 0).masked_fill(slot < 0, -1)
     return token, rank, rewards.gather(1, place), after

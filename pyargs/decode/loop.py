@@ -44,12 +44,21 @@ def choose(passes: Passes, folded: Folded, request: Request, output: Output, sta
     logprobs, candidates = logprobs.to(device), candidates.to(device)
     hidden = passes.branch(candidates, state.finished)
     token, slot, reward, finished = score_select(
-        folded.features(as_float(hidden), request.user), folded.weight, request.user, request.step_weight(output.steps),
-        logprobs, candidates, state.finished, bias=folded.bias, activation=folded.activation, stop=request.stop,
-        stop_reward=state.so_far if request.eos_reward == "before" else None, pad_id=request.pad_id,
+        folded.features(as_float(hidden), request.user),
+        folded.weight,
+        request.user,
+        request.step_weight(output.steps),
+        logprobs,
+        candidates,
+        state.finished,
+        bias=folded.bias,
+        activation=folded.activation,
+        stop=request.stop,
+        stop_reward=state.so_far if request.eos_reward == "before" else None,
+        pad_id=request.pad_id,
         temperature=request.temperature,
         uniform=None if request.uniform is None else request.uniform.index_select(0, output.steps)[0],
-    )  # fmt: skip
+    )
     chosen = output.add(token, slot, reward, finished)
     total = state.total + chosen
     so_far = total / output.steps if request.prefix_mean else chosen  # the step is counted by now
@@ -62,6 +71,13 @@ def _rewards(folded: Folded, states: Tensor, user: Tensor) -> Tensor:
     ids = torch.zeros(rows, k, dtype=torch.long, device=user.device)
     nothing = torch.zeros(rows, k, dtype=torch.float32, device=user.device)
     return score_select(
-        folded.features(as_float(states), user), folded.weight, user, nothing[:, 0], nothing, ids,
-        torch.zeros(rows, dtype=torch.bool, device=user.device), bias=folded.bias, activation=folded.activation,
-    )[2]  # fmt: skip
+        folded.features(as_float(states), user),
+        folded.weight,
+        user,
+        nothing[:, 0],
+        nothing,
+        ids,
+        torch.zeros(rows, dtype=torch.bool, device=user.device),
+        bias=folded.bias,
+        activation=folded.activation,
+    )[2]

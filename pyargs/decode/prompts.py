@@ -108,9 +108,14 @@ def decode_prompts(
 
 
 def greedy_answers(
-    policy: str, prompts: Sequence[str], *, dtype: str = "float32", max_new_tokens: int = 64, max_tokens: int = 512,
+    policy: str,
+    prompts: Sequence[str],
+    *,
+    dtype: str = "float32",
+    max_new_tokens: int = 64,
+    max_tokens: int = 512,
     batch_size: int = 8,
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     """The policy's own greedy answer to each prompt, kept in `$PYARGS_CACHE/answers`: a killed run goes on where it was.
 
     policy: embedded name, local folder or hub name; max_tokens: longest prompt, cut as `encode_prompt` does.

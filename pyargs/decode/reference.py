@@ -50,9 +50,16 @@ def decode(policy, reward_model: RewardModel, request: Request) -> Decoded:
         if request.eos_reward == "before":
             reward = torch.where(torch.isin(ids, request.stop), so_far.unsqueeze(1), reward)
         token, slot, reward, finished = choose(
-            logprobs, reward, request.step_weight(step), ids, finished, stop=request.stop, pad_id=request.pad_id,
-            temperature=request.temperature, uniform=None if request.uniform is None else request.uniform[step],
-        )  # fmt: skip
+            logprobs,
+            reward,
+            request.step_weight(step),
+            ids,
+            finished,
+            stop=request.stop,
+            pad_id=request.pad_id,
+            temperature=request.temperature,
+            uniform=None if request.uniform is None else request.uniform[step],
+        )
         chosen = output.add(token, slot, reward, finished)
         total = total + chosen
         so_far = total / (step + 1) if request.prefix_mean else chosen

@@ -52,12 +52,24 @@ class Request:
 
 
 def check(
-    policy, reward_model, input_ids: Tensor, attention_mask: Tensor | None, users: Sequence[str], *,
-    reward_weight: float | Sequence[float] | Tensor, num_candidates: int | None, max_new_tokens: int,
-    eos_token_id: int | Sequence[int] | None, pad_token_id: int | None, do_sample: bool, temperature: float,
+    policy,
+    reward_model,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    users: Sequence[str],
+    *,
+    reward_weight: float | Sequence[float] | Tensor,
+    num_candidates: int | None,
+    max_new_tokens: int,
+    eos_token_id: int | Sequence[int] | None,
+    pad_token_id: int | None,
+    do_sample: bool,
+    temperature: float,
     seed: int | Sequence[int] | None,
-    eos_reward: str, tokenizer, token_callback,
-) -> Request:  # fmt: skip
+    eos_reward: str,
+    tokenizer,
+    token_callback,
+) -> Request:
     """The arguments of `pyargs.generate` as a Request. Raises PyargsError naming what is wrong and how to mend it."""
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.dtype != torch.long:
         raise PyargsError(f"input_ids must be an int64 tensor [B, T], got {_kind(input_ids)}")
@@ -114,13 +126,21 @@ def check(
     device = reward_model.device
     uniform = _noise(seed, rows, max_new_tokens).T.contiguous() if do_sample else None
     return Request(
-        input_ids=input_ids.to(policy.device), attention_mask=attention_mask.to(policy.device),
-        user=reward_model.users.rows(users).to(device), weight=weight.expand(rows).contiguous().to(device),
-        stop=torch.tensor(eos, dtype=torch.long, device=device), pad_id=pad, num_candidates=num_candidates,
-        max_new_tokens=max_new_tokens, vocabulary=vocabulary, eos_reward=eos_reward,
-        prefix_mean=reward_model.step_reward == "prefix_mean", temperature=temperature,
-        uniform=None if uniform is None else uniform.to(device), token_callback=token_callback,
-    )  # fmt: skip
+        input_ids=input_ids.to(policy.device),
+        attention_mask=attention_mask.to(policy.device),
+        user=reward_model.users.rows(users).to(device),
+        weight=weight.expand(rows).contiguous().to(device),
+        stop=torch.tensor(eos, dtype=torch.long, device=device),
+        pad_id=pad,
+        num_candidates=num_candidates,
+        max_new_tokens=max_new_tokens,
+        vocabulary=vocabulary,
+        eos_reward=eos_reward,
+        prefix_mean=reward_model.step_reward == "prefix_mean",
+        temperature=temperature,
+        uniform=None if uniform is None else uniform.to(device),
+        token_callback=token_callback,
+    )
 
 
 def whole(name: str, value, least: int, most: int | None = None) -> int:

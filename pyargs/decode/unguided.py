@@ -24,9 +24,15 @@ from pyargs.types import Decoded
 
 @torch.no_grad()
 def generate(
-    policy, prompts: Sequence[Sequence[int]], users: Sequence[str] | None = None, *, max_new_tokens: int = 64,
-    do_sample: bool = False, temperature: float = 1.0, seed: int | None = None,
-) -> Decoded:  # fmt: skip
+    policy,
+    prompts: Sequence[Sequence[int]],
+    users: Sequence[str] | None = None,
+    *,
+    max_new_tokens: int = 64,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    seed: int | None = None,
+) -> Decoded:
     """Answers to prompts given as ids, greedy or sampled from the whole vocabulary (temperature 1, top-p 1 by default).
 
     policy: a UserPolicy, whose `prompt_ids` made the prompts and which is told the users, or a model of transformers. Of the
@@ -66,16 +72,29 @@ def generate(
         if seed is not None:
             torch.manual_seed(seed)
         tokens = _decode(
-            lm, inputs, mask, max_new_tokens=max_new_tokens, vocabulary=vocabulary, pad=pad,
-            stop=torch.tensor(stop, dtype=torch.long, device=lm.device), temperature=temperature,
-        )  # fmt: skip
+            lm,
+            inputs,
+            mask,
+            max_new_tokens=max_new_tokens,
+            vocabulary=vocabulary,
+            pad=pad,
+            stop=torch.tensor(stop, dtype=torch.long, device=lm.device),
+            temperature=temperature,
+        )
     return _decoded(tokens, stop, pad)
 
 
 def _decode(
-    lm, inputs: Tensor, mask: Tensor, *, max_new_tokens: int, vocabulary: int, stop: Tensor, pad: int,
+    lm,
+    inputs: Tensor,
+    mask: Tensor,
+    *,
+    max_new_tokens: int,
+    vocabulary: int,
+    stop: Tensor,
+    pad: int,
     temperature: float | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Tokens int64 [B, N] behind prompts, the likeliest or sampled, of the first `vocabulary`; behind a stop token `pad`.
 
     inputs: ids [B, T] or embeddings [B, T, D], padded on the left as mask [B, T] says.

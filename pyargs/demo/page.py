@@ -40,10 +40,15 @@ def print_table(result: dict, out: Path) -> None:
         table.add_column(column, justify="left" if column in ("user", "wants", "attribute") else "right")
     for user, row in result["shown"].items():
         table.add_row(
-            f"{user} ({row['kind']})", row["taste"], row["attribute"], f"{row['unguided']:.2f}", f"{row['guided']:.2f}",
+            f"{user} ({row['kind']})",
+            row["taste"],
+            row["attribute"],
+            f"{row['unguided']:.2f}",
+            f"{row['guided']:.2f}",
             f"{row['difference']:+.2f} ({row['low']:+.2f}, {row['high']:+.2f})",
-            f"{row['perplexity']:.2f} (x{row['perplexity_ratio']:.2f})", "yes" if row["moved"] else "no",
-        )  # fmt: skip
+            f"{row['perplexity']:.2f} (x{row['perplexity_ratio']:.2f})",
+            "yes" if row["moved"] else "no",
+        )
     table.add_row("nobody (weight 0)", "", "", "", "", "0 by construction", f"{result['unguided_perplexity']:.2f} (x1.00)", "")
     CONSOLE.print(table)
     table = Table(title="Accuracies in percent")

@@ -86,13 +86,19 @@ def run(out: Path, shown: dict[str, str], *, backbone: str, prompts: int) -> dic
             users[user]["low"] * sign > 0 and users[user]["high"] * sign > 0 and users[user]["perplexity_ratio"] <= 2
         )
     result = {
-        "method": "lore", "backbone": backbone, "trained_users": trained, "new_users": new, "shown": users,
+        "method": "lore",
+        "backbone": backbone,
+        "trained_users": trained,
+        "new_users": new,
+        "shown": users,
         "accuracy": _accuracies(model, shared, policy, part("train_test"), part("query"), tuned),
-        "tuned": tuned, "unguided_perplexity": plain, "weight_0": _weight_0(policy, unguided),
+        "tuned": tuned,
+        "unguided_perplexity": plain,
+        "weight_0": _weight_0(policy, unguided),
         "speed": _speed(policy, model, asked[:4], list(shown), tuned["reward_weight"]),
         "answers": {str(user or "unguided"): dict(zip(asked, found["texts"], strict=True)) for user, found in answers.items()},
         "moved": sum(user["moved"] for user in users.values()),
-    }  # fmt: skip
+    }
     lap("measure")
     result["seconds"] = {**seconds, "all": round(sum(seconds.values()), 1)}
     return result
@@ -193,8 +199,9 @@ def _speed(policy, model, asked, users, weight) -> dict:
             seconds[name].append(time.perf_counter() - start)
     made = tokens["decoder"].numel()
     return {
-        "rows": len(rows), "tokens": made,
+        "rows": len(rows),
+        "tokens": made,
         "decoder_tokens_per_second": made / min(seconds["decoder"]),
         "reference_tokens_per_second": made / min(seconds["reference"]),
         "same_tokens": bool(torch.equal(tokens["decoder"], tokens["reference"])),
-    }  # fmt: skip
+    }

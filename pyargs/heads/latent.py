@@ -57,9 +57,11 @@ class Head(nn.Module):
 
     def config(self) -> dict:
         return {
-            "dim": self.score.in_features, "latent": self.second.in_features, "normalized": self.normalized,
+            "dim": self.score.in_features,
+            "latent": self.second.in_features,
+            "normalized": self.normalized,
             "attention_bias": self.encoder.query.bias is not None,
-        }  # fmt: skip
+        }
 
     def decode(self, hidden: Tensor, z: Tensor) -> Tensor:
         x = torch.cat([self.score(hidden.float()), z], dim=-1)

@@ -11,9 +11,15 @@ from pyargs.errors import PyargsError
 from pyargs.user_ids import user_ids
 
 TAKEN = {
-    "max_length", "max_new_tokens", "do_sample", "temperature", "eos_token_id", "pad_token_id", "num_return_sequences",
+    "max_length",
+    "max_new_tokens",
+    "do_sample",
+    "temperature",
+    "eos_token_id",
+    "pad_token_id",
+    "num_return_sequences",
     "return_dict_in_generate",
-}  # fmt: skip
+}
 """Fields of a generation config that this loop follows."""
 
 WITHOUT_EFFECT = {
@@ -41,11 +47,17 @@ SAMPLING = {"top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "
 
 
 def args(
-    reward_model, users: Sequence[str], *, reward_weight: float | Sequence[float] | Tensor = 1.0, num_candidates: int = 10,
+    reward_model,
+    users: Sequence[str],
+    *,
+    reward_weight: float | Sequence[float] | Tensor = 1.0,
+    num_candidates: int = 10,
     eos_reward: str = "before",
-    seed: int | Sequence[int] | None = None, tokenizer=None, token_callback: Callable[[Tensor], None] | None = None,
+    seed: int | Sequence[int] | None = None,
+    tokenizer=None,
+    token_callback: Callable[[Tensor], None] | None = None,
     streamer=None,
-):  # fmt: skip
+):
     """A callable for the `custom_generate` argument of `generate`; the arguments are those of `pyargs.generate`.
 
     users: one id for each prompt of the batch. Length, stop tokens, padding, do_sample and temperature come from the
@@ -78,14 +90,23 @@ def args(
             stop = config.eos_token_id if config.eos_token_id is not None else []  # None was asked for: no stop token
             feed = token_callback if streamer is None else _feeding(streamer, input_ids, stop, token_callback)
             decoded = generate(
-                model, reward_model, input_ids, model_inputs.get("attention_mask"),
+                model,
+                reward_model,
+                input_ids,
+                model_inputs.get("attention_mask"),
                 [user for user in users for _ in range(copies)],
                 reward_weight=weight if len(weight) == 1 else weight.repeat_interleave(copies),
-                num_candidates=num_candidates, max_new_tokens=config.max_length - input_ids.shape[1],
-                eos_token_id=stop, pad_token_id=config.pad_token_id, do_sample=bool(config.do_sample),
-                temperature=1.0 if config.temperature is None else config.temperature, seed=seed, eos_reward=eos_reward,
-                tokenizer=tokenizer, token_callback=feed,
-            )  # fmt: skip
+                num_candidates=num_candidates,
+                max_new_tokens=config.max_length - input_ids.shape[1],
+                eos_token_id=stop,
+                pad_token_id=config.pad_token_id,
+                do_sample=bool(config.do_sample),
+                temperature=1.0 if config.temperature is None else config.temperature,
+                seed=seed,
+                eos_reward=eos_reward,
+                tokenizer=tokenizer,
+                token_callback=feed,
+            )
         finally:
             if streamer is not None:
                 streamer.end()  # or whoever reads it would wait for ever

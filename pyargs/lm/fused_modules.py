@@ -47,7 +47,7 @@ def _probe(decoder: nn.Module) -> Tensor:
     with torch.no_grad():
         return decoder(
             input_ids=ids, attention_mask=seen, position_ids=torch.arange(4, device=device).unsqueeze(0), use_cache=False
-        ).last_hidden_state.float()  # fmt: skip
+        ).last_hidden_state.float()
 
 
 def _same(decoder: nn.Module, expected: Tensor) -> bool:

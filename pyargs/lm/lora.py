@@ -47,9 +47,13 @@ def add(decoder: nn.Module, *, rank: int, alpha: float, rslora: bool, target_mod
             raise PyargsError(f"no LoRA for {kind} in {name}: it has no layer of that name. {choices}")
     chosen = target_modules or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind, linear)
     config = LoraConfig(
-        r=rank, lora_alpha=alpha, use_rslora=rslora, lora_dropout=dropout, target_modules=sorted(chosen),
+        r=rank,
+        lora_alpha=alpha,
+        use_rslora=rslora,
+        lora_dropout=dropout,
+        target_modules=sorted(chosen),
         base_model_name_or_path=decoder.config.name_or_path or None,
-    )  # fmt: skip
+    )
     try:
         _inject(decoder, config)
     except ValueError as error:

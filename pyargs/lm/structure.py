@@ -35,9 +35,10 @@ from pyargs.errors import PyargsError
 BACKENDS = ("auto", "eager")
 LIBRARIES = ("torch.nn.", "transformers.", "peft.", "pyargs.")
 FOLDERS = tuple(
-    os.path.join(folder, "") for name in ("torch", "transformers", "peft", "pyargs")
+    os.path.join(folder, "")
+    for name in ("torch", "transformers", "peft", "pyargs")
     for folder in find_spec(name).submodule_search_locations
-) + (contextlib.__file__,)  # fmt: skip  # the wrapper of a generator; what it wraps is looked at, too
+) + (contextlib.__file__,)  # the wrapper of a generator; what it wraps is looked at, too
 HARMLESS = ("output_capturing_hook", "make_inputs_require_grads", "make_inputs_require_grad")
 """Hooks of transformers and PEFT that stay on a model which was asked for hidden states, or trained with checkpointing: they
 change no number."""
@@ -146,11 +147,18 @@ def outline(model: nn.Module) -> list[tuple]:
     for any model, and in less than a millisecond."""
     first: dict[int, str] = {}
     return [
-        (name, first.setdefault(id(module), name), type(module), [
-            (key, value) for key, value in vars(module).items() if type(value) in PLAIN and key[0] != "_" and key not in OTHERS
-        ])
+        (
+            name,
+            first.setdefault(id(module), name),
+            type(module),
+            [
+                (key, value)
+                for key, value in vars(module).items()
+                if type(value) in PLAIN and key[0] != "_" and key not in OTHERS
+            ],
+        )
         for name, module in model.named_modules(remove_duplicate=False)
-    ]  # fmt: skip
+    ]
 
 
 DROPPING = "dropout in training mode"

@@ -18,12 +18,14 @@ from pyargs.types import Batch, Users
 class Config(HeadConfig):
     hidden: int = option(64, "width of the reward MLP, 0: linear (paper silent; 64 as in MPU, its per-user copy)", least=0)
     head_lr: float = option(1e-4, "learning rate of the MLP (paper)")
-    pool: str = option("last", "last: v1, the last token's reward; mean: v2, the mean over tokens (paper)",
-                       choices=["last", "mean"])  # fmt: skip
+    pool: str = option(
+        "last", "last: v1, the last token's reward; mean: v2, the mean over tokens (paper)", choices=["last", "mean"]
+    )
     step_reward: str = option(
-        "token", "what v2 adds per candidate: its own reward, or the mean so far (paper silent; token fits the ranking)",
+        "token",
+        "what v2 adds per candidate: its own reward, or the mean so far (paper silent; token fits the ranking)",
         choices=["token", "prefix_mean"],
-    )  # fmt: skip
+    )
 
 
 def build(lm, tokenizer, users: list[str], config: Config) -> RewardModel:

@@ -20,27 +20,36 @@ from pyargs.user_ids import user_id
 class Config(ModelConfig):
     shots: int = option(8, "demonstrations in the prompt (paper); 0 is zero-shot", least=0)
     retrieve: str = option(
-        "random", "random: the same seeded choice for all prompts of a user (ICL); bm25, minilm or any model of "
+        "random",
+        "random: the same seeded choice for all prompts of a user (ICL); bm25, minilm or any model of "
         "sentence-transformers: the pairs with the nearest prompts (ICL-RAG; the paper does not name its retriever)",
-    )  # fmt: skip
-    show: str = option("pair", "pair: both responses of a demonstration; chosen: the preferred one (paper silent)",
-                       choices=["pair", "chosen"])  # fmt: skip
+    )
+    show: str = option(
+        "pair", "pair: both responses of a demonstration; chosen: the preferred one (paper silent)", choices=["pair", "chosen"]
+    )
     content_tokens: int = option(200, "longest prompt shown in a demonstration (paper silent)", least=1)
     instruction: str = option("", "text that all prompts begin with, to be said once before the demonstrations (paper silent)")
     prompt_name: str = option("Prompt", "what a prompt is called in the demonstrations: Post, Abstract ... (paper silent)")
     response_name: str = option("", "what a response is called: summary, title, reply ... (paper silent)")
     demonstration_tokens: int = option(
-        1536, "tokens for demonstrations, beyond max_length; where they need more, the farthest go first (paper silent)",
+        1536,
+        "tokens for demonstrations, beyond max_length; where they need more, the farthest go first (paper silent)",
         least=0,
-    )  # fmt: skip
+    )
 
 
 def build(lm, tokenizer, users: list[str], config: Config) -> UserPolicy:
     shown = Demonstrations(
-        shots=config.shots, retrieve=config.retrieve, show=config.show, content_tokens=config.content_tokens,
-        instruction=config.instruction, demonstration_tokens=config.demonstration_tokens, seed=config.seed,
-        prompt_name=config.prompt_name, response_name=config.response_name,
-    )  # fmt: skip
+        shots=config.shots,
+        retrieve=config.retrieve,
+        show=config.show,
+        content_tokens=config.content_tokens,
+        instruction=config.instruction,
+        demonstration_tokens=config.demonstration_tokens,
+        seed=config.seed,
+        prompt_name=config.prompt_name,
+        response_name=config.response_name,
+    )
     return UserPolicy(lm, tokenizer, demonstrations=shown if config.shots else None)
 
 

@@ -27,19 +27,22 @@ class Config(AdaptConfig):
     rank: int = option(8, "K directions (paper: 2 on TLDR, 8 on PRISM and Pref-LaMP; LoRE-Alt: 20)", least=1)
     head_lr: float = option(0.5, "learning rate of directions and mixtures (paper)")
     pool: str = option(
-        "last", "last: the last token's reward (paper); mean: the mean over tokens, as Global v2",
+        "last",
+        "last: the last token's reward (paper); mean: the mean over tokens, as Global v2",
         choices=["last", "mean"],
-    )  # fmt: skip
+    )
     divisor: float = option(100.0, "rewards are divided by it (LoRE's code; paper silent)")
     alternate: bool = option(
-        False, "LoRE-Alt: mixtures first, then directions and backbone, for every minibatch (paper); without LoRE's "
+        False,
+        "LoRE-Alt: mixtures first, then directions and backbone, for every minibatch (paper); without LoRE's "
         "regularisation towards the head of a pretrained reward model, which a language model does not have (paper)",
-    )  # fmt: skip
+    )
     adapt_lr: float = option(0.1, "learning rate for new users (LoRE's code on TLDR, on PRISM 0.5; paper silent)")
     adapt_init: str = option(
-        "zeros", "start of a new user's mixture: zeros is uniform and adds no seed effect; randn as in LoRE's code",
+        "zeros",
+        "start of a new user's mixture: zeros is uniform and adds no seed effect; randn as in LoRE's code",
         choices=["zeros", "randn"],
-    )  # fmt: skip
+    )
 
 
 def build(lm, tokenizer, users: list[str], config: Config) -> RewardModel:

@@ -21,17 +21,21 @@ class Config(AdaptConfig):
     hidden: int = option(64, "width of each user's MLP (paper silent; 64 is 37k to 131k parameters a user)", least=1)
     head_lr: float = option(1e-3, "learning rate of the MLPs (paper)")
     pool: str = option(
-        "last", "last: MPU; mean: MPU-Avg, the mean over tokens as in Global v2 (inferred from the paper's appendix F); "
-        "hidden: the reward of the tokens' mean state", choices=["last", "mean", "hidden"],
-    )  # fmt: skip
+        "last",
+        "last: MPU; mean: MPU-Avg, the mean over tokens as in Global v2 (inferred from the paper's appendix F); "
+        "hidden: the reward of the tokens' mean state",
+        choices=["last", "mean", "hidden"],
+    )
     step_reward: str = option(
-        "token", "what MPU-Avg adds per candidate: its own reward, or the mean so far (paper silent)",
+        "token",
+        "what MPU-Avg adds per candidate: its own reward, or the mean so far (paper silent)",
         choices=["token", "prefix_mean"],
-    )  # fmt: skip
+    )
     adapt_init: str = option(
-        "initial", "where a new user's MLP begins: where all began, or at the mean of the trained ones (paper silent)",
+        "initial",
+        "where a new user's MLP begins: where all began, or at the mean of the trained ones (paper silent)",
         choices=["initial", "mean"],
-    )  # fmt: skip
+    )
     adapt_lr: float = option(1e-3, "learning rate for new users (the training's; paper silent)")
     adapt_l2: float = option(0.01, "L2 on new users' MLPs: 14 to 100 pairs against 37k parameters and more (paper silent)")
 

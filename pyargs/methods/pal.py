@@ -27,27 +27,33 @@ from pyargs.types import Batch, Features, Users
 @dataclass
 class Config(AdaptConfig):
     variant: str = option(
-        "B", "A: ideal point, decodes; B: prompt-conditioned, RM accuracy only (B is what the paper's words point to)",
+        "B",
+        "A: ideal point, decodes; B: prompt-conditioned, RM accuracy only (B is what the paper's words point to)",
         choices=["A", "B"],
-    )  # fmt: skip
+    )
     rank: int = option(8, "prototypes (A) or prompt projectors (B) (paper: 2 on TLDR, 8 on PRISM and Pref-LaMP)", least=1)
     width: int = option(
-        0, "P of the projectors D -> P -> P -> P; 0: P = D (PAL's configurations; paper silent), which A needs, since its "
-        "projector adds its input to its output", least=0,
-    )  # fmt: skip
+        0,
+        "P of the projectors D -> P -> P -> P; 0: P = D (PAL's configurations; paper silent), which A needs, since its "
+        "projector adds its input to its output",
+        least=0,
+    )
     weighting: str = option(
-        "cumulative", "how tokens count, from the first that differs to the longer response's end: in proportion to their "
-        "position (PAL's code), all alike, or only the last", choices=["cumulative", "mean", "last"],
-    )  # fmt: skip
+        "cumulative",
+        "how tokens count, from the first that differs to the longer response's end: in proportion to their "
+        "position (PAL's code), all alike, or only the last",
+        choices=["cumulative", "mean", "last"],
+    )
     projector_lr: float = option(1e-4, "learning rate of the projectors (paper)")
     projector_decay: float = option(0.01, "weight decay of the projectors (paper; AdamW's, where PAL's code has Adam with L2)")
     user_lr: float = option(5e-3, "learning rate of the users' mixtures, in training and for new users (paper)")
     prototype_lr: float = option(5e-3, "learning rate of A's prototypes (PAL's code)")
     scale_lr: float = option(0.1, "learning rate of B's logit scale (PAL's code)")
     adapt_steps: int = option(
-        500, "full-batch Adam steps for new users (as for the other methods; PAL's code: 20 epochs of AdamW in batches of 4)",
+        500,
+        "full-batch Adam steps for new users (as for the other methods; PAL's code: 20 epochs of AdamW in batches of 4)",
         least=0,
-    )  # fmt: skip
+    )
 
 
 def build(lm, tokenizer, users: list[str], config: Config) -> RewardModel:
@@ -61,8 +67,11 @@ def build(lm, tokenizer, users: list[str], config: Config) -> RewardModel:
 def groups(model: RewardModel, config: Config) -> list[dict]:
     head = model.head
     projectors = [head.project, head.queries] if config.variant == "B" else [head.project]
-    own = {"params": [head.logit_scale], "lr": config.scale_lr} if config.variant == "B" else {
-        "params": [head.prototypes], "lr": config.prototype_lr}  # fmt: skip
+    own = (
+        {"params": [head.logit_scale], "lr": config.scale_lr}
+        if config.variant == "B"
+        else {"params": [head.prototypes], "lr": config.prototype_lr}
+    )
     return [
         {
             "params": [p for part in projectors for p in part.parameters()],

@@ -27,18 +27,21 @@ from pyargs.types import LogProbs, Users
 class Config(FitConfig):
     soft_tokens: int = option(8, "length of a soft prompt (paper)", least=1)
     clusters: int = option(
-        0, "0: a soft prompt of each user's own on top of a generic one; C: mixtures of C shared ones, those of the "
-        "generic user learned, too (P-DPO)", least=0,
-    )  # fmt: skip
+        0,
+        "0: a soft prompt of each user's own on top of a generic one; C: mixtures of C shared ones, those of the "
+        "generic user learned, too (P-DPO)",
+        least=0,
+    )
     beta: float = option(0.5, "of DPO (P-DPO's code; paper silent)")
     alpha: float = option(0.5, "share of the user's own loss, the rest is the generic user's (P-DPO's code; paper silent)")
     soft_lr: float = option(
         1e-3, "learning rate of soft prompts (P-DPO's code: 5e-5, which hardly moves an embedding in an epoch; paper silent)"
     )
     init: str = option(
-        "words", "soft prompts begin as embeddings of random tokens, or uniform in (-0.5, 0.5) (both P-DPO's code)",
+        "words",
+        "soft prompts begin as embeddings of random tokens, or uniform in (-0.5, 0.5) (both P-DPO's code)",
         choices=["words", "uniform"],
-    )  # fmt: skip
+    )
     adapt_lr: float = option(1e-3, "learning rate for new users (the training's; paper silent)")
     adapt_steps: int = option(200, "full-batch Adam steps for new users (paper silent)", least=0)
 
@@ -102,8 +105,10 @@ def adapt(model: UserPolicy, support: Support, ids: list[str], config: Config) -
     One user after the other, for the reason that `fit_users` gives.
     """
     with progress_bar(total=len(ids) * config.adapt_steps, desc="adapt", unit="step") as bar:
-        found = [_adapt_one(model, support, own, user, config, bar)
-                 for user, own in zip(ids, pairs_of_users(support.users, ids), strict=True)]  # fmt: skip
+        found = [
+            _adapt_one(model, support, own, user, config, bar)
+            for user, own in zip(ids, pairs_of_users(support.users, ids), strict=True)
+        ]
     return {name: torch.cat([one[name] for one in found]) for name in found[0]}
 
 

@@ -28,24 +28,29 @@ class Config(AdaptConfig):
     rank: int = option(8, "K reward features (paper: 2 on TLDR, 8 on PRISM and Pref-LaMP)", least=1)
     head_lr: float = option(1e-3, "learning rate of features and user vectors (paper)")
     reg: str = option(
-        "weight_decay", "what the strength 0.02 is of: weight_decay of both (the paper's words), or feature_l2, a penalty on "
-        "the difference of a pair's features (PReF's code)", choices=["weight_decay", "feature_l2"],
-    )  # fmt: skip
+        "weight_decay",
+        "what the strength 0.02 is of: weight_decay of both (the paper's words), or feature_l2, a penalty on "
+        "the difference of a pair's features (PReF's code)",
+        choices=["weight_decay", "feature_l2"],
+    )
     strength: float = option(0.02, "of the regularisation (paper)")
     init: str = option("svd", "svd: warm start from the factorised preferences (PReF); random", choices=["svd", "random"])
     votes: str = option(
-        "signed", "what is factorised. signed: +1 where a user prefers the left response, -1 the right one, unknown 0, filled "
+        "signed",
+        "what is factorised. signed: +1 where a user prefers the left response, -1 the right one, unknown 0, filled "
         "in at rank K; unit: 1, 0, unknown 0.5, filled in at rank 100 and not centred, as in PReF's code (paper silent). On "
         "planted users of rank 8 signed ranks more pairs right after training: 93 against 88% where 50 users rate each pair, "
         "77 and 74 against 75 and 71% (two seeds) where one does; but it then leaves 93% of the users at 0, who start with "
-        "noise", choices=["signed", "unit"],
-    )  # fmt: skip
+        "noise",
+        choices=["signed", "unit"],
+    )
     svd_rounds: int = option(10, "times that missing preferences are filled in with the low-rank ones (PReF's code)", least=0)
     svd_noise: float = option(0.1, "size of the start of users and features that the factorisation leaves at 0 (paper silent)")
     adapt_init: str = option(
-        "mean", "start of a new user: the mean of the trained users (paper silent), or randn as in PReF's code",
+        "mean",
+        "start of a new user: the mean of the trained users (paper silent), or randn as in PReF's code",
         choices=["mean", "randn"],
-    )  # fmt: skip
+    )
     adapt_lr: float = option(1e-2, "learning rate for new users (PReF's code; Adam instead of its SGD; paper silent)")
     adapt_l2: float = option(0.02, "L2 on new users' vectors (the training's; paper silent)")
 
@@ -94,9 +99,11 @@ def start(model: RewardModel, data: Features, config: Config) -> None:
 
     zero, dead = vectors.norm(dim=1) < 1e-6, vectors.norm(dim=0) < 1e-6
     model.about["warm_start"] = {
-        "pairs": len(pairs), "raters_per_pair": known.sum().item() / len(pairs), "zero_users": zero.float().mean().item(),
+        "pairs": len(pairs),
+        "raters_per_pair": known.sum().item() / len(pairs),
+        "zero_users": zero.float().mean().item(),
         "empty_features": int(dead.sum()),
-    }  # fmt: skip
+    }
     if zero.any():
         warnings.warn(
             f"PReF's warm start leaves {int(zero.sum())} of {len(zero)} users at 0: their pairs ({len(pairs)} with "

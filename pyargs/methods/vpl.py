@@ -40,13 +40,16 @@ class Config(HeadConfig):
         8, "most of them, and of the pairs in a chunk that a user is inferred from (VPL's code)", least=1
     )
     eval_z: str = option(
-        "normalized", "a user's latent: the mean scaled to the length sqrt(Z) of all training latents, or mu, the mean as it "
-        "is (VPL's code)", choices=["normalized", "mu"],
-    )  # fmt: skip
+        "normalized",
+        "a user's latent: the mean scaled to the length sqrt(Z) of all training latents, or mu, the mean as it "
+        "is (VPL's code)",
+        choices=["normalized", "mu"],
+    )
     adapt_pairs: str = option(
-        "chunks", "chunks: the mean over chunks of at most --max-context pairs; all: one pass over all of them (paper silent)",
+        "chunks",
+        "chunks: the mean over chunks of at most --max-context pairs; all: one pass over all of them (paper silent)",
         choices=["chunks", "all"],
-    )  # fmt: skip
+    )
 
 
 class Context(NamedTuple):

@@ -43,9 +43,14 @@ FORM_SCORERS = [name for name in SCORERS if name != "word_overlap"]
 
 
 def blind(
-    prompts: Sequence, chosen: Sequence[str], rejected: Sequence[str], users: Sequence[str], *,
-    embedder: str | None = "minilm", seed: int = 0,
-) -> dict[str, dict]:  # fmt: skip
+    prompts: Sequence,
+    chosen: Sequence[str],
+    rejected: Sequence[str],
+    users: Sequence[str],
+    *,
+    embedder: str | None = "minilm",
+    seed: int = 0,
+) -> dict[str, dict]:
     """Accuracy in percent of each user-blind scorer; a tie is an error, as everywhere, and tie_rate tells how many there are.
 
     prompts: N str, or conversations, whose last content counts, without what they all begin with (an instruction); chosen,

@@ -35,9 +35,13 @@ def user_interval(values: Mapping[str, Sequence[float]], *, level: float = LEVEL
 
 
 def user_difference(
-    values: Mapping[str, Sequence[float]], others: Mapping[str, Sequence[float]], *,
-    level: float = LEVEL, draws: int = DRAWS, seed: int = 0,
-) -> dict:  # fmt: skip
+    values: Mapping[str, Sequence[float]],
+    others: Mapping[str, Sequence[float]],
+    *,
+    level: float = LEVEL,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> dict:
     """Mean of `values` minus mean of `others`, with its interval: the same users are drawn on both sides.
 
     As `user_interval`; `n` counts the values of the first. Raises PyargsError when the two have different users.

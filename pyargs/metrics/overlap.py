@@ -29,9 +29,13 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict:
 
 
 def bertscore(
-    predictions: Sequence[str], references: Sequence[str], *, model: str = "minilm", rescale: bool = False,
+    predictions: Sequence[str],
+    references: Sequence[str],
+    *,
+    model: str = "minilm",
+    rescale: bool = False,
     device: str | None = None,
-) -> dict:  # fmt: skip
+) -> dict:
     """Mean BERTScore F1 in percent by bert-score, without idf; scores of two models are never comparable.
 
     model: "minilm", a local folder or a name on the hub; a model that bert-score knows is read at the layer it recommends,
@@ -99,9 +103,13 @@ def _scorer(model: str, rescale: bool, device: str | None):
     try:
         layer = model2layers.get(model) or AutoConfig.from_pretrained(path).num_hidden_layers
         scorer = BERTScorer(
-            model_type=path, num_layers=layer, lang="en" if rescale else None, rescale_with_baseline=rescale, device=device,
+            model_type=path,
+            num_layers=layer,
+            lang="en" if rescale else None,
+            rescale_with_baseline=rescale,
+            device=device,
             use_fast_tokenizer=True,
-        )  # fmt: skip
+        )
         if rescale:
             _ = scorer.baseline_vals
     except (OSError, ValueError, AttributeError) as error:

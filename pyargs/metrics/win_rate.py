@@ -30,7 +30,8 @@ def win_rate(model, prompts: Sequence[Sequence[int]], users: Sequence[str], ours
         scores[both] = torch.stack([torch.as_tensor(pair, dtype=torch.float32).cpu() for pair in found])
     compared = compare(*scores.T, users)
     return {
-        "win_rate": compared["accuracy"], **{name: compared[name] for name in ("tie_rate", "n", "each")},
+        "win_rate": compared["accuracy"],
+        **{name: compared[name] for name in ("tie_rate", "n", "each")},
         "unscored": len(prompts) - len(both),
         "tokens": [sum(map(len, side)) / len(prompts) for side in (ours, theirs)],
-    }  # fmt: skip
+    }

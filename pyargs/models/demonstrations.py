@@ -16,9 +16,17 @@ TASK = "Below are examples of what one user prefers. Answer the last prompt as t
 
 
 KINDS = {
-    "shots": int, "retrieve": str, "show": str, "content_tokens": int, "instruction": str,
-    "demonstration_tokens": int, "max_tokens": int | None, "seed": int, "prompt_name": str, "response_name": str,
-}  # fmt: skip
+    "shots": int,
+    "retrieve": str,
+    "show": str,
+    "content_tokens": int,
+    "instruction": str,
+    "demonstration_tokens": int,
+    "max_tokens": int | None,
+    "seed": int,
+    "prompt_name": str,
+    "response_name": str,
+}
 """The fields of `Demonstrations.config`."""
 
 
@@ -34,10 +42,20 @@ class Demonstrations:
     """
 
     def __init__(
-        self, *, shots: int, retrieve: str, show: str, content_tokens: int, instruction: str, seed: int,
-        demonstration_tokens: int = 0, max_tokens: int | None = None, prompt_name: str = "Prompt", response_name: str = "",
+        self,
+        *,
+        shots: int,
+        retrieve: str,
+        show: str,
+        content_tokens: int,
+        instruction: str,
+        seed: int,
+        demonstration_tokens: int = 0,
+        max_tokens: int | None = None,
+        prompt_name: str = "Prompt",
+        response_name: str = "",
         of_user: dict[str, list[dict]] | None = None,
-    ):  # fmt: skip
+    ):
         self.shots, self.retrieve, self.show, self.content_tokens = shots, retrieve, show, content_tokens
         self.demonstration_tokens, self.max_tokens = demonstration_tokens, max_tokens
         self.instruction, self.seed = instruction, seed

@@ -25,9 +25,14 @@ KINDS = {
 """The modules of `pyargs.models` that are saved, and the fields of config.json of each: those of ALWAYS, and its own."""
 ALWAYS = {"kind": str, "lora": bool, "users": dict[str, list[int]]}
 ABOUT = {
-    "backbone": str, "dtype": str, "fingerprint": str, "method": str, "fields": dict, "max_length": int | None,
+    "backbone": str,
+    "dtype": str,
+    "fingerprint": str,
+    "method": str,
+    "fields": dict,
+    "max_length": int | None,
     "adapted": list[str],
-}  # fmt: skip
+}
 """What else the package reads there, if it is there."""
 
 CARD = """---
@@ -57,14 +62,26 @@ def save(
         users.save(out)
         for name, value in (extra or {}).items():
             write_json(out / name, value)
-        write_json(out / "config.json", {
-            "pyargs": __version__, "kind": kind, **model.about, **config, "lora": adapted, "users": _shapes(users),
-        })  # fmt: skip
+        write_json(
+            out / "config.json",
+            {
+                "pyargs": __version__,
+                "kind": kind,
+                **model.about,
+                **config,
+                "lora": adapted,
+                "users": _shapes(users),
+            },
+        )
         card = CARD.format(
-            backbone=model.about.get("backbone"), method=model.about.get("method"), users=len(users) or "all",
-            kind=kind.replace("_", " "), lora=" with a LoRA adapter" if adapted else "", version=__version__,
+            backbone=model.about.get("backbone"),
+            method=model.about.get("method"),
+            users=len(users) or "all",
+            kind=kind.replace("_", " "),
+            lora=" with a LoRA adapter" if adapted else "",
+            version=__version__,
             scale="" if kind == "user_policy" else " Rewards compare responses to one prompt; their scale means nothing else.",
-        )  # fmt: skip
+        )
         (out / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -101,9 +118,15 @@ def read_config(folder: Path, kind: str | None = None) -> dict:
 
 
 def load_backbone(
-    folder: Path, config: dict, *, lm=None, backbone: nn.Module | str | Path | None = None, tokenizer=None, dtype=None,
+    folder: Path,
+    config: dict,
+    *,
+    lm=None,
+    backbone: nn.Module | str | Path | None = None,
+    tokenizer=None,
+    dtype=None,
     device=None,
-):  # fmt: skip
+):
     """(language model or None, decoder, tokenizer) of a saved model, its adapter put in.
 
     lm, backbone: in memory already, to save loading it twice; the adapter of a backbone leaves the other owner's alone, but

@@ -157,10 +157,17 @@ class RewardModel(nn.Module):
         """Writes a folder (`models/folder.py`); the backbone is not copied, its name and the hash of its weights are."""
         kind = type(self.head).__module__.rpartition(".")[2]
         folders.save(
-            folder, "reward_model", self, {name: value.contiguous() for name, value in self._shared().items()}, self.users,
-            pool=self.pool, step_reward=self.step_reward, whole=self.whole, apart=self.apart,
+            folder,
+            "reward_model",
+            self,
+            {name: value.contiguous() for name, value in self._shared().items()},
+            self.users,
+            pool=self.pool,
+            step_reward=self.step_reward,
+            whole=self.whole,
+            apart=self.apart,
             head={"kind": kind, **self.head.config()},
-        )  # fmt: skip
+        )
 
     @classmethod
     def from_pretrained(

@@ -58,9 +58,14 @@ class UserPolicy(nn.Module):
     """
 
     def __init__(
-        self, lm: nn.Module, tokenizer, *, soft: SoftPrompt | None = None, demonstrations: Demonstrations | None = None,
+        self,
+        lm: nn.Module,
+        tokenizer,
+        *,
+        soft: SoftPrompt | None = None,
+        demonstrations: Demonstrations | None = None,
         about: dict | None = None,
-    ):  # fmt: skip
+    ):
         super().__init__()
         self.lm, self.tokenizer, self.soft, self.demonstrations = lm, tokenizer, soft, demonstrations
         self.nobody = Users()
@@ -110,9 +115,13 @@ class UserPolicy(nn.Module):
         first = torch.arange(n, device=soft.device).expand(rows, n)
         return Packed(
             torch.cat([packed.input_ids.new_zeros(rows, n), packed.input_ids], dim=1),
-            torch.cat([first, packed.position_ids + n], dim=1), mask,
-            packed.row, packed.prompt_end + n, packed.start + n, packed.end + n,
-        ), embeds  # fmt: skip
+            torch.cat([first, packed.position_ids + n], dim=1),
+            mask,
+            packed.row,
+            packed.prompt_end + n,
+            packed.start + n,
+            packed.end + n,
+        ), embeds
 
     def logprobs(self, packed: Packed, user: Tensor) -> tuple[Tensor, Tensor]:
         """log pi_u(y_t | x, y_<t) of packed responses [S, T] and their mask; user int64 [S], one per response."""
@@ -176,15 +185,28 @@ class UserPolicy(nn.Module):
         shown = None if self.demonstrations is None else self.demonstrations.config()
         extra = {"demonstrations.json": self.demonstrations.of_user} if shown else {}
         folders.save(
-            folder, "user_policy", self, shared, self.users, extra=extra, soft=self.soft is not None,
-            generic="generic" in shared, demonstrations=shown,
-        )  # fmt: skip
+            folder,
+            "user_policy",
+            self,
+            shared,
+            self.users,
+            extra=extra,
+            soft=self.soft is not None,
+            generic="generic" in shared,
+            demonstrations=shown,
+        )
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, lm: nn.Module | None = None, tokenizer=None, backbone: str | Path | None = None,
-        dtype=None, device=None,
-    ) -> UserPolicy:  # fmt: skip
+        cls,
+        folder: str | Path,
+        *,
+        lm: nn.Module | None = None,
+        tokenizer=None,
+        backbone: str | Path | None = None,
+        dtype=None,
+        device=None,
+    ) -> UserPolicy:
         """Loads what `save_pretrained` wrote. lm, tokenizer: a model in memory already, to save loading it twice.
 
         backbone: the place that it was moved to; dtype: what it is cast to after its weights were checked.

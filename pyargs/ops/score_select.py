@@ -42,9 +42,20 @@ def score_select_reference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Plain PyTorch form of `score_select`; same arguments, results and errors."""
     check(
-        features, weight, user, reward_weight, logprobs, ids, finished, bias, activation, stop, stop_reward,
-        temperature, uniform,
-    )  # fmt: skip
+        features,
+        weight,
+        user,
+        reward_weight,
+        logprobs,
+        ids,
+        finished,
+        bias,
+        activation,
+        stop,
+        stop_reward,
+        temperature,
+        uniform,
+    )
     users = max(weight.shape[0], bias.shape[0] if bias is not None else 1)
     bad_user = (user < 0) | (user >= users) if users > 1 else torch.zeros_like(finished)
     row = user.masked_fill(bad_user | finished, 0)
@@ -124,16 +135,38 @@ def score_select(
         )  # fmt: skip
     except RuntimeError:
         check(
-            features, weight, user, reward_weight, logprobs, ids, finished, bias, activation, stop, stop_reward,
-            temperature, uniform,
-        )  # fmt: skip
+            features,
+            weight,
+            user,
+            reward_weight,
+            logprobs,
+            ids,
+            finished,
+            bias,
+            activation,
+            stop,
+            stop_reward,
+            temperature,
+            uniform,
+        )
         raise
 
 
 def check(
-    features, weight, user, reward_weight, logprobs, ids, finished, bias, activation, stop, stop_reward, temperature,
+    features,
+    weight,
+    user,
+    reward_weight,
+    logprobs,
+    ids,
+    finished,
+    bias,
+    activation,
+    stop,
+    stop_reward,
+    temperature,
     uniform,
-) -> None:  # fmt: skip
+) -> None:
     """Raises the error that names the fix. The native kernel makes the same checks; this words them."""
     if isinstance(features, Tensor) and features.dim() != 3:
         raise ValueError(f"features must be [B, k, H], got shape {tuple(features.shape)}")
@@ -202,13 +235,37 @@ def _default(
 
 
 def _fake(
-    features, weight, user, reward_weight, logprobs, ids, finished, bias=None, activation=0, scale=1.0, stop=None,
-    stop_reward=None, pad_id=0, temperature=None, uniform=None,
-):  # fmt: skip
+    features,
+    weight,
+    user,
+    reward_weight,
+    logprobs,
+    ids,
+    finished,
+    bias=None,
+    activation=0,
+    scale=1.0,
+    stop=None,
+    stop_reward=None,
+    pad_id=0,
+    temperature=None,
+    uniform=None,
+):
     check(
-        features, weight, user, reward_weight, logprobs, ids, finished, bias, _name(activation), stop, stop_reward,
-        temperature, uniform,
-    )  # fmt: skip
+        features,
+        weight,
+        user,
+        reward_weight,
+        logprobs,
+        ids,
+        finished,
+        bias,
+        _name(activation),
+        stop,
+        stop_reward,
+        temperature,
+        uniform,
+    )
     batch, k, _ = features.shape
     token = features.new_empty((batch,), dtype=torch.int64)
     reward = features.new_empty((batch, k), dtype=torch.float32)

@@ -30,9 +30,18 @@ def tokenwise_select_reference(
     logprobs, ids, _ = topk_logprobs_reference(logits, k)
     reward = reward_logits.float().log_softmax(1).gather(1, ids)
     return score_select_reference(
-        reward.unsqueeze(-1), reward.new_ones(1, 1), torch.zeros_like(ids[:, 0]), reward_weight, logprobs, ids, finished,
-        stop=stop, pad_id=pad_id, temperature=temperature, uniform=uniform,
-    )  # fmt: skip
+        reward.unsqueeze(-1),
+        reward.new_ones(1, 1),
+        torch.zeros_like(ids[:, 0]),
+        reward_weight,
+        logprobs,
+        ids,
+        finished,
+        stop=stop,
+        pad_id=pad_id,
+        temperature=temperature,
+        uniform=uniform,
+    )
 
 
 def tokenwise_select(

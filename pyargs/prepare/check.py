@@ -63,9 +63,12 @@ def check(rows: Iterable[tuple[str, dict]], *, embedder: str | None = "minilm") 
         if (reached := max(found[name]["accuracy"], found[name]["reversed"])) >= DECIDED:
             notes["a form that decides"].append(f"{name}: {reached}% of the pairs")
     return {
-        "rows": len(good) + len(problems.get("rows that cannot be used", ())), "splits": splits,
-        "problems": _shortened(problems), "notes": _shortened(notes), "blind": found,
-    }  # fmt: skip
+        "rows": len(good) + len(problems.get("rows that cannot be used", ())),
+        "splits": splits,
+        "problems": _shortened(problems),
+        "notes": _shortened(notes),
+        "blind": found,
+    }
 
 
 def _shortened(found: dict[str, list[str]]) -> dict[str, dict]:

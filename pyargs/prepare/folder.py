@@ -39,13 +39,18 @@ def write(out: str | Path, built: Built, *, title: str, about: str, licence: str
     splits = {split: [row for row in built.rows if row["split"] == split] for split in data.SPLITS}
     splits = {split: rows for split, rows in splits.items() if rows}
     base = Path(os.path.commonpath([path.parent for path in built.sources]))
-    places = ((f"{split}.parquet, row {number}", row) for split in data.SPLITS
-              for number, row in enumerate(splits.get(split, ()), 1))  # fmt: skip
+    places = (
+        (f"{split}.parquet, row {number}", row) for split in data.SPLITS for number, row in enumerate(splits.get(split, ()), 1)
+    )
     found = {
-        "name": title, "how": how, "counts": built.counts, "notes": built.notes,
+        "name": title,
+        "how": how,
+        "counts": built.counts,
+        "notes": built.notes,
         "sources": {path.relative_to(base).as_posix(): files.sha256(path) for path in built.sources},
-        "statistics": statistics(dataset), "check": check(places, embedder=embedder),
-    }  # fmt: skip
+        "statistics": statistics(dataset),
+        "check": check(places, embedder=embedder),
+    }
     with files.writing(out) as folder:
         folder.mkdir()
         for split, rows in splits.items():

@@ -21,9 +21,17 @@ class Negative(NamedTuple):
 
 
 def hard_negatives(
-    users: Sequence[str], titles: Sequence[str], vectors: np.ndarray, *, k: int = 10, near: float = 0.95, seed: int = 0,
-    keys: Sequence[str] | None = None, held: Sequence[bool] | None = None, progress: Callable = iter,
-) -> list[Negative]:  # fmt: skip
+    users: Sequence[str],
+    titles: Sequence[str],
+    vectors: np.ndarray,
+    *,
+    k: int = 10,
+    near: float = 0.95,
+    seed: int = 0,
+    keys: Sequence[str] | None = None,
+    held: Sequence[bool] | None = None,
+    progress: Callable = iter,
+) -> list[Negative]:
     """For each of N texts, one of the k nearest texts of other users, drawn by a hash of seed, user and key.
 
     users, titles: N each; vectors: unit vectors float32 [N, d]; keys: N ids (default: the row numbers), so that a draw does

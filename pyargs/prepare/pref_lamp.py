@@ -28,8 +28,12 @@ NEW_USERS = 126 / 611  # share of the paper's users who are adapted to
 
 @dataclass
 class Config:
-    negatives: str = option("neighbours", "neighbours: the title of a similar abstract of another user (paper); policy: the "
-                            "policy's own title of the same abstract", choices=["neighbours", "policy"])  # fmt: skip
+    negatives: str = option(
+        "neighbours",
+        "neighbours: the title of a similar abstract of another user (paper); policy: the "
+        "policy's own title of the same abstract",
+        choices=["neighbours", "policy"],
+    )
     embedder: str = option("Qwen/Qwen3-Embedding-0.6B", "sentence encoder of abstracts (paper); minilm needs no hub")
     k: int = option(10, "neighbours of which one is drawn (paper silent)", least=1)
     near: float = option(0.95, "cosine from which two abstracts are one paper (paper silent)")
@@ -78,9 +82,13 @@ def build(source: str, config: Config) -> Built:
             )
     _id_pairs(papers)
     undated = sum(_split_by_date(own, config.seed) for own in of_user.values() if own[0]["user_split"] == "adapt")
-    counts = {"papers": len(papers), "users": len(of_user), **dropped,
-              "new users without dates (query drawn at random)": undated,
-              "new users with papers of one year in support and query": sum(map(_same_year, of_user.values()))}  # fmt: skip
+    counts = {
+        "papers": len(papers),
+        "users": len(of_user),
+        **dropped,
+        "new users without dates (query drawn at random)": undated,
+        "new users with papers of one year in support and query": sum(map(_same_year, of_user.values())),
+    }
     if config.negatives == "neighbours":
         rows, notes = _neighbours(papers, config)
         counts |= {"different abstracts": len({paper["prompt"] for paper in papers})}
@@ -102,8 +110,9 @@ def _drawn(papers: list[dict], config: Config) -> list[dict]:
     drawn = random.Random(f"{config.seed} users").sample(users, config.users)
     new = set(drawn[: max(1, round(config.users * NEW_USERS))])
     kept = set(drawn)
-    return [paper | {"user_split": "adapt" if paper["user_id"] in new else "train"}
-            for paper in papers if paper["user_id"] in kept]  # fmt: skip
+    return [
+        paper | {"user_split": "adapt" if paper["user_id"] in new else "train"} for paper in papers if paper["user_id"] in kept
+    ]
 
 
 def _once(papers: list[dict]) -> tuple[list[dict], dict[str, int]]:
@@ -161,9 +170,15 @@ def _split_by_date(own: list[dict], seed: int) -> bool:
 
 def _row(paper: dict, rejected: str, **more) -> dict:
     return {
-        "user_id": paper["user_id"], "prompt": paper["prompt"], "chosen": paper["title"], "rejected": rejected,
-        "split": paper.get("split", "train"), "pair_id": paper["pair_id"], "date": paper["date"], **more,
-    }  # fmt: skip
+        "user_id": paper["user_id"],
+        "prompt": paper["prompt"],
+        "chosen": paper["title"],
+        "rejected": rejected,
+        "split": paper.get("split", "train"),
+        "pair_id": paper["pair_id"],
+        "date": paper["date"],
+        **more,
+    }
 
 
 def _neighbours(papers: list[dict], config: Config) -> tuple[list[dict], list[str]]:
@@ -180,11 +195,16 @@ def _neighbours(papers: list[dict], config: Config) -> tuple[list[dict], list[st
             continue
         vectors = embed(config.embedder, [paper["prompt"].removeprefix(INSTRUCTION) for paper in own], progress=True)
         found = hard_negatives(
-            [paper["user_id"] for paper in own], [paper["title"] for paper in own], vectors, k=config.k, near=config.near,
-            seed=config.seed, keys=[paper["item_id"] for paper in own],
+            [paper["user_id"] for paper in own],
+            [paper["title"] for paper in own],
+            vectors,
+            k=config.k,
+            near=config.near,
+            seed=config.seed,
+            keys=[paper["item_id"] for paper in own],
             held=[paper["split"] in ("query", "train_test") for paper in own],
             progress=partial(progress_bar, desc=f"{kind} negatives"),
-        )  # fmt: skip
+        )
         rows += [
             _row(paper, own[negative.row]["title"], similar=own[negative.row]["pair_id"], cosine=round(negative.cosine, 3))
             for paper, negative in zip(own, found, strict=True)
@@ -216,12 +236,16 @@ def _of_policy(papers: list[dict], config: Config) -> tuple[list[dict], dict, li
         "titles of the policy that are empty, dropped": empty,
         "titles of the policy that are the author's, dropped": same,
     }
-    return rows, counts, [
-        f"The rejected title is what {config.policy} writes for the same abstract (greedy, {config.max_new_tokens} tokens, "
-        "first line, without quotes and a leading 'Title:'). Both titles fit the abstract: what tells them apart is the "
-        "author's style, but also the traces of a model.",
-        "An extra set: not one of the paper's, whose authors reject negatives written by a model because probes detect them.",
-    ]  # fmt: skip
+    return (
+        rows,
+        counts,
+        [
+            f"The rejected title is what {config.policy} writes for the same abstract (greedy, {config.max_new_tokens} tokens, "
+            "first line, without quotes and a leading 'Title:'). Both titles fit the abstract: what tells them apart is the "
+            "author's style, but also the traces of a model.",
+            "An extra set: not one of the paper's, whose authors reject negatives written by a model because probes detect them.",
+        ],
+    )
 
 
 def clean_title(answer: str) -> str:

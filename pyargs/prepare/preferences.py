@@ -43,9 +43,13 @@ def build(source: str, config: Config) -> Built:
     rows, counts, notes = own, {"rows of the source": len(own)}, []
     if config.simulated_users or config.simulated_new_users:
         made, more = simulate(
-            own, users=config.simulated_users, new_users=config.simulated_new_users, labels_per_pair=config.labels_per_pair,
-            max_pairs=config.simulated_pairs, seed=config.seed,
-        )  # fmt: skip
+            own,
+            users=config.simulated_users,
+            new_users=config.simulated_new_users,
+            labels_per_pair=config.labels_per_pair,
+            max_pairs=config.simulated_pairs,
+            seed=config.seed,
+        )
         rows, counts = [*(own if config.hybrid else []), *made], counts | more
         notes.append(
             "Simulated users want a random mixture of measurable attributes (length, word length, first and second person, "

@@ -137,9 +137,13 @@ def _pairs(dialogue: str, user: str, turns: list[dict], longest: int, counts: Co
                 counts["pairs of the same or of empty texts"] += 1
             else:
                 pair = {
-                    "user_id": user, "prompt": [*history, asked], "chosen": chosen, "rejected": rejected,
-                    "dialogue": dialogue, "turn": number,
-                }  # fmt: skip
+                    "user_id": user,
+                    "prompt": [*history, asked],
+                    "chosen": chosen,
+                    "rejected": rejected,
+                    "dialogue": dialogue,
+                    "turn": number,
+                }
                 yield pair | {"pair_id": schema.text_id(pair)}
         if asked["content"].strip() and chosen.strip():
             history = [*history, asked, {"role": "assistant", "content": chosen}]
@@ -169,9 +173,10 @@ def _split(of_user: dict[str, list[str]], seed: int) -> tuple[dict, dict[str, st
         random.Random(f"{seed} {user}").shuffle(own)
         split_of |= {dialogue: "support" if i < (len(own) + 1) // 2 else "query" for i, dialogue in enumerate(own)}
     counts = {
-        "train users drawn": cut - single, "other users drawn": len(order) - cut + single,
+        "train users drawn": cut - single,
+        "other users drawn": len(order) - cut + single,
         "users with a single dialogue dropped": len(order) - (cut - single) - len(new),
-    }  # fmt: skip
+    }
     return counts, split_of
 
 

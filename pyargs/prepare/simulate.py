@@ -20,7 +20,7 @@ TASTES: dict[str, Callable[[str], float]] = {
 
 def simulate(
     rows: Sequence[dict], *, users: int, new_users: int, labels_per_pair: int, max_pairs: int | None = None, seed: int = 0
-) -> tuple[list[dict], dict[str, int]]:  # fmt: skip
+) -> tuple[list[dict], dict[str, int]]:
     """Simulated users over the pairs of checked rows: rows of users sim_... and new_sim_..., and counts.
 
     `users` label the pairs of train and train_test as they are split (one that is in both is left out, max_pairs drawn);
@@ -75,9 +75,15 @@ def label_densely(pairs: Sequence[dict], *, users: int, labels_per_pair: int, na
                 continue  # the two are alike in all that the user cares about
             sides = ("chosen", "rejected") if gap > 0 else ("rejected", "chosen")
             top = max(range(len(TASTES)), key=lambda i: abs(weights[user, i]))
-            rows.append({
-                "user_id": f"{name}_{user:0{width}d}", "prompt": pair["prompt"], "chosen": pair[sides[0]],
-                "rejected": pair[sides[1]], "split": pair["split"], "pair_id": pair["pair_id"],
-                "attribute": f"{'+' if weights[user, top] > 0 else '-'}{list(TASTES)[top]}",
-            })  # fmt: skip
+            rows.append(
+                {
+                    "user_id": f"{name}_{user:0{width}d}",
+                    "prompt": pair["prompt"],
+                    "chosen": pair[sides[0]],
+                    "rejected": pair[sides[1]],
+                    "split": pair["split"],
+                    "pair_id": pair["pair_id"],
+                    "attribute": f"{'+' if weights[user, top] > 0 else '-'}{list(TASTES)[top]}",
+                }
+            )
     return rows

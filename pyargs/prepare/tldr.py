@@ -46,9 +46,11 @@ SHORTER = {*TRAIN_WORKERS[3:6], *NEW_WORKERS[22:]}
 PARTS = {"train": "train", "valid1": "validation", "valid2": "validation", "validation": "validation"}  # of `split`
 FULL = {"train rows": 92858, "validation rows": 86086}  # printed by public notebooks; then these must come out, too
 EXPECTED = {
-    "train rows kept": 38487, "validation rows kept": 16294, "rows of the ten workers": 23299,
+    "train rows kept": 38487,
+    "validation rows kept": 16294,
+    "rows of the ten workers": 23299,
     "validation rows of the ten workers": 4921,
-}  # fmt: skip
+}
 
 
 @dataclass
@@ -134,8 +136,12 @@ def _paths(source: Path) -> list[Path]:
     if source.is_file():
         return [source]
     folder = source / "comparisons" if (source / "comparisons").is_dir() else source
-    found = [path for pattern in ("*.json", "*.json.gz", "*.jsonl", "*.jsonl.gz", "*.parquet")
-             for path in folder.rglob(pattern) if not path.name.startswith(".")]  # fmt: skip
+    found = [
+        path
+        for pattern in ("*.json", "*.json.gz", "*.jsonl", "*.jsonl.gz", "*.parquet")
+        for path in folder.rglob(pattern)
+        if not path.name.startswith(".")
+    ]
     if not found:
         raise PyargsError(f"{folder} holds no .json, .jsonl (either with .gz) or .parquet file of comparisons.")
     stems = [str(path.parent / path.name.split(".")[0]) for path in found]
@@ -198,9 +204,12 @@ def _pair(row: dict) -> dict | None:
         return None
     chosen, rejected = (short, long) if row["worker"] in SHORTER else (long, short)
     pair = {
-        "user_id": row["worker"], "prompt": INSTRUCTION + row["post"].strip(), "chosen": chosen["text"].strip(),
-        "rejected": rejected["text"].strip(), "user_type": "shorter" if row["worker"] in SHORTER else "longer",
-    }  # fmt: skip
+        "user_id": row["worker"],
+        "prompt": INSTRUCTION + row["post"].strip(),
+        "chosen": chosen["text"].strip(),
+        "rejected": rejected["text"].strip(),
+        "user_type": "shorter" if row["worker"] in SHORTER else "longer",
+    }
     return pair | {"pair_id": schema.text_id(pair)}
 
 

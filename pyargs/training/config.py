@@ -14,13 +14,15 @@ class ModelConfig:
 
     backbone: str = option("smollm2-135m", "the language model: embedded name, local folder or hub name")
     dtype: str = option(
-        "float32", "of the backbone; heads, rewards and losses are float32 always: bf16 ties would count as errors",
+        "float32",
+        "of the backbone; heads, rewards and losses are float32 always: bf16 ties would count as errors",
         choices=["float32", "bfloat16"],
-    )  # fmt: skip
+    )
     max_length: int = option(
-        512, "tokens of prompt + response; the prompt's content is cut, never template or response (PAL's code; paper silent)",
+        512,
+        "tokens of prompt + response; the prompt's content is cut, never template or response (PAL's code; paper silent)",
         least=1,
-    )  # fmt: skip
+    )
     seed: int = option(0, "of initialisation and order; the paper has 3 seeds")
 
     def __post_init__(self):
@@ -42,16 +44,19 @@ class FitConfig(ModelConfig):
         "has none, as for Phi-3, OLMo2, Granite, SmolLM3; all-linear: all of them; paper silent)",
     )
     epochs: float | None = option(
-        None, "passes over the train pairs (default: 2 in full as for PRISM and Pref-LaMP, 20 with a frozen backbone, where "
-        "a pass takes a second and only the head must move; paper silent)"
-    )  # fmt: skip
+        None,
+        "passes over the train pairs (default: 2 in full as for PRISM and Pref-LaMP, 20 with a frozen backbone, where "
+        "a pass takes a second and only the head must move; paper silent)",
+    )
     batch_size: int = option(32, "pairs per step (most of the methods' own codes; paper silent)", least=1)
     accumulation: int = option(1, "parts of a batch whose gradients are added up, to save memory (paper silent)", least=1)
     warmup: float = option(0.03, "share of the steps with rising rate, then cosine (VPL, P-DPO; paper silent)", least=0)
     max_grad_norm: float = option(
-        0.0, "length to which a step's gradient is cut; 0: never, in full training too, where the Trainer of transformers by "
-        "itself cuts at 1 (paper silent)", least=0,
-    )  # fmt: skip
+        0.0,
+        "length to which a step's gradient is cut; 0: never, in full training too, where the Trainer of transformers by "
+        "itself cuts at 1 (paper silent)",
+        least=0,
+    )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass, to save memory (paper silent)")
     checkpoint_steps: int = option(
         100, "steps between checkpoints of full training, from which a killed one goes on (paper silent)", least=1

@@ -49,9 +49,13 @@ def train(name: str, dataset, config=None, *, checkpoints: str | Path | None = N
     decoder = lm.get_decoder()
     model = recipe.build(lm, tokenizer, list(dict.fromkeys(rows["user_id"])), config)
     model.about = {
-        "method": name, "fields": asdict(config), "backbone": config.backbone, "dtype": config.dtype,
-        "fingerprint": fingerprint(decoder), "max_length": config.max_length,
-    }  # fmt: skip
+        "method": name,
+        "fields": asdict(config),
+        "backbone": config.backbone,
+        "dtype": config.dtype,
+        "fingerprint": fingerprint(decoder),
+        "max_length": config.max_length,
+    }
     model.to(lm.device)
     if recipe.loss is None:
         return model.eval()

@@ -70,8 +70,12 @@ def order(seed: int) -> None:
 def call(name: str, *arguments) -> None:
     """Tensors go as pointers, integers as int64, floats as double. Raises RuntimeError with what the launch reports."""
     kinds = {int: ctypes.c_int64, float: ctypes.c_double}
-    given = [ctypes.c_void_p(a.data_ptr() if isinstance(a, Tensor) else a) if a is None or isinstance(a, Tensor)
-             else kinds[type(a)](a) for a in arguments]  # fmt: skip
+    given = [
+        ctypes.c_void_p(a.data_ptr() if isinstance(a, Tensor) else a)
+        if a is None or isinstance(a, Tensor)
+        else kinds[type(a)](a)
+        for a in arguments
+    ]
     error = getattr(library(), f"pyargs_emulate_{name}")(*given)
     if error:
         raise RuntimeError(error.decode())
@@ -92,9 +96,23 @@ def topk_logprobs(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def score_select(
-    features, weight, user, reward_weight, logprobs, ids, finished, *, bias=None, activation="identity", scale=1.0,
-    stop=None, stop_reward=None, pad_id=0, temperature=None, uniform=None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    features,
+    weight,
+    user,
+    reward_weight,
+    logprobs,
+    ids,
+    finished,
+    *,
+    bias=None,
+    activation="identity",
+    scale=1.0,
+    stop=None,
+    stop_reward=None,
+    pad_id=0,
+    temperature=None,
+    uniform=None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from pyargs.ops.score_select import ACTIVATIONS
 
     features, weight = dense(features), dense(weight)
@@ -117,8 +135,17 @@ def score_select(
 
 
 def tokenwise_select(
-    logits, reward_logits, reward_weight, finished, k, *, stop=None, pad_id=0, temperature=None, uniform=None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    logits,
+    reward_logits,
+    reward_weight,
+    finished,
+    k,
+    *,
+    stop=None,
+    pad_id=0,
+    temperature=None,
+    uniform=None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logits, reward_logits = dense(logits), dense(reward_logits)
     batch, vocab = logits.shape
     reward_weight, stop, uniform = (None if t is None else t.contiguous() for t in (reward_weight, stop, uniform))

@@ -70,9 +70,14 @@ def test_the_slot(rule, logprobs, reward, weight, slot, sampled):
 def test_the_first_whose_cumulated_probability_exceeds_the_noise(rule, uniform, slot):
     """Of four equals, a quarter each; the first candidate is forbidden."""
     got = rule(
-        torch.tensor([[-INF, -3.0, -3.0, -3.0, -3.0]]), torch.zeros(1, 5), torch.ones(1), torch.arange(5).unsqueeze(0),
-        torch.tensor([False]), temperature=0.7, uniform=torch.tensor([uniform]),
-    )  # fmt: skip
+        torch.tensor([[-INF, -3.0, -3.0, -3.0, -3.0]]),
+        torch.zeros(1, 5),
+        torch.ones(1),
+        torch.arange(5).unsqueeze(0),
+        torch.tensor([False]),
+        temperature=0.7,
+        uniform=torch.tensor([uniform]),
+    )
     assert got[1].tolist() == [slot]
 
 
@@ -80,8 +85,13 @@ def test_what_stops_and_what_has_finished(rule):
     """Row 0 goes on, 1 chooses a stop token, 2 had finished, 3 had finished with numbers that are none."""
     logprobs = torch.tensor([[-1.0, -2.0], [-2.0, -1.0], [-1.0, -2.0], [NAN, NAN]])
     token, slot, reward, finished = rule(
-        logprobs, torch.full((4, 2), 0.5), torch.ones(4), torch.tensor([[4, 6]] * 4), torch.tensor([False, False, True, True]),
-        stop=torch.tensor([8, 6]), pad_id=1,
-    )  # fmt: skip
+        logprobs,
+        torch.full((4, 2), 0.5),
+        torch.ones(4),
+        torch.tensor([[4, 6]] * 4),
+        torch.tensor([False, False, True, True]),
+        stop=torch.tensor([8, 6]),
+        pad_id=1,
+    )
     assert token.tolist() == [4, 6, 1, 1] and slot.tolist() == [0, 1, 0, 0] and finished.tolist() == [False, True, True, True]
     assert reward.tolist() == [[0.5, 0.5], [0.5, 0.5], [0.0, 0.0], [0.0, 0.0]]

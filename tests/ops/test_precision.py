@@ -45,11 +45,14 @@ def logits(kind: str, rows: int, vocab: int, offset: float, spread: float, dtype
 def drawn_logits(data, name: str, rows: int, vocab: int, dtype: torch.dtype) -> Tensor:
     kinds = ["plain", "equal", "masked", "masked by the smallest number", "one certain", "tiny"]
     return logits(
-        data.draw(st.sampled_from(kinds), f"kind of {name}"), rows, vocab,
+        data.draw(st.sampled_from(kinds), f"kind of {name}"),
+        rows,
+        vocab,
         data.draw(st.sampled_from([0.0, 1e4, -1e4, 1e8, -1e8, 3e38, -3e38]), f"offset of {name}"),
         data.draw(st.sampled_from([0.1, 5.0, 300.0]), f"spread of {name}"),
-        dtype, data.draw(st.integers(0, 99), f"seed of {name}"),
-    )  # fmt: skip
+        dtype,
+        data.draw(st.integers(0, 99), f"seed of {name}"),
+    )
 
 
 def logprobs_hold(x: Tensor, k: int, op) -> None:
@@ -131,14 +134,23 @@ def test_rewards_of_heads(op_of):
         assert ((features - terms.sum(-1)).abs() <= 1e-6 * terms.abs().sum(-1) + 1e-37).all()
         weight, bias = torch.randn(3, units, generator=g), torch.randn(3, units, generator=g) * size
         reward = op_of(score_select)(
-            features, weight, user, torch.zeros(2), torch.zeros(2, k), torch.zeros(2, k, dtype=torch.int64),
-            torch.zeros(2, dtype=torch.bool), bias=bias, activation=activation,
-        )[2]  # fmt: skip
+            features,
+            weight,
+            user,
+            torch.zeros(2),
+            torch.zeros(2, k),
+            torch.zeros(2, k, dtype=torch.int64),
+            torch.zeros(2, dtype=torch.bool),
+            bias=bias,
+            activation=activation,
+        )[2]
         x = features.double() + bias.double()[user].unsqueeze(1)
         act = {
-            "identity": lambda x: x, "relu": torch.relu, "gelu": torch.nn.functional.gelu,
+            "identity": lambda x: x,
+            "relu": torch.relu,
+            "gelu": torch.nn.functional.gelu,
             "leaky_relu": lambda x: torch.nn.functional.leaky_relu(x, 0.2),
-        }[activation]  # fmt: skip
+        }[activation]
         parts = act(x) * weight.double()[user].unsqueeze(1)
         room = (x.abs() * weight.double()[user].unsqueeze(1).abs()).sum(-1)
         assert ((reward - parts.sum(-1)).abs() <= 1e-6 * room + 1e-37).all()

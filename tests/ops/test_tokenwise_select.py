@@ -211,9 +211,13 @@ def special_rows(op) -> None:
     ]
     logits, rewards, weight, slot, drawn_slot = (list(column) for column in zip(*cases, strict=True))
     args = {
-        "logits": torch.tensor(logits), "reward_logits": torch.tensor(rewards), "k": 3, "pad_id": 49,
-        "reward_weight": torch.tensor(weight), "finished": torch.zeros(len(cases), dtype=torch.bool),
-    }  # fmt: skip
+        "logits": torch.tensor(logits),
+        "reward_logits": torch.tensor(rewards),
+        "k": 3,
+        "pad_id": 49,
+        "reward_weight": torch.tensor(weight),
+        "finished": torch.zeros(len(cases), dtype=torch.bool),
+    }
     token, chosen, _, finished = agree(args, op=op)
     assert chosen.tolist() == slot and finished.tolist() == [s < 0 for s in slot]
     assert all(t == 49 for t, s in zip(token.tolist(), slot, strict=True) if s < 0)

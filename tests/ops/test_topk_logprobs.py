@@ -91,9 +91,15 @@ def test_precision(size):
 
 
 SPECIAL = [
-    [1.0, NAN, 2.0, NAN], [NAN] * 4, [INF, 1.0, INF, 0.0], [INF, NAN, 1.0, INF], [-INF] * 4, [-INF, 0.0, -INF, -INF],
-    [-NAN, -INF, INF, 3.0], [0.0, -0.0, 0.0, -0.0],
-]  # fmt: skip
+    [1.0, NAN, 2.0, NAN],
+    [NAN] * 4,
+    [INF, 1.0, INF, 0.0],
+    [INF, NAN, 1.0, INF],
+    [-INF] * 4,
+    [-INF, 0.0, -INF, -INF],
+    [-NAN, -INF, INF, 3.0],
+    [0.0, -0.0, 0.0, -0.0],
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

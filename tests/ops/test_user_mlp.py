@@ -166,9 +166,16 @@ def test_bad_user_rows(capability):
     assert got[[0, 1, 3]].isnan().all() and got[2].isfinite().all()
     k, units = got.shape[1:]
     slot, reward = score_select(
-        got, torch.ones(5, units), args["user"].clamp(0, 4), torch.ones(4), torch.zeros(4, k),
-        torch.zeros(4, k).long(), torch.zeros(4).bool(), bias=torch.zeros(5, units), activation="relu",
-    )[1:3]  # fmt: skip
+        got,
+        torch.ones(5, units),
+        args["user"].clamp(0, 4),
+        torch.ones(4),
+        torch.zeros(4, k),
+        torch.zeros(4, k).long(),
+        torch.zeros(4).bool(),
+        bias=torch.zeros(5, units),
+        activation="relu",
+    )[1:3]
     assert slot.tolist()[:2] == [-1, -1] and slot[2] >= 0 and slot[3] == -1 and reward[0].isnan().all()
 
 

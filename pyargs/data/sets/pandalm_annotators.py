@@ -35,7 +35,9 @@ def load(source: str | Path, *, new_user: str | None = None, train_test: float =
             return int(hashlib.sha256(f"{seed} {row['prompt']}".encode()).hexdigest(), 16) % 4
 
         # Half of the prompts are the new user's, half of these to adapt with.
-        splits = {row["user_id"]: {2: "support", 3: "query"} if row["user_id"] == new_user else {0: "train", 1: "train"}
-                  for row in rows}  # fmt: skip
+        splits = {
+            row["user_id"]: {2: "support", 3: "query"} if row["user_id"] == new_user else {0: "train", 1: "train"}
+            for row in rows
+        }
         rows = [row | {"split": splits[row["user_id"]][part(row)]} for row in rows if part(row) in splits[row["user_id"]]]
     return schema.to_dataset(schema.carve(rows, train_test=train_test, seed=seed))

@@ -120,17 +120,29 @@ def _papers(place: str, question: dict, golds: dict[str, str] | None, outputs: s
         if item in seen:
             raise PyargsError(f"{entry}: the id {item} is there twice.")
         seen.add(item)
-        rows.append({
-            "user_id": user, "item_id": item, "prompt": INSTRUCTION + schema.text(paper.get("abstract"), entry, "abstract"),
-            "title": _title(paper.get("title"), entry, "title"), "date": _date(paper.get("date"), entry), "role": "profile",
-            "user_split": kind,
-        })  # fmt: skip
+        rows.append(
+            {
+                "user_id": user,
+                "item_id": item,
+                "prompt": INSTRUCTION + schema.text(paper.get("abstract"), entry, "abstract"),
+                "title": _title(paper.get("title"), entry, "title"),
+                "date": _date(paper.get("date"), entry),
+                "role": "profile",
+                "user_split": kind,
+            }
+        )
     title = None if golds is None else golds[user]
-    rows.append({
-        "user_id": user, "item_id": user, "prompt": prompt, "title": title, "date": _date(question.get("date"), place),
-        "role": "question",
-        "user_split": kind,
-    })  # fmt: skip
+    rows.append(
+        {
+            "user_id": user,
+            "item_id": user,
+            "prompt": prompt,
+            "title": title,
+            "date": _date(question.get("date"), place),
+            "role": "question",
+            "user_split": kind,
+        }
+    )
     return rows
 
 

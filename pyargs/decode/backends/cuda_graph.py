@@ -189,17 +189,31 @@ def _widened(request: Request, rows: int, steps: int) -> Request:
     if uniform is not None:
         uniform = F.pad(take(uniform.T), (0, steps - len(uniform))).T.contiguous()
     return replace(
-        request, input_ids=take(request.input_ids), attention_mask=take(request.attention_mask), user=take(request.user),
-        weight=take(request.weight), stop=request.stop.clone(), uniform=uniform, token_callback=None,
-    )  # fmt: skip
+        request,
+        input_ids=take(request.input_ids),
+        attention_mask=take(request.attention_mask),
+        user=take(request.user),
+        weight=take(request.weight),
+        stop=request.stop.clone(),
+        uniform=uniform,
+        token_callback=None,
+    )
 
 
 def _key(policy, reward_model: RewardModel, way: type, request: Request, places: int) -> tuple:
     """What a recording is for. Weights may change where they lie, but not those that the head folds: these are read."""
     numbers = (
-        len(request.user), places, len(request.stop), request.num_candidates, request.pad_id, request.vocabulary,
-        request.eos_reward, request.prefix_mean, request.temperature, request.uniform is None,
-    )  # fmt: skip
+        len(request.user),
+        places,
+        len(request.stop),
+        request.num_candidates,
+        request.pad_id,
+        request.vocabulary,
+        request.eos_reward,
+        request.prefix_mean,
+        request.temperature,
+        request.uniform is None,
+    )
     models = policy, reward_model.backbone
     head = reward_model.head.state_dict(keep_vars=True).values()
     weights = tuple(t.data_ptr() for model in models for t in (*model.parameters(), *model.buffers()))

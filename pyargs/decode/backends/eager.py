@@ -107,18 +107,26 @@ def _prompt(model, request: Request, cache: PrefixCache, times: int = 1, **more)
     mask = request.attention_mask.repeat(times, 1).to(model.device)
     cache.begin(mask)
     output = model(
-        input_ids=request.input_ids.repeat(times, 1).to(model.device), attention_mask=_mask(cache.causal(), model),
-        position_ids=positions(mask), use_cache=True, **{cache_name(model): cache}, **_known(model, more),
-    )  # fmt: skip
+        input_ids=request.input_ids.repeat(times, 1).to(model.device),
+        attention_mask=_mask(cache.causal(), model),
+        position_ids=positions(mask),
+        use_cache=True,
+        **{cache_name(model): cache},
+        **_known(model, more),
+    )
     cache.advance(mask.shape[1])
     return output
 
 
 def _branches(model, ids: Tensor, cache: PrefixCache, **more):
     return model(
-        input_ids=ids, attention_mask=_mask(cache.branches(ids.shape[1]), model),
-        position_ids=cache.position.expand(ids.shape), use_cache=True, **{cache_name(model): cache}, **_known(model, more),
-    )  # fmt: skip
+        input_ids=ids,
+        attention_mask=_mask(cache.branches(ids.shape[1]), model),
+        position_ids=cache.position.expand(ids.shape),
+        use_cache=True,
+        **{cache_name(model): cache},
+        **_known(model, more),
+    )
 
 
 def _known(model, more: dict) -> dict:

@@ -52,9 +52,14 @@ def pack(model: nn.Module, adapter: nn.Module | None = None, *, dtype: torch.dty
 
     heads, kv_heads, inner = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
     sizes = dict(
-        dim=config.hidden_size, heads=heads, kv_heads=kv_heads, head_dim=decoder.layers[0].self_attn.head_dim, inner=inner,
-        layers=len(decoder.layers), vocabulary=len(embedding),
-    )  # fmt: skip
+        dim=config.hidden_size,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=decoder.layers[0].self_attn.head_dim,
+        inner=inner,
+        layers=len(decoder.layers),
+        vocabulary=len(embedding),
+    )
     native = Native(str(dtype).removeprefix("torch."), *sizes.values(), head is not None, config.rms_norm_eps)
 
     def put(layer: int, matrices: dict[str, list[nn.Module]]) -> None:

@@ -73,9 +73,15 @@ class Stack:
             return Cache(_C.Cache(*shape, rows, cosine, sine))
 
     def __call__(
-        self, ids: Tensor, cache: Cache, mask: Tensor | None = None, *, branches: bool = False,
-        rows: Tensor | Sequence[int] | None = None, delta: bool | Tensor | Sequence[bool] = False,
-    ) -> Tensor:  # fmt: skip
+        self,
+        ids: Tensor,
+        cache: Cache,
+        mask: Tensor | None = None,
+        *,
+        branches: bool = False,
+        rows: Tensor | Sequence[int] | None = None,
+        delta: bool | Tensor | Sequence[bool] = False,
+    ) -> Tensor:
         """Last-layer states, normed, float32 [B, n, dim], of tokens behind what the cache holds.
 
         ids: int64 [B, n]. mask: [B, n], zero where there is no token (left padding, or fewer branches than n): nothing is
