@@ -34,11 +34,10 @@ def cell(row: str, seed: int = 0, **other) -> dict:
     draw = random.Random(f"{row} {seed} {other.get('set')} {other.get('policy')}")
     level = random.Random(row).uniform(0.4, 0.95)
     pairs = {f"user {n}": 4 + n % 3 for n in range(8)}
-    made = lambda: accuracy(
-        {  # noqa: E731
-            user: "".join(str(int(draw.random() < level)) for _ in range(count)) for user, count in pairs.items()
-        }
-    )
+
+    def made() -> dict:
+        return accuracy({u: "".join(str(int(draw.random() < level)) for _ in range(n)) for u, n in pairs.items()})
+
     kinds, values, answers = has(row), {}, []
     if "reward" in kinds:
         values["rm_accuracy"] = made()

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import test_commit
-import test_score_select
-import test_tokenwise_select
-import test_topk_logprobs
-import test_user_mlp
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ops import test_commit, test_score_select, test_tokenwise_select, test_topk_logprobs, test_user_mlp
 from torch import Tensor
 
 from pyargs.ops import commit, score_select, tokenwise_select, topk_logprobs, user_mlp

@@ -15,8 +15,8 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-CSRC = Path(__file__).parents[2] / "csrc"
-EMULATE = Path(__file__).parent / "emulate"
+CSRC = Path(__file__).parents[1] / "csrc"
+EMULATE = Path(__file__).parent / "ops/emulate"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 needed = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the kernels for the host")
