@@ -241,8 +241,8 @@ def _of_policy(papers: list[dict], config: Config) -> tuple[list[dict], dict, li
         counts,
         [
             f"The rejected title is what {config.policy} writes for the same abstract (greedy, {config.max_new_tokens} "
-            "tokens, first line, without quotes and a leading 'Title:'). Both titles fit the abstract: what tells them apart is "
-            "the author's style, but also the traces of a model.",
+            "tokens, first line, without quotes and a leading 'Title:'). Both titles fit the abstract: what tells them apart "
+            "is the author's style, but also the traces of a model.",
             "An extra set: not one of the paper's, whose authors reject negatives written by a model because probes detect "
             "them.",
         ],
