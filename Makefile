@@ -60,5 +60,5 @@ lint: $(INSTALLED)
 
 # What these targets made in the tree. The user's cache (models, features) stays: `pyargs models` says where it is.
 clean:
-	rm -rf build *.egg-info pyargs/*.so .venv demo-output .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist *.egg-info pyargs/*.so .venv demo-output .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -prune -exec rm -rf {} +

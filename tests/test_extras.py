@@ -117,7 +117,7 @@ def test_a_broken_package_shows_its_own_error(code, error, tmp_path, monkeypatch
 
 
 def test_a_download_names_its_extra(monkeypatch, tmp_path):
-    from pyargs.data.tools import sources
+    from pyargs.data import sources
 
     monkeypatch.setitem(sys.modules, "requests", None)
     with pytest.raises(PyargsError, match=r"a download needs requests, .*'pyargs\[prepare\]'"):

@@ -41,7 +41,7 @@ def pack(model: nn.Module, adapter: nn.Module | None = None, *, dtype: torch.dty
     stack has not.
     """
     if not has_extension:
-        raise PyargsError("the native stack needs the extension: pip install pyargs with a compiler at hand")
+        raise PyargsError("the native stack needs the extension: pip install . with a C++ compiler at hand")
     from pyargs._C import Stack as Native
 
     decoder, head = parts_of(model)
