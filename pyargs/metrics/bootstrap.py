@@ -47,7 +47,7 @@ def user_difference(
     As `user_interval`; `n` counts the values of the first. Raises PyargsError when the two have different users.
     """
     if set(values) != set(others):
-        raise PyargsError("a difference over users needs the same users on both sides: these cells were made on other data")
+        raise PyargsError("a difference over users needs the same users on both sides: these values are of other data")
     users = sorted(values)
     (sums, counts), (other_sums, other_counts) = _sums(values, users), _sums(others, users)
     difference = _exact(sums.sum() / counts.sum() - other_sums.sum() / other_counts.sum())

@@ -107,5 +107,5 @@ def _checked(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.nda
     if x.shape != y.shape or x.ndim != 1:
         raise PyargsError(f"a correlation needs two lists of the same length, got {list(x.shape)} and {list(y.shape)}")
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
-        raise PyargsError("a value to correlate is not a number: the cell that it came from is broken")
+        raise PyargsError("a value to correlate is not a number: what it came from is broken")
     return x, y

@@ -1,4 +1,4 @@
-"""Win rate (Table 5 of the paper): how often a reward model prefers the text that it guided to the unguided one.
+"""Win rate (arXiv 2512.23067): how often a reward model prefers the text that it guided to the unguided one.
 
 A model that judges itself: near 100% it says that guidance worked, not that the text is better.
 """

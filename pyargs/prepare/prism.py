@@ -74,7 +74,7 @@ def build(source: str, config: Config) -> Built:
     counts["users dropped because a split of theirs has no pair"] = lost
     notes = [
         "Paper: 1,232 train users with 22.1 pairs and 139 new ones with 14.5 (support). Its main text rests on one query pair "
-        "for each new user, where the standard error of an accuracy is about 4 points: Tables 3 and 7 and Figure 1 draw it.",
+        "for each new user, where the standard error of an accuracy is about 4 points.",
         f"Dialogues without a usable turn: {', '.join(sorted(unusable)[:10]) or 'none'}.",
     ]
     if not full:
