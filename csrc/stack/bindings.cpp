@@ -1,4 +1,4 @@
-// pyargs._C.Stack and Cache: what Python sees of csrc/stack. See pyargs/lm/native.py for the contract.
+// pyargs._C.Stack and Cache: what Python sees of csrc/stack. See pyargs/lm/stack/run.py for the contract.
 
 #include "bindings.h"
 
