@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from pyargs.decode.answer import Output
-from pyargs.decode.backends.cpu import OneStack, TwoStacks
-from pyargs.decode.backends.eager import OnePass, TwoPasses
 from pyargs.decode.request import Request, as_float
 from pyargs.heads import Folded
 from pyargs.ops import score_select, topk_logprobs
 
-Passes = TwoPasses | OnePass | TwoStacks | OneStack
+
+class Passes(Protocol):
+    """What a backend does for a step: the passes of policy and reward model behind the rows' prefixes."""
+
+    def begin(self, request: Request) -> tuple[Tensor, Tensor]:
+        """Reads the prompts: the policy's logits [B, V] and the reward model's states [B, D] of their last tokens."""
+
+    def branch(self, candidates: Tensor, finished: Tensor) -> Tensor:
+        """The reward model's states [B, k, D] of candidates [B, k], each behind its row's prefix; any for finished rows."""
+
+    def follow(self, token: Tensor, slot: Tensor, finished: Tensor) -> Tensor:
+        """Token [B], the candidate of that slot [B], becomes each row's next one: the logits [B, V] behind it."""
 
 
 class State(NamedTuple):
