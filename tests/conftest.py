@@ -185,3 +185,24 @@ def server(tmp_path):
     threading.Thread(target=web.serve_forever, daemon=True).start()
     yield web
     web.shutdown()
+
+
+@pytest.fixture(scope="module")
+def lm_folder(tmp_path_factory):
+    from pyargs.data import synthetic
+
+    return str(synthetic.tiny_lm(tmp_path_factory.mktemp("models") / "lm"))
+
+
+@pytest.fixture(scope="module")
+def rows():
+    from pyargs.data import synthetic
+
+    return synthetic.load(users=4, pairs=24, new_users=3, support=8, query=8)
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    from pyargs.data import synthetic
+
+    return synthetic.load(seed=0)

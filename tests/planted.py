@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from pyargs.training import hooks, trainer
 from pyargs.types import Features
 
 DIM = 8
@@ -95,3 +96,25 @@ def correct(model, data: Features) -> Tensor:
     with torch.no_grad():
         chosen, rejected = model.rewards(data.batch(model.users.rows(data.users), last=not model.whole)).unbind(1)
     return (chosen > rejected).float()
+
+
+def ids(data: Features) -> list[str]:
+    return list(dict.fromkeys(data.users))
+
+
+def trained(name: str, data, **fields):
+    """A method trained on planted features, as `trainer.train` does it with a frozen backbone."""
+    recipe = hooks.method(name)
+    config = recipe.Config(seed=1, **fields)
+    torch.manual_seed(config.seed)
+    model = recipe.build(Backbone(), None, ids(data.train), config)
+    if hasattr(recipe, "start"):
+        recipe.start(model, data.train, config)
+    trainer.train_head(recipe, model, data.train, config)
+    recipe.finish(model, config)
+    return model.eval(), config
+
+
+def vectors(name: str, model, data: Features, config) -> dict:
+    torch.manual_seed(config.seed)
+    return hooks.method(name).adapt(model, data, ids(data), config)

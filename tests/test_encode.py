@@ -265,3 +265,33 @@ def test_two_tokenizers_are_compared_once_and_again_when_they_change(monkeypatch
     del one, other
     gc.collect()
     assert [ref() for ref in gone] == [None, None]
+
+
+def test_prompts_are_cut_in_their_content_only():
+    tokenizer = tiny_tokenizer()
+    text = " ".join(["word"] * 200)
+    full = encode_prompt(tokenizer, text)
+    cut = encode_prompt(tokenizer, text, 60)
+    assert len(cut) <= 60 < len(full)
+    frame = encode_prompt(tokenizer, "word")
+    assert cut[:5] == frame[:5] and cut[-5:] == frame[-5:]  # the template is whole
+    with pytest.raises(PyargsError, match="no room"):
+        encode_prompt(tokenizer, text, 3)
+    chat = [
+        {"role": "system", "content": "be kind"},
+        {"role": "user", "content": "old " * 40},
+        {"role": "assistant", "content": "reply " * 40},
+        {"role": "user", "content": "the question"},
+    ]
+    short = tokenizer.decode(encode_prompt(tokenizer, chat, 120))
+    assert "be kind" in short and "the question" in short and "old" not in short and "reply" not in short
+
+
+def test_content_must_be_text():
+    tokenizer = tiny_tokenizer()
+    with pytest.raises(PyargsError, match="must be a str, got list"):
+        encode_prompt(tokenizer, [{"role": "user", "content": ["a", "b"]}])
+    with pytest.raises(PyargsError, match="must be a str, got list"):
+        encode_response(tokenizer, ["a"])
+    with pytest.raises(PyargsError, match="no tokens"):
+        encode_response(tokenizer, "")

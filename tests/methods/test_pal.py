@@ -1,57 +1,108 @@
-"""What follows the methods' original codes, where our own form is another, and folders saved before."""
+"""PAL: its formulas, the short cut by which new users are fitted, and folders of the older form."""
 
 from __future__ import annotations
 
-import json
-import re
+import math
 
-import numpy as np
 import planted
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from formulas import USERS, compare, leaves, some_batch
+from small import edit, saved
+from torch.nn import functional as F
 
 from pyargs import load_model
-from pyargs.data import synthetic
 from pyargs.errors import PyargsError
-from pyargs.lm.loading import load_lm
-from pyargs.lm.tokenize import encode_prompt
-from pyargs.methods import icl, pal, pdpo, pref, vpl
-from pyargs.models.user_policy import GENERIC
-from pyargs.training import adapt, trainer
-
-USERS = ["a", "b", "c", "d"]
+from pyargs.methods import pal
+from pyargs.training import adapt
+from pyargs.types import Batch, Features
 
 
-@pytest.fixture(scope="module")
-def lm_folder(tmp_path_factory):
-    return str(synthetic.tiny_lm(tmp_path_factory.mktemp("models") / "lm"))
-
-
-def saved(recipe, config, folder, lm_folder):
-    """An untrained model of a method in a folder."""
+@pytest.mark.parametrize("weighting", ["cumulative", "mean", "last"])
+@pytest.mark.parametrize("variant", ["A", "B"])
+def test_formula_of_pal(variant, weighting):
     torch.manual_seed(0)
-    lm, tokenizer = load_lm(lm_folder)
-    model = recipe.build(lm, tokenizer, USERS, config)
-    model.about = {
-        "method": recipe.__name__.rpartition(".")[2],
-        "fields": vars(config),
-        "backbone": lm_folder,
-        "dtype": "float32",
-    }
-    model.save_pretrained(folder)
-    return model
+    config = pal.Config(variant=variant, rank=3, width=0 if variant == "A" else 6, weighting=weighting)
+    model = pal.build(planted.Backbone(), None, USERS, config)
+    batch = some_batch(tokens=5, prompt=variant == "B")
+    batch.hidden[0, 1, 0] = batch.hidden[0, 0, 0]  # the first tokens of pair 0 are the same
+    ours, p = leaves(model)
+
+    def project(x, prefix):
+        act = F.relu if variant == "A" else lambda z: z * 0.5 * (1 + torch.erf(z / math.sqrt(2)))
+        one = act(x @ p[f"{prefix}.first.weight"].T + p[f"{prefix}.first.bias"])
+        two = act(one @ p[f"{prefix}.second.weight"].T + p[f"{prefix}.second.bias"])
+        three = two @ p[f"{prefix}.third.weight"].T + p[f"{prefix}.third.bias"]
+        return x + three if variant == "A" else three
+
+    total = 0.0
+    for n in range(len(batch)):
+        mixture = p["users.vectors.mixture"][batch.user[n]]
+        mixture = mixture.exp() / mixture.exp().sum()
+        if variant == "A":
+            query = project(mixture @ p["prototypes"], "project")
+        else:
+            query = sum(mixture[j] * project(batch.prompt[n].double(), f"queries.{j}") for j in range(3))
+        length = batch.mask[n].sum(-1).tolist()
+        first = 1 if n == 0 and max(length) > 1 else 0
+        positions = range(first, max(length))
+        weights = {
+            "cumulative": [i + 1 for i, _ in enumerate(positions)],
+            "mean": [1 for _ in positions],
+            "last": [int(t == max(length) - 1) for t in positions],
+        }[weighting]
+        for t, weight in zip(positions, weights, strict=True):
+            r = []
+            for side in (0, 1):
+                f = project(batch.hidden[n, side, min(t, length[side] - 1)].double(), "project")
+                if variant == "A":
+                    r.append(-(f - query).square().sum().sqrt())
+                else:
+                    r.append(p["logit_scale"].exp() * (f @ query) / (f.norm() * query.norm()))
+            each = torch.relu(1 - (r[0] - r[1])) if variant == "A" else torch.log1p(torch.exp(-(r[0] - r[1])))
+            total = total + each * weight / sum(weights)
+    compare(pal.loss(model, batch, config), total / len(batch), ours, p)
 
 
-def edit(folder, change) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    change(config)
-    (folder / "config.json").write_text(json.dumps(config))
+@pytest.mark.parametrize("variant, rank", [("A", 3), ("B", 3), ("B", 9)])
+def test_pal_fits_new_users_by_its_loss(variant, rank):
+    """With its short cuts (tokens projected once, B into the span of a prompt's K projections, even if K > P) and without."""
+    torch.manual_seed(0)
+    config = pal.Config(variant=variant, rank=rank, width=0 if variant == "A" else 6, adapt_steps=100)
+    model = pal.build(planted.Backbone(), None, USERS, config)
+    offsets = torch.randint(1, 5, (30,)).cumsum(0)
+    offsets = torch.cat([offsets.new_zeros(1), offsets])
+    number = torch.arange(10)
+    support = Features(
+        torch.randn(int(offsets[-1]), planted.DIM),
+        offsets,
+        number,
+        number + 10,
+        ["new"] * 6 + ["other"] * 4,
+        number + 20 if variant == "B" else None,
+    )
 
+    def plain(probe, batch):
+        return lambda: torch.stack([pal.loss(probe, pair, config) for pair in apart(batch)])
 
-# -- PAL ---------------------------------------------------------------------------------------------------------------
+    def apart(batch):
+        return [
+            Batch(
+                batch.hidden[n : n + 1],
+                batch.mask[n : n + 1],
+                batch.user[n : n + 1],
+                batch.pair[n : n + 1],
+                None if batch.prompt is None else batch.prompt[n : n + 1],
+            )
+            for n in range(len(batch))
+        ]
+
+    ids = ["new", "other"]
+    start = adapt.randn_rows(ids, rank, seed=0)
+    initial = {"mixture": start.clone()}
+    want = adapt.fit_users(model, support, ids, initial, steps=100, lr=config.user_lr, objective=plain)["mixture"]
+    assert (want - start).abs().max() > 0.1
+    torch.testing.assert_close(pal.adapt(model, support, ids, config)["mixture"], want, atol=1e-4, rtol=1e-4)
 
 
 def pal_a_by_hand(head, hidden, user, residual: str):
@@ -90,131 +141,3 @@ def test_pal_a_refuses_a_width_that_its_sum_does_not_have():
         pal.build(planted.Backbone(), None, USERS, pal.Config(variant="A", width=planted.DIM + 1))
     pal.build(planted.Backbone(), None, USERS, pal.Config(variant="A", width=planted.DIM))
     pal.build(planted.Backbone(), None, USERS, pal.Config(variant="B", width=planted.DIM + 1))
-
-
-# -- VPL ---------------------------------------------------------------------------------------------------------------
-
-
-def test_vpls_attention_has_biases_and_older_folders_load_without(lm_folder, tmp_path):
-    model = saved(vpl, vpl.Config(latent=6, backbone=lm_folder), tmp_path / "m", lm_folder)
-    encoder = model.head.encoder
-    pairs, mask = torch.randn(2, 3, 2, model.head.config()["dim"]), torch.ones(2, 3, dtype=torch.bool)
-    for one in (encoder.query, encoder.value):  # a key's bias adds the same to all scores of a query
-        before = encoder(pairs, mask)[0]
-        one.bias.data += torch.randn(6)
-        assert not torch.allclose(encoder(pairs, mask)[0], before)
-    for one in (encoder.query, encoder.key, encoder.value):
-        one.bias.data.zero_()
-    model.save_pretrained(tmp_path / "m")
-    tensors = load_file(tmp_path / "m" / "shared.safetensors")
-    old = {key: value for key, value in tensors.items() if not any(f".{n}.bias" in key for n in ("query", "key", "value"))}
-    assert len(old) == len(tensors) - 3
-    save_file(old, tmp_path / "m" / "shared.safetensors")
-    edit(tmp_path / "m", lambda config: config["head"].pop("attention_bias"))
-    torch.testing.assert_close(load_model(tmp_path / "m").head.encoder(pairs, mask), encoder(pairs, mask))
-
-
-# -- P-DPO -------------------------------------------------------------------------------------------------------------
-
-
-def test_p_dpos_generic_cluster_user_has_weights_that_are_learned(lm_folder, tmp_path):
-    rows = synthetic.load(users=2, pairs=8, new_users=1, support=4, query=2)
-    config = pdpo.Config(backbone=lm_folder, clusters=3, soft_tokens=2, epochs=1, soft_lr=0.1, batch_size=8)
-    torch.manual_seed(0)
-    start = pdpo.build(*load_lm(lm_folder), ["user_00", "user_01"], config).soft
-    model = trainer.train("pdpo", rows, config)
-    soft = model.soft
-    assert (soft.generic - start.generic).abs().min() > 1e-3
-    want = (soft.generic.double().softmax(0)[:, None, None] * soft.centres.double()).sum(0)
-    torch.testing.assert_close(soft(torch.tensor([GENERIC]))[0].double(), want, atol=1e-6, rtol=1e-6)
-    adapt.adapt(model, rows, steps=0)  # a new user begins as the generic one
-    torch.testing.assert_close(soft(model.users.rows(["new_00"]))[0].double(), want, atol=1e-6, rtol=1e-6)
-    model.save_pretrained(tmp_path / "m")
-    torch.testing.assert_close(
-        load_model(tmp_path / "m").soft(torch.tensor([GENERIC]))[0].double(), want, atol=1e-6, rtol=1e-6
-    )
-
-    save_file({"centres": soft.centres.detach()}, tmp_path / "m" / "shared.safetensors")
-    with pytest.raises(PyargsError, match="missing.*generic"):  # a damaged folder is no older one
-        load_model(tmp_path / "m")
-    edit(tmp_path / "m", lambda config: config.pop("generic"))  # as it was saved before: the mean
-    old = load_model(tmp_path / "m")
-    torch.testing.assert_close(old.soft(torch.tensor([GENERIC]))[0], soft.centres.detach().mean(0))
-    assert "generic" not in old.about
-    old.save_pretrained(tmp_path / "again")
-    torch.testing.assert_close(load_model(tmp_path / "again").soft(torch.tensor([GENERIC]))[0], soft.centres.detach().mean(0))
-
-
-# -- PReF --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("votes", ["signed", "unit"])
-def test_prefs_start_is_the_factorisation_that_its_option_names(votes):
-    """Votes that are all known are factorised as they are; with gaps the filling-in is that of numpy, round by round."""
-    data = planted.pairs("low_rank")
-    config = pref.Config(rank=3, votes=votes)
-    model = pref.build(planted.Backbone(), None, list(dict.fromkeys(data.train.users)), config)
-    pref.start(model, data.train, config)
-    found = model.users.vectors["mixture"].detach().double()
-
-    rows, (low, unknown, rank) = model.users.rows(data.train.users), {"signed": (-1, 0, 3), "unit": (0, 0.5, 100)}[votes]
-    left = torch.minimum(data.train.chosen, data.train.rejected)
-    _, place = left.unique(return_inverse=True)
-    matrix = np.full((int(place.max()) + 1, len(model.users)), np.nan)
-    matrix[place, rows] = np.where(data.train.chosen == left, 1, low)
-    filled = np.where(np.isnan(matrix), unknown, matrix)
-    for _ in range(10):
-        u, s, v = np.linalg.svd(filled, full_matrices=False)
-        low_rank = (u[:, :rank] * s[:rank]) @ v[:rank]
-        filled = np.where(np.isnan(matrix), low_rank.clip(low, 1), matrix)
-    _, s, v = np.linalg.svd(filled, full_matrices=False)
-    want = torch.tensor(v[:3].T * np.sqrt(s[:3]))
-    assert np.isnan(matrix).mean() > 0.3
-    torch.testing.assert_close(found @ found.T, want @ want.T, atol=1e-5, rtol=1e-4)  # whatever the vectors' signs are
-
-
-# -- one limit for all rows --------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.integers(1, 120), st.integers(20, 90), st.integers(0, 200), st.booleans())
-def test_a_row_with_demonstrations_keeps_as_much_of_a_prompt_as_the_others(lm_folder, words, limit, room, dialogue):
-    """However long it is: what is asked is what `encode_prompt` leaves of it, and demonstrations come on top."""
-    lm, tokenizer = load_lm(lm_folder)
-    prompt = " ".join("old new one two red blue".split()[i % 6] for i in range(words))
-    if dialogue:
-        prompt = [
-            {"role": "user", "content": "dog"},
-            {"role": "assistant", "content": "cat"},
-            {"role": "user", "content": prompt},
-        ]
-    alone = encode_prompt(tokenizer, prompt, limit)
-    none = icl.build(lm, tokenizer, [], icl.Config(shots=0, backbone=lm_folder))
-    assert none.prompt_ids(prompt, "anna", limit) == alone
-    model = icl.build(lm, tokenizer, [], icl.Config(shots=4, backbone=lm_folder, demonstration_tokens=room))
-    model.demonstrations.of_user["anna"] = [{"prompt": "tell me", "chosen": "cat", "rejected": "dog"}] * 4
-    ids = model.prompt_ids(prompt, "anna", limit)
-    assert len(alone) <= len(ids) <= len(alone) + room
-    asked = re.findall(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", tokenizer.decode(alone), re.DOTALL)[-1]
-    assert (f"Prompt: {asked.strip()}\nPreferred:" in tokenizer.decode(ids)) == (ids != alone)
-
-
-def test_demonstrations_saved_before_keep_their_one_limit(lm_folder, tmp_path):
-    lm, tokenizer = load_lm(lm_folder)
-    model = icl.build(lm, tokenizer, [], icl.Config(shots=3, backbone=lm_folder))
-    model.demonstrations.of_user["anna"] = [{"prompt": "tell me", "chosen": "cat", "rejected": "dog"}] * 3
-    model.about = {"method": "icl", "fields": {}, "backbone": lm_folder, "dtype": "float32"}
-    model.save_pretrained(tmp_path / "m")
-
-    def older(config):
-        config["demonstrations"].pop("demonstration_tokens")
-        config["demonstrations"]["max_tokens"] = 200
-        config["fields"]["response_tokens"] = 256
-
-    edit(tmp_path / "m", older)
-    old = load_model(tmp_path / "m")
-    assert (
-        90 < len(old.prompt_ids("old one", "anna", 20)) <= 200 and 190 < len(old.prompt_ids("old " * 900, "anna", 20)) <= 200
-    )
-    with pytest.raises(PyargsError, match="'response_tokens'.*train it again"):
-        adapt.adapt(old, synthetic.load(users=1, pairs=2, new_users=1, support=2, query=1))

@@ -6,14 +6,11 @@ import json
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from pyargs import cli, forget, load_model
 from pyargs.data import of_split, synthetic
 from pyargs.errors import PyargsError, UnknownUser
 from pyargs.training import adapt, hooks, trainer
-from pyargs.types import Users
 
 KINDS = {
     "lore": dict(rank=2, freeze_backbone=True, epochs=0.1, adapt_steps=5),
@@ -22,11 +19,6 @@ KINDS = {
     "pdpo": dict(soft_tokens=2, epochs=0.1, adapt_steps=1, adapt_lr=0.1),
     "icl": dict(shots=2),
 }
-
-
-@pytest.fixture(scope="module")
-def lm_folder(tmp_path_factory):
-    return str(synthetic.tiny_lm(tmp_path_factory.mktemp("models") / "lm"))
 
 
 @pytest.fixture(scope="module")
@@ -47,21 +39,6 @@ def folder(request, lm_folder, rows, tmp_path_factory):
 
 def scores(model, rows):
     return model.pair_scores(rows)[1] if hasattr(model, "pair_scores") else model.pair_logprobs(rows)[0]
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 9), st.data())
-def test_a_table_without_some_of_its_users(size, data):
-    names = [f"u{i}" for i in range(size)]
-    gone = data.draw(st.lists(st.sampled_from(names), unique=True))
-    table = Users(names, a=torch.arange(size * 2.0).view(size, 2), b=torch.arange(float(size)))
-    table.remove(gone)
-    assert list(table.ids) == [name for name in names if name not in gone]
-    for name in table.ids:
-        row = int(table.rows([name]))
-        assert table.vectors["b"][row] == names.index(name) and table.vectors["a"][row, 1] == 2 * names.index(name) + 1
-    table.append(gone, a=torch.zeros(len(gone), 2), b=torch.zeros(len(gone)))
-    assert len(table) == size
 
 
 def test_users_are_forgotten_and_the_others_stay_as_they_were(folder, rows, tmp_path):

@@ -1,15 +1,19 @@
-"""Gradients are cut to a length, dense and sparse alike, only if that is asked for."""
+"""Every part has its rate; gradients are cut to a length, dense and sparse alike, only if that is asked for."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 
+import planted
 import pytest
 import torch
+from formulas import USERS
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyargs.training import optimizers
+from pyargs.lm.loading import load_lm
+from pyargs.methods import pal
+from pyargs.training import hooks, optimizers
 
 
 @given(st.integers(0, 10**6), st.floats(0.01, 100), st.booleans())
@@ -47,3 +51,70 @@ def test_a_step_cuts_what_it_applies(most, sparse):
     grads = [p.grad.to_dense() for module in (users, head) for p in module.parameters()]
     length = torch.stack([grad.norm() for grad in grads]).norm()
     assert length == pytest.approx(0.5) if most else length > 10
+
+
+GROUPS = {  # (learning rate, weight decay, sparse) of every trained part; LoRA apart
+    "global_rm": {"first": (1e-4, 0, False), "last": (1e-4, 0, False)},
+    "lore": {"directions": (0.5, 0, False), "users": (0.5, 0, False)},
+    "pref": {"directions": (1e-3, 0.02, False), "users": (1e-3, 0.02, False)},
+    "pal": {
+        "project": (1e-4, 0.01, False),
+        "queries": (1e-4, 0.01, False),
+        "logit_scale": (0.1, 0, False),
+        "users": (5e-3, 0, False),
+    },
+    "vpl": {
+        "encoder": (1e-4, 0, False),
+        "score": (1e-4, 1e-3, False),
+        "first": (1e-4, 1e-3, False),
+        "second": (1e-4, 1e-3, False),
+        "last": (1e-4, 1e-3, False),
+        "users": None,
+    },
+    "mpu": {"users": (1e-3, 0, True)},
+}
+
+
+def optimized(model, name: str, config) -> dict:
+    optimizer = optimizers.make(hooks.method(name), model, config)
+    return {
+        parameter: (group["lr"], group.get("weight_decay", 0), isinstance(one, torch.optim.SparseAdam))
+        for one in getattr(optimizer, "optimizers", [optimizer])
+        for group in one.param_groups
+        for parameter in group["params"]
+    }
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_every_part_has_its_learning_rate_and_decay(name):
+    config = hooks.method(name).Config()
+    model = hooks.method(name).build(planted.Backbone(), None, USERS, config)
+    found = optimized(model, name, config)
+    for key, parameter in model.head.named_parameters():
+        assert found.get(parameter) == GROUPS[name][key.split(".")[0]], key
+
+
+def test_pal_a_has_a_rate_for_prototypes():
+    config = pal.Config(variant="A", prototype_lr=7e-3)
+    model = pal.build(planted.Backbone(), None, USERS, config)
+    assert optimized(model, "pal", config)[model.head.prototypes] == (7e-3, 0, False)
+    assert optimized(model, "pal", config)[model.head.project.first.weight] == (1e-4, 0.01, False)
+
+
+@pytest.mark.parametrize("name, rate", [("lore", 5e-5), ("genarm", 5e-4), ("pdpo", 5e-5)])
+def test_lora_has_its_own_learning_rate(name, rate, lm_folder):
+    from pyargs.lm import lora
+
+    lm, tokenizer = load_lm(lm_folder)
+    config = hooks.method(name).Config(backbone=lm_folder)
+    model = hooks.method(name).build(lm, tokenizer, USERS, config)
+    lm.requires_grad_(False)
+    lora.add(lm.get_decoder(), rank=8, alpha=16, rslora=True, target_modules=None)
+    found = optimized(model, name, config)
+    adapter = [p for key, p in model.named_parameters() if "lora_" in key]
+    assert adapter and all(found[p] == (rate, 0, False) for p in adapter)
+    assert not any(
+        p in found for key, p in model.named_parameters() if key.startswith(("backbone.", "lm.")) and "lora_" not in key
+    )
+    if name == "pdpo":
+        assert all(found[p] == (1e-3, 0, False) for p in model.soft.parameters())

@@ -1,0 +1,79 @@
+"""Every method in small: with a tiny language model and few steps, and what is asked of any model."""
+
+from __future__ import annotations
+
+import json
+import pkgutil
+
+import torch
+from formulas import USERS
+
+from pyargs import methods
+from pyargs.lm.loading import load_lm
+from pyargs.training import hooks
+
+METHODS = [module.name for module in pkgutil.iter_modules(methods.__path__)]
+
+
+SMALL = {
+    "lore": dict(rank=3),
+    "pref": dict(rank=3),
+    "pal": dict(variant="A", rank=2),
+    "vpl": dict(latent=16),
+    "mpu": dict(hidden=8),
+    "pdpo": dict(soft_tokens=3, adapt_steps=5, adapt_lr=1e-2),
+    "icl": dict(shots=3, max_length=768),
+}
+
+
+def config_of(name: str, folder: str, **more):
+    recipe = hooks.method(name)
+    fields = {"backbone": folder, **SMALL.get(name, {}), **more}
+    if recipe.loss:
+        fields = {"epochs": 1, "batch_size": 16, "lora_lr": 1e-2, **fields}
+    return recipe.Config(**{"adapt_steps": 20, **fields} if hasattr(recipe.Config, "adapt_steps") else fields)
+
+
+def scores(model, data) -> torch.Tensor:
+    """What ranks a dataset's pairs under any kind of model, [N, 2]."""
+    return model.pair_scores(data)[1] if hasattr(model, "pair_scores") else model.pair_logprobs(data)[0]
+
+
+def answers(policy, model, prompts, users, **more):
+    from pyargs.decode.prompts import decode_prompts
+
+    found = {}
+    for numbers, _, decoded in decode_prompts(policy, model, prompts, users, max_new_tokens=6, **more):
+        found |= dict(zip(numbers, decoded.answers(), strict=True))
+    return [found[i] for i in range(len(prompts))]
+
+
+def fit_examples(model, data) -> list[dict]:
+    encoded, pairs = model.encode(data)
+    several = lambda c, r: (0, c, r) if getattr(model, "apart", False) else (c, r)  # noqa: E731
+    users = model.users.rows(data["user_id"]).tolist()
+    return [
+        {"prompt": encoded[g][0], "responses": [encoded[g][1][i] for i in several(c, r)], "user": u, "pair": n}
+        for n, ((g, c, r), u) in enumerate(zip(pairs, users, strict=True))
+    ]
+
+
+def saved(recipe, config, folder, lm_folder):
+    """An untrained model of a method in a folder."""
+    torch.manual_seed(0)
+    lm, tokenizer = load_lm(lm_folder)
+    model = recipe.build(lm, tokenizer, USERS, config)
+    model.about = {
+        "method": recipe.__name__.rpartition(".")[2],
+        "fields": vars(config),
+        "backbone": lm_folder,
+        "dtype": "float32",
+    }
+    model.save_pretrained(folder)
+    return model
+
+
+def edit(folder, change) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
