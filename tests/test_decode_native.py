@@ -125,7 +125,7 @@ def test_which_models():
 def packed(monkeypatch) -> list:
     """Grows with every model that is packed."""
     found, real = [], pack.pack
-    monkeypatch.setattr(stacks, "pack", lambda *a: (found.append(a), real(*a))[1])
+    monkeypatch.setattr(keep, "pack", lambda *a: (found.append(a), real(*a))[1])
     return found
 
 
@@ -143,7 +143,7 @@ def test_a_stack_is_packed_once_and_anew_when_weights_change(packed):
 
 def test_without_room_for_the_weights_it_goes_through_transformers(monkeypatch):
     policy, model = pair("own")
-    monkeypatch.setattr(stacks.psutil, "virtual_memory", lambda: type("", (), {"available": 1000}))
+    monkeypatch.setattr(keep.psutil, "virtual_memory", lambda: type("", (), {"available": 1000}))
     assert not cpu.possible(policy, model)
     assert eager.of(policy, model, 1, 5) is eager.TwoPasses
     same(decoded(policy, model, prompts([4]), ["ann"]), plain(policy, model, prompts([4]), ["ann"]))
@@ -161,7 +161,7 @@ def test_without_room_for_the_weights_it_goes_through_transformers(monkeypatch):
     ],
 )
 def test_a_container_has_the_memory_that_its_group_may_still_take(files, tmp_path, monkeypatch):
-    monkeypatch.setattr(stacks, "CGROUP", tmp_path)
+    monkeypatch.setattr(keep, "CGROUP", tmp_path)
     (tmp_path / "memory").mkdir()
     for name, text in files.items():
         (tmp_path / name).write_text(text)
@@ -179,7 +179,7 @@ def test_states_and_log_probs_of_responses(family, monkeypatch):
     (long,) = prompts([100])
     groups = [([5, 6, 7], [[8, 9], [10], [11, 12, 13]]), (long[:70], [long, [4]]), ([3], [[2]])]
     ours = response_states(lm.get_decoder(), groups), response_logprobs(lm, groups)
-    monkeypatch.setattr(stacks, "can_pack", lambda model: False)
+    monkeypatch.setattr(keep, "can_pack", lambda model: False)
     theirs = response_states(lm.get_decoder(), groups), response_logprobs(lm, groups)
     for one, two in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, two, atol=2e-4, rtol=2e-4)
@@ -266,7 +266,7 @@ def test_what_is_changed_after_packing_is_seen(how, monkeypatch):
     before = response_logprobs(policy, groups)
     changed(policy, how)
     ours = response_logprobs(policy, groups)
-    monkeypatch.setattr(stacks, "can_pack", lambda model: False)
+    monkeypatch.setattr(keep, "can_pack", lambda model: False)
     torch.testing.assert_close(ours, response_logprobs(policy, groups), atol=2e-4, rtol=2e-4)
     assert not torch.allclose(ours[0][0], before[0][0], atol=1e-2)
 
@@ -274,7 +274,7 @@ def test_what_is_changed_after_packing_is_seen(how, monkeypatch):
 def test_features_and_log_probs_take_the_stack(monkeypatch):
     lm, packed = tiny_lm(dtype=torch.float32), []
     real = keep.stack_of
-    monkeypatch.setattr(stacks, "stack_of", lambda *a: (packed.append(a), real(*a))[1])
+    monkeypatch.setattr(keep, "stack_of", lambda *a: (packed.append(a), real(*a))[1])
     response_states(lm.get_decoder(), [([5], [[6]])])
     response_logprobs(lm, [([5], [[6]])])
     assert len(packed) == 2

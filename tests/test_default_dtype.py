@@ -19,8 +19,7 @@ from pyargs.decode import args, best_of_n
 from pyargs.decode.backends import cpu
 from pyargs.decode.request import check
 from pyargs.lm import lora
-from pyargs.lm.stack import pack
-from pyargs.lm.stack import run as stacks
+from pyargs.lm.stack import keep, pack
 from pyargs.lm.tokenize import left_pad
 from pyargs.ops.library import has_extension
 from pyargs.training import hooks, trainer
@@ -48,7 +47,7 @@ def default(request):
 @pytest.fixture(params=PATHS)
 def path(request, monkeypatch):
     if request.param == "transformers":
-        monkeypatch.setattr(stacks, "can_pack", lambda model: False)
+        monkeypatch.setattr(keep, "can_pack", lambda model: False)
     return request.param
 
 

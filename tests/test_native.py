@@ -479,8 +479,8 @@ def test_args_of_two_users_on_smollm2(smollm2):
 def test_a_pass_ends_with_fewer_threads_than_asked_for():
     """Whoever is there takes the share of those who never come."""
     code = (
-        "import torch; from conftest import tiny_lm; from pyargs.lm import native; torch.set_num_threads(8);"
-        "stack = native.pack(tiny_lm(dtype=torch.float32)); ids = torch.arange(40).view(2, 20);"
+        "import torch; from conftest import tiny_lm; from pyargs.lm.stack.pack import pack; torch.set_num_threads(8);"
+        "stack = pack(tiny_lm(dtype=torch.float32)); ids = torch.arange(40).view(2, 20);"
         "many = stack(ids, stack.cache(2, 20)); torch.set_num_threads(1);"
         "assert many.equal(stack(ids, stack.cache(2, 20)))"
     )
