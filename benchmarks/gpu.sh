@@ -74,7 +74,7 @@ part_A() {
     python_tests "$op" tests/ops/test_gpu.py -k "like_the_reference and $op"
   done
   python_tests repeatable tests/ops/test_gpu.py -k "not like_the_reference"
-  python_tests captured tests/test_captured.py
+  python_tests captured tests/decode/backends/test_cuda_graph.py
 }
 
 part_B() {

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import reward_model, tiny_lm
-from test_decode import same
-from test_structure import decoded, fast
+from decode.test_args import same
+from invariants.test_changed_modules import decoded, fast
 from torch import nn
 
 from pyargs.lm import lora

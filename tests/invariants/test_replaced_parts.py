@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import reward_model, tiny_lm
-from test_changed_weights import adapted
-from test_decode import same
-from test_structure import FEW, USERS, decoded, fast, guided, prompts
+from decode.test_args import same
+from invariants.test_changed_modules import FEW, USERS, decoded, fast, guided, prompts
+from invariants.test_changed_weights import adapted
 from torch import nn
 from transformers.models.llama import modeling_llama
 

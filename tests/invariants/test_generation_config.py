@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from conftest import reward_model, tiny_lm
-from test_decode import guided, prompts
-from test_families import tokenwise
+from decode.test_args import guided, prompts
+from invariants.test_families import tokenwise
 from transformers import GenerationConfig
 
 from pyargs.decode import unguided

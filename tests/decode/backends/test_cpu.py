@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import reward_model, tiny_lm
+from decode.test_args import USERS, arguments, plain, prompts, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_decode import USERS, arguments, plain, prompts, same
 
 from pyargs.decode import args
 from pyargs.decode import unguided as policy_alone
@@ -411,7 +411,7 @@ policy = tiny_lm(dtype=torch.float32)
 print(pyargs.generate(policy, reward_model(policy), torch.tensor([[5, 6]]), None, ["ann"], max_new_tokens=3).tokens.shape)
 """
     ran = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, str(Path(__file__).parent)],
+        [sys.executable, "-W", "ignore", "-c", code, str(Path(__file__).parents[2])],
         env=os.environ | {"PYARGS_NO_EXT": "1"},
         capture_output=True,
         text=True,

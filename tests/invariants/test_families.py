@@ -8,10 +8,10 @@ from functools import lru_cache
 import pytest
 import torch
 from conftest import reward_model
+from decode.test_args import guided, prompts
+from decode.test_args import plain as with_copies
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_decode import guided, prompts
-from test_decode import plain as with_copies
 
 from pyargs.decode import genarm as tokenwise_module
 from pyargs.decode import unguided

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from conftest import reward_model, tiny_lm
-from test_decode import USERS, guided, plain, prompts, same, shared_pair, without_cache
+from decode.test_args import USERS, guided, plain, prompts, same, shared_pair, without_cache
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.flop_counter import FlopCounterMode

@@ -12,8 +12,8 @@ import pytest
 import replay
 import torch
 from conftest import FULL_ATTENTION, reward_model, tiny_lm
+from decode.test_args import USERS, arguments, plain, prompts, requests, same, shared_pair
 from hypothesis import given, settings
-from test_decode import USERS, arguments, plain, prompts, requests, same, shared_pair
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyargs

@@ -484,5 +484,5 @@ def test_a_pass_ends_with_fewer_threads_than_asked_for():
         "many = stack(ids, stack.cache(2, 20)); torch.set_num_threads(1);"
         "assert many.equal(stack(ids, stack.cache(2, 20)))"
     )
-    environment = os.environ | {"OMP_THREAD_LIMIT": "2", "PYTHONPATH": str(Path(__file__).parent)}
+    environment = os.environ | {"OMP_THREAD_LIMIT": "2", "PYTHONPATH": str(Path(__file__).parents[2])}
     subprocess.run([sys.executable, "-c", code], env=environment, timeout=300, check=True)
