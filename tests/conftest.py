@@ -206,3 +206,11 @@ def pairs():
     from pyargs.data import synthetic
 
     return synthetic.load(seed=0)
+
+
+@pytest.fixture
+def trap(tmp_path):
+    """Python that leaves a mark when it is run, and whether it was."""
+    mark = tmp_path / "mark"
+    code = f"from pathlib import Path\nPath({str(mark)!r}).touch()\n"
+    return code, mark

@@ -239,3 +239,12 @@ def test_checkpoints_of_killed_runs_are_swept_and_those_of_living_ones_are_not(t
         raise ZeroDivisionError
     assert names() == [mine.name]
     shutil.rmtree(mine)
+
+
+def test_cache_dir(monkeypatch, tmp_path):
+    monkeypatch.delenv("PYARGS_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert files.cache_dir() == tmp_path / "pyargs"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert files.cache_dir() == tmp_path / ".cache" / "pyargs"

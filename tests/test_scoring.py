@@ -1,4 +1,4 @@
-"""States and log-probs of given responses: packed, cached and by themselves the same."""
+"""States and log-probs of given responses: packed, cached, by themselves, on the native stack and kept they are the same."""
 
 from __future__ import annotations
 
@@ -6,14 +6,118 @@ import pytest
 import torch
 from conftest import FULL_ATTENTION, tiny_lm
 from datasets import Dataset
+from decoding import prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+from pyargs.errors import PyargsError
 from pyargs.lm.loading import load_lm
+from pyargs.lm.stack import keep
+from pyargs.lm.stack import run as stacks
 from pyargs.lm.tokenize import pack
 from pyargs.methods import lore
-from pyargs.scoring import features, response_logprobs, response_states
+from pyargs.ops.library import has_extension
+from pyargs.scoring import _cached, features, response_logprobs, response_states
 from pyargs.training import trainer
+
+native = pytest.mark.skipif(not has_extension, reason="no extension")
+
+
+@native
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_states_and_log_probs_of_responses(family, monkeypatch):
+    lm = tiny_lm(family, dtype=torch.float32)
+    (long,) = prompts([100])
+    groups = [([5, 6, 7], [[8, 9], [10], [11, 12, 13]]), (long[:70], [long, [4]]), ([3], [[2]])]
+    ours = response_states(lm.get_decoder(), groups), response_logprobs(lm, groups)
+    monkeypatch.setattr(keep, "can_pack", lambda model: False)
+    theirs = response_states(lm.get_decoder(), groups), response_logprobs(lm, groups)
+    for one, two in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, two, atol=2e-4, rtol=2e-4)
+
+
+@native
+def test_short_responses_share_a_pass_and_do_not_meet(monkeypatch):
+    """Bit by bit what each has alone, behind a prompt that is longer than a panel of keys, and fewer passes."""
+    lm, counted = tiny_lm(dtype=torch.float32), []
+    prompt, *several = prompts([37, 2, 16, 1, 9, 20, 60, 3, 48, 1, 0])
+    groups = [(prompt, several), (prompt[:5], several[1:3]), ([7], []), (prompt, several[::-1])]
+    alone = [
+        [function(model, [(prompt, [one])])[0][0] for prompt, several in groups for one in several]
+        for function, model in ((response_states, lm.get_decoder()), (response_logprobs, lm))
+    ]
+    real = stacks.Stack.__call__
+    monkeypatch.setattr(stacks.Stack, "__call__", lambda self, *a, **b: (counted.append(a), real(self, *a, **b))[1])
+    together = response_states(lm.get_decoder(), groups), response_logprobs(lm, groups)
+    for ours, theirs in zip(together, alone, strict=True):
+        for one, other in zip([one for several in ours for one in several], theirs, strict=True):
+            assert torch.equal(one, other)
+    assert len(counted) < 2 * (len(groups) + len(alone[0])) / 1.4
+
+
+@native
+def test_an_empty_prompt_has_states_but_no_log_probs():
+    lm = tiny_lm(dtype=torch.float32)
+    (states,) = response_states(lm.get_decoder(), [([], [[5, 6], [7]])])
+    assert [len(state) for state in states] == [2, 1]
+    with pytest.raises(PyargsError, match="without a prompt"):
+        response_logprobs(lm, [([], [[5, 6]])])
+
+
+@native
+def test_features_and_log_probs_take_the_stack(monkeypatch):
+    lm, packed = tiny_lm(dtype=torch.float32), []
+    real = keep.stack_of
+    monkeypatch.setattr(keep, "stack_of", lambda *a: (packed.append(a), real(*a))[1])
+    response_states(lm.get_decoder(), [([5], [[6]])])
+    response_logprobs(lm, [([5], [[6]])])
+    assert len(packed) == 2
+
+
+@native
+def test_models_of_inference_mode():
+    with torch.inference_mode():
+        policy = tiny_lm(dtype=torch.float32)
+    (values,) = response_logprobs(policy, [([5, 6], [[7]])])
+    assert values[0].isfinite().all()
+
+
+def test_features_are_of_the_model_as_it_is(tmp_path):
+    lm, inputs, found = tiny_lm(dtype=torch.float32), [[1, [2]]], []
+    ask = lambda: _cached("features", lm, inputs, lambda: (found.append(0), {"x": torch.zeros(1)})[1])  # noqa: E731
+    for _ in range(2):
+        ask()
+    assert len(found) == 1
+    lm.model.rotary_emb.inv_freq = lm.model.rotary_emb.inv_freq * 0.5
+    ask()
+    lm.model.layers[0].mlp.act_fn = nn.ReLU()
+    ask()
+    lm.model.layers[0].self_attn.scaling = 2.0
+    for _ in range(2):
+        ask()
+    assert len(found) == 4
+    lm.model.layers[0].register_forward_hook(lambda *a: None)
+    for _ in range(2):  # never kept
+        ask()
+    assert len(found) == 6
+
+
+def test_features_of_other_arithmetic_are_not_taken(capability):
+    """Another processor, another torch or another build of the extension rounds otherwise: a cache may be shared by all."""
+    lm, found = tiny_lm(dtype=torch.float32), []
+    ask = lambda: _cached("features", lm, [], lambda: (found.append(0), {"x": torch.zeros(1)})[1])  # noqa: E731
+    ask()
+    ask()
+    assert len(found) == 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "ANOTHER")
+        ask()
+    from pyargs import _C
+
+    _C.set_cpu_capability("avx2" if capability == "default" else "default")
+    ask()
+    assert len(found) == 3
 
 
 @pytest.mark.parametrize("family", FULL_ATTENTION)

@@ -1,13 +1,28 @@
-"""Best of n takes the best sample."""
+"""Best of N takes the best of N whole answers."""
 
 from __future__ import annotations
 
+import math
+
 import pytest
+import torch
+from conftest import reward_model, tiny_lm
 from small import config_of
 
+from pyargs.decode import best_of_n
 from pyargs.errors import PyargsError, UnknownUser
 from pyargs.lm.loading import load_lm
 from pyargs.training import trainer
+
+
+def test_infinite_rewards_choose_no_sample(monkeypatch):
+    policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
+    monkeypatch.setattr(type(model), "score", lambda self, groups, users: [torch.full((len(groups[0][1]),), math.inf)])
+    with pytest.raises(PyargsError, match="not finite numbers"):
+        best_of_n.generate(policy, model, [[1, 2]], ["ann"], n=2, max_new_tokens=2)
+    for n in (0, 2.0, True):
+        with pytest.raises(PyargsError, match="n must be a whole number"):
+            best_of_n.generate(policy, model, [[1, 2]], ["ann"], n=n)
 
 
 def test_best_of_n_takes_the_best_sample(lm_folder, rows):

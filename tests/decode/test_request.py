@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 import warnings
-from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 from conftest import reward_model, tiny_lm
+from decoding import USERS, Words, arguments, guided, plain, prompts
+from families import random_lm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pyargs
-from pyargs.decode import args, best_of_n, reference, unguided
+from pyargs.decode import args, reference
 from pyargs.decode.backends import cuda_graph
 from pyargs.decode.request import check, numbered, seeds, whole
-from pyargs.errors import PyargsError
+from pyargs.errors import PyargsError, UnknownUser
+from pyargs.lm.tokenize import left_pad
 
 INF, NAN = math.inf, math.nan
 IDS, MASK = torch.tensor([[1, 5, 6], [7, 8, 9]]), torch.tensor([[0, 1, 1], [1, 1, 1]])
@@ -167,52 +169,64 @@ def test_the_whole_vocabulary_is_not_for_a_head(pair):
         pyargs.generate(*pair, IDS, MASK, ["ann", "bob"], num_candidates=None)
 
 
-def test_infinite_rewards_choose_no_sample(pair, monkeypatch):
-    policy, model = pair
-    monkeypatch.setattr(type(model), "score", lambda self, groups, users: [torch.full((len(groups[0][1]),), INF)])
-    with pytest.raises(PyargsError, match="not finite numbers"):
-        best_of_n.generate(policy, model, [[1, 2]], ["ann"], n=2, max_new_tokens=2)
-    for n in (0, 2.0, True):
-        with pytest.raises(PyargsError, match="n must be a whole number"):
-            best_of_n.generate(policy, model, [[1, 2]], ["ann"], n=n)
+def test_wrong_requests_say_how_to_mend_them():
+    policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
+    rows = prompts([4, 2])
+    for changes, message in [
+        (dict(reward_weight=[1.0, 2.0, 3.0]), "3 values for 2 rows"),
+        (dict(reward_weight=float("inf")), "finite"),
+        (dict(num_candidates=0), "num_candidates"),
+        (dict(num_candidates=62), "num_candidates"),
+        (dict(do_sample=True, temperature=0.0), "temperature"),
+        (dict(eos_reward="none"), "eos_reward"),
+        (dict(max_new_tokens=0), "max_new_tokens"),
+        (dict(max_new_tokens=500), "positions"),
+    ]:
+        with pytest.raises(PyargsError, match=message):
+            guided(policy, model, rows, USERS[:2], **changes)
+    with pytest.raises(UnknownUser, match="Did you mean: ann"):
+        guided(policy, model, rows, ["anne", "bob"])
+    with pytest.raises(PyargsError, match="one user for each row"):
+        guided(policy, model, rows, ["ann"])
+    ids, mask = left_pad(rows, pad_id=1)
+    with pytest.raises(PyargsError, match="padding_side"):
+        pyargs.generate(policy, model, ids.flip(1), mask.flip(1), USERS[:2])
+    with pytest.raises(PyargsError, match="int64"):
+        pyargs.generate(policy, model, ids.float(), mask, USERS[:2])
 
 
-def test_weights_of_many_prompts_and_inside_generate_are_checked_alike(pair):
-    """The other doors to the decoder: numbers of any library, and the same refusals."""
-    policy, model = pair
-    inside = lambda weight: policy.generate(  # noqa: E731
-        IDS, max_new_tokens=2, custom_generate=pyargs.args(model, ["ann", "bob"], reward_weight=weight)
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        expected = inside([0.5, 2.0])
-        assert torch.equal(inside(np.array([0.5, 2.0])), expected) and torch.equal(inside(torch.tensor([0.5, 2.0])), expected)
-        for weight in (True, "strong", NAN, [1.0, 2.0, 3.0]):
-            with pytest.raises(PyargsError, match="reward_weight"):
-                inside(weight)
+def test_rows_of_the_embedding_beyond_the_tokenizer_are_never_chosen():
+    policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
+    model.tokenizer = Words(20)
+    policy.lm_head.weight.data[20:] *= 50  # the padding rows would win nearly always
+    for decoder in (guided, plain):
+        got = decoder(policy, model, prompts([4, 2], vocab=20), USERS[:2], tokenizer=Words(20), eos_token_id=[])
+        assert got.tokens.max() < 20
 
 
-PLAIN = {
-    "seed": [1.5, "1", True, [1, 2], 2**64, np.array([1, 2])],
-    "do_sample": ["False", 1, None],
-    "temperature": [0, True, None],
-    "a token of a prompt": [[[5, -1]], [[5, 61]], [[5.0]], [["a"]], [[True]], "ab", [[None]]],
-    "prompts are lists of token ids": [None, 5, [5, 6], [None]],
-}
+def test_tokenizers_are_compared_by_their_ids():
+    policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
+    model.tokenizer = Words(30)
+    guided(policy, model, prompts([4], vocab=30), ["ann"], tokenizer=Words(30))
+    with pytest.raises(PyargsError, match="different tokenizers"):
+        guided(policy, model, prompts([4], vocab=30), ["ann"], tokenizer=Words(30, shift=1))
 
 
-@pytest.mark.parametrize("name", PLAIN)
-def test_plain_decoding_refuses_wrong_values_by_name(pair, name):
-    for value in PLAIN[name]:
-        more = {name: value} if name in ("seed", "do_sample", "temperature") else {"prompts": value}
-        with pytest.raises(PyargsError, match=name):
-            unguided.generate(pair[0], **({"prompts": [[5, 6]], "max_new_tokens": 2, "do_sample": True} | more))
-            pytest.fail(f"{name}={value!r} was accepted")
+def test_a_policy_of_unknown_tokenizer_is_named():
+    policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
+    model.tokenizer = Words(30)
+    policy.config._name_or_path = policy.name_or_path = "someone/else"
+    ids, mask = left_pad(prompts([4], vocab=30), pad_id=1)
+    with pytest.warns(UserWarning, match="pass tokenizer="):
+        pyargs.generate(policy, model, ids, mask, ["ann"], **arguments())
+    policy.tokenizer = Words(30, shift=1)
+    with pytest.raises(PyargsError, match="different tokenizers"):
+        pyargs.generate(policy, model, ids, mask, ["ann"], **arguments())
 
 
-def test_plain_sampling_at_a_temperature_near_zero_is_the_greedy_choice(pair):
-    prompts = [torch.tensor([5, 6]), np.array([7]), (8, 9)]
-    greedy = unguided.generate(pair[0], prompts, max_new_tokens=4)
-    for temperature in (1e-300, 5e-324, np.float32(1e-45), Fraction(1, 10**30)):
-        sampled = unguided.generate(pair[0], prompts, max_new_tokens=4, do_sample=True, temperature=temperature)
-        assert torch.equal(sampled.tokens, greedy.tokens)
+def test_a_reward_model_of_fewer_positions_is_refused():
+    policy, rows = random_lm("llama", 0), prompts([4, 2])
+    model = reward_model(random_lm("llama", 1))
+    model.backbone.config.max_position_embeddings = 6
+    with pytest.raises(PyargsError, match="4 prompt . 5 new tokens exceed the 6 positions of LlamaModel"):
+        guided(policy, model, rows, ["ann"] * 2, num_candidates=3, max_new_tokens=5)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import inspect
 import threading
+import warnings
 
+import numpy as np
 import pytest
 import torch
 from conftest import reward_model, tiny_lm
+from decoding import USERS, guided, prompts
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import (
     EosTokenCriteria,
@@ -22,6 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 import pyargs
 from pyargs.errors import PyargsError
 from pyargs.integrations import transformers as ours
+from pyargs.lm.tokenize import left_pad
 
 PROMPT = torch.tensor([[5, 9, 7, 11]])
 
@@ -215,3 +219,37 @@ def test_a_streamers_reader_never_waits_for_ever(models):
         "".join(streamer)
         thread.join(20)
         assert failed and not thread.is_alive()
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_generate_of_transformers_gives_the_same_tokens(sample):
+    policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
+    rows = prompts([2, 6, 4])
+    ids, mask = left_pad(rows, pad_id=1)
+    own = guided(policy, model, rows, USERS, do_sample=sample, reward_weight=[1.0, 2.0, 0.0])
+    got = policy.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=12,
+        do_sample=sample,
+        **({"temperature": 0.7} if sample else {}),
+        custom_generate=pyargs.args(model, users=USERS, reward_weight=[1.0, 2.0, 0.0], num_candidates=5, seed=0),
+    )
+    assert got[:, : ids.shape[1]].tolist() == ids.tolist()
+    assert got[:, ids.shape[1] :].tolist() == own.tokens.tolist()
+
+
+def test_weights_of_many_prompts_and_inside_generate_are_checked_alike(models):
+    """The other doors to the decoder: numbers of any library, and the same refusals."""
+    policy, model = models
+    ids = torch.tensor([[1, 5, 6], [7, 8, 9]])
+    inside = lambda weight: policy.generate(  # noqa: E731
+        ids, max_new_tokens=2, custom_generate=pyargs.args(model, ["ann", "bob"], reward_weight=weight)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = inside([0.5, 2.0])
+        assert torch.equal(inside(np.array([0.5, 2.0])), expected) and torch.equal(inside(torch.tensor([0.5, 2.0])), expected)
+        for weight in (True, "strong", float("nan"), [1.0, 2.0, 3.0]):
+            with pytest.raises(PyargsError, match="reward_weight"):
+                inside(weight)

@@ -3,37 +3,20 @@
 from __future__ import annotations
 
 import types
-import warnings
 
-import peft
 import pytest
 import torch
-from conftest import reward_model, tiny_lm
-from decode.test_args import USERS, guided, plain, prompts, same, shared_pair, without_cache
+from changed import FEW, decoded, fast, pair, parts
+from decoding import USERS, guided, plain, prompts, same, without_cache
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface
 from transformers.models.llama import modeling_llama
 
-import pyargs
 from pyargs.decode import unguided as policy_alone
-from pyargs.decode.backends import cpu, cuda_graph, eager
-from pyargs.errors import PyargsError
-from pyargs.lm import lora
-from pyargs.lm.stack import pack
-from pyargs.lm.stack import run as stacks
-from pyargs.lm.structure import may_replace
+from pyargs.decode.backends import cpu, eager
 from pyargs.metrics.perplexity import perplexity
-from pyargs.models.reward_model import RewardModel
 from pyargs.scoring import response_logprobs, response_states
-
-
-def parts(decoder):
-    """A layer, its MLP and a linear layer (or GPT-2's of the same meaning) of a decoder."""
-    if hasattr(decoder, "h"):
-        return decoder.h[0], decoder.h[0].mlp, decoder.h[0].mlp.c_fc
-    return decoder.layers[0], decoder.layers[0].mlp, decoder.layers[0].mlp.gate_proj
 
 
 class Doubled(nn.Module):
@@ -204,11 +187,6 @@ OUTSIDE = (
 )
 
 
-def pair(family="llama", dtype=torch.float32):
-    policy = tiny_lm(family, dtype=dtype)
-    return policy, reward_model(policy)
-
-
 def follows_the_definition(policy, model, before):
     """Decoding, answers of the policy alone, states and log-probs are those of the modules called one after the other."""
     rows, weight = prompts([3, 5]), 2.0
@@ -291,63 +269,6 @@ def test_a_hook_sees_a_candidate_as_the_last_token(side, patch):
     same(decoded(policy, model), plain(policy, model, prompts([3, 5]), USERS[:2], **FEW))
 
 
-FEW = dict(reward_weight=2.0, num_candidates=3, max_new_tokens=4, eos_token_id=[])
-
-
-def decoded(policy, model):
-    return guided(policy, model, prompts([3, 5]), USERS[:2], **FEW)
-
-
-def fast(policy, model) -> bool:
-    return cpu.possible(policy, model) and type(cpu.of(policy, model, 1, 8)) is cpu.OneStack
-
-
-def test_a_hook_that_is_removed_leaves_the_fast_path():
-    policy, model = pair()
-    before = decoded(policy, model)
-    handle = policy.model.layers[1].register_forward_hook(lambda module, args, out: out * 2.0)
-    assert not fast(policy, model) and not may_replace(policy)
-    with pytest.raises(PyargsError, match="module 'model.layers.1' has a hook"):
-        pack.pack(policy)
-    handle.remove()
-    same(decoded(policy, model), before)
-    assert fast(policy, model)
-
-
-def test_hooks_of_transformers_itself_change_nothing():
-    policy, model = pair()
-    assert len(policy(torch.tensor([[3, 4]]), output_hidden_states=True, output_attentions=True).hidden_states) == 3
-    policy.enable_input_require_grads()
-    assert policy.model.embed_tokens._forward_hooks and policy.model.layers[0]._forward_hooks
-    assert fast(policy, model)
-
-
-def test_other_arithmetic_all_around():
-    policy, _ = pair()
-    assert may_replace(policy)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not may_replace(policy)
-    with FlopCounterMode(display=False):
-        assert not may_replace(policy)
-    with torch.device("cpu"):
-        assert may_replace(policy)
-    for name in ("scaled_dot_product_attention", "silu"):
-        with pytest.MonkeyPatch.context() as here:
-            here.setattr(nn.functional, name, lambda *a, **b: None)
-            assert not may_replace(policy)
-    assert may_replace(policy)
-
-
-@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
-def test_dropout_in_training_mode_is_of_its_own_side(family):
-    policy, model = pair(family)
-    for decoder in (policy.get_decoder(), model.backbone):
-        parts(decoder)[0].dropout = nn.Dropout(0.5).eval()
-    assert lora.same_weights(policy.get_decoder(), model.backbone)
-    policy.train()
-    assert not lora.same_weights(policy.get_decoder(), model.backbone)
-
-
 def test_dropout_in_training_mode_is_not_packed():
     policy, model = pair()
     policy.train()
@@ -366,92 +287,3 @@ def test_a_head_with_a_hook_is_called():
     got = decoded(policy, model)
     same(got, plain(policy, model, prompts([3, 5]), USERS[:2], **FEW))
     assert not torch.allclose(got.rewards, before.rewards)
-
-
-# -- PYARGS_BACKEND, wrappers --------------------------------------------------------------------------------------------
-
-
-def test_eager_is_plain_everywhere(monkeypatch):
-    policy, model = pair()
-    want = decoded(policy, model)
-    monkeypatch.setattr(stacks.Stack, "__call__", None)
-    monkeypatch.setattr(eager, "OnePass", None)
-    monkeypatch.setenv("PYARGS_BACKEND", "eager")
-    same(decoded(policy, model), want)
-    assert not cpu.possible(policy) and not cuda_graph.possible(policy, model)
-    response_logprobs(policy, [([5], [[6]])])
-    response_states(policy.get_decoder(), [([5], [[6]])])
-    policy_alone.generate(policy, [[5]], max_new_tokens=2)
-    monkeypatch.setenv("PYARGS_BACKEND", "cuda")
-    for call in (lambda: decoded(policy, model), lambda: response_logprobs(policy, [([5], [[6]])])):
-        with pytest.raises(PyargsError, match="PYARGS_BACKEND is auto or eager, not 'cuda'"):
-            call()
-
-
-def test_a_compiled_policy_decodes_without_a_warning():
-    policy, model = pair()
-    want = decoded(policy, model)
-    compiled = torch.compile(policy, backend="eager")
-    ids = torch.tensor(prompts([4]))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        got = pyargs.generate(compiled, model, ids, None, USERS[:1], **FEW)
-    assert got.tokens.tolist() == pyargs.generate(policy, model, ids, None, USERS[:1], **FEW).tokens.tolist()
-    model.backbone = torch.compile(model.backbone, backend="eager")
-    same(decoded(compiled, model), want)
-    compiled.register_forward_hook(lambda *a: None)
-    with pytest.raises(PyargsError, match="hook on a OptimizedModule"):
-        decoded(compiled, model)
-
-
-def peft_model(lm, config=None):
-    wrapped = peft.get_peft_model(lm, config or peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"])).eval()
-    for name, parameter in wrapped.named_parameters():
-        if "lora_" in name:
-            parameter.data.normal_(std=0.5)
-    return wrapped
-
-
-def test_a_policy_of_peft():
-    policy, model = pair()
-    unguided = decoded(policy, model)
-    wrapped = peft_model(policy)
-    got = decoded(wrapped, model)
-    for row, (prompt, user) in enumerate(zip(prompts([3, 5]), USERS, strict=False)):
-        assert got.tokens[row].tolist() == without_cache(wrapped, model, prompt, user, 2.0, 3, 4, eos=())[0]
-    assert got.tokens.tolist() != unguided.tokens.tolist()
-    guiding = RewardModel(peft_model(model.backbone), None, model.head)  # which puts LoRA into the backbone itself
-    same(decoded(policy, guiding), decoded(policy, model))
-    groups = [([5, 6], [[7, 8]])]
-    torch.testing.assert_close(response_logprobs(wrapped, groups), response_logprobs(policy, groups))
-    wrapped.base_model.register_forward_hook(lambda *a: None)
-    with pytest.raises(PyargsError, match="hook on a PeftModel"):
-        decoded(wrapped, model)
-
-
-def test_virtual_tokens_of_peft_are_refused():
-    policy, model = pair()
-    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    with pytest.raises(PyargsError, match="PROMPT_TUNING acts outside the model's layers"):
-        decoded(peft_model(policy, config), model)
-
-
-def test_lora_that_peft_put_into_a_backbone_is_lora():
-    """Without the mark that `lora.add` leaves, one pass would run the policy with it."""
-    policy, model = pair()
-    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), model.backbone)
-    del model.backbone.peft_config
-    assert lora.active(model.backbone)
-    same(decoded(policy, model), plain(policy, model, prompts([3, 5]), USERS[:2], **FEW))
-
-
-def test_lora_with_a_hook_is_not_merged():
-    _, model = shared_pair("shared lora", "linear", 0)
-    model = model.float()
-    hooked = model.backbone.layers[0].self_attn.q_proj
-    hooked.lora_A["default"].register_forward_hook(lambda module, args, out: out * 3.0)
-    ids = torch.tensor([[3, 4, 5]])
-    before = model.backbone(ids).last_hidden_state
-    model.merge()
-    assert [layer.merged for layer in lora._layers(model.backbone)].count(False) == 1 and not hooked.merged
-    torch.testing.assert_close(model.backbone(ids).last_hidden_state, before, atol=1e-5, rtol=1e-5)

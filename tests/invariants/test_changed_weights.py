@@ -4,23 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import reward_model, tiny_lm
-from decode.test_args import same
-from invariants.test_changed_modules import decoded, fast
-from torch import nn
+from changed import adapted, decoded, fast
+from decoding import same
 
-from pyargs.lm import lora
-from pyargs.scoring import _cached, response_logprobs, response_states
-
-
-def adapted():
-    policy = tiny_lm(dtype=torch.float32)
-    model = reward_model(policy)
-    lora.add(model.backbone, rank=2, alpha=4, rslora=False, target_modules=["q_proj", "v_proj", "down_proj"])
-    for name, parameter in model.backbone.named_parameters():
-        if "lora_" in name:
-            parameter.data.normal_(std=0.3)
-    return policy, model.eval()
+from pyargs.scoring import response_logprobs, response_states
 
 
 def element(policy, model):
@@ -74,40 +61,3 @@ def test_a_changed_number_is_seen(change, monkeypatch):
     theirs = scored()
     torch.testing.assert_close(ours[1], theirs, atol=2e-4, rtol=2e-4)
     assert not all(torch.allclose(one, other, atol=1e-3) for one, other in zip(theirs, before, strict=True))
-
-
-def test_features_are_of_the_model_as_it_is(tmp_path):
-    lm, inputs, found = tiny_lm(dtype=torch.float32), [[1, [2]]], []
-    ask = lambda: _cached("features", lm, inputs, lambda: (found.append(0), {"x": torch.zeros(1)})[1])  # noqa: E731
-    for _ in range(2):
-        ask()
-    assert len(found) == 1
-    lm.model.rotary_emb.inv_freq = lm.model.rotary_emb.inv_freq * 0.5
-    ask()
-    lm.model.layers[0].mlp.act_fn = nn.ReLU()
-    ask()
-    lm.model.layers[0].self_attn.scaling = 2.0
-    for _ in range(2):
-        ask()
-    assert len(found) == 4
-    lm.model.layers[0].register_forward_hook(lambda *a: None)
-    for _ in range(2):  # never kept
-        ask()
-    assert len(found) == 6
-
-
-def test_features_of_other_arithmetic_are_not_taken(capability):
-    """Another processor, another torch or another build of the extension rounds otherwise: a cache may be shared by all."""
-    lm, found = tiny_lm(dtype=torch.float32), []
-    ask = lambda: _cached("features", lm, [], lambda: (found.append(0), {"x": torch.zeros(1)})[1])  # noqa: E731
-    ask()
-    ask()
-    assert len(found) == 1
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "ANOTHER")
-        ask()
-    from pyargs import _C
-
-    _C.set_cpu_capability("avx2" if capability == "default" else "default")
-    ask()
-    assert len(found) == 3

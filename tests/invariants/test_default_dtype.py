@@ -10,9 +10,9 @@ import planted
 import pytest
 import torch
 from conftest import tiny_lm
-from invariants.test_company import HEADS, NAMES
-from invariants.test_company import decoded as on_the_stack
-from invariants.test_company import models as company
+from every_head import HEADS, NAMES
+from every_head import decoded as on_the_stack
+from every_head import models as company
 
 from pyargs import scoring
 from pyargs.decode import args, best_of_n

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 from conftest import reward_model, tiny_lm
-from decode.test_args import guided, prompts
-from invariants.test_families import tokenwise
+from decoding import guided, prompts, tokenwise
 from transformers import GenerationConfig
 
 from pyargs.decode import unguided

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lm.stack.test_run import AVAILABLE, VOCABULARY, identical, random_lm, using, with_lora
+from stacks import AVAILABLE, VOCABULARY, identical, random_lm, using, with_lora
 
 from pyargs.lm.stack import pack, run
 

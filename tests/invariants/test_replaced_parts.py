@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from changed import FEW, adapted, decoded, fast
 from conftest import reward_model, tiny_lm
-from decode.test_args import same
-from invariants.test_changed_modules import FEW, USERS, decoded, fast, guided, prompts
-from invariants.test_changed_weights import adapted
+from decoding import USERS, guided, prompts, same
 from torch import nn
-from transformers.models.llama import modeling_llama
 
 from pyargs.decode import unguided
 from pyargs.errors import PyargsError
 from pyargs.lm.cache import can_branch
 from pyargs.lm.forward import masks_every_step
-from pyargs.lm.structure import as_written
-
-
-class Callable:
-    def __call__(self, q, k, *args, **kwargs):
-        return q, k
 
 
 def rotary(policy, model):
@@ -91,37 +83,3 @@ def test_layers_that_no_cache_serves_are_refused_though_the_first_ones_were_trie
     policy.model.layers[1], layer.self_attn.is_causal = layer, causal
     for old, new in zip(before, [way(rows).tokens for way in ways for rows in (padded, even)], strict=True):
         assert torch.equal(old, new)
-
-
-class Summing(nn.Module):
-    def forward(self, x):
-        return x.cumsum(1)
-
-
-def test_a_model_is_tried_again_when_a_module_was_replaced():
-    policy = tiny_lm()
-    assert can_branch(policy) and masks_every_step(policy)
-    old, policy.model.layers[0].mlp = policy.model.layers[0].mlp, Summing()
-    assert not can_branch(policy)
-    with pytest.raises(PyargsError, match="does not leave padding out"):
-        masks_every_step(policy)
-    policy.model.layers[0].mlp = old
-    assert can_branch(policy) and masks_every_step(policy)
-
-
-def test_what_hides_functions_and_parts_is_seen(monkeypatch):
-    policy = tiny_lm()
-    mlp = policy.model.layers[0].mlp
-    for place, name, value in (
-        (modeling_llama, "apply_rotary_pos_emb", Callable()),
-        (type(mlp), "down_proj", property(lambda self: torch.tanh)),
-        (nn.Module, "__getattr__", lambda self, name: None),
-        (mlp, "_compiled_call_impl", lambda x: x),
-    ):
-        assert as_written(policy)
-        with monkeypatch.context() as patch:
-            patch.setattr(place, name, value, raising=False)
-            assert not as_written(policy), name
-    del mlp.act_fn
-    mlp.act_fn = Callable()
-    assert not as_written(policy)

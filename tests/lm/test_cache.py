@@ -1,12 +1,50 @@
-"""What a model calls its cache."""
+"""What a model calls its cache, whether candidates can branch from it, and what else is found out by trying."""
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 from conftest import FULL_ATTENTION, tiny_lm
+from families import CAPPED, FAMILIES, NO_BRANCHES, random_lm
+from torch import nn
 
 from pyargs.errors import PyargsError
 from pyargs.lm.cache import cache_name, can_branch
+from pyargs.lm.forward import masks_every_step, plain_output_layer
+
+
+class Summing(nn.Module):
+    def forward(self, x):
+        return x.cumsum(1)
+
+
+def test_a_model_is_tried_again_when_a_module_was_replaced():
+    policy = tiny_lm()
+    assert can_branch(policy) and masks_every_step(policy)
+    old, policy.model.layers[0].mlp = policy.model.layers[0].mlp, Summing()
+    assert not can_branch(policy)
+    with pytest.raises(PyargsError, match="does not leave padding out"):
+        masks_every_step(policy)
+    policy.model.layers[0].mlp = old
+    assert can_branch(policy) and masks_every_step(policy)
+
+
+def test_what_a_model_does_is_found_out():
+    """Once for all families, without decoding anything."""
+    for name in FAMILIES:
+        lm = random_lm(name, 0)
+        assert can_branch(lm) == can_branch(lm.get_decoder()) == (name not in NO_BRANCHES), name
+        assert masks_every_step(lm) == (name not in ("mamba",)), name
+        assert plain_output_layer(lm) == (name not in CAPPED), name
+
+
+def test_trying_a_model_leaves_its_modes_as_they_were():
+    lm = copy.deepcopy(random_lm("llama", 0)).train()
+    lm.model.layers[0].eval()
+    before = [module.training for module in lm.modules()]
+    assert can_branch(lm) and masks_every_step(lm) and plain_output_layer(lm)
+    assert [module.training for module in lm.modules()] == before
 
 
 class Takes:

@@ -9,7 +9,6 @@ from pyargs.data import synthetic
 from pyargs.errors import PyargsError
 from pyargs.lm import embed as module
 from pyargs.lm.embed import embed
-from pyargs.store import Store
 
 TEXTS = ["red dog near hill", "cat", "blue fox under snow and rain", "cat"]
 
@@ -93,22 +92,3 @@ def test_refuses(tmp_path, encoder):
     with pytest.raises(PyargsError, match="cannot load the embedding model"):
         embed(str(tmp_path / "empty"), ["a"])
     assert not list(tmp_path.glob("cache/embeddings/empty*"))
-
-
-def test_a_store_that_cannot_be_used_says_so(tmp_path):
-    (tmp_path / "kept.sqlite").write_bytes(b"this is no database, and longer than a header of one would be" * 20)
-    with pytest.raises(PyargsError, match="kept.sqlite cannot be used.*PYARGS_CACHE"):
-        Store(tmp_path / "kept.sqlite")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(PyargsError, match="cannot be used"):
-        Store(tmp_path / "file" / "kept.sqlite")
-
-
-def test_store_keeps_many_and_replaces(tmp_path):
-    texts = {f"text {i}": str(i).encode() for i in range(1203)}
-    with Store(tmp_path / "sub" / "kept.sqlite") as store:
-        store.put(texts)
-        store.put({"text 7": b"other"})
-    with Store(tmp_path / "sub" / "kept.sqlite") as store:
-        found = store.get([*texts, "unknown", "text 7"])
-    assert found == texts | {"text 7": b"other"}

