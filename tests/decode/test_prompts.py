@@ -56,7 +56,7 @@ def test_a_model_without_a_head_is_sent_to_its_own_decoder(lm_folder, rows):
     from pyargs import generate
 
     policy, _ = load_lm(lm_folder)
-    for name, decoder in (("genarm", "tokenwise"), ("icl", "plain")):
+    for name, decoder in (("genarm", "decode.genarm"), ("icl", "decode.unguided")):
         model = trainer.train(name, rows, config_of(name, lm_folder, **({"epochs": 0.1} if name == "genarm" else {})))
         with pytest.raises(PyargsError, match=decoder):
             generate(policy, model, torch.tensor([[5, 6]]), None, ["user_00"])
