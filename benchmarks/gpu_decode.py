@@ -188,7 +188,7 @@ def greedy(policy, ids: Tensor, steps: int) -> float:
         cache.advance(1)
 
     with few_launches(policy.get_decoder()):
-        replay = cuda_graph._capture(step, ids.device)
+        replay = cuda_graph.capture(step, ids.device)
     return _seconds(lambda: [replay() for _ in range(steps)]) / steps
 
 
@@ -303,7 +303,7 @@ def main() -> None:
     if device == "cpu" and not options.dry_run:
         parser.error("no GPU here: --dry-run tries the script on a CPU")
     if device == "cpu":
-        cuda_graph._capture = lambda step, device: step
+        cuda_graph.capture = lambda step, device: step
     info, rate = hardware(), copy_rate(device)
     print(f"{hardware_line(info)}\ncopies at {rate:.0f} GB/s", flush=True)
     if options.dry_run:
@@ -315,7 +315,7 @@ def main() -> None:
         print(table(rows, COLUMNS), flush=True)
         found = {"hardware": info, "copy_gb_s": round(rate, 1), "dry_run": options.dry_run, "rows": rows}
         add(options.out, "decode", found, key=("size", "B", "way"))
-        cuda_graph._recordings.clear()
+        cuda_graph.recordings.clear()
         gc.collect()
         torch.cuda.empty_cache()
 

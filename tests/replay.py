@@ -45,7 +45,7 @@ class Recorder(TorchDispatchMode):
 
 
 def capture(step, device: torch.device):
-    """In the place of `captured._capture`: trial steps, the capture (which computes nothing on a GPU), and its replay."""
+    """In the place of `cuda_graph.capture`: trial steps, the capture (which computes nothing on a GPU), and its replay."""
     from pyargs.decode.backends.cuda_graph import TRIALS
 
     for _ in range(TRIALS):

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from pyargs import scoring
 from pyargs.errors import PyargsError
 from pyargs.lm.loading import load_lm
 from pyargs.lm.stack import keep
@@ -18,7 +19,7 @@ from pyargs.lm.stack import run as stacks
 from pyargs.lm.tokenize import pack
 from pyargs.methods import lore
 from pyargs.ops.library import has_extension
-from pyargs.scoring import _cached, features, response_logprobs, response_states
+from pyargs.scoring import features, response_logprobs, response_states
 from pyargs.training import trainer
 
 native = pytest.mark.skipif(not has_extension, reason="no extension")
@@ -83,12 +84,20 @@ def test_models_of_inference_mode():
     assert values[0].isfinite().all()
 
 
-def test_features_are_of_the_model_as_it_is(tmp_path):
-    lm, inputs, found = tiny_lm(dtype=torch.float32), [[1, [2]]], []
-    ask = lambda: _cached("features", lm, inputs, lambda: (found.append(0), {"x": torch.zeros(1)})[1])  # noqa: E731
+@pytest.fixture
+def computed(monkeypatch) -> list:
+    """Grows with every computation of log-probs, and not where those that were kept are read."""
+    found = []
+    monkeypatch.setattr(scoring, "response_logprobs", lambda *a: (found.append(a), [[torch.zeros(1)]])[1])
+    return found
+
+
+def test_what_is_kept_is_of_the_model_as_it_is(computed):
+    lm = tiny_lm(dtype=torch.float32)
+    ask = lambda: scoring.policy_logprobs(lm, [([1], [[2]])])  # noqa: E731
     for _ in range(2):
         ask()
-    assert len(found) == 1
+    assert len(computed) == 1
     lm.model.rotary_emb.inv_freq = lm.model.rotary_emb.inv_freq * 0.5
     ask()
     lm.model.layers[0].mlp.act_fn = nn.ReLU()
@@ -96,20 +105,20 @@ def test_features_are_of_the_model_as_it_is(tmp_path):
     lm.model.layers[0].self_attn.scaling = 2.0
     for _ in range(2):
         ask()
-    assert len(found) == 4
+    assert len(computed) == 4
     lm.model.layers[0].register_forward_hook(lambda *a: None)
     for _ in range(2):  # never kept
         ask()
-    assert len(found) == 6
+    assert len(computed) == 6
 
 
-def test_features_of_other_arithmetic_are_not_taken(capability):
+def test_what_is_kept_of_other_arithmetic_is_not_taken(capability, computed):
     """Another processor, another torch or another build of the extension rounds otherwise: a cache may be shared by all."""
-    lm, found = tiny_lm(dtype=torch.float32), []
-    ask = lambda: _cached("features", lm, [], lambda: (found.append(0), {"x": torch.zeros(1)})[1])  # noqa: E731
+    lm = tiny_lm(dtype=torch.float32)
+    ask = lambda: scoring.policy_logprobs(lm, [([1], [[2]])])  # noqa: E731
     ask()
     ask()
-    assert len(found) == 1
+    assert len(computed) == 1
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "ANOTHER")
         ask()
@@ -117,7 +126,7 @@ def test_features_of_other_arithmetic_are_not_taken(capability):
 
     _C.set_cpu_capability("avx2" if capability == "default" else "default")
     ask()
-    assert len(found) == 3
+    assert len(computed) == 3
 
 
 @pytest.mark.parametrize("family", FULL_ATTENTION)

@@ -138,14 +138,14 @@ def merge(decoder: nn.Module) -> None:
     What is saved is the adapter still. A bfloat16 base is left as it is: its weights are too coarse for the small change. So
     is a layer with hooks on its LoRA, which a merged one would not call.
     """
-    for layer in _layers(decoder):
+    for layer in layers_of(decoder):
         if layer.get_base_layer().weight.dtype == torch.float32 and as_written(layer):
             layer.merge(safe_merge=True)  # into new memory: another model may share the old
 
 
 def active(decoder: nn.Module) -> bool:
     """Whether LoRA layers add to the base weights in each pass: they are there, and not merged."""
-    return any(not (layer.merged or layer.disable_adapters) for layer in _layers(decoder))
+    return any(not (layer.merged or layer.disable_adapters) for layer in layers_of(decoder))
 
 
 def plain(decoder: nn.Module) -> bool:
@@ -155,7 +155,7 @@ def plain(decoder: nn.Module) -> bool:
 
     return all(
         type(layer) is Linear and not layer.lora_variant and set(layer.active_adapters) <= layer.lora_A.keys()
-        for layer in _layers(decoder)
+        for layer in layers_of(decoder)
     )
 
 
@@ -191,7 +191,7 @@ def on_last(decoder: nn.Module, rows: int):
 
     For `plain` LoRA, and without gradients. One thread at a time; passes of others are as ever.
     """
-    layers = _layers(decoder)
+    layers = layers_of(decoder)
     with _splitting:
         for layer in layers:
             layer.forward = partial(_forward_on_last, layer, rows, threading.get_ident())
@@ -219,7 +219,7 @@ def _forward_on_last(layer, rows: int, thread: int, x: Tensor) -> Tensor:
 @contextmanager
 def disabled(decoder: nn.Module):
     """Within it the decoder is the base model, as before training."""
-    layers = _layers(decoder)
+    layers = layers_of(decoder)
     for layer in layers:
         layer.enable_adapters(False)
     try:
@@ -231,10 +231,11 @@ def disabled(decoder: nn.Module):
 
 def present(model: nn.Module) -> bool:
     """Whether there is LoRA in the model, whatever it does now."""
-    return len(_layers(model)) > 0
+    return len(layers_of(model)) > 0
 
 
-def _layers(model: nn.Module) -> list:
+def layers_of(model: nn.Module) -> list:
+    """The layers with LoRA, merged and switched-off ones too."""
     from peft.tuners.lora import LoraLayer
 
     return [layer for layer in model.modules() if isinstance(layer, LoraLayer)]

@@ -158,7 +158,7 @@ def test_a_weight_that_overflows_is_an_error(pair, weight, way, monkeypatch):
     model.head.directions.data *= 1e4
     request = ask(pair, reward_weight=weight)
     if way == "captured":
-        monkeypatch.setattr(cuda_graph, "_capture", lambda step, device: step)
+        monkeypatch.setattr(cuda_graph, "capture", lambda step, device: step)
     decode = {"captured": cuda_graph.decode, "reference": reference.decode}.get(way, args.decode)
     with pytest.raises(PyargsError, match=r"beyond float32: .* lower reward_weight"):
         decode(policy, model, request)

@@ -38,20 +38,17 @@ def test_the_encoders_own_pooling_is_used(tmp_path, encoder):
 
 
 def test_no_text_is_computed_twice_even_if_killed(encoder, monkeypatch):
-    seen, real = [], module._encoder
+    from sentence_transformers import SentenceTransformer
 
-    class Spy:
-        def __init__(self, *names):
-            self.inner = real(*names)
-            self.device = self.inner.device
+    seen, real = [], SentenceTransformer.encode
 
-        def encode(self, texts, **more):
-            if len(seen) >= 4:
-                raise KeyboardInterrupt
-            seen.extend(texts)
-            return self.inner.encode(texts, **more)
+    def encode(self, texts, **more):
+        if len(seen) >= 4:
+            raise KeyboardInterrupt
+        seen.extend(texts)
+        return real(self, texts, **more)
 
-    monkeypatch.setattr(module, "_encoder", Spy)
+    monkeypatch.setattr(SentenceTransformer, "encode", encode)
     monkeypatch.setattr(module, "CHUNK", 2)
     texts = [f"cat dog {'red ' * i}" for i in range(7)]
     with pytest.raises(KeyboardInterrupt):

@@ -110,5 +110,5 @@ def test_lora_with_a_hook_is_not_merged():
     ids = torch.tensor([[3, 4, 5]])
     before = model.backbone(ids).last_hidden_state
     model.merge()
-    assert [layer.merged for layer in lora._layers(model.backbone)].count(False) == 1 and not hooked.merged
+    assert [layer.merged for layer in lora.layers_of(model.backbone)].count(False) == 1 and not hooked.merged
     torch.testing.assert_close(model.backbone(ids).last_hidden_state, before, atol=1e-5, rtol=1e-5)

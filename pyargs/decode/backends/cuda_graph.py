@@ -57,8 +57,8 @@ class Recording:
     replay: Callable[[], object] | None = None
 
 
-_recordings: WeakKeyDictionary[RewardModel, dict[tuple, Recording]] = WeakKeyDictionary()
-_refused: WeakKeyDictionary[RewardModel, WeakSet] = WeakKeyDictionary()  # the policies with which a capture failed
+recordings: WeakKeyDictionary[RewardModel, dict[tuple, Recording]] = WeakKeyDictionary()
+refused: WeakKeyDictionary[RewardModel, WeakSet] = WeakKeyDictionary()  # the policies with which a capture failed
 _capturing = threading.Lock()
 
 
@@ -67,7 +67,7 @@ def possible(policy, reward_model: RewardModel) -> bool:
     if not may_replace(policy, reward_model.backbone, reward_model.head):
         return False
     devices = {policy.device, reward_model.device, reward_model.backbone.device}
-    return len(devices) == 1 and devices.pop().type == "cuda" and policy not in _refused.get(reward_model, ())
+    return len(devices) == 1 and devices.pop().type == "cuda" and policy not in refused.get(reward_model, ())
 
 
 @torch.no_grad()
@@ -80,7 +80,7 @@ def decode(policy, reward_model: RewardModel, request: Request) -> Decoded | Non
     way = eager.of(policy, reward_model, rows, k)
     wide = _widened(request, rows, places)
     finished = torch.arange(rows, device=device) >= len(request.user)
-    kept = _recordings.setdefault(reward_model, {})
+    kept = recordings.setdefault(reward_model, {})
     key = _key(policy, reward_model, way, wide, places)
 
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
@@ -125,11 +125,11 @@ def _record(policy, reward_model: RewardModel, way: type, request: Request, fini
     step = partial(_step, both, recording)
     with _capturing, few_launches(policy.get_decoder(), reward_model.backbone):
         try:
-            recording.replay = _capture(step, device)
+            recording.replay = capture(step, device)
         except torch.cuda.OutOfMemoryError:
             raise
         except RuntimeError as error:  # what CUDA says of a call that a capture forbids, such as a read by the host
-            _refused.setdefault(reward_model, WeakSet()).add(policy)
+            refused.setdefault(reward_model, WeakSet()).add(policy)
             warnings.warn(
                 f"a decoding step of {type(policy).__name__} and {type(reward_model.backbone).__name__} cannot be "
                 f"captured as a CUDA graph: each is launched kernel by kernel, which is slower ({error})",
@@ -157,7 +157,7 @@ def _step(both: TwoPasses | OnePass, recording: Recording) -> None:
         kept.copy_(new)
 
 
-def _capture(step: Callable[[], None], device: torch.device) -> Callable[[], object]:
+def capture(step: Callable[[], None], device: torch.device) -> Callable[[], object]:
     """The step as a graph, after trial steps in which a call that waits for the device raises: a capture that fails midway
     can leave its stream unusable."""
     graph, apart, now = torch.cuda.CUDAGraph(), torch.cuda.Stream(device), torch.cuda.current_stream(device)

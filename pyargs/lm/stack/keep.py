@@ -27,13 +27,13 @@ def can_pack(model: nn.Module) -> bool:
         return False
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     screen = 0 if head is None else head.weight.numel()
-    return decoder in _stacks or 1.2 * (size + screen) < _available()
+    return decoder in _stacks or 1.2 * (size + screen) < available_memory()
 
 
 CGROUP = Path("/sys/fs/cgroup")
 
 
-def _available() -> int:
+def available_memory() -> int:
     """Bytes that the machine has left, or fewer where a container may take less. The files that it has read give way."""
     left = [psutil.virtual_memory().available]
     for limit, used, stat, of in (  # control groups, version 2 and 1

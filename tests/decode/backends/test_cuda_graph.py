@@ -48,7 +48,7 @@ cuda = pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
 def without_a_gpu():
     with pytest.MonkeyPatch.context() as patch:
         if DEVICE == "cpu":
-            patch.setattr(cuda_graph, "_capture", replay.capture)
+            patch.setattr(cuda_graph, "capture", replay.capture)
         yield
 
 
@@ -94,18 +94,18 @@ def test_a_recording_serves_other_prompts_users_weights_and_noise():
         rows = prompts(lengths, 7)
         changes["do_sample"] = True
         same(recorded(policy, model, rows, users, **changes), plain(policy, model, rows, users, **changes))
-    assert len(cuda_graph._recordings[model]) == 1
+    assert len(cuda_graph.recordings[model]) == 1
 
 
 def test_recordings_are_few_and_go_with_their_model():
     policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
     for k in range(1, cuda_graph.KEPT + 3):
         recorded(policy, model, prompts([4]), ["ann"], num_candidates=k, max_new_tokens=2)
-    assert len(cuda_graph._recordings[model]) == cuda_graph.KEPT
-    before = len(cuda_graph._recordings)
+    assert len(cuda_graph.recordings[model]) == cuda_graph.KEPT
+    before = len(cuda_graph.recordings)
     del model
     gc.collect()
-    assert len(cuda_graph._recordings) < before
+    assert len(cuda_graph.recordings) < before
 
 
 def test_a_changed_head_is_recorded_anew_and_changed_weights_are_seen():
@@ -177,8 +177,8 @@ def test_a_step_that_cannot_be_captured_falls_back_with_one_warning(monkeypatch)
     def forbidden(*_):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(cuda_graph, "_capture", forbidden)
-    monkeypatch.setattr(cuda_graph, "possible", lambda policy, model: model not in cuda_graph._refused)
+    monkeypatch.setattr(cuda_graph, "capture", forbidden)
+    monkeypatch.setattr(cuda_graph, "possible", lambda policy, model: model not in cuda_graph.refused)
     with pytest.warns(UserWarning, match="cannot be captured.*not permitted") as caught:
         got = pyargs.generate(policy, model, ids, mask, USERS[:2], **arguments())
     assert len(caught) == 1
@@ -213,7 +213,7 @@ def launches(layers: int, monkeypatch) -> int:
             step()
         return step
 
-    monkeypatch.setattr(cuda_graph, "_capture", counting)
+    monkeypatch.setattr(cuda_graph, "capture", counting)
     recorded(policy, reward_model(policy), prompts([4, 1]), USERS[:2])
     return counted.count
 
@@ -239,7 +239,7 @@ def test_a_graph_reads_no_memory_that_was_freed(head, weights, monkeypatch):
     policy, model = shared_pair(weights, "linear", 1)
     model.head = HEADS[head]()
     found: list[replay.Recorder] = []
-    monkeypatch.setattr(cuda_graph, "_capture", lambda step, device: replay.freed(step, device, found))
+    monkeypatch.setattr(cuda_graph, "capture", lambda step, device: replay.freed(step, device, found))
     cuda_graph.decode(policy, model, request_for(policy, model))
     assert len(found[0].foreign) > 20 and replay.dead(found[0]) == []
 
@@ -287,7 +287,7 @@ def test_what_a_recording_is_for():
     assert one != two
     with lora.disabled(model.backbone):
         agree(num_candidates=3)
-    for layer in lora._layers(model.backbone):
+    for layer in lora.layers_of(model.backbone):
         layer.scaling["default"] *= -3.0
     agree(num_candidates=3)
     other = tiny_lm("llama", seed=0).to(DEVICE)  # shares its weights with the first, but turns its keys otherwise
@@ -313,11 +313,11 @@ def test_the_recording_used_last_is_kept():
     policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
     run = lambda k: recorded(policy, model, prompts([4]), ["ann"], num_candidates=k, max_new_tokens=2)  # noqa: E731
     run(1)
-    hot = next(iter(cuda_graph._recordings[model].values()))
+    hot = next(iter(cuda_graph.recordings[model].values()))
     for k in range(2, cuda_graph.KEPT + 4):
         run(k)
         run(1)
-    assert any(one is hot for one in cuda_graph._recordings[model].values())
+    assert any(one is hot for one in cuda_graph.recordings[model].values())
 
 
 @cuda
@@ -330,7 +330,7 @@ def test_generate_on_a_gpu_replays_without_a_warning(weights, dtype):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         one, two = (pyargs.generate(policy, model, ids.cuda(), mask.cuda(), USERS, **arguments()) for _ in range(2))
-    assert torch.equal(one.tokens, two.tokens) and len(cuda_graph._recordings[model]) == 1
+    assert torch.equal(one.tokens, two.tokens) and len(cuda_graph.recordings[model]) == 1
 
 
 @cuda
@@ -343,5 +343,5 @@ def test_a_refused_capture_leaves_the_gpu_usable(monkeypatch):
     monkeypatch.setattr(cuda_graph, "choose", real)
     torch.randn(3, device="cuda").sum().item()
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
-    cuda_graph._refused.clear()
+    cuda_graph.refused.clear()
     same(recorded(policy, model, prompts([4]), ["ann"]), plain(policy, model, prompts([4]), ["ann"]))

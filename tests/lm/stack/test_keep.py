@@ -53,12 +53,12 @@ def test_a_container_has_the_memory_that_its_group_may_still_take(files, tmp_pat
     (tmp_path / "memory").mkdir()
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    assert keep._available() == 1300
+    assert keep.available_memory() == 1300
     assert not keep.can_pack(tiny_lm(dtype=torch.float32))
     limit = tmp_path / next(iter(files))
     for no_limit in ("max", "9223372036854771712"):
         limit.write_text(no_limit)
-        assert keep._available() > 2**25 and keep.can_pack(tiny_lm(dtype=torch.float32))
+        assert keep.available_memory() > 2**25 and keep.can_pack(tiny_lm(dtype=torch.float32))
 
 
 def test_one_stack_serves_a_model_and_its_decoder(packed):
@@ -96,10 +96,10 @@ def changed(policy, how: str) -> None:
         for parameter in policy.parameters():
             parameter.data.mul_(1.5)
     elif how == "lora scaling":
-        for layer in lora._layers(policy.get_decoder()):
+        for layer in lora.layers_of(policy.get_decoder()):
             layer.scaling["default"] *= -3.0
     elif how == "adapter off":
-        for layer in lora._layers(policy.get_decoder()):
+        for layer in lora.layers_of(policy.get_decoder()):
             layer.enable_adapters(False)
     elif how == "hook":
         policy.model.layers[0].register_forward_hook(lambda module, args, out: out * 1.5)
