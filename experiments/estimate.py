@@ -9,6 +9,7 @@ from typing import NamedTuple
 from pyargs import data
 from pyargs.config import add_options, from_args
 from pyargs.training import hooks
+from pyargs.training.config import epochs
 from pyargs.tune import Tuning
 
 PER_WORD = 1.3  # tokens of SmolLM2 per word of the abstracts of pref_lamp_like/ci (1.27; of the titles 1.58)
@@ -62,7 +63,7 @@ def tokens(row, settings: dict, size: dict) -> int:
     if not frozen:
         total += pairs["query"] * pair
         passes = 2 if method == "pdpo" else 1  # its user's and the generic user's
-        total += round(BACKWARD * passes * config.epochs(config) * pairs["train"] * pair)
+        total += round(BACKWARD * passes * epochs(config) * pairs["train"] * pair)
         total += BACKWARD * config.adapt_steps * pairs["support"] * pair if method == "pdpo" else pairs["support"] * pair
     if method == "pal":
         return total
