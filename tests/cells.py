@@ -6,11 +6,13 @@ import random
 from pathlib import Path
 
 from experiments import rules
+from experiments.__main__ import main
 from experiments.results import slug
 from experiments.tables.specs import ALONE, LAMP, LORA, SCORERS, UNGUIDED, has
 from pyargs import files
 
 ROOT = Path(__file__).resolve().parent.parent
+EXPERIMENTS = ROOT / "experiments"
 SETS = {"pref_lamp": "Pref-LaMP", "length_prefs": "TLDR", "two_types": "PRISM", "same_content": None}
 SHOTS = [f"{row}, {shots} shots" for row in ("ICL", "ICL-RAG") for shots in (2, 4, 16)]
 ROWS = (*LAMP, *LORA, UNGUIDED, *SCORERS)
@@ -112,3 +114,14 @@ def full(root: Path) -> Path:
     write(root / "results", cell("LoRE", profile="smoke", policy="tiny-random", set="synthetic"))
     files.write_json(root / "results/lora_runs.json", {"not": "a cell"})
     return root / "results"
+
+
+def row_of(found, name: str) -> dict:
+    """The row of a table by its name."""
+    return next(row for row in found.rows if row["row"] == name)
+
+
+def printed(*words, capsys) -> str:
+    """What `python -m experiments table` prints."""
+    assert main(["table", *map(str, words)]) == 0
+    return capsys.readouterr().out

@@ -214,3 +214,35 @@ def trap(tmp_path):
     mark = tmp_path / "mark"
     code = f"from pathlib import Path\nPath({str(mark)!r}).touch()\n"
     return code, mark
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory) -> str:
+    """The folder of a language model of one layer."""
+    from pyargs.data import synthetic
+
+    return str(synthetic.tiny_lm(tmp_path_factory.mktemp("damaged") / "lm", layers=1, width=32, heads=2))
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory):
+    """The whole path on a tiny random model, through the commands."""
+    from pyargs.data import synthetic
+
+    folder = tmp_path_factory.mktemp("stages")
+    os.environ["PYARGS_CACHE"] = str(folder / "cache")
+    lm = str(synthetic.tiny_lm(folder / "lm"))
+    data = ["--data", "synthetic"]
+    both = ["--policy", lm, *data]
+    steps = {
+        "train": ["lore", *data, "--backbone", lm, "--freeze-backbone", "--rank", "4", "--out", folder / "seen"],
+        "adapt": [folder / "seen", *data, "--out", folder / "model"],
+        "tune": [folder / "model", *both, "--prompts", "4", "--max-new-tokens", "6", "--out", folder / "tune.json"],
+        "decode": [folder / "model", *both, "--tuned", folder / "tune.json", "--limit", "5", "--max-new-tokens", "6",
+                   "--out", folder / "answers.jsonl"],
+        "zero": [folder / "model", *both, "--reward-weight", "0", "--limit", "5", "--max-new-tokens", "6",
+                 "--out", folder / "zero.jsonl"],
+        "evaluate": [folder / "model", *both, "--tuned", folder / "tune.json", "--generations", folder / "answers.jsonl",
+                     "--bertscore", lm, "--zero-shot", folder / "zero.jsonl", "--out", folder / "result.json"],
+    }  # fmt: skip
+    return folder, {verb: ["decode" if verb == "zero" else verb, *map(str, words)] for verb, words in steps.items()}

@@ -6,13 +6,24 @@ import gzip
 import json
 from pathlib import Path
 
+import pytest
+
 from pyargs.prepare import tldr
+
+SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
+CI = SHARED / "pref_lamp_like" / "ci"
+needs_shared = pytest.mark.skipif(not CI.is_dir(), reason="the data pack ../shared/data is not here")
 
 
 def row(**changes) -> dict:
     """A preference row; a value of ... leaves the column out."""
     base = {"user": "u1", "split": "train", "role": "train", "prompt": "p", "chosen": "good", "rejected": "bad"}
     return {name: value for name, value in (base | changes).items() if value is not ...}
+
+
+def said(*turns: str) -> list[dict]:
+    """A conversation; the user begins."""
+    return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
 
 
 def write(path: Path, rows: list[dict]) -> Path:

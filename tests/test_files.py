@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import gzip
+import json
 import os
 import shutil
 import signal
@@ -12,8 +14,10 @@ import time
 from pathlib import Path
 
 import pytest
+from rows import row
 
 from pyargs import files
+from pyargs.data import preferences
 from pyargs.errors import PyargsError
 
 
@@ -22,6 +26,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 KILLED = 9
+
+
 CHANGES = (
     "open",
     "os.mkdir",
@@ -210,9 +216,6 @@ def test_a_move_that_fails_keeps_the_old_folder(tmp_path, monkeypatch):
     assert found == before or found["so/config.json"] == b"config.json new"
 
 
-# -- folders that a killed training goes on from -----------------------------------------------------------------------
-
-
 def test_checkpoints_of_killed_runs_are_swept_and_those_of_living_ones_are_not(tmp_path):
     out, kept = tmp_path / "rm", []
 
@@ -248,3 +251,92 @@ def test_cache_dir(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert files.cache_dir() == tmp_path / ".cache" / "pyargs"
+
+
+def test_writing_is_whole_or_not_at_all(tmp_path):
+    with pytest.raises(ZeroDivisionError), files.writing(tmp_path / "x.txt") as temporary:
+        temporary.write_text("half")
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(PyargsError, match="not JSON"):
+        files.read_json(tmp_path / "bad.json")
+    with pytest.raises(PyargsError, match="does not exist"):
+        files.sha256(tmp_path / "none")
+
+
+def test_a_folder_is_no_file(tmp_path, capsys):
+    with pytest.raises(PyargsError, match="is a folder: name a file"):
+        files.write_text(tmp_path, "a table")
+    (tmp_path / "mine").write_text("precious")
+    with pytest.raises(PyargsError, match="mine is a file: name a folder"), files.writing(tmp_path / "mine") as new:
+        new.mkdir()
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_nothing_foreign_is_ever_deleted(tmp_path, monkeypatch):
+    (tmp_path / "rm").mkdir()
+    (tmp_path / "rm/thesis.tex").write_text("precious")
+
+    def save(path):
+        with files.writing(path) as out:
+            out.mkdir()
+            (out / "config.json").write_text("{}")
+
+    with pytest.raises(PyargsError, match="thesis.tex"):
+        save(tmp_path / "rm")
+    monkeypatch.chdir(tmp_path / "rm")
+    for path in (".", "/", "..", str(tmp_path / "rm")):
+        with pytest.raises(PyargsError):
+            save(path)
+    assert [p.name for p in (tmp_path / "rm").iterdir()] == ["thesis.tex"]
+    save(tmp_path / "new")
+    save(tmp_path / "new")
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["config.json"]
+
+
+def test_json_without_end_is_refused_by_name(tmp_path, monkeypatch):
+    good = json.dumps(row())
+    for name, text, message in (
+        ("digits.jsonl", good[:-1] + f', "n": {"9" * 5000}}}', "line 2.*digits"),
+        ("twice.jsonl", good[:-1] + ', "chosen": "else"}', "line 2.*'chosen' stands twice"),
+        ("inner.jsonl", good[:-1] + ', "x": [{"a": 1, "a": 2}]}', "line 2.*'a' stands twice"),
+        ("deep.jsonl", "[" * 100_000, "line 2.*nested"),
+    ):
+        (tmp_path / name).write_text(f"{good}\n{text}\n")
+        with pytest.raises(PyargsError, match=message):
+            preferences.load(tmp_path / name)
+        with pytest.raises(PyargsError, match=message):
+            list(files.read_jsonl(tmp_path / name))
+    with gzip.open(tmp_path / "bomb.jsonl.gz", "wb", compresslevel=1) as file:
+        for _ in range(40):
+            file.write(b'"' + b"a" * (1 << 20))
+    assert (tmp_path / "bomb.jsonl.gz").stat().st_size < 400_000
+    with pytest.raises(PyargsError, match=r"bomb.*line 1 is longer than"):
+        preferences.load(tmp_path / "bomb.jsonl.gz")
+    monkeypatch.setattr(files, "LINE", 1 << 10)
+    with gzip.open(tmp_path / "bomb.json.gz", "wb") as file:
+        file.write(b"[" + b"\n" * (1 << 20))
+    with pytest.raises(PyargsError, match="unfolds to more than"):
+        files.read_text(tmp_path / "bomb.json.gz")
+    (tmp_path / "plain.json").write_text("\n".join(["["] + ["1,"] * 5000 + ["1]"]))
+    assert len(files.read_text(tmp_path / "plain.json")) > 10_000
+
+
+def test_pipes_and_devices_are_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "link.json").symlink_to("/dev/zero")
+    reads = files.read_json, files.read_text, files.read_tensors, files.sha256, lambda path: list(files.read_jsonl(path))
+    for name in ("pipe.json", "link.json"):
+        for read in reads:
+            with pytest.raises(PyargsError, match=f"{name} is no regular file"):
+                read(tmp_path / name)
+        with pytest.raises(PyargsError, match=f"{name} is no regular file"):
+            preferences.load(tmp_path / name)
+
+
+def test_a_json_file_of_any_size_is_not_read_into_memory(tmp_path):
+    with (tmp_path / "large.json").open("wb") as file:
+        file.truncate(files.JSON + 1)  # takes no room on the disk
+    with pytest.raises(PyargsError, match="large.json is larger than"):
+        files.read_json(tmp_path / "large.json")

@@ -1,4 +1,4 @@
-"""What must hold of the build and of `pyargs env`. Installing into a fresh environment is tried by .ci/run."""
+"""What must hold of the build. Installing into a fresh environment is tried by .ci/run."""
 
 from __future__ import annotations
 
@@ -111,6 +111,8 @@ def test_what_computes_sees_no_header_of_torch():
 
 
 CPU, CUDA = "cuda: Optional[str] = None", "cuda: Optional[str] = '13.0'"
+
+
 NVCC = shutil.which("nvcc")
 
 
@@ -163,17 +165,3 @@ def test_a_capability_that_is_unknown_or_lacking_is_one_message(capability):
     twice = "import torch\nfor _ in range(2):\n  try: import pyargs.ops\n  except Exception as e: print(type(e).__name__, e)"
     done = subprocess.run([sys.executable, "-c", twice], capture_output=True, text=True, env=env)
     assert done.returncode == 0 and done.stderr == "" and done.stdout.count("PyargsError PYARGS_CPU_CAPABILITY") == 2
-
-
-def test_env_command():
-    done = subprocess.run([sys.executable, "-m", "pyargs.cli", "env"], capture_output=True, text=True, check=True)
-    report = json.loads(done.stdout)
-    assert report["packages"]["torch"] == torch.__version__
-    assert {"native_ops", "cpu_capability", "cuda", "threads", "extension"} <= set(report)
-
-
-def test_env_command_without_the_extension():
-    env = {**os.environ, "PYARGS_NO_EXT": "1"}
-    done = subprocess.run([sys.executable, "-m", "pyargs.cli", "env"], capture_output=True, text=True, check=True, env=env)
-    report = json.loads(done.stdout)
-    assert report["native_ops"] == [] and "PYARGS_NO_EXT" in report["extension"]

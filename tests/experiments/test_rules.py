@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import cells as made
 import pytest
 
@@ -12,7 +10,9 @@ from experiments.figures import figure
 from experiments.tables import table
 from experiments.tables.render import as_csv, latex, markdown
 
-COMMITTED = Path(__file__).resolve().parent.parent / "experiments/results"
+COMMITTED = made.EXPERIMENTS / "results"
+
+
 BIASES = next(rule for rule in rules.RULES if "VPL" in rule.before)
 
 

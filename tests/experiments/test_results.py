@@ -1,14 +1,17 @@
-"""Cells that are damaged are refused by file and key, and what is only unusual is a result."""
+"""Cells: read, added up, and refused by file and key where they are damaged."""
 
 from __future__ import annotations
 
+from collections import Counter
+from statistics import mean
+
 import cells as made
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from experiments import results
 from experiments.__main__ import main
-from experiments.tables import table
-from experiments.tables.render import markdown
 from pyargs import files
 from pyargs.errors import PyargsError
 
@@ -104,18 +107,86 @@ def test_half_a_file_and_no_cell(tmp_path):
         results.read(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", '{"tables": {}}', '{"tables": {"1": {}}}'])
-def test_paper_numbers_that_are_none(text, tmp_path):
-    made.write(tmp_path / "results", made.cell("MPU"))
-    (tmp_path / "expected").mkdir()
-    (tmp_path / "expected/paper.json").write_text(text)
-    with pytest.raises(PyargsError, match="does not hold the paper's tables"):
-        table("9", tmp_path / "results")
+def test_which_policy_accuracy_a_row_has(folder):
+    of = {c["row"]: c for c in results.read(folder) if c["set"] == "pref_lamp" and c["seed"] == 0}
+
+    def given(row, *path):
+        found = of[row]["values"]["policy_accuracy"]
+        for key in path:
+            found = found[key]
+        return found["accuracy"]
+
+    value = lambda row, form: results.policy_accuracy(of[row], form)["value"]  # noqa: E731
+    assert value("Global RM", "centred") == given("Global RM", "global", "centred")
+    assert value(made.UNGUIDED, "centred") == given(made.UNGUIDED, "weight_0", "paper"), "without a reward nothing is centred"
+    assert value("ICL", "centred") == given("ICL", "personal", "mean")
+    assert value("Global RM", "paper") == given("Global RM", "global", "paper")
+    assert value("Global RM", "all") == given("Global RM", "global", "all")
+    for form in ("paper", "all"):
+        assert value(made.UNGUIDED, form) == given(made.UNGUIDED, "weight_0", form)
+        assert value("ICL", form) == given("ICL", "personal", "mean")  # eq. 7, whichever is asked for
+        assert value("Zero-Shot", form) == given("Zero-Shot", "base", "mean")
+    assert results.policy_accuracy(of["PAL"]) is None and results.policy_accuracy(of["word overlap"]) is None
 
 
-def test_infinite_perplexity_is_a_result(tmp_path):
-    """All answers empty: a weight that broke the policy, not a broken file."""
-    cell = made.cell("LoRE")
-    cell["values"]["generations"]["perplexity"] = float("inf")
-    made.write(tmp_path, cell, made.cell("LoRE", 1))
-    assert "∞" in markdown(table("9", tmp_path)[0])
+@settings(deadline=None)
+@given(st.dictionaries(st.text(min_size=1, max_size=5), st.text("01", min_size=1, max_size=9), min_size=1), st.integers(0, 5))
+def test_the_subset_has_one_pair_of_each_user(outcomes, seed):
+    cell = {"values": {"rm_accuracy": made.accuracy(outcomes)}}
+    one = results.one_per_user(results.rm_accuracy, seed)
+    found = one(cell)
+    assert found == one(cell), "seeded"
+    assert {user: len(each) for user, each in found["users"].items()} == dict.fromkeys(outcomes, 1)
+    for user, (value,) in found["users"].items():
+        assert str(int(value / 100)) in outcomes[user]
+    assert found["value"] == pytest.approx(mean(value for (value,) in found["users"].values()))
+
+
+def test_the_subset_is_the_same_pair_in_every_row_and_every_pair_is_taken_by_some_seed():
+    names = {str(n): "01234567" for n in range(40)}
+    where = lambda seed: results.one_per_user(  # noqa: E731
+        lambda cell: {"value": 0, "users": {user: [*map(float, text)] for user, text in names.items()}}, seed
+    )({})["users"]
+    assert where(0) == where(0) != where(1)
+    assert set(Counter(place for (place,) in where(0).values())) == {float(n) for n in range(8)}
+
+
+@pytest.mark.parametrize("name", ["data", "dtype", "decode", "bertscore", "row", "tune"])
+def test_cells_of_other_settings_do_not_stand_in_one_table(name, tmp_path):
+    one, two, other = made.cell("LoRE"), made.cell("LoRE", 1), made.cell("MPU", policy="smollm2-360m")
+    made.write(tmp_path, one, two, other)
+    assert len(results.read(tmp_path)) == 3
+    changed = lambda cell: cell | {"key": cell["key"] | {name: ["changed"]}}  # noqa: E731
+    made.write(tmp_path, changed(other))
+    if name in ("row", "tune"):
+        assert len(results.read(tmp_path)) == 3, "of another row"
+    else:
+        with pytest.raises(PyargsError, match=rf"lore-0.json and .*mpu-0.json differ in 'key.{name}'"):
+            results.read(tmp_path)
+    made.write(tmp_path, other, changed(two))
+    with pytest.raises(PyargsError, match=rf"lore-0.json and .*lore-1.json differ in 'key.{name}'"):
+        results.read(tmp_path)
+
+
+def test_the_largest_profile_with_the_data_is_taken():
+    cell = lambda profile, data: {"profile": profile, "stands_for": data}  # noqa: E731
+    cells = [cell("smoke", "Pref-LaMP"), cell("cpu", "TLDR"), cell("cpu", "Pref-LaMP"), cell("gpu", "Pref-LaMP")]
+    assert results.choose_profile(cells, "Pref-LaMP") == "gpu"
+    assert results.choose_profile(cells, "TLDR") == "cpu"
+    assert results.choose_profile(cells, "PRISM") == "gpu", "none has it: the largest of all"
+    assert results.choose_profile(cells, "Pref-LaMP", "smoke") == "smoke"
+    with pytest.raises(PyargsError, match="only of gpu, cpu, smoke: `python -m experiments reproduce paper`"):
+        results.choose_profile(cells, "TLDR", "paper")
+
+
+def test_policies_stand_beside_those_of_their_size():
+    scales = ("0.5B", "1.5B", "3B", "7B")
+    assert results.match(scales, ["smollm2-135m"]) == {"0.5B": "smollm2-135m", "1.5B": None, "3B": None, "7B": None}
+    beside = results.match(scales, ["smollm2-135m", "Qwen/Qwen2.5-3B-Instruct"])
+    assert beside == {"0.5B": "smollm2-135m", "1.5B": None, "3B": "Qwen/Qwen2.5-3B-Instruct", "7B": None}
+    assert sorted(["x-1.7B", "tiny-random", "a-360m", "Qwen/Qwen2.5-0.5B"], key=results.size) == [
+        "tiny-random",
+        "a-360m",
+        "Qwen/Qwen2.5-0.5B",
+        "x-1.7B",
+    ]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
-from pathlib import Path
 
 import pytest
+from cells import EXPERIMENTS
 
-SMOKE = Path(__file__).resolve().parent.parent / "experiments/smoke.sh"
+SMOKE = EXPERIMENTS / "smoke.sh"
+
+
 NOTES_ITS_CALLS = """#!/usr/bin/env bash
 echo "$PWD $*" >> "{log}"
 echo '"run_now": 0'

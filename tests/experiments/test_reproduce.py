@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
+from cells import EXPERIMENTS
 
 from experiments import reproduce, rules
 from experiments.__main__ import main
 from pyargs import cli, files
-from pyargs.training import hooks
-
-EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
-
-
-@pytest.fixture
-def places(tmp_path):
-    return reproduce.Places(shared=tmp_path / "shared", work=tmp_path / "work", results=tmp_path / "results")
 
 
 @pytest.mark.parametrize("profile", ["smoke", "cpu", "gpu", "paper"])
@@ -41,39 +33,6 @@ def test_every_command_is_understood_and_every_cell_has_a_file_of_its_own(profil
         if "build" in one:
             dataset, *words = one["build"]
             cli.parse("data", ["build", dataset, *words, "--out", "x"])
-
-
-@pytest.mark.parametrize("profile", ["smoke", "cpu", "gpu", "paper"])
-def test_all_rows_of_a_set_keep_as_much_of_a_prompt(profile):
-    for name, settings in reproduce.PROFILES[profile]["sets"].items():
-        made = [hooks.method(row[0]).Config(**row[1]) for row in settings["rows"].values() if row is not None]
-        assert len({config.max_length for config in made}) == 1, name
-
-
-def test_the_papers_profile_has_its_one_rate_and_what_the_methods_own_codes_have():
-    for name, settings in reproduce.PROFILES["paper"]["sets"].items():
-        made = {row: hooks.method(own[0]).Config(**own[1]) for row, own in settings["rows"].items() if own is not None}
-        assert {config.lora_lr for config in made.values() if hasattr(config, "lora_lr")} == {5e-5}, name
-        assert made["PReF"].votes == "unit" and made["PReF"].adapt_init == made["LoRE"].adapt_init == "randn"
-        assert made["P-DPO"].soft_lr == 5e-5 and made["P-DPO"].adapt_steps == 200
-        rates = {config.adapt_lr for row, config in made.items() if row.startswith("LoRE")}
-        assert rates == {0.5 if name == "prism" else 0.1}, "LoRE's code has another for PRISM"
-
-
-def test_no_stage_of_the_gpu_profile_wants_more_than_the_others_together(places, capsys):
-    """So that calls of ten minutes get through: 200 steps for P-DPO's new users alone would be four fifths of all tokens."""
-    words = ["--shared", places.shared, "--work", places.work, "--results", places.results]
-    assert main(["reproduce", "gpu", "--dry-run", *map(str, words)]) == 0
-    plan = json.loads(capsys.readouterr().out)
-    of = {line["cell"].split(" / ")[2]: line["tokens"] for line in plan["cells"]}
-    assert of["P-DPO"] < plan["tokens"] / 2
-    method, fields = reproduce.PROFILES["gpu"]["sets"]["pref_lamp"]["rows"]["P-DPO"]
-    assert rules.hardly_adapted({"method": method, "fields": fields}), "and its row says so"
-
-
-def test_sets_that_are_built_otherwise_lie_elsewhere():
-    built = [one for profile in reproduce.PROFILES.values() for one in profile["sets"].values() if "build" in one]
-    assert len(built) > 3 and len({one["data"][1] for one in built}) == len({tuple(one["build"]) for one in built})
 
 
 @pytest.fixture
@@ -277,32 +236,6 @@ def test_a_cell_that_fails_does_not_stop_the_others(tmp_path, capsys):
     assert "was not written by this command" in out.err
     assert json.loads(out.out)["failed"] == ["synthetic / tiny-random / LoRE / seed 0"]
     assert (tmp_path / "results/smoke/synthetic/tiny-random/word-overlap-0.json").exists()
-
-
-def test_measured_cells_tell_the_hours():
-    import pyargs.data
-    from experiments.estimate import Left, plan, sizes, tokens, trains
-
-    size = sizes(pyargs.data.load("synthetic"))
-    settings = reproduce.PROFILES["smoke"]["sets"]["synthetic"]
-    count = {name: tokens(row, settings, size) for name, row in settings["rows"].items()}
-    assert count["LoRE, LoRA"] > count["LoRE"] > 0 and count["ICL"] > count["Zero-Shot"]
-    assert {trains(row) for row in settings["rows"].values()} == {"nothing", "head", "language model"}
-    measured = [("head", 1000, 10.0), ("nothing", 1000, 1.0)]
-    known, like, other = (
-        Left("a", ("train",), "head", 1000, 3600.0),
-        Left("b", ("train",), "head", 360_000, None),
-        Left("c", ("decode",), "nothing", 3_600_000, None),
-    )
-    found = plan([known, like, other], measured)
-    assert found["tokens_per_second"] == {"head": 100, "nothing": 1000} and found["cells_without_estimate"] == 0
-    assert [line["minutes"] for line in found["cells"]] == [60, 60, 60] and found["hours"] == 3.0
-    assert found["fits_30_minutes_of_a_gpu"] is False and plan([known], measured, workers=2)["hours"] == 0.5
-    lora = plan([known, Left("d", ("train",), "language model", 5, None), Left("e", ("train",), "head", 0, None)], measured)
-    assert lora["hours"] == 1.0 and lora["cells_without_estimate"] == 2 and lora["fits_30_minutes_of_a_gpu"] is None
-    nothing = plan([like], [])
-    assert nothing["hours"] is None and nothing["note"].endswith("200 tokens/s would fit 30 minutes")
-    assert "note" not in plan([Left("e", ("train",), "head", 0, None)], [])
 
 
 def children(pid: int) -> list[int]:

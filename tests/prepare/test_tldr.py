@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
-from rows import comparison, tldr_source, write
+from rows import SHARED, comparison, needs_shared, tldr_source, write
 
 from pyargs import data, prepare
 from pyargs.data import sources
 from pyargs.errors import PyargsError
 from pyargs.prepare import tldr
-
-SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the data pack ../shared/data is not here")
 
 
 def test_tldr(tmp_path):

@@ -1,38 +1,14 @@
-"""Preference files: reading, refusing, holding out."""
+"""Rows of preference data: what is taken, what is refused, what is held out."""
 
 from __future__ import annotations
-
-import json
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rows import row, write
+from rows import row, said
 
-from pyargs import data
-from pyargs.data import preferences, schema
+from pyargs.data import schema
 from pyargs.errors import PyargsError
-
-# ---- preference files ----
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
-def test_reads_every_format(tmp_path, name):
-    rows = [row(prompt=f"p{i}", pair_id=f"x{i}") for i in range(10)] + [
-        row(user="u2", split="adapt", role=role, prompt="q", pair_id=f"y{role}") for role in ("support", "query")
-    ]
-    if name.endswith("parquet"):
-        import pyarrow
-        import pyarrow.parquet
-
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / name)
-    else:
-        write(tmp_path / name, rows)
-    dataset = data.load(tmp_path / name)
-    assert tuple(dataset.column_names) == data.COLUMNS
-    assert dataset["user_id"][:] == ["u1"] * 10 + ["u2"] * 2
-    assert sorted(dataset["split"]) == ["query", "support"] + ["train"] * 8 + ["train_test"] * 2
-    assert data.content_hash(dataset) == data.content_hash(data.load("preferences", str(tmp_path / name)))
 
 
 def test_all_counts_as_train_and_own_train_test_is_kept():
@@ -54,11 +30,6 @@ def test_chat_prompts_and_conversational_responses():
     assert dataset[0]["prompt"] == [{"role": "user", "content": "hi"}] and dataset[0]["chosen"] == "good"
 
 
-def said(*turns: str) -> list[dict]:
-    """A conversation; the user begins."""
-    return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
-
-
 @pytest.mark.parametrize("before", [("hi",), ("hi", "yes?", "well")])
 @pytest.mark.parametrize("prompt", [..., None])
 def test_a_prompt_that_both_sides_begin_with(before, prompt):
@@ -74,43 +45,6 @@ def test_a_prompt_of_its_own_may_stand_before_the_answers_too(prompt):
     for chosen in (answer, asked + answer):
         (found,) = schema.check([row(prompt=prompt, chosen=chosen)])
         assert (found["prompt"], found["chosen"], found["rejected"]) == (prompt, "good", "bad")
-
-
-@pytest.mark.parametrize(
-    ("chosen", "rejected", "message"),
-    [
-        (said("a", "good"), said("b", "bad"), "a.jsonl, line 2: no prompt, and"),
-        (said("a", "good"), said("a", "good"), "line 2: chosen and rejected are the same"),
-        (said("a", "good", "more", "yes"), said("a", "bad"), "line 2: chosen must be a string or a list of one assistant"),
-        (said("a", "good"), said("a"), "line 2: rejected must be"),
-        (said("a", "good"), "bad", "line 2: no column 'prompt'"),
-    ],
-)
-def test_other_implicit_prompts_are_refused_by_row(tmp_path, chosen, rejected, message):
-    first = row(prompt=..., chosen=said("a", "good"), rejected=said("a", "bad"))
-    write(tmp_path / "a.jsonl", [first, row(prompt=..., chosen=chosen, rejected=rejected)])
-    with pytest.raises(PyargsError, match=message):
-        preferences.load(tmp_path / "a.jsonl")
-
-
-@pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
-def test_a_json_array(tmp_path, name):
-    import gzip
-
-    def save(text: str):
-        (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
-
-    save("\n " + json.dumps([row(user=7, pair_id=3, prompt=f"p{i}") for i in range(3)], indent=1))
-    found = preferences.load(tmp_path / name)
-    assert found["user_id"][:] == ["7"] * 3 and found["pair_id"][:] == ["3"] * 3
-    save(json.dumps([row(), 7]))
-    with pytest.raises(PyargsError, match=f"{name}, row 2: not a JSON object"):
-        preferences.load(tmp_path / name)
-    save(json.dumps([row()])[:-1])
-    with pytest.raises(PyargsError, match="damaged or not JSON"):
-        preferences.load(tmp_path / name)
-    save(json.dumps(row()) + "\n" + json.dumps(row(prompt="q")))  # one object a line, as before
-    assert len(preferences.load(tmp_path / name)) == 2
 
 
 def test_pair_id_does_not_depend_on_the_label():
@@ -162,27 +96,6 @@ def test_refuses_mixtures():
     with pytest.raises(PyargsError, match="no rows"):
         schema.check([])
 
-
-def test_damaged_files(tmp_path):
-    whole = write(tmp_path / "a.jsonl.gz", [row(prompt=f"p{i}") for i in range(500)]).read_bytes()
-    (tmp_path / "cut.jsonl.gz").write_bytes(whole[:-20])
-    (tmp_path / "plain.jsonl.gz").write_text("{}")
-    (tmp_path / "bad.jsonl").write_text(json.dumps(row()) + "\n{oops\n")
-    (tmp_path / "list.jsonl").write_text("[1]\n")
-    (tmp_path / "a.csv").write_text("x")
-    for name, message in {
-        "cut.jsonl.gz": "damaged",
-        "plain.jsonl.gz": "damaged",
-        "bad.jsonl": "line 2: not JSON",
-        "list.jsonl": "line 1: not a JSON object",
-        "a.csv": "is .jsonl, .json",
-        "none.jsonl": "No file",
-    }.items():
-        with pytest.raises(PyargsError, match=message):
-            preferences.load(tmp_path / name)
-
-
-# ---- carving ----
 
 USERS = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 15)), min_size=1, max_size=80)
 

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
-from rows import DIALOGUES, prism
+from rows import DIALOGUES, SHARED, needs_shared, prism
 
 from pyargs import data, prepare
 from pyargs.data import sources
 from pyargs.errors import PyargsError
 from pyargs.prepare import prism as prism_set
-
-SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the data pack ../shared/data is not here")
 
 
 def test_prism(tmp_path):

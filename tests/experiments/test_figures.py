@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import cells as made
 import pytest
 
 from experiments.__main__ import main
 from experiments.tables import table
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return made.full(tmp_path_factory.mktemp("experiments"))
 
 
 @pytest.mark.parametrize("number", ["1", "2", "3"])

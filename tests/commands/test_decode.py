@@ -1,0 +1,67 @@
+"""`pyargs decode` follows how the weight was tuned, and for which model."""
+
+from __future__ import annotations
+
+from verbs import call
+
+from pyargs import files
+
+
+def test_decoding_follows_how_the_weight_was_tuned(stages, capsys, tmp_path):
+    folder, steps = stages
+    for verb in ("train", "adapt"):
+        call(capsys, steps[verb])
+    to = lambda words, **files: [*words[: words.index("--out")], "--out", str(tmp_path / files["out"])]  # noqa: E731
+    tuned, count = str(tmp_path / "tune.json"), 0
+    other = ["--eos-reward", "state", "--num-candidates", "3", "--objective", "fluency"]
+    call(capsys, [*to(steps["tune"], out="tune.json"), *other])
+    assert files.read_json(tuned)["eos_reward"] == "state" and files.read_json(tuned)["num_candidates"] == 3
+    decode = [tuned if word == str(folder / "tune.json") else word for word in steps["decode"]]
+    for flags in ([], ["--eos-reward", "state"], ["--num-candidates", "3"]):
+        count += 1
+        made = call(capsys, [*to(decode, out=f"{count}.jsonl"), *flags])["config"]
+        assert (made["eos_reward"], made["num_candidates"]) == ("state", 3), flags
+    for flags, name in (
+        (["--eos-reward", "before"], "--eos-reward"),
+        (["--num-candidates", "10"], "--num-candidates"),
+        (["--whole-vocabulary"], "--whole-vocabulary"),
+    ):
+        assert f"leave {name} out" in call(capsys, [*to(decode, out="refused.jsonl"), *flags], expect=1)
+    assert not (tmp_path / "refused.jsonl").exists()
+    # What is not said in tuning is the decoder's own, which a flag may say too.
+    plain = {**files.read_json(tuned), "eos_reward": None, "num_candidates": 10}
+    files.write_json(tuned, plain)
+    made = call(capsys, [*to(decode, out="plain.jsonl"), "--eos-reward", "before", "--num-candidates", "10"])["config"]
+    assert (made["eos_reward"], made["num_candidates"]) == ("before", 10)
+    assert "leave --eos-reward out" in call(capsys, [*to(decode, out="r.jsonl"), "--eos-reward", "state"], expect=1)
+    # Answers that were made with other settings are not those of the tuned model.
+    judge = [tuned if word == str(folder / "tune.json") else word for word in steps["evaluate"]]
+    at = judge.index("--generations")
+    judge = [*judge[:at], "--generations", str(tmp_path / "1.jsonl"), "--out", str(tmp_path / "result.json")]
+    assert "was made with num_candidates 3, and the weight was tuned with 10" in call(capsys, judge, expect=1)
+    files.write_json(tuned, {**plain, "num_candidates": 3})
+    (tmp_path / "result.json.stage.json").unlink()
+    assert "was made with eos_reward state, and the weight was tuned with before" in call(capsys, judge, expect=1)
+    (tmp_path / "result.json.stage.json").unlink()
+    record = files.read_json(tmp_path / "1.jsonl.stage.json")
+    record["config"] |= {"whole_vocabulary": True}
+    files.write_json(tmp_path / "1.jsonl.stage.json", record)
+    assert "was made with num_candidates all, and" in call(capsys, judge, expect=1)
+    # A weight of nobody's tuning goes with any setting.
+    free = [*steps["zero"][: steps["zero"].index("--out")], "--out", str(tmp_path / "free.jsonl"), "--num-candidates", "2"]
+    assert call(capsys, free)["config"]["num_candidates"] == 2
+    for name in ("eos_reward", "num_candidates"):  # as older files are
+        files.write_json(tuned, {key: value for key, value in plain.items() if key != name})
+        assert f"'{name}' is missing" in call(capsys, to(decode, out="old.jsonl"), expect=1)
+
+
+def test_a_weight_tuned_for_another_model_is_refused(stages, capsys, tmp_path):
+    folder, steps = stages
+    call(capsys, steps["train"])
+    other = tmp_path / "tune.json"
+    files.write_json(other, {"reward_weight": 1.0, "centre": 0.0, "model": "someone else's"})
+    words = [str(other) if word == str(folder / "tune.json") else word for word in steps["decode"]]
+    words[words.index("--out") + 1] = str(tmp_path / "answers.jsonl")
+    assert "tuned for another model" in call(capsys, words, expect=1)
+    files.write_json(other, {})
+    assert "no file of `pyargs tune`" in call(capsys, words, expect=1)

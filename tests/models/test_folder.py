@@ -1,0 +1,59 @@
+"""A model's folder: a backbone that was moved, another dtype, a folder that is replaced while it is read."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from folders import make, same
+
+import pyargs
+from pyargs.data import synthetic
+from pyargs.errors import PyargsError
+from pyargs.lm import loading
+from pyargs.lm.loading import load_lm
+
+
+@pytest.mark.parametrize("kind", ["reward", "token", "soft"])
+def test_a_moved_backbone_is_named_and_checked(backbone, tmp_path, kind):
+    lm = tmp_path / "there/lm"
+    shutil.copytree(backbone, lm)
+    model = make(kind, str(lm))
+    model.save_pretrained(tmp_path / "rm")
+    shutil.move(lm, tmp_path / "here")
+    with pytest.raises(PyargsError, match=r"no such folder.*backbone=PATH"):
+        pyargs.load_model(tmp_path / "rm")
+    again = pyargs.load_model(tmp_path / "rm", backbone=tmp_path / "here")
+    assert same(again, model)
+    again.save_pretrained(tmp_path / "rm")
+    assert same(pyargs.load_model(tmp_path / "rm"), model)  # it says where the backbone lies now
+    other = synthetic.tiny_lm(tmp_path / "other", layers=1, width=32, heads=2, seed=5)
+    with pytest.raises(PyargsError, match="not those that this model was trained on"):
+        pyargs.load_model(tmp_path / "rm", backbone=str(other))
+
+
+def test_a_model_is_loaded_in_another_dtype(backbone, tmp_path):
+    model = make("reward", backbone)
+    model.save_pretrained(tmp_path / "rm")
+    again = pyargs.load_model(tmp_path / "rm", dtype="bfloat16")
+    dtypes = {name: value.dtype for name, value in again.backbone.state_dict().items()}
+    assert all(dtype == (torch.float32 if "lora_" in name else torch.bfloat16) for name, dtype in dtypes.items())
+    again.save_pretrained(tmp_path / "again")
+    assert same(pyargs.load_model(tmp_path / "again"), model)  # the dtype of the training is still known
+    with pytest.raises(PyargsError, match="keeps its dtype"):
+        pyargs.load_model(tmp_path / "rm", backbone=load_lm(backbone)[0].get_decoder(), dtype=torch.bfloat16)
+    for dtype in ("float33", "load", 3, torch.int8):
+        with pytest.raises(PyargsError, match="dtype is"):
+            pyargs.load_model(tmp_path / "rm", dtype=dtype)
+
+
+def test_a_folder_that_is_replaced_while_it_is_read_is_not_mixed(backbone, tmp_path, monkeypatch):
+    model = make("soft", backbone)
+    model.save_pretrained(tmp_path / "rm")
+    load = loading.load_lm
+    monkeypatch.setattr(
+        "pyargs.models.folder.load_lm", lambda *names, **more: model.save_pretrained(tmp_path / "rm") or load(*names, **more)
+    )
+    with pytest.raises(PyargsError, match="replaced while it was read"):
+        pyargs.load_model(tmp_path / "rm")
