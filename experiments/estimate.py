@@ -10,7 +10,6 @@ from pyargs import data
 from pyargs.config import add_options, from_args
 from pyargs.training import hooks
 from pyargs.training.config import epochs
-from pyargs.tune import Tuning
 
 PER_WORD = 1.3  # tokens of SmolLM2 per word of the abstracts of pref_lamp_like/ci (1.27; of the titles 1.58)
 BACKWARD = 3  # a training step costs about three passes
@@ -68,6 +67,8 @@ def tokens(row, settings: dict, size: dict) -> int:
     if method == "pal":
         return total
     if method != "pdpo":
+        from pyargs.tune import Tuning  # with the whole decoder: seconds that each worker would wait for
+
         parser = argparse.ArgumentParser()
         add_options(parser, Tuning)
         tuning = from_args(Tuning, parser.parse_args(settings["tune"]))

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
-from cells import EXPERIMENTS
+from cells import EXPERIMENTS, ROOT
 
 from experiments import reproduce, rules
 from experiments.__main__ import main
@@ -238,24 +242,7 @@ def test_a_cell_that_fails_does_not_stop_the_others(tmp_path, capsys):
     assert (tmp_path / "results/smoke/synthetic/tiny-random/word-overlap-0.json").exists()
 
 
-def children(pid: int) -> list[int]:
-    import psutil
-
-    return [child.pid for child in psutil.Process(pid).children(recursive=True) if "spawn_main" in " ".join(child.cmdline())]
-
-
-def begun(tmp_path, *words: str):
-    """The grid in a process of its own, with two workers."""
-    import subprocess
-
-    command = [sys.executable, "-m", "experiments", "reproduce", "smoke", "--only", "word overlap", "LoRE", *words]
-    command += ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "results")]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 def wait_for(what, seconds: float = 240):
-    import time
-
     end = time.monotonic() + seconds
     while not (found := what()):
         assert time.monotonic() < end, "it never came to that"
@@ -263,27 +250,54 @@ def wait_for(what, seconds: float = 240):
     return found
 
 
-def test_a_killed_worker_is_replaced(tmp_path):
-    import os
-    import signal
+GRID = """
+import os, signal, sys, time
+from pathlib import Path
 
-    grid = begun(tmp_path)
-    logs = tmp_path / "work/logs"
-    log = wait_for(lambda: logs.exists() and next(logs.iterdir(), None))
-    os.kill(int(log.stem), signal.SIGKILL)
+from experiments import profiles, reproduce
+from experiments.__main__ import main
+
+
+def blind(cell, places):
+    {what}
+    return {{"accuracy": 50.0}}
+
+
+# In the workers, too, which run this file again: nothing is computed, and nothing imported for it.
+reproduce.blind, reproduce.dataset_hash = blind, lambda words: "none"
+sets = profiles.PROFILES["smoke"]["sets"]
+sets["another"] = sets["synthetic"]
+if __name__ == "__main__":
+    sys.exit(main(["reproduce", "smoke", "--only", "word overlap", "--work", "work", "--results", "results"]))
+"""
+KILLED_ONCE = """if not Path("killed").exists():
+        Path("killed").touch()
+        os.kill(os.getpid(), signal.SIGKILL)"""
+AT_WORK = """Path(f"{os.getpid()}.works").touch(), time.sleep(600)"""
+
+
+def begun(folder: Path, what: str):
+    """A grid of two cells, in a process of its own with two workers; `what` is done in each cell."""
+    (folder / "grid.py").write_text(GRID.format(what=what))
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "grid.py"], cwd=folder, env=environment, **pipes)
+
+
+def test_a_killed_worker_is_replaced(tmp_path):
+    """Killed within a cell; what it or the other had in hand is done by those that come after."""
+    grid = begun(tmp_path, KILLED_ONCE)
     out, err = grid.communicate(timeout=400)
     assert grid.returncode == 0, err[-2000:]
-    assert "a worker was killed" in err and json.loads(out)["failed"] == []
-    assert len(list((tmp_path / "results/smoke/synthetic/tiny-random").iterdir())) == 2
+    assert (tmp_path / "killed").exists() and "a worker was killed" in err and json.loads(out)["failed"] == []
+    assert len(list(tmp_path.glob("results/smoke/*/tiny-random/word-overlap-0.json"))) == 2
 
 
 def test_workers_end_with_the_grid(tmp_path):
     import psutil
 
-    grid = begun(tmp_path)
-    workers = wait_for(lambda: len(found := children(grid.pid)) == 2 and found)
-    logs = tmp_path / "work/logs"
-    wait_for(lambda: logs.exists() and len(list(logs.iterdir())) >= 1)
+    grid = begun(tmp_path, AT_WORK)
+    workers = wait_for(lambda: len(found := [int(one.stem) for one in tmp_path.glob("*.works")]) == 2 and found)
     grid.kill()
     grid.wait()
     grid.stdout.close(), grid.stderr.close()
