@@ -230,3 +230,10 @@ def test_a_reward_model_of_fewer_positions_is_refused():
     model.backbone.config.max_position_embeddings = 6
     with pytest.raises(PyargsError, match="4 prompt . 5 new tokens exceed the 6 positions of LlamaModel"):
         guided(policy, model, rows, ["ann"] * 2, num_candidates=3, max_new_tokens=5)
+
+
+def test_a_policy_with_more_tokens_than_the_reward_model_knows():
+    policy = tiny_lm(vocab=80)
+    model = reward_model(tiny_lm(vocab=61))
+    with pytest.raises(PyargsError, match=r"80 tokens.*knows 61.*tokenizer="):
+        pyargs.generate(policy, model, torch.tensor([[5, 6]]), None, ["ann"], reward_weight=1.0, max_new_tokens=2)

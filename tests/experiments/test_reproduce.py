@@ -141,16 +141,6 @@ def test_an_answer_that_quotes_its_prompt_loses_its_text(quoted):
     assert reproduce.without_quotation({"text": "", "copied": 0, "words": 0, "quotes": False})["text"] == ""
 
 
-def test_a_whole_title_is_a_quotation():
-    from pyargs.metrics.overlap import quotes
-
-    title = "SpeedRead: a fast pipeline"
-    assert quotes("We present speedread, a FAST pipeline for names", ["something else", title], 4)
-    assert not quotes("SpeedRead: a fast pipe", [title], 4) and not quotes("a fast pipeline", [title], 4)
-    assert not quotes("of a fast pipeline", ["a fast pipeline"], 4), "three words are anybody's"
-    assert not quotes("", [title, ""], 4)
-
-
 def test_a_cell_holds_no_text_of_the_data(smoke, places):
     import pyargs.data
 

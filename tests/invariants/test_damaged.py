@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import reward_model, tiny_lm
 from folders import make, same
 from rows import row, write
 
@@ -243,10 +242,3 @@ def test_a_locale_without_the_letters_of_a_path(words, tmp_path):
     words = [str(tmp_path / word) if "." in word else word for word in words]
     done = subprocess.run([sys.executable, "-m", "pyargs.cli", *words], capture_output=True, text=True, env=environment)
     assert done.returncode == 1 and "PYTHONUTF8=1" in done.stderr and "Traceback" not in done.stderr
-
-
-def test_a_policy_with_more_tokens_than_the_reward_model_knows():
-    policy = tiny_lm(vocab=80)
-    model = reward_model(tiny_lm(vocab=61))
-    with pytest.raises(PyargsError, match=r"80 tokens.*knows 61.*tokenizer="):
-        pyargs.generate(policy, model, torch.tensor([[5, 6]]), None, ["ann"], reward_weight=1.0, max_new_tokens=2)

@@ -85,3 +85,13 @@ def test_bertscore_by_hand_for_any_batch(bert):
             precision, recall = cosine[1:-1].max(1).values.mean(), cosine[:, 1:-1].max(0).values.mean()
             want.append(200 * (precision * recall / (precision + recall)).item())
     assert bertscore(texts, texts[::-1], model=bert)["bertscore_each"] == pytest.approx(want, abs=1e-2)
+
+
+def test_a_whole_title_is_a_quotation():
+    from pyargs.metrics.overlap import quotes
+
+    title = "SpeedRead: a fast pipeline"
+    assert quotes("We present speedread, a FAST pipeline for names", ["something else", title], 4)
+    assert not quotes("SpeedRead: a fast pipe", [title], 4) and not quotes("a fast pipeline", [title], 4)
+    assert not quotes("of a fast pipeline", ["a fast pipeline"], 4), "three words are anybody's"
+    assert not quotes("", [title, ""], 4)

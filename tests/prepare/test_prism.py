@@ -55,7 +55,7 @@ def test_prism_leaves_out_what_is_no_pair(tmp_path):
     assert any("Dialogues without a usable turn: user39-1" in note for note in found["notes"])
 
 
-def test_prism_split_is_that_of_the_notebook():
+def test_prism_split_is_that_of_the_notebook(tmp_path):
     """Users, then each train user's dialogues, from one legacy stream of numpy with seed 123."""
     dialogues = {user: [f"{user}-{i}" for i in range(count)] for user, count in DIALOGUES.items()}
     np.random.seed(123)
@@ -68,21 +68,38 @@ def test_prism_split_is_that_of_the_notebook():
         if len(own) > 1:
             cut = int(0.9 * len(own))
             expected |= dict.fromkeys(own[:cut], "train") | dict.fromkeys(own[cut:], "train_test")
-    counts, found = prism_set._split(dialogues, seed=0)
-    assert {d: s for d, s in found.items() if s.startswith("train")} == expected
-    assert counts["train users drawn"] == len({d.split("-")[0] for d in expected})
+    built = prism_set.build(str(prism(tmp_path, DIALOGUES)), prism_set.Config())
+    assert {r["dialogue"]: r["split"] for r in built.rows if r["split"].startswith("train")} == expected
+    assert built.counts["train users drawn"] == len({d.split("-")[0] for d in expected})
 
 
-def test_a_turn_is_usable_up_to_the_longest_text():
-    turn = {"user": ["a"], "chosen": ["x" * 9], "rejected": ["y", "z" * 9]}
-    assert prism_set._usable(turn, 10) and not prism_set._usable(turn, 9)
-    for lacks in turn:
-        assert not prism_set._usable(turn | {lacks: []}, 10)
+@pytest.mark.parametrize(
+    ("texts", "longest", "usable"),
+    [
+        ({}, 2300, True),
+        ({}, 2299, False),
+        ({"rejected": ["y", "z" * 2300]}, 2300, False),
+        *(({lacks: []}, 2300, False) for lacks in ("user", "chosen", "rejected")),
+    ],
+)
+def test_a_turn_is_usable_up_to_the_longest_text(texts, longest, usable, tmp_path):
+    """A dialogue without such a turn is named."""
+    texts = {"user": ["a"], "chosen": ["x" * 2299], "rejected": ["y", "z" * 2299]} | texts
+
+    def change(survey, conversations):
+        conversations[-1]["conversation_history"] = [
+            {"turn": 0, "role": "user" if kind == "user" else "model", "content": text, "if_chosen": kind == "chosen"}
+            for kind, several in texts.items()
+            for text in several
+        ]
+
+    built = prism_set.build(str(prism(tmp_path, DIALOGUES, change)), prism_set.Config(max_characters=longest))
+    assert f"Dialogues without a usable turn: {'none' if usable else 'user39-3'}." in built.notes
 
 
-def test_prism_drops_users_with_one_dialogue():
-    counts, found = prism_set._split({f"user{i}": [f"c{i}"] for i in range(20)}, seed=0)
-    assert found == {} and counts["users with a single dialogue dropped"] == 20
+def test_prism_drops_users_with_one_dialogue(tmp_path):
+    built = prism_set.build(str(prism(tmp_path, {f"user{i}": 1 for i in range(20)})), prism_set.Config())
+    assert built.rows == [] and built.counts["users with a single dialogue dropped"] == 20
 
 
 def test_prism_refuses(tmp_path):

@@ -74,7 +74,8 @@ def test_tldr_files_in_order_and_once(tmp_path):
     folder = tldr_source(tmp_path / "source") / "comparisons"
     (folder / "._batch3.json").write_bytes(b"\x00hidden")
     write(folder / "batch10.json", [comparison("somebody else")])
-    assert [path.name for path in tldr._paths(folder.parent)] == ["batch3.json", "batch4.json", "batch10.json"]
+    found = tldr.build(str(folder.parent), tldr.Config(support=4))
+    assert [path.name for path in found.sources] == ["batch3.json", "batch4.json", "batch10.json"]
     write(folder / "batch3.json.gz", [])
     with pytest.raises(PyargsError, match="batch3 is there in two forms"):
         tldr.build(str(folder.parent), tldr.Config())
