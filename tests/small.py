@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import pkgutil
 
 import torch
 from formulas import USERS
 
-from pyargs import methods
 from pyargs.lm.loading import load_lm
 from pyargs.training import hooks
 
-METHODS = [module.name for module in pkgutil.iter_modules(methods.__path__)]
-
+METHODS = hooks.names()
 
 SMALL = {
     "lore": dict(rank=3),
@@ -46,16 +43,6 @@ def answers(policy, model, prompts, users, **more):
     for numbers, _, decoded in decode_prompts(policy, model, prompts, users, max_new_tokens=6, **more):
         found |= dict(zip(numbers, decoded.answers(), strict=True))
     return [found[i] for i in range(len(prompts))]
-
-
-def fit_examples(model, data) -> list[dict]:
-    encoded, pairs = model.encode(data)
-    several = lambda c, r: (0, c, r) if getattr(model, "apart", False) else (c, r)  # noqa: E731
-    users = model.users.rows(data["user_id"]).tolist()
-    return [
-        {"prompt": encoded[g][0], "responses": [encoded[g][1][i] for i in several(c, r)], "user": u, "pair": n}
-        for n, ((g, c, r), u) in enumerate(zip(pairs, users, strict=True))
-    ]
 
 
 def saved(recipe, config, folder, lm_folder):

@@ -6,13 +6,13 @@ import warnings
 
 import pytest
 import torch
-from small import METHODS, answers, config_of, fit_examples, scores
+from small import METHODS, answers, config_of, scores
 
 from pyargs import load_model
 from pyargs.data import of_split
 from pyargs.errors import PyargsError, UnknownUser
 from pyargs.lm.loading import load_lm
-from pyargs.lm.tokenize import encode_prompt, left_pad
+from pyargs.lm.tokenize import encode_prompt, left_pad, pack
 from pyargs.models.reward_model import RewardModel
 from pyargs.training import adapt, hooks, trainer
 
@@ -205,18 +205,46 @@ def test_bfloat16_backbones_have_float32_heads_and_losses(name, rows, lm_folder)
     assert scores(model, of_split(rows, "train").select(range(4))).dtype in (torch.float32, torch.float64)
 
 
+def first_batch(name: str, rows, config, monkeypatch):
+    """(trained model, what its loss was given in the first step)."""
+    seen, plain = [], hooks.method(name).loss
+    with monkeypatch.context() as patch:
+        patch.setattr(hooks.method(name), "loss", lambda m, b, c: seen.append(b) or plain(m, b, c))
+        return trainer.train(name, rows, config), seen[0]
+
+
 @pytest.mark.parametrize("name", [name for name in METHODS if hasattr(hooks.method(name).Config, "freeze_backbone")])
-def test_a_frozen_backbone_gives_what_the_text_gives(name, rows, lm_folder):
+def test_a_frozen_backbone_gives_what_the_text_gives(name, rows, lm_folder, monkeypatch):
+    """All pairs in one step, where LoRA is still zero: the loss sees the same either way, and so does `pair_scores`."""
+    train = of_split(rows, "train")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for more in ({}, {"variant": "B"}) if name == "pal" else ({},):
-            model = trainer.train(name, rows, config_of(name, lm_folder, freeze_backbone=True, **more))
+            _, text = first_batch(name, rows, config_of(name, lm_folder, batch_size=len(train), **more), monkeypatch)
+            config = config_of(name, lm_folder, batch_size=len(train), freeze_backbone=True, **more)
+            model, kept = first_batch(name, rows, config, monkeypatch)
             assert not any("lora" in key for key in model.state_dict())
-            query = of_split(rows, "train").select(range(6))
-            examples = fit_examples(model, query)
+            one, two = (seen.pair.argsort() for seen in (text, kept))
+            assert torch.equal(text.pair[one], torch.arange(len(train))) and torch.equal(kept.pair[two], text.pair[one])
+            assert torch.equal(text.user[one], kept.user[two])
+            assert torch.equal(text.mask[one].sum(-1), kept.mask[two].sum(-1))  # behind them stands padding
+            tokens = [seen.hidden[order][seen.mask[order]] for seen, order in ((text, one), (kept, two))]
+            torch.testing.assert_close(*tokens, atol=2e-5, rtol=2e-5)
+            if more:
+                torch.testing.assert_close(text.prompt[one], kept.prompt[two], atol=2e-5, rtol=2e-5)
             with torch.no_grad():
-                batch = model(**trainer._collate(examples, share=True))
-                torch.testing.assert_close(model.rewards(batch), model.pair_scores(query)[1], atol=2e-5, rtol=2e-5)
+                torch.testing.assert_close(model.rewards(text)[one], model.pair_scores(train)[1], atol=2e-5, rtol=2e-5)
+
+
+def packed_pass(model, data, share: bool):
+    """A dataset's pairs in one pass of the model, each behind its prompt."""
+    encoded, pairs = model.encode(data)
+    apart = getattr(model, "apart", False)  # the prompt stands among the responses
+    responses = [[encoded[g][1][i] for i in ((0, c, r) if apart else (c, r))] for g, c, r in pairs]
+    packed = pack([encoded[g][0] for g, _, _ in pairs], responses, share=share)
+    rejected = torch.arange(1, len(pairs) + 1) * len(responses[0]) - 1
+    with torch.no_grad():
+        return model(rejected - 1, rejected, model.users.rows(data["user_id"]), **vars(packed))
 
 
 def test_one_packed_pass_is_two_passes(tuned, rows):
@@ -224,13 +252,9 @@ def test_one_packed_pass_is_two_passes(tuned, rows):
     _, _, model, _ = tuned
     if not hasattr(model, "forward") or not hooks.method(model.about["method"]).loss:
         return
-    examples = fit_examples(model, of_split(rows, "query").select(range(5)))
-    with torch.no_grad():
-        one, two = (model(**trainer._collate(examples, share=share)) for share in (True, False))
-    if isinstance(model, RewardModel):
-        torch.testing.assert_close(one.hidden, two.hidden, atol=5e-5, rtol=5e-5)
-    else:
-        torch.testing.assert_close(one.own, two.own, atol=5e-5, rtol=5e-5)
+    one, two = (packed_pass(model, of_split(rows, "query").select(range(5)), share) for share in (True, False))
+    field = "hidden" if isinstance(model, RewardModel) else "own"
+    torch.testing.assert_close(getattr(one, field), getattr(two, field), atol=5e-5, rtol=5e-5)
 
 
 def test_p_dpo_and_genarm_learn_to_stop(lm_folder, rows):

@@ -111,17 +111,25 @@ def test_users_without_pairs_and_losses_that_are_no_numbers_raise(planted):
         trainer.train_head(lore, model, broken, config)
 
 
-def test_lore_alt_moves_mixtures_and_directions_in_turn(planted):
-    config = lore.Config(alternate=True, rank=4, epochs=1)
-    model = lore.build(Backbone(16), None, list(dict.fromkeys(planted.train.users)), config)
-    mixtures, rest = lore.turns(model, config)
-    assert mixtures == set(model.users.parameters())
-    assert rest == {model.head.directions}
-    trainer._drop_others(model, mixtures)
-    batch = planted.train.batch(model.users.rows(planted.train.users), last=True)
-    lore.loss(model, batch, config).backward()
-    trainer._drop_others(model, mixtures)
-    assert model.head.directions.grad is None and model.users.vectors["mixture"].grad is not None
+def check_turns(monkeypatch, train) -> None:
+    """Of the passes of a training, one moves mixtures alone and the next directions alone."""
+    moved, plain = [], lore.loss
+
+    def loss(model, batch, config):
+        moved.append((model.users.vectors["mixture"].detach().clone(), model.head.directions.detach().clone()))
+        return plain(model, batch, config)
+
+    monkeypatch.setattr(lore, "loss", loss)
+    train()
+    assert len(moved) > 2
+    for number, (one, two) in enumerate(zip(moved, moved[1:], strict=False)):
+        mixtures, directions = (not torch.equal(a, b) for a, b in zip(one, two, strict=True))
+        assert (mixtures, directions) == ((True, False) if number % 2 == 0 else (False, True)), number
+
+
+def test_lore_alt_moves_mixtures_and_directions_in_turn(planted, monkeypatch):
+    fields = dict(rank=4, alternate=True, epochs=0.1, warmup=0.0)
+    check_turns(monkeypatch, lambda: trained(lore, planted, **fields))
 
 
 def test_loss_and_gradient_against_a_formula_in_float64(planted):
@@ -172,15 +180,5 @@ def test_lore_alt_reads_every_minibatch_twice_in_full_training(lm_folder, pairs,
 
 
 def test_lore_alt_moves_in_turn_in_full_training(lm_folder, rows, monkeypatch):
-    moved = []
-    plain = lore.loss
-
-    def loss(model, batch, config):
-        moved.append((model.users.vectors["mixture"].detach().clone(), model.head.directions.detach().clone()))
-        return plain(model, batch, config)
-
-    monkeypatch.setattr(lore, "loss", loss)
-    trainer.train("lore", rows, config_of("lore", lm_folder, alternate=True, epochs=0.5, warmup=0.0))
-    for number, (one, two) in enumerate(zip(moved, moved[1:], strict=False)):
-        mixtures, directions = (not torch.equal(a, b) for a, b in zip(one, two, strict=True))
-        assert (mixtures, directions) == ((True, False) if number % 2 == 0 else (False, True)), number
+    config = config_of("lore", lm_folder, alternate=True, epochs=0.5, warmup=0.0)
+    check_turns(monkeypatch, lambda: trainer.train("lore", rows, config))

@@ -1,4 +1,4 @@
-"""P-DPO: its start, its loss (and GenARM's), and users who want the opposite of each other."""
+"""P-DPO: its start, its loss, and users who want the opposite of each other."""
 
 from __future__ import annotations
 
@@ -12,20 +12,14 @@ from pyargs import load_model
 from pyargs.data import of_split, synthetic
 from pyargs.errors import PyargsError
 from pyargs.lm.loading import load_lm
-from pyargs.methods import genarm, pdpo
+from pyargs.methods import pdpo
 from pyargs.models.user_policy import GENERIC
 from pyargs.training import adapt, trainer
 from pyargs.types import LogProbs
 
 
-def test_formulas_of_genarm_and_dpo():
+def test_formula_of_p_dpo():
     torch.manual_seed(0)
-    values = (-20 + 5 * torch.randn(7, 2)).requires_grad_()
-    exact = values.detach().double().requires_grad_()
-    loss = genarm.loss(None, LogProbs(values, None, None, None), genarm.Config(gamma=0.2))
-    want = torch.log1p(torch.exp(-(0.05 * (exact[:, 0] - exact[:, 1]) - 0.2))).mean()
-    compare(loss, want, {"logprobs": values}, {"logprobs": exact})
-
     reference, pair = -20 + 5 * torch.randn(9, 2), torch.tensor([3, 0, 8, 1, 2, 2, 5])
     own, generic = ((-20 + 5 * torch.randn(7, 2)).requires_grad_() for _ in range(2))
     leaf = {name: value.detach().double().requires_grad_() for name, value in (("own", own), ("generic", generic))}

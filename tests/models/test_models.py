@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from small import scores
 
 from pyargs import cli, forget, load_model
 from pyargs.data import of_split, synthetic
@@ -35,10 +36,6 @@ def folder(request, lm_folder, rows, tmp_path_factory):
     where = tmp_path_factory.mktemp(request.param) / "model"
     model.save_pretrained(where)
     return where
-
-
-def scores(model, rows):
-    return model.pair_scores(rows)[1] if hasattr(model, "pair_scores") else model.pair_logprobs(rows)[0]
 
 
 def test_users_are_forgotten_and_the_others_stay_as_they_were(folder, rows, tmp_path):

@@ -6,6 +6,7 @@ import planted
 import pytest
 import torch
 from planted import ids, trained, vectors
+from small import config_of
 
 from pyargs.data import of_split
 from pyargs.errors import PyargsError
@@ -91,11 +92,25 @@ def test_training_counts_its_steps_and_adaptation_keeps_the_pool(monkeypatch):
     assert pools == ["mean"] * 3 * len(ids(data.support))
 
 
-def test_half_written_checkpoints_are_passed_over(tmp_path):
-    for number, complete in ((2, True), (4, True), (10, False)):
-        (tmp_path / f"checkpoint-{number}").mkdir()
-        if complete:
-            (tmp_path / f"checkpoint-{number}" / trainer.COMPLETE).touch()
-    assert trainer._last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
-    assert not (tmp_path / "checkpoint-10").exists()
-    assert trainer._last_checkpoint(tmp_path / "none") is None
+def test_half_written_checkpoints_are_passed_over(lm_folder, rows, tmp_path, monkeypatch):
+    """Training goes on from the newest that is complete, by its number; others are removed."""
+    config = config_of("global_rm", lm_folder, batch_size=7, checkpoint_steps=1)
+    steps, plain, stop = [], global_rm.loss, 10
+
+    def loss(model, batch, config):
+        if batch.step == stop:
+            raise KeyboardInterrupt
+        steps.append(batch.step)
+        return plain(model, batch, config)
+
+    monkeypatch.setattr(global_rm, "loss", loss)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train("global_rm", rows, config, checkpoints=tmp_path)
+    assert {one.name for one in tmp_path.iterdir()} == {"checkpoint-9", "checkpoint-10"}
+    assert steps == list(range(10))
+    half = tmp_path / "checkpoint-12"
+    half.mkdir()
+    steps.clear()
+    stop = None
+    trainer.train("global_rm", rows, config, checkpoints=tmp_path)
+    assert steps == [10] and not half.exists()
