@@ -5,7 +5,7 @@ word length and first-person rate. New users share tastes with trained ones: the
 
 A user's taste is an attribute that can be measured on a text, and a sign, for example longer words or shorter ones. Of
 the four answers to a prompt the two that are furthest apart in the attribute make the pair, and the sign says which one
-is chosen. Nothing is judged by a model. `demo/made.json` has the command that made the answers, and its versions. They are
+is chosen. Nothing is judged by a model. `demo/made.json` has the command that made the answers, and versions. They are
 samples of a small model: fluent more often than true.
 """
 
