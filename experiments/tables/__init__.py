@@ -1,7 +1,7 @@
 """The paper's Tables 1-12 made from cells: ours beside the paper's numbers, what is missing, and the command that makes it.
 
-specs.py says what the tables hold, methods.py fills those with methods in their rows, captions.py writes what stands around the
-numbers, render.py makes Markdown, LaTeX and CSV of them.
+specs.py says what the tables hold, methods.py fills those with methods in their rows,
+captions.py writes what stands around the numbers, render.py makes Markdown, LaTeX and CSV of them.
 """
 
 from __future__ import annotations
