@@ -28,7 +28,7 @@ def measure(quick: bool, rate: float) -> list[dict]:
 def inputs(batch: int, dtype: torch.dtype, layers: int = 30) -> tuple[list[Tensor], Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     states = [torch.zeros(batch, 3, PREFIX + BRANCHES, 64, dtype=dtype) for _ in range(2 * layers)]
-    return states, torch.randint(1, BRANCHES, (batch,), generator=generator), torch.tensor(PREFIX)
+    return states, torch.randint(1, BRANCHES, (batch,), generator=generator), torch.full((batch,), PREFIX)
 
 
 def torch_commit(states: list[Tensor], slot: Tensor, rows: Tensor) -> None:

@@ -190,14 +190,14 @@ def commits(t: Table) -> None:
     def theirs(states, slot, length):
         row = torch.arange(len(slot), device=slot.device)
         for tensor in states:
-            tensor.index_copy_(2, length.view(1), tensor[row, :, length + slot].unsqueeze(2))
+            tensor[row, :, length] = tensor[row, :, length + slot]
 
     layers, heads, dim = (2, 2, 8) if t.dry else (28, 4, 128)
     for batch in (2,) if t.dry else (1, 8, 32):
         make = lambda batch=batch: (  # noqa: E731
             [t.random(batch, heads, 300, dim) for _ in range(2 * layers)],
             torch.randint(1, 10, (batch,), device=t.device),
-            torch.tensor(200, device=t.device),
+            torch.full((batch,), 200, device=t.device),
         )
         size = 2 * batch * layers * 2 * heads * dim * 2
         t.compare("commit", f"{layers} layers", commit, theirs, make, size, B=batch, k=10, dtype="bfloat16")

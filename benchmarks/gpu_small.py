@@ -49,7 +49,7 @@ def main() -> None:
                 )
         user_mlp(random(3, 13, 577, dtype=dtype), random(5, 37, 577, dtype=dtype), user)
         tokenwise_select(logits, random(3, 17001, dtype=dtype), weight, finished, 64, stop=stop)
-        commit([torch.randn(3, 2, 9, 33, device=DEVICE).to(dtype)] * 3, user % 3, torch.tensor(4, device=DEVICE))
+        commit([torch.randn(3, 2, 9, 33, device=DEVICE).to(dtype)] * 3, user % 3, 2 + user % 4)
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     print(f"all ops ran on {DEVICE}")

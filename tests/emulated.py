@@ -175,6 +175,7 @@ def commit(states: list[Tensor], slot: Tensor, length: Tensor) -> None:
     batch, heads, capacity, dim = states[0].shape
     size = states[0].element_size()
     strides = [size * stride for stride in states[0].stride()[:3]]
+    slot, length = slot.contiguous(), length.contiguous()
     if batch * heads:
         addresses = torch.tensor([tensor.data_ptr() for tensor in states])
-        call("commit", addresses, len(states), batch, heads, capacity, *strides, dim * size, slot.contiguous(), length)
+        call("commit", addresses, len(states), batch, heads, capacity, *strides, dim * size, slot, length)

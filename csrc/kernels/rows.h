@@ -56,7 +56,7 @@ struct CommitRows {
   void* states[kMaxCommitted];  // each [B, heads, capacity, head_dim], all alike
   int64_t count, batch, heads;
   int64_t stride_b, stride_h, stride_t, bytes;  // in bytes; of one place of one head
-  const int64_t *slot, *length;                 // [B], one number
+  const int64_t *slot, *length;                 // [B], [B]
 };
 
 }  // namespace pyargs

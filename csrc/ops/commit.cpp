@@ -14,13 +14,16 @@ using Run = void (*)(const CommitRows&, int64_t capacity, const Array& like);
 
 void run_on_cpu(const CommitRows& given, int64_t capacity, const Array&) {
   // Copies: slot and length may be views of the states themselves.
-  const int64_t length = *given.length;
   const std::vector<int64_t> slots(given.slot, given.slot + given.batch);
-  check(length >= 0 && length < capacity, "length must be a place of the states");
-  for (const int64_t slot : slots) check(slot < capacity - length, "a slot lies behind the states");
+  const std::vector<int64_t> lengths(given.length, given.length + given.batch);
+  for (int64_t b = 0; b < given.batch; ++b) {
+    if (slots[b] < 0) continue;
+    check(lengths[b] >= 0 && lengths[b] < capacity, "a length must be a place of the states");
+    check(slots[b] < capacity - lengths[b], "a slot lies behind the states");
+  }
   CommitRows rows = given;
   rows.slot = slots.data();
-  rows.length = &length;
+  rows.length = lengths.data();
   PYARGS_DISPATCH(commit, rows);
 }
 
@@ -59,7 +62,7 @@ void commit(std::vector<torch::stable::Tensor> states, AtenTensorHandle slot_han
     rows.states[rows.count++] = tensor.data_ptr();
   }
   slot.require({rows.batch}, aoti_torch_dtype_int64(), "slot must be [B] int64");
-  check(length.dtype() == aoti_torch_dtype_int64() && length.dim() == 0, "length must be a single int64");
+  length.require({rows.batch}, aoti_torch_dtype_int64(), "length must be [B] int64");
 #ifdef PYARGS_CUDA_ARCHS
   if (run == run_on_cuda) {
     check_one_device({&slot, &length});

@@ -135,7 +135,7 @@ class PrefixCache(Cache):
         for several in self._alike():
             device = several[0].device
             length = self.length if isinstance(self.length, Tensor) else torch.full((), self.length, device=device)
-            commit(several, slot.to(device), length)
+            commit(several, slot.to(device), length.expand(len(slot)))
         self.advance(1)
 
     def count_on_device(self) -> None:

@@ -14,22 +14,22 @@ MOST = 256  # tensors of one call: keys and values of 128 layers
 def commit_reference(states: list[Tensor], slot: Tensor, length: Tensor) -> None:
     """Plain PyTorch form of `commit`; same arguments, effect and errors."""
     check(states, slot, length)
-    if not len(slot):
-        return
-    rows, at = torch.arange(len(slot), device=slot.device), length.view(1).clone()  # it may be a view of the states
-    place = at + slot.clamp(min=0)
+    to = length.where(slot >= 0, 0)  # new tensors: slot and length may be views of the states
+    at = to + slot.clamp(min=0)
+    to, at = (place.view(-1, 1, 1, 1).expand_as(states[0][:, :, :1]) for place in (to, at))
     for tensor in states:
-        tensor.index_copy_(2, at, tensor[rows, :, place].unsqueeze(2))
+        tensor.scatter_(2, to, tensor.gather(2, at))
 
 
 def commit(states: list[Tensor], slot: Tensor, length: Tensor) -> None:
-    """`states[i][b, :, length] = states[i][b, :, length + slot[b]]` for all tensors at once, in place.
+    """`states[i][b, :, length[b]] = states[i][b, :, length[b] + slot[b]]` for all tensors at once, in place.
 
     Args:
         states: 1 to 256 tensors [B, heads, capacity, head_dim] of one shape, layout and dtype: the keys and values of all
             layers, with each row's branches behind its prefix. The last dimension must be dense.
         slot: [B] int64, the branch that stays, as `score_select` gives it; -1 (no choice) leaves the row as it is.
-        length: a single int64 on the states' device, the length of the prefix: a captured graph need not know it.
+        length: [B] int64 on the states' device, the length of each row's prefix: a captured graph need not know it. It is
+            not read where slot is -1.
 
     Raises:
         TypeError, ValueError: a dtype, shape, layout or device that does not fit.
@@ -61,10 +61,9 @@ def check(states, slot, length) -> None:
         raise ValueError("the last dimension of states must be dense: call .contiguous() where they are made")
     if slot.dtype != torch.int64 or length.dtype != torch.int64:
         raise TypeError(f"slot and length must be int64, got {slot.dtype} and {length.dtype}")
-    if slot.shape != first.shape[:1] or length.dim() != 0:
-        raise ValueError(
-            f"slot must have shape [{first.shape[0]}] and length none, got {list(slot.shape)}, {list(length.shape)}"
-        )
+    for name, tensor in {"slot": slot, "length": length}.items():
+        if tensor.shape != first.shape[:1]:
+            raise ValueError(f"{name} must have shape [{first.shape[0]}], one for each row, got {list(tensor.shape)}")
     device_of(states=first, slot=slot, length=length)
 
 

@@ -9,11 +9,11 @@ namespace pyargs::cuda {
 
 constexpr int kCommitThreads = 32;
 
-// The length is read on the device, so that a captured graph need not know it. A row without a choice (slot -1) and one
-// whose slot lies behind the states keep what they have.
+// Lengths are read on the device, so that a captured graph need not know them. A row without a choice (slot -1) and one
+// whose length or slot lies outside the states keep what they have.
 __global__ void __launch_bounds__(kCommitThreads) commit_kernel(CommitRows a, int64_t capacity) {
   const int64_t row = blockIdx.x / a.heads, head = blockIdx.x % a.heads;
-  const int64_t slot = a.slot[row], length = *a.length;
+  const int64_t slot = a.slot[row], length = a.length[row];
   if (slot <= 0 || length < 0 || slot >= capacity - length) return;
   char* to = static_cast<char*>(a.states[blockIdx.y]) + row * a.stride_b + head * a.stride_h + length * a.stride_t;
   const char* from = to + slot * a.stride_t;
