@@ -22,10 +22,11 @@ def decode(policy, model, input_ids, attention_mask, users, weight: float, stop:
     """Tokens int64 [B, steps or less], the same as those of pyargs.generate; the head must be a linear one."""
     batch, device = len(input_ids), input_ids.device
     user = model.users.rows(users).to(device)
-    directions = model.head.fold().weight  # [users, D]: what score_select reads of a linear head
+    directions = model.head.fold(user).weight  # [batch, D]: what score_select reads of a linear head, one row for each user
+    row = torch.arange(batch, device=device)
     weights, stop = torch.full((batch,), weight, device=device), torch.tensor(stop, device=device)
     finished = torch.zeros(batch, dtype=torch.bool, device=device)
-    copies = torch.arange(batch, device=device).repeat_interleave(k)  # the row of each candidate
+    copies = row.repeat_interleave(k)  # the row of each candidate
 
     mask, place = attention_mask, (attention_mask.cumsum(1) - 1).clamp(min=0)
     policy_cache, reward_cache = DynamicCache(config=policy.config), DynamicCache(config=policy.config)
@@ -47,7 +48,7 @@ def decode(policy, model, input_ids, attention_mask, users, weight: float, stop:
         token, slot, reward, finished = score_select(
             hidden.view(batch, k, -1),
             directions,
-            user,
+            row,
             weights,
             logprobs,
             candidates,

@@ -97,7 +97,7 @@ def decode(policy, reward_model: RewardModel, request: Request) -> Decoded:
     """The loop over shared prefixes; `generate` says what it does."""
     rows, length = request.input_ids.shape
     k, device = request.num_candidates, reward_model.device
-    capacity, folded = length + request.max_new_tokens + k, reward_model.head.fold()
+    capacity, folded = length + request.max_new_tokens + k, reward_model.head.fold(request.user)
     if cpu.possible(policy, reward_model):
         both = cpu.of(policy, reward_model, rows, capacity)
     else:

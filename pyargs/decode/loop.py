@@ -42,7 +42,7 @@ class State(NamedTuple):
 def begin(passes: Passes, folded: Folded, request: Request, finished: Tensor) -> State:
     """Reads the prompts. finished [B]: rows that are none of the caller's."""
     logits, state = passes.begin(request)
-    so_far = _rewards(folded, state.unsqueeze(1), request.user).squeeze(1)
+    so_far = _rewards(folded, state.unsqueeze(1)).squeeze(1)
     return State(logits, so_far, torch.zeros_like(so_far), finished)
 
 
@@ -53,9 +53,9 @@ def choose(passes: Passes, folded: Folded, request: Request, output: Output, sta
     logprobs, candidates = logprobs.to(device), candidates.to(device)
     hidden = passes.branch(candidates, state.finished)
     token, slot, reward, finished = score_select(
-        folded.features(as_float(hidden), request.user),
+        folded.features(as_float(hidden), folded.own),
         folded.weight,
-        request.user,
+        torch.arange(len(candidates), device=device),
         request.step_weight(output.steps),
         logprobs,
         candidates,
@@ -74,13 +74,14 @@ def choose(passes: Passes, folded: Folded, request: Request, output: Output, sta
     return State(state.logits, so_far, total, finished), token, slot
 
 
-def _rewards(folded: Folded, states: Tensor, user: Tensor) -> Tensor:
+def _rewards(folded: Folded, states: Tensor) -> Tensor:
     """Rewards [B, k] of states [B, k, D], as `choose` computes them."""
     rows, k, _ = states.shape
+    user = torch.arange(rows, device=folded.weight.device)
     ids = torch.zeros(rows, k, dtype=torch.long, device=user.device)
     nothing = torch.zeros(rows, k, dtype=torch.float32, device=user.device)
     return score_select(
-        folded.features(as_float(states), user),
+        folded.features(as_float(states), folded.own),
         folded.weight,
         user,
         nothing[:, 0],

@@ -1,6 +1,7 @@
 """One file per formula that turns a hidden state into a user's reward.
 
-A head has `forward(hidden [..., D], user rows [...]) -> reward [...]` in float32, `fold() -> Folded` (what a decoder reads),
+A head has `forward(hidden [..., D], user rows [...]) -> reward [...]` in float32, `fold(user rows [B]) -> Folded` (what a
+decoder reads; it costs nothing in proportion to the users that are not among these rows),
 `config() -> dict` (how to build it again) and `users`; where it got a field later, OLDER says what folders without it mean.
 """
 
@@ -21,15 +22,17 @@ Linear = partial(nn.Linear, dtype=torch.float32)
 
 
 class Folded(NamedTuple):
-    """A head in the form that `score_select` takes: its own matrix products, then what is left per candidate.
+    """A head for the users of B rows: its own matrix products, then what is left per candidate.
 
-    features(hidden [B, k, D], user rows [B]) -> [B, k, H]; weight [U or 1, H], bias [U or 1, H] and activation as for
-    `score_select`.
+    features(hidden [B, k, D], own) -> [B, k, H]; own [B, ...] or None: what features needs of each row's user.
+    weight [B or 1, H], bias [B or 1, H] and activation are as for `score_select`, whose `user` is then arange(B).
+    What is a row's is a copy: it does not change when the table of users does, and depends on no other row.
     """
 
-    features: Callable[[Tensor, Tensor], Tensor]
+    features: Callable[[Tensor, Tensor | None], Tensor]
     weight: Tensor
     bias: Tensor | None = None
+    own: Tensor | None = None
     activation: str = "identity"
 
 

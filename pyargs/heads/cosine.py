@@ -45,5 +45,5 @@ class Head(nn.Module):
     def forward(self, hidden: Tensor, user: Tensor, prompt: Tensor) -> Tensor:
         return self.compare(self.project(hidden.float()), self.target(user, self.project_prompt(prompt)))
 
-    def fold(self) -> Folded:
+    def fold(self, user: Tensor) -> Folded:
         raise PyargsError("PAL-B ranks whole responses and guides no decoder: use variant A, or Best-of-N")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyargs.errors import PyargsError
-from pyargs.heads import Folded, Linear, apply
+from pyargs.heads import Folded, Linear, apply, product
 from pyargs.types import Users
 
 
@@ -75,15 +75,16 @@ class Head(nn.Module):
     def forward(self, hidden: Tensor, user: Tensor) -> Tensor:
         return self.compare(self.project(hidden.float()), self.target(user))
 
-    def fold(self) -> Folded:
-        """The distance is the one feature; `score_select` takes it with weight -1."""
-        ideal = self.ideal()
-        weight = -ideal.new_ones(1, 1)
+    @torch.no_grad()
+    def fold(self, user: Tensor) -> Folded:
+        """The distance is the one feature; `score_select` takes it with weight -1. A row's own is its ideal point [1, P]."""
+        mixture = self.users.vectors["mixture"][user].softmax(-1).unsqueeze(1)
+        ideal = self.project(product(mixture, self.prototypes.T), apply)
 
-        def features(hidden: Tensor, user: Tensor) -> Tensor:
-            return _distance(self.project(hidden.float(), apply), ideal[user].unsqueeze(1)).unsqueeze(-1)
+        def features(hidden: Tensor, own: Tensor) -> Tensor:
+            return _distance(self.project(hidden.float(), apply), own).unsqueeze(-1)
 
-        return Folded(features, weight)
+        return Folded(features, -ideal.new_ones(1, 1), own=ideal)
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:

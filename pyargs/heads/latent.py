@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyargs.heads import Folded, Linear, mlp
+from pyargs.heads import Folded, Linear, mlp, product
 from pyargs.types import Users
 
 
@@ -68,19 +68,21 @@ class Head(nn.Module):
         x = F.leaky_relu(self.second(F.leaky_relu(self.first(x), 0.2)), 0.2)
         return self.last(x).squeeze(-1)
 
-    def user_latents(self) -> Tensor:
-        mean = self.users.vectors["latent"]
+    def user_latents(self, user: Tensor) -> Tensor:
+        """z [..., Z] of user rows [...]."""
+        mean = self.users.vectors["latent"][user]
         return unit(mean) if self.normalized else mean
 
     def forward(self, hidden: Tensor, user: Tensor) -> Tensor:
-        return self.decode(hidden, self.user_latents()[user])
+        return self.decode(hidden, self.user_latents(user))
 
-    def fold(self) -> Folded:
-        """W_s goes into the first layer, and the latent into a bias [U, Z] of each user."""
+    @torch.no_grad()
+    def fold(self, user: Tensor) -> Folded:
+        """W_s goes into the first layer, and the latent into a bias [B, Z] of each row."""
         dim = self.score.in_features
         ours, latents = self.first.weight[:, :dim], self.first.weight[:, dim:]
-        bias = self.user_latents() @ latents.T + self.first.bias
-        return mlp.fold(ours @ self.score.weight, bias, self.second, self.last.weight, "leaky_relu")
+        own = product(self.user_latents(user).unsqueeze(1), latents).squeeze(1) + self.first.bias
+        return mlp.fold(ours @ self.score.weight, own, None, self.second, self.last.weight, "leaky_relu")
 
 
 def unit(z: Tensor) -> Tensor:

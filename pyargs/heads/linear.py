@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pyargs.heads import Folded
+from pyargs.heads import Folded, product
 from pyargs.types import Users
 
 
@@ -39,7 +39,9 @@ class Head(nn.Module):
     def forward(self, hidden: Tensor, user: Tensor) -> Tensor:
         return ((hidden.float() @ self.directions.T) * self.weights(user)).sum(-1) / self.divisor
 
-    def fold(self) -> Folded:
-        """Every user's own direction [U, D], the divisor included."""
-        everyone = torch.arange(max(len(self.users), 1), device=self.directions.device)
-        return Folded(lambda hidden, user: hidden, self.weights(everyone) @ self.directions / self.divisor)
+    @torch.no_grad()
+    def fold(self, user: Tensor) -> Folded:
+        """Each row's own direction [B, D], the divisor included; the one direction [1, D] where users hold no vectors."""
+        weights = self.weights(user if self.users.personal else user.new_zeros(1))
+        directions = product(weights.unsqueeze(1), self.directions.T).squeeze(1)
+        return Folded(lambda hidden, own: hidden, directions / self.divisor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from pyargs.heads import Folded, Linear, product
@@ -43,22 +44,23 @@ class Head(nn.Module):
             x = phi(self.second(x))
         return self.last(x).squeeze(-1)
 
-    def fold(self) -> Folded:
-        bias = self.users.vectors["bias"] if self.users.personal else self.first.bias.unsqueeze(0)
-        return fold(self.first.weight, bias, self.second, self.last.weight, self.activation)
+    @torch.no_grad()
+    def fold(self, user: Tensor) -> Folded:
+        own = self.users.vectors["bias"][user] if self.users.personal else None
+        return fold(self.first.weight, own, self.first.bias, self.second, self.last.weight, self.activation)
 
 
-def fold(first: Tensor, bias: Tensor, second: nn.Linear | None, last: Tensor, activation: str) -> Folded:
-    """The formula above from its parts: first [H, D], bias [U or 1, H], last [1, H or H2]."""
+def fold(
+    first: Tensor, own: Tensor | None, shared: Tensor | None, second: nn.Linear | None, last: Tensor, activation: str
+) -> Folded:
+    """The formula above from its parts: first [H, D], the biases own [B, H] or shared [H], last [1, H or H2]."""
     phi = ACTIVATIONS[activation]
 
-    def project(hidden: Tensor, user: Tensor) -> Tensor:
-        return product(hidden, first)
-
-    def through_second(hidden: Tensor, user: Tensor) -> Tensor:
-        x = phi(project(hidden, user) + (bias if len(bias) == 1 else bias[user]).unsqueeze(1))
-        return product(x, second.weight)
+    def through_second(hidden: Tensor, own: Tensor | None) -> Tensor:
+        bias = shared if own is None else own.unsqueeze(1)
+        return product(phi(product(hidden, first) + bias), second.weight)
 
     if second is None:
-        return Folded(project, last, bias, activation)
-    return Folded(through_second, last, second.bias.unsqueeze(0), activation)
+        bias = shared.unsqueeze(0) if own is None else own
+        return Folded(lambda hidden, own: product(hidden, first), last, bias, activation=activation)
+    return Folded(through_second, last, second.bias.unsqueeze(0), own, activation)

@@ -56,7 +56,12 @@ class Head(nn.Module):
         reward = (x @ look_up("last").unsqueeze(2)).squeeze(2)
         return reward[group, place].view(user.shape)
 
-    def fold(self) -> Folded:
-        vectors = {name: value.detach() for name, value in self.users.vectors.items()}
-        bank = vectors["first"].view(len(self.users), self.hidden, self.dim)
-        return Folded(lambda hidden, user: user_mlp(hidden, bank, user), vectors["last"], vectors["bias"], "relu")
+    @torch.no_grad()
+    def fold(self, user: Tensor) -> Folded:
+        """A row's own is its user's matrix [H, D]."""
+        first, bias, last = (self.users.vectors[name][user] for name in ("first", "bias", "last"))
+
+        def features(hidden: Tensor, own: Tensor) -> Tensor:
+            return user_mlp(hidden, own, torch.arange(len(own), device=own.device))
+
+        return Folded(features, last, bias, first.view(len(user), self.hidden, self.dim), "relu")

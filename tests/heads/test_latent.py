@@ -23,8 +23,8 @@ def test_the_order_within_a_pair_is_its_label():
 
 def test_vpl_latents_have_the_length_of_the_trainings():
     for normalized in (True, False):
-        users = Users(["a", "b"], latent=torch.randn(2, 6))
+        users, everyone = Users(["a", "b"], latent=torch.randn(2, 6)), torch.arange(2)
         head = latent.Head(planted.DIM, 6, users, normalized=normalized)
-        length = head.user_latents().norm(dim=-1)
+        length = head.user_latents(everyone).norm(dim=-1)
         assert torch.allclose(length, torch.full((2,), math.sqrt(6))) == normalized
-        assert torch.equal(head.user_latents(), users.vectors["latent"]) == (not normalized)
+        assert torch.equal(head.user_latents(everyone), users.vectors["latent"]) == (not normalized)

@@ -73,8 +73,8 @@ def test_args_of_two_users_on_smollm2(smollm2):
         hidden = stack(candidates, cache, branches=True, rows=reward, delta=True)
         token, slot, _, _ = score_select(
             hidden,
-            head.fold().weight,
-            users.rows(["ann", "bob"]),
+            head.fold(users.rows(["ann", "bob"])).weight,
+            torch.arange(batch),
             torch.full((batch,), 1.8),
             logprobs,
             candidates,

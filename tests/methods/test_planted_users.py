@@ -139,12 +139,12 @@ def test_a_folded_head_and_a_saved_one_give_the_same_rewards(found):
     _, data, model, *_ = found
     torch.manual_seed(0)
     hidden, user = torch.randn(5, 7, planted.DIM), torch.tensor([3, 0, 3, 15, 2])
-    folded = model.head.fold()
+    folded = model.head.fold(user)
     with torch.no_grad():
         _, _, reward, _ = score_select(
-            folded.features(hidden, user),
+            folded.features(hidden, folded.own),
             folded.weight,
-            user,
+            torch.arange(5),
             torch.ones(5),
             torch.zeros(5, 7),
             torch.arange(7).expand(5, 7),

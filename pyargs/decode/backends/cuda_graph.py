@@ -99,7 +99,8 @@ def decode(policy, reward_model: RewardModel, request: Request) -> Decoded | Non
                 recording = _record(policy, reward_model, way, wide, finished, places)
             if recording is None:
                 return None
-        _start(way(policy, reward_model, recording.caches), wide, finished, recording)
+        folded = reward_model.head.fold(wide.user)
+        _start(way(policy, reward_model, recording.caches), wide, folded, finished, recording)
         try:
             for step in range(request.max_new_tokens):
                 recording.replay()
@@ -115,7 +116,7 @@ def _record(policy, reward_model: RewardModel, way: type, request: Request, fini
     device = request.user.device
     caches = way.caches(policy, reward_model, len(finished), places)
     both = way(policy, reward_model, caches)
-    folded = reward_model.head.fold()
+    folded = Folded(*(_cloned(part) for part in reward_model.head.fold(request.user)))
     state = State(*(tensor.clone() for tensor in begin(both, folded, request, finished)))
     for cache in caches:
         cache.count_on_device()
@@ -139,16 +140,23 @@ def _record(policy, reward_model: RewardModel, way: type, request: Request, fini
     return recording
 
 
-def _start(both: TwoPasses | OnePass, request: Request, finished: Tensor, recording: Recording) -> None:
-    """Puts a request into the buffers, its prompts read."""
-    for name in ("user", "weight", "stop", "uniform"):
+def _start(both: TwoPasses | OnePass, request: Request, folded: Folded, finished: Tensor, recording: Recording) -> None:
+    """Puts a request and its users into the buffers, its prompts read."""
+    for name in ("weight", "stop", "uniform"):
         if (tensor := getattr(recording.request, name)) is not None:
             tensor.copy_(getattr(request, name))
+    for kept, new in zip(recording.folded, folded, strict=True):
+        if isinstance(kept, Tensor):
+            kept.copy_(new)
     for kept, new in zip(recording.state, begin(both, recording.folded, request, finished), strict=True):
         kept.copy_(new)
     for cache in recording.caches:
         cache.count_on_device()
     recording.output.restart()
+
+
+def _cloned(part):
+    return part.clone() if isinstance(part, Tensor) else part
 
 
 def _step(both: TwoPasses | OnePass, recording: Recording) -> None:
@@ -201,7 +209,8 @@ def _widened(request: Request, rows: int, steps: int) -> Request:
 
 
 def _key(policy, reward_model: RewardModel, way: type, request: Request, places: int) -> tuple:
-    """What a recording is for. Weights may change where they lie, but not those that the head folds: these are read."""
+    """What a recording is for. Weights may change where they lie, but not those that the head folds: these are read. Users are
+    in the buffers: they may come, go and change, and their table may move."""
     numbers = (
         len(request.user),
         places,
@@ -215,7 +224,8 @@ def _key(policy, reward_model: RewardModel, way: type, request: Request, places:
         request.uniform is None,
     )
     models = policy, reward_model.backbone
-    head = reward_model.head.state_dict(keep_vars=True).values()
+    head = [part for name, part in reward_model.head.state_dict(keep_vars=True).items() if not name.startswith("users.")]
+    own = tuple((name, value.shape[1:]) for name, value in reward_model.users.vectors.items())
     weights = tuple(t.data_ptr() for model in models for t in (*model.parameters(), *model.buffers()))
     places = tuple((t.data_ptr(), t.shape) for t in head)
-    return way, numbers, weights, places, tuple(contents(head))
+    return way, numbers, weights, places, own, tuple(contents(head))

@@ -118,6 +118,28 @@ def test_a_changed_head_is_recorded_anew_and_changed_weights_are_seen():
     same(recorded(policy, model, rows, USERS[:2]), plain(policy, model, rows, USERS[:2]))
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_users_come_go_and_change_without_a_new_recording(head):
+    policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
+    model.head = HEADS[head]()
+    rows, changes = prompts([4, 2]), dict(reward_weight=5.0)
+
+    def agree(*users):
+        same(recorded(policy, model, rows, users, **changes), plain(policy, model, rows, users, **changes))
+        return len(cuda_graph.recordings[model]), id(next(iter(cuda_graph.recordings[model].values())))
+
+    first = agree("ann", "bob")
+    if model.users.personal:
+        new = {name: torch.randn(1, *value.shape[1:]) for name, value in model.users.vectors.items()}
+        model.users.append(["dan"], **new)
+        assert agree("dan", "ann") == first
+        model.users.remove(["ann"])
+        assert agree("dan", "cid") == first
+        for value in model.users.vectors.values():
+            value.data.neg_()
+    assert agree("dan", "cid") == first
+
+
 def test_what_a_recording_keeps_of_head_and_modules_is_looked_at():
     """Numbers that were written to through `data`, and attributes that are no tensors."""
     policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
