@@ -29,6 +29,12 @@ def main() -> None:
         logprobs, ids, _ = topk_logprobs(logits, 64)
         user, finished = torch.tensor([0, 3, 7], device=DEVICE), torch.tensor([False, True, False], device=DEVICE)
         weight, stop = torch.ones(3, device=DEVICE), torch.tensor([5, 6], device=DEVICE)
+        own = {
+            "stop": torch.tensor([[5, -1], [6, 7], [8, 9]], device=DEVICE),
+            "temperature": torch.tensor([0.0, 1.0, 0.7], device=DEVICE),
+            "uniform": weight / 2,
+            "count": torch.tensor([64, 0, 33], device=DEVICE),
+        }
         for hidden in (7, 2100):
             features, bank = random(3, 64, hidden, dtype=dtype), random(5, hidden, dtype=dtype)
             for activation in ("identity", "relu", "gelu", "leaky_relu"):
@@ -42,13 +48,12 @@ def main() -> None:
                     finished,
                     bias=bank,
                     activation=activation,
-                    stop=stop,
                     stop_reward=weight,
-                    temperature=0.7,
-                    uniform=weight / 2,
+                    **own,
                 )
         user_mlp(random(3, 13, 577, dtype=dtype), random(5, 37, 577, dtype=dtype), user)
-        tokenwise_select(logits, random(3, 17001, dtype=dtype), weight, finished, 64, stop=stop)
+        for choice in ({"stop": stop}, own):
+            tokenwise_select(logits, random(3, 17001, dtype=dtype), weight, finished, 64, **choice)
         commit([torch.randn(3, 2, 9, 33, device=DEVICE).to(dtype)] * 3, user % 3, 2 + user % 4)
     if DEVICE == "cuda":
         torch.cuda.synchronize()

@@ -86,6 +86,19 @@ def dense(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def choice(stop, temperature, uniform, count) -> tuple[Tensor | None, Tensor | None, tuple, tuple]:
+    """What csrc/ops/choice.h makes of the arguments of the choice: uniform, count, (stop, number, stride), temperatures."""
+    stop, uniform, count = contiguous(stop, uniform, count)
+    number = 0 if stop is None else stop.shape[-1]
+    stops = stop, number, number if stop is not None and stop.dim() == 2 else 0
+    row_temperature = temperature.contiguous() if isinstance(temperature, Tensor) else None
+    return uniform, count, stops, (row_temperature, 0.0 if row_temperature is not None else float(temperature or 0.0))
+
+
 def topk_logprobs(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     logits = dense(logits)
     batch, vocab = logits.shape
@@ -112,14 +125,15 @@ def score_select(
     pad_id=0,
     temperature=None,
     uniform=None,
+    count=None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from pyargs.ops.score_select import ACTIVATIONS
 
     features, weight = dense(features), dense(weight)
     bias = None if bias is None else dense(bias)
     batch, k, hidden = features.shape
-    others = [None if t is None else t.contiguous() for t in (user, ids, stop, reward_weight, logprobs, stop_reward, uniform)]
-    user, ids, stop, reward_weight, logprobs, stop_reward, uniform = others
+    user, ids, reward_weight, logprobs, stop_reward = contiguous(user, ids, reward_weight, logprobs, stop_reward)
+    uniform, count, stops, temperatures = choice(stop, temperature, uniform, count)
     token, slot = torch.full((2, batch), -7, dtype=torch.int64)
     reward, finished_out = torch.full((batch, k), torch.nan), torch.zeros(batch, dtype=torch.bool)
     if batch:
@@ -127,9 +141,8 @@ def score_select(
             "score_select", features, weight, bias, DTYPES[features.dtype], DTYPES[weight.dtype],
             0 if bias is None else DTYPES[bias.dtype], features.stride(0), features.stride(1), weight.stride(0),
             0 if bias is None else bias.stride(0), batch, k, hidden, len(weight), 1 if bias is None else len(bias), user, ids,
-            stop, 0 if stop is None else len(stop), reward_weight, logprobs, stop_reward, uniform, finished.contiguous(),
-            pad_id, list(ACTIVATIONS).index(activation), float(scale), float(temperature or 0.0), token, slot, reward,
-            finished_out,
+            *stops, reward_weight, logprobs, stop_reward, uniform, count, *temperatures, finished.contiguous(), pad_id,
+            list(ACTIVATIONS).index(activation), float(scale), token, slot, reward, finished_out,
         )  # fmt: skip
     return token, slot, reward, finished_out
 
@@ -145,17 +158,18 @@ def tokenwise_select(
     pad_id=0,
     temperature=None,
     uniform=None,
+    count=None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logits, reward_logits = dense(logits), dense(reward_logits)
     batch, vocab = logits.shape
-    reward_weight, stop, uniform = (None if t is None else t.contiguous() for t in (reward_weight, stop, uniform))
+    uniform, count, stops, temperatures = choice(stop, temperature, uniform, count)
     token, slot = torch.full((2, batch), -7, dtype=torch.int64)
     reward, finished_out = torch.full((batch, k), torch.nan), torch.zeros(batch, dtype=torch.bool)
     if batch:
         call(
             "tokenwise_select", logits, reward_logits, DTYPES[logits.dtype], DTYPES[reward_logits.dtype], logits.stride(0),
-            reward_logits.stride(0), batch, vocab, k, reward_weight, finished.contiguous(), stop,
-            0 if stop is None else len(stop), pad_id, uniform, float(temperature or 0.0), token, slot, reward, finished_out,
+            reward_logits.stride(0), batch, vocab, k, reward_weight.contiguous(), finished.contiguous(), *stops, pad_id,
+            uniform, count, *temperatures, token, slot, reward, finished_out,
         )  # fmt: skip
     return token, slot, reward, finished_out
 

@@ -9,11 +9,18 @@
 namespace pyargs {
 namespace {
 
-PYARGS_HD bool is_stop(const ChoiceRows& rows, int64_t id) {
+PYARGS_HD bool is_stop(const ChoiceRows& rows, int64_t row, int64_t id) {
+  const int64_t* stop = rows.stop + row * rows.stop_stride;
   for (int64_t e = 0; e < rows.stops; ++e) {
-    if (rows.stop[e] == id) return true;
+    if (stop[e] == id) return true;
   }
   return false;
+}
+
+// How many of the row's candidates may be chosen: the first ones. 0 where its count is none of 1 .. k.
+PYARGS_HD int candidates_of(const ChoiceRows& rows, int64_t row) {
+  const int64_t count = rows.count ? rows.count[row] : rows.k;
+  return count >= 1 && count <= rows.k ? static_cast<int>(count) : 0;
 }
 
 // logprob + w * reward; w == 0 leaves the log-prob alone, whatever the reward.
@@ -26,7 +33,8 @@ PYARGS_HD bool broken(float score, float logprob, float reward) {
   return !(score < INFINITY) || (score == -INFINITY && logprob != -INFINITY && reward != -INFINITY);
 }
 
-// The leader of some candidates, and whether one of them has a broken score. Equal scores go to the lower slot.
+// The leader of some candidates, and whether there is no choice: one of them has a broken score, or the row has no
+// candidates. Equal scores go to the lower slot.
 struct Leader {
   int slot;
   float score;
@@ -38,8 +46,9 @@ struct Leader {
 PYARGS_HD Leader leader_of(const ChoiceRows& rows, int64_t row, const float* logprobs, const float* reward,
                            int first = 0, int step = 1) {
   const float weight = rows.reward_weight[row];
-  Leader best{first, -INFINITY, false};
-  for (int j = first; j < rows.k; j += step) {
+  const int count = candidates_of(rows, row);
+  Leader best{first, -INFINITY, count == 0};
+  for (int j = first; j < count; j += step) {
     const float s = score(logprobs[j], weight, reward[j]);
     best.broken |= broken(s, logprobs[j], reward[j]);
     if (s > best.score) {
@@ -50,20 +59,24 @@ PYARGS_HD Leader leader_of(const ChoiceRows& rows, int64_t row, const float* log
   return best;
 }
 
-// The slot chosen where `best` leads all candidates: that one, or a sample; -1 if a score is broken.
+// The slot chosen where `best` leads all candidates: that one, or a sample; -1 if a score or the temperature is broken.
 PYARGS_HD int choose(const ChoiceRows& rows, int64_t row, const float* logprobs, const float* reward,
                      const Leader& best) {
   if (best.broken) return -1;
-  if (!rows.uniform || best.score == -INFINITY) return best.slot;
+  if (!rows.uniform) return best.slot;
+  const double temperature = rows.row_temperature ? rows.row_temperature[row] : rows.temperature;
+  if (!(temperature >= 0.0 && temperature < INFINITY)) return -1;
+  if (temperature == 0.0 || best.score == -INFINITY) return best.slot;
   const float weight = rows.reward_weight[row];
+  const int count = candidates_of(rows, row);
   double total = 0.0;
-  for (int j = 0; j < rows.k; ++j) {
-    total += exp((static_cast<double>(score(logprobs[j], weight, reward[j])) - best.score) / rows.temperature);
+  for (int j = 0; j < count; ++j) {
+    total += exp((static_cast<double>(score(logprobs[j], weight, reward[j])) - best.score) / temperature);
   }
   double cumulated = 0.0;
   int last = best.slot;  // where rounding leaves none
-  for (int j = 0; j < rows.k; ++j) {
-    const double p = exp((static_cast<double>(score(logprobs[j], weight, reward[j])) - best.score) / rows.temperature);
+  for (int j = 0; j < count; ++j) {
+    const double p = exp((static_cast<double>(score(logprobs[j], weight, reward[j])) - best.score) / temperature);
     if (p > 0.0) last = j;
     cumulated += p / total;
     if (cumulated > rows.uniform[row]) return j;
@@ -74,7 +87,7 @@ PYARGS_HD int choose(const ChoiceRows& rows, int64_t row, const float* logprobs,
 PYARGS_HD void write_choice(const ChoiceRows& rows, int64_t row, int slot, const int64_t* ids) {
   rows.slot[row] = slot;
   rows.token[row] = slot < 0 ? rows.pad_id : ids[slot];
-  rows.finished_out[row] = slot < 0 || is_stop(rows, ids[slot]);
+  rows.finished_out[row] = slot < 0 || is_stop(rows, row, ids[slot]);
 }
 
 // What a row gets that had finished before: candidates first, first + step ... of it, as above.

@@ -11,10 +11,12 @@ enum class Activation : int { kIdentity = 0, kRelu = 1, kGelu = 2, kLeakyRelu = 
 struct ChoiceRows {
   int64_t k;
   const float *reward_weight, *uniform;  // [B], [B] or null
+  const int64_t* count;                  // [B] or null: of the row's candidates, the first that may be chosen
   const bool* finished;
-  const int64_t* stop;  // [stops]
-  int64_t stops, pad_id;
-  double temperature;  // of sampling, where uniform is given
+  const int64_t* stop;                 // [B, stops], or [stops] with a stride of 0
+  int64_t stops, stop_stride, pad_id;  // stride in ids
+  double temperature;                  // of sampling, where uniform is given
+  const float* row_temperature;        // [B], instead of temperature, or null
   int64_t *token, *slot;
   float* reward;  // [B, k]
   bool* finished_out;

@@ -36,16 +36,18 @@ std::tuple<StableIValue, StableIValue, StableIValue, StableIValue> score_select(
     Handle features_handle, Handle weight_handle, Handle user_handle, Handle reward_weight_handle,
     Handle logprobs_handle, Handle ids_handle, Handle finished_handle, std::optional<Handle> bias_handle,
     int64_t activation, double scale, std::optional<Handle> stop_handle, std::optional<Handle> stop_reward_handle,
-    int64_t pad_id, std::optional<double> temperature, std::optional<Handle> uniform_handle) {
+    int64_t pad_id, std::optional<double> temperature, std::optional<Handle> uniform_handle,
+    std::optional<Handle> count_handle, std::optional<Handle> row_temperature_handle) {
   Array features(features_handle), weight(weight_handle), user(user_handle), reward_weight(reward_weight_handle),
       logprobs(logprobs_handle), ids(ids_handle), finished(finished_handle);
   std::optional<Array> bias = array_or_none(bias_handle), stop = array_or_none(stop_handle),
-                       stop_reward = array_or_none(stop_reward_handle), uniform = array_or_none(uniform_handle);
+                       stop_reward = array_or_none(stop_reward_handle), uniform = array_or_none(uniform_handle),
+                       count = array_or_none(count_handle), row_temperature = array_or_none(row_temperature_handle);
 #ifdef PYARGS_CUDA_ARCHS
   if (run == run_on_cuda) {
     const auto given = [](std::optional<Array>& array) { return array ? &*array : nullptr; };
     check_one_device({&features, &weight, &user, &reward_weight, &logprobs, &ids, &finished, given(bias), given(stop),
-                      given(stop_reward), given(uniform)});
+                      given(stop_reward), given(uniform), given(count), given(row_temperature)});
   }
 #endif
   const int32_t int64 = aoti_torch_dtype_int64(), float32 = aoti_torch_dtype_float32();
@@ -79,7 +81,7 @@ std::tuple<StableIValue, StableIValue, StableIValue, StableIValue> score_select(
   logprobs.require({batch, rows.k}, float32, "logprobs must be [B, k] float32");
   ids.require({batch, rows.k}, int64, "ids must be [B, k] int64");
   check(activation >= 0 && activation <= 3, "activation must be 0 identity, 1 relu, 2 gelu or 3 leaky_relu");
-  set_choice(rows, batch, reward_weight, finished, stop, pad_id, temperature, uniform);
+  set_choice(rows, batch, reward_weight, finished, stop, pad_id, temperature, uniform, count, row_temperature);
   if (stop_reward) {
     check(stop.has_value(), "stop_reward needs stop");
     stop_reward->require({batch}, float32, "stop_reward must be [B] float32");
@@ -109,8 +111,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyargs, m) {
   m.def(
       "score_select(Tensor features, Tensor weight, Tensor user, Tensor reward_weight, Tensor logprobs, Tensor ids, "
       "Tensor finished, Tensor? bias=None, SymInt activation=0, float scale=1., Tensor? stop=None, "
-      "Tensor? stop_reward=None, SymInt pad_id=0, float? temperature=None, Tensor? uniform=None) -> "
-      "(Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? stop_reward=None, SymInt pad_id=0, float? temperature=None, Tensor? uniform=None, "
+      "Tensor? count=None, Tensor? row_temperature=None) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyargs, CPU, m) {

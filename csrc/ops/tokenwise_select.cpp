@@ -35,14 +35,17 @@ template <Run run>
 std::tuple<StableIValue, StableIValue, StableIValue, StableIValue> tokenwise_select(
     Handle logits_handle, Handle reward_logits_handle, Handle reward_weight_handle, Handle finished_handle, int64_t k,
     std::optional<Handle> stop_handle, int64_t pad_id, std::optional<double> temperature,
-    std::optional<Handle> uniform_handle) {
+    std::optional<Handle> uniform_handle, std::optional<Handle> count_handle,
+    std::optional<Handle> row_temperature_handle) {
   Array logits(logits_handle), reward_logits(reward_logits_handle), reward_weight(reward_weight_handle),
       finished(finished_handle);
-  std::optional<Array> stop = array_or_none(stop_handle), uniform = array_or_none(uniform_handle);
+  std::optional<Array> stop = array_or_none(stop_handle), uniform = array_or_none(uniform_handle),
+                       count = array_or_none(count_handle), row_temperature = array_or_none(row_temperature_handle);
 #ifdef PYARGS_CUDA_ARCHS
   if (run == run_on_cuda) {
     const auto given = [](std::optional<Array>& array) { return array ? &*array : nullptr; };
-    check_one_device({&logits, &reward_logits, &reward_weight, &finished, given(stop), given(uniform)});
+    check_one_device({&logits, &reward_logits, &reward_weight, &finished, given(stop), given(uniform), given(count),
+                      given(row_temperature)});
   }
 #endif
   TokenwiseRows rows{};
@@ -52,7 +55,7 @@ std::tuple<StableIValue, StableIValue, StableIValue, StableIValue> tokenwise_sel
   const int64_t batch = logits.size(0);
   check(reward_logits.size(0) == batch && rows.rewards.vocab == rows.policy.vocab,
         "logits and reward_logits must have one shape");
-  set_choice(rows, batch, reward_weight, finished, stop, pad_id, temperature, uniform);
+  set_choice(rows, batch, reward_weight, finished, stop, pad_id, temperature, uniform, count, row_temperature);
   ChoiceResults results(rows, batch, logits);
   if (batch > 0) run(rows, batch, logits);
   return results.release();
@@ -64,8 +67,8 @@ std::tuple<StableIValue, StableIValue, StableIValue, StableIValue> tokenwise_sel
 STABLE_TORCH_LIBRARY_FRAGMENT(pyargs, m) {
   m.def(
       "tokenwise_select(Tensor logits, Tensor reward_logits, Tensor reward_weight, Tensor finished, SymInt k, "
-      "Tensor? stop=None, SymInt pad_id=0, float? temperature=None, Tensor? uniform=None) -> "
-      "(Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? stop=None, SymInt pad_id=0, float? temperature=None, Tensor? uniform=None, Tensor? count=None, "
+      "Tensor? row_temperature=None) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyargs, CPU, m) {

@@ -9,7 +9,15 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
-from pyargs.ops.choice import choose
+from pyargs.ops.choice import (
+    OPTIONAL,
+    check_sampling,
+    choose,
+    is_stop,
+    one_temperature,
+    split_temperature,
+    tensors_of_choice,
+)
 from pyargs.ops.library import check_tensors, define
 
 ACTIVATIONS = {
@@ -37,8 +45,9 @@ def score_select_reference(
     stop: Tensor | None = None,
     stop_reward: Tensor | None = None,
     pad_id: int = 0,
-    temperature: float | None = None,
+    temperature: float | Tensor | None = None,
     uniform: Tensor | None = None,
+    count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Plain PyTorch form of `score_select`; same arguments, results and errors."""
     check(
@@ -55,6 +64,7 @@ def score_select_reference(
         stop_reward,
         temperature,
         uniform,
+        count,
     )
     users = max(weight.shape[0], bias.shape[0] if bias is not None else 1)
     bad_user = (user < 0) | (user >= users) if users > 1 else torch.zeros_like(finished)
@@ -67,13 +77,13 @@ def score_select_reference(
     reward = scale * torch.einsum("bkh,bh->bk", hidden, weight.float()[row if weight.shape[0] > 1 else row * 0])
     reward = reward.masked_fill(bad_user[:, None], math.nan)
     if stop_reward is not None:
-        is_stop = torch.isin(ids, stop) & ~bad_user[:, None]
-        reward = torch.where(is_stop, stop_reward[:, None], reward)
+        reward = torch.where(is_stop(ids, stop) & ~bad_user[:, None], stop_reward[:, None], reward)
 
     logprobs = logprobs.masked_fill(bad_user[:, None], math.nan)  # no choice, whatever the weight
     return choose(
-        logprobs, reward, reward_weight, ids, finished, stop=stop, pad_id=pad_id, temperature=temperature, uniform=uniform
-    )
+        logprobs, reward, reward_weight, ids, finished, stop=stop, pad_id=pad_id, temperature=temperature, uniform=uniform,
+        count=count,
+    )  # fmt: skip
 
 
 def score_select(
@@ -91,8 +101,9 @@ def score_select(
     stop: Tensor | None = None,
     stop_reward: Tensor | None = None,
     pad_id: int = 0,
-    temperature: float | None = None,
+    temperature: float | Tensor | None = None,
     uniform: Tensor | None = None,
+    count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Scores every candidate for its row's user and chooses one: `logprob + w * reward` (ARGS, arXiv 2402.01694).
 
@@ -110,11 +121,14 @@ def score_select(
         bias: [U, H], U = number of users or 1.
         activation: "identity", "relu", "gelu" (erf form) or "leaky_relu" (slope 0.2).
         scale: factor of the reward.
-        stop: [E] int64, ids that finish a row.
+        stop: [E] int64, ids that finish a row; or [B, E], each row's own, filled up with -1.
         stop_reward: [B] float32, the reward of candidates in `stop` (a head never saw the state after a terminator).
         pad_id: token of rows that have finished.
-        temperature: > 0 samples from softmax(score / temperature) over the k candidates; needs `uniform`.
+        temperature: > 0 samples from softmax(score / temperature) over the candidates; needs `uniform`. A tensor [B] float32
+            gives each row its own, where 0 takes the best score.
         uniform: [B] float32 in [0, 1): the slot is the first whose cumulated probability exceeds it.
+        count: [B] int64, 1 to k: the row's first candidates, which alone are considered; without it all k are. Nothing is
+            read of the others, and their reward is 0.
 
     Returns:
         token: [B] int64. slot: [B] int64, index of the choice; equal scores go to the lower slot.
@@ -122,16 +136,17 @@ def score_select(
 
     Errors in the data do not raise, for a decoding loop on a device cannot: a user row out of range (reward NaN), or a score
     that is NaN, +inf, or beyond float32 (-inf though neither log-prob nor reward is) gives slot=-1, token=pad_id and
-    finished=True. A score of -inf forbids the candidate. Not differentiable.
+    finished=True; so does a count outside of 1 to k (all rewards 0), and a row's temperature that is negative or not finite.
+    A score of -inf forbids the candidate. A row's result does not depend on the other rows. Not differentiable.
 
     Raises:
         TypeError, ValueError: a dtype, shape, device or option that does not fit.
     """
-    number = _NUMBER.get(activation, -1)
+    number, (heat, row_heat) = _NUMBER.get(activation, -1), split_temperature(temperature)
     try:
         return (_op if is_compiling() else _direct)(
             features, weight, user, reward_weight, logprobs, ids, finished, bias, number, scale, stop, stop_reward,
-            pad_id, temperature, uniform,
+            pad_id, heat, uniform, count, row_heat,
         )  # fmt: skip
     except RuntimeError:
         check(
@@ -148,6 +163,7 @@ def score_select(
             stop_reward,
             temperature,
             uniform,
+            count,
         )
         raise
 
@@ -166,6 +182,7 @@ def check(
     stop_reward,
     temperature,
     uniform,
+    count,
 ) -> None:
     """Raises the error that names the fix. The native kernel makes the same checks; this words them."""
     if isinstance(features, Tensor) and features.dim() != 3:
@@ -176,15 +193,11 @@ def check(
         "weight": (weight, FLOATS, (None, hidden)),
         "bias": (bias, FLOATS, (None, hidden)),
         "user": (user, (torch.int64,), (batch,)),
-        "reward_weight": (reward_weight, (torch.float32,), (batch,)),
         "logprobs": (logprobs, (torch.float32,), (batch, k)),
         "ids": (ids, (torch.int64,), (batch, k)),
-        "finished": (finished, (torch.bool,), (batch,)),
-        "stop": (stop, (torch.int64,), (None,)),
         "stop_reward": (stop_reward, (torch.float32,), (batch,)),
-        "uniform": (uniform, (torch.float32,), (batch,)),
-    }
-    check_tensors(expected, optional=("bias", "stop", "stop_reward", "uniform"))
+    } | tensors_of_choice(batch, reward_weight, finished, stop, temperature, uniform, count)
+    check_tensors(expected, optional=("bias", "stop_reward", *OPTIONAL))
     if k < 1 or hidden < 1:
         raise ValueError(f"features must have k >= 1 and H >= 1, got shape {tuple(features.shape)}")
     if weight.shape[0] < 1 or (bias is not None and bias.shape[0] < 1):
@@ -196,14 +209,6 @@ def check(
     if stop_reward is not None and stop is None:
         raise ValueError("stop_reward needs stop: the ids that get it")
     check_sampling(temperature, uniform)
-
-
-def check_sampling(temperature: float | None, uniform: Tensor | None) -> None:
-    """Raises ValueError unless both are given, to sample, or neither."""
-    if (temperature is None) != (uniform is None):
-        raise ValueError("temperature and uniform belong together: give both to sample, neither for the best score")
-    if temperature is not None and not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be > 0 and finite, got {temperature}: leave it out for the best score")
 
 
 # What torch.ops.pyargs.score_select takes: all positional, the activation as a number.
@@ -227,10 +232,13 @@ def _default(
     pad_id: int = 0,
     temperature: float | None = None,
     uniform: Tensor | None = None,
+    count: Tensor | None = None,
+    row_temperature: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return score_select_reference(
         features, weight, user, reward_weight, logprobs, ids, finished, bias=bias, activation=_name(activation),
-        scale=scale, stop=stop, stop_reward=stop_reward, pad_id=pad_id, temperature=temperature, uniform=uniform,
+        scale=scale, stop=stop, stop_reward=stop_reward, pad_id=pad_id,
+        temperature=one_temperature(temperature, row_temperature), uniform=uniform, count=count,
     )  # fmt: skip
 
 
@@ -250,6 +258,8 @@ def _fake(
     pad_id=0,
     temperature=None,
     uniform=None,
+    count=None,
+    row_temperature=None,
 ):
     check(
         features,
@@ -263,8 +273,9 @@ def _fake(
         _name(activation),
         stop,
         stop_reward,
-        temperature,
+        one_temperature(temperature, row_temperature),
         uniform,
+        count,
     )
     batch, k, _ = features.shape
     token = features.new_empty((batch,), dtype=torch.int64)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from pyargs.ops.choice import OPTIONAL, check_sampling, one_temperature, split_temperature, tensors_of_choice
 from pyargs.ops.library import check_tensors, define
-from pyargs.ops.score_select import FLOATS, check_sampling, score_select_reference
+from pyargs.ops.score_select import FLOATS, score_select_reference
 from pyargs.ops.topk_logprobs import MAX_K, topk_logprobs_reference
 
 
@@ -22,11 +23,12 @@ def tokenwise_select_reference(
     *,
     stop: Tensor | None = None,
     pad_id: int = 0,
-    temperature: float | None = None,
+    temperature: float | Tensor | None = None,
     uniform: Tensor | None = None,
+    count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Plain PyTorch form of `tokenwise_select`; same arguments, results and errors."""
-    check(logits, reward_logits, reward_weight, finished, k, stop, temperature, uniform)
+    check(logits, reward_logits, reward_weight, finished, k, stop, temperature, uniform, count)
     logprobs, ids, _ = topk_logprobs_reference(logits, k)
     reward = reward_logits.float().log_softmax(1).gather(1, ids)
     return score_select_reference(
@@ -41,6 +43,7 @@ def tokenwise_select_reference(
         pad_id=pad_id,
         temperature=temperature,
         uniform=uniform,
+        count=count,
     )
 
 
@@ -53,8 +56,9 @@ def tokenwise_select(
     *,
     stop: Tensor | None = None,
     pad_id: int = 0,
-    temperature: float | None = None,
+    temperature: float | Tensor | None = None,
     uniform: Tensor | None = None,
+    count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Chooses among the policy's k most probable tokens v: `log pi(v) + w * log pi_r(v)` (GenARM, arXiv 2410.08193).
 
@@ -67,33 +71,38 @@ def tokenwise_select(
         reward_weight: [B] float32, the raw w. Where it is 0 the score is the log-probability exactly.
         finished: [B] bool. Nothing else is read of a finished row; it gets token=pad_id, slot=0, reward=0.
         k: 1 to 64, at most V.
-        stop: [E] int64, ids that finish a row.
+        stop: [E] int64, ids that finish a row; or [B, E], each row's own, filled up with -1.
         pad_id: token of rows that have finished.
-        temperature: > 0 samples from softmax(score / temperature) over the k candidates; needs `uniform`.
+        temperature: > 0 samples from softmax(score / temperature) over the candidates; needs `uniform`. A tensor [B] float32
+            gives each row its own, where 0 takes the best score.
         uniform: [B] float32 in [0, 1): the slot is the first whose cumulated probability exceeds it.
+        count: [B] int64, 1 to k: of the row's k candidates only the first count are considered; without it all k are. The
+            reward of the others is 0.
 
     Returns:
         token: [B] int64. slot: [B] int64, rank of the choice under the policy; equal scores go to the lower slot.
         reward: [B, k] float32. finished: [B] bool.
 
     Errors in the data do not raise, for a decoding loop on a device cannot: a score that is NaN, +inf, or beyond float32 (see
-    `score_select`) gives slot=-1, token=pad_id and finished=True; a NaN or +inf reward logit makes all scores of its row NaN.
+    `score_select`), a count outside of 1 to k, and a row's temperature that is negative or not finite give slot=-1,
+    token=pad_id and finished=True; a NaN or +inf reward logit makes all scores of its row NaN.
     A score of -inf forbids the candidate. A row's result is bitwise the same in any batch and with any number of threads.
     Not differentiable.
 
     Raises:
         TypeError, ValueError: a dtype, shape, device or option that does not fit.
     """
+    heat, row_heat = split_temperature(temperature)
     try:
         return (_op if is_compiling() else _direct)(
-            logits, reward_logits, reward_weight, finished, k, stop, pad_id, temperature, uniform
+            logits, reward_logits, reward_weight, finished, k, stop, pad_id, heat, uniform, count, row_heat
         )
     except RuntimeError:
-        check(logits, reward_logits, reward_weight, finished, k, stop, temperature, uniform)
+        check(logits, reward_logits, reward_weight, finished, k, stop, temperature, uniform, count)
         raise
 
 
-def check(logits, reward_logits, reward_weight, finished, k, stop, temperature, uniform) -> None:
+def check(logits, reward_logits, reward_weight, finished, k, stop, temperature, uniform, count) -> None:
     """Raises the error that names the fix. The native kernel makes the same checks; this words them."""
     for name, tensor in {"logits": logits, "reward_logits": reward_logits}.items():
         if isinstance(tensor, Tensor) and tensor.dim() != 2:
@@ -102,12 +111,8 @@ def check(logits, reward_logits, reward_weight, finished, k, stop, temperature, 
     expected = {
         "logits": (logits, FLOATS, (batch, vocab)),
         "reward_logits": (reward_logits, FLOATS, (batch, None)),
-        "reward_weight": (reward_weight, (torch.float32,), (batch,)),
-        "finished": (finished, (torch.bool,), (batch,)),
-        "stop": (stop, (torch.int64,), (None,)),
-        "uniform": (uniform, (torch.float32,), (batch,)),
-    }
-    check_tensors(expected, optional=("stop", "uniform"))
+    } | tensors_of_choice(batch, reward_weight, finished, stop, temperature, uniform, count)
+    check_tensors(expected, optional=OPTIONAL)
     if reward_logits.shape[1] != vocab:
         raise ValueError(
             f"logits have {vocab} entries a row but reward_logits {reward_logits.shape[1]}: "
@@ -132,14 +137,30 @@ def _default(
     pad_id: int = 0,
     temperature: float | None = None,
     uniform: Tensor | None = None,
+    count: Tensor | None = None,
+    row_temperature: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return tokenwise_select_reference(
-        logits, reward_logits, reward_weight, finished, k, stop=stop, pad_id=pad_id, temperature=temperature, uniform=uniform
-    )
+        logits, reward_logits, reward_weight, finished, k, stop=stop, pad_id=pad_id,
+        temperature=one_temperature(temperature, row_temperature), uniform=uniform, count=count,
+    )  # fmt: skip
 
 
-def _fake(logits, reward_logits, reward_weight, finished, k, stop=None, pad_id=0, temperature=None, uniform=None):
-    check(logits, reward_logits, reward_weight, finished, k, stop, temperature, uniform)
+def _fake(
+    logits,
+    reward_logits,
+    reward_weight,
+    finished,
+    k,
+    stop=None,
+    pad_id=0,
+    temperature=None,
+    uniform=None,
+    count=None,
+    row_temperature=None,
+):
+    temperature = one_temperature(temperature, row_temperature)
+    check(logits, reward_logits, reward_weight, finished, k, stop, temperature, uniform, count)
     batch = logits.shape[0]
     token = logits.new_empty((batch,), dtype=torch.int64)
     reward = logits.new_empty((batch, k), dtype=torch.float32)

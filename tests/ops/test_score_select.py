@@ -5,11 +5,13 @@ import math
 import emulated
 import pytest
 import torch
+from choices import differing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyargs import ops
 from pyargs.ops import score_select, score_select_reference
+from pyargs.ops.choice import split_temperature
 from pyargs.ops.score_select import ACTIVATIONS, _default
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -82,11 +84,12 @@ def drawn(data, op) -> None:
     args["pad_id"] = draw(st.integers(-1, 3), "pad")
     args["weight"] = args["weight"].to(draw(st.sampled_from(DTYPES), "dtype of the weight"))
     batch = len(args["user"])
-    if "stop" in args and draw(st.booleans(), "stop reward"):
-        args["stop_reward"] = torch.full((batch,), 0.75)
     if draw(st.booleans(), "sampled"):
         args["temperature"] = draw(st.sampled_from([0.25, 1.0, 3.0]), "temperature")
         args["uniform"] = torch.rand(batch, generator=torch.Generator().manual_seed(5))
+    args |= differing(data, batch, args["features"].shape[1], "uniform" in args)
+    if "stop" in args and draw(st.booleans(), "stop reward"):
+        args["stop_reward"] = torch.full((batch,), 0.75)
     if batch and draw(st.booleans(), "bad user"):
         args["user"][0] = draw(st.sampled_from([-1, 6, 2**40]), "which")
     if draw(st.booleans(), "rows at any address"):
@@ -347,11 +350,18 @@ WRONG = [
     ({"weight": torch.zeros(5, 8, device="meta")}, ValueError, "one device"),
     ({"activation": "tanh"}, ValueError, "identity, relu, gelu, leaky_relu"),
     ({"stop": torch.zeros(1, 1).long()}, ValueError, "stop"),
+    ({"stop": torch.zeros(3, 1, 1).long()}, ValueError, "stop"),
     ({"stop_reward": torch.zeros(3)}, ValueError, "needs stop"),
     ({"temperature": 1.0}, ValueError, "belong together"),
     ({"uniform": torch.zeros(3)}, ValueError, "belong together"),
     ({"temperature": 0.0, "uniform": torch.zeros(3)}, ValueError, "> 0"),
     ({"temperature": NAN, "uniform": torch.zeros(3)}, ValueError, "> 0"),
+    ({"count": torch.ones(3)}, TypeError, "count"),
+    ({"count": torch.ones(4).long()}, ValueError, "count"),
+    ({"count": 2}, TypeError, "torch.Tensor"),
+    ({"temperature": torch.ones(3)}, ValueError, "belong together"),
+    ({"temperature": torch.ones(3).double(), "uniform": torch.zeros(3)}, TypeError, "temperature"),
+    ({"temperature": torch.tensor(1.0), "uniform": torch.zeros(3)}, ValueError, "temperature"),
 ]
 
 
@@ -364,17 +374,29 @@ def test_errors_name_the_fix(function, change, error, says):
 
 def positional(args: dict) -> tuple:
     names = ("features", "weight", "user", "reward_weight", "logprobs", "ids", "finished", "bias")
-    return tuple(args.get(name) for name in names) + (1, args.get("scale", 1.0), args.get("stop"))
+    number, each = split_temperature(args.get("temperature"))
+    choice = args.get("stop"), args.get("stop_reward"), 0, number, args.get("uniform"), args.get("count"), each
+    return (*map(args.get, names), 1, args.get("scale", 1.0), *choice)
+
+
+def rows_apart(args: dict) -> dict:
+    """With stops, counts and temperatures of each row its own."""
+    batch = len(args["user"])
+    given = {"stop": torch.tensor([[1, -1], [2, 3], [4, 5]])[:batch], "count": torch.tensor([1, 4, 2])[:batch]}
+    return args | given | {"temperature": torch.tensor([0.0, 0.5, 2.0])[:batch], "uniform": torch.full((batch,), 0.4)}
 
 
 def test_direct_call_is_checked():
-    for change, _, _ in WRONG[:3] + WRONG[5:9]:
+    for change, _, _ in WRONG:
+        if "activation" in change:  # there a number
+            continue
         with pytest.raises((RuntimeError, ValueError, TypeError)):
             torch.ops.pyargs.score_select(*positional(problem() | change))
 
 
 def test_opcheck():
-    for args in (problem(), problem(bias=True, shared_weight=True, stop=(3, 4)), problem(dtype=torch.bfloat16)):
+    shared = problem(bias=True, shared_weight=True, stop=(3, 4))
+    for args in (problem(), shared, problem(dtype=torch.bfloat16), rows_apart(problem())):
         torch.library.opcheck(torch.ops.pyargs.score_select.default, positional(args))
 
 
@@ -386,9 +408,10 @@ def test_compile(dynamic):
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for batch in (2, 3):
-        args = problem(batch=batch, bias=True, stop=(1, 2))
-        for got, expected in zip(compiled(**args), step(**args), strict=True):
-            assert torch.equal(got, expected)
+        shared = problem(batch=batch, bias=True, stop=(1, 2))
+        for args in (shared, rows_apart(shared)):
+            for got, expected in zip(compiled(**args), step(**args), strict=True):
+                assert torch.equal(got, expected)
 
 
 def test_schema_is_that_of_the_default():

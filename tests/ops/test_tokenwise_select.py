@@ -5,11 +5,13 @@ import math
 import emulated
 import pytest
 import torch
+from choices import differing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyargs import ops
 from pyargs.ops import score_select, tokenwise_select, tokenwise_select_reference, topk_logprobs
+from pyargs.ops.choice import split_temperature
 from pyargs.ops.tokenwise_select import _default
 from pyargs.ops.topk_logprobs import topk_logprobs_reference
 
@@ -45,13 +47,18 @@ def decided_by_rounding(args: dict) -> torch.Tensor:
     values = torch.stack([logits.gather(1, ids), torch.where(weight == 0, 0.0, rewards.gather(1, ids))], -1)
     weighted = torch.where(weight == 0, 0.0, weight * (values[..., 1] - rewards.logsumexp(1, keepdim=True)))
     score = values[..., 0] - logits.logsumexp(1, keepdim=True) + weighted
+    if "count" in args:
+        score = score.where(torch.arange(args["k"]) < args["count"].unsqueeze(1), -INF)
     best = score.argmax(1, keepdim=True)
     close = (score.gather(1, best) - score).abs() < 1e-4
     same = (values == values.gather(1, best.unsqueeze(-1).expand(-1, 1, 2))).all(-1)
+    decided = (close & ~same).any(1)
     if "uniform" not in args:
-        return (close & ~same).any(1)
-    cumulated = (score / args["temperature"]).softmax(1).cumsum(1)
-    return ((cumulated - args["uniform"].double().unsqueeze(1)).abs() < 1e-4).any(1)
+        return decided
+    temperature = torch.as_tensor(args["temperature"]).double().view(-1, 1)
+    cumulated = (score / temperature).softmax(1).cumsum(1)
+    by_chance = ((cumulated - args["uniform"].double().unsqueeze(1)).abs() < 1e-4).any(1)
+    return torch.where(temperature.squeeze(1) == 0, decided, by_chance)
 
 
 def agree(args: dict, op=tokenwise_select, like=tokenwise_select_reference) -> tuple[torch.Tensor, ...]:
@@ -124,6 +131,7 @@ def drawn(data, op) -> None:
     args["pad_id"] = draw(st.integers(-1, 3), "pad")
     if draw(st.booleans(), "sampled"):
         args = sampled(args, draw(st.sampled_from([0.25, 1.0, 3.0]), "temperature"), seed)
+    args |= differing(data, batch, k, "uniform" in args)
     agree(args, op=op)
     agree(args, op=op, like=composed)
 
@@ -304,10 +312,17 @@ WRONG = [
     ({"finished": torch.zeros(3)}, TypeError, "finished"),
     ({"finished": torch.zeros(2).bool()}, ValueError, "finished"),
     ({"stop": torch.zeros(1, 1).long()}, ValueError, "stop"),
+    ({"stop": torch.zeros(3, 1, 1).long()}, ValueError, "stop"),
     ({"temperature": 1.0}, ValueError, "belong together"),
     ({"uniform": torch.zeros(3)}, ValueError, "belong together"),
     ({"temperature": 0.0, "uniform": torch.zeros(3)}, ValueError, "> 0"),
     ({"temperature": 1.0, "uniform": torch.zeros(2)}, ValueError, "uniform"),
+    ({"count": torch.ones(3)}, TypeError, "count"),
+    ({"count": torch.ones(4).long()}, ValueError, "count"),
+    ({"count": 2}, TypeError, "torch.Tensor"),
+    ({"temperature": torch.ones(3)}, ValueError, "belong together"),
+    ({"temperature": torch.ones(3).double(), "uniform": torch.zeros(3)}, TypeError, "temperature"),
+    ({"temperature": torch.tensor(1.0), "uniform": torch.zeros(3)}, ValueError, "temperature"),
 ]
 
 
@@ -319,8 +334,16 @@ def test_errors_name_the_fix(function, change, error, says):
 
 
 def positional(args: dict) -> tuple:
-    names = ("logits", "reward_logits", "reward_weight", "finished", "k", "stop", "pad_id", "temperature", "uniform")
-    return tuple(args.get(name, 0 if name == "pad_id" else None) for name in names)
+    number, each = split_temperature(args.get("temperature"))
+    names = ("logits", "reward_logits", "reward_weight", "finished", "k", "stop")
+    return (*map(args.get, names), 0, number, args.get("uniform"), args.get("count"), each)
+
+
+def rows_apart(args: dict) -> dict:
+    """With stops, counts and temperatures of each row its own."""
+    batch = len(args["logits"])
+    given = {"stop": torch.tensor([[1, -1], [2, 3], [4, 5]])[:batch], "count": torch.tensor([1, 4, 2])[:batch]}
+    return args | given | {"temperature": torch.tensor([0.0, 0.5, 2.0])[:batch], "uniform": torch.full((batch,), 0.4)}
 
 
 def test_direct_call_is_checked():
@@ -331,7 +354,7 @@ def test_direct_call_is_checked():
 
 def test_opcheck():
     half = problem(dtypes=(torch.bfloat16, torch.float16)) | {"stop": torch.tensor([3, 4])}
-    for args in (problem(), half, sampled(problem())):
+    for args in (problem(), half, sampled(problem()), rows_apart(problem())):
         torch.library.opcheck(torch.ops.pyargs.tokenwise_select.default, positional(args))
 
 
@@ -343,9 +366,10 @@ def test_compile(dynamic):
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for batch in (2, 3):
-        args = sampled(problem(batch)) | {"stop": torch.tensor([1, 2])}
-        for got, expected in zip(compiled(**args), step(**args), strict=True):
-            assert torch.equal(got, expected)
+        shared = sampled(problem(batch)) | {"stop": torch.tensor([1, 2])}
+        for args in (shared, rows_apart(shared)):
+            for got, expected in zip(compiled(**args), step(**args), strict=True):
+                assert torch.equal(got, expected)
 
 
 def test_schema_is_that_of_the_default():

@@ -67,30 +67,30 @@ inline float dot(const float* __restrict x, const float* __restrict w, const flo
 }
 
 template <Activation activation, bool has_bias>
-void rewards(const ScoreRows& rows, int64_t row, float* out) {
+void rewards(const ScoreRows& rows, int64_t row, int count, float* out) {
   alignas(64) float x_buffer[kTile], w_buffer[kTile], b_buffer[kTile];
   const int64_t weight_row = rows.weight_rows > 1 ? rows.user[row] : 0;
   const int64_t bias_row = rows.bias_rows > 1 ? rows.user[row] : 0;
-  for (int64_t j = 0; j < rows.k; ++j) out[j] = 0.0f;
+  for (int j = 0; j < count; ++j) out[j] = 0.0f;
   for (int64_t start = 0; start < rows.hidden; start += kTile) {
     const int n = static_cast<int>(rows.hidden - start < kTile ? rows.hidden - start : kTile);
     const float* w = as_floats(rows.weight_dtype, rows.weight, weight_row * rows.weight_stride + start, n, w_buffer);
     const float* b = nullptr;
     if (has_bias) b = as_floats(rows.bias_dtype, rows.bias, bias_row * rows.bias_stride + start, n, b_buffer);
-    for (int64_t j = 0; j < rows.k; ++j) {
+    for (int j = 0; j < count; ++j) {
       const int64_t at = row * rows.features_stride_b + j * rows.features_stride_k + start;
       out[j] += dot<activation, has_bias>(as_floats(rows.features_dtype, rows.features, at, n, x_buffer), w, b, n);
     }
   }
-  for (int64_t j = 0; j < rows.k; ++j) out[j] *= rows.scale;
+  for (int j = 0; j < count; ++j) out[j] *= rows.scale;
 }
 
 template <Activation activation>
-void rewards(const ScoreRows& rows, int64_t row, float* out) {
+void rewards(const ScoreRows& rows, int64_t row, int count, float* out) {
   if (rows.bias) {
-    rewards<activation, true>(rows, row, out);
+    rewards<activation, true>(rows, row, count, out);
   } else {
-    rewards<activation, false>(rows, row, out);
+    rewards<activation, false>(rows, row, count, out);
   }
 }
 
@@ -99,27 +99,29 @@ void select_row(const ScoreRows& rows, int64_t row) {
   const int64_t* ids = rows.ids + row * rows.k;
   if (rows.finished[row]) return pad_row(rows, row);
   const int64_t users = rows.weight_rows > rows.bias_rows ? rows.weight_rows : rows.bias_rows;
+  const int count = candidates_of(rows, row);
+  for (int64_t j = count; j < rows.k; ++j) reward[j] = 0.0f;
   int slot = -1;
   if (users > 1 && (rows.user[row] < 0 || rows.user[row] >= users)) {
-    for (int64_t j = 0; j < rows.k; ++j) reward[j] = NAN;
+    for (int j = 0; j < count; ++j) reward[j] = NAN;
   } else {
     switch (rows.activation) {
       case Activation::kIdentity:
-        rewards<Activation::kIdentity>(rows, row, reward);
+        rewards<Activation::kIdentity>(rows, row, count, reward);
         break;
       case Activation::kRelu:
-        rewards<Activation::kRelu>(rows, row, reward);
+        rewards<Activation::kRelu>(rows, row, count, reward);
         break;
       case Activation::kGelu:
-        rewards<Activation::kGelu>(rows, row, reward);
+        rewards<Activation::kGelu>(rows, row, count, reward);
         break;
       case Activation::kLeakyRelu:
-        rewards<Activation::kLeakyRelu>(rows, row, reward);
+        rewards<Activation::kLeakyRelu>(rows, row, count, reward);
         break;
     }
     if (rows.stop_reward) {
-      for (int64_t j = 0; j < rows.k; ++j) {
-        if (is_stop(rows, ids[j])) reward[j] = rows.stop_reward[row];
+      for (int j = 0; j < count; ++j) {
+        if (is_stop(rows, row, ids[j])) reward[j] = rows.stop_reward[row];
       }
     }
     const float* logprobs = rows.logprobs + row * rows.k;

@@ -6,14 +6,14 @@
 
 namespace pyargs::cuda {
 
-// The slot that a warp chooses; -1 if a score is broken. Called by the whole first warp. k is small, and sums in order
-// are the same for every batch: where it samples, each lane adds all of them.
+// The slot that a warp chooses; -1 if there is none to choose. Called by the whole first warp. k is small, and sums in
+// order are the same for every batch: where it samples, each lane adds all of them.
 __device__ __forceinline__ int choose_by_warp(const ChoiceRows& a, int64_t row, const float* logprobs,
                                               const float* reward) {
   const int lane = static_cast<int>(threadIdx.x);
   const Leader own = leader_of(a, row, logprobs, reward, lane, 32);
   // Sorts as the score, then the lower slot; 0 is less than any.
-  uint64_t best = lane < a.k ? topk_key(bits_of(own.score), static_cast<uint32_t>(own.slot)) : 0;
+  uint64_t best = lane < candidates_of(a, row) ? topk_key(bits_of(own.score), static_cast<uint32_t>(own.slot)) : 0;
   const bool broken = __reduce_add_sync(0xffffffffu, own.broken ? 1u : 0u) > 0;
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) {

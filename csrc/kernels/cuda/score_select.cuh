@@ -42,6 +42,7 @@ __global__ void __launch_bounds__(1024, 1) score_select_kernel(ScoreRows a) {
   const int64_t weight_row = a.weight_rows > 1 && !unknown ? a.user[row] : 0;
   const int64_t bias_row = a.bias_rows > 1 && !unknown ? a.user[row] : 0;
 
+  const int count = candidates_of(a, row);
   float sums[2] = {0.0f, 0.0f};  // of candidates warp and warp + warps
   constexpr int kTile = kScoreSteps * kWarpElements;
   for (int64_t start = 0; start < a.hidden && !unknown; start += kTile) {
@@ -60,7 +61,7 @@ __global__ void __launch_bounds__(1024, 1) score_select_kernel(ScoreRows a) {
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
       const int j = warp + c * warps;
-      if (j >= a.k) continue;
+      if (j >= count) continue;
       const int64_t at = row * a.features_stride_b + j * a.features_stride_k + start;
       for (int step = 0; step < steps; ++step) {
         const int i = step * kWarpElements + lane * kLaneElements;
@@ -82,7 +83,11 @@ __global__ void __launch_bounds__(1024, 1) score_select_kernel(ScoreRows a) {
     for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
     if (lane != 0 || j >= a.k) continue;
     sum = unknown ? NAN : sum * a.scale;
-    if (a.stop_reward && !unknown && is_stop(a, a.ids[row * a.k + j])) sum = a.stop_reward[row];
+    if (j >= count) {
+      sum = 0.0f;
+    } else if (a.stop_reward && !unknown && is_stop(a, row, a.ids[row * a.k + j])) {
+      sum = a.stop_reward[row];
+    }
     shared.reward[j] = sum;
     a.reward[row * a.k + j] = sum;
   }

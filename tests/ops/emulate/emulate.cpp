@@ -172,16 +172,14 @@ const char* pyargs_emulate_topk_logprobs(const void* logits, int64_t dtype, int6
                                      static_cast<int>(k), logprobs, ids, logsumexp, workspace.data(), 0, nullptr);
 }
 
-const char* pyargs_emulate_score_select(const void* features, const void* weight, const void* bias,
-                                        int64_t features_dtype, int64_t weight_dtype, int64_t bias_dtype,
-                                        int64_t features_stride_b, int64_t features_stride_k, int64_t weight_stride,
-                                        int64_t bias_stride, int64_t batch, int64_t k, int64_t hidden,
-                                        int64_t weight_rows, int64_t bias_rows, const int64_t* user, const int64_t* ids,
-                                        const int64_t* stop, int64_t stops, const float* reward_weight,
-                                        const float* logprobs, const float* stop_reward, const float* uniform,
-                                        const bool* finished, int64_t pad_id, int64_t activation, double scale,
-                                        double temperature, int64_t* token, int64_t* slot, float* reward,
-                                        bool* finished_out) {
+const char* pyargs_emulate_score_select(
+    const void* features, const void* weight, const void* bias, int64_t features_dtype, int64_t weight_dtype,
+    int64_t bias_dtype, int64_t features_stride_b, int64_t features_stride_k, int64_t weight_stride,
+    int64_t bias_stride, int64_t batch, int64_t k, int64_t hidden, int64_t weight_rows, int64_t bias_rows,
+    const int64_t* user, const int64_t* ids, const int64_t* stop, int64_t stops, int64_t stop_stride,
+    const float* reward_weight, const float* logprobs, const float* stop_reward, const float* uniform,
+    const int64_t* count, const float* row_temperature, double temperature, const bool* finished, int64_t pad_id,
+    int64_t activation, double scale, int64_t* token, int64_t* slot, float* reward, bool* finished_out) {
   pyargs::ScoreRows rows{};
   rows.features = features, rows.weight = weight, rows.bias = bias;
   rows.features_dtype = static_cast<pyargs::Dtype>(features_dtype);
@@ -192,6 +190,7 @@ const char* pyargs_emulate_score_select(const void* features, const void* weight
   rows.k = k, rows.hidden = hidden, rows.weight_rows = weight_rows, rows.bias_rows = bias_rows;
   rows.user = user, rows.ids = ids, rows.stop = stop, rows.stops = stops;
   rows.reward_weight = reward_weight, rows.logprobs = logprobs, rows.stop_reward = stop_reward, rows.uniform = uniform;
+  rows.stop_stride = stop_stride, rows.count = count, rows.row_temperature = row_temperature;
   rows.finished = finished, rows.pad_id = pad_id;
   rows.activation = static_cast<pyargs::Activation>(activation);
   rows.scale = static_cast<float>(scale), rows.temperature = temperature;
@@ -202,13 +201,15 @@ const char* pyargs_emulate_score_select(const void* features, const void* weight
 const char* pyargs_emulate_tokenwise_select(const void* policy, const void* rewards, int64_t policy_dtype,
                                             int64_t rewards_dtype, int64_t policy_stride, int64_t rewards_stride,
                                             int64_t batch, int64_t vocab, int64_t k, const float* reward_weight,
-                                            const bool* finished, const int64_t* stop, int64_t stops, int64_t pad_id,
-                                            const float* uniform, double temperature, int64_t* token, int64_t* slot,
-                                            float* reward, bool* finished_out) {
+                                            const bool* finished, const int64_t* stop, int64_t stops,
+                                            int64_t stop_stride, int64_t pad_id, const float* uniform,
+                                            const int64_t* count, const float* row_temperature, double temperature,
+                                            int64_t* token, int64_t* slot, float* reward, bool* finished_out) {
   pyargs::TokenwiseRows rows{};
   rows.policy = {policy, static_cast<pyargs::Dtype>(policy_dtype), vocab, policy_stride};
   rows.rewards = {rewards, static_cast<pyargs::Dtype>(rewards_dtype), vocab, rewards_stride};
   rows.k = k, rows.reward_weight = reward_weight, rows.finished = finished, rows.stop = stop, rows.stops = stops;
+  rows.stop_stride = stop_stride, rows.count = count, rows.row_temperature = row_temperature;
   rows.pad_id = pad_id, rows.uniform = uniform, rows.temperature = temperature;
   rows.token = token, rows.slot = slot, rows.reward = reward, rows.finished_out = finished_out;
   std::vector<uint64_t> workspace(pyargs::cuda::topk_workspace_bytes(2 * batch, vocab) / 8 + 1, 0xdeadbeefdeadbeefull);
