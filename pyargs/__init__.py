@@ -13,6 +13,7 @@ _HOME = {
     "RewardModel": "pyargs.models.reward_model",
     "args": "pyargs.integrations.transformers",
     "generate": "pyargs.decode.args",
+    "Engine": "pyargs.decode.engine",
     "load_lm": "pyargs.lm.loading",
     "load_model": "pyargs.models",
     "train": "pyargs.training.trainer",

@@ -70,20 +70,23 @@ class Cache {
     }
   }
 
-  // Row `to` becomes the first `tokens` of row `from`.
-  void copy(int64_t to, int64_t from, int64_t tokens) {
-    check(std::min(to, from) >= 0 && std::max(to, from) < rows, "a row is not in the cache");
-    check(to != from, "a row is no copy of itself");
-    check(tokens >= 0 && tokens <= length[from], "a row has not as many tokens");
+  // Row `to` becomes the first `tokens` of row `from` of this cache or of another one of the same model.
+  void copy(const Cache& other, int64_t to, int64_t from, int64_t tokens) {
+    check(other.layers == layers && other.kv_heads == kv_heads && other.head_dim == head_dim,
+          "the caches are of different models");
+    check(to >= 0 && to < rows && from >= 0 && from < other.rows, "a row is not in the cache");
+    check(to != from || &other != this, "a row is no copy of itself");
+    check(tokens >= 0 && tokens <= other.length[from], "a row has not as many tokens");
+    check(tokens <= places, "a row is longer than the cache");
     const int64_t k = padded(tokens) * head_dim, v = tokens * padded(head_dim);
     length[to] = tokens;
     branch[to].clear();
     for (int64_t l = 0; l < layers; ++l) {
       for (int64_t h = 0; h < kv_heads; ++h) {
-        const int64_t source = ((l * rows + from) * kv_heads + h) * capacity;
+        const int64_t source = ((l * other.rows + from) * kv_heads + h) * other.capacity;
         const int64_t target = ((l * rows + to) * kv_heads + h) * capacity;
-        std::memcpy(keys + target * head_dim, keys + source * head_dim, k * sizeof(float));
-        std::memcpy(values + target * padded(head_dim), values + source * padded(head_dim), v * sizeof(float));
+        std::memcpy(keys + target * head_dim, other.keys + source * head_dim, k * sizeof(float));
+        std::memcpy(values + target * padded(head_dim), other.values + source * padded(head_dim), v * sizeof(float));
       }
     }
   }

@@ -3,12 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyargs.decode.request import Request, check_numbers
+from pyargs.decode.request import BatchRequest, check_numbers
 from pyargs.types import Decoded
+
+
+@dataclass
+class Answer:
+    """One row's result.
+
+    number: of the request, as `Engine.submit` gave it. tokens: ids without the stop token; text: the same decoded, None
+    without a tokenizer. rewards: of each token, raw; slots: its rank among the policy's candidates (0 is its favourite);
+    spreads: standard deviation of the rewards over the candidates. finish_reason: "stop" (a stop token came), "length" or
+    "cancelled". backend: what computed it. seed: of its sampling.
+    """
+
+    number: int
+    user: str
+    prompt: list[int]
+    tokens: list[int]
+    text: str | None
+    rewards: list[float]
+    slots: list[int]
+    spreads: list[float]
+    finish_reason: str
+    reward_weight: float
+    backend: str
+    seed: int
+
+
+class Event(NamedTuple):
+    """What a step did for one request: the token that it chose, its reward and its slot; the answer with the last one.
+
+    A request that was cancelled has an answer and no token, one in which nothing could be chosen an error. The last event of
+    best-of-N says that `Engine.answer` has the answer.
+    """
+
+    number: int
+    token: int | None
+    reward: float
+    slot: int
+    answer: Answer | None
+    error: Exception | None
+
 
 CHUNK = 4
 """Steps between two looks at a GPU's flags. What is asked for after one chunk is read after the next, when it has long
@@ -51,7 +93,7 @@ class Output:
         self.steps += 1
         return chosen
 
-    def stop(self, request: Request, step: int, finished: Tensor) -> bool:
+    def stop(self, request: BatchRequest, step: int, finished: Tensor) -> bool:
         """Hands the step's tokens on; whether all rows are known to be done. Raises PyargsError if a row had no choice."""
         if request.token_callback is not None:
             request.token_callback(self.tokens[: len(request.user), step].clone())
@@ -62,7 +104,7 @@ class Output:
         asked, self._asked = self._asked, _on_its_way(torch.cat([self.bad, finished.all().unsqueeze(0)]))
         return asked is not None and self._all_done(asked())
 
-    def decoded(self, request: Request, finished: Tensor) -> Decoded:
+    def decoded(self, request: BatchRequest, finished: Tensor) -> Decoded:
         """What was chosen for the request's rows. Raises PyargsError if a row had no choice."""
         rows = len(request.user)
         self._all_done(torch.cat([self.bad, finished.all().unsqueeze(0)]).cpu())

@@ -19,7 +19,7 @@ from pyargs.decode import reference
 from pyargs.decode.answer import Output
 from pyargs.decode.backends import cpu, cuda_graph, eager
 from pyargs.decode.loop import begin, choose
-from pyargs.decode.request import Request, check
+from pyargs.decode.request import BatchRequest, check
 from pyargs.errors import PyargsError
 from pyargs.lm.cache import can_branch
 from pyargs.lm.structure import may_replace, unwrapped
@@ -93,7 +93,7 @@ def generate(
 
 
 @torch.no_grad()
-def decode(policy, reward_model: RewardModel, request: Request) -> Decoded:
+def decode(policy, reward_model: RewardModel, request: BatchRequest) -> Decoded:
     """The loop over shared prefixes; `generate` says what it does."""
     rows, length = request.input_ids.shape
     k, device = request.num_candidates, reward_model.device

@@ -3,15 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from pyargs.decode import unguided
-from pyargs.decode.request import numbered, seeds, whole
+from pyargs.decode.answer import Answer
+from pyargs.decode.request import Request, numbered, seeds, whole
 from pyargs.errors import PyargsError
 from pyargs.types import Decoded
 from pyargs.user_ids import user_ids
+
+
+@dataclass
+class Group:
+    """A request, and the numbers of its samples."""
+
+    request: Request
+    parts: list[int]
+
+
+def samples(request: Request, n: int) -> list[Request]:
+    """N requests for samples from the whole vocabulary, each by a seed of its own."""
+    return [replace(request, user="", seed=numbered(request.seed, i)) for i in range(n)]
+
+
+@torch.no_grad()
+def pick(model, number: int, request: Request, answers: Sequence[Answer]) -> Answer:
+    """argmax over N samples y ~ pi(. | x) of R_u(x, y). An empty one has no tokens to reward, and only wins among empty ones.
+
+    The answer's rewards are those of all samples, -inf for empty ones; its slots and spreads say nothing.
+    """
+    kept = [i for i, answer in enumerate(answers) if answer.tokens]
+    known = len(model.backbone.get_input_embeddings().weight)
+    if any(max(answers[i].tokens) >= known for i in kept):
+        raise PyargsError(f"the policy chose a token beyond the {known} that the reward model knows: they do not fit")
+    rewards = torch.full((len(answers),), -torch.inf, dtype=torch.float32, device="cpu")
+    if kept:
+        prompt = list(request.prompt)
+        rewards[kept] = model.score([(prompt, [answers[i].tokens for i in kept])], [request.user])[0].float()
+    if not rewards[kept].isfinite().all():
+        raise PyargsError(f"the rewards of request {number} are not finite numbers: check the model's weights")
+    best = answers[int(rewards.argmax())]
+    return replace(best, number=number, user=request.user, rewards=rewards.tolist(), seed=request.seed)
 
 
 @torch.no_grad()

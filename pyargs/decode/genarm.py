@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyargs.decode.answer import Output
-from pyargs.decode.request import Request, as_float, check
+from pyargs.decode.request import BatchRequest, as_float, check
 from pyargs.errors import PyargsError
 from pyargs.lm.forward import forward_step
 from pyargs.models.token_reward import TokenReward
@@ -90,7 +90,7 @@ def generate(
     return output.decoded(request, finished)
 
 
-def _among_all(policy: Tensor, reward: Tensor, request: Request, step: int, finished: Tensor):
+def _among_all(policy: Tensor, reward: Tensor, request: BatchRequest, step: int, finished: Tensor):
     """The same over all tokens: the choice, its rank under the policy (-1: not a number), its reward [B, 1], and finished."""
     logprobs, rewards = policy.float().log_softmax(1), reward.float().log_softmax(1)
     ids = torch.arange(logprobs.shape[1], device=logprobs.device).expand_as(logprobs)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyargs.decode.answer import Output
-from pyargs.decode.request import Request, as_float
+from pyargs.decode.request import BatchRequest, as_float
 from pyargs.heads import Folded
 from pyargs.ops import score_select, topk_logprobs
 
@@ -16,7 +16,7 @@ from pyargs.ops import score_select, topk_logprobs
 class Passes(Protocol):
     """What a backend does for a step: the passes of policy and reward model behind the rows' prefixes."""
 
-    def begin(self, request: Request) -> tuple[Tensor, Tensor]:
+    def begin(self, request: BatchRequest) -> tuple[Tensor, Tensor]:
         """Reads the prompts: the policy's logits [B, V] and the reward model's states [B, D] of their last tokens."""
 
     def branch(self, candidates: Tensor, finished: Tensor) -> Tensor:
@@ -39,14 +39,16 @@ class State(NamedTuple):
     finished: Tensor
 
 
-def begin(passes: Passes, folded: Folded, request: Request, finished: Tensor) -> State:
+def begin(passes: Passes, folded: Folded, request: BatchRequest, finished: Tensor) -> State:
     """Reads the prompts. finished [B]: rows that are none of the caller's."""
     logits, state = passes.begin(request)
     so_far = _rewards(folded, state.unsqueeze(1)).squeeze(1)
     return State(logits, so_far, torch.zeros_like(so_far), finished)
 
 
-def choose(passes: Passes, folded: Folded, request: Request, output: Output, state: State) -> tuple[State, Tensor, Tensor]:
+def choose(
+    passes: Passes, folded: Folded, request: BatchRequest, output: Output, state: State
+) -> tuple[State, Tensor, Tensor]:
     """The step's choice, noted in `output`: the state after it (its logits still the old ones), tokens [B] and slots [B]."""
     device = request.user.device
     logprobs, candidates, _ = topk_logprobs(as_float(state.logits)[:, : request.vocabulary], request.num_candidates)

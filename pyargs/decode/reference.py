@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from pyargs.decode.answer import Output
-from pyargs.decode.request import Request
+from pyargs.decode.request import BatchRequest
 from pyargs.errors import PyargsError
 from pyargs.lm.cache import PrefixLayer
 from pyargs.lm.forward import forward_step
@@ -21,7 +21,7 @@ from pyargs.types import Decoded
 
 
 @torch.no_grad()
-def decode(policy, reward_model: RewardModel, request: Request) -> Decoded:
+def decode(policy, reward_model: RewardModel, request: BatchRequest) -> Decoded:
     rows, k = len(request.user), request.num_candidates
     device, backbone = reward_model.device, reward_model.backbone
     mask = request.attention_mask

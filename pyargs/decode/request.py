@@ -19,8 +19,40 @@ from pyargs.lm.loading import same_tokenizer
 from pyargs.user_ids import user_ids
 
 
-@dataclass
+@dataclass(frozen=True)
 class Request:
+    """One row's wish.
+
+    prompt: token ids. user: whose reward guides; "" where the model is the same for everyone. reward_weight: w of eq. 1, in
+    raw units. num_candidates: k, or None for the whole vocabulary. temperature: 0 takes the best score, above it the choice is
+    sampled from softmax(score / temperature). top_p, min_p: filters on the policy's candidates (1 and 0: none). stop: ids that
+    end the answer. seed: of the sampling.
+    """
+
+    prompt: tuple[int, ...]
+    user: str = ""
+    reward_weight: float = 0.0
+    num_candidates: int | None = 10
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    stop: tuple[int, ...] = ()
+    seed: int = 0
+
+
+def noise(request: Request, steps: int) -> Tensor:
+    """Uniform noise float32 [steps] of a row: of the request's own seed, so that it does not depend on other rows."""
+    drawn = torch.zeros(steps, dtype=torch.float32, device="cpu")
+    if request.temperature:
+        rng = torch.Generator().manual_seed(request.seed)
+        own = torch.rand(request.max_new_tokens, generator=rng, dtype=torch.float32, device="cpu")
+        drawn[: request.max_new_tokens] = own
+    return drawn
+
+
+@dataclass
+class BatchRequest:
     """B rows to decode. Tensors lie on the reward model's device, where the choice is made; the prompt on the policy's.
 
     input_ids, attention_mask int64 [B, T], padded on the left; user int64 [B]; weight float32 [B]; stop int64 [E];
@@ -69,8 +101,8 @@ def check(
     eos_reward: str,
     tokenizer,
     token_callback,
-) -> Request:
-    """The arguments of `pyargs.generate` as a Request. Raises PyargsError naming what is wrong and how to mend it."""
+) -> BatchRequest:
+    """The arguments of `pyargs.generate` as a BatchRequest. Raises PyargsError naming what is wrong and how to mend it."""
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.dtype != torch.long:
         raise PyargsError(f"input_ids must be an int64 tensor [B, T], got {_kind(input_ids)}")
     rows, length = input_ids.shape
@@ -125,7 +157,7 @@ def check(
         raise PyargsError(f"input_ids hold tokens beyond the {known} that policy and reward model know")
     device = reward_model.device
     uniform = _noise(seed, rows, max_new_tokens).T.contiguous() if do_sample else None
-    return Request(
+    return BatchRequest(
         input_ids=input_ids.to(policy.device),
         attention_mask=attention_mask.to(policy.device),
         user=reward_model.users.rows(users).to(device),
@@ -153,6 +185,15 @@ def whole(name: str, value, least: int, most: int | None = None) -> int:
         bounds = f"at least {least}" if most is None else f"{least} to {most}"
         raise PyargsError(f"{name} must be a whole number, {bounds}, got {value!r}")
     return number
+
+
+def number(name: str, value, least: float, most: float = math.inf, *, above: bool = False) -> float:
+    """value as a float within the bounds, a bool excluded. above: it must be larger than `least`."""
+    fits = isinstance(value, Real) and not isinstance(value, bool) and least <= value <= most and abs(value) < math.inf
+    if not fits or (above and value == least):
+        bounds = f"{'above' if above else 'at least'} {least:g}" + (f" and at most {most:g}" if most < math.inf else "")
+        raise PyargsError(f"{name} must be a finite number, {bounds}, got {value!r}")
+    return float(value)
 
 
 def ids_of(prompts, known: int) -> list[list[int]]:
@@ -233,10 +274,14 @@ def _kind(value) -> str:
 def check_numbers(bad: Tensor) -> None:
     """Raises PyargsError that names the rows of bad bool [B] in which nothing could be chosen."""
     if rows := bad.nonzero().flatten().tolist():
-        raise PyargsError(
-            f"the policy's logits or the rewards are not numbers in row(s) {rows}, or reward_weight times a reward is beyond "
-            "float32: check the models' weights, or lower reward_weight"
-        )
+        raise no_choice(f"row(s) {rows}")
+
+
+def no_choice(where: str) -> PyargsError:
+    return PyargsError(
+        f"the policy's logits or the rewards are not numbers in {where}, or reward_weight times a reward is beyond float32: "
+        "check the models' weights, or lower reward_weight"
+    )
 
 
 def check_room(lm, shortest: int, longest: int, new: int) -> None:

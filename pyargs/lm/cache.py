@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache as once
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -155,6 +156,190 @@ class PrefixCache(Cache):
                     alike.setdefault((states.device, states.shape, states.stride(), states.dtype), []).append(states)
             self._lists = [several[i : i + MOST] for several in alike.values() for i in range(0, len(several), MOST)]
         return self._lists
+
+
+class RowLayer(CacheLayerMixin):
+    """Keys and values [room, heads, capacity, head_dim] of one layer of a RowCache, which says where a pass writes."""
+
+    is_sliding = False
+
+    def __init__(self, room: int, capacity: int):
+        super().__init__()
+        self.room, self.capacity = room, capacity
+        self.writes: Prompts | Branches | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        _, heads, _, _ = key_states.shape
+        self.keys = key_states.new_zeros(self.room, heads, self.capacity, key_states.shape[-1])
+        self.values = value_states.new_zeros(self.room, heads, self.capacity, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        return self.writes.write(self.keys, key_states), self.writes.write(self.values, value_states)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.writes.seen(query_length), 0
+
+    def get_seq_length(self) -> int:
+        return self.writes.before  # models ask where they are given no position_ids
+
+    def get_max_length(self) -> int:
+        return self.capacity
+
+
+class Prompts(NamedTuple):
+    """A pass over the prompts of the rows first, first + 1, ..., which see nothing but themselves.
+
+    order int64 [m, T]: the tokens of each row without its padding, which stands on the left; None where none is padded.
+    """
+
+    first: int
+    order: Tensor | None
+    before: int = 0
+
+    def seen(self, new: int) -> int:
+        return new
+
+    def write(self, kept: Tensor, new: Tensor) -> Tensor:
+        rows, heads, length, width = new.shape
+        kept = kept[self.first : self.first + rows]
+        kept[:, :, length:].zero_()  # a place that no mask lets through still must not hold what is not a number
+        if self.order is None:
+            kept[:, :, :length] = new
+        else:
+            kept[:, :, :length] = new.gather(2, self.order[:, None, :, None].expand(rows, heads, length, width))
+        return new
+
+
+class Branches(NamedTuple):
+    """A pass over next tokens of the first rows, behind the prefix of each: token j of row i is written to place[i, j].
+
+    row int64 [n, 1]; end: the places that the pass looks at.
+    """
+
+    row: Tensor
+    place: Tensor
+    end: int
+    before: int
+
+    def seen(self, new: int) -> int:
+        return self.end
+
+    def write(self, kept: Tensor, new: Tensor) -> Tensor:
+        kept = kept[: len(self.row)]
+        kept.transpose(1, 2).index_put_((self.row, self.place), new.transpose(1, 2))
+        return kept[:, :, : self.end]
+
+
+class RowCache(Cache):
+    """A RowLayer for each layer of a full-attention model: rows that join, branch, go on and leave, each of its own length.
+
+    config: of the model; room: the most rows; capacity: places of each row, for its prompt, what follows, and the branches
+    behind that. The rows that are here stand at the positions 0, 1, ... without a gap. `lengths` are those of their prefixes
+    on the host, `length` int64 [room] the same on the device. With `captured` a pass looks at all places, so that it is the
+    same whatever the lengths are, and the host does not follow them: `lengths` is set by whoever knows them.
+    """
+
+    def __init__(self, config, room: int, capacity: int, device):
+        super().__init__(layers=[RowLayer(room, capacity) for _ in range(config.num_hidden_layers)])
+        self.room, self.capacity, self.captured = room, capacity, False
+        self.lengths: list[int] = []
+        self.length = torch.zeros(room, dtype=torch.long, device=device)
+        self._place = torch.arange(capacity, device=device)
+        self._row = torch.arange(room, device=device).unsqueeze(1)
+        self._lists: dict[int, list[list[Tensor]]] = {}
+
+    def join(self, mask: Tensor) -> Tensor | None:
+        """Rows come in, with prompts where mask [m, T] is not 0, padded on the left: the mask of the pass over them, which is
+        to follow, [m, 1, T, T], or None for plain causal attention."""
+        first, length = len(self.lengths), mask.shape[1]
+        own = mask.sum(1)
+        self.lengths += own.tolist()
+        self.length[first : first + len(mask)] = own
+        padded = min(self.lengths[first:]) < length
+        place = torch.arange(length, device=mask.device)
+        order = (place + (length - own).unsqueeze(1)) % length if padded else None
+        for layer in self.layers:
+            layer.writes = Prompts(first, order)
+        if not padded:
+            return None
+        seen = mask.bool()[:, None, None] & (place <= place[:, None])
+        return seen | (place == place[:, None])  # padding sees itself, since a softmax over nothing is not a number
+
+    @property
+    def width(self) -> int:
+        """Rows of a pass: those that are here, or with `captured` as many as there is room for."""
+        return self.captured or len(self.lengths)
+
+    @property
+    def position(self) -> Tensor:
+        """Of each row's next token, int64 [n, 1]."""
+        return self.length[: self.width].unsqueeze(1)
+
+    def branches(self, count: int) -> Tensor | None:
+        """Mask [n, 1, count, places] of next tokens that see their row's prefix and each itself, for the pass that is to
+        follow. None where a single token sees all there is."""
+        n = self.width
+        place = self.position + self._place[:count]
+        longest = 0 if self.captured else max(self.lengths)
+        end = self.capacity if self.captured else longest + count
+        for layer in self.layers:
+            layer.writes = Branches(self._row[:n], place, end, longest)
+        if not self.captured and count == 1 and min(self.lengths) == longest:
+            return None
+        places = self._place[:end]
+        return (places < self.position)[:, None, None] | (places == place.unsqueeze(2)).unsqueeze(1)
+
+    def advance(self, going: Tensor | None = None) -> None:
+        """The token written behind each row's prefix becomes part of it. going bool [n]: where, all by default."""
+        n = self.width
+        self.length[:n] += 1 if going is None else going
+        if not self.captured:
+            self.lengths = [length + 1 for length in self.lengths]
+
+    def commit(self, slot: Tensor) -> None:
+        """Of the branches written behind a row's prefix, the one at slot [n] becomes its next token; the others are dropped.
+        With `captured` a slot of -1 leaves its row."""
+        n = self.width
+        for several in self._alike(n):
+            commit(several, slot.to(several[0].device), self.length[:n])
+        self.advance(slot >= 0 if self.captured else None)
+
+    def keep(self, order: Sequence[int]) -> None:
+        """The rows at these positions stay, in this order; where a row moves, to a place that is left."""
+        for to, source in enumerate(order):
+            if to != source:
+                for layer in self.layers:
+                    if layer.is_initialized:
+                        layer.keys[to].copy_(layer.keys[source])
+                        layer.values[to].copy_(layer.values[source])
+                self.length[to] = self.length[source]
+        self.lengths = [self.lengths[source] for source in order]
+
+    def reserve(self, capacity: int) -> None:
+        """Room for so many places of each row."""
+        if capacity <= self.capacity:
+            return
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys, layer.values = (
+                    nn.functional.pad(x, (0, 0, 0, capacity - self.capacity)) for x in (layer.keys, layer.values)
+                )
+            layer.capacity = capacity
+        self.capacity, self._place = capacity, torch.arange(capacity, device=self.length.device)
+        self._lists.clear()
+
+    def _alike(self, rows: int) -> list[list[Tensor]]:
+        """The keys and values of all layers, of the first rows, by device, shape and dtype; mostly one list."""
+        if rows not in self._lists:
+            alike: dict[tuple, list[Tensor]] = {}
+            for layer in self.layers:
+                for states in (layer.keys[:rows], layer.values[:rows]):
+                    alike.setdefault((states.device, states.shape, states.stride(), states.dtype), []).append(states)
+            self._lists[rows] = [several[i : i + MOST] for several in alike.values() for i in range(0, len(several), MOST)]
+        return self._lists[rows]
 
 
 def can_branch(model) -> bool:

@@ -32,7 +32,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pyargs.errors import PyargsError
 
-BACKENDS = ("auto", "eager")
+BACKENDS = ("auto", "cpu", "cuda-graph", "eager")
 LIBRARIES = ("torch.nn.", "transformers.", "peft.", "pyargs.")
 FOLDERS = tuple(
     os.path.join(folder, "")
@@ -59,10 +59,15 @@ LABELS = {"_name_or_path", "_commit_hash", "architectures", "transformers_versio
 
 def eager() -> bool:
     """Whether PYARGS_BACKEND=eager asks for plain calls of the models everywhere. Read at every call; "auto" by default."""
-    name = os.environ.get("PYARGS_BACKEND") or "auto"
-    if name not in BACKENDS:
-        raise PyargsError(f"PYARGS_BACKEND is {' or '.join(BACKENDS)}, not '{name}'")
-    return name == "eager"
+    return asked_backend() == "eager"
+
+
+def asked_backend() -> str | None:
+    """What PYARGS_BACKEND names, None where it is not set."""
+    name = os.environ.get("PYARGS_BACKEND") or None
+    if name not in (None, *BACKENDS):
+        raise PyargsError(f"PYARGS_BACKEND is {', '.join(BACKENDS)}, not '{name}'")
+    return name
 
 
 def may_replace(*models: nn.Module) -> bool:
@@ -322,3 +327,23 @@ def _described(value, name: str, key: str):
 
 def _place(name: str) -> str:
     return f"module '{name.strip('.')}'" if name else "the model"
+
+
+class Watch:
+    """Notices, in a fraction of a millisecond, that models are no longer what they were: hooks, replaced modules or functions,
+    weights that were exchanged or changed in place. What was changed through `.data` is not seen here, but by `contents`."""
+
+    def __init__(self, *models: nn.Module):
+        self.modules = list({id(module): module for model in models for module in model.modules()}.values())
+        self.before = self._look()
+
+    def changed(self) -> bool:
+        return self._look() != self.before
+
+    def _look(self) -> tuple:
+        children = [id(child) for module in self.modules for child in module._modules.values()]
+        tensors = [one for module in self.modules for part in (module._parameters, module._buffers) for one in part.values()]
+        hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in self.modules]
+        functions = ["forward" in module.__dict__ for module in self.modules]
+        weights = [(id(one), one._version, one.data_ptr()) for one in tensors if one is not None]
+        return children, hooks, functions, weights, nn_module._has_any_global_hook()

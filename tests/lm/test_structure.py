@@ -74,7 +74,7 @@ def test_eager_is_plain_everywhere(monkeypatch):
     policy_alone.generate(policy, [[5]], max_new_tokens=2)
     monkeypatch.setenv("PYARGS_BACKEND", "cuda")
     for call in (lambda: decoded(policy, model), lambda: response_logprobs(policy, [([5], [[6]])])):
-        with pytest.raises(PyargsError, match="PYARGS_BACKEND is auto or eager, not 'cuda'"):
+        with pytest.raises(PyargsError, match="PYARGS_BACKEND is auto, cpu, cuda-graph, eager, not 'cuda'"):
             call()
 
 

@@ -1,1 +1,78 @@
-"""How a step's passes are run: eager (any model of transformers), cpu (the C++ stack), cuda_graph (the step as one graph)."""
+"""Which code computes the passes: `cpu` (the native stack), `cuda_graph` (a captured step), or `eager` (transformers itself,
+with `copies` for models in which candidates cannot share a prefix). Chosen once, by name."""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+from pyargs.decode.backends import copies, cpu, eager
+from pyargs.decode.guided import Two
+from pyargs.errors import PyargsError
+from pyargs.lm.cache import can_branch
+from pyargs.lm.forward import plain_output_layer
+from pyargs.lm.stack import keep
+from pyargs.lm.structure import BACKENDS, as_written, asked_backend
+
+
+class Backend(NamedTuple):
+    """name: "cpu", "cuda-graph" or "eager"; reason: why this one; shared: whether candidates share their row's prefix."""
+
+    name: str
+    reason: str
+    shared: bool = True
+
+
+def resolve(asked: str, *models) -> Backend:
+    """The backend for language models (of policy and reward model). PYARGS_BACKEND overrides `asked`.
+
+    Raises PyargsError for an unknown name, and for one that cannot compute these models, with the reason.
+    """
+    asked = asked_backend() or asked
+    if asked not in BACKENDS:
+        raise PyargsError(f"backend is {', '.join(BACKENDS)}, not {asked!r}")
+    if asked in ("auto", "cpu"):
+        why = next(filter(None, (keep.refusal(model) for model in models)), None)
+        if why is None and not plain_output_layer(models[0]):
+            why = "the policy's logits are more than its output layer's (soft cap, scale, or a hook on the model itself)"
+        if why is None:
+            return Backend("cpu", "the native stack computes these models")
+        if asked == "cpu":
+            raise PyargsError(f"backend='cpu' cannot compute this: {why}. Take backend='eager', or 'auto'")
+    else:
+        why = "it was asked for"
+    if asked == "cuda-graph":
+        raise PyargsError("backend='cuda-graph' needs policy and reward model on one GPU: take backend='auto'")
+    if not as_written(*models):
+        return Backend("eager", f"{why}; hooks or replaced modules: each candidate behind a copy of the cache", False)
+    if not all(map(can_branch, models)):
+        warnings.warn(
+            "policy or reward model has layers in which candidates can not share a prefix (sliding window, linear attention, "
+            "state space, or attention without masks): decoding with k copies of the reward model's cache, which is slower",
+            stacklevel=3,
+        )
+        return Backend("eager", f"{why}; candidates cannot share a prefix: each behind a copy of the cache", False)
+    return Backend("eager", why)
+
+
+def policy(backend: Backend, lm, room: int, vocabulary: int):
+    """Passes of a language model by itself, for `room` rows."""
+    if backend.name == "cpu":
+        return cpu.Policy(lm, room, vocabulary)
+    return (eager if backend.shared else copies).Policy(lm, room)
+
+
+def scorer(backend: Backend, backbone, room: int):
+    """Passes of a reward model's backbone."""
+    if backend.name == "cpu":
+        return cpu.Scorer(backbone, room)
+    return (eager if backend.shared else copies).Scorer(backbone, room)
+
+
+def both(backend: Backend, lm, backbone, room: int, vocabulary: int, k: int):
+    """Passes of a policy and a reward model, in one where they rest on the same weights and that is faster."""
+    if backend.name == "cpu" and cpu.shares(lm, backbone):
+        return cpu.Shared(lm, backbone, room, vocabulary)
+    if backend.name == "eager" and backend.shared and eager.shares(lm, backbone, room, k):
+        return eager.Shared(lm, backbone, room)
+    return Two(policy(backend, lm, room, vocabulary), scorer(backend, backbone, room))

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyargs.decode.request import Request, check_numbers
+from pyargs.decode.request import BatchRequest, check_numbers
 from pyargs.lm import lora
 from pyargs.lm.forward import plain_output_layer
 from pyargs.lm.stack import keep, run
@@ -47,7 +47,7 @@ class TwoStacks:
         self.policy, self.backbone = policy, backbone
         self.policy_cache, self.reward_cache = policy.cache(rows, capacity), backbone.cache(rows, capacity)
 
-    def begin(self, request: Request) -> tuple[Tensor, Tensor]:
+    def begin(self, request: BatchRequest) -> tuple[Tensor, Tensor]:
         ids, mask = request.input_ids, request.attention_mask
         self.wanted = _wanted(request)
         state = self.policy(ids, self.policy_cache, mask)[:, -1]
@@ -70,7 +70,7 @@ class OneStack:
         self.stack, self.adapted = stack, adapted
         self.cache = stack.cache(rows * 2 if adapted else rows, capacity)
 
-    def begin(self, request: Request) -> tuple[Tensor, Tensor]:
+    def begin(self, request: BatchRequest) -> tuple[Tensor, Tensor]:
         ids, mask, rows = request.input_ids, request.attention_mask, len(request.input_ids)
         self.wanted = _wanted(request)
         if self.adapted:
@@ -149,7 +149,7 @@ def _read(stack: run.Stack, cache: run.Cache, prompts: Sequence[Sequence[int]]) 
     return state
 
 
-def _wanted(request: Request) -> dict[str, int]:
+def _wanted(request: BatchRequest) -> dict[str, int]:
     """Of the logits: only the candidates' need to be exact. What the others are off by moves all log-probs of a step alike."""
     return {"top": request.num_candidates, "vocabulary": request.vocabulary}
 
@@ -157,3 +157,225 @@ def _wanted(request: Request) -> dict[str, int]:
 def _for(ids: Tensor, finished: Tensor) -> Tensor:
     """Which of ids [B, n] to compute: those of rows that go on."""
     return ~finished.unsqueeze(1).expand(ids.shape)
+
+
+# -- rows that come and go ---------------------------------------------------------------------------------------------
+
+PLACES = 64
+"""A cache's capacity is a multiple of it, so that it seldom grows."""
+
+
+class _Rows:
+    """The rows that are here, at the positions 0, 1, ..., in the cache of a stack.
+
+    halves: how many rows of the cache each of them has; half h of cache row r is r + h * room. The adapter of the stack counts
+    for the last half of two, and for `delta` of one.
+    """
+
+    def __init__(self, stack: run.Stack, room: int, *, halves: int = 1, delta: bool = False):
+        self.stack, self.room, self.halves, self.delta = stack, room, halves, delta
+        self.cache, self.capacity = stack.cache(room * halves, 0), 0
+        self.rows: list[int] = []
+        self.texts: list[list[int]] = [[] for _ in range(room)]  # what each row of the cache holds, also when it has left
+
+    def join(self, prompts: Sequence[Sequence[int]], capacity: int) -> Tensor:
+        """The states [halves, m, D] of the prompts' last tokens. What a prompt has in common with a row that is here, or was
+        last in its place, is not computed again if it is half of it: a user's demonstrations, say."""
+        self._reserve(capacity)
+        known, joined = [], []
+        free = [row for row in range(self.room) if row not in self.rows]
+        for prompt in prompts:
+            sharing = [run.shared(self.texts[row], prompt) for row in free]
+            place = max(range(len(free)), key=sharing.__getitem__)
+            row, most, source = free.pop(place), sharing[place], None
+            for other in self.rows + [row for row, source in zip(joined, known, strict=True) if source[1] is None]:
+                text = self.texts[other] if other in self.rows else list(prompts[joined.index(other)])
+                if (same := run.shared(text, prompt)) > most:
+                    most, source = same, other
+            if 2 * most < len(prompt):
+                most, source = 0, None
+            joined.append(row)
+            known.append((most, source))
+        states = torch.empty(self.halves, len(prompts), self.stack.dim, dtype=torch.float32, device="cpu")
+        for continued in (False, True):  # those that begin as none of the others does come first
+            some = [i for i, (_, source) in enumerate(known) if (source is not None) == continued]
+            for i in some:
+                length, source = known[i]
+                for half in self._halves():
+                    if source is None:
+                        self.cache.cut(length, joined[i] + half)
+                    else:
+                        self.cache.copy(joined[i] + half, source + half, length)
+            if some:
+                ids, mask = left_pad([list(prompts[i])[known[i][0] :] for i in some], 0)
+                states[:, some] = self.run(ids, mask, rows=[joined[i] for i in some])[..., -1, :]
+        for row, prompt in zip(joined, prompts, strict=True):
+            self.texts[row] = list(prompt)
+        self.rows += joined
+        return states
+
+    def run(self, ids: Tensor, mask: Tensor | None = None, *, rows: list[int] | None = None, branches: bool = False) -> Tensor:
+        """States [halves, n, T, D] of ids [n, T] behind the rows at all positions, or of these rows of the cache."""
+        rows = self.rows if rows is None else rows
+        n, several = len(ids), self.halves > 1
+        states = self.stack(
+            ids.repeat(self.halves, 1) if several else ids,
+            self.cache,
+            mask.repeat(self.halves, 1) if several and mask is not None and len(mask) == n else mask,
+            branches=branches,
+            rows=[row + half for half in self._halves() for row in rows],
+            delta=torch.arange(2 * n, device="cpu") >= n if several else self.delta,
+        )
+        return states.view(self.halves, n, *states.shape[1:])
+
+    def keep(self, order: Sequence[int]) -> None:
+        self.rows = [self.rows[position] for position in order]
+
+    def note(self, token: Tensor) -> None:
+        """Token [n] is the next one of each row."""
+        for row, one in zip(self.rows, token.tolist(), strict=True):
+            self.texts[row].append(one)
+
+    def _halves(self) -> range:
+        return range(0, self.room * self.halves, self.room)
+
+    def _reserve(self, capacity: int) -> None:
+        if capacity <= self.capacity:
+            return
+        self.capacity = -(-capacity // PLACES) * PLACES
+        old, self.cache = self.cache, self.stack.cache(self.room * self.halves, self.capacity)
+        for row, length in enumerate(old.length):
+            self.cache.copy(row, row, length, old)
+
+
+class Policy:
+    """The policy's half: logits behind the tokens of the rows at the positions 0, 1, ...
+
+    vocabulary: the tokens that can be chosen. top: of the logits only so many are asked for, 0 is all: the others may be
+    estimates, smaller than these (`Stack.logits`).
+    """
+
+    screened = True
+
+    def __init__(self, lm, room: int, vocabulary: int):
+        self.lm, self.vocabulary, self.top = lm, vocabulary, 0
+        self.stack = keep.stack_of(lm)
+        self.held = _Rows(self.stack, room)
+
+    def join(self, prompts: Sequence[Sequence[int]], capacity: int) -> Tensor:
+        """Reads prompts of rows behind those that are here: logits [m, V] of their first tokens."""
+        return self._logits(self.held.join(prompts, capacity)[0])
+
+    def advance(self, token: Tensor, going: Tensor | None = None) -> Tensor:
+        """Token [n] becomes each row's next one: the logits [n, V] behind it."""
+        self.held.note(token)
+        return self._logits(self.held.run(token.unsqueeze(1))[0, :, 0])
+
+    def current(self) -> bool:
+        """Whether the packed weights are still the model's, all of which are read."""
+        return keep.stack_of(self.lm) is self.stack
+
+    def keep(self, order: Sequence[int]) -> None:
+        """The rows at these positions stay, in this order."""
+        self.held.keep(order)
+
+    def _logits(self, state: Tensor) -> Tensor:
+        return self.stack.logits(state, top=self.top, vocabulary=self.vocabulary)
+
+
+class Scorer:
+    """The reward model's half: states of candidates behind the tokens of the rows."""
+
+    def __init__(self, backbone, room: int):
+        self.backbone, self.held = backbone, _Rows(keep.stack_of(backbone), room)
+
+    def join(self, prompts: Sequence[Sequence[int]], capacity: int) -> Tensor:
+        """As `Policy.join`: the states [m, D] of the prompts' last tokens."""
+        return self.held.join(prompts, capacity)[0]
+
+    def branch(self, candidates: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """States [n, k, D] of candidates [n, k], each behind its row's tokens; 0 outside `wanted` bool [n, k]."""
+        return self.held.run(candidates, wanted, branches=True)[0]
+
+    def commit(self, token: Tensor, slot: Tensor) -> None:
+        """Token [n], the candidate at slot [n], becomes each row's next one."""
+        self.held.stack.commit(self.held.cache, slot, self.held.rows)
+        self.held.note(token)
+
+    def advance(self, token: Tensor) -> None:
+        """Token [n] becomes its row's next one, whether it was a candidate or not."""
+        self.held.note(token)
+        self.held.run(token.unsqueeze(1))
+
+    def current(self) -> bool:
+        """Whether the packed weights are still the model's, all of which are read."""
+        return keep.stack_of(self.backbone) is self.held.stack
+
+    def keep(self, order: Sequence[int]) -> None:
+        self.held.keep(order)
+
+
+class Shared:
+    """Both halves on the same weights. With LoRA (`adapted`) every row has a second one for the reward model."""
+
+    screened = True
+
+    def __init__(self, policy, backbone, room: int, vocabulary: int):
+        self.adapted = lora.active(backbone)
+        self.policy, self.adapter = policy, backbone if self.adapted else None
+        self.stack = keep.stack_of(policy, self.adapter)
+        self.held = _Rows(self.stack, room, halves=2 if self.adapted else 1)
+        self.vocabulary, self.top, self.room = vocabulary, 0, room
+        self.states = run.zeros(0, 0, self.stack.dim)  # of the candidates, as the policy sees them
+
+    def join(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[Tensor, Tensor]:
+        """Logits [m, V] of the first tokens, and the reward model's states [m, D] of the prompts' last ones."""
+        states = self.held.join(prompts, capacity)
+        self.states = run.zeros(len(self.held.rows), 0, self.stack.dim)
+        return self._logits(states[0]), states[-1]
+
+    def branch(self, candidates: Tensor, wanted: Tensor | None = None) -> Tensor:
+        if not self.adapted:
+            self.states = self.held.run(candidates, wanted, branches=True)[0]
+            return self.states
+        n, guesses = len(candidates), GUESSES.get(len(candidates), 0)
+        mask = torch.ones(2 * n, candidates.shape[1], dtype=torch.bool, device="cpu")
+        if wanted is not None:
+            mask &= wanted.repeat(2, 1)
+        mask[:n, guesses:] = False
+        states = self.held.run(candidates, mask, branches=True)
+        self.states = states[0, :, :guesses]
+        return states[1]
+
+    def follow(self, token: Tensor, slot: Tensor, going: Tensor | None = None) -> Tensor:
+        """Token [n], the candidate at slot [n], becomes each row's next one: the logits [n, V] behind it."""
+        held, rows = self.held, self.held.rows
+        hit = slot < self.states.shape[1]
+        own = slot.where(hit, -1)
+        if self.adapted:
+            self.stack.commit(held.cache, torch.cat([own, slot]), [*rows, *(row + self.room for row in rows)])
+        else:
+            self.stack.commit(held.cache, own, rows)
+        state = self.states.new_zeros(len(slot), self.stack.dim)
+        state[hit] = self.states[hit, slot[hit]]
+        missed = (~hit).nonzero().flatten().tolist()
+        if missed:
+            state[missed] = self.stack(token[missed].unsqueeze(1), held.cache, rows=[rows[i] for i in missed])[:, 0]
+        held.note(token)
+        return self._logits(state)
+
+    def current(self) -> bool:
+        """Whether the packed weights are still the model's, all of which are read."""
+        return keep.stack_of(self.policy, self.adapter) is self.stack
+
+    def keep(self, order: Sequence[int]) -> None:
+        self.held.keep(order)
+        self.states = self.states[list(order)]
+
+    def _logits(self, state: Tensor) -> Tensor:
+        return self.stack.logits(state, top=self.top, vocabulary=self.vocabulary)
+
+
+def shares(policy, backbone) -> bool:
+    """Whether one pass serves both halves."""
+    return lora.same_weights(policy.get_decoder(), backbone)

@@ -23,7 +23,7 @@ from pyargs.decode.answer import Output
 from pyargs.decode.backends import eager
 from pyargs.decode.backends.eager import OnePass, TwoPasses
 from pyargs.decode.loop import State, begin, choose
-from pyargs.decode.request import Request
+from pyargs.decode.request import BatchRequest
 from pyargs.heads import Folded
 from pyargs.lm.cache import PrefixCache
 from pyargs.lm.fused_modules import few_launches
@@ -49,7 +49,7 @@ class Recording:
 
     policy: ref
     models: list[dict]
-    request: Request
+    request: BatchRequest
     output: Output
     state: State
     caches: tuple[PrefixCache, ...]
@@ -71,7 +71,7 @@ def possible(policy, reward_model: RewardModel) -> bool:
 
 
 @torch.no_grad()
-def decode(policy, reward_model: RewardModel, request: Request) -> Decoded | None:
+def decode(policy, reward_model: RewardModel, request: BatchRequest) -> Decoded | None:
     """As `pyargs.decode.args.decode`, through a captured step; None, with a warning, where these models allow none."""
     device, k = request.user.device, request.num_candidates
     rows = 1 << (len(request.user) - 1).bit_length()
@@ -111,7 +111,7 @@ def decode(policy, reward_model: RewardModel, request: Request) -> Decoded | Non
             kept[key] = recording
 
 
-def _record(policy, reward_model: RewardModel, way: type, request: Request, finished: Tensor, places: int):
+def _record(policy, reward_model: RewardModel, way: type, request: BatchRequest, finished: Tensor, places: int):
     """A Recording of the step for requests like this one; None, with a warning, where it cannot be captured."""
     device = request.user.device
     caches = way.caches(policy, reward_model, len(finished), places)
@@ -140,7 +140,7 @@ def _record(policy, reward_model: RewardModel, way: type, request: Request, fini
     return recording
 
 
-def _start(both: TwoPasses | OnePass, request: Request, folded: Folded, finished: Tensor, recording: Recording) -> None:
+def _start(both: TwoPasses | OnePass, request: BatchRequest, folded: Folded, finished: Tensor, recording: Recording) -> None:
     """Puts a request and its users into the buffers, its prompts read."""
     for name in ("weight", "stop", "uniform"):
         if (tensor := getattr(recording.request, name)) is not None:
@@ -185,7 +185,7 @@ def capture(step: Callable[[], None], device: torch.device) -> Callable[[], obje
     return graph.replay
 
 
-def _widened(request: Request, rows: int, steps: int) -> Request:
+def _widened(request: BatchRequest, rows: int, steps: int) -> BatchRequest:
     """The request with so many rows, those beyond its own like the first, and noise for so many steps; all in new memory."""
     row = torch.arange(rows, device="cpu")
     row = row.where(row < len(request.user), 0)
@@ -208,7 +208,7 @@ def _widened(request: Request, rows: int, steps: int) -> Request:
     )
 
 
-def _key(policy, reward_model: RewardModel, way: type, request: Request, places: int) -> tuple:
+def _key(policy, reward_model: RewardModel, way: type, request: BatchRequest, places: int) -> tuple:
     """What a recording is for. Weights may change where they lie, but not those that the head folds: these are read. Users are
     in the buffers: they may come, go and change, and their table may move."""
     numbers = (

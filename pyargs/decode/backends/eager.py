@@ -7,15 +7,18 @@ device, so that a step of theirs can be captured.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 
+import torch
 from torch import Tensor
 
-from pyargs.decode.request import Request
+from pyargs.decode.request import BatchRequest
 from pyargs.lm import lora
-from pyargs.lm.cache import PrefixCache, additive, cache_name, parameters, positions
+from pyargs.lm.cache import PrefixCache, RowCache, additive, cache_name, parameters, positions
 from pyargs.lm.forward import plain_output_layer
 from pyargs.lm.structure import may_replace
+from pyargs.lm.tokenize import left_pad
 from pyargs.models.reward_model import RewardModel
 
 
@@ -33,7 +36,7 @@ class TwoPasses:
             for model, device in ((policy, policy.device), (reward_model.backbone, reward_model.device))
         )
 
-    def begin(self, request: Request) -> tuple[Tensor, Tensor]:
+    def begin(self, request: BatchRequest) -> tuple[Tensor, Tensor]:
         """Logits [B, V] of the first token, and the reward model's state [B, D] of the prompts."""
         logits = _prompt(self.policy, request, self.policy_cache, logits_to_keep=1).logits[:, -1]
         return logits, _prompt(self.backbone, request, self.reward_cache).last_hidden_state[:, -1]
@@ -68,7 +71,7 @@ class OnePass:
         config = reward_model.backbone.config.get_text_config(decoder=True)
         return (PrefixCache(config, rows, capacity, reward_model.device),)
 
-    def begin(self, request: Request) -> tuple[Tensor, Tensor]:
+    def begin(self, request: BatchRequest) -> tuple[Tensor, Tensor]:
         with self._lora(request.input_ids):
             state = _prompt(self.backbone, request, self.cache, self.times).last_hidden_state[:, -1]
         rows = len(request.input_ids)
@@ -103,7 +106,7 @@ def of(policy, reward_model: RewardModel, rows: int, k: int) -> type[TwoPasses] 
     return OnePass if lora.same_weights(policy.get_decoder(), backbone) and plain_output_layer(policy) else TwoPasses
 
 
-def _prompt(model, request: Request, cache: PrefixCache, times: int = 1, **more):
+def _prompt(model, request: BatchRequest, cache: PrefixCache, times: int = 1, **more):
     mask = request.attention_mask.repeat(times, 1).to(model.device)
     cache.begin(mask)
     output = model(
@@ -136,3 +139,172 @@ def _known(model, more: dict) -> dict:
 
 def _mask(mask: Tensor | None, model) -> Tensor | None:
     return None if mask is None else additive(mask, model)
+
+
+# -- rows that come and go ---------------------------------------------------------------------------------------------
+
+PLACES = 64
+"""A cache's capacity is a multiple of it, so that it seldom grows."""
+
+
+class Policy:
+    """The policy's half: logits behind the tokens of the rows at the positions 0, 1, ... Its model shares nothing."""
+
+    screened = False
+    top = 0  # all logits are exact
+
+    def __init__(self, lm, room: int):
+        self.lm, self.cache = lm, RowCache(lm.config.get_text_config(decoder=True), room, 0, lm.device)
+
+    def join(self, prompts: Sequence[Sequence[int]], capacity: int, soft: Tensor | None = None) -> Tensor:
+        """Reads prompts of rows behind those that are here: logits [m, V] of their first tokens.
+
+        capacity: places that the longest of them needs. soft [m, L, D]: embeddings that stand before the prompts.
+        """
+        return _join(self.lm, self.cache, prompts, capacity, soft=soft, logits_to_keep=1).logits[:, -1]
+
+    def advance(self, token: Tensor, going: Tensor | None = None) -> Tensor:
+        """Token [n] becomes each row's next one, where going [n] (all by default): the logits [n, V] behind it."""
+        logits = _pass(self.lm, token.to(self.lm.device).unsqueeze(1), self.cache, logits_to_keep=1).logits[:, -1]
+        self.cache.advance(None if going is None else going.to(self.lm.device))
+        return logits
+
+    def current(self) -> bool:
+        return True
+
+    def keep(self, order: Sequence[int]) -> None:
+        """The rows at these positions stay, in this order."""
+        self.cache.keep(order)
+
+    @property
+    def caches(self) -> tuple[RowCache, ...]:
+        return (self.cache,)
+
+
+class Scorer:
+    """The reward model's half: states of candidates behind the tokens of the rows."""
+
+    def __init__(self, backbone, room: int):
+        self.backbone = backbone
+        self.cache = RowCache(backbone.config.get_text_config(decoder=True), room, 0, backbone.device)
+
+    def join(self, prompts: Sequence[Sequence[int]], capacity: int) -> Tensor:
+        """As `Policy.join`: the states [m, D] of the prompts' last tokens."""
+        return _join(self.backbone, self.cache, prompts, capacity).last_hidden_state[:, -1]
+
+    def branch(self, candidates: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """States [n, k, D] of candidates [n, k], each behind its row's tokens. Those outside `wanted` may be any."""
+        return _pass(self.backbone, candidates, self.cache).last_hidden_state
+
+    def commit(self, token: Tensor, slot: Tensor) -> None:
+        """Token [n], the candidate at slot [n], becomes each row's next one."""
+        self.cache.commit(slot)
+
+    def advance(self, token: Tensor) -> None:
+        """Token [n] becomes its row's next one, whether it was a candidate or not."""
+        _pass(self.backbone, token.to(self.backbone.device).unsqueeze(1), self.cache)
+        self.cache.advance()
+
+    def current(self) -> bool:
+        return True
+
+    def keep(self, order: Sequence[int]) -> None:
+        self.cache.keep(order)
+
+    @property
+    def caches(self) -> tuple[RowCache, ...]:
+        return (self.cache,)
+
+
+class Shared:
+    """Both halves in one pass of the weights that they share. With LoRA every row stands there twice, first as the policy
+    sees it and then, LoRA added, as the reward model does. The output layer is applied to the winners only."""
+
+    screened = False
+    top = 0  # all logits are exact
+
+    def __init__(self, policy, backbone, room: int):
+        self.output, self.backbone = policy.get_output_embeddings(), backbone
+        self.times = 2 if lora.active(backbone) else 1
+        self.cache = RowCache(backbone.config.get_text_config(decoder=True), room * self.times, 0, backbone.device)
+
+    def join(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[Tensor, Tensor]:
+        """Logits [m, V] of the first tokens, and the reward model's states [m, D] of the prompts' last ones."""
+        twice = [prompt for prompt in prompts for _ in range(self.times)]
+        with self._lora():
+            state = _join(self.backbone, self.cache, twice, capacity).last_hidden_state[:, -1]
+        self.states = state.new_zeros(
+            self.cache.width // self.times, 0, state.shape[-1]
+        )  # of candidates, as the policy sees them
+        return self.output(state[:: self.times]), state[self.times - 1 :: self.times]
+
+    def branch(self, candidates: Tensor, wanted: Tensor | None = None) -> Tensor:
+        with self._lora():
+            states = _pass(self.backbone, candidates.repeat_interleave(self.times, 0), self.cache).last_hidden_state
+        self.states = states[:: self.times]
+        return states[self.times - 1 :: self.times]
+
+    def follow(self, token: Tensor, slot: Tensor, going: Tensor | None = None) -> Tensor:
+        """Token [n], the candidate at slot [n], becomes each row's next one: the logits [n, V] behind it."""
+        self.cache.commit(slot.repeat_interleave(self.times))
+        place = slot.clamp(min=0)[:, None, None].expand(-1, 1, self.states.shape[-1])
+        return self.output(self.states.gather(1, place).squeeze(1))
+
+    def current(self) -> bool:
+        return True
+
+    def keep(self, order: Sequence[int]) -> None:
+        self.cache.keep([row * self.times + one for row in order for one in range(self.times)])
+        self.states = self.states[list(order)]
+
+    @property
+    def caches(self) -> tuple[RowCache, ...]:
+        return (self.cache,)
+
+    def _lora(self):
+        return lora.on_second(self.backbone) if self.times == 2 else nullcontext()
+
+
+def shares(policy, backbone, rows: int, k: int) -> bool:
+    """Whether one pass serves both halves, and is faster for so many rows and candidates."""
+    free = not lora.active(backbone) or (lora.plain(backbone) and 2 * rows * k <= MOST_ROWS.get(backbone.device.type, 0))
+    if not (free and may_replace(policy, backbone)):
+        return False
+    return lora.same_weights(policy.get_decoder(), backbone) and plain_output_layer(policy)
+
+
+def _join(model, cache: RowCache, prompts, capacity: int, *, soft: Tensor | None = None, **more):
+    cache.reserve(-(-capacity // PLACES) * PLACES)
+    ids, mask = (x.to(model.device) for x in left_pad([list(prompt) for prompt in prompts], 0))
+    inputs = {"input_ids": ids}
+    if soft is not None:
+        inputs, mask = _embedded(model, prompts, soft)
+    seen = cache.join(mask)
+    return _call(model, cache, seen, positions(mask), inputs, more)
+
+
+def _embedded(model, prompts, soft: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Embeddings of prompts with `soft` [m, L, D] before them, padded on the left, and their mask."""
+    table = model.get_input_embeddings()
+    words = [table(torch.tensor(list(prompt), device=model.device)) for prompt in prompts]
+    parts = [torch.cat([before.to(word), word]) for before, word in zip(soft, words, strict=True)]
+    longest = max(map(len, parts))
+    embeds = torch.stack([torch.cat([p.new_zeros(longest - len(p), p.shape[1]), p]) for p in parts])
+    mask = torch.stack([torch.arange(longest, device=model.device) >= longest - len(p) for p in parts]).long()
+    return {"inputs_embeds": embeds}, mask
+
+
+def _pass(model, ids: Tensor, cache: RowCache, **more):
+    position = cache.position.expand(ids.shape)
+    return _call(model, cache, cache.branches(ids.shape[1]), position, {"input_ids": ids}, more)
+
+
+def _call(model, cache: RowCache, seen: Tensor | None, position: Tensor, inputs: dict, more: dict):
+    return model(
+        **inputs,
+        attention_mask=_mask(seen, model),
+        position_ids=position,
+        use_cache=True,
+        **{cache_name(model): cache},
+        **_known(model, more),
+    )

@@ -18,16 +18,26 @@ from pyargs.ops.library import has_extension
 
 def can_pack(model: nn.Module) -> bool:
     """Whether `pack` takes the model, and the machine has the memory for its weights once more."""
-    if eager() or not has_extension:
-        return False
+    return refusal(model) is None
+
+
+def refusal(model: nn.Module) -> str | None:
+    """Why the stack does not compute this model as it is now, on this machine; None where it does."""
+    if eager():
+        return "PYARGS_BACKEND=eager asks for plain calls"
+    if not has_extension:
+        return "the extension pyargs._C is not built for this machine"
     decoder, head = parts_of(model)
     try:
         check_supported(decoder, head, decoder.get_input_embeddings().weight.dtype, structure(model))
-    except PyargsError:
-        return False
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    screen = 0 if head is None else head.weight.numel()
-    return decoder in _stacks or 1.2 * (size + screen) < available_memory()
+    except PyargsError as error:
+        return str(error)
+    needed = 1.2 * sum(p.numel() * p.element_size() for p in model.parameters()) + (
+        0 if head is None else 1.2 * head.weight.numel()
+    )
+    if decoder not in _stacks and needed >= (left := available_memory()):
+        return f"its packed weights need {needed / 2**30:.1f} GiB, and {left / 2**30:.1f} GiB are left"
+    return None
 
 
 CGROUP = Path("/sys/fs/cgroup")

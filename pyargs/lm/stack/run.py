@@ -40,16 +40,16 @@ class Cache:
     def rows(self) -> int:
         return self.native.rows
 
-    def cut(self, length: int) -> None:
-        """Every row keeps its first `length` tokens only."""
+    def cut(self, length: int, row: int | None = None) -> None:
+        """A row keeps its first `length` tokens only; all rows do by default."""
         if length < 0:
             raise PyargsError(f"a row cannot keep {length} tokens")
-        self.native.length = [min(length, kept) for kept in self.length]
+        self.native.length = [min(length, kept) if row in (None, i) else kept for i, kept in enumerate(self.length)]
 
-    def copy(self, row: int, source: int, length: int) -> None:
-        """Row `row` becomes the first `length` tokens of row `source`."""
+    def copy(self, row: int, source: int, length: int, other: Cache | None = None) -> None:
+        """Row `row` becomes the first `length` tokens of row `source`, of this cache or of another one of the same model."""
         with _errors():
-            self.native.copy(row, source, length)
+            self.native.copy((other or self).native, row, source, length)
 
 
 class Stack:

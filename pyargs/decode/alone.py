@@ -1,0 +1,69 @@
+"""Decoding of a language model by itself, or of a UserPolicy: the likeliest token, or a sample of all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyargs.decode.request import Request, as_float
+from pyargs.decode.rows import Choice, Rows, filtered, note, of_requests, uniform
+from pyargs.ops.choice import choose
+
+
+class Alone:
+    """Rows that no reward guides. policy: the passes of the language model; soft: `forward(user rows) -> [m, L, D]`, soft
+    prompts that stand before the prompts, with `users`, whose they are."""
+
+    def __init__(self, policy, *, vocabulary: int, room: int, device, soft=None):
+        self.policy, self.vocabulary, self.device, self.soft = policy, vocabulary, device, soft
+        self.rows, self.requests = Rows(room), []
+
+    def join(self, requests: Sequence[Request], capacity: int) -> None:
+        self.requests += requests
+        self._look()
+        more = {}
+        if self.soft is not None:
+            more["soft"] = self.soft(self.soft.users.rows([one.user for one in requests]).to(self.device))
+        logits = self.policy.join([one.prompt for one in requests], capacity, **more)
+        self.rows.join(logits=as_float(logits)[:, : self.vocabulary], **of_requests(requests, self.device))
+
+    def choose(self) -> Choice:
+        """The next token of each row that is here, counted as taken. Rewards are 0, and slots too."""
+        rows, logits = self.rows, self.rows["logits"].float()
+        zero = torch.zeros(len(logits), 1, dtype=torch.float32, device=self.device)
+        if self.sampled:
+            logprobs = logits.log_softmax(1)
+            logprobs = filtered(rows, logprobs) if self.filtered else logprobs
+            ids = torch.arange(logits.shape[1], device=self.device).expand_as(logits)
+            token, slot, _, finished = choose(
+                logprobs, zero.expand_as(logits), zero[:, 0], ids, rows["finished"], stop=rows["stop"],
+                temperature=rows["temperature"], uniform=uniform(rows),
+            )  # fmt: skip
+            slot = slot.clamp(max=0)
+        else:
+            score, token = logits.max(1)
+            slot = torch.where(score.isnan(), -1, 0)
+            finished = rows["finished"] | score.isnan() | (token.unsqueeze(1) == rows["stop"]).any(1)
+        return note(rows, token, slot, zero[:, 0], zero[:, 0], finished)
+
+    def follow(self, choice: Choice, going: Tensor | None = None) -> None:
+        """The chosen tokens become the rows' next ones. going bool [n]: where, all by default."""
+        self.rows["logits"] = as_float(self.policy.advance(choice.token, going))[:, : self.vocabulary]
+
+    def keep(self, order: Sequence[int]) -> None:
+        """The rows at these positions stay, in this order."""
+        self.rows.keep(order)
+        self.policy.keep(order)
+        self.requests = [self.requests[position] for position in order]
+        self._look()
+
+    def current(self) -> bool:
+        """Whether the weights are those that the passes were made for. Reads them all where they were copied."""
+        return self.policy.current()
+
+    def _look(self) -> None:
+        self.filtered = any(one.top_p < 1 or one.min_p > 0 for one in self.requests)
+        self.sampled = any(one.temperature for one in self.requests)
+        self.policy.top = 0 if self.sampled else 1

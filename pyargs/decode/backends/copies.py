@@ -1,0 +1,138 @@
+"""Any model of transformers, called as it is: the reward model's cache is copied for each candidate.
+
+For models whose layers keep a state instead of keys and values, or look through a window, and for those with hooks. Of a
+cache this asks only that its rows can be reordered. So rows come in together, when no row is here; each leaves when it likes,
+and is computed along until the last one has left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from pyargs.errors import PyargsError
+from pyargs.lm.cache import PrefixLayer
+from pyargs.lm.forward import forward_step
+from pyargs.lm.tokenize import left_pad
+
+
+class _Closed:
+    """Rows that came in together. `here`: which of them stands at each position."""
+
+    def __init__(self, lm):
+        self.lm, self.here, self.mask, self.cache, self.padded = lm, [], None, None, False
+
+    def begin(self, prompts: Sequence[Sequence[int]], **more):
+        if self.here:
+            raise PyargsError("rows of this model can only come in when no row is here")
+        ids, self.mask = (x.to(self.lm.device) for x in left_pad([list(prompt) for prompt in prompts], 0))
+        self.padded, self.cache, self.here = not bool(self.mask.all()), None, list(range(len(prompts)))
+        output, self.cache = forward_step(self.lm, ids, self.mask, None, self.padded, **more)
+        return output
+
+    def all(self, values: Tensor) -> Tensor:
+        """Values [n, ...] of the rows that are here, for all rows that came in; 0 for the others."""
+        wide = values.new_zeros(len(self.mask), *values.shape[1:])
+        wide[self.here] = values
+        return wide
+
+    def longer(self) -> Tensor:
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
+        return self.mask
+
+
+class Policy:
+    """The policy's half, as in `backends.eager`."""
+
+    screened = False
+    top = 0  # all logits are exact
+
+    def __init__(self, lm, room: int):
+        self.held = _Closed(lm)
+
+    def join(self, prompts: Sequence[Sequence[int]], capacity: int) -> Tensor:
+        return self.held.begin(prompts, logits_to_keep=1).logits[:, -1]
+
+    def advance(self, token: Tensor, going: Tensor | None = None) -> Tensor:
+        held = self.held
+        ids = held.all(token).unsqueeze(1).to(held.lm.device)
+        output, held.cache = forward_step(held.lm, ids, held.longer(), held.cache, held.padded, logits_to_keep=1)
+        return output.logits[held.here, -1]
+
+    def current(self) -> bool:
+        return True
+
+    def keep(self, order: Sequence[int]) -> None:
+        self.held.here = [self.held.here[position] for position in order]
+
+
+class Scorer:
+    """The reward model's half, as in `backends.eager`. Row b * k + j holds candidate j of row b, and its prefix."""
+
+    def __init__(self, backbone, room: int):
+        self.held, self.copies, self.tried = _Closed(backbone), 0, False
+
+    def join(self, prompts: Sequence[Sequence[int]], capacity: int) -> Tensor:
+        self.copies, self.capacity, self.tried = 0, capacity, False
+        return self.held.begin(prompts).last_hidden_state[:, -1]
+
+    def branch(self, candidates: Tensor, wanted: Tensor | None = None) -> Tensor:
+        held, k = self.held, candidates.shape[1]
+        if self.tried:
+            raise PyargsError("this model tries candidates once for each token: its state has gone past them")
+        self.tried = True
+        if k > self.copies:
+            self._copy(k)
+        ids = held.all(candidates)
+        ids = torch.cat([ids, ids[:, :1].expand(-1, self.copies - k)], dim=1).reshape(-1, 1).to(held.lm.device)
+        mask = held.longer().repeat_interleave(self.copies, dim=0)
+        output, held.cache = forward_step(held.lm, ids, mask, held.cache, held.padded)
+        return output.last_hidden_state.reshape(len(held.mask), self.copies, -1)[held.here, :k]
+
+    def commit(self, token: Tensor, slot: Tensor) -> None:
+        """All copies go on from their row's winner."""
+        self.tried = False
+        first = torch.arange(len(self.held.mask), device=self.held.mask.device) * self.copies
+        winner = (first + self.held.all(slot)).repeat_interleave(self.copies)
+        for layer in self.held.cache.layers:
+            if type(layer) is PrefixLayer:  # the copies differ in their newest place only
+                for states in (layer.keys, layer.values):
+                    states[:, :, layer.length] = states[winner, :, layer.length]
+                layer.length += 1
+            else:
+                layer.reorder_cache(winner)
+
+    def advance(self, token: Tensor) -> None:
+        candidates = token.unsqueeze(1).expand(-1, max(self.copies, 1))
+        self.branch(candidates)
+        self.commit(token, torch.zeros_like(token))
+
+    def current(self) -> bool:
+        return True
+
+    def keep(self, order: Sequence[int]) -> None:
+        self.held.here = [self.held.here[position] for position in order]
+
+    def _copy(self, k: int) -> None:
+        """Makes k copies of each row, of which there is one so far, or fewer than k."""
+        cache = self.held.cache
+        if type(cache).__module__ != DynamicLayer.__module__:  # nobody promises that all of it is copied
+            raise PyargsError(
+                f"a {type(cache).__name__} holds more than transformers' own caches: candidates can not be tried here"
+            )
+        if self.copies:
+            raise PyargsError(
+                f"rows came in with {self.copies} candidates, and are now to have {k}: ask for the most at first"
+            )
+        rows = torch.arange(len(self.held.mask), device=self.held.mask.device)
+        cache.reorder_cache(rows.repeat_interleave(k))
+        for i, layer in enumerate(cache.layers):
+            if type(layer) is DynamicLayer:  # it would copy all its keys and values at every token
+                length = layer.get_seq_length()
+                cache.layers[i] = PrefixLayer(self.capacity + len(self.held.mask[0]))
+                cache.layers[i].update(layer.keys, layer.values)
+                cache.layers[i].length = length
+        self.copies = k

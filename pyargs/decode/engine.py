@@ -1,0 +1,401 @@
+"""The door of the decoder: text or ids, any kind of model, one batch or requests that come and go."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pyargs.decode import backends, best_of_n
+from pyargs.decode.alone import Alone
+from pyargs.decode.answer import Answer, Event
+from pyargs.decode.guided import Guided
+from pyargs.decode.pair import check_pair, load_pair
+from pyargs.decode.request import (
+    Request,
+    no_choice,
+    numbered,
+    seeds,
+    weights,
+    whole,
+)
+from pyargs.decode.scheduler import Scheduler
+from pyargs.decode.tokenwise import Tokenwise
+from pyargs.errors import PyargsError
+from pyargs.lm.structure import Watch, unwrapped
+from pyargs.models.token_reward import TokenReward
+from pyargs.progress import progress_bar
+from pyargs.user_ids import user_id, user_ids
+
+log = logging.getLogger("pyargs")
+
+
+@dataclass
+class _Ticket:
+    """A request on its way."""
+
+    number: int
+    request: Request
+    tokens: list[int] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    spreads: list[float] = field(default_factory=list)
+    answer: Answer | None = None
+    error: PyargsError | None = None
+    events: deque[Event] | None = None  # for whoever streams it
+
+
+class Engine:
+    """Answers prompts for their users, many at a time.
+
+    policy: an embedded name, a folder, a hub name, or a causal language model of transformers; None where `model` is a
+    UserPolicy, which answers by itself.
+    model: a RewardModel or TokenReward that guides the policy, a UserPolicy, a folder of one of these, or None for the policy
+    alone.
+    backend: "cpu" (the native stack), "cuda-graph", "eager" (transformers' own passes) or "auto", the fastest that computes
+    these models. It is chosen here, once, and logged with its reason. `PYARGS_BACKEND` overrides it.
+    max_rows: requests that are answered at a time; others wait. dtype: of a policy that is loaded by name.
+    best_of: N > 0 samples N whole answers from the policy and keeps the one that the model rewards most, instead of guiding.
+    eos_reward: what a stop token earns under a RewardModel; "before": the reward of the text so far, since a head is never
+    trained on the state after a stop token; "state": the reward of that state.
+    tokenizer: the policy's, where the policy is given as a model and pyargs has not loaded it.
+
+    A request's answer does not depend on the others, whenever they come and go. Threads may share an engine.
+    Raises PyargsError where policy and model do not fit each other, or the backend cannot compute them.
+    """
+
+    def __init__(
+        self,
+        policy,
+        model=None,
+        *,
+        backend: str = "auto",
+        max_rows: int = 8,
+        dtype: str | torch.dtype = "float32",
+        best_of: int = 0,
+        eos_reward: str = "before",
+        tokenizer=None,
+    ):
+        if eos_reward not in ("before", "state"):
+            raise PyargsError(f"eos_reward is 'before' or 'state', not {eos_reward!r}")
+        policy, model = load_pair(policy, model, dtype=dtype)
+        self.pair = check_pair(unwrapped(policy), model, tokenizer, whole("best_of", best_of, 0))
+        self.max_rows, self.eos_reward = whole("max_rows", max_rows, 1), eos_reward
+        self._asked, self._lock, self._count = backend, threading.RLock(), 0
+        self._tickets: dict[int, _Ticket] = {}
+        self._groups: dict[int, best_of_n.Group] = {}
+        self._scheduler = Scheduler(self.max_rows)
+        self.refresh()
+
+    # -- asking --------------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Sequence,
+        users: Sequence[str] | None = None,
+        *,
+        strength: float | Sequence[float] | None = None,
+        reward_weight: float | Sequence[float] | Tensor | None = None,
+        seed: int | Sequence[int] | None = None,
+        progress: str | None = None,
+        **wish,
+    ) -> list[Answer]:
+        """Answers to prompts, in their order.
+
+        prompts: each a str, messages, or a list of token ids; users: one id each, may be left out where the model is the same
+        for everyone. strength, reward_weight and seed are one for all, or one each; an int `seed` gives each prompt one of its
+        own by its number. progress: the name of a progress bar. The rest as for `submit`.
+        Raises PyargsError for what `submit` refuses, before anything is computed, and where nothing could be chosen.
+        """
+        prompts = list(prompts)
+        users = [""] * len(prompts) if users is None else user_ids(users)
+        if len(prompts) != len(users):
+            raise PyargsError(f"{len(prompts)} prompts but {len(users)} users: name one user for each prompt")
+        raw, strong = (
+            None if one is None else weights(one, len(prompts)).expand(len(prompts)).tolist()
+            for one in (reward_weight, strength)
+        )
+        given = seeds(seed, len(prompts))
+        own = (
+            given if isinstance(given, list) else [given if given is None else numbered(given, i) for i in range(len(prompts))]
+        )
+        requests = [
+            self.pair.request(prompt, user, reward_weight=raw and raw[i], strength=strong and strong[i], seed=own[i], **wish)
+            for i, (prompt, user) in enumerate(zip(prompts, users, strict=True))
+        ]
+        left, mine = deque(enumerate(requests)), {}
+        found: list[Answer | None] = [None] * len(requests)
+        with progress_bar(total=len(requests), desc=progress or "answers", unit="prompt", hide=progress is None) as bar:
+            try:
+                while left or mine:
+                    with self._lock:
+                        while left and self._has_room(mine):
+                            place, request = left.popleft()
+                            mine[self._add(request)] = place
+                        self.step()
+                        for number in [number for number in mine if self._done(number)]:
+                            found[mine[number]] = self._take(number)
+                            del mine[number]
+                            bar.update(1)
+            finally:
+                for number in mine:  # an error
+                    self.cancel(number)
+                    self._tickets.pop(number, None)
+                    self._groups.pop(number, None)
+        return found
+
+    def submit(self, prompt, user: str = "", **wish) -> int:
+        """A request comes in; returns its number. `step` computes it.
+
+        prompt: a str, messages, or a list of token ids. user: whose reward guides.
+        strength: w in units of 1 / reward_std, which the model carries; 1 by default.
+        reward_weight: w itself, the raw weight of eq. 1. Give one of the two; 0 is exactly the policy's own choice.
+        num_candidates: k, 10 by default (the example value of ARGS; the paper is silent), or "all" for a TokenReward.
+        max_new_tokens: 64 by default.
+        temperature: 0 takes the best score; above it the token is a sample of softmax(score / temperature).
+        top_p, min_p: filters on the policy's k candidates, before rewards and temperature.
+        stop: token ids that end the answer, the policy's own by default.
+        seed: of the sampling; drawn from torch's generator by default.
+
+        Raises PyargsError on wrong input (UnknownUser for a user without parameters).
+        """
+        request = self.pair.request(prompt, user_id(user), **wish)
+        with self._lock:
+            return self._add(request)
+
+    @torch.no_grad()
+    def step(self) -> list[Event]:
+        """Lets waiting requests in, and chooses the next token of each that is here. Returns what happened to whom.
+
+        Raises PyargsError that names `refresh` when a model has changed. A request in which nothing could be chosen ends, and
+        whoever asked for it gets the error.
+        """
+        with self._lock:
+            self._check()
+            try:
+                come = [] if self._closed and self._scheduler.here else self._scheduler.admit()
+                if come:
+                    requests = [self._tickets[number].request for number in come]
+                    self._rows.join(requests, max(map(self._places, requests)))
+                return self._advance() if self._scheduler.here else []
+            except BaseException as error:
+                self._lose(error)
+                raise
+
+    def cancel(self, number: int) -> None:
+        """The request ends with the tokens that it has. Nothing happens where it has ended already."""
+        with self._lock:
+            if number in self._groups:
+                for part in self._groups[number].parts:
+                    self.cancel(part)
+                return
+            ticket = self._tickets.get(number)
+            if ticket is None or ticket.answer is not None or ticket.error is not None:
+                return
+            self._leave([number])
+            self._finish(ticket, "cancelled")
+            if ticket.events is not None:
+                ticket.events.append(Event(number, None, 0.0, 0, ticket.answer, None))
+
+    def stream(self, prompt, user: str = "", **wish) -> Iterator[Event]:
+        """The events of one request as they come, which is asked for as in `submit`. Others' requests go on meanwhile. Whoever
+        stops listening cancels it."""
+        if self.pair.best_of:
+            raise PyargsError("best_of samples whole answers: there is nothing to stream, use generate")
+        with self._lock:
+            number = self.submit(prompt, user, **wish)
+            ticket = self._tickets[number]
+            ticket.events = deque()
+        return self._listen(ticket)
+
+    def answer(self, number: int) -> Answer | None:
+        """The answer to a request that has ended, once; None while it has not. Raises what ended it otherwise."""
+        with self._lock:
+            if number not in self._tickets and number not in self._groups:
+                raise PyargsError(f"there is no request {number} (or its answer has been taken)")
+            return self._take(number) if self._done(number) else None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request waits or is being answered."""
+        with self._lock:
+            return bool(self._scheduler.here or self._scheduler.waiting)
+
+    def refresh(self) -> None:
+        """Takes the models as they are now: chooses the backend anew. Requests that are being answered are cancelled."""
+        with self._lock:
+            for number in list(self._scheduler.here):
+                self.cancel(number)
+            self._rows = self._made()
+            self._watch = Watch(*self.pair.language_models())
+
+    # -- what it is made of --------------------------------------------------------------------------------------------
+
+    def _made(self):
+        """The rows of these models, on the backend that is chosen for them."""
+        pair, models = self.pair, self.pair.language_models()
+        # The other backends read ids, and a soft prompt has none.
+        asked = "eager" if pair.soft and self._asked == "auto" else self._asked
+        chosen = backends.resolve(asked, *models)
+        self.backend, self.reason, self._closed = chosen.name, chosen.reason, not chosen.shared
+        log.info("backend %s: %s", chosen.name, chosen.reason)
+        room = dict(vocabulary=pair.vocabulary, room=self.max_rows)
+        if not pair.guided:
+            passes = backends.policy(chosen, pair.policy, self.max_rows, pair.vocabulary)
+            return Alone(passes, device=pair.policy.device, soft=getattr(pair.model, "soft", None), **room)
+        if isinstance(pair.model, TokenReward):
+            halves = (backends.policy(chosen, lm, self.max_rows, pair.vocabulary) for lm in models)
+            return Tokenwise(*halves, device=pair.model.device, **room)
+        passes = backends.both(chosen, *models, self.max_rows, pair.vocabulary, 10)
+        return Guided(passes, pair.model, eos_reward=self.eos_reward, **room)
+
+    def _check(self) -> None:
+        """Nothing is computed with what a model was before."""
+        idle = not self._scheduler.here and self._scheduler.waiting  # then there is time to read the weights
+        if self._watch.changed() or idle and not self._rows.current():
+            raise PyargsError(
+                "a model has changed since the engine was made (weights, modules or hooks): call engine.refresh()"
+            )
+
+    # -- one step ------------------------------------------------------------------------------------------------------
+
+    def _lose(self, error: BaseException) -> None:
+        """After an error in the middle of a step nobody knows how far the rows are: they end with it."""
+        for number in self._scheduler.here:
+            ticket = self._tickets[number]
+            if ticket.answer is None:
+                ticket.error = PyargsError(f"a step failed, with this request in it: {error}")
+                ticket.error.__cause__ = error
+        self._scheduler.leave(list(self._scheduler.here))
+        self._rows = self._made()
+
+    def _has_room(self, mine: dict) -> bool:
+        """Whether a call of `generate` adds one more of its requests: those of others wait no longer for it than for one."""
+        here = set(self._scheduler.here)
+        full = len(here) + self._scheduler.waiting >= self.max_rows
+        return not full or not any(number not in here for number in mine if number in self._tickets)
+
+    def _places(self, request: Request) -> int:
+        return len(request.prompt) + self.pair.soft + request.max_new_tokens + (request.num_candidates or 1)
+
+    def _advance(self) -> list[Event]:
+        here = list(self._scheduler.here)
+        choice = self._rows.choose()
+        events = []
+        chosen = zip(here, *(part.tolist() for part in choice), strict=True)
+        for position, (number, token, slot, reward, spread, finished) in enumerate(chosen):
+            events.append(self._note(self._tickets[number], position, token, slot, reward, spread, finished))
+        events = self._of_callers(events)
+        gone = [number for number in here if self._done(number)]
+        if gone:
+            order = self._scheduler.leave(gone)
+            self._rows.keep(order)
+            choice = choice.take(order)
+        if self._scheduler.here:
+            self._rows.follow(choice)
+        return events
+
+    def _note(
+        self, ticket: _Ticket, position: int, token: int, slot: int, reward: float, spread: float, finished: bool
+    ) -> Event:
+        """One step of one request."""
+        if slot < 0:
+            ticket.error = no_choice(f"row(s) [{position}], request {ticket.number}")
+            return Event(ticket.number, None, reward, slot, None, ticket.error)
+        stopped = token in ticket.request.stop
+        if not stopped:
+            for kept, new in (
+                (ticket.tokens, token),
+                (ticket.rewards, reward),
+                (ticket.slots, slot),
+                (ticket.spreads, spread),
+            ):
+                kept.append(new)
+        if finished:
+            self._finish(ticket, "stop" if stopped else "length")
+        event = Event(ticket.number, token, reward, slot, ticket.answer, None)
+        if ticket.events is not None:
+            ticket.events.append(event)
+        return event
+
+    def _finish(self, ticket: _Ticket, reason: str) -> None:
+        request, tokenizer = ticket.request, self.pair.tokenizer
+        text = None if tokenizer is None else tokenizer.decode(ticket.tokens, skip_special_tokens=True).strip()
+        ticket.answer = Answer(
+            ticket.number, request.user, list(request.prompt), ticket.tokens, text, ticket.rewards, ticket.slots,
+            ticket.spreads, reason, request.reward_weight, self.backend, request.seed,
+        )  # fmt: skip
+
+    def _of_callers(self, events: list[Event]) -> list[Event]:
+        """The events of requests that somebody asked for; those of a group's samples are the group's, once all have ended."""
+        if not self._groups:
+            return events
+        parts = {part: number for number, group in self._groups.items() for part in group.parts}
+        ended = dict.fromkeys(parts[event.number] for event in events if event.number in parts)
+        return [event for event in events if event.number not in parts] + [
+            Event(number, None, 0.0, 0, None, None) for number in ended if self._done(number)
+        ]
+
+    def _leave(self, numbers: list[int]) -> None:
+        before = list(self._scheduler.here)
+        order = self._scheduler.leave(numbers)
+        if len(order) < len(before):
+            self._rows.keep(order)
+
+    # -- requests ------------------------------------------------------------------------------------------------------
+
+    def _add(self, request: Request) -> int:
+        if self.pair.best_of:
+            return self._add_group(request)
+        number, self._count = self._count, self._count + 1
+        self._tickets[number] = _Ticket(number, request)
+        self._scheduler.add(number, request.user)
+        return number
+
+    def _add_group(self, request: Request) -> int:
+        number, self._count = self._count, self._count + 1
+        parts = []
+        for one in best_of_n.samples(request, self.pair.best_of):
+            part, self._count = self._count, self._count + 1
+            self._tickets[part] = _Ticket(part, one)
+            self._scheduler.add(part, one.user)
+            parts.append(part)
+        self._groups[number] = best_of_n.Group(request, parts)
+        return number
+
+    def _done(self, number: int) -> bool:
+        if number in self._groups:
+            return all(map(self._done, self._groups[number].parts))
+        ticket = self._tickets[number]
+        return ticket.answer is not None or ticket.error is not None
+
+    def _take(self, number: int) -> Answer:
+        """The answer to a request that has ended, which is forgotten."""
+        if number in self._groups:
+            group = self._groups.pop(number)
+            return best_of_n.pick(self.pair.model, number, group.request, [self._take(part) for part in group.parts])
+        ticket = self._tickets.pop(number)
+        if ticket.error is not None:
+            raise ticket.error
+        return ticket.answer
+
+    def _listen(self, ticket: _Ticket) -> Iterator[Event]:
+        try:
+            while True:
+                with self._lock:
+                    while not ticket.events and ticket.error is None:
+                        self.step()
+                    if ticket.error is not None:
+                        raise ticket.error
+                    event = ticket.events.popleft()
+                yield event
+                if event.answer is not None:
+                    return
+        finally:
+            self.cancel(ticket.number)
+            self._tickets.pop(ticket.number, None)

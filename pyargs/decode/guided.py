@@ -1,0 +1,192 @@
+"""ARGS: at each step the policy proposes k tokens, a reward model scores each for the row's user, and the best sum wins.
+
+score(v) = log pi(v | x, y_<t) + w r_u(v | x, y_<t), argmax (or a sample) over the policy's top k (eq. 1 of the paper).
+
+The reward model sees the k candidates as k branches behind one shared prefix: they stand side by side as queries, each
+masked to the prefix and itself, all at the same position. The winner's keys and values are then moved into the prefix. So
+the prefix is stored once, not k times, and the winner is never computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pyargs.decode.request import Request, as_float
+from pyargs.decode.rows import Choice, Rows, chosen, counts, note, of_requests, uniform
+from pyargs.heads import Folded
+from pyargs.ops import score_select, topk_logprobs
+
+
+class Passes(Protocol):
+    """What a backend does for a step: the passes of policy and reward model behind the rows that are here.
+
+    top: so many of the largest logits of a row are needed, 0 is all. screened: the others may be estimates, smaller than
+    these.
+    """
+
+    top: int
+    screened: bool
+
+    def join(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[Tensor, Tensor]:
+        """Rows come in behind the others: the policy's logits [m, V] and the reward model's states [m, D] of their prompts'
+        last tokens. capacity: places that the longest of them needs, its answer and candidates included."""
+
+    def branch(self, candidates: Tensor, wanted: Tensor | None) -> Tensor:
+        """The reward model's states [n, k, D] of candidates [n, k]; those outside `wanted` bool [n, k] may be anything."""
+
+    def follow(self, token: Tensor, slot: Tensor, going: Tensor | None) -> Tensor:
+        """Token [n], the candidate at slot [n], becomes each row's next one, where going [n]: the logits [n, V] behind it."""
+
+    def keep(self, order: Sequence[int]) -> None:
+        """The rows at these positions stay, in this order."""
+
+    def current(self) -> bool:
+        """Whether the weights are those that these passes were made for. Reads them all where they were copied."""
+
+
+class Two:
+    """A policy and a reward model, each with passes of its own."""
+
+    def __init__(self, policy, scorer):
+        self.policy, self.scorer = policy, scorer
+
+    def join(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[Tensor, Tensor]:
+        return self.policy.join(prompts, capacity), self.scorer.join(prompts, capacity)
+
+    def branch(self, candidates: Tensor, wanted: Tensor | None = None) -> Tensor:
+        return self.scorer.branch(candidates, wanted)
+
+    def follow(self, token: Tensor, slot: Tensor, going: Tensor | None = None) -> Tensor:
+        self.scorer.commit(token, slot)
+        return self.policy.advance(token, going)
+
+    def keep(self, order: Sequence[int]) -> None:
+        self.policy.keep(order)
+        self.scorer.keep(order)
+
+    def current(self) -> bool:
+        return self.policy.current() and self.scorer.current()
+
+    @property
+    def screened(self) -> bool:
+        return self.policy.screened
+
+    @property
+    def top(self) -> int:
+        return self.policy.top
+
+    @top.setter
+    def top(self, most: int) -> None:
+        self.policy.top = most
+
+    @property
+    def caches(self) -> tuple:
+        return *self.policy.caches, *self.scorer.caches
+
+
+class Guided:
+    """The rows that a RewardModel guides.
+
+    passes: of policy and reward model; vocabulary: the tokens that can be chosen; room: the most rows. eos_reward: what a stop
+    token earns; "before": the reward of the text so far, since a head is never trained on the state after a stop token;
+    "state": the reward of that state.
+    """
+
+    def __init__(self, passes: Passes, model, *, vocabulary: int, room: int, eos_reward: str):
+        self.passes, self.head, self.users = passes, model.head, model.users
+        self.device, self.prefix_mean = model.device, model.step_reward == "prefix_mean"
+        self.vocabulary, self.before = vocabulary, eos_reward == "before"
+        self.rows, self.requests = Rows(room), []
+
+    def join(self, requests: Sequence[Request], capacity: int) -> None:
+        self.requests += requests
+        self._look()
+        user = self.users.rows([one.user for one in requests]).to(self.device)
+        folded = self.head.fold(user)
+        logits, states = self.passes.join([one.prompt for one in requests], capacity)
+        so_far = _rewards(folded, states.unsqueeze(1).to(self.device)).squeeze(1)
+        wide = lambda shared: None if shared is None else shared.detach().expand(len(requests), *shared.shape[1:])  # noqa: E731
+        self.rows.join(
+            logits=as_float(logits), so_far=so_far, total=torch.zeros_like(so_far), weight=wide(folded.weight),
+            bias=wide(folded.bias), own=wide(folded.own), **of_requests(requests, self.device),
+        )  # fmt: skip
+        self.features, self.activation = folded.features, folded.activation
+
+    def choose(self) -> Choice:
+        """The next token of each row that is here, counted as taken."""
+        rows, k = self.rows, self.most
+        logits = rows["logits"][:, : self.vocabulary]
+        logprobs, candidates, _ = topk_logprobs(logits, k)
+        if self.passes.screened:  # all but the candidates' logits are estimates, and so is their sum: leave it out
+            logprobs = logits.float().gather(1, candidates)
+            logprobs = logprobs - logprobs[:, :1]
+        logprobs, candidates = logprobs.to(self.device), candidates.to(self.device)
+        count = counts(rows, logprobs) if self.filtered else None
+        wanted = None if count is None else torch.arange(k, device=self.device) < count.unsqueeze(1)
+        hidden = as_float(self.passes.branch(candidates, wanted))
+        step = rows["step"] + 1
+        token, slot, reward, finished = score_select(
+            self.features(hidden, rows["own"] if "own" in rows else None),
+            rows["weight"],
+            torch.arange(len(step), device=self.device),
+            # The mean over the response so far differs between candidates only in their own share of it.
+            rows["reward_weight"] / step if self.prefix_mean else rows["reward_weight"],
+            logprobs,
+            candidates,
+            rows["finished"],
+            bias=rows["bias"] if "bias" in rows else None,
+            activation=self.activation,
+            count=count,
+            stop=rows["stop"],
+            stop_reward=rows["so_far"] if self.before else None,
+            temperature=rows["temperature"] if self.sampled else None,
+            uniform=uniform(rows) if self.sampled else None,
+        )
+        choice = note(rows, token, slot, *chosen(slot, reward, count), finished)
+        rows["total"] = rows["total"] + choice.reward
+        rows["so_far"] = rows["total"] / step if self.prefix_mean else choice.reward
+        return choice
+
+    def follow(self, choice: Choice, going: Tensor | None = None) -> None:
+        """The chosen tokens become the rows' next ones. going bool [n]: where, all by default."""
+        slot = choice.slot if going is None else choice.slot.masked_fill(~going, -1)
+        self.rows["logits"] = as_float(self.passes.follow(choice.token, slot, going))
+
+    def keep(self, order: Sequence[int]) -> None:
+        """The rows at these positions stay, in this order."""
+        self.rows.keep(order)
+        self.passes.keep(order)
+        self.requests = [self.requests[position] for position in order]
+        self._look()
+
+    def current(self) -> bool:
+        """Whether the weights are those that the passes were made for. Reads them all where they were copied."""
+        return self.passes.current()
+
+    def _look(self) -> None:
+        """What the rows that are here ask of a step."""
+        self.most = max((one.num_candidates for one in self.requests), default=1)
+        self.filtered = any(one.num_candidates < self.most or one.top_p < 1 or one.min_p > 0 for one in self.requests)
+        self.sampled = any(one.temperature for one in self.requests)
+        self.passes.top = self.most
+
+
+def _rewards(folded: Folded, states: Tensor) -> Tensor:
+    """Rewards [n, k] of states [n, k, D], as a step computes them."""
+    rows, k, _ = states.shape
+    zeros = torch.zeros(rows, k, dtype=torch.float32, device=states.device)
+    return score_select(
+        folded.features(as_float(states), folded.own),
+        folded.weight,
+        torch.arange(rows, device=states.device),
+        zeros[:, 0],
+        zeros,
+        zeros.long(),
+        zeros[:, 0].bool(),
+        bias=folded.bias,
+        activation=folded.activation,
+    )[2]

@@ -1,0 +1,218 @@
+"""The models that an engine decodes with: loaded, checked to fit each other, and what may be asked of them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pyargs.decode.request import SEEDS, Request, check_room, ids_of, number, stop_and_pad, weights, whole
+from pyargs.errors import PyargsError
+from pyargs.lm.loading import load_lm, same_tokenizer
+from pyargs.lm.structure import unwrapped
+from pyargs.lm.tokenize import encode_prompt
+from pyargs.models import load_model
+from pyargs.models.folder import locate, read_config
+from pyargs.models.reward_model import RewardModel
+from pyargs.models.token_reward import TokenReward
+from pyargs.models.user_policy import UserPolicy
+
+
+def load_pair(policy, model, *, dtype="float32", backbone: str | None = None):
+    """A policy and the model that guides it, as `Engine` takes them; weights that both rest on are loaded once.
+
+    backbone: the place that the model's backbone was moved to. A UserPolicy answers by itself: it takes no policy, and its own
+    language model stands in the place of one.
+    """
+    if isinstance(model, (str, Path)):
+        return _loaded(policy, str(model), dtype, backbone)
+    if model is not None and not isinstance(model, (RewardModel, TokenReward, UserPolicy)):
+        raise PyargsError(
+            f"a model is a RewardModel, TokenReward or UserPolicy, or a folder of one, not a {type(model).__name__}"
+        )
+    if isinstance(policy, UserPolicy) and model is None:
+        policy, model = None, policy
+    if isinstance(model, UserPolicy):
+        if policy is not None and policy is not model.lm:
+            raise PyargsError("a UserPolicy answers by itself: give None in the place of the policy")
+        return model.lm, model
+    if policy is None:
+        raise PyargsError("name the policy: an embedded name, a folder, a hub name, or a model of transformers")
+    return (load_lm(str(policy), dtype=dtype)[0] if isinstance(policy, (str, Path)) else policy), model
+
+
+def _loaded(policy, model: str, dtype, backbone: str | None):
+    config = read_config(locate(model))
+    kind = f"{model} is a {config['kind'].replace('_', ' ')} ({config.get('method')})"
+    if config["kind"] == "user_policy":
+        if policy is not None:
+            raise PyargsError(f"{model} is a policy itself ({config.get('method')}): leave --policy out")
+        own = load_model(model, backbone=backbone).merge()
+        return own.lm, own
+    if policy is None:
+        raise PyargsError(f"{kind}: name the --policy that it guides")
+    lm = load_lm(str(policy), dtype=dtype)[0] if not isinstance(policy, nn.Module) else policy
+    by_name = not isinstance(policy, nn.Module) and (backbone or config.get("backbone")) == str(policy)
+    if config["kind"] == "reward_model" and by_name and config.get("dtype") == dtype:
+        own = load_model(model, backbone=lm.get_decoder(), tokenizer=lm.tokenizer, device=lm.device)
+        return lm, own if lm.device.type == "cuda" else own.merge()  # a GPU reads the weights once for both
+    return lm, load_model(model, backbone=backbone).merge()
+
+
+@dataclass
+class Pair:
+    """A policy and what guides it. tokenizer: the policy's, None where none is known; vocabulary: how many tokens can be
+    chosen; best_of: see `Engine`."""
+
+    policy: nn.Module
+    model: RewardModel | TokenReward | UserPolicy | None
+    tokenizer: object
+    vocabulary: int
+    best_of: int
+
+    @property
+    def guided(self) -> bool:
+        """Whether rewards take part in the choice of each token."""
+        return isinstance(self.model, (RewardModel, TokenReward)) and not self.best_of
+
+    @property
+    def soft(self) -> int:
+        """Places that a user's soft prompt takes before the prompt."""
+        soft = getattr(self.model, "soft", None)
+        return 0 if soft is None else soft.centres.shape[1]
+
+    def language_models(self) -> list[nn.Module]:
+        """Those whose passes are taken, the policy's first."""
+        if not self.guided:
+            return [self.policy]
+        return [self.policy, unwrapped(self.model.lm) if isinstance(self.model, TokenReward) else self.model.backbone]
+
+    def encode(self, prompt, user: str) -> list[int]:
+        """Ids of a prompt, which may be ids already."""
+        if isinstance(prompt, Tensor) or not isinstance(prompt, str) and not (prompt and isinstance(prompt[0], dict)):
+            (ids,) = ids_of([prompt], len(self.policy.get_input_embeddings().weight))
+            return ids
+        if self.tokenizer is None:
+            raise PyargsError("without a tokenizer a prompt is a list of token ids: give Engine the tokenizer")
+        most = None if self.model is None else self.model.about.get("max_length")
+        if isinstance(self.model, UserPolicy):
+            return self.model.prompt_ids(prompt, user, most)
+        return encode_prompt(self.tokenizer, prompt, most)
+
+    def request(
+        self,
+        prompt,
+        user: str,
+        *,
+        strength: float | None = None,
+        reward_weight: float | None = None,
+        num_candidates: int | str | None = None,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        stop: Sequence[int] | None = None,
+        seed: int | None = None,
+    ) -> Request:
+        ids = self.encode(prompt, user)
+        if not ids:
+            raise PyargsError("a prompt without a token has nothing to answer: give each at least one")
+        if self.model is not None and not isinstance(self.model, UserPolicy) or self.soft:
+            self.model.users.rows([user])  # an unknown user raises here
+        max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
+        for lm in self.language_models():
+            check_room(lm, len(ids) + self.soft, len(ids) + self.soft, max_new_tokens)
+        if self.best_of and not temperature:
+            temperature = 1.0
+        return Request(
+            prompt=tuple(ids),
+            user=user,
+            reward_weight=self._weight(strength, reward_weight) if self.guided else _nothing(strength, reward_weight),
+            num_candidates=self._candidates(num_candidates),
+            max_new_tokens=max_new_tokens,
+            temperature=number("temperature", temperature, 0.0),
+            top_p=number("top_p", top_p, 0.0, 1.0, above=True),
+            min_p=number("min_p", min_p, 0.0, 1.0),
+            stop=tuple(stop_and_pad(self.policy, stop)[0]),
+            seed=whole("seed", _drawn() if seed is None else seed, *SEEDS),
+        )
+
+    def _candidates(self, asked: int | str | None) -> int | None:
+        if not self.guided:
+            if asked is not None:
+                raise PyargsError("num_candidates is for a reward model that guides: leave it out")
+            return None
+        if asked == "all":
+            if not isinstance(self.model, TokenReward):
+                raise PyargsError(
+                    "only a TokenReward (GenARM) has rewards for the whole vocabulary: name how many a head is to score"
+                )
+            return None
+        most = min(64, self.vocabulary)
+        return whole("num_candidates", min(10, most) if asked is None else asked, 1, most)
+
+    def _weight(self, strength, reward_weight) -> float:
+        """The raw w of a request."""
+        if reward_weight is not None:
+            if strength is not None:
+                raise PyargsError("strength and reward_weight are one thing in two units: give one of them")
+            return weights(reward_weight, 1).item()
+        strength = weights(1.0 if strength is None else strength, 1).item()
+        return strength / self.reward_std if strength else 0.0
+
+    @property
+    def reward_std(self) -> float:
+        """The unit of `strength`: spread of the rewards within the candidates of unguided text."""
+        found = self.model.about.get("reward_std")
+        if not found:
+            raise PyargsError(
+                "this model carries no reward_std, the unit of strength: give reward_weight, or run `pyargs tune`"
+            )
+        return found
+
+
+def check_pair(policy, model, tokenizer, best_of: int) -> Pair:
+    """The two as a Pair. Raises PyargsError where candidates cannot go from policy to reward model as ids."""
+    theirs = getattr(model, "tokenizer", None)
+    tokenizer = tokenizer if tokenizer is not None else getattr(policy, "tokenizer", None)  # `load_lm` leaves it there
+    guided = isinstance(model, (RewardModel, TokenReward))
+    if best_of and not guided:
+        raise PyargsError("best_of needs a reward model to pick with: this model answers by itself")
+    if guided and tokenizer is None and theirs is not None and policy.name_or_path != model.backbone.name_or_path:
+        warnings.warn(
+            "whether policy and reward model have the same tokenizer is not known: pass tokenizer= (the policy's) to check it",
+            stacklevel=4,
+        )
+    if guided and tokenizer is not None and theirs is not None and not same_tokenizer(tokenizer, theirs):
+        raise PyargsError(
+            "policy and reward model have different tokenizers, so candidates can not go from one to the other as ids: "
+            "train the reward model on a backbone of the policy's family"
+        )
+    tokenizer = tokenizer if tokenizer is not None else theirs
+    rows = policy.config.get_text_config(decoder=True).vocab_size  # of the logits; the last may be no token
+    vocabulary = rows if tokenizer is None else min(rows, len(tokenizer))
+    if guided:
+        known = min(len(lm.get_input_embeddings().weight) for lm in (policy, model.backbone))
+        if vocabulary > known:
+            raise PyargsError(
+                f"the policy can choose among {vocabulary} tokens, but the reward model knows {known}: pass tokenizer= (the "
+                "policy's) if the rest is padding, or take a reward model of the policy's family"
+            )
+    if isinstance(model, TokenReward) and model.lm.get_output_embeddings().weight.shape[0] < vocabulary:
+        raise PyargsError("the token reward's output layer has fewer rows than the tokenizer has tokens")
+    return Pair(policy, model, tokenizer, vocabulary, best_of)
+
+
+def _nothing(*weights) -> float:
+    if any(weight is not None for weight in weights):
+        raise PyargsError("strength and reward_weight are for a reward model that guides: leave them out")
+    return 0.0
+
+
+def _drawn() -> int:
+    """A seed from torch's generator, whose state goes on."""
+    return int(torch.randint(2**62, (1,), device="cpu"))

@@ -1,0 +1,146 @@
+"""What the rows that are being answered take from one step to the next, in buffers that stay where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pyargs.decode.request import Request, noise
+
+FILL = {"stop": -1}
+"""What stands where a row's own numbers end, if it is not 0."""
+
+
+class Rows:
+    """Buffers [room, ...] by name. `rows["weight"]` is the first `width` of them: the rows that are here, at the positions
+    0, 1, ... without a gap. A captured step sets `width` to the rows that it was captured with.
+    """
+
+    def __init__(self, room: int):
+        self.room, self.count, self.width = room, 0, 0
+        self.buffers: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.buffers[name][: self.width]
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        self.buffers[name][: self.width] = value
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.buffers
+
+    def join(self, **values: Tensor | None) -> None:
+        """Rows come in behind the others, with values [m, ...] of each name. A buffer becomes wider where they are wider."""
+        (count,) = {len(value) for value in values.values() if value is not None}
+        for name, new in values.items():
+            if new is None:
+                continue
+            fill = FILL.get(name, 0)
+            kept = self.buffers.get(name)
+            if kept is None:
+                kept = self.buffers[name] = new.new_full((self.room, *new.shape[1:]), fill)
+            if new.ndim == 2 and new.shape[1] > kept.shape[1]:
+                kept = self.buffers[name] = F.pad(kept, (0, new.shape[1] - kept.shape[1]), value=fill)
+            if new.ndim == 2 and new.shape[1] < kept.shape[1]:
+                new = F.pad(new, (0, kept.shape[1] - new.shape[1]), value=fill)
+            kept[self.count : self.count + count] = new
+        self.count = self.width = self.count + count
+
+    def keep(self, order: Sequence[int]) -> None:
+        """The rows at these positions stay, in this order."""
+        for to, source in enumerate(order):
+            if to != source:
+                for kept in self.buffers.values():
+                    kept[to] = kept[source]
+        self.count = self.width = len(order)
+
+
+def of_requests(requests: Sequence[Request], device) -> dict[str, Tensor]:
+    """What rows bring with them, float32 or int64 [m]; stop int64 [m, E] and noise float32 [m, N] are as wide as needed."""
+    put = lambda values, dtype: torch.tensor(values, dtype=dtype, device=device)  # noqa: E731
+    stops, steps = max(len(one.stop) for one in requests), max(one.max_new_tokens for one in requests)
+    sampled = any(one.temperature for one in requests)
+    return {
+        "reward_weight": put([one.reward_weight for one in requests], torch.float32),
+        "k": put([one.num_candidates or 0 for one in requests], torch.long),
+        "top_p": put([one.top_p for one in requests], torch.float32),
+        "min_p": put([one.min_p for one in requests], torch.float32),
+        "temperature": put([one.temperature for one in requests], torch.float32),
+        "limit": put([one.max_new_tokens for one in requests], torch.long),
+        "stop": put([[*one.stop, *[-1] * (stops - len(one.stop))] for one in requests], torch.long).view(len(requests), stops),
+        "noise": torch.stack([noise(one, steps) for one in requests]).to(device)
+        if sampled
+        else put([[0.0]] * len(requests), None),
+        "step": put([0] * len(requests), torch.long),
+        "finished": put([False] * len(requests), torch.bool),
+    }
+
+
+def uniform(rows: Rows) -> Tensor:
+    """The noise [n] of each row's own step."""
+    place = rows["step"].clamp(max=rows.buffers["noise"].shape[1] - 1)
+    return rows["noise"].gather(1, place.unsqueeze(1)).squeeze(1)
+
+
+def counts(rows: Rows, logprobs: Tensor) -> Tensor:
+    """How many of its candidates each row has, int64 [n]: the first k, of these the likeliest that hold top_p of their
+    probability, and those at least min_p times as likely as the first.
+
+    logprobs [n, K], sorted, up to a constant of each row. Top-p is counted after top-k, as transformers and vLLM do.
+    """
+    place = torch.arange(logprobs.shape[1], device=logprobs.device)
+    own = place < rows["k"].unsqueeze(1)
+    chance = (logprobs - logprobs[:, :1]).double().exp().masked_fill(~own, 0.0)
+    total = chance.cumsum(1)  # one after the other: a row's own do not depend on how many candidates others have
+    likely = total - chance < rows["top_p"].double().unsqueeze(1) * total[:, -1:]
+    kept = own & likely & (chance >= rows["min_p"].unsqueeze(1))
+    return (kept | (place == 0)).int().cummin(1).values.sum(1)
+
+
+def filtered(rows: Rows, logprobs: Tensor) -> Tensor:
+    """Log-probs [n, V] of all tokens, -inf where the row's top_p and min_p leave one out."""
+    order = logprobs.sort(dim=1, descending=True, stable=True)
+    chance = order.values.double().exp()
+    total = chance.cumsum(1)
+    kept = (total - chance < rows["top_p"].double().unsqueeze(1) * total[:, -1:]) & (
+        chance >= rows["min_p"].unsqueeze(1) * chance[:, :1]
+    )
+    kept[:, 0] = True
+    return logprobs.masked_fill(~kept.scatter(1, order.indices, kept), -torch.inf)
+
+
+class Choice(NamedTuple):
+    """What a step chose: token, slot int64 [n] (-1: there was nothing to choose by), the token's reward and the candidates'
+    spread float32 [n], and which rows are done."""
+
+    token: Tensor
+    slot: Tensor
+    reward: Tensor
+    spread: Tensor
+    finished: Tensor
+
+    def take(self, order: Sequence[int]) -> Choice:
+        return Choice(*(part[list(order)] for part in self))
+
+
+def chosen(slot: Tensor, reward: Tensor, count: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Of rewards [n, k], of which the first `count` count: those at the slots [n], and their standard deviation."""
+    several = reward.shape[1] if count is None else count.unsqueeze(1)
+    # Sums one after the other: torch's own depend on how wide the row is.
+    square = (reward - reward.cumsum(1)[:, -1:] / several).square()
+    if count is not None:
+        square = square.masked_fill(torch.arange(reward.shape[1], device=reward.device) >= count.unsqueeze(1), 0.0)
+    spread = (square.cumsum(1)[:, -1:] / several).sqrt()
+    return reward.gather(1, slot.clamp(min=0).unsqueeze(1)).squeeze(1), spread.squeeze(1)
+
+
+def note(rows: Rows, token: Tensor, slot: Tensor, reward: Tensor, spread: Tensor, finished: Tensor) -> Choice:
+    """Counts the step, which ends rows that are as long as they may be."""
+    rows.buffers["step"][: rows.width] += 1
+    finished = finished | (rows["step"] >= rows["limit"])
+    rows["finished"] = finished
+    return Choice(token, slot, reward, spread, finished)

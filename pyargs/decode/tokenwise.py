@@ -1,0 +1,91 @@
+"""Guided decoding with a TokenReward (GenARM): its log-probs reward every token at once, so no candidate is ever tried.
+
+score(v) = log pi(v | x, y_<t) + w log pi_r(v | x, y_<t). Over the policy's top k the best one is taken, as in ARGS; over the
+whole vocabulary with a temperature this is GenARM's own rule, which samples from softmax(score).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyargs.decode.request import Request, as_float
+from pyargs.decode.rows import Choice, Rows, chosen, counts, filtered, note, of_requests, uniform
+from pyargs.ops import tokenwise_select, topk_logprobs
+from pyargs.ops.choice import choose
+
+
+class Tokenwise:
+    """The rows that a TokenReward guides. policy, reward: passes of the two language models, each a policy's half."""
+
+    def __init__(self, policy, reward, *, vocabulary: int, room: int, device):
+        self.policy, self.reward, self.vocabulary, self.device = policy, reward, vocabulary, device
+        self.rows, self.requests = Rows(room), []
+
+    def join(self, requests: Sequence[Request], capacity: int) -> None:
+        self.requests += requests
+        self._look()
+        logits = (half.join([one.prompt for one in requests], capacity) for half in (self.policy, self.reward))
+        logits, rewards = (as_float(one)[:, : self.vocabulary].to(self.device) for one in logits)
+        self.rows.join(logits=logits, rewards=rewards, **of_requests(requests, self.device))
+
+    def choose(self) -> Choice:
+        """The next token of each row that is here, counted as taken. A stop token has its own reward: a TokenReward learns to
+        stop."""
+        rows = self.rows
+        sampling = dict(
+            stop=rows["stop"],
+            temperature=rows["temperature"] if self.sampled else None,
+            uniform=uniform(rows) if self.sampled else None,
+        )
+        if self.whole:
+            whole = self._among_all(sampling)
+            if self.whole == len(self.requests):
+                return note(rows, *whole)
+        count = counts(rows, topk_logprobs(rows["logits"], self.most)[0]) if self.filtered else None
+        token, slot, reward, finished = tokenwise_select(
+            rows["logits"], rows["rewards"], rows["reward_weight"], rows["finished"], self.most, count=count, **sampling
+        )
+        found = token, slot, *chosen(slot, reward, count), finished
+        if self.whole:
+            found = (torch.where(rows["k"] == 0, one, other) for one, other in zip(whole, found, strict=True))
+        return note(rows, *found)
+
+    def follow(self, choice: Choice, going: Tensor | None = None) -> None:
+        """The chosen tokens become the rows' next ones. going bool [n]: where, all by default."""
+        for name, half in (("logits", self.policy), ("rewards", self.reward)):
+            self.rows[name] = as_float(half.advance(choice.token, going))[:, : self.vocabulary].to(self.device)
+
+    def keep(self, order: Sequence[int]) -> None:
+        """The rows at these positions stay, in this order."""
+        for part in (self.rows, self.policy, self.reward):
+            part.keep(order)
+        self.requests = [self.requests[position] for position in order]
+        self._look()
+
+    def current(self) -> bool:
+        """Whether the weights are those that the passes were made for. Reads them all where they were copied."""
+        return self.policy.current() and self.reward.current()
+
+    def _look(self) -> None:
+        asked = [one.num_candidates for one in self.requests]
+        self.whole = asked.count(None)
+        self.most = max((k for k in asked if k is not None), default=1)
+        self.filtered = any(k != self.most for k in asked) or any(one.top_p < 1 or one.min_p > 0 for one in self.requests)
+        self.sampled = any(one.temperature for one in self.requests)
+        self.policy.top = self.reward.top = 0  # both are normed over the vocabulary
+
+    def _among_all(self, sampling: dict) -> tuple[Tensor, ...]:
+        """The choice among all tokens: the token, its rank under the policy (-1: not a number), its reward, no spread, and
+        which rows are finished."""
+        rows = self.rows
+        logprobs, rewards = (rows[name].float().log_softmax(1) for name in ("logits", "rewards"))
+        allowed = filtered(rows, logprobs) if self.filtered else logprobs
+        ids = torch.arange(logprobs.shape[1], device=logprobs.device).expand_as(logprobs)
+        token, slot, rewards, after = choose(allowed, rewards, rows["reward_weight"], ids, rows["finished"], **sampling)
+        place = slot.clamp(min=0).unsqueeze(1)  # the candidates stand in order of their ids
+        rank = (logprobs > logprobs.gather(1, place)).sum(1).masked_fill(rows["finished"], 0).masked_fill(slot < 0, -1)
+        reward = rewards.gather(1, place).squeeze(1)
+        return token, rank, reward, torch.zeros_like(reward), after

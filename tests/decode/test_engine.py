@@ -1,0 +1,301 @@
+"""The engine: rows that come and go, each as if it were alone."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import warnings
+
+import pytest
+import torch
+from conftest import reward_model, tiny_lm
+from decoding import USERS, pair_in_float32, prompts, shared_pair
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyargs.decode.backends import eager
+from pyargs.decode.engine import Engine
+from pyargs.errors import PyargsError, UnknownUser
+from pyargs.models.token_reward import TokenReward
+from pyargs.models.user_policy import UserPolicy
+
+STOPS = [(), (1,), (1, 7, 9, 11, 13, 20, 21, 30, 31, 40, 41, 50, 51)]
+
+
+@st.composite
+def wishes(draw, most: int = 6):
+    """Requests: (prompt, user, more for `submit`, the step in which it comes, that in which it is cancelled or None)."""
+    seed = draw(st.integers(0, 99))
+    lengths = draw(st.lists(st.integers(1, 9), min_size=1, max_size=most))
+    found = []
+    for i, prompt in enumerate(prompts(lengths, seed)):
+        more = dict(
+            reward_weight=draw(st.sampled_from([0.0, 0.3, 1.5, 4.0])),
+            num_candidates=draw(st.sampled_from([1, 2, 5, 7])),
+            max_new_tokens=draw(st.integers(1, 9)),
+            temperature=draw(st.sampled_from([0.0, 0.0, 0.7, 2.0])),
+            top_p=draw(st.sampled_from([1.0, 1.0, 0.4])),
+            min_p=draw(st.sampled_from([0.0, 0.0, 0.5])),
+            stop=draw(st.sampled_from(STOPS)),
+            seed=draw(st.integers(0, 9)),
+        )
+        when = draw(st.integers(0, 5))
+        found.append((prompt, USERS[(seed + i) % 3], more, when, draw(st.sampled_from([None, None, when + 1, when + 3]))))
+    return found
+
+
+def play(engine, requests):
+    """Answers to requests that come and go as they say."""
+    numbers, step = {}, 0
+    while len(numbers) < len(requests) or engine.busy:
+        for i, (prompt, user, more, when, _) in enumerate(requests):
+            if when == step:
+                numbers[i] = engine.submit(prompt, user, **more)
+        for i, (*_, gone) in enumerate(requests):
+            if gone == step and i in numbers:
+                engine.cancel(numbers[i])
+        engine.step()
+        step += 1
+    return [engine.answer(numbers[i]) for i in range(len(requests))]
+
+
+def check_company(make, requests, room, exact=False):
+    """Each answer is what the same request gets alone, as far as it went."""
+    together = play(make(room), requests)
+    for (prompt, user, more, _, gone), got in zip(requests, together, strict=True):
+        alone = make(1)
+        number = alone.submit(prompt, user, **more)
+        while alone.busy:
+            alone.step()
+        want = alone.answer(number)
+        n = len(got.tokens)
+        assert got.tokens == want.tokens[:n] and got.slots == want.slots[:n]
+        if exact:
+            assert got.rewards == want.rewards[:n] and got.spreads == want.spreads[:n]
+        if gone is None:
+            assert (got.tokens, got.finish_reason) == (want.tokens, want.finish_reason)
+        assert got.finish_reason in ("stop", "length", "cancelled")
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    wishes(), st.sampled_from(["linear", "mlp", "personal mlp"]), st.sampled_from(["own", "shared", "shared lora"]), st.data()
+)
+def test_a_row_alone_is_the_row_in_any_company(requests, head, weights, data):
+    policy, model = shared_pair(weights, head, data.draw(st.integers(0, 9)))
+    check_company(lambda room: Engine(policy, model, max_rows=room, backend="eager"), requests, data.draw(st.integers(1, 4)))
+
+
+@settings(max_examples=25, deadline=None)
+@given(wishes(), st.sampled_from(["own", "shared", "shared lora"]), st.integers(0, 9), st.integers(1, 4))
+def test_on_the_cpu_stack_it_is_the_same_bit_for_bit(requests, weights, seed, room):
+    policy, model = pair_in_float32(weights, seed=seed)
+    check_company(lambda room: Engine(policy, model, max_rows=room, backend="cpu"), requests, room, exact=True)
+
+
+@settings(max_examples=10, deadline=None)
+@given(wishes(), st.integers(1, 4))
+def test_one_pass_for_policy_and_lora_is_two_passes(requests, room):
+    policy, model = shared_pair("shared lora", "linear", 5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(eager.MOST_ROWS, "cpu", 1000)
+        engine = Engine(policy, model, max_rows=room, backend="eager")
+        assert type(engine._rows.passes) is eager.Shared
+        together = play(engine, requests)
+        patch.setitem(eager.MOST_ROWS, "cpu", 0)
+        other = Engine(policy, model, max_rows=room, backend="eager")
+        assert type(other._rows.passes) is not eager.Shared
+        assert [one.tokens for one in play(other, requests)] == [one.tokens for one in together]
+
+
+@settings(max_examples=10, deadline=None)
+@given(wishes(4), st.integers(1, 3), st.sampled_from(["cpu", "eager"]), st.booleans())
+def test_a_token_reward_and_a_policy_alone_keep_company_too(requests, room, backend, guided):
+    dtype = torch.float32 if backend == "cpu" else torch.float64
+    policy = tiny_lm(dtype=dtype)
+    model = TokenReward(tiny_lm(seed=3, dtype=dtype), None) if guided else None
+    asked = []
+    for i, (prompt, user, more, *rest) in enumerate(requests):
+        if guided and i % 2:
+            more = more | {"num_candidates": "all"}
+        if not guided:
+            more = {name: value for name, value in more.items() if name not in ("reward_weight", "num_candidates")}
+        asked.append((prompt, user, more, *rest))
+    check_company(lambda room: Engine(policy, model, max_rows=room, backend=backend), asked, room, exact=backend == "cpu")
+
+
+@pytest.mark.parametrize("family", ["mistral", "llama"])
+def test_models_without_shared_prefixes_answer_in_closed_batches(family):
+    policy, model = tiny_lm(family), reward_model(tiny_lm(family, seed=3))
+    rows, users = prompts([3, 8, 1, 5]), ["ann", "bob", "cid", "ann"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        engines = [Engine(policy, model, max_rows=room) for room in (1, 3, 4)]
+    found = [[one.tokens for one in engine.generate(rows, users, reward_weight=2.0, max_new_tokens=9)] for engine in engines]
+    assert found[0] == found[1] == found[2]
+
+
+def test_hooks_are_called_and_the_tokens_stay():
+    policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
+    rows, seen = prompts([3, 8]), []
+    want = [one.tokens for one in Engine(policy, model).generate(rows, USERS[:2], reward_weight=2.0)]
+    policy.model.layers[0].register_forward_hook(lambda *_: seen.append(1))
+    engine = Engine(policy, model)
+    assert "copy" in engine.reason
+    assert [one.tokens for one in engine.generate(rows, USERS[:2], reward_weight=2.0)] == want
+    assert seen
+
+
+def test_a_changed_model_is_noticed_at_the_next_step():
+    policy, model = pair_in_float32("own")
+    for change in (
+        lambda: policy.lm_head.weight.data.mul_(1.1),  # which has no version
+        lambda: model.backbone.layers[0].register_forward_hook(lambda *_: None),
+        lambda: policy.model.layers.__setitem__(0, copy.deepcopy(policy.model.layers[0])),
+    ):
+        engine = Engine(policy, model)
+        engine.generate(prompts([4]), ["ann"], reward_weight=1.0, max_new_tokens=2)
+        change()
+        with pytest.raises(PyargsError, match=r"engine\.refresh\(\)"):
+            engine.generate(prompts([4]), ["ann"], reward_weight=1.0, max_new_tokens=2)
+        engine.refresh()
+        engine.generate(prompts([4]), ["ann"], reward_weight=1.0, max_new_tokens=2)
+
+
+def test_a_changed_weight_is_noticed_in_the_middle_of_an_answer():
+    policy, model = pair_in_float32("own")
+    engine = Engine(policy, model)
+    engine.submit(prompts([4])[0], "ann", reward_weight=1.0)
+    engine.step()
+    with torch.no_grad():
+        policy.lm_head.weight.mul_(1.1)
+    with pytest.raises(PyargsError, match="refresh"):
+        engine.step()
+
+
+def test_users_take_turns():
+    policy, model = pair_in_float32("own")
+    engine = Engine(policy, model, max_rows=1)
+    many = [engine.submit(prompt, "ann", reward_weight=1.0, max_new_tokens=2) for prompt in prompts([3] * 20)]
+    engine.step()
+    lone = engine.submit(prompts([3])[0], "bob", reward_weight=1.0, max_new_tokens=1)
+    done = []
+    while engine.answer(lone) is None if lone not in done else False:
+        done += [event.number for event in engine.step() if event.answer is not None]
+    assert done.index(lone) <= 2 and many[0] in done
+
+
+def test_a_new_user_is_served_by_the_next_request_and_one_who_left_is_unknown():
+    policy, model = pair_in_float32("own")
+    engine = Engine(policy, model)
+    running = engine.submit(prompts([3])[0], "ann", reward_weight=1.0, max_new_tokens=8)
+    engine.step()
+    vectors = {name: value[:1].detach() + 1 for name, value in model.users.vectors.items()}
+    model.users.append(["dan"], **vectors)
+    (answer,) = engine.generate(prompts([4]), ["dan"], reward_weight=1.0, max_new_tokens=4)
+    assert answer.user == "dan" and answer.tokens
+    assert engine.answer(running) is not None or engine.busy
+    model.users.remove(["dan"])
+    with pytest.raises(UnknownUser, match="dan"):
+        engine.submit(prompts([3])[0], "dan", reward_weight=1.0)
+
+
+def test_streams_of_several_threads_are_the_answers():
+    policy, model = pair_in_float32("shared")
+    rows = prompts([3, 8, 1, 5, 4, 6])
+    want = [one.tokens for one in Engine(policy, model).generate(rows, USERS * 2, reward_weight=2.0, stop=[])]
+    engine, found = Engine(policy, model, max_rows=4), {}
+
+    def listen(i: int) -> None:
+        found[i] = [event.token for event in engine.stream(rows[i], (USERS * 2)[i], reward_weight=2.0, stop=[])]
+
+    threads = [threading.Thread(target=listen, args=(i,)) for i in range(len(rows))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[i] for i in range(len(rows))] == want
+
+
+def test_who_stops_listening_cancels():
+    policy, model = pair_in_float32("own")
+    engine = Engine(policy, model)
+    stream = engine.stream(prompts([3])[0], "ann", reward_weight=1.0)
+    next(stream)
+    assert engine.busy
+    stream.close()
+    assert not engine.busy
+
+
+def test_where_nothing_can_be_chosen_the_row_ends_and_the_others_go_on():
+    policy, model = pair_in_float32("own")
+    model.users.vectors["mixture"].data[0] = float("nan")
+    engine = Engine(policy, model)
+    bad = engine.submit(prompts([3])[0], "ann", reward_weight=1.0, max_new_tokens=4)
+    good = engine.submit(prompts([3])[0], "bob", reward_weight=1.0, max_new_tokens=4)
+    events = [event for _ in range(5) for event in engine.step()]
+    assert [event.number for event in events if event.error is not None] == [bad]
+    assert engine.answer(good).finish_reason in ("length", "stop")
+    with pytest.raises(PyargsError, match="not numbers in row"):
+        engine.answer(bad)
+    with pytest.raises(PyargsError, match="not numbers in row"):
+        engine.generate(prompts([3]), ["ann"], reward_weight=1.0)
+    assert not engine.busy
+
+
+def test_best_of_n_keeps_the_sample_with_the_largest_reward():
+    policy, model = pair_in_float32("own")
+    engine = Engine(policy, model, best_of=5, max_rows=3)
+    rows = prompts([3, 6])
+    answers = engine.generate(rows, USERS[:2], max_new_tokens=6, seed=1)
+    for answer, row in zip(answers, rows, strict=True):
+        scores = model.score([(row, [answer.tokens])], [answer.user])[0] if answer.tokens else None
+        assert len(answer.rewards) == 5 and (scores is None or abs(max(answer.rewards) - scores.item()) < 1e-5)
+    assert answers[0].tokens == engine.generate(rows[:1], USERS[:1], max_new_tokens=6, seed=[answers[0].seed])[0].tokens
+
+
+def test_a_user_policy_answers_by_itself():
+    lm = tiny_lm(dtype=torch.float32)
+    engine = Engine(UserPolicy(lm, None))
+    assert engine.backend == "cpu"
+    rows = prompts([3, 8])
+    want = [lm.generate(torch.tensor([row]), max_new_tokens=6, do_sample=False)[0, len(row) :].tolist() for row in rows]
+    got = engine.generate(rows, max_new_tokens=6)
+    assert [one.tokens for one in got] == [[t for t in row if t not in (lm.generation_config.eos_token_id,)] for row in want]
+
+
+@pytest.mark.parametrize(
+    "wish, message",
+    [
+        (dict(strength=1.0, reward_weight=1.0), "one of them"),
+        (dict(), "no reward_std"),
+        (dict(reward_weight=1.0, num_candidates=0), "num_candidates"),
+        (dict(reward_weight=1.0, num_candidates="all"), "TokenReward"),
+        (dict(reward_weight=1.0, temperature=-1), "temperature"),
+        (dict(reward_weight=1.0, temperature=True), "temperature"),
+        (dict(reward_weight=1.0, top_p=0.0), "top_p"),
+        (dict(reward_weight=1.0, min_p=1.5), "min_p"),
+        (dict(reward_weight=1.0, max_new_tokens=0), "max_new_tokens"),
+        (dict(reward_weight=1.0, max_new_tokens=10**6), "positions"),
+        (dict(reward_weight=float("nan")), "finite"),
+    ],
+)
+def test_wrong_wishes_are_refused_by_name(wish, message):
+    policy, model = shared_pair("own", "linear", 0)
+    with pytest.raises(PyargsError, match=message):
+        Engine(policy, model).submit([3, 4], "ann", **wish)
+
+
+def test_backends_are_chosen_by_name(monkeypatch):
+    policy, model = shared_pair("own", "linear", 0)
+    with pytest.raises(PyargsError, match="float64"):
+        Engine(policy, model, backend="cpu")
+    with pytest.raises(PyargsError, match="backend is"):
+        Engine(policy, model, backend="fast")
+    with pytest.raises(PyargsError, match="one GPU"):
+        Engine(policy, model, backend="cuda-graph")
+    single = pair_in_float32("own")
+    assert Engine(*single).backend == "cpu"
+    monkeypatch.setenv("PYARGS_BACKEND", "eager")
+    engine = Engine(*single, backend="cpu")
+    assert engine.backend == "eager" and engine.generate([[3, 4]], ["ann"], reward_weight=1.0)[0].backend == "eager"
