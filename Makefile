@@ -51,7 +51,7 @@ sanitize: $(INSTALLED)
 	CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -g" PYARGS_CUDA=OFF \
 	  $(BIN)/python setup.py -q build --build-lib $(SANITIZED)/lib --build-temp $(SANITIZED)/temp
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  PYTHONPATH=$(SANITIZED)/lib OMP_NUM_THREADS=2 $(BIN)/pytest tests/lm/stack tests/decode/backends/test_cpu.py \
+	  OMP_NUM_THREADS=2 $(BIN)/pytest -o pythonpath="$(SANITIZED)/lib tests" tests/lm/stack tests/decode/backends/test_cpu.py \
 	  tests/decode/test_unguided.py tests/test_scoring.py tests/invariants/test_not_numbers.py
 
 lint: $(INSTALLED)
