@@ -14,7 +14,10 @@ _HOME = {
     "args": "pyargs.integrations.transformers",
     "generate": "pyargs.decode.args",
     "Engine": "pyargs.decode.engine",
+    "Policy": "pyargs.decode.policy",
+    "Scorer": "pyargs.decode.scorer",
     "load_lm": "pyargs.lm.loading",
+    "load_pairs": "pyargs.data:load",
     "load_model": "pyargs.models",
     "train": "pyargs.training.trainer",
     "adapt": "pyargs.training.adapt",
@@ -32,7 +35,8 @@ __all__ = [*_HOME, "__version__"]
 def __getattr__(name: str):
     if name not in _HOME:
         raise AttributeError(f"module 'pyargs' has no attribute '{name}'")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    module, _, own = _HOME[name].partition(":")
+    return getattr(importlib.import_module(module), own or name)
 
 
 def __dir__() -> list[str]:

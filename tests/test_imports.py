@@ -52,6 +52,7 @@ TESTED_IN = {
     "pyargs.decode.guided": "decode/test_engine.py",
     "pyargs.decode.loop": "decode/test_args.py",
     "pyargs.decode.pair": "decode/test_engine.py",
+    "pyargs.decode.policy": "decode/test_scorer.py",
     "pyargs.decode.rows": "decode/test_engine.py",
     "pyargs.decode.scheduler": "decode/test_engine.py",
     "pyargs.decode.tokenwise": "decode/test_engine.py",

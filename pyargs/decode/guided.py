@@ -108,7 +108,7 @@ class Guided:
         user = self.users.rows([one.user for one in requests]).to(self.device)
         folded = self.head.fold(user)
         logits, states = self.passes.join([one.prompt for one in requests], capacity)
-        so_far = _rewards(folded, states.unsqueeze(1).to(self.device)).squeeze(1)
+        so_far = rewards_of(folded, states.unsqueeze(1).to(self.device)).squeeze(1)
         wide = lambda shared: None if shared is None else shared.detach().expand(len(requests), *shared.shape[1:])  # noqa: E731
         self.rows.join(
             logits=as_float(logits), so_far=so_far, total=torch.zeros_like(so_far), weight=wide(folded.weight),
@@ -175,7 +175,7 @@ class Guided:
         self.passes.top = self.most
 
 
-def _rewards(folded: Folded, states: Tensor) -> Tensor:
+def rewards_of(folded: Folded, states: Tensor) -> Tensor:
     """Rewards [n, k] of states [n, k, D], as a step computes them."""
     rows, k, _ = states.shape
     zeros = torch.zeros(rows, k, dtype=torch.float32, device=states.device)

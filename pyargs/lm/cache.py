@@ -294,18 +294,17 @@ class RowCache(Cache):
 
     def advance(self, going: Tensor | None = None) -> None:
         """The token written behind each row's prefix becomes part of it. going bool [n]: where, all by default."""
-        n = self.width
-        self.length[:n] += 1 if going is None else going
+        self.length[: self.width] += 1 if going is None else going
         if not self.captured:
-            self.lengths = [length + 1 for length in self.lengths]
+            steps = [1] * len(self.lengths) if going is None else going.tolist()
+            self.lengths = [length + step for length, step in zip(self.lengths, steps, strict=True)]
 
     def commit(self, slot: Tensor) -> None:
-        """Of the branches written behind a row's prefix, the one at slot [n] becomes its next token; the others are dropped.
-        With `captured` a slot of -1 leaves its row."""
-        n = self.width
-        for several in self._alike(n):
-            commit(several, slot.to(several[0].device), self.length[:n])
-        self.advance(slot >= 0 if self.captured else None)
+        """Of the branches written behind a row's prefix, the one at slot [n] becomes its next token; the others are dropped. A
+        slot of -1 leaves its row."""
+        for several in self._alike(self.width):
+            commit(several, slot.to(several[0].device), self.length[: self.width])
+        self.advance(slot.to(self.length.device) >= 0)
 
     def keep(self, order: Sequence[int]) -> None:
         """The rows at these positions stay, in this order; where a row moves, to a place that is left."""

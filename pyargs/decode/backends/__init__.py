@@ -33,7 +33,7 @@ def resolve(asked: str, *models) -> Backend:
         raise PyargsError(f"backend is {', '.join(BACKENDS)}, not {asked!r}")
     if asked in ("auto", "cpu"):
         why = next(filter(None, (keep.refusal(model) for model in models)), None)
-        if why is None and not plain_output_layer(models[0]):
+        if why is None and models[0].get_output_embeddings() is not None and not plain_output_layer(models[0]):
             why = "the policy's logits are more than its output layer's (soft cap, scale, or a hook on the model itself)"
         if why is None:
             return Backend("cpu", "the native stack computes these models")

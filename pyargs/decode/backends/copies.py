@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers.cache_utils import DynamicLayer
 
 from pyargs.errors import PyargsError
@@ -39,6 +40,10 @@ class _Closed:
         wide[self.here] = values
         return wide
 
+    def together(self, going: Tensor | None) -> None:
+        if going is not None and not bool(going.all()):
+            raise PyargsError("rows of this model go on together: advance all that are here, or drop one")
+
     def longer(self) -> Tensor:
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
         return self.mask
@@ -58,9 +63,13 @@ class Policy:
 
     def advance(self, token: Tensor, going: Tensor | None = None) -> Tensor:
         held = self.held
+        held.together(going)
         ids = held.all(token).unsqueeze(1).to(held.lm.device)
         output, held.cache = forward_step(held.lm, ids, held.longer(), held.cache, held.padded, logits_to_keep=1)
         return output.logits[held.here, -1]
+
+    def reserve(self, capacity: int) -> None:
+        """Its cache grows by itself."""
 
     def current(self) -> bool:
         return True
@@ -94,6 +103,7 @@ class Scorer:
 
     def commit(self, token: Tensor, slot: Tensor) -> None:
         """All copies go on from their row's winner."""
+        self.held.together(slot >= 0)
         self.tried = False
         first = torch.arange(len(self.held.mask), device=self.held.mask.device) * self.copies
         winner = (first + self.held.all(slot)).repeat_interleave(self.copies)
@@ -105,10 +115,18 @@ class Scorer:
             else:
                 layer.reorder_cache(winner)
 
-    def advance(self, token: Tensor) -> None:
+    def advance(self, token: Tensor, going: Tensor | None = None) -> None:
+        self.held.together(going)
         candidates = token.unsqueeze(1).expand(-1, max(self.copies, 1))
         self.branch(candidates)
         self.commit(token, torch.zeros_like(token))
+
+    def reserve(self, capacity: int) -> None:
+        self.capacity = max(self.capacity, capacity)
+        for layer in self.held.cache.layers if self.copies else ():
+            if type(layer) is PrefixLayer and capacity > layer.capacity:
+                wider = (0, 0, 0, capacity - layer.capacity)
+                layer.keys, layer.values, layer.capacity = F.pad(layer.keys, wider), F.pad(layer.values, wider), capacity
 
     def current(self) -> bool:
         return True
@@ -132,7 +150,7 @@ class Scorer:
         for i, layer in enumerate(cache.layers):
             if type(layer) is DynamicLayer:  # it would copy all its keys and values at every token
                 length = layer.get_seq_length()
-                cache.layers[i] = PrefixLayer(self.capacity + len(self.held.mask[0]))
+                cache.layers[i] = PrefixLayer(self.capacity + self.held.mask.shape[1])
                 cache.layers[i].update(layer.keys, layer.values)
                 cache.layers[i].length = length
         self.copies = k

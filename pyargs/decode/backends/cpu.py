@@ -181,7 +181,7 @@ class _Rows:
     def join(self, prompts: Sequence[Sequence[int]], capacity: int) -> Tensor:
         """The states [halves, m, D] of the prompts' last tokens. What a prompt has in common with a row that is here, or was
         last in its place, is not computed again if it is half of it: a user's demonstrations, say."""
-        self._reserve(capacity)
+        self.reserve(capacity)
         known, joined = [], []
         free = [row for row in range(self.room) if row not in self.rows]
         for prompt in prompts:
@@ -231,15 +231,28 @@ class _Rows:
     def keep(self, order: Sequence[int]) -> None:
         self.rows = [self.rows[position] for position in order]
 
-    def note(self, token: Tensor) -> None:
-        """Token [n] is the next one of each row."""
-        for row, one in zip(self.rows, token.tolist(), strict=True):
-            self.texts[row].append(one)
+    def note(self, token: Tensor, going: Tensor | None = None) -> None:
+        """Token [n] is the next one of each row, where going [n], all by default."""
+        goes = [True] * len(self.rows) if going is None else going.tolist()
+        for row, one, on in zip(self.rows, token.tolist(), goes, strict=True):
+            if on:
+                self.texts[row].append(one)
+
+    def follow(self, token: Tensor, going: Tensor | None = None) -> Tensor:
+        """Token [n] becomes each row's next one, where going [n]: the states [n, D] behind it, 0 of the other rows."""
+        self.note(token, going)
+        if going is None:
+            return self.run(token.unsqueeze(1))[0, :, 0]
+        on = going.nonzero().flatten().tolist()
+        states = run.zeros(len(token), self.stack.dim)
+        if on:
+            states[on] = self.run(token[on].unsqueeze(1), rows=[self.rows[i] for i in on])[0, :, 0]
+        return states
 
     def _halves(self) -> range:
         return range(0, self.room * self.halves, self.room)
 
-    def _reserve(self, capacity: int) -> None:
+    def reserve(self, capacity: int) -> None:
         if capacity <= self.capacity:
             return
         self.capacity = -(-capacity // PLACES) * PLACES
@@ -267,9 +280,12 @@ class Policy:
         return self._logits(self.held.join(prompts, capacity)[0])
 
     def advance(self, token: Tensor, going: Tensor | None = None) -> Tensor:
-        """Token [n] becomes each row's next one: the logits [n, V] behind it."""
-        self.held.note(token)
-        return self._logits(self.held.run(token.unsqueeze(1))[0, :, 0])
+        """Token [n] becomes each row's next one, where going [n] (all by default): the logits [n, V] behind it."""
+        return self._logits(self.held.follow(token, going))
+
+    def reserve(self, capacity: int) -> None:
+        """Room for so many tokens of each row."""
+        self.held.reserve(capacity)
 
     def current(self) -> bool:
         """Whether the packed weights are still the model's, all of which are read."""
@@ -298,14 +314,17 @@ class Scorer:
         return self.held.run(candidates, wanted, branches=True)[0]
 
     def commit(self, token: Tensor, slot: Tensor) -> None:
-        """Token [n], the candidate at slot [n], becomes each row's next one."""
+        """Token [n], the candidate at slot [n], becomes each row's next one; a slot of -1 leaves its row."""
         self.held.stack.commit(self.held.cache, slot, self.held.rows)
-        self.held.note(token)
+        self.held.note(token, slot >= 0)
 
-    def advance(self, token: Tensor) -> None:
-        """Token [n] becomes its row's next one, whether it was a candidate or not."""
-        self.held.note(token)
-        self.held.run(token.unsqueeze(1))
+    def advance(self, token: Tensor, going: Tensor | None = None) -> None:
+        """Token [n] becomes its row's next one, whether it was a candidate or not, where going [n]."""
+        self.held.follow(token, going)
+
+    def reserve(self, capacity: int) -> None:
+        """Room for so many tokens of each row."""
+        self.held.reserve(capacity)
 
     def current(self) -> bool:
         """Whether the packed weights are still the model's, all of which are read."""

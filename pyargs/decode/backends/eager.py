@@ -169,6 +169,10 @@ class Policy:
         self.cache.advance(None if going is None else going.to(self.lm.device))
         return logits
 
+    def reserve(self, capacity: int) -> None:
+        """Room for so many tokens of each row."""
+        _reserve(self.cache, capacity)
+
     def current(self) -> bool:
         return True
 
@@ -197,13 +201,17 @@ class Scorer:
         return _pass(self.backbone, candidates, self.cache).last_hidden_state
 
     def commit(self, token: Tensor, slot: Tensor) -> None:
-        """Token [n], the candidate at slot [n], becomes each row's next one."""
+        """Token [n], the candidate at slot [n], becomes each row's next one; a slot of -1 leaves its row."""
         self.cache.commit(slot)
 
-    def advance(self, token: Tensor) -> None:
-        """Token [n] becomes its row's next one, whether it was a candidate or not."""
+    def advance(self, token: Tensor, going: Tensor | None = None) -> None:
+        """Token [n] becomes its row's next one, whether it was a candidate or not, where going [n]."""
         _pass(self.backbone, token.to(self.backbone.device).unsqueeze(1), self.cache)
-        self.cache.advance()
+        self.cache.advance(None if going is None else going.to(self.backbone.device))
+
+    def reserve(self, capacity: int) -> None:
+        """Room for so many tokens of each row."""
+        _reserve(self.cache, capacity)
 
     def current(self) -> bool:
         return True
@@ -273,8 +281,12 @@ def shares(policy, backbone, rows: int, k: int) -> bool:
     return lora.same_weights(policy.get_decoder(), backbone) and plain_output_layer(policy)
 
 
-def _join(model, cache: RowCache, prompts, capacity: int, *, soft: Tensor | None = None, **more):
+def _reserve(cache: RowCache, capacity: int) -> None:
     cache.reserve(-(-capacity // PLACES) * PLACES)
+
+
+def _join(model, cache: RowCache, prompts, capacity: int, *, soft: Tensor | None = None, **more):
+    _reserve(cache, capacity)
     ids, mask = (x.to(model.device) for x in left_pad([list(prompt) for prompt in prompts], 0))
     inputs = {"input_ids": ids}
     if soft is not None:

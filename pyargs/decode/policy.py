@@ -1,0 +1,140 @@
+"""The policy's half of the decoder, for loops of other people: logits behind the tokens of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from pyargs.decode import backends
+from pyargs.decode.request import as_float, check_room, ids_of
+from pyargs.errors import PyargsError
+from pyargs.lm.structure import Watch, unwrapped
+
+
+class Here:
+    """Which row stands at which position, and how many tokens it has. A row goes by any name that its owner gives it."""
+
+    def __init__(self, lm, max_rows: int):
+        self.lm, self.max_rows = lm, max_rows
+        self.names: list[Hashable] = []
+        self.lengths: dict[Hashable, int] = {}
+        self.watch = Watch(lm)
+
+    def add(self, rows: Sequence[Hashable], ids: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Rows with these tokens come in; returns the tokens. Raises PyargsError for a row that is here, or one too many."""
+        self.check()
+        if len(rows) != len(ids) or len(set(rows)) < len(rows):
+            raise PyargsError(f"{len(rows)} rows and {len(ids)} prompts: name each row once, with its tokens")
+        if again := [row for row in rows if row in self.lengths]:
+            raise PyargsError(f"row {again[0]!r} is here already: drop it first")
+        if len(self.names) + len(rows) > self.max_rows:
+            raise PyargsError(f"there is room for {self.max_rows} rows: make it with a larger max_rows, or drop some")
+        texts = ids_of(ids, len(self.lm.get_input_embeddings().weight))
+        if not all(map(len, texts)):
+            raise PyargsError("a row needs at least one token")
+        for text in texts:
+            check_room(self.lm, len(text), len(text), 1)
+        self.names += rows
+        self.lengths |= {row: len(text) for row, text in zip(rows, texts, strict=True)}
+        return texts
+
+    def places(self, rows: Sequence[Hashable] | None) -> list[int]:
+        """Positions of rows, all by default."""
+        self.check()
+        rows = self.names if rows is None else list(rows)
+        if missing := [row for row in rows if row not in self.lengths]:
+            raise PyargsError(f"row {missing[0]!r} is not here: prefill it first")
+        if len(set(rows)) < len(rows):
+            raise PyargsError("a row is named twice")
+        return [self.names.index(row) for row in rows]
+
+    def longer(self, places: Sequence[int]) -> None:
+        for place in places:
+            self.lengths[self.names[place]] += 1
+            check_room(self.lm, 0, self.lengths[self.names[place]], 0)
+
+    def remove(self, rows: Sequence[Hashable]) -> list[int]:
+        """Rows leave; returns the positions of those that stay."""
+        gone = set(self.places(rows))
+        order = list(range(len(self.names)))
+        for place in sorted(gone, reverse=True):
+            order[place] = order[-1]
+            order.pop()
+        for place in gone:
+            del self.lengths[self.names[place]]
+        self.names = [self.names[place] for place in order]
+        return order
+
+    def spread(self, places: Sequence[int], values, fill: int = 0) -> Tensor:
+        """Values [n, ...] of rows at these positions, for all rows; `fill` for the others."""
+        values = torch.as_tensor(values, device="cpu")
+        if len(values) != len(places):
+            raise PyargsError(f"{len(values)} values for {len(places)} rows: give one for each")
+        wide = values.new_full((len(self.names), *values.shape[1:]), fill)
+        wide[list(places)] = values
+        return wide
+
+    def check(self) -> None:
+        if self.watch.changed():
+            raise PyargsError("the model has changed since (weights, modules or hooks): make this anew")
+
+
+class Policy:
+    """Logits behind the tokens of rows that come and go.
+
+    lm: a causal language model of transformers. backend: as for `Engine`. max_rows: rows that are here at a time.
+
+        policy.prefill(["a", "b"], [ids, others])
+        logits = policy.next_logits()               # float32 [2, V], in the order of policy.rows
+        policy.advance(["a"], [token])
+        policy.drop(["b"])
+
+    What a row gets does not depend on the others. By one thread at a time.
+    """
+
+    def __init__(self, lm, *, backend: str = "auto", max_rows: int = 8):
+        self.lm = unwrapped(lm)
+        chosen = backends.resolve(backend, self.lm)
+        self.backend, self.reason = chosen.name, chosen.reason
+        vocabulary = self.lm.config.get_text_config(decoder=True).vocab_size
+        self._half = backends.policy(chosen, self.lm, max_rows, vocabulary)
+        self._here = Here(self.lm, max_rows)
+        self._logits: dict[Hashable, Tensor] = {}
+
+    @property
+    def rows(self) -> list[Hashable]:
+        """The rows that are here, by position."""
+        return list(self._here.names)
+
+    @torch.no_grad()
+    def prefill(self, rows: Sequence[Hashable], ids: Sequence[Sequence[int]]) -> None:
+        """Rows come in with their tokens. Raises PyargsError for a row that is here already, an empty one, or one too many."""
+        texts = self._here.add(list(rows), ids)
+        self._note(list(rows), self._half.join(texts, max(map(len, texts)) + 1))
+
+    def next_logits(self, rows: Sequence[Hashable] | None = None) -> Tensor:
+        """Logits float32 [n, V] of the next token of each row, of all that are here by default."""
+        places = self._here.places(rows)
+        return torch.stack([self._logits[self._here.names[place]] for place in places])
+
+    @torch.no_grad()
+    def advance(self, rows: Sequence[Hashable], tokens: Sequence[int] | Tensor) -> None:
+        """Each of the rows goes on by its token [n]."""
+        places = self._here.places(rows)
+        token = self._here.spread(places, tokens)
+        self._here.longer(places)
+        self._half.reserve(max(self._here.lengths.values()) + 1)
+        going = None if len(places) == len(self._here.names) else self._here.spread(places, [True] * len(places)).bool()
+        logits = self._half.advance(token.to(self.lm.device), None if going is None else going)
+        self._note([self._here.names[place] for place in places], logits[places])
+
+    def drop(self, rows: Sequence[Hashable]) -> None:
+        """Rows leave."""
+        self._half.keep(self._here.remove(rows))
+        for row in rows:
+            del self._logits[row]
+
+    def _note(self, rows: Sequence[Hashable], logits: Tensor) -> None:
+        self._logits |= zip(rows, as_float(logits).float(), strict=True)

@@ -1,0 +1,118 @@
+"""The reward model's half of the decoder, for loops of other people: rewards of candidate tokens behind the tokens of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from pyargs.decode import backends
+from pyargs.decode.guided import rewards_of
+from pyargs.decode.policy import Here
+from pyargs.decode.rows import Rows
+from pyargs.errors import PyargsError
+from pyargs.models.reward_model import RewardModel
+from pyargs.user_ids import user_ids
+
+
+class Scorer:
+    """Rewards of candidate tokens, behind the tokens of rows that come and go, each for its user.
+
+    model: a RewardModel. backend: as for `Engine`. max_rows: rows that are here at a time.
+
+        scorer.prefill(["a", "b"], [ids, others], users=["ann", "bob"])
+        rewards = scorer.score(candidates)          # int64 [2, k] -> float32 [2, k], in the order of scorer.rows
+        scorer.advance(["a"], [token])              # one of the candidates costs nothing, another one a pass
+        scorer.drop(["b"])
+
+    The reward of a candidate is raw and its own (for a model with step_reward "prefix_mean" too). What a row gets does not
+    depend on the others. By one thread at a time.
+    """
+
+    def __init__(self, model: RewardModel, *, backend: str = "auto", max_rows: int = 8):
+        if not isinstance(model, RewardModel):
+            raise PyargsError(f"a scorer has the head of a RewardModel, got a {type(model).__name__}")
+        self.model = model
+        chosen = backends.resolve(backend, model.backbone)
+        self.backend, self.reason = chosen.name, chosen.reason
+        self._half = backends.scorer(chosen, model.backbone, max_rows)
+        self._here, self._parts = Here(model.backbone, max_rows), Rows(max_rows)
+        self._tried: Tensor | None = None  # candidates [n, k] by position since the last token, where there are any
+
+    @property
+    def rows(self) -> list[Hashable]:
+        """The rows that are here, by position."""
+        return list(self._here.names)
+
+    @torch.no_grad()
+    def prefill(self, rows: Sequence[Hashable], ids: Sequence[Sequence[int]], users: Sequence[str]) -> Tensor:
+        """Rows come in with their tokens: the rewards float32 [n] of these texts as they are.
+
+        users: one for each row; UnknownUser where one has no parameters. Raises PyargsError for a row that is here already, an
+        empty one, or one too many.
+        """
+        users = user_ids(users)
+        if len(users) != len(rows):
+            raise PyargsError(f"{len(rows)} rows but {len(users)} users: name one user for each row")
+        user = self.model.users.rows(users).to(self.model.device)
+        folded = self.model.head.fold(user)
+        texts = self._here.add(list(rows), ids)
+        states = self._half.join(texts, max(map(len, texts)) + 1)
+        count = len(user)
+        wide = lambda shared: None if shared is None else shared.detach().expand(count, *shared.shape[1:])  # noqa: E731
+        self._parts.join(weight=wide(folded.weight), bias=wide(folded.bias), own=wide(folded.own))
+        self._folded, self._tried = folded, None
+        return rewards_of(folded, states.unsqueeze(1).to(self.model.device)).squeeze(1)
+
+    @torch.no_grad()
+    def score(self, candidates: Tensor | Sequence[Sequence[int]], rows: Sequence[Hashable] | None = None) -> Tensor:
+        """Rewards float32 [n, k] of candidate tokens int64 [n, k], each as the next token of its row; all rows by default."""
+        places = self._here.places(rows)
+        given = torch.as_tensor(candidates, device="cpu")
+        known = len(self.model.backbone.get_input_embeddings().weight)
+        if (
+            given.ndim != 2
+            or given.is_floating_point()
+            or not given.shape[1]
+            or given.numel()
+            and not 0 <= given.min() <= given.max() < known
+        ):
+            raise PyargsError(f"candidates are whole numbers [rows, k], tokens of the {known} that the model knows")
+        tokens = self._here.spread(places, given.long())
+        self._half.reserve(max(self._here.lengths.values()) + given.shape[1])
+        wanted = None
+        if len(places) < len(self._here.names):
+            wanted = self._here.spread(places, torch.ones_like(given)).bool()
+        device = self.model.device
+        states = self._half.branch(tokens.to(device), None if wanted is None else wanted.to(device))
+        self._tried = tokens if wanted is None else tokens.masked_fill(~wanted, -1)
+        parts = {name: self._parts[name] if name in self._parts else None for name in ("weight", "bias", "own")}
+        return rewards_of(self._folded._replace(**parts), states.to(device))[places]
+
+    @torch.no_grad()
+    def advance(self, rows: Sequence[Hashable], tokens: Sequence[int] | Tensor) -> None:
+        """Each of the rows goes on by its token [n], whether it was among the candidates or not."""
+        places = self._here.places(rows)
+        token = self._here.spread(places, tokens, fill=-1)
+        self._here.longer(places)
+        going = self._here.spread(places, [True] * len(places)).bool()
+        slot = torch.full_like(token, -1)
+        if self._tried is not None:
+            same = (self._tried == token.unsqueeze(1)) & going.unsqueeze(1)
+            slot = torch.where(same.any(1), same.int().argmax(1), -1)
+        device = self.model.device
+        if (slot >= 0).any():
+            self._half.commit(token.clamp(min=0).to(device), slot.to(device))
+        missed = going & (slot < 0)
+        if missed.any():
+            self._half.reserve(max(self._here.lengths.values()) + 1)
+            self._half.advance(token.clamp(min=0).to(device), missed.to(device))
+        self._tried = None
+
+    def drop(self, rows: Sequence[Hashable]) -> None:
+        """Rows leave."""
+        order = self._here.remove(rows)
+        self._half.keep(order)
+        self._parts.keep(order)
+        self._tried = None if self._tried is None else self._tried[order]

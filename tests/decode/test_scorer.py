@@ -1,0 +1,106 @@
+"""The two halves, lifted out: in a loop of somebody else they give what the engine gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import reward_model, tiny_lm
+from decoding import USERS, pair_in_float32, prompts, shared_pair
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyargs.decode.engine import Engine
+from pyargs.decode.policy import Policy
+from pyargs.decode.scorer import Scorer
+from pyargs.errors import PyargsError
+
+
+def by_hand(policy, scorer, rows, users, weight, k, steps):
+    """Tokens by argmax of log pi + w r over the top k, with rows that leave and come back in the middle."""
+    texts = {i: list(row) for i, row in enumerate(rows)}
+    policy.prefill(list(texts), list(texts.values()))
+    scorer.prefill(list(texts), list(texts.values()), users)
+    for step in range(steps):
+        logprobs, candidates = policy.next_logits().log_softmax(1).topk(k)
+        assert policy.rows == scorer.rows
+        token = candidates.gather(1, (logprobs + weight * scorer.score(candidates)).argmax(1, keepdim=True)).squeeze(1)
+        names = list(policy.rows)
+        for row, one in zip(names, token.tolist(), strict=True):
+            texts[row].append(one)
+        policy.advance(names, token)
+        scorer.advance(names, token)
+        if step == 1:  # one leaves and comes back
+            policy.drop(names[:1])
+            scorer.drop(names[:1])
+            policy.prefill(names[:1], [texts[names[0]]])
+            scorer.prefill(names[:1], [texts[names[0]]], [users[names[0]]])
+    return [texts[i][len(row) :] for i, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+def test_a_loop_by_hand_is_the_engine(backend):
+    policy, model = pair_in_float32("own") if backend == "cpu" else shared_pair("own", "personal mlp", 3)
+    rows, users = prompts([3, 8, 1]), USERS
+    engine = Engine(policy, model, backend=backend)
+    want = engine.generate(rows, users, reward_weight=2.0, num_candidates=4, max_new_tokens=6, stop=[])
+    got = by_hand(Policy(policy, backend=backend), Scorer(model, backend=backend), rows, users, 2.0, 4, 6)
+    assert got == [one.tokens for one in want]
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.data(), st.sampled_from(["cpu", "eager"]))
+def test_rewards_are_those_of_the_text_whoever_is_here_and_whatever_came_next(data, backend):
+    """Rows join, leave, and go on one by one, by candidates or other tokens: a reward is that of the whole text."""
+    dtype = torch.float32 if backend == "cpu" else torch.float64
+    model = reward_model(tiny_lm(seed=3, dtype=dtype))
+    scorer, texts, users = Scorer(model, backend=backend, max_rows=3), {}, {}
+    for step in range(data.draw(st.integers(2, 8))):
+        if len(texts) < 3 and data.draw(st.booleans()) or not texts:
+            (text,) = prompts([data.draw(st.integers(1, 6))], step)
+            texts[step], users[step] = text, data.draw(st.sampled_from(USERS))
+            scorer.prefill([step], [text], [users[step]])
+        rows = data.draw(st.lists(st.sampled_from(sorted(texts)), min_size=1, unique=True))
+        candidates = torch.tensor(prompts([data.draw(st.integers(1, 4))] * len(rows), step + 50)[: len(rows)])
+        candidates = candidates.view(len(rows), -1)
+        got = scorer.score(candidates, rows)
+        for row, own, rewards in zip(rows, candidates.tolist(), got, strict=True):
+            for token, reward in zip(own, rewards.tolist(), strict=True):
+                state = model.backbone(torch.tensor([[*texts[row], token]])).last_hidden_state[0, -1:]
+                want = model.head(state, model.users.rows([users[row]])).item()
+                assert reward == pytest.approx(want, abs=2e-4, rel=2e-4)
+        going = data.draw(st.lists(st.sampled_from(sorted(texts)), unique=True))
+        if going:
+            taken = [candidates[rows.index(row), 0].item() if row in rows and row % 2 else 7 for row in going]
+            scorer.advance(going, taken)
+            for row, token in zip(going, taken, strict=True):
+                texts[row].append(token)
+        if len(texts) > 1 and data.draw(st.booleans()):
+            gone = data.draw(st.sampled_from(sorted(texts)))
+            scorer.drop([gone])
+            del texts[gone]
+
+
+def test_what_is_wrong_is_refused_by_name():
+    policy, model = shared_pair("own", "linear", 0)
+    scorer, half = Scorer(model, max_rows=2), Policy(policy, max_rows=2)
+    scorer.prefill(["a"], [[3, 4]], ["ann"])
+    half.prefill(["a"], [[3, 4]])
+    for call, message in [
+        (lambda: scorer.prefill(["a"], [[3]], ["ann"]), "here already"),
+        (lambda: scorer.prefill(["b"], [[3]], ["zoe"]), "unknown user"),
+        (lambda: scorer.prefill(["b", "c"], [[3], [4]], ["ann", "bob"]), "room for 2"),
+        (lambda: scorer.prefill(["b"], [[]], ["ann"]), "at least one token"),
+        (lambda: scorer.prefill(["b"], [[3]], ["ann", "bob"]), "one user for each"),
+        (lambda: scorer.score([[3, 4]], ["z"]), "not here"),
+        (lambda: scorer.score([[3], [4]]), "values for 1 rows"),
+        (lambda: scorer.score([[10**6]]), "tokens of the"),
+        (lambda: half.advance(["a"], [3, 4]), "values for 1 rows"),
+        (lambda: half.drop(["z"]), "not here"),
+        (lambda: Scorer(policy), "RewardModel"),
+    ]:
+        with pytest.raises(PyargsError, match=message):
+            call()
+    assert scorer.rows == half.rows == ["a"]
+    model.backbone.layers[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(PyargsError, match="changed"):
+        scorer.score([[3]])
