@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 import pyargs
 from pyargs.decode import args, reference
 from pyargs.decode import genarm as tokenwise_module
-from pyargs.decode.request import check
+from pyargs.decode.engine import Engine
+from pyargs.decode.pair import check_pair
+from pyargs.decode.reference import Steps
+from pyargs.decode.request import check, numbered
 from pyargs.lm import lora
 from pyargs.lm.tokenize import left_pad
 
@@ -21,6 +24,56 @@ USERS = ["ann", "bob", "cid"]
 def prompts(lengths, seed=0, vocab=61):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(2, vocab, (n,), generator=generator).tolist() for n in lengths]
+
+
+def wishes(count: int, *, guided: bool = True, **wish) -> list[dict]:
+    """What each of so many requests asks for: a list is one value for each, and a seed gives each its own."""
+    usual = dict(reward_weight=1.0, num_candidates=5) if guided else {}
+    wish = usual | dict(max_new_tokens=12, seed=0) | wish
+    if isinstance(wish["seed"], int):
+        wish["seed"] = [numbered(wish["seed"], i) for i in range(count)]
+    several = {name for name, value in wish.items() if isinstance(value, list) and name != "stop"}
+    assert all(len(wish[name]) == count for name in several)
+    return [{name: value[i] if name in several else value for name, value in wish.items()} for i in range(count)]
+
+
+def engine_of(policy, model=None, **how) -> Engine:
+    """Without the warnings that say why it is slow, or what is not known of the tokenizers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return Engine(policy, model, **how)
+
+
+def steps_of(engine, rows, users=None, **wish) -> list[Steps]:
+    """What an engine chooses for requests that come in together. Raises what ended one of them otherwise."""
+    users = users or [""] * len(rows)
+    asked = zip(rows, users, wishes(len(rows), guided=engine.pair.guided, **wish), strict=True)
+    found = {engine.submit(row, user, **own): Steps([], [], []) for row, user, own in asked}
+    while engine.busy:
+        for event in engine.step():
+            if event.error is not None:
+                raise event.error
+            for kept, new in zip(found[event.number], (event.token, event.slot, event.reward), strict=True):
+                kept.append(new)
+    return list(found.values())
+
+
+def chosen(policy, model, rows, users=None, *, backend="auto", eos_reward="before", tokenizer=None, **wish) -> list[Steps]:
+    """What an engine chooses that has room for all."""
+    how = dict(backend=backend, eos_reward=eos_reward, tokenizer=tokenizer, max_rows=max(len(rows), 1))
+    return steps_of(engine_of(policy, model, **how), rows, users, **wish)
+
+
+def by_reference(policy, model, rows, users, *, eos_reward="before", tokenizer=None, **wish) -> list[Steps]:
+    """What the plain loop chooses."""
+    pair = check_pair(policy, model, tokenizer, 0)
+    asked = zip(rows, users, wishes(len(rows), **wish), strict=True)
+    requests = [pair.request(row, user, **own) for row, user, own in asked]
+    return reference.answers(policy, model, requests, eos_reward=eos_reward, vocabulary=pair.vocabulary)
+
+
+def tokens(found: list[Steps]) -> list[list[int]]:
+    return [one.tokens for one in found]
 
 
 def arguments(**changes):
@@ -98,6 +151,12 @@ def alike(lengths, seed=0):
 
 
 def same(one, other):
+    if isinstance(one, list):
+        assert [row.tokens for row in one] == [row.tokens for row in other]
+        assert [row.slots for row in one] == [row.slots for row in other]
+        for ours, theirs in zip(one, other, strict=True):
+            torch.testing.assert_close(torch.tensor(ours.rewards), torch.tensor(theirs.rewards), atol=2e-5, rtol=2e-5)
+        return
     assert one.tokens.tolist() == other.tokens.tolist()
     assert one.slots.tolist() == other.slots.tolist()
     assert one.lengths.tolist() == other.lengths.tolist()
@@ -145,6 +204,29 @@ def requests(draw, most: int = 4):
     )
     users = [USERS[i % 3] for i in range(len(lengths))]
     return *shared_pair(weights, head, seed), prompts(lengths, seed), users, changes
+
+
+@st.composite
+def batches(draw, most: int = 4):
+    """Models and requests: (policy, reward model, prompts, users, what is asked for)."""
+    lengths = draw(st.lists(st.integers(1, 9), min_size=1, max_size=most))
+    each = lambda values: draw(st.lists(st.sampled_from(values), min_size=len(lengths), max_size=len(lengths)))  # noqa: E731
+    seed = draw(st.integers(0, 99))
+    pair = shared_pair(
+        draw(st.sampled_from(["own", "shared", "shared lora"])), draw(st.sampled_from(["linear", "mlp", "personal mlp"])), seed
+    )
+    wish = dict(
+        num_candidates=each([1, 2, 7]),
+        max_new_tokens=each([1, 5, 12]),
+        temperature=each([0.0, 0.0, 0.7, 2.0]),
+        top_p=each([1.0, 1.0, 0.4]),
+        min_p=each([0.0, 0.0, 0.5]),
+        stop=draw(st.sampled_from([[], [1], [1, 7, 9, 11, 13, 20, 21, 30, 31, 40, 41, 50, 51]])),
+        eos_reward=draw(st.sampled_from(["before", "state"])),
+        seed=seed,
+        reward_weight=each([0.0, 1.5, 0.3, 4.0]),
+    )
+    return *pair, prompts(lengths, seed), [USERS[i % 3] for i in range(len(lengths))], wish
 
 
 class Words:
