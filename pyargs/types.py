@@ -12,21 +12,31 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pyargs.errors import PyargsError, UnknownUser, described, did_you_mean
-from pyargs.files import read_json, read_tensors, write_json
+from pyargs.files import read_json, read_tensors, write_text
 from pyargs.user_ids import user_ids
 
 
 class Users(nn.Module):
     """Ids and, for each named kind of vector, one row per user.
 
-    vectors: name -> float tensor [users, ...]. A model without vectors is the same for everyone: it then knows no
-    users, and `rows` answers 0 for any id.
+    vectors: name -> float tensor [users, ...], taken as it is, not copied. ids: user -> row. trained: the first so many rows
+    are of users that the model was trained on; those who were adapted later stand behind. A model without vectors is the same
+    for everyone: it then knows no users, and `rows` answers 0 for any id.
+
+    Users come and go at the cost of their own rows. What `vectors` holds is another Parameter afterwards, at the same place
+    in memory as long as there is room. Rows do not keep their order where users leave.
     """
 
     def __init__(self, ids: Iterable[str] = (), **vectors: Tensor):
         super().__init__()
-        self.ids = {user: row for row, user in enumerate(user_ids(ids))}
+        self._names = user_ids(ids)  # by row
+        self.ids = dict(zip(self._names, range(len(self._names)), strict=True))
+        if len(self.ids) < len(self._names):
+            twice = next(user for row, user in enumerate(self._names) if self.ids[user] != row)
+            raise PyargsError(f"users: '{twice}' is there twice")
+        self.trained = len(self.ids)
         self.vectors = nn.ParameterDict({name: nn.Parameter(value) for name, value in vectors.items()})
+        self._room: dict[str, Tensor] = {}  # of each kind of vector the memory with places for more users, once some came
         for name, value in self.vectors.items():
             if len(value) != len(self.ids):
                 raise PyargsError(f"users: {len(value)} rows of '{name}' for {len(self.ids)} different ids")
@@ -52,7 +62,10 @@ class Users(nn.Module):
         return torch.tensor([self.ids[user] for user in users], dtype=torch.long, device="cpu")
 
     def append(self, ids: Iterable[str], **vectors: Tensor) -> None:
-        """Adds new users; `vectors` holds rows [n, ...] for each kind of vector. Raises on a known id or another shape."""
+        """Adds new users behind the others, as adapted ones; `vectors` holds rows [n, ...] for each kind of vector.
+
+        Raises PyargsError on a known id or another shape, and then adds nobody.
+        """
         ids = user_ids(ids)
         known = [user for user in ids if user in self.ids]
         if known or len(set(ids)) < len(ids):
@@ -63,32 +76,88 @@ class Users(nn.Module):
             old = self.vectors[name]
             if value.shape != (len(ids), *old.shape[1:]):
                 raise PyargsError(f"'{name}' must be {[len(ids), *old.shape[1:]]}, got {list(value.shape)}")
-            self.vectors[name] = nn.Parameter(torch.cat([old.detach(), value.detach().to(old)]))
-        if self.personal:
-            self.ids.update({user: len(self.ids) + i for i, user in enumerate(ids)})
+        if not self.personal:
+            return
+        before, count = len(self), len(self) + len(ids)
+        rooms = {name: self._room_for(name, count) for name in vectors}
+        for name, room in rooms.items():
+            room[before:count] = vectors[name].detach()
+            self._replace(name, room[:count])
+        self.ids.update(zip(ids, range(before, count), strict=True))
+        self._names += ids
 
     def remove(self, ids: Iterable[str]) -> None:
-        """Takes users and their vectors away; the others move up. Raises UnknownUser, and then removes nobody."""
+        """Takes users away and overwrites their vectors. Raises UnknownUser, and then removes nobody.
+
+        The last rows move to the places that become free: of the trained users into those of trained ones, of all users into
+        the rest.
+        """
         gone = set(self.rows(ids).tolist()) if self.personal else set()
-        kept = [row for row in range(len(self)) if row not in gone]
-        if gone:
-            for name, value in self.vectors.items():
-                self.vectors[name] = nn.Parameter(value.detach()[kept].clone())
-            names = list(self.ids)
-            self.ids = {names[row]: place for place, row in enumerate(kept)}
+        if not gone:
+            return
+        for row in gone:
+            del self.ids[self._names[row]]
+        trained = {row for row in gone if row < self.trained}
+        left, count = self.trained - len(trained), len(self)
+        self._fill(trained, self.trained)
+        self._fill({*range(left, self.trained), *(gone - trained)}, len(self._names))
+        self.trained = left
+        del self._names[count:]
+        for name, value in self.vectors.items():
+            data = value.detach()
+            data[count:] = 0
+            data = data[:count]
+            if data.untyped_storage().nbytes() > 4 * data.nbytes:  # give back what most users have left
+                self._room.pop(name, None)
+                data = data.clone()
+            self._replace(name, data)
+
+    def _fill(self, free: set[int], end: int) -> None:
+        """Moves rows so that, of those before `end`, the last ones are free in the place of these."""
+        left = end - len(free)
+        to, of = [row for row in sorted(free) if row < left], [row for row in range(left, end) if row not in free]
+        for value in self.vectors.values():
+            data = value.detach()
+            data[to] = data[of]
+        for place, row in zip(to, of, strict=True):
+            self._names[place] = self._names[row]
+            self.ids[self._names[place]] = place
+
+    def _room_for(self, name: str, count: int) -> Tensor:
+        """The memory behind a kind of vector, with places for `count` rows; where it has to be new, for half as many again."""
+        old, room = self.vectors[name].detach(), self._room.get(name)
+        if room is None or room.data_ptr() != old.data_ptr() or len(room) < count:
+            room = torch.cat([old, old.new_zeros(count + count // 2 + 1 - len(old), *old.shape[1:])])
+            self._room[name] = room
+        return room
+
+    def _replace(self, name: str, value: Tensor) -> None:
+        self.vectors[name] = nn.Parameter(value, requires_grad=self.vectors[name].requires_grad)
+
+    def _apply(self, *args, **options):
+        """As for any module. Vectors that this moved elsewhere (`to`, `half`) leave no memory behind."""
+        super()._apply(*args, **options)
+        self._room = {name: room for name, room in self._room.items() if room.data_ptr() == self.vectors[name].data_ptr()}
+        return self
+
+    def __getstate__(self) -> dict:
+        """A copy of the table has memory of its own."""
+        return self.__dict__ | {"_room": {}}
 
     def save(self, folder: str | Path) -> None:
-        """Writes users.safetensors and users.json."""
+        """Writes users.safetensors and users.json, the ids by row, one on a line."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: value.detach().contiguous() for name, value in self.vectors.items()}, folder / "users.safetensors")
-        write_json(folder / "users.json", list(self.ids))
+        write_text(folder / "users.json", json.dumps(self._names, ensure_ascii=False, separators=(",\n", ":")) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> Users:
+        """Reads what `save` wrote. The vectors are mapped from the file: pages are read when they are used, and copied when
+        they are written to."""
         folder = Path(folder)
         ids, vectors = read_json(folder / "users.json"), read_tensors(folder / "users.safetensors")
-        if not isinstance(ids, list) or not all(isinstance(user, str) for user in ids):
+        if not isinstance(ids, list) or not {*map(type, ids)} <= {str}:
             raise PyargsError(f"{folder / 'users.json'} is no list of ids")
         with described(f"{folder / 'users.safetensors'} does not fit"):
             return cls(ids, **vectors)

@@ -24,4 +24,4 @@ def user_ids(users: Iterable[str]) -> list[str]:
         raise PyargsError("users is a list with one id for each row, got a set, which has no order: write a list")
     if isinstance(users, (str, bytes)) or not isinstance(users, Iterable) or getattr(users, "ndim", 1) == 0:
         raise PyargsError(f"users is a list with one id for each row, got {users!r}: write [{users!r}]")
-    return [user_id(user) for user in users]
+    return [user if type(user) is str else user_id(user) for user in users]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 
-from pyargs.errors import PyargsError, refusal
+from pyargs.errors import PyargsError, did_you_mean, refusal
 
 
 def test_what_the_system_refuses_has_a_sentence():
@@ -34,3 +34,17 @@ def test_what_the_system_refuses_has_a_sentence():
         assert part in refusal(error) and "\n" not in refusal(error)
     for error in (ValueError("x"), RuntimeError("x"), PyargsError("no memory"), KeyError("x")):
         assert refusal(error) is None
+
+
+class Many(dict):
+    def __iter__(self):
+        raise AssertionError("a table of a million names is not gone through")
+
+
+def test_names_that_may_be_meant_are_found_among_any_number():
+    few, many = {f"user-{i:05d}": i for i in range(1000)}, Many({f"user-{i:05d}": i for i in range(100_000)})
+    for wrong in ("user-0012", "user-0o012", "User-00012", "user-000123", "suer-00012", "user-00012 ", "user_00012"):
+        for known in (few, many):
+            assert "user-00012" in did_you_mean(wrong, known, limit=100), wrong
+    assert did_you_mean("somebody else", many) == did_you_mean("x" * 10_000, many) == did_you_mean("", many) == ""
+    assert did_you_mean("c", ["a", "b"]) == " There are: a, b."

@@ -60,13 +60,17 @@ class Head(nn.Module):
         rank, dim = self.prototypes.shape
         return {"dim": dim, "width": self.project.first.out_features, "rank": rank, "residual": self.project.residual}
 
-    def ideal(self) -> Tensor:
-        """q [U, P]."""
-        return self.project(self.users.vectors["mixture"].softmax(-1) @ self.prototypes)
+    def ideal(self, mixture: Tensor) -> Tensor:
+        """q [n, P] of the users with these mixtures [n, K]."""
+        return self.project(mixture.softmax(-1) @ self.prototypes)
 
     def target(self, user: Tensor) -> Tensor:
-        """What f(h) is compared with: q_u [..., P]."""
-        return self.ideal()[user]
+        """What f(h) is compared with: q_u [..., P]. In training all users' are computed, elsewhere those of these users."""
+        mixture = self.users.vectors["mixture"]
+        if self.training:
+            return self.ideal(mixture)[user]
+        users, place = user.unique(return_inverse=True)
+        return self.ideal(mixture[users])[place]
 
     @staticmethod
     def compare(projected: Tensor, target: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ WRITTEN = ("embedding", "layer_norm", "rms_norm", "silu", "softmax")
 
 PLAIN = frozenset((bool, int, float, str, type(None), torch.dtype, torch.device))
 TENSORS = (nn.Parameter, Tensor, nn.Buffer, type(None))
-IDLE = ("gradient_checkpointing", "name_or_path", "tokenizer", "generation_config", "peft_config", "ids")
+IDLE = ("gradient_checkpointing", "name_or_path", "tokenizer", "generation_config", "peft_config", "ids", "trained")
 OTHERS = {*vars(nn.Module()), *IDLE}
 """Attributes of modules that no pass depends on."""
 

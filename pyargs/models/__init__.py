@@ -42,8 +42,6 @@ def forget(model, users: Iterable[str]) -> None:
         model.demonstrations.remove(users)
     else:
         model.users.remove(users)
-    if "adapted" in model.about:
-        model.about["adapted"] = [user for user in model.about["adapted"] if user not in users]
 
 
 def trained_mean(model) -> dict[str, Tensor]:
@@ -54,7 +52,7 @@ def trained_mean(model) -> dict[str, Tensor]:
     """
     from pyargs.errors import PyargsError
 
-    trained = [row for user, row in model.users.ids.items() if user not in model.about.get("adapted", [])]
+    trained = model.users.trained
     if not trained:
         raise PyargsError("no user of the training is left, at whose mean new users begin: take a model that has some")
-    return {name: value.detach()[trained].mean(0, keepdim=True) for name, value in model.users.vectors.items()}
+    return {name: value.detach()[:trained].mean(0, keepdim=True) for name, value in model.users.vectors.items()}

@@ -31,6 +31,7 @@ ABOUT = {
     "method": str,
     "fields": dict,
     "max_length": int | None,
+    "trained": int,
     "adapted": list[str],
 }
 """What else the package reads there, if it is there."""
@@ -71,6 +72,7 @@ def save(
                 **config,
                 "lora": adapted,
                 "users": _shapes(users),
+                "trained": users.trained,
             },
         )
         card = CARD.format(
@@ -168,6 +170,11 @@ def load_users(folder: Path, config: dict) -> Users:
     users = Users.load(folder)
     if (found := _shapes(users)) != config["users"]:
         raise PyargsError(f"{folder}/users.safetensors does not fit: it holds {found}, the model needs {config['users']}")
+    # Folders saved before `trained` was there name the adapted users, who stand behind the others, or count all as trained.
+    adapted = [users.ids[user] for user in {*config.get("adapted", ())} if user in users.ids]
+    users.trained = config.get("trained", len(users) - len(adapted))
+    if not 0 <= users.trained <= len(users) or ("trained" not in config and min(adapted, default=len(users)) < users.trained):
+        raise PyargsError(f"{folder}/config.json does not say which of the {len(users)} users were trained: train it again")
     return users
 
 
@@ -180,7 +187,8 @@ def load_shared(folder: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def about(config: dict, *used: str) -> dict:
     """The free facts of a config: all but what describes the files and what `used` names."""
-    return {name: value for name, value in config.items() if name not in ("pyargs", "kind", "lora", "users", *used)}
+    described = ("pyargs", "kind", "lora", "users", "trained", "adapted")
+    return {name: value for name, value in config.items() if name not in (*described, *used)}
 
 
 def device_or_default(device) -> torch.device:

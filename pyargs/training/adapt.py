@@ -63,7 +63,6 @@ def adapt(model, dataset, *, steps: int | None = None, method: str | None = None
         found.append(recipe.adapt(model, support, [user], config))
     model.users.remove([user for user in known if user in model.users.ids])
     model.users.append(ids, **{name: torch.cat([one[name] for one in found]) for name in found[0]})
-    model.about["adapted"] = list(dict.fromkeys([*model.about.get("adapted", []), *ids]))
     model.to(model.device)
     return ids
 

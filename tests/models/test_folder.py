@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -11,6 +12,7 @@ from folders import make, same
 import pyargs
 from pyargs.data import synthetic
 from pyargs.errors import PyargsError
+from pyargs.files import write_json
 from pyargs.lm import loading
 from pyargs.lm.loading import load_lm
 
@@ -57,3 +59,24 @@ def test_a_folder_that_is_replaced_while_it_is_read_is_not_mixed(backbone, tmp_p
     )
     with pytest.raises(PyargsError, match="replaced while it was read"):
         pyargs.load_model(tmp_path / "rm")
+
+
+def test_who_was_trained_is_known_again(backbone, tmp_path):
+    """Also of folders that name the adapted users in config.json, as those saved before do, or say nothing of them."""
+    model = make("reward", backbone)
+    names, twins = list(model.users.ids), {name: value.detach().clone() for name, value in model.users.vectors.items()}
+    model.users.append(["new", "newer"], **twins)
+    model.users.remove(["new"])
+    folder = tmp_path / "rm"
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["trained"] == pyargs.load_model(folder).users.trained == len(names)
+    del config["trained"]
+    for adapted, trained in (({"adapted": ["newer", "gone"]}, len(names)), ({}, len(names) + 1)):
+        write_json(folder / "config.json", config | adapted)
+        again = pyargs.load_model(folder)
+        assert again.users.trained == trained and "adapted" not in again.about and same(again, model)
+    for wrong in ({"adapted": names[:1]}, {"trained": len(names) + 2}, {"trained": -1}):
+        write_json(folder / "config.json", config | wrong)
+        with pytest.raises(PyargsError, match="which of the 3 users were trained"):
+            pyargs.load_model(folder)
