@@ -232,7 +232,7 @@ class Engine:
             for number in list(self._scheduler.here):
                 self.cancel(number)
             self._rows = self._made()
-            self._watch = Watch(*self.pair.language_models())
+            self._watch = Watch(*self.pair.modules(), but=getattr(self.pair.model, "users", None))
 
     # -- what it is made of --------------------------------------------------------------------------------------------
 

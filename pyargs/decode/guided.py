@@ -18,6 +18,7 @@ from torch import Tensor
 from pyargs.decode.request import Request, as_float
 from pyargs.decode.rows import Choice, Rows, chosen, counts, note, of_requests, uniform
 from pyargs.heads import Folded
+from pyargs.lm.structure import as_written
 from pyargs.ops import score_select, topk_logprobs
 
 
@@ -106,7 +107,7 @@ class Guided:
         self.requests += requests
         self._look()
         user = self.users.rows([one.user for one in requests]).to(self.device)
-        folded = self.head.fold(user)
+        folded = folded_of(self.head, user)
         logits, states = self.passes.join([one.prompt for one in requests], capacity)
         so_far = rewards_of(folded, states.unsqueeze(1).to(self.device)).squeeze(1)
         wide = lambda shared: None if shared is None else shared.detach().expand(len(requests), *shared.shape[1:])  # noqa: E731
@@ -173,6 +174,17 @@ class Guided:
         self.filtered = any(one.num_candidates < self.most or one.top_p < 1 or one.min_p > 0 for one in self.requests)
         self.sampled = any(one.temperature for one in self.requests)
         self.passes.top = self.most
+
+
+def folded_of(head, user: Tensor) -> Folded:
+    """The head for users [n]. One with a hook, or a part that its library did not write, is not folded but called."""
+    if as_written(head):
+        return head.fold(user)
+
+    def features(states: Tensor, own: Tensor) -> Tensor:
+        return as_float(head(states, own.unsqueeze(1).expand(states.shape[:2]))).unsqueeze(-1)
+
+    return Folded(features, torch.ones(len(user), 1, dtype=torch.float32, device=user.device), own=user)
 
 
 def rewards_of(folded: Folded, states: Tensor) -> Tensor:

@@ -91,10 +91,15 @@ class Pair:
             return [self.policy]
         return [self.policy, unwrapped(self.model.lm) if isinstance(self.model, TokenReward) else self.model.backbone]
 
+    def modules(self) -> list[nn.Module]:
+        """All that a step computes with."""
+        head = [self.model.head] if self.guided and isinstance(self.model, RewardModel) else []
+        return self.language_models() + head
+
     def encode(self, prompt, user: str) -> list[int]:
         """Ids of a prompt, which may be ids already."""
         if isinstance(prompt, Tensor) or not isinstance(prompt, str) and not (prompt and isinstance(prompt[0], dict)):
-            (ids,) = ids_of([prompt], len(self.policy.get_input_embeddings().weight))
+            (ids,) = ids_of([prompt], min(len(lm.get_input_embeddings().weight) for lm in self.language_models()))
             return ids
         if self.tokenizer is None:
             raise PyargsError("without a tokenizer a prompt is a list of token ids: give Engine the tokenizer")

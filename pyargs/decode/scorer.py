@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyargs.decode import backends
-from pyargs.decode.guided import rewards_of
+from pyargs.decode.guided import folded_of, rewards_of
 from pyargs.decode.policy import Here
 from pyargs.decode.rows import Rows
 from pyargs.errors import PyargsError
@@ -56,7 +56,7 @@ class Scorer:
         if len(users) != len(rows):
             raise PyargsError(f"{len(rows)} rows but {len(users)} users: name one user for each row")
         user = self.model.users.rows(users).to(self.model.device)
-        folded = self.model.head.fold(user)
+        folded = folded_of(self.model.head, user)
         texts = self._here.add(list(rows), ids)
         states = self._half.join(texts, max(map(len, texts)) + 1)
         count = len(user)

@@ -331,10 +331,14 @@ def _place(name: str) -> str:
 
 class Watch:
     """Notices, in a fraction of a millisecond, that models are no longer what they were: hooks, replaced modules or functions,
-    weights that were exchanged or changed in place. What was changed through `.data` is not seen here, but by `contents`."""
+    weights that were exchanged or changed in place. What was changed through `.data` is not seen here, but by `contents`.
 
-    def __init__(self, *models: nn.Module):
-        self.modules = list({id(module): module for model in models for module in model.modules()}.values())
+    but: a module in these models that may change (a head's table of users)."""
+
+    def __init__(self, *models: nn.Module, but: nn.Module | None = None):
+        left = set() if but is None else set(map(id, but.modules()))
+        found = {id(module): module for model in models for module in model.modules()}
+        self.modules = [module for key, module in found.items() if key not in left]
         self.before = self._look()
 
     def changed(self) -> bool:

@@ -5,83 +5,60 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import FULL_ATTENTION, reward_model, tiny_lm
-from decoding import USERS, arguments, guided, plain, prompts, same
+from decoding import USERS, by_reference, chosen, pair_in_float32, prompts, same, steps_of, tokens
 
-import pyargs
-from pyargs.decode import reference
-from pyargs.decode.request import check
+from pyargs.decode.engine import Engine
 from pyargs.errors import PyargsError
-from pyargs.lm.tokenize import left_pad
+from pyargs.ops.library import has_extension
 
 
 @pytest.mark.parametrize("family", FULL_ATTENTION + ("mistral",))
-@pytest.mark.parametrize("sample", [False, True])
-def test_a_row_alone_is_the_row_in_any_batch(family, sample):
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_row_alone_is_the_row_among_longer_and_shorter_ones(family, temperature):
     policy, model = tiny_lm(family), reward_model(tiny_lm(family, seed=3))
     rows, users, weights = prompts([3, 8, 1, 5]), ["ann", "bob", "cid", "ann"], [1.0, 3.0, 0.0, 0.5]
-    together = guided(policy, model, rows, users, reward_weight=weights, do_sample=sample)
-    noise = torch.rand(4, 12, generator=torch.Generator().manual_seed(0))
+    more = dict(temperature=temperature, max_new_tokens=[12, 3, 12, 7], num_candidates=[5, 2, 3, 5], seed=[4, 5, 6, 7])
+    together = chosen(policy, model, rows, users, reward_weight=weights, **more)
     for b in range(4):
-        ids, mask = left_pad([rows[b]], pad_id=1)
-        request = check(policy, model, ids, mask, [users[b]], **arguments(reward_weight=weights[b], do_sample=sample))
-        if sample:
-            request.uniform = noise[b : b + 1].T.contiguous()
-        alone = pyargs_decode(policy, model, request)
-        n = alone.tokens.shape[1]
-        assert together.tokens[b, :n].tolist() == alone.tokens[0].tolist()
-        assert together.lengths[b] == alone.lengths[0]
-        assert set(together.tokens[b, n:].tolist()) <= {1}
-
-
-def pyargs_decode(policy, model, request):
-    from pyargs.decode import args
-    from pyargs.lm.cache import can_branch
-
-    return (args if can_branch(policy) else reference).decode(policy, model, request)
-
-
-@pytest.mark.parametrize("family", FULL_ATTENTION)
-def test_left_padding_changes_nothing(family):
-    policy, model = tiny_lm(family), reward_model(tiny_lm(family, seed=3))
-    (prompt,) = prompts([6])
-    bare = guided(policy, model, [prompt], ["cid"])
-    for pad, token in ((1, 1), (5, 1), (3, prompt[0])):
-        ids = torch.tensor([[token] * pad + prompt])
-        mask = torch.tensor([[0] * pad + [1] * len(prompt)])
-        same(bare, pyargs.generate(policy, model, ids, mask, ["cid"], **arguments()))
+        own = {name: value[b] if isinstance(value, list) else value for name, value in more.items()}
+        own["seed"] = [own["seed"]]
+        for decoder in (chosen, by_reference):
+            same(
+                decoder(policy, model, rows[b : b + 1], users[b : b + 1], reward_weight=weights[b], **own), together[b : b + 1]
+            )
 
 
 @pytest.mark.parametrize("changes", [dict(reward_weight=0.0), dict(num_candidates=1, reward_weight=9.0)])
-@pytest.mark.parametrize("decoder", [guided, plain])
-def test_weight_0_and_one_candidate_are_greedy(changes, decoder):
-    policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
+@pytest.mark.parametrize("decoder", [chosen, by_reference])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_weight_0_and_one_candidate_are_greedy(changes, decoder, dtype):
+    policy, model = tiny_lm(dtype=dtype), reward_model(tiny_lm(seed=3, dtype=dtype))
     rows = prompts([2, 6, 4])
-    ids, mask = left_pad(rows, pad_id=1)
-    greedy = policy.generate(input_ids=ids, attention_mask=mask, max_new_tokens=12, do_sample=False)[:, ids.shape[1] :]
-    got = decoder(policy, model, rows, USERS, **changes)
-    assert got.tokens.tolist() == greedy[:, : got.tokens.shape[1]].tolist()
+    for row, got in zip(rows, decoder(policy, model, rows, USERS, **changes), strict=True):
+        greedy = policy.generate(torch.tensor([row]), max_new_tokens=12, do_sample=False)[0, len(row) :]
+        assert got.tokens == greedy.tolist()
 
 
 def test_weight_0_is_greedy_even_when_rewards_are_not_numbers():
     policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
-    want = guided(policy, model, prompts([4]), ["ann"], reward_weight=0.0)
+    want = chosen(policy, model, prompts([4]), ["ann"], reward_weight=0.0)
     model.head.directions.data.fill_(float("nan"))
-    assert guided(policy, model, prompts([4]), ["ann"], reward_weight=0.0).tokens.tolist() == want.tokens.tolist()
+    assert tokens(chosen(policy, model, prompts([4]), ["ann"], reward_weight=0.0)) == tokens(want)
 
 
 def test_the_weight_matters_and_users_differ():
     policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
     rows = prompts([4]) * 3
-    got = guided(policy, model, rows, USERS, reward_weight=5.0).tokens.tolist()
+    got = tokens(chosen(policy, model, rows, USERS, reward_weight=5.0))
     assert got[0] != got[1] or got[1] != got[2]
-    assert got != guided(policy, model, rows, USERS, reward_weight=0.0).tokens.tolist()
+    assert got != tokens(chosen(policy, model, rows, USERS, reward_weight=0.0))
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_attention_implementations_agree(attention):
     policy, model = tiny_lm(attention=attention), reward_model(tiny_lm(seed=3, attention=attention))
     rows = prompts([2, 6, 4])
-    same(guided(policy, model, rows, USERS), guided(tiny_lm(), reward_model(tiny_lm(seed=3)), rows, USERS))
+    same(chosen(policy, model, rows, USERS), chosen(tiny_lm(), reward_model(tiny_lm(seed=3)), rows, USERS))
 
 
 def test_token_averages_decode_with_the_running_mean():
@@ -106,25 +83,27 @@ def test_token_averages_decode_with_the_running_mean():
         total += reward([*text, best])
         text.append(best)
         expected.append(best)
-    changes = dict(reward_weight=20.0, max_new_tokens=8, eos_token_id=[])
-    assert guided(policy, mean, [prompt], ["x"], **changes).tokens[0].tolist() == expected
-    assert plain(policy, mean, [prompt], ["x"], **changes).tokens[0].tolist() == expected
-    assert guided(policy, token, [prompt], ["x"], **changes).tokens[0].tolist() != expected
+    wish = dict(reward_weight=20.0, max_new_tokens=8, stop=[])
+    assert tokens(chosen(policy, mean, [prompt], ["x"], **wish)) == [expected]
+    assert tokens(by_reference(policy, mean, [prompt], ["x"], **wish)) == [expected]
+    assert tokens(chosen(policy, token, [prompt], ["x"], **wish)) != [expected]
 
 
 def test_a_constant_added_to_the_reward_changes_no_token():
     policy = tiny_lm()
     model = reward_model(tiny_lm(seed=3))
     rows = prompts([2, 6, 4])
-    before = guided(policy, model, rows, USERS, eos_reward="state")
+    before = chosen(policy, model, rows, USERS, eos_reward="state")
     old = model.head.forward
     model.head.forward = lambda hidden, user: old(hidden, user) + 8.0
-    after = plain(policy, model, rows, USERS, eos_reward="state")
-    assert before.tokens.tolist() == after.tokens.tolist()
+    for decoder in (chosen, by_reference):
+        after = decoder(policy, model, rows, USERS, eos_reward="state")
+        assert tokens(after) == tokens(before)
+        assert after[0].rewards == pytest.approx([8.0 + reward for reward in before[0].rewards], abs=1e-5)
 
 
 @pytest.mark.parametrize("where", ["policy", "reward"])
-@pytest.mark.parametrize("decoder", [guided, plain])
+@pytest.mark.parametrize("decoder", [chosen, by_reference])
 def test_nan_raises(where, decoder):
     policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
     broken = policy.lm_head if where == "policy" else model.backbone.norm
@@ -133,10 +112,17 @@ def test_nan_raises(where, decoder):
         decoder(policy, model, prompts([4, 2]), USERS[:2])
 
 
-def test_an_empty_batch_is_an_empty_answer():
-    policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
-    empty = torch.zeros(0, 4, dtype=torch.long)
-    assert pyargs.generate(policy, model, empty, empty, []).tokens.shape == (0, 0)
+@pytest.mark.parametrize("weight", [3e38, -3e38])
+@pytest.mark.parametrize("backend", ["cpu", "eager", "reference"])
+def test_a_weight_that_overflows_is_an_error(weight, backend):
+    """A finite weight times a finite reward beyond float32: no candidate may win by being the first."""
+    policy, model = pair_in_float32("own")
+    model.head.directions.data *= 1e4
+    if backend == "cpu" and not has_extension:
+        pytest.skip("no extension")
+    with pytest.raises(PyargsError, match=r"beyond float32: .* lower reward_weight"):
+        asked = dict(rows=prompts([3, 2]), users=USERS[:2], reward_weight=weight)
+        by_reference(policy, model, **asked) if backend == "reference" else chosen(policy, model, **asked, backend=backend)
 
 
 def score_gap(policy, model, prompt, tokens, user, weight, one, two):
@@ -154,17 +140,16 @@ def score_gap(policy, model, prompt, tokens, user, weight, one, two):
 def test_in_float32_a_token_flips_only_between_equals(family, capsys):
     policy, model = tiny_lm(family, dtype=torch.float32), reward_model(tiny_lm(family, seed=3, dtype=torch.float32))
     rows, users = prompts([3, 8, 1, 5, 9, 2]), USERS * 2
-    together = guided(policy, model, rows, users, eos_token_id=[])
-    copies = plain(policy, model, rows, users, eos_token_id=[])
+    together = tokens(chosen(policy, model, rows, users, stop=[]))
+    copies = tokens(by_reference(policy, model, rows, users, stop=[]))
     flips = compared = 0
-    for b, prompt in enumerate(rows):
-        alone = guided(policy, model, [prompt], [users[b]], eos_token_id=[]).tokens[0].tolist()
-        for other in (alone, copies.tokens[b].tolist()):
-            own = together.tokens[b].tolist()
+    for own, copied, prompt, user in zip(together, copies, rows, users, strict=True):
+        alone = tokens(chosen(policy, model, [prompt], [user], stop=[]))
+        for other in (*alone, copied):
             compared += 1
             if own != other:
                 t = next(i for i, (x, y) in enumerate(zip(own, other, strict=True)) if x != y)
-                assert score_gap(policy, model, prompt, own[:t], users[b], 1.0, own[t], other[t]) < 1e-4
+                assert score_gap(policy, model, prompt, own[:t], user, 1.0, own[t], other[t]) < 1e-4
                 flips += 1
     with capsys.disabled():
         print(f" [{family} float32: {flips} flips in {compared} answers]", end="")
@@ -172,17 +157,51 @@ def test_in_float32_a_token_flips_only_between_equals(family, capsys):
 
 def test_samples_do_not_depend_on_the_batch_and_the_seed_matters():
     policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
-    rows = prompts([4]) * 4
-    changes = dict(do_sample=True, reward_weight=0.3, temperature=2.0, eos_token_id=[])
-    one = guided(policy, model, rows, ["ann"] * 4, seed=[1, 2, 3, 1], **changes).tokens.tolist()
+    rows, engine = prompts([4]) * 4, Engine(policy, model)
+    wish = dict(temperature=2.0, reward_weight=0.3, num_candidates=5, max_new_tokens=12, stop=[])
+    drawn = lambda seed, n=4: [one.tokens for one in engine.generate(rows[:n], ["ann"] * n, seed=seed, **wish)]  # noqa: E731
+    one = drawn([1, 2, 3, 1])
     assert one[0] == one[3] and one[0] != one[1] and one[1] != one[2]
-    assert guided(policy, model, rows[:1], ["ann"], seed=[3], **changes).tokens.tolist() == [one[2]]
-    fixed = lambda seed: guided(policy, model, rows, ["ann"] * 4, seed=seed, **changes).tokens.tolist()  # noqa: E731
-    assert fixed(5) == fixed(5) != fixed(6)
+    assert drawn([3], 1) == [one[2]]
+    assert drawn(5) == drawn(5) != drawn(6)
     torch.manual_seed(0)
-    first = fixed(None)
-    assert first != fixed(None)
+    first = drawn(None)
+    assert first != drawn(None)
     torch.manual_seed(0)
-    assert fixed(None) == first
+    assert drawn(None) == first
     with pytest.raises(PyargsError, match="seeds for 4 rows"):
-        fixed([1, 2])
+        drawn([1, 2])
+
+
+def test_filters_act_on_the_policy_before_rewards_and_temperature():
+    """By their definition: of the k likeliest those that hold top_p of their probability, and those not too unlikely."""
+    policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
+    (prompt,) = prompts([4])
+    for top_p, min_p, temperature in ((0.6, 0.0, 0.0), (1.0, 0.4, 0.0), (0.8, 0.2, 1.5)):
+        wish = dict(reward_weight=5.0, num_candidates=7, top_p=top_p, min_p=min_p, temperature=temperature, stop=[])
+        (got,) = chosen(policy, model, [prompt], ["ann"], **wish)
+        same([got], by_reference(policy, model, [prompt], ["ann"], **wish))
+        left = []
+        for n, slot in enumerate(got.slots):
+            chance = policy(torch.tensor([prompt + got.tokens[:n]])).logits[0, -1].float().softmax(-1).topk(7).values
+            before = (chance.cumsum(0) - chance) / chance.sum()
+            kept = int(((before < top_p) & (chance >= min_p * chance[0])).sum())
+            left.append(kept)
+            assert slot < kept
+        assert min(left) < 7 and max(got.slots) > 0
+
+
+def test_a_head_that_is_not_as_written_is_called():
+    policy, model = pair_in_float32("own")
+    asked = policy, model, prompts([3, 5]), USERS[:2]
+    before = chosen(*asked)
+    engine = Engine(policy, model)
+    handle = model.head.register_forward_hook(lambda module, args, out: out * -3.0)
+    with pytest.raises(PyargsError, match="refresh"):
+        engine.generate(*asked[2:], reward_weight=1.0)
+    engine.refresh()
+    got = steps_of(engine, *asked[2:])
+    same(got, by_reference(*asked))
+    assert got[0].rewards[0] not in (before[0].rewards[0], pytest.approx(before[0].rewards[0]))
+    handle.remove()
+    same(chosen(*asked), before)
