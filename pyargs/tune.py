@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from pyargs.config import option
-from pyargs.decode.prompts import decode_prompts
+from pyargs.decode.answer import Answer
+from pyargs.decode.engine import Engine
 from pyargs.errors import PyargsError
+from pyargs.lm.structure import BACKENDS
 from pyargs.metrics.overlap import rouge
 from pyargs.metrics.perplexity import perplexities, perplexity
 from pyargs.metrics.policy_accuracy import pair_scores, policy_accuracy
-from pyargs.types import Decoded
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Tuning:
     prompts: int = option(100, "held-out prompts to generate for, at each grid point (paper silent)")
     num_candidates: int = option(10, "k of ARGS")
     max_new_tokens: int = option(64, "length of the generated answers (64 for titles)")
-    batch_size: int = option(8, "prompts decoded together")
+    batch_size: int = option(8, "prompts answered at a time")
     seed: int = option(0, "which prompts are taken")
     eos_reward: str | None = option(
         None,
@@ -44,65 +45,60 @@ class Tuning:
         "trained (default: before; GenARM has a reward of its own for it)",
         choices=["before", "state"],
     )
+    backend: str = option("auto", "what computes the answers; auto: the fastest that computes these models", choices=BACKENDS)
 
 
 STEP, BEYOND = 3.0, 6  # how far apart weights beyond the grid are, and how many at most
 
 
-def reward_std(outputs: list[Decoded]) -> float:
-    """RMS over the steps of unguided decoding of the rewards' standard deviation within the k candidates."""
-    squares = torch.cat([(o.spreads**2)[torch.arange(o.spreads.shape[1]) < o.lengths.unsqueeze(1)] for o in outputs])
-    return squares.double().mean().sqrt().item() if len(squares) else 0.0
+def reward_std(answers: Sequence[Answer]) -> float:
+    """RMS over the steps of unguided answers of the rewards' standard deviation within the k candidates."""
+    squares = [spread**2 for answer in answers for spread in answer.spreads]
+    return (math.fsum(squares) / len(squares)) ** 0.5 if squares else 0.0
 
 
-def tune(model, policy, rows, config: Tuning) -> dict:
+def engine_for(policy, model, config: Tuning) -> Engine:
+    """The engine that `tune` asks for answers."""
+    return Engine(policy, model, backend=config.backend, max_rows=config.batch_size, eos_reward=config.eos_reward)
+
+
+def tune(engine: Engine, rows, config: Tuning) -> dict:
     """reward_std, the grid with what was measured at each point, and the chosen raw `reward_weight`.
 
-    rows: pairs of seen users that were held out (split "train_test"). Ties go to the smaller weight. While the largest weight
-    is the best and its answers keep to max_perplexity, the next is STEP times as large, BEYOND times at most. One that
-    breaks the bound ends the search and is not chosen, but stands in the grid. Weights of config.grid are bound by it for the
-    objective fluency alone. Raises PyargsError without rows, when the reward does not tell candidates apart (reward_std
-    is 0), or when no weight keeps to fluency's bound.
+    engine: of `engine_for` these settings. rows: pairs of seen users that were held out (split "train_test"). Ties go to the
+    smaller weight. While the largest weight is the best and its answers keep to max_perplexity, the next is STEP times as
+    large, BEYOND times at most. One that breaks the bound ends the search and is not chosen, but stands in the grid. Those of
+    config.grid are bound by it for the objective fluency alone. Raises PyargsError without rows, when the reward does not tell
+    candidates apart (reward_std is 0), or when no weight keeps to fluency's bound.
     """
+    policy, model = engine.pair.policy, engine.pair.model
     if not hasattr(model, "pair_scores"):
         raise PyargsError(f"{model.about.get('method')} answers by itself: it has no weight to choose")
     if not len(rows):
         raise PyargsError("no rows with split 'train_test': the weight may only be chosen on seen users' held-out pairs")
-    if min(config.prompts, config.batch_size, config.max_new_tokens) < 1 or not config.grid:
-        raise PyargsError("prompts, batch_size and max_new_tokens must be at least 1, and the grid must hold a weight")
+    if min(config.prompts, config.max_new_tokens) < 1 or not config.grid:
+        raise PyargsError("prompts and max_new_tokens must be at least 1, and the grid must hold a weight")
     first: dict[str, dict] = {}
     for row in rows.shuffle(seed=config.seed):
         first.setdefault(str(row["prompt"]), row)
     sample = list(first.values())[: config.prompts]
-    users = [row["user_id"] for row in sample]
-    options = dict(
-        num_candidates=config.num_candidates,
-        max_new_tokens=config.max_new_tokens,
-        batch_size=config.batch_size,
-        eos_reward=config.eos_reward,
-    )
+    asked, users = [row["prompt"] for row in sample], [row["user_id"] for row in sample]
 
-    def answer(weight: float):
-        texts, prompts, tokens, outputs = [""] * len(sample), [None] * len(sample), [[]] * len(sample), []
-        for numbers, ids, decoded in decode_prompts(
-            policy,
-            model,
-            [row["prompt"] for row in sample],
+    def answer(weight: float) -> list[Answer]:
+        return engine.generate(
+            asked,
             users,
             reward_weight=weight,
+            num_candidates=config.num_candidates,
+            max_new_tokens=config.max_new_tokens,
             progress=f"weight {weight:.3g}",
-            **options,
-        ):
-            outputs.append(decoded)
-            for i, prompt, answer, text in zip(numbers, ids, decoded.answers(), decoded.texts(model.tokenizer), strict=True):
-                texts[i], prompts[i], tokens[i] = text, prompt, answer
-        return texts, prompts, tokens, outputs
+        )
 
-    texts, prompts, tokens, outputs = answer(0.0)
-    unit = reward_std(outputs)
+    alone = answer(0.0)
+    prompts, unguided = [one.prompt for one in alone], [one.tokens for one in alone]
+    unit = reward_std(alone)
     if unit == 0:
         raise PyargsError("the rewards of the candidates never differ: the model has learnt nothing that could guide")
-    unguided = tokens
     scores = pair_scores(model, policy, rows)
     centre = scores.mean_step_reward()
 
@@ -122,9 +118,9 @@ def tune(model, policy, rows, config: Tuning) -> dict:
         points.append(point)
         if config.objective == "policy_accuracy":
             return []
-        answers, _, own, _ = answer(weight) if relative else (texts, prompts, unguided, outputs)
-        point["rouge1"] = rouge(answers, [row["chosen"] for row in sample])["rouge1"]
-        return own
+        answers = answer(weight) if relative else alone
+        point["rouge1"] = rouge([one.text for one in answers], [row["chosen"] for row in sample])["rouge1"]
+        return [one.tokens for one in answers]
 
     def value(point: dict) -> float:
         if config.objective == "policy_accuracy":
@@ -149,7 +145,7 @@ def tune(model, policy, rows, config: Tuning) -> dict:
 
     def broken(point: dict) -> bool:
         if "perplexity" not in point:
-            point["perplexity"] = perplexity(policy, prompts, answer(point["reward_weight"])[2])
+            point["perplexity"] = perplexity(policy, prompts, [one.tokens for one in answer(point["reward_weight"])])
         return point["perplexity"] > config.max_perplexity * plain
 
     best = max(points, key=lambda point: point["value"])  # the first of equals: the smaller weight
@@ -176,6 +172,7 @@ def tune(model, policy, rows, config: Tuning) -> dict:
         "unguided_perplexity": plain,
         "num_candidates": config.num_candidates,
         "eos_reward": config.eos_reward,
+        "backend": engine.backend,
         "reward_weight": best["reward_weight"],
         "relative": best["relative"],
         "prompts": len(sample),

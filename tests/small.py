@@ -7,6 +7,7 @@ import json
 import torch
 from formulas import USERS
 
+from pyargs.decode.engine import Engine
 from pyargs.lm.loading import load_lm
 from pyargs.training import hooks
 
@@ -36,13 +37,12 @@ def scores(model, data) -> torch.Tensor:
     return model.pair_scores(data)[1] if hasattr(model, "pair_scores") else model.pair_logprobs(data)[0]
 
 
-def answers(policy, model, prompts, users, **more):
-    from pyargs.decode.prompts import decode_prompts
-
-    found = {}
-    for numbers, _, decoded in decode_prompts(policy, model, prompts, users, max_new_tokens=6, **more):
-        found |= dict(zip(numbers, decoded.answers(), strict=True))
-    return [found[i] for i in range(len(prompts))]
+def answers(policy, model, prompts, users, *, batch_size=8, best_of=0, reward_weight=None, **more) -> list[list[int]]:
+    """Tokens of any kind of model's answers. One that answers by itself takes no policy and no weight."""
+    guided = hasattr(model, "pair_scores")
+    engine = Engine(policy if guided else None, model, max_rows=batch_size, best_of=best_of)
+    weight = {"reward_weight": reward_weight} if guided and not best_of else {}
+    return [answer.tokens for answer in engine.generate(prompts, users, max_new_tokens=6, **weight, **more)]
 
 
 def saved(recipe, config, folder, lm_folder):

@@ -6,11 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import reward_model, tiny_lm
 from datasets import Dataset
 
 from pyargs import tune as module
+from pyargs.decode.engine import Engine
 from pyargs.errors import PyargsError
-from pyargs.tune import BEYOND, STEP, Tuning, tune
+from pyargs.models.token_reward import TokenReward
+from pyargs.tune import BEYOND, STEP, Tuning, engine_for, reward_std, tune
 
 
 @pytest.fixture
@@ -20,18 +23,11 @@ def made_up(monkeypatch):
     def run(accuracy, perplexity, **fields) -> tuple[dict, list[dict]]:
         asked = []
 
-        def decode_prompts(policy, model, prompts, users, *, reward_weight, **more):
+        def generate(prompts, users, *, reward_weight, **more):
             asked.append({"weight": reward_weight, **more})
-            decoded = SimpleNamespace(
-                spreads=torch.full((1, 3), 2.0),
-                lengths=torch.tensor([3]),
-                answers=lambda: [[reward_weight]],
-                texts=lambda _: ["x"],
-            )
-            yield [0], [[1, 2]], decoded
+            return [SimpleNamespace(prompt=[1, 2], tokens=[reward_weight], text="x", spreads=[2.0] * 3)]
 
         own = lambda tokens: perplexity(round(2 * tokens[0][0], 6))  # noqa: E731
-        monkeypatch.setattr(module, "decode_prompts", decode_prompts)
         monkeypatch.setattr(module, "pair_scores", lambda *_: SimpleNamespace(mean_step_reward=lambda: 0.0))
         monkeypatch.setattr(
             module, "policy_accuracy", lambda _, weight, centre: {"paper": {"accuracy": accuracy(round(2 * weight, 6))}}
@@ -40,8 +36,8 @@ def made_up(monkeypatch):
         monkeypatch.setattr(module, "perplexities", lambda policy, prompts, several: [own(tokens) for tokens in several])
         monkeypatch.setattr(module, "rouge", lambda texts, references: {"rouge1": 50.0})
         rows = Dataset.from_list([{"user_id": "u", "prompt": "p", "chosen": "a", "rejected": "b"}])
-        model = SimpleNamespace(about={}, tokenizer=None, pair_scores=None)
-        return tune(model, None, rows, Tuning(**fields)), asked
+        pair = SimpleNamespace(policy=None, model=SimpleNamespace(about={}, pair_scores=None))
+        return tune(SimpleNamespace(pair=pair, generate=generate, backend="cpu"), rows, Tuning(**fields)), asked
 
     return run
 
@@ -95,20 +91,22 @@ def test_weights_beyond_the_grid_are_not_tried_for_ever(made_up):
     assert len(alone["grid"]) == 1, "zero times anything is zero"
 
 
-def test_what_a_stop_token_earns_is_asked_of_the_decoder(made_up):
+def test_what_is_tuned_is_what_the_settings_say():
+    lm = tiny_lm(dtype=torch.float32)
     for eos_reward in (None, "state"):
-        _, asked = made_up(lambda weight: -weight, lambda _: 1.0, eos_reward=eos_reward)
-        assert {one["eos_reward"] for one in asked} == {eos_reward}
+        config = Tuning(eos_reward=eos_reward, batch_size=3, backend="eager")
+        engine = engine_for(lm, reward_model(lm), config)
+        assert (engine.eos_reward, engine.max_rows, engine.backend) == (eos_reward or "before", 3, "eager")
 
 
-def test_options_that_no_decoder_of_the_model_has_are_refused(monkeypatch):
-    from pyargs.decode import prompts
-    from pyargs.models.token_reward import TokenReward
+def test_the_unit_is_the_spread_of_the_rewards_in_unguided_steps():
+    answers = [SimpleNamespace(spreads=[3.0, 1.0]), SimpleNamespace(spreads=[]), SimpleNamespace(spreads=[2.0])]
+    assert reward_std(answers) == pytest.approx(((9 + 1 + 4) / 3) ** 0.5)
+    assert reward_std([]) == reward_std(answers[1:2]) == 0.0
 
-    model = TokenReward.__new__(TokenReward)
-    torch.nn.Module.__init__(model)
-    model.tokenizer, model.about = None, {}
-    monkeypatch.setattr(prompts, "encode_prompt", lambda *_: [1])
-    for more in ({}, {"best_of": 2}):
+
+def test_options_that_no_decoder_of_the_model_has_are_refused():
+    lm = tiny_lm(dtype=torch.float32)
+    for model, more in ((TokenReward(tiny_lm(seed=3, dtype=torch.float32), None), {}), (reward_model(lm), {"best_of": 2})):
         with pytest.raises(PyargsError, match="eos_reward is about the head of a RewardModel"):
-            next(prompts.decode_prompts(None, model, ["p"], ["u"], reward_weight=1.0, eos_reward="state", **more))
+            Engine(lm, model, eos_reward="state", **more)

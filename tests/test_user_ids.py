@@ -8,9 +8,8 @@ import torch
 from conftest import reward_model, tiny_lm
 
 import pyargs
-from pyargs.decode import best_of_n, genarm
-from pyargs.decode.prompts import decode_prompts
-from pyargs.errors import PyargsError
+from pyargs.decode.engine import Engine
+from pyargs.errors import PyargsError, UnknownUser
 from pyargs.models.demonstrations import Demonstrations
 from pyargs.models.token_reward import TokenReward
 from pyargs.types import Users
@@ -25,10 +24,11 @@ def models():
     return tiny_lm(), reward_model(lm, users=("7", "bob", "a")), TokenReward(lm, None)
 
 
+ONE = dict(max_new_tokens=1)
 CALLS = {
-    "generate": lambda lm, reward, _, users: pyargs.generate(lm, reward, IDS, None, users, max_new_tokens=1),
-    "tokenwise": lambda lm, _, reward, users: genarm.generate(lm, reward, IDS, None, users, max_new_tokens=1),
-    "best_of_n": lambda lm, reward, _, users: best_of_n.generate(lm, reward, IDS.tolist(), users, n=1, max_new_tokens=1),
+    "generate": lambda lm, reward, _, users: Engine(lm, reward).generate(IDS.tolist(), users, reward_weight=1.0, **ONE),
+    "token reward": lambda lm, _, reward, users: Engine(lm, reward).generate(IDS.tolist(), users, reward_weight=1.0, **ONE),
+    "best of n": lambda lm, reward, _, users: Engine(lm, reward, best_of=1).generate(IDS.tolist(), users, **ONE),
     "custom_generate": lambda lm, reward, _, users: lm.generate(
         IDS, max_new_tokens=1, custom_generate=pyargs.args(reward, users=users)
     ),
@@ -37,9 +37,16 @@ CALLS = {
 }
 
 
+NOBODY = {"generate", "token reward", "best of n"}
+"""Calls in which None says that the model is the same for everyone."""
+
+
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("users", ["a", "bob", 7, b"a", None, np.array("a"), torch.tensor(7)])
 def test_one_id_in_the_place_of_a_list_is_refused(models, call, users):
+    if users is None and call in NOBODY:
+        assert call == "token reward" or pytest.raises(UnknownUser, CALLS[call], *models, users)
+        return
     with pytest.raises(PyargsError, match=r"users is a list with one id for each row, got .*: write \["):
         CALLS[call](*models, users)
 
@@ -79,10 +86,11 @@ def test_tables_and_demonstrations_hold_text(tmp_path):
 
 
 def test_prompts_and_users_are_as_many(models):
+    engine = Engine(*models[:2])
     with pytest.raises(PyargsError, match="2 prompts but 1 users"):
-        next(decode_prompts(*models[:2], ["a", "b"], ["bob"]))
+        engine.generate([[5], [6]], ["bob"], reward_weight=1.0)
     with pytest.raises(PyargsError, match="is a list"):
-        next(decode_prompts(*models[:2], ["a", "b", "c"], "bob"))
+        engine.generate([[5], [6], [7]], "bob", reward_weight=1.0)
     assert user_ids(iter(["a"])) == ["a"]
 
 

@@ -21,7 +21,7 @@ import torch
 from experiments.studies.persona_statements import DATA, HERE
 from pyargs import files, load_model
 from pyargs.data import of_split, preferences
-from pyargs.decode.prompts import decode_prompts, load_pair
+from pyargs.decode.engine import Engine
 from pyargs.metrics.rm_accuracy import rm_accuracy
 from pyargs.training import adapt, hooks, trainer
 
@@ -83,16 +83,12 @@ def run(name: str, data) -> dict:
         model.save_pretrained(f"{folder}/model")
         same = torch.equal(scores, _scores(load_model(f"{folder}/model"), query))
         lap("score, save, load, score")
-        policy, loaded = load_pair(None if method == "pdpo" else "smollm2-135m", f"{folder}/model")
-        users = list(dict.fromkeys(query["user_id"]))
-        texts = None
+        users, texts = list(dict.fromkeys(query["user_id"])), None
         if name != "PAL-B":
-            texts = [""] * len(users)
-            for numbers, _, decoded in decode_prompts(
-                policy, loaded, [query[0]["prompt"]] * 2, users, reward_weight=1.0, max_new_tokens=12
-            ):
-                for i, text in zip(numbers, decoded.texts(loaded.tokenizer), strict=True):
-                    texts[i] = text
+            engine = Engine(None if method == "pdpo" else "smollm2-135m", f"{folder}/model")
+            weight = {"reward_weight": 1.0} if engine.pair.guided else {}
+            answers = engine.generate([query[0]["prompt"]] * 2, users, max_new_tokens=12, **weight)
+            texts = [answer.text for answer in answers]
         lap("answer")
     return {
         "fields": fields,

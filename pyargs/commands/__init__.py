@@ -25,6 +25,17 @@ def add_policy(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the policy (default float32)")
 
 
+def add_backend(parser: argparse.ArgumentParser) -> None:
+    """The flag that says what computes the answers."""
+    parser.add_argument(
+        "--backend",
+        choices=["auto", "cpu", "cuda-graph", "eager"],
+        default="auto",
+        help="cpu: the native stack; cuda-graph: a captured step; eager: transformers itself; auto: the fastest that computes "
+        "these models (default)",
+    )
+
+
 def add_model(parser: argparse.ArgumentParser, help: str) -> None:
     """The words that say which trained model is meant."""
     parser.add_argument("model", help=help)

@@ -6,10 +6,11 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
-    from pyargs.commands import add_data, add_model, add_policy, positive
+    from pyargs.commands import add_backend, add_data, add_model, add_policy, positive
 
     add_model(parser, "folder of `pyargs train` or `pyargs adapt`")
     add_policy(parser)
+    add_backend(parser)
     weight = parser.add_mutually_exclusive_group()
     weight.add_argument("--tuned", help="file of `pyargs tune`: its reward_weight, num_candidates and eos_reward")
     weight.add_argument("--reward-weight", type=float, help="raw w of eq. 1; 0 is the policy alone in the same loop")
@@ -23,9 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
     )
     parser.add_argument("--best-of", type=positive, metavar="N", help="best of N samples instead of guidance")
     parser.add_argument("--max-new-tokens", type=positive, default=64, help="length of an answer (default 64)")
-    parser.add_argument("--batch-size", type=positive, default=8, help="prompts decoded together (default 8)")
+    parser.add_argument("--batch-size", type=positive, default=8, help="prompts answered at a time (default 8)")
     parser.add_argument("--do-sample", action="store_true", help="sample instead of the argmax")
-    parser.add_argument("--temperature", type=float, help="of sampling (default: 0.7 among ARGS' candidates, else 1)")
+    parser.add_argument("--temperature", type=float, help="of sampling (default: 0.7 among a head's candidates, else 1)")
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
     parser.add_argument(
         "--eos-reward",
@@ -44,7 +45,8 @@ def run(args: argparse.Namespace) -> dict:
     from pyargs import files
     from pyargs.commands import load_data
     from pyargs.data import content_hash, of_split
-    from pyargs.decode.prompts import decode_prompts, load_pair
+    from pyargs.decode.engine import Engine
+    from pyargs.decode.pair import load_pair
     from pyargs.errors import PyargsError
     from pyargs.lm import hub
 
@@ -57,57 +59,55 @@ def run(args: argparse.Namespace) -> dict:
     weight = args.reward_weight
     if args.tuned:
         weight = _follow(args, files.read_tuned(args.tuned, args.model))
-    elif args.num_candidates is None:
-        args.num_candidates = 10
     if (weight is None) != bool(args.best_of or args.policy is None):
         raise PyargsError(
             "give --tuned or --reward-weight for a model that guides the policy's steps, and neither for --best-of or a model "
             "that answers by itself"
         )
+    policy, model = load_pair(args.policy, args.model, dtype=args.dtype, backbone=args.backbone)
+    engine = Engine(
+        policy,
+        model,
+        backend=args.backend,
+        max_rows=args.batch_size,
+        best_of=args.best_of or 0,
+        eos_reward=args.eos_reward,
+    )
+    candidates = "all" if args.whole_vocabulary else args.num_candidates
+    if candidates is None and weight is not None:
+        args.num_candidates = candidates = 10
+    wish = {"max_new_tokens": args.max_new_tokens, "num_candidates": candidates, "temperature": _temperature(args, engine)}
     settings = {name: getattr(args, name) for name in (
         "policy", "dtype", "split", "limit", "num_candidates", "max_new_tokens", "batch_size", "do_sample", "temperature",
         "seed", "whole_vocabulary", "best_of", "eos_reward",
     )}  # fmt: skip
     key = files.stage_key(
-        {"stage": "decode", "reward_weight": weight, **settings},
+        {"stage": "decode", "reward_weight": weight, **settings, "backend": engine.backend},
         {"data": content_hash(rows), "model": files.sha256(args.model), "policy": hub.identity(args.policy)},
     )
     if done := files.finished(args.out, key):
         return {**done, "already_done": True}
 
-    policy, model = load_pair(args.policy, args.model, dtype=args.dtype, backbone=args.backbone)
-    lines, started = {}, time.perf_counter()
-    for numbers, _, decoded in decode_prompts(
-        policy,
-        model,
-        [row["prompt"] for row in items],
-        [row["user_id"] for row in items],
-        reward_weight=weight,
-        batch_size=args.batch_size,
-        num_candidates=None if args.whole_vocabulary else args.num_candidates,
-        max_new_tokens=args.max_new_tokens,
-        do_sample=args.do_sample,
-        temperature=args.temperature,
-        seed=args.seed,
-        best_of=args.best_of or 0,
-        eos_reward=args.eos_reward,
-    ):
-        texts = decoded.texts(model.tokenizer)
-        for row, (i, text, tokens) in enumerate(zip(numbers, texts, decoded.answers(), strict=True)):
-            lines[i] = {
-                "user_id": items[i]["user_id"],
-                "pair_id": items[i].get("pair_id"),
-                "text": text,
-                "tokens": tokens,
-                "reward_weight": weight,
-                "cut": len(tokens) >= args.max_new_tokens,
-            }
-            if weight is not None:  # what guided each step
-                lines[i]["rewards"] = [round(r, 5) for r in decoded.rewards[row, : len(tokens)].tolist()]
-                lines[i]["slots"] = decoded.slots[row, : len(tokens)].tolist()
+    started = time.perf_counter()
+    prompts, users = [row["prompt"] for row in items], [row["user_id"] for row in items]
+    answers = engine.generate(prompts, users, reward_weight=weight, seed=args.seed, progress="decode", **wish)
     seconds = time.perf_counter() - started
-    files.write_jsonl(args.out, [lines[i] for i in sorted(lines)])
-    tokens = sum(len(line["tokens"]) for line in lines.values())
+    lines = []
+    for row, answer in zip(items, answers, strict=True):
+        line = {
+            "user_id": row["user_id"],
+            "pair_id": row.get("pair_id"),
+            "text": answer.text,
+            "tokens": answer.tokens,
+            "reward_weight": weight,
+            "cut": answer.finish_reason == "length",
+            "backend": answer.backend,
+        }
+        if weight is not None:  # what guided each step
+            line |= {"rewards": [round(reward, 5) for reward in answer.rewards], "slots": answer.slots}
+        lines.append(line)
+    files.write_jsonl(args.out, lines)
+    tokens = sum(len(line["tokens"]) for line in lines)
     return files.record(
         args.out,
         key,
@@ -117,6 +117,22 @@ def run(args: argparse.Namespace) -> dict:
         tokens_per_second=round(tokens / seconds, 2),
         provenance=files.provenance(args.seed),
     )
+
+
+def _temperature(args: argparse.Namespace, engine) -> float:
+    """0 is the greedy choice. Raises PyargsError for flags of sampling that would do nothing."""
+    from pyargs.decode.request import check_sampling
+    from pyargs.errors import PyargsError
+    from pyargs.models.reward_model import RewardModel
+
+    if args.best_of and args.do_sample:
+        raise PyargsError("--best-of samples anyway: leave --do-sample out")
+    if not (args.best_of or args.do_sample):
+        if args.temperature is not None:
+            raise PyargsError("--temperature is of sampling: add --do-sample, or leave it out")
+        return 0.0
+    own = 0.7 if engine.pair.guided and isinstance(engine.pair.model, RewardModel) else 1.0
+    return check_sampling(True, own if args.temperature is None else args.temperature)
 
 
 def _follow(args: argparse.Namespace, tuned: dict) -> float:

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> dict:
     from pyargs import files
     from pyargs.commands import load_data
     from pyargs.data import content_hash, of_split
-    from pyargs.decode.prompts import load_pair
+    from pyargs.decode.pair import load_pair
     from pyargs.errors import PyargsError
     from pyargs.lm import hub
     from pyargs.lm.loading import load_lm

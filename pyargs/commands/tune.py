@@ -24,20 +24,22 @@ def run(args: argparse.Namespace) -> dict:
     from pyargs.commands import load_data
     from pyargs.config import from_args
     from pyargs.data import content_hash, of_split
-    from pyargs.decode.prompts import load_pair
+    from pyargs.decode.pair import load_pair
     from pyargs.lm import hub
-    from pyargs.tune import BEYOND, STEP, Tuning, tune
+    from pyargs.tune import BEYOND, STEP, Tuning, engine_for, tune
 
     config = from_args(Tuning, args)
     # Only the seen users' held-out pairs may decide; the other rows never get near the choice.
     rows = of_split(load_data(args), "train_test")
+    policy, model = load_pair(args.policy, args.model, dtype=args.dtype, backbone=args.backbone)
+    engine = engine_for(policy, model, config)
+    settings = asdict(config) | {"backend": engine.backend}
     key = files.stage_key(
-        {"stage": "tune", "policy": args.policy, "dtype": args.dtype, "beyond": [STEP, BEYOND], **asdict(config)},
+        {"stage": "tune", "policy": args.policy, "dtype": args.dtype, "beyond": [STEP, BEYOND], **settings},
         {"data": content_hash(rows), "model": files.sha256(args.model), "policy": hub.identity(args.policy)},
     )
     if done := files.finished(args.out, key):
         return {**done, "already_done": True}
-    policy, model = load_pair(args.policy, args.model, dtype=args.dtype, backbone=args.backbone)
-    chosen = {"model": files.weights_hash(args.model), **tune(model, policy, rows, config)}
+    chosen = {"model": files.weights_hash(args.model), **tune(engine, rows, config)}
     files.write_json(args.out, chosen)
     return files.record(args.out, key, **chosen, provenance=files.provenance(config.seed))

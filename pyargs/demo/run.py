@@ -9,8 +9,9 @@ import torch
 
 from pyargs.data import demo as data
 from pyargs.data import of_split
-from pyargs.decode import args, reference
-from pyargs.decode.prompts import load_pair
+from pyargs.decode import reference
+from pyargs.decode.engine import Engine
+from pyargs.decode.pair import load_pair
 from pyargs.decode.request import check
 from pyargs.demo.page import CONSOLE, mean
 from pyargs.errors import extra
@@ -21,7 +22,7 @@ from pyargs.metrics.policy_accuracy import pair_scores, policy_accuracy
 from pyargs.metrics.rm_accuracy import rm_accuracy
 from pyargs.models.reward_model import RewardModel
 from pyargs.training import adapt, trainer
-from pyargs.tune import Tuning, tune
+from pyargs.tune import Tuning, engine_for, tune
 
 with extra("demo", "the demonstration"):
     from rich.live import Live
@@ -53,7 +54,7 @@ def run(out: Path, shown: dict[str, str], *, backbone: str, prompts: int) -> dic
     policy, model = load_pair(backbone, str(out / "lore"))
     shared = RewardModel.from_pretrained(out / "global_rm", backbone=policy.get_decoder(), tokenizer=model.tokenizer)
     tuning = Tuning(objective="fluency", grid=[0.0, 0.5, 1.0, 1.25, 1.5], prompts=8, batch_size=8, max_new_tokens=NEW_TOKENS)
-    tuned = tune(model, policy, part("train_test"), tuning)
+    tuned = tune(engine_for(policy, model, tuning), part("train_test"), tuning)
     lap("choose the weight")
 
     CONSOLE.rule(f"answer {prompts} prompts for {len(shown)} users in one batch")
@@ -107,37 +108,35 @@ def run(out: Path, shown: dict[str, str], *, backbone: str, prompts: int) -> dic
 def _answer(policy, model, asked: list[str], users: list[str], weight: float) -> dict:
     """One batch of all prompts for all users and, as the weight 0 rows, for nobody; the first prompt is shown as it grows."""
     groups = [None, *users]
-    encoded = [encode_prompt(model.tokenizer, prompt) for prompt in asked]
-    ids, mask = left_pad(encoded * len(groups), pad_id=0)
-    rows = [user or users[0] for user in groups for _ in asked]
-    weights = [0.0 if user is None else weight for user in groups for _ in asked]
-    grown = [[] for _ in groups]
+    engine = Engine(policy, model, max_rows=len(groups) * len(asked))
+    numbers = {
+        user: [
+            engine.submit(prompt, user or users[0], reward_weight=0.0 if user is None else weight, max_new_tokens=NEW_TOKENS)
+            for prompt in asked
+        ]
+        for user in groups
+    }
+    grown = {own[0]: [] for own in numbers.values()}  # by the number of each user's first request
 
     def table() -> Table:
         shown = Table(title=asked[0], title_justify="left", show_lines=True)
         shown.add_column("for")
         shown.add_column("answer")
-        for user, tokens in zip(groups, grown, strict=True):
+        for user, own in numbers.items():
             who = "unguided" if user is None else f"{user}: {data.describe(user)}"
-            shown.add_row(who, model.tokenizer.decode(tokens, skip_special_tokens=True))
+            shown.add_row(who, model.tokenizer.decode(grown[own[0]], skip_special_tokens=True))
         return shown
 
     with Live(table(), console=CONSOLE, refresh_per_second=4, transient=False) as live:
-
-        def stream(tokens) -> None:
-            for group, token in enumerate(tokens[:: len(asked)].tolist()):
-                grown[group].append(token)  # stop tokens and padding are special tokens, which the table leaves out
+        while engine.busy:
+            for event in engine.step():
+                if event.number in grown:
+                    grown[event.number].append(event.token)  # the table leaves stop tokens out
             live.update(table())
-
-        decoded = args.generate(
-            policy, model, ids, mask, rows, reward_weight=weights, max_new_tokens=NEW_TOKENS, token_callback=stream
-        )
-    texts, tokens = decoded.texts(model.tokenizer), decoded.answers()
-    slots = [row[: len(own)] for row, own in zip(decoded.slots.tolist(), tokens, strict=True)]
-    cut = lambda values, i: values[i * len(asked) : (i + 1) * len(asked)]  # noqa: E731
+    found = {user: [engine.answer(number) for number in own] for user, own in numbers.items()}
+    parts = {"prompts": "prompt", "texts": "text", "tokens": "tokens", "slots": "slots"}
     return {
-        user: {"prompts": encoded, "texts": cut(texts, i), "tokens": cut(tokens, i), "slots": cut(slots, i)}
-        for i, user in enumerate(groups)
+        user: {name: [getattr(answer, part) for answer in own] for name, part in parts.items()} for user, own in found.items()
     }
 
 
@@ -185,23 +184,32 @@ def _weight_0(policy, unguided: dict) -> dict:
 
 def _speed(policy, model, asked, users, weight) -> dict:
     """Tokens per second of the decoder and of the reference loop on the same rows, in turns; and whether the tokens agree."""
-    ids, mask = left_pad([encode_prompt(model.tokenizer, prompt) for prompt in asked], pad_id=0)
-    rows = [users[i % len(users)] for i in range(len(asked))]
+    prompts = [encode_prompt(model.tokenizer, prompt) for prompt in asked]
+    ids, mask = left_pad(prompts, pad_id=0)
+    rows, steps = [users[i % len(users)] for i in range(len(asked))], 16
     request = check(
-        policy, model, ids, mask, rows, reward_weight=weight, num_candidates=10, max_new_tokens=16, eos_token_id=[],
+        policy, model, ids, mask, rows, reward_weight=weight, num_candidates=10, max_new_tokens=steps, eos_token_id=[],
         pad_token_id=None, do_sample=False, temperature=1.0, seed=0, eos_reward="before", tokenizer=None, token_callback=None,
     )  # fmt: skip
+
+    def decoder() -> list[list[int]]:
+        answers = Engine(policy, model, max_rows=len(rows)).generate(
+            prompts, rows, reward_weight=weight, max_new_tokens=steps, stop=[]
+        )
+        return [answer.tokens for answer in answers]
+
+    loops = {"decoder": decoder, "reference": lambda: reference.decode(policy, model, request).tokens.tolist()}
     seconds, tokens = {"decoder": [], "reference": []}, {}
     for _ in range(2):
-        for name, loop in (("decoder", args.decode), ("reference", reference.decode)):
+        for name, loop in loops.items():
             start = time.perf_counter()
-            tokens[name] = loop(policy, model, request).tokens
+            tokens[name] = loop()
             seconds[name].append(time.perf_counter() - start)
-    made = tokens["decoder"].numel()
+    made = len(rows) * steps
     return {
         "rows": len(rows),
         "tokens": made,
         "decoder_tokens_per_second": made / min(seconds["decoder"]),
         "reference_tokens_per_second": made / min(seconds["reference"]),
-        "same_tokens": bool(torch.equal(tokens["decoder"], tokens["reference"])),
+        "same_tokens": tokens["decoder"] == tokens["reference"],
     }

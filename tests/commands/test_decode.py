@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from verbs import call
 
 from pyargs import files
@@ -65,3 +66,38 @@ def test_a_weight_tuned_for_another_model_is_refused(stages, capsys, tmp_path):
     assert "tuned for another model" in call(capsys, words, expect=1)
     files.write_json(other, {})
     assert "no file of `pyargs tune`" in call(capsys, words, expect=1)
+
+
+def test_what_computed_the_answers_is_written_down_and_another_backend_is_another_stage(stages, capsys, tmp_path, monkeypatch):
+    folder, steps = stages
+    for verb in ("train", "adapt"):
+        call(capsys, steps[verb])
+    words = [*steps["zero"][: steps["zero"].index("--out")], "--out", str(tmp_path / "eager.jsonl")]
+    assert call(capsys, [*words, "--backend", "eager"])["config"]["backend"] == "eager"
+    assert {line["backend"] for line in files.read_jsonl(tmp_path / "eager.jsonl")} == {"eager"}
+    monkeypatch.setenv("PYARGS_BACKEND", "eager")
+    assert call(capsys, words)["already_done"], "asked for otherwise, computed alike"
+    monkeypatch.delenv("PYARGS_BACKEND")
+    pytest.importorskip("pyargs._C")
+    assert "other settings" in call(capsys, [*words, "--backend", "cpu"], expect=1)
+
+
+def test_flags_of_sampling_are_followed_or_refused(stages, capsys, tmp_path):
+    folder, steps = stages
+    for verb in ("train", "adapt"):
+        call(capsys, steps[verb])
+    words = steps["zero"][: steps["zero"].index("--out")]
+    ask = lambda name, *flags, **more: call(capsys, [*words, "--out", str(tmp_path / name), *flags], **more)  # noqa: E731
+    assert "add --do-sample" in ask("refused.jsonl", "--temperature", "2", expect=1)
+    assert "must be a finite number > 0" in ask("refused.jsonl", "--do-sample", "--temperature", "0", expect=1)
+    best = [word for word in words if word not in ("--reward-weight", "0")] + ["--best-of", "2"]
+    assert "samples anyway" in call(capsys, [*best, "--do-sample", "--out", str(tmp_path / "refused.jsonl")], expect=1)
+    assert "eos_reward is about" in call(
+        capsys, [*best, "--eos-reward", "state", "--out", str(tmp_path / "refused.jsonl")], expect=1
+    )
+    assert not (tmp_path / "refused.jsonl.stage.json").exists()
+    ask("default.jsonl", "--do-sample")
+    ask("same.jsonl", "--do-sample", "--temperature", "0.7", "--batch-size", "2")
+    ask("other.jsonl", "--do-sample", "--temperature", "5")
+    texts = [[line["text"] for line in files.read_jsonl(tmp_path / f"{name}.jsonl")] for name in ("default", "same", "other")]
+    assert texts[0] == texts[1] != texts[2], "a prompt's answer depends on its number, not on the batch"

@@ -286,6 +286,19 @@ def test_wrong_wishes_are_refused_by_name(wish, message):
         Engine(policy, model).submit([3, 4], "ann", **wish)
 
 
+def test_ways_to_decode_that_a_model_does_not_have_are_refused():
+    policy, model = shared_pair("own", "linear", 0)
+    lm = tiny_lm(dtype=torch.float32)
+    with pytest.raises(PyargsError, match="answers by itself"):
+        Engine(None, UserPolicy(lm, None), best_of=2)
+    with pytest.raises(PyargsError, match="is for a reward model that guides"):
+        Engine(policy, model, best_of=2).submit([3, 4], "ann", num_candidates="all")
+    with pytest.raises(PyargsError, match="eos_reward is about the head of a RewardModel"):
+        Engine(None, UserPolicy(lm, None), eos_reward="before")
+    with pytest.raises(PyargsError, match="strength and reward_weight are for"):
+        Engine(None, UserPolicy(lm, None)).submit([3, 4], reward_weight=1.0)
+
+
 def test_backends_are_chosen_by_name(monkeypatch):
     policy, model = shared_pair("own", "linear", 0)
     with pytest.raises(PyargsError, match="float64"):
