@@ -19,7 +19,7 @@ _HOME = {
     "load_lm": "pyargs.lm.loading",
     "load_pairs": "pyargs.data:load",
     "load_model": "pyargs.models",
-    "train": "pyargs.training.trainer",
+    "train": "pyargs.learn",
     "adapt": "pyargs.training.adapt",
     "forget": "pyargs.models",
     "topk_logprobs": "pyargs.ops",

@@ -23,7 +23,7 @@ FLOORS = (
     ("methods",),
     ("metrics",),
     ("decode",),
-    ("tune", "prepare"),  # prepare asks a policy for titles
+    ("tune", "prepare", "learn"),  # prepare asks a policy for titles
     ("integrations", "demo"),
     ("commands",),
     ("cli",),
@@ -63,6 +63,7 @@ TESTED_IN = {
     "pyargs.heads.linear": "heads/test_all.py",
     "pyargs.heads.mlp": "heads/test_all.py",
     "pyargs.heads.user_mlp": "heads/test_all.py",
+    "pyargs.learn": "decode/test_strength.py",
     "pyargs.methods.global_rm": "methods/test_all.py",
     "pyargs.models.token_reward": "methods/test_genarm.py",
     "pyargs.ops.library": "test_packaging.py",

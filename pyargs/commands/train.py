@@ -40,12 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
 def run(args: argparse.Namespace) -> dict:
     from dataclasses import asdict
 
-    from pyargs import files
+    from pyargs import files, learn
     from pyargs.commands import load_data
     from pyargs.config import from_args
     from pyargs.data import content_hash, of_split
     from pyargs.lm import hub
-    from pyargs.training import hooks, trainer
+    from pyargs.training import hooks
     from pyargs.training.config import epochs
 
     recipe = hooks.method(args.method)
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> dict:
         return {**done, "already_done": True}
     # Its name holds the stage's key: a checkpoint of other settings or data is never gone on from.
     with files.resumable(args.out, "checkpoints", key) as checkpoints:
-        model = trainer.train(args.method, data, config, checkpoints=checkpoints)
+        model = learn.train(args.method, data, config, checkpoints=checkpoints)
         model.save_pretrained(args.out)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         return files.record(

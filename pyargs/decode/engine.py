@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pyargs.decode import backends, best_of_n
+from pyargs.decode import backends, best_of_n, strength
 from pyargs.decode.alone import Alone
 from pyargs.decode.answer import Answer, Event
 from pyargs.decode.guided import Guided
@@ -88,6 +88,7 @@ class Engine:
         self.pair = check_pair(unwrapped(policy), model, tokenizer, whole("best_of", best_of, 0))
         if eos_reward is not None and not (self.pair.guided and isinstance(model, RewardModel)):
             raise PyargsError("eos_reward is about the head of a RewardModel that guides: leave it out")
+        self.pair.unit = self._unit
         self.max_rows, self.eos_reward = whole("max_rows", max_rows, 1), eos_reward or "before"
         self._asked, self._lock, self._count = backend, threading.RLock(), 0
         self._tickets: dict[int, _Ticket] = {}
@@ -265,6 +266,19 @@ class Engine:
             raise PyargsError(
                 "a model has changed since the engine was made (weights, modules or hooks): call engine.refresh()"
             )
+
+    def _unit(self) -> float:
+        """reward_std of the model under the policy; measured where it is not known."""
+        policy, model = self.pair.policy, self.pair.model
+        found = strength.known(policy, model)
+        if found is None:
+            log.warning("the model's reward_std is not known for this policy: measuring it once, on the embedded prompts")
+            answers = self.generate(*strength.sample(model), reward_weight=0.0, max_new_tokens=strength.TOKENS)
+            found = strength.reward_std(answers)
+            strength.keep(policy, model, found)
+        if not found:
+            raise PyargsError("the rewards of the candidates never differ: the model has learnt nothing that could guide")
+        return found
 
     # -- one step ------------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,13 +66,14 @@ def _loaded(policy, model: str, dtype, backbone: str | None):
 @dataclass
 class Pair:
     """A policy and what guides it. tokenizer: the policy's, None where none is known; vocabulary: how many tokens can be
-    chosen; best_of: see `Engine`."""
+    chosen; best_of: see `Engine`; unit: gives the model's reward_std under the policy."""
 
     policy: nn.Module
     model: RewardModel | TokenReward | UserPolicy | None
     tokenizer: object
     vocabulary: int
     best_of: int
+    unit: Callable[[], float] | None = None
 
     @property
     def guided(self) -> bool:
@@ -167,17 +168,7 @@ class Pair:
                 raise PyargsError("strength and reward_weight are one thing in two units: give one of them")
             return weights(reward_weight, 1).item()
         strength = weights(1.0 if strength is None else strength, 1).item()
-        return strength / self.reward_std if strength else 0.0
-
-    @property
-    def reward_std(self) -> float:
-        """The unit of `strength`: spread of the rewards within the candidates of unguided text."""
-        found = self.model.about.get("reward_std")
-        if not found:
-            raise PyargsError(
-                "this model carries no reward_std, the unit of strength: give reward_weight, or run `pyargs tune`"
-            )
-        return found
+        return strength / self.unit() if strength else 0.0
 
 
 def check_pair(policy, model, tokenizer, best_of: int) -> Pair:

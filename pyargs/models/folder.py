@@ -33,6 +33,7 @@ ABOUT = {
     "max_length": int | None,
     "trained": int,
     "adapted": list[str],
+    "reward_std": dict[str, float],  # by fingerprint of a policy's decoder
 }
 """What else the package reads there, if it is there."""
 

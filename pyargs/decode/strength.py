@@ -1,0 +1,81 @@
+"""The unit of `strength`: the spread of a model's rewards within the candidates of a policy's unguided text.
+
+Rewards have no natural unit, so one and the same raw weight is weak for one model and wild for another. A trained model
+carries its spread under its own backbone's language model. For another policy it is measured once, on the embedded prompts,
+and kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from pyargs import files
+from pyargs.data import demo
+from pyargs.decode.answer import Answer
+from pyargs.errors import PyargsError
+from pyargs.files import short_hash
+from pyargs.lm.loading import fingerprint
+from pyargs.lm.structure import Watch, contents
+
+PROMPTS, TOKENS = 16, 16
+"""How many prompts are answered unguided, and how long, with the default number of candidates: 256 steps."""
+
+
+def reward_std(answers: Sequence[Answer]) -> float:
+    """RMS over the steps of unguided answers of the rewards' standard deviation within the k candidates; 0 without a step."""
+    spreads = torch.tensor([spread for answer in answers for spread in answer.spreads], dtype=torch.float64, device="cpu")
+    return spreads.square().mean().sqrt().item() if len(spreads) else 0.0
+
+
+def known(policy: nn.Module, model) -> float | None:
+    """What the model carries for this policy, or what was measured before and kept; None where it was not measured.
+
+    Raises PyargsError for a model that carries nothing at all.
+    """
+    carried = model.about.get("reward_std")
+    if not carried:
+        raise PyargsError(
+            "this model carries no reward_std, the unit of strength: give reward_weight (of `pyargs tune`, say), or train it "
+            "with `pyargs train`"
+        )
+    found = carried.get(_fingerprint(policy))
+    if found is None and (file := _file(policy, model)).exists():
+        found = files.read_json(file)["reward_std"]
+    return found
+
+
+def sample(model) -> tuple[list[str], list[str]]:
+    """Prompts of the embedded set, and users of the model in turns, to measure another policy on."""
+    prompts, users = demo.prompts("query")[:PROMPTS], list(model.known_users)[:PROMPTS] or [""]
+    return prompts, [users[i % len(users)] for i in range(len(prompts))]
+
+
+def keep(policy: nn.Module, model, value: float) -> None:
+    """For the next engine."""
+    file = _file(policy, model)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    files.write_json(file, {"reward_std": value})
+
+
+_fingerprints: WeakKeyDictionary[nn.Module, tuple[Watch, str]] = WeakKeyDictionary()
+
+
+def _fingerprint(policy: nn.Module) -> str:
+    """Of the policy's decoder, once for as long as it does not change."""
+    decoder = policy.get_decoder()
+    watch, found = _fingerprints.get(policy, (None, None))
+    if watch is None or watch.changed():
+        found = fingerprint(decoder)
+        _fingerprints[policy] = Watch(decoder), found
+    return found
+
+
+def _file(policy: nn.Module, model):
+    """Where the value for this policy and this model is kept."""
+    own = [value for name, value in model.state_dict().items() if not name.startswith(("backbone.", "lm.")) or "lora_" in name]
+    what = {"policy": _fingerprint(policy), "model": [digest.hex() for digest in contents(own)], "prompts": [PROMPTS, TOKENS]}
+    return files.cache_dir() / "strength" / f"{short_hash(what)}.json"
