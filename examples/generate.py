@@ -19,7 +19,7 @@ def main(words: list[str] | None = None):
     inputs = quick.prompts(tokenizer)
     weight = options.reward_weight or quick.unit_weight(policy, reward_model, inputs, options.users)
 
-    guided = pyargs.args(reward_model, users=options.users, reward_weight=weight)
+    guided = pyargs.guide(reward_model, users=options.users, reward_weight=weight)
     sequences = policy.generate(**inputs, max_new_tokens=options.max_new_tokens, do_sample=False, custom_generate=guided)
 
     tokens = sequences[:, inputs["input_ids"].shape[1] :]

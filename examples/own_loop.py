@@ -3,7 +3,7 @@
     python examples/own_loop.py [--model smollm2-135m] [--reward-model FOLDER --users ID ID] [--max-new-tokens 40]
 
 Two prompts are answered in one batch, each for another user. The loop keeps one copy of the reward model's cache for every
-candidate, as loops over DynamicCache do; `pyargs.generate` gives the same tokens with one shared prefix.
+candidate, as loops over DynamicCache do; `pyargs.Engine` chooses the same tokens with one shared prefix.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pyargs.ops import score_select, topk_logprobs
 
 @torch.no_grad()
 def decode(policy, model, input_ids, attention_mask, users, weight: float, stop: list[int], pad: int, steps: int, k: int = 10):
-    """Tokens int64 [B, steps or less], the same as those of pyargs.generate; the head must be a linear one."""
+    """Tokens int64 [B, steps or less], those that pyargs.Engine chooses; the head must be a linear one."""
     batch, device = len(input_ids), input_ids.device
     user = model.users.rows(users).to(device)
     directions = model.head.fold(user).weight  # [batch, D]: what score_select reads of a linear head, one row for each user

@@ -42,8 +42,10 @@ def prompts(tokenizer) -> dict[str, Tensor]:
 
 def unit_weight(policy, model: pyargs.RewardModel, inputs: dict[str, Tensor], users: list[str]) -> float:
     """1 / reward_std: rewards have no natural unit, so one and the same weight is weak for one model and wild for another."""
-    unguided = pyargs.generate(policy, model, **inputs, users=users, reward_weight=0.0, max_new_tokens=16)
-    return 1.0 / reward_std([unguided])
+    mask = inputs["attention_mask"].bool()
+    rows = [ids[own].tolist() for ids, own in zip(inputs["input_ids"], mask, strict=True)]
+    unguided = pyargs.Engine(policy, model).generate(rows, users, reward_weight=0.0, max_new_tokens=16)
+    return 1.0 / reward_std(unguided)
 
 
 def show(tokenizer, users: list[str], tokens: Tensor) -> None:

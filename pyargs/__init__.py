@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "RewardModel": "pyargs.models.reward_model",
-    "args": "pyargs.integrations.transformers",
+    "guide": "pyargs.integrations.transformers",
     "generate": "pyargs.decode.args",
     "Engine": "pyargs.decode.engine",
     "Policy": "pyargs.decode.policy",
@@ -29,10 +29,15 @@ _HOME = {
     "PyargsError": "pyargs.errors",
 }
 
+_MOVED = {"args": "pyargs.guide(model, users)"}
+"""Names of before, and what stands in their place."""
+
 __all__ = [*_HOME, "__version__"]
 
 
 def __getattr__(name: str):
+    if name in _MOVED:
+        raise AttributeError(f"pyargs.{name} is gone: write {_MOVED[name]}")
     if name not in _HOME:
         raise AttributeError(f"module 'pyargs' has no attribute '{name}'")
     module, _, own = _HOME[name].partition(":")

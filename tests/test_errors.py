@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import errno
+import re
 
+import pytest
+
+import pyargs
 from pyargs.errors import PyargsError, did_you_mean, refusal
 
 
@@ -48,3 +52,11 @@ def test_names_that_may_be_meant_are_found_among_any_number():
             assert "user-00012" in did_you_mean(wrong, known, limit=100), wrong
     assert did_you_mean("somebody else", many) == did_you_mean("x" * 10_000, many) == did_you_mean("", many) == ""
     assert did_you_mean("c", ["a", "b"]) == " There are: a, b."
+
+
+@pytest.mark.parametrize("name, now", pyargs._MOVED.items())
+def test_a_public_name_of_before_says_what_stands_in_its_place(name, now):
+    with pytest.raises(AttributeError, match=re.escape(f"pyargs.{name} is gone: write {now}")):
+        getattr(pyargs, name)
+    assert not hasattr(pyargs, name) and name not in dir(pyargs)
+    assert now.split("(")[0].removeprefix("pyargs.") in dir(pyargs)

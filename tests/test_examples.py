@@ -1,4 +1,4 @@
-"""The examples run, and give the tokens of pyargs.generate."""
+"""The examples run, and give the tokens of the engine."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def trained(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["own_loop", "generate"])
 @pytest.mark.parametrize("weight", [None, 25.0])
-def test_examples_give_the_tokens_of_generate(name, weight, trained, monkeypatch, capsys):
+def test_examples_give_the_tokens_of_the_engine(name, weight, trained, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     lm, folder, users = trained
     words = ["--model", lm, "--reward-model", folder, "--users", *users, "--max-new-tokens", "20"]
@@ -38,10 +38,13 @@ def test_examples_give_the_tokens_of_generate(name, weight, trained, monkeypatch
     quick = sys.modules["quick"]
     policy, tokenizer = pyargs.load_lm(lm)
     model, inputs = pyargs.RewardModel.from_pretrained(folder), quick.prompts(tokenizer)
-    options = dict(reward_weight=weight or quick.unit_weight(policy, model, inputs, users), max_new_tokens=20)
-    guided = pyargs.generate(policy, model, **inputs, users=users, **options)
-    assert tokens.tolist() == guided.tokens.tolist()
-    assert guided.slots.any(), "nothing was guided: the test would pass without a reward"
+    weight = weight or quick.unit_weight(policy, model, inputs, users)
+    answers = pyargs.Engine(policy, model).generate(quick.PROMPTS, users, reward_weight=weight, max_new_tokens=20)
+    for row, answer in zip(tokens.tolist(), answers, strict=True):
+        n = len(answer.tokens)
+        assert row[:n] == answer.tokens
+        assert row[n] in policy.generation_config.eos_token_id if answer.finish_reason == "stop" else n == 20
+    assert any(any(answer.slots) for answer in answers), "nothing was guided: the test would pass without a reward"
     printed = capsys.readouterr().out
     assert all(f"{user}: " in printed for user in users)
 

@@ -30,7 +30,7 @@ CALLS = {
     "token reward": lambda lm, _, reward, users: Engine(lm, reward).generate(IDS.tolist(), users, reward_weight=1.0, **ONE),
     "best of n": lambda lm, reward, _, users: Engine(lm, reward, best_of=1).generate(IDS.tolist(), users, **ONE),
     "custom_generate": lambda lm, reward, _, users: lm.generate(
-        IDS, max_new_tokens=1, custom_generate=pyargs.args(reward, users=users)
+        IDS, max_new_tokens=1, custom_generate=pyargs.guide(reward, users=users, reward_weight=1.0)
     ),
     "score": lambda lm, reward, _, users: reward.score([([5], [[6]])], users),
     "rows": lambda lm, reward, _, users: reward.users.rows(users),

@@ -1,12 +1,15 @@
-"""`model.generate(**inputs, custom_generate=pyargs.args(reward_model, users=[...]))`."""
+"""`lm.generate(**inputs, custom_generate=pyargs.guide(model, users=[...]))`."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from pyargs.decode.engine import Engine
+from pyargs.decode.request import check_sampling, numbered, seeds, stop_and_pad, weights, whole
 from pyargs.errors import PyargsError
 from pyargs.user_ids import user_ids
 
@@ -15,6 +18,8 @@ TAKEN = {
     "max_new_tokens",
     "do_sample",
     "temperature",
+    "top_p",
+    "min_p",
     "eos_token_id",
     "pad_token_id",
     "num_return_sequences",
@@ -35,88 +40,136 @@ WITHOUT_EFFECT = {
 """Fields that change no answer of this loop."""
 
 NEUTRAL = {
-    "top_p": 1.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "repetition_penalty": 1.0,
+    "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "repetition_penalty": 1.0,
     "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "guidance_scale": 1.0,
     "min_length": 0, "min_new_tokens": 0, "num_beams": 1, "num_beam_groups": 1, "diversity_penalty": 0.0, "top_k": 0,
     "cache_implementation": "dynamic",
 }  # fmt: skip
 """What asks for nothing in the other fields, besides None and False. Any other value is refused."""
 
-SAMPLING = {"top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"}
-"""Fields that only count where `do_sample` is true."""
+SAMPLING = {"top_k", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"}
+"""Fields that only count where `do_sample` is true; top_p and min_p likewise."""
 
 
-def args(
-    reward_model,
+def guide(
+    model,
     users: Sequence[str],
     *,
-    reward_weight: float | Sequence[float] | Tensor = 1.0,
-    num_candidates: int = 10,
-    eos_reward: str = "before",
+    strength: float | Sequence[float] | None = None,
+    reward_weight: float | Sequence[float] | Tensor | None = None,
+    num_candidates: int | str = 10,
+    eos_reward: str | None = None,
     seed: int | Sequence[int] | None = None,
     tokenizer=None,
+    backend: str = "auto",
     token_callback: Callable[[Tensor], None] | None = None,
     streamer=None,
 ):
-    """A callable for the `custom_generate` argument of `generate`; the arguments are those of `pyargs.generate`.
+    """A callable for the `custom_generate` argument of `generate`, in which the language model is the policy.
 
-    users: one id for each prompt of the batch. Length, stop tokens, padding, do_sample and temperature come from the
-    generation config as usual. streamer: a streamer of transformers, fed as `generate` does it, for one prompt; it is ended
-    also when decoding fails. Returns ids [B, T + N], or with return_dict_in_generate a GenerateDecoderOnlyOutput.
+    model: a RewardModel or TokenReward. users: one id for each prompt of the batch. strength, reward_weight, seed: one for all
+    prompts, or one each; with these, num_candidates, eos_reward, tokenizer and backend as for `pyargs.Engine`. An engine is
+    made at each call, so the backend is chosen anew, and logged. Length, stop tokens, padding, do_sample, temperature, top_p
+    and min_p come from the generation config as usual; the two filters act on the policy's candidates, before rewards and
+    temperature. token_callback: called after each step with the tokens int64 [B], padding where a row has ended.
+    streamer: a streamer of transformers, fed as `generate` does it, for one prompt; it is ended also when decoding fails.
+    Returns ids [B, T + N], or with return_dict_in_generate a GenerateDecoderOnlyOutput.
 
     Raises PyargsError for whatever else would change the answer, asked for or set by the checkpoint's own generation config:
-    filters of sampling, penalties, forced and suppressed tokens, beams, logits processors, own stopping criteria, scores to
-    return. `top_k` may be num_candidates or more. transformers does not tell a custom loop of `streamer=`, `assistant_model=`
-    and `synced_gpus=` given to `generate`: they do nothing here.
+    penalties, forced and suppressed tokens, beams, other filters of sampling, logits processors, own stopping criteria, scores
+    to return. `top_k` may be num_candidates or more. transformers does not tell a custom loop of `streamer=`,
+    `assistant_model=` and `synced_gpus=` given to `generate`: they do nothing here.
     """
-    from pyargs.decode.args import generate
-    from pyargs.decode.request import weights, whole
-
     users = user_ids(users)
 
-    def custom_generate(
-        model, input_ids, logits_processor=None, stopping_criteria=None, generation_config=None, **model_inputs
-    ):
+    def custom_generate(lm, input_ids, logits_processor=None, stopping_criteria=None, generation_config=None, **model_inputs):
         from transformers.generation import GenerateDecoderOnlyOutput
 
         try:
             config = generation_config
-            check_config(config, model.generation_config, whole("num_candidates", num_candidates, 1))
+            check_config(config, lm.generation_config, num_candidates)
             check_processors(logits_processor or [], config)
             check_criteria(stopping_criteria or [], config)
             check_inputs(input_ids, model_inputs)
-            copies = config.num_return_sequences or 1
-            weight = weights(reward_weight, len(users))
-            stop = config.eos_token_id if config.eos_token_id is not None else []  # None was asked for: no stop token
+            prompts = rows_of(input_ids, model_inputs.get("attention_mask"))
+            stop, pad = stop_and_pad(lm, [] if config.eos_token_id is None else config.eos_token_id, config.pad_token_id)
             feed = token_callback if streamer is None else _feeding(streamer, input_ids, stop, token_callback)
-            decoded = generate(
-                model,
-                reward_model,
-                input_ids,
-                model_inputs.get("attention_mask"),
-                [user for user in users for _ in range(copies)],
-                reward_weight=weight if len(weight) == 1 else weight.repeat_interleave(copies),
-                num_candidates=num_candidates,
-                max_new_tokens=config.max_length - input_ids.shape[1],
-                eos_token_id=stop,
-                pad_token_id=config.pad_token_id,
-                do_sample=bool(config.do_sample),
-                temperature=1.0 if config.temperature is None else config.temperature,
-                seed=seed,
-                eos_reward=eos_reward,
-                tokenizer=tokenizer,
-                token_callback=feed,
+            engine = Engine(
+                lm, model, backend=backend, max_rows=max(1, len(prompts)), eos_reward=eos_reward, tokenizer=tokenizer
             )
+            wishes = _wishes(config, users, strength, reward_weight, seed)
+            if len(wishes) != len(prompts):
+                raise PyargsError(f"{len(prompts)} prompts but {len(wishes)} users: name one user for each row")
+            more = {
+                "num_candidates": num_candidates,
+                "max_new_tokens": config.max_length - input_ids.shape[1],
+                "stop": stop,
+                **_sampling(config),
+            }
+            numbers = [engine.submit(prompt, **wish, **more) for prompt, wish in zip(prompts, wishes, strict=True)]
+            tokens = _tokens(engine, numbers, pad, input_ids.device, feed)
         finally:
             if streamer is not None:
                 streamer.end()  # or whoever reads it would wait for ever
-        sequences = torch.cat([input_ids, decoded.tokens.to(input_ids.device)], dim=1)
+        sequences = torch.cat([input_ids, tokens], dim=1)
         return GenerateDecoderOnlyOutput(sequences=sequences) if config.return_dict_in_generate else sequences
 
     return custom_generate
 
 
-def check_config(config, checkpoint, num_candidates: int) -> None:
+def _wishes(config, users: list[str], strength, reward_weight, seed) -> list[dict]:
+    """What `Engine.submit` is told of each row: its user, weight and seed, with num_return_sequences rows for each user."""
+    copies = config.num_return_sequences or 1
+    names = [user for user in users for _ in range(copies)]
+    found = [{"user": user} for user in names]
+    for name, asked in (("strength", strength), ("reward_weight", reward_weight)):
+        if asked is not None:
+            for row, one in enumerate(weights(asked, len(users)).expand(len(users)).repeat_interleave(copies).tolist()):
+                found[row][name] = one
+    given = seeds(seed, len(names))
+    for row, wish in enumerate(found):
+        wish["seed"] = given[row] if isinstance(given, list) else None if given is None else numbered(given, row)
+    return found
+
+
+def _sampling(config) -> dict[str, float]:
+    """What a generation config says of sampling, as `Engine.submit` takes it."""
+    if not config.do_sample:
+        return {}
+    asked = {"temperature": config.temperature, "top_p": config.top_p, "min_p": config.min_p}
+    asked = {"temperature": 1.0} | {name: value for name, value in asked.items() if value is not None}
+    return asked | {"temperature": check_sampling(True, asked["temperature"])}
+
+
+def _tokens(engine: Engine, numbers: list[int], pad: int, device, feed: Callable[[Tensor], None] | None) -> Tensor:
+    """Tokens int64 [B, N] of the requests, stop tokens included and `pad` behind them; each step's are fed as they come."""
+    steps, row_of = [], {number: row for row, number in enumerate(numbers)}
+    while engine.busy:
+        tokens = [pad] * len(numbers)
+        for event in engine.step():
+            if event.error is not None:
+                raise event.error
+            tokens[row_of[event.number]] = event.token
+        steps.append(torch.tensor(tokens, device=device))
+        if feed is not None:
+            feed(steps[-1])
+    return torch.stack(steps, 1) if steps else torch.zeros(len(numbers), 0, dtype=torch.long, device=device)
+
+
+def rows_of(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
+    """The prompts of input_ids int64 [B, T] without their padding. Raises PyargsError where it is not on the left."""
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    if mask.shape != input_ids.shape:
+        raise PyargsError(f"attention_mask is {list(mask.shape)}, input_ids {list(input_ids.shape)}: both must be [B, T]")
+    if not ((mask == 0) | (mask == 1)).all():
+        raise PyargsError("attention_mask must hold 1 where a token counts and 0 where it pads, nothing else")
+    mask = mask.long()
+    if len(mask) and not (mask.shape[1] and (mask[:, -1] == 1).all() and (mask.diff(dim=1) >= 0).all()):
+        raise PyargsError("prompts must be padded on the left (and not be empty): tokenizer.padding_side = 'left'")
+    return [row[first:] for row, first in zip(input_ids.tolist(), (mask == 0).sum(1).tolist(), strict=True)]
+
+
+def check_config(config, checkpoint, num_candidates: int | str) -> None:
     """Raises PyargsError that names each field of a GenerationConfig that this loop can not follow, and what to pass instead.
 
     Any field of the class is refused that is not listed above, so a new one is until somebody has seen what it does.
@@ -124,12 +177,13 @@ def check_config(config, checkpoint, num_candidates: int) -> None:
     """
     from transformers import GenerationConfig
 
+    most = math.inf if num_candidates == "all" else whole("num_candidates", num_candidates, 1)
     found = {}
     for name in sorted(vars(GenerationConfig())):
         value = getattr(config, name, None)
         if name.startswith("_") or name in TAKEN | WITHOUT_EFFECT or value is None or value is False:
             continue
-        if name in SAMPLING and not config.do_sample or name == "top_k" and value >= num_candidates:
+        if name in SAMPLING and not config.do_sample or name == "top_k" and value >= most:
             continue
         if name == "min_length" and config.min_new_tokens:  # transformers makes the one of the other
             continue
@@ -148,14 +202,25 @@ def check_config(config, checkpoint, num_candidates: int) -> None:
 
 def check_processors(processors, config) -> None:
     """Raises PyargsError for a logits processor that `generate` was given, by itself or as prefix_allowed_tokens_fn."""
-    from transformers.generation import LogitNormalization, TemperatureLogitsWarper, TopKLogitsWarper
+    from transformers.generation import (
+        LogitNormalization,
+        MinPLogitsWarper,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
 
-    theirs = [p for p in processors if type(p) not in (LogitNormalization, TemperatureLogitsWarper, TopKLogitsWarper)]
     # Those of the config, which this loop follows or `check_config` has seen; a second one is the caller's.
-    expected = {TemperatureLogitsWarper: config.temperature, TopKLogitsWarper: config.top_k}
-    for kind, name in ((TemperatureLogitsWarper, "temperature"), (TopKLogitsWarper, "top_k")):
+    own = {
+        TemperatureLogitsWarper: "temperature",
+        TopKLogitsWarper: "top_k",
+        TopPLogitsWarper: "top_p",
+        MinPLogitsWarper: "min_p",
+    }
+    theirs = [p for p in processors if type(p) is not LogitNormalization and type(p) not in own]
+    for kind, name in own.items():
         some = [p for p in processors if type(p) is kind]
-        if some and (not config.do_sample or len(some) > 1 or getattr(some[0], name) != expected[kind]):
+        if some and (not config.do_sample or len(some) > 1 or getattr(some[0], name) != getattr(config, name)):
             theirs.append(some[0])
     if theirs:
         raise PyargsError(

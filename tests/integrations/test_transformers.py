@@ -10,23 +10,24 @@ import numpy as np
 import pytest
 import torch
 from conftest import reward_model, tiny_lm
-from decoding import USERS, guided, prompts
+from decoding import USERS, prompts
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import (
     EosTokenCriteria,
     MaxLengthCriteria,
     MaxTimeCriteria,
     MinLengthLogitsProcessor,
+    MinPLogitsWarper,
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
 from transformers.generation.streamers import BaseStreamer
 
 import pyargs
-from pyargs.decode.answer import Output
 from pyargs.errors import PyargsError
 from pyargs.integrations import transformers as ours
 from pyargs.lm.tokenize import left_pad
+from pyargs.models.token_reward import TokenReward
 
 PROMPT = torch.tensor([[5, 9, 7, 11]])
 
@@ -36,14 +37,18 @@ def models():
     return tiny_lm(), reward_model(tiny_lm(seed=3))
 
 
+def guide_of(model, users, **more):
+    return pyargs.guide(model, users=users, **{"reward_weight": 1.0, "num_candidates": 5} | more)
+
+
 def answer(models, *, ids=PROMPT, guide=None, **asked):
     policy, model = models
-    guide = guide or pyargs.args(model, users=["ann"] * len(ids), num_candidates=5)
+    guide = guide or guide_of(model, ["ann"] * len(ids))
     return policy.generate(input_ids=ids, **({"max_new_tokens": 4} | asked), custom_generate=guide)
 
 
 ASKED = {
-    "num_beams": 2, "top_p": 1e-6, "top_k": 1, "min_p": 0.5, "typical_p": 0.3, "epsilon_cutoff": 0.1, "eta_cutoff": 0.1,
+    "num_beams": 2, "top_k": 1, "typical_p": 0.3, "epsilon_cutoff": 0.1, "eta_cutoff": 0.1,
     "top_h": 0.4, "bad_words_ids": [[7]], "suppress_tokens": [7], "begin_suppress_tokens": [7], "forced_eos_token_id": 0,
     "forced_bos_token_id": 0, "repetition_penalty": 1.05, "encoder_repetition_penalty": 1.3, "no_repeat_ngram_size": 2,
     "min_length": 9, "min_new_tokens": 3, "sequence_bias": [[[7], 9.0]], "guidance_scale": 1.5, "max_time": 9.0,
@@ -90,7 +95,7 @@ def test_every_parameter_of_generate_is_known():
     found = set(inspect.signature(GenerationMixin.generate).parameters)
     assert found <= set().union(*PARAMETERS.values())
     for name in PARAMETERS["hidden from a custom loop"]:
-        assert name in ours.args.__doc__
+        assert name in ours.guide.__doc__
 
 
 def test_lists_do_not_overlap():
@@ -104,6 +109,8 @@ def test_lists_do_not_overlap():
     [
         {"logits_processor": LogitsProcessorList([MinLengthLogitsProcessor(3, 1)])},
         {"logits_processor": LogitsProcessorList([TopPLogitsWarper(0.5)]), "do_sample": True},
+        {"logits_processor": LogitsProcessorList([TopPLogitsWarper(0.5)]), "do_sample": True, "top_p": 0.5},
+        {"logits_processor": LogitsProcessorList([MinPLogitsWarper(0.5)])},
         {"logits_processor": LogitsProcessorList([TemperatureLogitsWarper(0.5)]), "do_sample": True},
         {"logits_processor": LogitsProcessorList([TemperatureLogitsWarper(0.5)]), "do_sample": True, "temperature": 0.5},
         {"prefix_allowed_tokens_fn": lambda row, ids: [7]},
@@ -127,7 +134,7 @@ def test_another_models_cache_and_embeddings_are_refused(models):
         policy.generate(
             inputs_embeds=torch.zeros(1, 3, 32, dtype=torch.float64),
             max_new_tokens=2,
-            custom_generate=pyargs.args(models[1], users=["ann"]),
+            custom_generate=guide_of(models[1], ["ann"]),
         )
 
 
@@ -135,11 +142,14 @@ def test_a_checkpoints_own_settings_are_refused_with_the_way_out():
     """As Qwen's: nothing says whether the caller wants them, so they are never dropped."""
     models = tiny_lm(), reward_model(tiny_lm(seed=3))
     models[0].generation_config.update(do_sample=True, temperature=0.7, top_k=20, top_p=0.8, repetition_penalty=1.05)
-    with pytest.raises(PyargsError, match="as in the checkpoint's generation_config.*pass repetition_penalty=1.0, top_p=1.0"):
+    models[0].generation_config.typical_p = 0.9
+    with pytest.raises(
+        PyargsError, match="as in the checkpoint's generation_config.*pass repetition_penalty=1.0, typical_p=1.0"
+    ):
         answer(models)
-    with pytest.raises(PyargsError, match="top_p=0.8 .*or do_sample=False"):
+    with pytest.raises(PyargsError, match="typical_p=0.9 .*or do_sample=False"):
         answer(models, repetition_penalty=1.0)
-    assert answer(models, repetition_penalty=1.0, top_p=1.0).shape[0] == 1
+    assert answer(models, repetition_penalty=1.0, typical_p=1.0).shape[0] == 1
     greedy = answer(models, repetition_penalty=1.0, do_sample=False)
     assert torch.equal(greedy, answer((tiny_lm(), models[1])))
 
@@ -166,32 +176,112 @@ class Kept(BaseStreamer):
         self.ended += 1
 
 
+@pytest.mark.parametrize("asked", [{"top_p": 1e-6}, {"min_p": 1.0}])
+def test_filters_act_on_the_policys_candidates_before_rewards(models, asked):
+    """They leave the policy's favourite alone, whatever the rewards say; a greedy choice has no filter."""
+    strong = guide_of(models[1], ["ann"], reward_weight=50.0)
+    favourite = answer(models, guide=guide_of(models[1], ["ann"], reward_weight=0.0), do_sample=False)
+    moved = answer(models, guide=strong, do_sample=False, **asked)
+    assert torch.equal(answer(models, guide=strong, do_sample=True, **asked), favourite)
+    assert not torch.equal(moved, favourite)
+    assert torch.equal(moved, answer(models, guide=strong, do_sample=False))
+
+
+def test_the_backend_is_chosen_anew_at_each_call_and_logged(models, caplog):
+    lm = tiny_lm(dtype=torch.float32)
+    model = reward_model(tiny_lm(seed=3, dtype=torch.float32))
+    guide = guide_of(model, ["ann"])
+    with caplog.at_level("INFO", logger="pyargs"):
+        found = answer((lm, model), guide=guide)
+        lm.model.layers[0].register_forward_hook(lambda *_: None)
+        assert torch.equal(answer((lm, model), guide=guide), found), "no refresh is needed"
+    first, second = (record.getMessage() for record in caplog.records)
+    assert "hook" in second and first != second
+    with pytest.raises(PyargsError, match="backend='cpu' cannot compute this"):
+        answer((lm, model), guide=guide_of(model, ["ann"], backend="cpu"))
+
+
+def test_one_weight_in_one_of_two_units(models):
+    model = models[1]
+    with pytest.raises(PyargsError, match="no reward_std"):
+        answer(models, guide=pyargs.guide(model, ["ann"]))
+    with pytest.raises(PyargsError, match="one of them"):
+        answer(models, guide=guide_of(model, ["ann"], strength=1.0))
+    model.about["reward_std"] = 0.25
+    strong = pyargs.guide(model, ["ann", "bob"], strength=[1.0, 0.5], num_candidates=5)
+    raw = guide_of(model, ["ann", "bob"], reward_weight=[4.0, 2.0])
+    ids = torch.tensor([[1, 5, 6], [7, 8, 9]])
+    try:
+        assert torch.equal(answer(models, ids=ids, guide=strong), answer(models, ids=ids, guide=raw))
+    finally:
+        del model.about["reward_std"]
+
+
+def test_a_token_reward_guides_too():
+    """Over its whole vocabulary, with a sample, it is GenARM's own rule."""
+    lm, model = tiny_lm(), TokenReward(tiny_lm(seed=3), None)
+    for k, more in ((3, {}), ("all", {"do_sample": True, "temperature": 0.5, "top_k": 0})):
+        guide = pyargs.guide(model, [""], reward_weight=1.0, num_candidates=k, seed=[4])
+        got = answer((lm, model), guide=guide, max_new_tokens=6, eos_token_id=None, **more)
+        (want,) = pyargs.Engine(lm, model).generate(
+            PROMPT.tolist(),
+            reward_weight=1.0,
+            num_candidates=k,
+            seed=[4],
+            max_new_tokens=6,
+            stop=[],
+            temperature=more.get("temperature", 0.0),
+        )
+        assert got[0, 4:].tolist() == want.tokens
+
+
+@pytest.mark.parametrize(
+    "mask, message",
+    [([[1, 1, 1, 0]], "padded on the left"), ([[0, 1, 0, 1]], "padded on the left"), ([[2, 1, 1, 1]], "nothing else")],
+)
+def test_padding_elsewhere_than_on_the_left_is_refused(models, mask, message):
+    with pytest.raises(PyargsError, match=message):
+        answer(models, attention_mask=torch.tensor(mask))
+
+
 @pytest.mark.parametrize("wrong", [None, "5", [5], 2.5])
 def test_the_number_of_candidates_is_checked_before_top_k(models, wrong):
-    guide = pyargs.args(models[1], users=["ann"], num_candidates=wrong)
+    guide = guide_of(models[1], ["ann"], num_candidates=wrong)
     with pytest.raises(PyargsError, match="num_candidates must be a whole number"):
         answer(models, guide=guide, do_sample=True)
 
 
 def test_a_streamer_is_fed_as_generate_feeds_it(models):
     kept, seen = Kept(), []
-    guide = pyargs.args(models[1], users=["ann"], num_candidates=5, streamer=kept, token_callback=seen.append)
+    guide = guide_of(models[1], ["ann"], streamer=kept, token_callback=seen.append)
     found = answer(models, guide=guide)
     assert kept.put_[0] == PROMPT.tolist() and kept.ended == 1
     assert [token for part in kept.put_[1:] for token in part] == found[0, 4:].tolist()
     assert [int(token) for token in seen] == found[0, 4:].tolist()
 
 
-def test_a_streamer_gets_nothing_behind_the_stop_token(models, monkeypatch):
-    """On a GPU a few steps of padding follow, since the host looks at the answers late; so it does here."""
-    real = Output.__init__
-    monkeypatch.setattr(Output, "__init__", lambda self, *a: (real(self, *a), setattr(self, "late", True))[0])
+def test_a_streamer_gets_nothing_behind_the_stop_token(models):
     first, stop = answer(models, eos_token_id=None)[0, 4:6].tolist()
     kept, seen = Kept(), []
-    guide = pyargs.args(models[1], users=["ann"], num_candidates=5, streamer=kept, token_callback=seen.append)
+    guide = guide_of(models[1], ["ann"], streamer=kept, token_callback=seen.append)
     answer(models, guide=guide, eos_token_id=stop, pad_token_id=50, max_new_tokens=20)
     assert first != stop and kept.put_[1:] == [[first], [stop]]
-    assert [int(token) for token in seen[:3]] == [first, stop, 50]
+    assert [int(token) for token in seen] == [first, stop]
+
+
+def test_a_callback_gets_padding_for_rows_that_have_ended(models):
+    ids, seen = torch.tensor([[5, 9, 7, 11], [1, 5, 6, 8]]), []
+    asked = dict(ids=ids, pad_token_id=50, max_new_tokens=6)
+    # Without a weight, since a stop token has a reward of its own.
+    guide = guide_of(models[1], ["ann", "ann"], reward_weight=0.0, token_callback=seen.append)
+    free = answer(models, guide=guide, eos_token_id=None, **asked)[:, 4:]
+    seen.clear()
+    stop = next(token for token in free[0].tolist() if token not in free[1].tolist())
+    found = answer(models, guide=guide, eos_token_id=stop, **asked)[:, 4:]
+    assert torch.equal(torch.stack(seen, 1), found)
+    place = free[0].tolist().index(stop)
+    assert torch.equal(found[0, : place + 1], free[0, : place + 1]) and set(found[0, place + 1 :].tolist()) == {50}
+    assert torch.equal(found[1], free[1])
 
 
 def test_a_streamers_reader_never_waits_for_ever(models):
@@ -210,7 +300,7 @@ def test_a_streamers_reader_never_waits_for_ever(models):
         (["ann"], {"token_callback": fail}, {}),
     ):
         streamer = TextIteratorStreamer(tiny_tokenizer())
-        guide = pyargs.args(models[1], users=users, num_candidates=5, streamer=streamer, **more)
+        guide = guide_of(models[1], users, streamer=streamer, **more)
         failed = []
 
         def work(guide=guide, asked=asked, failed=failed):
@@ -231,17 +321,22 @@ def test_generate_of_transformers_gives_the_same_tokens(sample):
     policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
     rows = prompts([2, 6, 4])
     ids, mask = left_pad(rows, pad_id=1)
-    own = guided(policy, model, rows, USERS, do_sample=sample, reward_weight=[1.0, 2.0, 0.0])
+    asked = dict(reward_weight=[1.0, 2.0, 0.0], num_candidates=5, seed=0)
+    own = pyargs.Engine(policy, model).generate(
+        rows, USERS, max_new_tokens=12, **asked, **({"temperature": 0.7, "top_p": 0.9, "min_p": 0.05} if sample else {})
+    )
     got = policy.generate(
         input_ids=ids,
         attention_mask=mask,
         max_new_tokens=12,
         do_sample=sample,
-        **({"temperature": 0.7} if sample else {}),
-        custom_generate=pyargs.args(model, users=USERS, reward_weight=[1.0, 2.0, 0.0], num_candidates=5, seed=0),
+        **({"temperature": 0.7, "top_p": 0.9, "min_p": 0.05} if sample else {}),
+        custom_generate=pyargs.guide(model, users=USERS, **asked),
     )
     assert got[:, : ids.shape[1]].tolist() == ids.tolist()
-    assert got[:, ids.shape[1] :].tolist() == own.tokens.tolist()
+    for row, answer in zip(got[:, ids.shape[1] :].tolist(), own, strict=True):
+        n = len(answer.tokens)
+        assert row[:n] == answer.tokens and set(row[n:]) <= {1}  # both the stop token and the padding
 
 
 def test_weights_of_many_prompts_and_inside_generate_are_checked_alike(models):
@@ -249,7 +344,7 @@ def test_weights_of_many_prompts_and_inside_generate_are_checked_alike(models):
     policy, model = models
     ids = torch.tensor([[1, 5, 6], [7, 8, 9]])
     inside = lambda weight: policy.generate(  # noqa: E731
-        ids, max_new_tokens=2, custom_generate=pyargs.args(model, ["ann", "bob"], reward_weight=weight)
+        ids, max_new_tokens=2, custom_generate=guide_of(model, ["ann", "bob"], reward_weight=weight)
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
