@@ -240,3 +240,6 @@ class Words:
 
     def get_vocab(self):
         return {f"w{i}": i + self.shift for i in range(self.n)}
+
+    def decode(self, ids, **_):
+        return " ".join(f"w{i}" for i in ids)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -116,13 +116,15 @@ class Engine:
         own by its number. progress: the name of a progress bar. The rest as for `submit`.
         Raises PyargsError for what `submit` refuses, before anything is computed, and where nothing could be chosen.
         """
+        if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
+            raise PyargsError(f"prompts is a list with one prompt for each answer, got {prompts!r:.60}: write [prompt]")
         prompts = list(prompts)
         users = [""] * len(prompts) if users is None else user_ids(users)
         if len(prompts) != len(users):
             raise PyargsError(f"{len(prompts)} prompts but {len(users)} users: name one user for each prompt")
         raw, strong = (
-            None if one is None else weights(one, len(prompts)).expand(len(prompts)).tolist()
-            for one in (reward_weight, strength)
+            None if one is None else weights(one, len(prompts), name).expand(len(prompts)).tolist()
+            for name, one in (("reward_weight", reward_weight), ("strength", strength))
         )
         given = seeds(seed, len(prompts))
         own = (

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pyargs.decode.request import SEEDS, Request, check_room, ids_of, number, stop_and_pad, weights, whole
+from pyargs.decode.request import SEEDS, Request, check_room, ids_of, number, stop_tokens, weights, whole
 from pyargs.errors import PyargsError
 from pyargs.lm.loading import load_lm, same_tokenizer
 from pyargs.lm.structure import unwrapped
@@ -99,7 +99,8 @@ class Pair:
 
     def encode(self, prompt, user: str) -> list[int]:
         """Ids of a prompt, which may be ids already."""
-        if isinstance(prompt, Tensor) or not isinstance(prompt, str) and not (prompt and isinstance(prompt[0], dict)):
+        messages = isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], dict)
+        if not isinstance(prompt, str) and not messages:
             (ids,) = ids_of([prompt], min(len(lm.get_input_embeddings().weight) for lm in self.language_models()))
             return ids
         if self.tokenizer is None:
@@ -121,7 +122,7 @@ class Pair:
         temperature: float = 0.0,
         top_p: float = 1.0,
         min_p: float = 0.0,
-        stop: Sequence[int] | None = None,
+        stop: int | Sequence[int] | None = None,
         seed: int | None = None,
     ) -> Request:
         ids = self.encode(prompt, user)
@@ -143,7 +144,7 @@ class Pair:
             temperature=number("temperature", temperature, 0.0),
             top_p=number("top_p", top_p, 0.0, 1.0, above=True),
             min_p=number("min_p", min_p, 0.0, 1.0),
-            stop=tuple(stop_and_pad(self.policy, stop)[0]),
+            stop=stop_tokens(self.policy, stop),
             seed=whole("seed", _drawn() if seed is None else seed, *SEEDS),
         )
 
@@ -167,7 +168,7 @@ class Pair:
             if strength is not None:
                 raise PyargsError("strength and reward_weight are one thing in two units: give one of them")
             return weights(reward_weight, 1).item()
-        strength = weights(1.0 if strength is None else strength, 1).item()
+        strength = weights(1.0 if strength is None else strength, 1, "strength").item()
         return strength / self.unit() if strength else 0.0
 
 

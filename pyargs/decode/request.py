@@ -244,7 +244,7 @@ def numbered(seed: int, number: int) -> int:
     return (seed * 1_000_003 + number) % 2**63
 
 
-def weights(reward_weight, rows: int) -> Tensor:
+def weights(reward_weight, rows: int, name: str = "reward_weight") -> Tensor:
     """float32 [1] or [rows]. A negative weight is legal: it turns the reward round."""
     try:
         # numpy's floats are float64, torch's what the caller has set.
@@ -252,13 +252,13 @@ def weights(reward_weight, rows: int) -> Tensor:
         given = torch.as_tensor(given, device="cpu")
         weight = given.to(torch.float32).flatten()
     except (TypeError, ValueError, RuntimeError):
-        raise PyargsError(f"reward_weight must be a number, or one for each row, got {reward_weight!r}") from None
+        raise PyargsError(f"{name} must be a number, or one for each row, got {reward_weight!r}") from None
     if given.dtype == torch.bool or given.is_complex() or given.ndim > 1:
-        raise PyargsError(f"reward_weight must be a number, or one for each row, got {_kind(given)}")
+        raise PyargsError(f"{name} must be a number, or one for each row, got {_kind(given)}")
     if len(weight) not in (1, rows):
-        raise PyargsError(f"reward_weight has {len(weight)} values for {rows} rows: give one, or one for each row")
+        raise PyargsError(f"{name} has {len(weight)} values for {rows} rows: give one, or one for each row")
     if not torch.isfinite(weight).all():
-        raise PyargsError(f"reward_weight must be finite in float32, got {reward_weight!r}")
+        raise PyargsError(f"{name} must be finite in float32, got {reward_weight!r}")
     return weight
 
 
@@ -291,6 +291,12 @@ def check_room(lm, shortest: int, longest: int, new: int) -> None:
     if room and longest + new > room:
         raise PyargsError(f"{longest} prompt + {new} new tokens exceed the {room} positions of {type(lm).__name__}")
     check_lengths(lm, shortest, longest + new)
+
+
+def stop_tokens(lm, stop: int | Sequence[int] | None = None) -> tuple[int, ...]:
+    """The ids that end an answer: what is given, else the model's own."""
+    name, stop = ("eos_token_id", lm.generation_config.eos_token_id) if stop is None else ("stop", stop)
+    return () if stop is None else tuple(whole(name, one, 0) for one in (stop if _several(stop) else [stop]))
 
 
 def stop_and_pad(lm, eos: int | Sequence[int] | None = None, pad: int | None = None) -> tuple[list[int], int]:
