@@ -1,4 +1,4 @@
-"""Time of one decoding step: the decoder, our own greedy step, the reference loop, and greedy `generate`, side by side.
+"""Time of one decoding step: the engine, our own greedy step, the reference loop, and greedy `generate`, side by side.
 
     python benchmarks/bench_decode.py [--json FILE] [--plot FILE] [--quick] [--dtype bfloat16] [--threads N]
 
@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from timing import hardware, hardware_line, streaming_rate, table
@@ -31,6 +32,7 @@ from transformers import StoppingCriteria
 import pyargs
 from pyargs.decode import reference
 from pyargs.decode.backends.cpu import GUESSES
+from pyargs.decode.engine import Engine
 from pyargs.decode.request import check
 from pyargs.files import write_json
 from pyargs.heads import linear
@@ -89,23 +91,35 @@ class Clock(StoppingCriteria):
         return statistics.median(b - a for a, b in zip(self.times[1:], self.times[2:], strict=False))
 
 
+class Timed(NamedTuple):
+    """What a run chose, int64 [B, N]."""
+
+    tokens: Tensor
+    slots: Tensor
+
+
 def loops(policy, model, merged, ids: Tensor, users: list[str], steps: int) -> dict[str, Callable[[Clock], object]]:
     mask = torch.ones_like(ids)
-    options = dict(
-        reward_weight=WEIGHT,
-        num_candidates=10,
-        max_new_tokens=steps,
-        eos_token_id=[],
-        pad_token_id=0,
-        do_sample=False,
-        temperature=1.0,
-        seed=0,
-        eos_reward="before",
-        tokenizer=None,
-    )
 
-    def copies(clock: Clock):
-        return reference.decode(policy, merged, check(policy, merged, ids, mask, users, **options, token_callback=clock))
+    def copies(clock: Clock) -> Timed:
+        request = check(
+            policy, merged, ids, mask, users, reward_weight=WEIGHT, num_candidates=10, max_new_tokens=steps, eos_token_id=[],
+            pad_token_id=0, do_sample=False, temperature=1.0, seed=0, eos_reward="before", tokenizer=None,
+            token_callback=clock,
+        )  # fmt: skip
+        found = reference.decode(policy, merged, request)
+        return Timed(found.tokens, found.slots)
+
+    def ours(clock: Clock) -> Timed:
+        engine = Engine(policy, model, max_rows=len(ids))
+        numbers = [
+            engine.submit(row, user, reward_weight=WEIGHT, max_new_tokens=steps, stop=[])
+            for row, user in zip(ids.tolist(), users, strict=True)
+        ]
+        while engine.busy:
+            clock(torch.tensor([event.token for event in engine.step()]))
+        found = [engine.answer(number) for number in numbers]
+        return Timed(torch.tensor([one.tokens for one in found]), torch.tensor([one.slots for one in found]))
 
     return {
         "HF": lambda clock: policy.generate(
@@ -113,7 +127,7 @@ def loops(policy, model, merged, ids: Tensor, users: list[str], steps: int) -> d
         ),
         "reference": copies,
         "greedy": lambda clock: greedy(policy, model, ids, steps, clock),
-        "pyargs": lambda clock: pyargs.generate(policy, model, ids, mask, users, **options, token_callback=clock),
+        "pyargs": ours,
     }
 
 

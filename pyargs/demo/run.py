@@ -12,10 +12,9 @@ from pyargs.data import of_split
 from pyargs.decode import reference
 from pyargs.decode.engine import Engine
 from pyargs.decode.pair import load_pair
-from pyargs.decode.request import check
 from pyargs.demo.page import CONSOLE, mean
 from pyargs.errors import extra
-from pyargs.lm.tokenize import encode_prompt, left_pad
+from pyargs.lm.tokenize import left_pad
 from pyargs.methods import global_rm, lore
 from pyargs.metrics.perplexity import perplexity
 from pyargs.metrics.policy_accuracy import pair_scores, policy_accuracy
@@ -184,21 +183,19 @@ def _weight_0(policy, unguided: dict) -> dict:
 
 def _speed(policy, model, asked, users, weight) -> dict:
     """Tokens per second of the decoder and of the reference loop on the same rows, in turns; and whether the tokens agree."""
-    prompts = [encode_prompt(model.tokenizer, prompt) for prompt in asked]
-    ids, mask = left_pad(prompts, pad_id=0)
     rows, steps = [users[i % len(users)] for i in range(len(asked))], 16
-    request = check(
-        policy, model, ids, mask, rows, reward_weight=weight, num_candidates=10, max_new_tokens=steps, eos_token_id=[],
-        pad_token_id=None, do_sample=False, temperature=1.0, seed=0, eos_reward="before", tokenizer=None, token_callback=None,
-    )  # fmt: skip
+    wish = {"reward_weight": weight, "max_new_tokens": steps, "stop": []}
+    engine = Engine(policy, model, max_rows=len(rows))
+    requests = [engine.pair.request(prompt, user, **wish) for prompt, user in zip(asked, rows, strict=True)]
 
     def decoder() -> list[list[int]]:
-        answers = Engine(policy, model, max_rows=len(rows)).generate(
-            prompts, rows, reward_weight=weight, max_new_tokens=steps, stop=[]
-        )
-        return [answer.tokens for answer in answers]
+        return [answer.tokens for answer in Engine(policy, model, max_rows=len(rows)).generate(asked, rows, **wish)]
 
-    loops = {"decoder": decoder, "reference": lambda: reference.decode(policy, model, request).tokens.tolist()}
+    def copies() -> list[list[int]]:
+        found = reference.answers(policy, model, requests, vocabulary=engine.pair.vocabulary)
+        return [one.tokens for one in found]
+
+    loops = {"decoder": decoder, "reference": copies}
     seconds, tokens = {"decoder": [], "reference": []}, {}
     for _ in range(2):
         for name, loop in loops.items():
