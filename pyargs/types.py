@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pyargs.errors import PyargsError, UnknownUser, described, did_you_mean
 from pyargs.files import read_json, read_tensors, write_text
-from pyargs.user_ids import user_ids
+from pyargs.user_ids import UserRows, user_ids
 
 
 class Users(nn.Module):
@@ -29,11 +29,7 @@ class Users(nn.Module):
 
     def __init__(self, ids: Iterable[str] = (), **vectors: Tensor):
         super().__init__()
-        self._names = user_ids(ids)  # by row
-        self.ids = dict(zip(self._names, range(len(self._names)), strict=True))
-        if len(self.ids) < len(self._names):
-            twice = next(user for row, user in enumerate(self._names) if self.ids[user] != row)
-            raise PyargsError(f"users: '{twice}' is there twice")
+        self.ids = UserRows(ids)
         self.trained = len(self.ids)
         self.vectors = nn.ParameterDict({name: nn.Parameter(value) for name, value in vectors.items()})
         self._room: dict[str, Tensor] = {}  # of each kind of vector the memory with places for more users, once some came
@@ -83,8 +79,7 @@ class Users(nn.Module):
         for name, room in rooms.items():
             room[before:count] = vectors[name].detach()
             self._replace(name, room[:count])
-        self.ids.update(zip(ids, range(before, count), strict=True))
-        self._names += ids
+        self.ids.append(ids)
 
     def remove(self, ids: Iterable[str]) -> None:
         """Takes users away and overwrites their vectors. Raises UnknownUser, and then removes nobody.
@@ -95,14 +90,12 @@ class Users(nn.Module):
         gone = set(self.rows(ids).tolist()) if self.personal else set()
         if not gone:
             return
-        for row in gone:
-            del self.ids[self._names[row]]
         trained = {row for row in gone if row < self.trained}
-        left, count = self.trained - len(trained), len(self)
+        left, count = self.trained - len(trained), len(self) - len(gone)
         self._fill(trained, self.trained)
-        self._fill({*range(left, self.trained), *(gone - trained)}, len(self._names))
+        self._fill({*range(left, self.trained), *(gone - trained)}, len(self))
         self.trained = left
-        del self._names[count:]
+        self.ids.cut(count)
         for name, value in self.vectors.items():
             data = value.detach()
             data[count:] = 0
@@ -120,8 +113,7 @@ class Users(nn.Module):
             data = value.detach()
             data[to] = data[of]
         for place, row in zip(to, of, strict=True):
-            self._names[place] = self._names[row]
-            self.ids[self._names[place]] = place
+            self.ids.move(row, place)
 
     def _room_for(self, name: str, count: int) -> Tensor:
         """The memory behind a kind of vector, with places for `count` rows; where it has to be new, for half as many again."""
@@ -149,7 +141,7 @@ class Users(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: value.detach().contiguous() for name, value in self.vectors.items()}, folder / "users.safetensors")
-        write_text(folder / "users.json", json.dumps(self._names, ensure_ascii=False, separators=(",\n", ":")) + "\n")
+        write_text(folder / "users.json", json.dumps(self.ids.ids, ensure_ascii=False, separators=(",\n", ":")) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> Users:

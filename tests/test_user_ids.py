@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
 from conftest import reward_model, tiny_lm
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import pyargs
 from pyargs.decode.engine import Engine
@@ -13,7 +18,7 @@ from pyargs.errors import PyargsError, UnknownUser
 from pyargs.models.demonstrations import Demonstrations
 from pyargs.models.token_reward import TokenReward
 from pyargs.types import Users
-from pyargs.user_ids import user_ids
+from pyargs.user_ids import UserRows, user_ids
 
 IDS = torch.tensor([[5, 6, 7]])
 
@@ -108,3 +113,39 @@ def test_a_dataset_of_ones_own_may_have_integer_ids(tmp_path):
     assert pyargs.adapt(model, Dataset.from_list(rows)) == ["3"]
     assert "3" in model.known_users and 3 not in model.known_users
     assert model.prompt_ids("q", 3) == model.prompt_ids("q", "3")
+
+
+class Rare(str):
+    """An id with one of two hashes, so that many have the same."""
+
+    def __hash__(self) -> int:
+        return len(self) % 2 + (ord(self[-1]) << 40)
+
+    __eq__ = str.__eq__
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from([str, Rare]), st.lists(st.text("abcä", min_size=1, max_size=3), unique=True), st.data())
+def test_rows_of_users_are_those_of_a_dict(kind, names, data):
+    """With ids that come, go, move to another's place and are looked up in any order."""
+    names = [kind(name) for name in names]
+    rows = UserRows(names)
+    for _ in range(data.draw(st.integers(0, 8))):
+        if rows and data.draw(st.booleans()):
+            gone, looked_up = (data.draw(st.sampled_from(list(rows))) for _ in range(2))
+            assert rows.ids[rows[looked_up]] == looked_up
+            if rows[gone] < len(rows) - 1:
+                rows.move(len(rows) - 1, rows[gone])
+            rows.cut(len(rows) - 1)
+            assert gone not in rows
+        else:
+            new = kind(data.draw(st.text("abcä", min_size=1, max_size=4)))
+            if new not in rows:
+                rows.append([new])
+        expected = {name: row for row, name in enumerate(rows.ids)}
+        for again in (rows, copy.deepcopy(rows), pickle.loads(pickle.dumps(rows))):
+            assert dict(again) == expected and list(again) == list(expected) and len(again) == len(expected)
+        assert not [name for name in names if (name in rows) != (name in expected)] and 3 not in rows
+    if rows:
+        with pytest.raises(PyargsError, match="is there twice"):
+            UserRows([*rows, data.draw(st.sampled_from(list(rows)))])

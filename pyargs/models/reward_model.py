@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,7 +61,7 @@ class RewardModel(nn.Module):
         return self.head.users
 
     @property
-    def known_users(self) -> dict:
+    def known_users(self) -> Mapping:
         return self.users.ids
 
     @property

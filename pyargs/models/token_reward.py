@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ class TokenReward(nn.Module):
         return self.lm.get_decoder()
 
     @property
-    def known_users(self) -> dict:
+    def known_users(self) -> Mapping:
         return {}
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -80,7 +80,7 @@ class UserPolicy(nn.Module):
         return self.nobody if self.soft is None else self.soft.users
 
     @property
-    def known_users(self) -> dict:
+    def known_users(self) -> Mapping:
         return self.users.ids if self.demonstrations is None else self.demonstrations.of_user
 
     @property
