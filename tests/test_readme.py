@@ -27,6 +27,10 @@ def test_the_ten_lines_run(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert answer and printed.startswith(f"{answer}\n") and len(printed) > len(answer) + 2  # unguided, then guided
     assert "What do people like about old trains?" not in printed
+    # The engine of the docs, with the same models.
+    (code,) = re.findall(r"```python\n(engine = .*?)```", (ROOT / "docs/decoding.md").read_text(encoding="utf-8"), re.S)
+    exec(compile(code, "docs/decoding.md", "exec"), names)
+    assert capsys.readouterr().out.endswith(" cancelled\n")
 
 
 def test_the_tree_is_true():
