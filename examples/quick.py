@@ -8,9 +8,9 @@ from torch import Tensor
 
 import pyargs
 from pyargs import data
+from pyargs.decode.strength import reward_std
 from pyargs.lm.tokenize import encode_prompt, left_pad
 from pyargs.training.hooks import method
-from pyargs.tune import reward_std
 
 PROMPTS = ["What makes a good cup of tea?", "How do I keep a houseplant alive through the winter?"]
 

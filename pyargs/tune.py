@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pyargs.config import option
 from pyargs.decode.answer import Answer
 from pyargs.decode.engine import Engine
+from pyargs.decode.strength import reward_std
 from pyargs.errors import PyargsError
 from pyargs.lm.structure import BACKENDS
 from pyargs.metrics.overlap import rouge
@@ -49,12 +48,6 @@ class Tuning:
 
 
 STEP, BEYOND = 3.0, 6  # how far apart weights beyond the grid are, and how many at most
-
-
-def reward_std(answers: Sequence[Answer]) -> float:
-    """RMS over the steps of unguided answers of the rewards' standard deviation within the k candidates."""
-    squares = [spread**2 for answer in answers for spread in answer.spreads]
-    return (math.fsum(squares) / len(squares)) ** 0.5 if squares else 0.0
 
 
 def engine_for(policy, model, config: Tuning) -> Engine:

@@ -13,7 +13,7 @@ from pyargs import tune as module
 from pyargs.decode.engine import Engine
 from pyargs.errors import PyargsError
 from pyargs.models.token_reward import TokenReward
-from pyargs.tune import BEYOND, STEP, Tuning, engine_for, reward_std, tune
+from pyargs.tune import BEYOND, STEP, Tuning, engine_for, tune
 
 
 @pytest.fixture
@@ -97,12 +97,6 @@ def test_what_is_tuned_is_what_the_settings_say():
         config = Tuning(eos_reward=eos_reward, batch_size=3, backend="eager")
         engine = engine_for(lm, reward_model(lm), config)
         assert (engine.eos_reward, engine.max_rows, engine.backend) == (eos_reward or "before", 3, "eager")
-
-
-def test_the_unit_is_the_spread_of_the_rewards_in_unguided_steps():
-    answers = [SimpleNamespace(spreads=[3.0, 1.0]), SimpleNamespace(spreads=[]), SimpleNamespace(spreads=[2.0])]
-    assert reward_std(answers) == pytest.approx(((9 + 1 + 4) / 3) ** 0.5)
-    assert reward_std([]) == reward_std(answers[1:2]) == 0.0
 
 
 def test_options_that_no_decoder_of_the_model_has_are_refused():

@@ -124,7 +124,7 @@ def _wishes(config, users: list[str], strength, reward_weight, seed) -> list[dic
     found = [{"user": user} for user in names]
     for name, asked in (("strength", strength), ("reward_weight", reward_weight)):
         if asked is not None:
-            for row, one in enumerate(weights(asked, len(users)).expand(len(users)).repeat_interleave(copies).tolist()):
+            for row, one in enumerate(weights(asked, len(users), name).expand(len(users)).repeat_interleave(copies).tolist()):
                 found[row][name] = one
     given = seeds(seed, len(names))
     for row, wish in enumerate(found):

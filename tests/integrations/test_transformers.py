@@ -26,6 +26,7 @@ from transformers.generation.streamers import BaseStreamer
 import pyargs
 from pyargs.errors import PyargsError
 from pyargs.integrations import transformers as ours
+from pyargs.lm.loading import fingerprint
 from pyargs.lm.tokenize import left_pad
 from pyargs.models.token_reward import TokenReward
 
@@ -202,12 +203,12 @@ def test_the_backend_is_chosen_anew_at_each_call_and_logged(models, caplog):
 
 
 def test_one_weight_in_one_of_two_units(models):
-    model = models[1]
+    policy, model = models
     with pytest.raises(PyargsError, match="no reward_std"):
         answer(models, guide=pyargs.guide(model, ["ann"]))
     with pytest.raises(PyargsError, match="one of them"):
         answer(models, guide=guide_of(model, ["ann"], strength=1.0))
-    model.about["reward_std"] = 0.25
+    model.about["reward_std"] = {fingerprint(policy.get_decoder()): 0.25}
     strong = pyargs.guide(model, ["ann", "bob"], strength=[1.0, 0.5], num_candidates=5)
     raw = guide_of(model, ["ann", "bob"], reward_weight=[4.0, 2.0])
     ids = torch.tensor([[1, 5, 6], [7, 8, 9]])
