@@ -1,5 +1,5 @@
 # Every target sets itself up from nothing: a virtual environment with torch, then pyargs with its extension.
-#   make demo | test | reproduce | bench | sanitize | lint | clean      e.g. make test TORCH=torch==2.12.0 VENV=/tmp/venv
+#   make demo | test | docs | reproduce | bench | sanitize | lint | clean      e.g. make test TORCH=torch==2.12.0 VENV=/tmp/venv
 PYTHON ?= python3
 VENV ?= .venv
 # torch comes first and by itself: what depends on it (peft, accelerate ...) would otherwise choose another one, gigabytes large.
@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.pyargs-installed
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/* csrc/*/*/*)
 BENCHMARKS := $(wildcard benchmarks/bench_*.py)
 
-.PHONY: help setup demo reproduce test bench sanitize lint clean
+.PHONY: help setup demo reproduce test docs bench sanitize lint clean
 help:
 	@sed -n '1,2p' Makefile
 
@@ -25,7 +25,7 @@ $(VENV)/.torch-installed:
 
 # Editable: Python files are used as they are; a change of the C++ or CUDA sources builds the extension again.
 $(INSTALLED): $(VENV)/.torch-installed $(SOURCES)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[all,dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[all,dev,docs]"
 	@touch $@
 
 demo: $(INSTALLED)
@@ -39,6 +39,10 @@ reproduce: $(INSTALLED)
 # One thread per worker: two workers that each start a thread per core only wait for each other.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=8 --durations=10
+
+# The site, in build/docs: open build/docs/index.html. A warning is an error.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 bench: $(INSTALLED)
 	@set -e; for file in $(BENCHMARKS); do \

@@ -209,6 +209,28 @@ def pairs():
 
 
 @pytest.fixture
+def stand_ins(tmp_path, monkeypatch) -> Path:
+    """The folder that the documents' examples run in, within seconds.
+
+    Names of embedded models mean a tiny random one. The set `demo` and the file `pairs.jsonl` have three pairs of each split of
+    three trained users and two new ones.
+    """
+    from pyargs import data
+    from pyargs.data import demo, synthetic
+    from pyargs.lm import hub
+
+    lm = synthetic.tiny_lm(tmp_path / "cache" / "tiny", layers=1, width=32, heads=2)
+    monkeypatch.setattr(hub, "fetch", lambda name, **_: lm)
+    few = demo.load(max_pairs=3).filter(lambda row: row["user_id"] in ("ada", "ben", "cora", "mia", "noah"))
+    monkeypatch.setattr(demo, "load", lambda: few)
+    folder = tmp_path / "here"
+    folder.mkdir()
+    data.load("demo").to_json(folder / "pairs.jsonl")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
 def trap(tmp_path):
     """Python that leaves a mark when it is run, and whether it was."""
     mark = tmp_path / "mark"

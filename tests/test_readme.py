@@ -1,36 +1,77 @@
-"""The README is a promise: its Python runs, its tree is true."""
+"""The documents are promises: their Python and their commands run, their links lead somewhere, README's tree is true."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
-from pyargs.data import synthetic
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w*)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+NOT_RUN = re.compile(r' title="not run by the tests: [^"]+"')
 
 
-def test_the_ten_lines_run(tmp_path, capsys):
-    """With a tiny random model in place of SmolLM2, and one pass over the pairs."""
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    lm = str(synthetic.tiny_lm(tmp_path / "lm"))
-    code = code.replace('"smollm2-135m"', repr(lm)).replace(
-        "freeze_backbone=True", f"freeze_backbone=True, epochs=1, backbone={lm!r}"
-    )
-    names = {}
-    exec(compile(code, "README.md", "exec"), names)
-    prompt, decoded = names["inputs"]["input_ids"][0], names["tokenizer"].decode
-    answer = decoded(
-        names["policy"].generate(**names["inputs"], max_new_tokens=40)[0][len(prompt) :], skip_special_tokens=True
-    )
-    printed = capsys.readouterr().out
-    assert answer and printed.startswith(f"{answer}\n") and len(printed) > len(answer) + 2  # unguided, then guided
-    assert "What do people like about old trains?" not in printed
-    # The engine of the docs, with the same models.
-    (code,) = re.findall(r"```python\n(engine = .*?)```", (ROOT / "docs/decoding.md").read_text(encoding="utf-8"), re.S)
-    exec(compile(code, "docs/decoding.md", "exec"), names)
-    assert capsys.readouterr().out.endswith(" cancelled\n")
+def blocks(page: str) -> list[tuple[str, str]]:
+    """(language, code) of the blocks of a page that run. One that cannot run says why in its title."""
+    found = []
+    for language, title, code in FENCE.findall((ROOT / page).read_text(encoding="utf-8")):
+        assert language in ("python", "bash", "text", ""), f"{page}: what is {language}?"
+        assert not title or NOT_RUN.fullmatch(title), f"{page}: {title}"
+        if language in ("python", "bash") and not title:
+            found.append((language, code))
+    return found
+
+
+def run_command(words: list[str]) -> int:
+    from experiments.__main__ import main as experiments
+    from pyargs.cli import main as pyargs
+
+    if words[0] == "pyargs":
+        return pyargs(words[1:])
+    assert words[:3] == ["python", "-m", "experiments"], f"{' '.join(words)}: a block that the tests cannot run says why"
+    return experiments(words[3:])
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
+def test_the_blocks_of_a_page_run_one_after_the_other(page, stand_ins, capsys):
+    """With tiny models in place of the embedded ones, and few pairs. The Python of a page is one program."""
+    names = {"__name__": page}
+    for language, code in blocks(page):
+        if language == "python":
+            exec(compile(code, page, "exec"), names)
+            continue
+        for line in code.replace("\\\n", " ").splitlines():
+            if words := shlex.split(line, comments=True):
+                assert run_command(words) == 0, f"{line}\n{capsys.readouterr().err}"
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link into a page can name, as mkdocs and GitHub make it of the headings."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(FENCE, "", page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, "docs/findings/index.md"])
+def test_links_lead_somewhere(page):
+    file = ROOT / page
+    for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(FENCE, "", file.read_text(encoding="utf-8"))):
+        if re.match(r"https?:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (file.parent / path).resolve() if path else file
+        assert target.exists(), f"{page} links to {link}"
+        assert not anchor or anchor in anchors(target), f"{page} links to {link}"
+
+
+def test_every_finding_is_listed():
+    listed = " ".join((ROOT / "docs/findings/index.md").read_text(encoding="utf-8").split())
+    for file in (ROOT / "docs/findings").glob("2*.md"):
+        title = file.read_text(encoding="utf-8").split("\n")[0].removeprefix("# ")
+        assert f"[{title}]({file.name})" in listed, f"docs/findings/index.md does not list {file.name}"
 
 
 def test_the_tree_is_true():
@@ -52,11 +93,3 @@ def test_the_tree_names_every_file_of_lm():
     block = re.search(r"^  lm/ +(what runs a language model.*?)^  \w+/", tree, re.M | re.S)[1]
     for file in (ROOT / "pyargs/lm").glob("[!_]*.py"):
         assert re.search(rf"\b{file.stem}\b", block), f"README does not name pyargs/lm/{file.name}"
-
-
-def test_every_command_of_the_readme_exists():
-    from pyargs.cli import verbs
-
-    blocks = "".join(README.split("```")[1::2])
-    found = re.findall(r"^pyargs (\w+) ", blocks, re.M)
-    assert {"env", "train", "adapt", "tune", "decode", "evaluate"} <= set(found) <= set(verbs())
