@@ -212,8 +212,8 @@ def pairs():
 def stand_ins(tmp_path, monkeypatch) -> Path:
     """The folder that the documents' examples run in, within seconds.
 
-    Names of embedded models mean a tiny random one. The set `demo` and the file `pairs.jsonl` have three pairs of each split of
-    three trained users and two new ones.
+    Names of embedded models mean a tiny random one. The set `demo` and the file `pairs.jsonl` have three pairs of each split,
+    of three trained users and two new ones.
     """
     from pyargs import data
     from pyargs.data import demo, synthetic
