@@ -32,15 +32,19 @@ UNFOLDED = 100
 """Times its size that a .gz which is read in one piece may unfold to (text: 3 to 20)."""
 
 
+TUNED = "tuned.json"
+"""In a model's folder: what `pyargs tune` found for each policy. It says nothing about what the model is."""
+
+
 def sha256(path: str | Path) -> str:
-    """SHA-256 of a file; of a folder, the hash of its files' names and hashes."""
+    """SHA-256 of a file; of a folder, the hash of its files' names and hashes, TUNED left out."""
     path, digest = Path(path), hashlib.sha256()
     if not path.exists():
         settle(path)
     if not path.exists():
         raise PyargsError(f"{path} does not exist")
     if path.is_dir():
-        for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        for file in sorted(p for p in path.rglob("*") if p.is_file() and p.name != TUNED):
             digest.update(f"{file.relative_to(path).as_posix()} {sha256(file)}\n".encode())
         return digest.hexdigest()
     check_regular(path)
@@ -57,6 +61,25 @@ def weights_hash(folder: str | Path) -> str:
         if (folder / name).exists():
             digest.update(sha256(folder / name).encode())
     return digest.hexdigest()
+
+
+def note_tuned(model: str | Path, policy: str, dtype: str, found: dict) -> None:
+    """Writes what was tuned beside the model in this folder; what other policies were tuned to stays."""
+    file = Path(model) / TUNED
+    write_json(file, {**(read_json(file) if file.exists() else {}), f"{policy} {dtype}": found})
+
+
+def noted_tuned(model: str | Path, policy: str, dtype: str) -> dict | None:
+    """What was tuned for this policy and the model as it is now in this folder."""
+    file = Path(model) / TUNED
+    kept = read_json(file).get(f"{policy} {dtype}") if file.exists() else None
+    return kept if kept and kept.get("model") == weights_hash(model) else None
+
+
+def keep_tuned(old: str | Path, new: str | Path) -> None:
+    """A model that is saved again, with other users say, keeps what its weights were tuned to."""
+    if (Path(old) / TUNED).exists() and Path(old).resolve() != Path(new).resolve():
+        write_json(Path(new) / TUNED, read_json(Path(old) / TUNED))
 
 
 def read_tuned(file: str | Path, model: str | Path) -> dict:

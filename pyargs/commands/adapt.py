@@ -23,6 +23,7 @@ def run(args: argparse.Namespace) -> dict:
     from pyargs.data import content_hash, of_split
     from pyargs.lm import hub
     from pyargs.models import load_model
+    from pyargs.models.folder import locate
     from pyargs.training import adapt
 
     rows = of_split(load_data(args), "support")
@@ -39,6 +40,7 @@ def run(args: argparse.Namespace) -> dict:
     model = load_model(args.model, backbone=args.backbone)
     adapt.adapt(model, rows, steps=args.adapt_steps, method=args.method, again=args.again)
     model.save_pretrained(args.out)
+    files.keep_tuned(locate(args.model), args.out)
     if not model.known_users:
         plan["new_users"] = 0  # the same for everyone: nobody had to be added
     return files.record(

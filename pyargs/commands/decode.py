@@ -1,4 +1,4 @@
-"""Answer prompts for their users: pyargs decode MODEL --policy NAME --data ... --tuned FILE --out generations.jsonl."""
+"""Answer prompts for their users: pyargs decode MODEL --policy NAME --data ... --out generations.jsonl."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
     add_backend(parser)
     weight = parser.add_mutually_exclusive_group()
     weight.add_argument("--tuned", help="file of `pyargs tune`: its reward_weight, num_candidates and eos_reward")
+    weight.add_argument("--strength", type=float, help="w in units of the model's reward_std (default: as tuned, else 1)")
     weight.add_argument("--reward-weight", type=float, help="raw w of eq. 1; 0 is the policy alone in the same loop")
     parser.add_argument("--split", default="query", help="whose prompts (default: query)")
     parser.add_argument("--limit", type=positive, help="only the first N prompts")
@@ -49,6 +50,7 @@ def run(args: argparse.Namespace) -> dict:
     from pyargs.decode.pair import load_pair
     from pyargs.errors import PyargsError
     from pyargs.lm import hub
+    from pyargs.models.folder import locate
 
     data = load_data(args)
     rows = of_split(data, args.split)
@@ -58,12 +60,16 @@ def run(args: argparse.Namespace) -> dict:
         raise PyargsError(f"no rows with split '{args.split}' (there are: {', '.join(sorted(set(data['split'])))})")
     weight = args.reward_weight
     if args.tuned:
-        weight = _follow(args, files.read_tuned(args.tuned, args.model))
-    if (weight is None) != bool(args.best_of or args.policy is None):
-        raise PyargsError(
-            "give --tuned or --reward-weight for a model that guides the policy's steps, and neither for --best-of or a model "
-            "that answers by itself"
-        )
+        weight = _follow(args, files.read_tuned(args.tuned, args.model), args.tuned)
+    if args.best_of or args.policy is None:
+        if weight is not None or args.strength is not None:
+            raise PyargsError(
+                "--tuned, --reward-weight and --strength are for a model that guides the policy's steps: leave them out for "
+                "--best-of and for a model that answers by itself"
+            )
+    elif weight is None and args.strength is None:  # what was tuned for this policy stands beside the model
+        tuned = files.noted_tuned(locate(args.model), args.policy, args.dtype)
+        weight = None if tuned is None else _follow(args, tuned, f"{args.model} for {args.policy}")
     policy, model = load_pair(args.policy, args.model, dtype=args.dtype, backbone=args.backbone)
     engine = Engine(
         policy,
@@ -73,6 +79,8 @@ def run(args: argparse.Namespace) -> dict:
         best_of=args.best_of or 0,
         eos_reward=args.eos_reward,
     )
+    if engine.pair.guided and weight is None:
+        weight = engine.raw_weight(args.strength)
     candidates = "all" if args.whole_vocabulary else args.num_candidates
     if candidates is None and weight is not None:
         args.num_candidates = candidates = 10
@@ -135,7 +143,7 @@ def _temperature(args: argparse.Namespace, engine) -> float:
     return check_sampling(True, own if args.temperature is None else args.temperature)
 
 
-def _follow(args: argparse.Namespace, tuned: dict) -> float:
+def _follow(args: argparse.Namespace, tuned: dict, source: str) -> float:
     """The weight, which holds for the settings that it was tuned with: they fill the flags that are not given.
 
     Raises PyargsError where a flag contradicts them.
@@ -146,14 +154,13 @@ def _follow(args: argparse.Namespace, tuned: dict) -> float:
         flag = "--" + name.replace("_", "-")
         if getattr(args, name) not in (None, own):
             raise PyargsError(
-                f"{args.tuned} was tuned with other settings, {flag} {own}: leave {flag} out, tune again, or give "
-                "--reward-weight"
+                f"{source} was tuned with other settings, {flag} {own}: leave {flag} out, tune again, or give --reward-weight"
             )
         if getattr(args, name) is None:
             setattr(args, name, tuned[name])
     if args.whole_vocabulary:
         raise PyargsError(
-            f"{args.tuned} was tuned with --num-candidates {args.num_candidates}: leave --whole-vocabulary out, or give "
+            f"{source} was tuned with --num-candidates {args.num_candidates}: leave --whole-vocabulary out, or give "
             "--reward-weight"
         )
     return tuned["reward_weight"]

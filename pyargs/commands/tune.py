@@ -1,4 +1,7 @@
-"""Choose the reward weight on the seen users' held-out pairs: pyargs tune MODEL --policy NAME --data ... --out FILE."""
+"""Choose the reward weight on the seen users' held-out pairs: pyargs tune MODEL --policy NAME --data ... --out FILE.
+
+What it finds stands beside the model, too, for each policy: `pyargs decode` uses it where no weight is given.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,7 @@ def run(args: argparse.Namespace) -> dict:
     from pyargs.data import content_hash, of_split
     from pyargs.decode.pair import load_pair
     from pyargs.lm import hub
+    from pyargs.models.folder import locate
     from pyargs.tune import BEYOND, STEP, Tuning, engine_for, tune
 
     config = from_args(Tuning, args)
@@ -38,8 +42,11 @@ def run(args: argparse.Namespace) -> dict:
         {"stage": "tune", "policy": args.policy, "dtype": args.dtype, "beyond": [STEP, BEYOND], **settings},
         {"data": content_hash(rows), "model": files.sha256(args.model), "policy": hub.identity(args.policy)},
     )
+    beside = lambda found: files.note_tuned(locate(args.model), args.policy, args.dtype, found)  # noqa: E731
     if done := files.finished(args.out, key):
+        beside(files.read_json(args.out))
         return {**done, "already_done": True}
     chosen = {"model": files.weights_hash(args.model), **tune(engine, rows, config)}
     files.write_json(args.out, chosen)
+    beside(chosen)
     return files.record(args.out, key, **chosen, provenance=files.provenance(config.seed))

@@ -269,6 +269,10 @@ class Engine:
                 "a model has changed since the engine was made (weights, modules or hooks): call engine.refresh()"
             )
 
+    def raw_weight(self, strength: float | None = None) -> float:
+        """The reward_weight that a strength is, 1 by default."""
+        return self.pair.raw_weight(strength, None)
+
     def _unit(self) -> float:
         """reward_std of the model under the policy; measured where it is not known."""
         policy, model = self.pair.policy, self.pair.model

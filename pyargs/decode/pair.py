@@ -138,7 +138,7 @@ class Pair:
         return Request(
             prompt=tuple(ids),
             user=user,
-            reward_weight=self._weight(strength, reward_weight) if self.guided else _nothing(strength, reward_weight),
+            reward_weight=self.raw_weight(strength, reward_weight) if self.guided else _nothing(strength, reward_weight),
             num_candidates=self._candidates(num_candidates),
             max_new_tokens=max_new_tokens,
             temperature=number("temperature", temperature, 0.0),
@@ -162,7 +162,7 @@ class Pair:
         most = min(64, self.vocabulary)
         return whole("num_candidates", min(10, most) if asked is None else asked, 1, most)
 
-    def _weight(self, strength, reward_weight) -> float:
+    def raw_weight(self, strength, reward_weight) -> float:
         """The raw w of a request."""
         if reward_weight is not None:
             if strength is not None:

@@ -101,3 +101,28 @@ def test_flags_of_sampling_are_followed_or_refused(stages, capsys, tmp_path):
     ask("other.jsonl", "--do-sample", "--temperature", "5")
     texts = [[line["text"] for line in files.read_jsonl(tmp_path / f"{name}.jsonl")] for name in ("default", "same", "other")]
     assert texts[0] == texts[1] != texts[2], "a prompt's answer depends on its number, not on the batch"
+
+
+def test_what_was_tuned_stands_beside_the_model_and_is_used_where_no_weight_is_given(stages, capsys, tmp_path):
+    """Argument before tuned before strength 1; the model stays the one that it is."""
+    folder, steps = stages
+    call(capsys, steps["train"])
+    call(capsys, steps["adapt"])
+    model, adapted = steps["tune"][1], steps["decode"][1]
+    to = lambda words, name: [*words[: words.index("--out")], "--out", str(tmp_path / name)]  # noqa: E731
+    words = to(steps["decode"], "a.jsonl")
+    at = words.index("--tuned")
+    bare = [*words[:at], *words[at + 2 :]]
+    unit = call(capsys, bare)["config"]["reward_weight"]
+    assert call(capsys, [*to(bare, "b.jsonl"), "--strength", "3"])["config"]["reward_weight"] == pytest.approx(3 * unit)
+    before = files.sha256(adapted)
+    tuned = call(capsys, to(steps["tune"], "tune.json"))
+    files.keep_tuned(model, adapted)
+    assert files.sha256(adapted) == before and (files.Path(adapted) / files.TUNED).exists()
+    assert call(capsys, to(bare, "c.jsonl"))["config"]["reward_weight"] == tuned["reward_weight"]
+    assert call(capsys, [*to(bare, "d.jsonl"), "--strength", "1"])["config"]["reward_weight"] == pytest.approx(unit)
+    # What was tuned for other weights is nobody's.
+    noted = files.read_json(files.Path(adapted) / files.TUNED)
+    files.write_json(files.Path(adapted) / files.TUNED, {key: {**one, "model": "another's"} for key, one in noted.items()})
+    assert call(capsys, to(bare, "e.jsonl"))["config"]["reward_weight"] == pytest.approx(unit)
+    assert "leave them out" in call(capsys, [*to(bare, "f.jsonl"), "--best-of", "2", "--strength", "1"], expect=1)
