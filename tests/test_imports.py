@@ -55,6 +55,7 @@ TESTED_IN = {
     "pyargs.decode.policy": "decode/test_scorer.py",
     "pyargs.decode.rows": "decode/test_engine.py",
     "pyargs.decode.scheduler": "decode/test_engine.py",
+    "pyargs.decode.steps": "decode/test_engine.py",
     "pyargs.decode.tokenwise": "decode/test_engine.py",
     "pyargs.demo.page": "demo/test_run.py",
     "pyargs.heads": "heads/test_all.py",

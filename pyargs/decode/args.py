@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyargs.decode import reference
 from pyargs.decode.answer import Output
-from pyargs.decode.backends import cpu, cuda_graph, eager
+from pyargs.decode.backends import cpu, eager
 from pyargs.decode.loop import begin, choose
 from pyargs.decode.request import BatchRequest, check
 from pyargs.errors import PyargsError
@@ -88,8 +88,7 @@ def generate(
             stacklevel=2,
         )
         return reference.decode(policy, reward_model, request)
-    decoded = cuda_graph.decode(policy, reward_model, request) if cuda_graph.possible(policy, reward_model) else None
-    return decode(policy, reward_model, request) if decoded is None else decoded
+    return decode(policy, reward_model, request)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from torch import Tensor
 from pyargs.decode import backends, best_of_n, strength
 from pyargs.decode.alone import Alone
 from pyargs.decode.answer import Answer, Event
+from pyargs.decode.backends import cuda_graph
 from pyargs.decode.guided import Guided
 from pyargs.decode.pair import check_pair, load_pair
 from pyargs.decode.request import (
@@ -24,10 +26,12 @@ from pyargs.decode.request import (
     weights,
     whole,
 )
+from pyargs.decode.rows import Choice
 from pyargs.decode.scheduler import Scheduler
+from pyargs.decode.steps import Steps
 from pyargs.decode.tokenwise import Tokenwise
 from pyargs.errors import PyargsError
-from pyargs.lm.structure import Watch, unwrapped
+from pyargs.lm.structure import Watch, asked_backend, unwrapped
 from pyargs.models.reward_model import RewardModel
 from pyargs.models.token_reward import TokenReward
 from pyargs.progress import progress_bar
@@ -66,7 +70,8 @@ class Engine:
     since a head is never trained on the state after a stop token; "state": the reward of that state.
     tokenizer: the policy's, where the policy is given as a model and pyargs has not loaded it.
 
-    A request's answer does not depend on the others, whenever they come and go. Threads may share an engine.
+    A request's answer does not depend on the others, whenever they come and go. Threads may share an engine. With "cuda-graph"
+    events come some steps late, so that nothing waits for the GPU.
     Raises PyargsError where policy and model do not fit each other, or the backend cannot compute them.
     """
 
@@ -94,6 +99,7 @@ class Engine:
         self._tickets: dict[int, _Ticket] = {}
         self._groups: dict[int, best_of_n.Group] = {}
         self._scheduler = Scheduler(self.max_rows)
+        self._events: list[Event] = []  # that `step` has not returned yet
         self.refresh()
 
     # -- asking --------------------------------------------------------------------------------------------------------
@@ -177,7 +183,7 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> list[Event]:
-        """Lets waiting requests in, and chooses the next token of each that is here. Returns what happened to whom.
+        """Lets waiting requests in, and computes the next token of each that is here. Returns what happened to whom.
 
         Raises PyargsError that names `refresh` when a model has changed. A request in which nothing could be chosen ends, and
         whoever asked for it gets the error.
@@ -185,14 +191,18 @@ class Engine:
         with self._lock:
             self._check()
             try:
-                come = [] if self._closed and self._scheduler.here else self._scheduler.admit()
-                if come:
-                    requests = [self._tickets[number].request for number in come]
-                    self._rows.join(requests, max(map(self._places, requests)))
-                return self._advance() if self._scheduler.here else []
+                if self._scheduler.waiting and len(self._scheduler.here) < self.max_rows:
+                    self._read(self._rows.flush())
+                    come = [] if self._closed and self._scheduler.here else self._scheduler.admit()
+                    if come:
+                        self._rows.join([self._tickets[number].request for number in come], self._places())
+                if self._scheduler.here:
+                    self._read(self._next())
             except BaseException as error:
                 self._lose(error)
                 raise
+            events, self._events = self._events, []
+            return events
 
     def cancel(self, number: int) -> None:
         """The request ends with the tokens that it has. Nothing happens where it has ended already."""
@@ -204,6 +214,10 @@ class Engine:
             ticket = self._tickets.get(number)
             if ticket is None or ticket.answer is not None or ticket.error is not None:
                 return
+            if number in self._scheduler.here:
+                self._read(self._rows.flush())
+                if self._done(number):
+                    return
             self._leave([number])
             self._finish(ticket, "cancelled")
             if ticket.events is not None:
@@ -229,9 +243,9 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether a request waits or is being answered."""
+        """Whether a request waits or is being answered, or has events that no `step` has returned."""
         with self._lock:
-            return bool(self._scheduler.here or self._scheduler.waiting)
+            return bool(self._scheduler.here or self._scheduler.waiting or self._events)
 
     def refresh(self) -> None:
         """Takes the models as they are now: chooses the backend anew. Requests that are being answered are cancelled."""
@@ -244,22 +258,24 @@ class Engine:
     # -- what it is made of --------------------------------------------------------------------------------------------
 
     def _made(self):
-        """The rows of these models, on the backend that is chosen for them."""
+        """The steps of these models, on the backend that is chosen for them."""
         pair, models = self.pair, self.pair.language_models()
         # The other backends read ids, and a soft prompt has none.
         asked = "eager" if pair.soft and self._asked == "auto" else self._asked
-        chosen = backends.resolve(asked, *models)
+        headed = pair.model if pair.guided and isinstance(pair.model, RewardModel) else None
+        chosen = backends.resolve(asked, *models, reward_model=headed)
         self.backend, self.reason, self._closed = chosen.name, chosen.reason, not chosen.shared
         log.info("backend %s: %s", chosen.name, chosen.reason)
         room = dict(vocabulary=pair.vocabulary, room=self.max_rows)
         if not pair.guided:
             passes = backends.policy(chosen, pair.policy, self.max_rows, pair.vocabulary)
-            return Alone(passes, device=pair.policy.device, soft=getattr(pair.model, "soft", None), **room)
+            return Steps(Alone(passes, device=pair.policy.device, soft=getattr(pair.model, "soft", None), **room))
         if isinstance(pair.model, TokenReward):
             halves = (backends.policy(chosen, lm, self.max_rows, pair.vocabulary) for lm in models)
-            return Tokenwise(*halves, device=pair.model.device, **room)
+            return Steps(Tokenwise(*halves, device=pair.model.device, **room))
         passes = backends.both(chosen, *models, self.max_rows, pair.vocabulary, 10)
-        return Guided(passes, pair.model, eos_reward=self.eos_reward, **room)
+        rows = Guided(passes, pair.model, eos_reward=self.eos_reward, **room)
+        return cuda_graph.Captured(rows, *models) if chosen.name == "cuda-graph" else Steps(rows)
 
     def _check(self) -> None:
         """Nothing is computed with what a model was before."""
@@ -304,25 +320,39 @@ class Engine:
         full = len(here) + self._scheduler.waiting >= self.max_rows
         return not full or not any(number not in here for number in mine if number in self._tickets)
 
-    def _places(self, request: Request) -> int:
-        return len(request.prompt) + self.pair.soft + request.max_new_tokens + (request.num_candidates or 1)
+    def _places(self) -> int:
+        """Of a cache that the rows that are here need: for the longest answer, and behind it the most candidates of a step."""
+        here = [self._tickets[number].request for number in self._scheduler.here]
+        longest = max(len(one.prompt) + self.pair.soft + one.max_new_tokens for one in here)
+        return longest + max(one.num_candidates or 1 for one in here)
 
-    def _advance(self) -> list[Event]:
-        here = list(self._scheduler.here)
-        choice = self._rows.choose()
+    def _next(self) -> list[Choice]:
+        """One step of the rows that are here. Where it was to be captured and cannot be, the eager passes go on."""
+        try:
+            return self._rows.step()
+        except cuda_graph.Refused as refused:
+            if (asked_backend() or self._asked) == "cuda-graph":
+                raise
+            self.backend, self.reason = "eager", str(refused)
+            warnings.warn(f"backend eager, which is slower: {refused}", stacklevel=4)
+            self._rows = Steps(self._rows.rows)
+            return self._rows.step()
+
+    def _read(self, choices: list[Choice]) -> None:
+        """Notes what was chosen for the requests that are here; those that have ended leave."""
+        self._note_all(choices)
+        if any(map(self._done, self._scheduler.here)):
+            self._note_all(self._rows.flush())
+            self._leave([number for number in self._scheduler.here if self._done(number)])
+
+    def _note_all(self, choices: list[Choice]) -> None:
         events = []
-        chosen = zip(here, *(part.tolist() for part in choice), strict=True)
-        for position, (number, token, slot, reward, spread, finished) in enumerate(chosen):
-            events.append(self._note(self._tickets[number], position, token, slot, reward, spread, finished))
-        events = self._of_callers(events)
-        gone = [number for number in here if self._done(number)]
-        if gone:
-            order = self._scheduler.leave(gone)
-            self._rows.keep(order)
-            choice = choice.take(order)
-        if self._scheduler.here:
-            self._rows.follow(choice)
-        return events
+        for choice in choices:
+            chosen = zip(self._scheduler.here, *(part.tolist() for part in choice), strict=True)
+            for position, (number, token, slot, reward, spread, finished) in enumerate(chosen):
+                if not self._done(number):
+                    events.append(self._note(self._tickets[number], position, token, slot, reward, spread, finished))
+        self._events += self._of_callers(events)
 
     def _note(
         self, ticket: _Ticket, position: int, token: int, slot: int, reward: float, spread: float, finished: bool

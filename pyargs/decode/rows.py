@@ -11,13 +11,16 @@ from torch.nn import functional as F
 
 from pyargs.decode.request import Request, noise
 
-FILL = {"stop": -1}
-"""What stands where a row's own numbers end, if it is not 0."""
+FILL = {"stop": -1, "finished": True}
+"""What stands where a row's own numbers end, and beyond the rows that are here, if it is not 0."""
+WIDTH = 64
+"""The noise is as wide as a multiple of it, so that its buffer seldom grows."""
 
 
 class Rows:
     """Buffers [room, ...] by name. `rows["weight"]` is the first `width` of them: the rows that are here, at the positions
-    0, 1, ... without a gap. A captured step sets `width` to the rows that it was captured with.
+    0, 1, ... without a gap. A captured step sets `width` to the rows that it is captured with; those beyond the ones that are
+    here have finished.
     """
 
     def __init__(self, room: int):
@@ -57,6 +60,8 @@ class Rows:
                 for kept in self.buffers.values():
                     kept[to] = kept[source]
         self.count = self.width = len(order)
+        if "finished" in self:
+            self.buffers["finished"][self.count :] = True
 
 
 def of_requests(requests: Sequence[Request], device) -> dict[str, Tensor]:
@@ -72,7 +77,7 @@ def of_requests(requests: Sequence[Request], device) -> dict[str, Tensor]:
         "temperature": put([one.temperature for one in requests], torch.float32),
         "limit": put([one.max_new_tokens for one in requests], torch.long),
         "stop": put([[*one.stop, *[-1] * (stops - len(one.stop))] for one in requests], torch.long).view(len(requests), stops),
-        "noise": torch.stack([noise(one, steps) for one in requests]).to(device)
+        "noise": torch.stack([noise(one, -(-steps // WIDTH) * WIDTH) for one in requests]).to(device)
         if sampled
         else put([[0.0]] * len(requests), None),
         "step": put([0] * len(requests), torch.long),

@@ -238,13 +238,14 @@ class RowCache(Cache):
 
     config: of the model; room: the most rows; capacity: places of each row, for its prompt, what follows, and the branches
     behind that. The rows that are here stand at the positions 0, 1, ... without a gap. `lengths` are those of their prefixes
-    on the host, `length` int64 [room] the same on the device. With `captured` a pass looks at all places, so that it is the
-    same whatever the lengths are, and the host does not follow them: `lengths` is set by whoever knows them.
+    on the host, `length` int64 [room] the same on the device, 0 beyond. With `captured`, a number of rows, a pass is one of so
+    many rows and looks at all places, so that it is the same whatever the lengths are, and the host does not follow them:
+    `lengths` is set by whoever knows them.
     """
 
     def __init__(self, config, room: int, capacity: int, device):
         super().__init__(layers=[RowLayer(room, capacity) for _ in range(config.num_hidden_layers)])
-        self.room, self.capacity, self.captured = room, capacity, False
+        self.room, self.capacity, self.captured = room, capacity, 0
         self.lengths: list[int] = []
         self.length = torch.zeros(room, dtype=torch.long, device=device)
         self._place = torch.arange(capacity, device=device)
@@ -270,7 +271,7 @@ class RowCache(Cache):
 
     @property
     def width(self) -> int:
-        """Rows of a pass: those that are here, or with `captured` as many as there is room for."""
+        """Rows of a pass."""
         return self.captured or len(self.lengths)
 
     @property
@@ -315,6 +316,7 @@ class RowCache(Cache):
                         layer.keys[to].copy_(layer.keys[source])
                         layer.values[to].copy_(layer.values[source])
                 self.length[to] = self.length[source]
+        self.length[len(order) :] = 0
         self.lengths = [self.lengths[source] for source in order]
 
     def reserve(self, capacity: int) -> None:

@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from company import check_company, play, wishes
 from conftest import reward_model, tiny_lm
 from decoding import USERS, pair_in_float32, prompts, shared_pair
 from hypothesis import given, settings
@@ -18,63 +19,6 @@ from pyargs.decode.engine import Engine
 from pyargs.errors import PyargsError, UnknownUser
 from pyargs.models.token_reward import TokenReward
 from pyargs.models.user_policy import UserPolicy
-
-STOPS = [(), (1,), (1, 7, 9, 11, 13, 20, 21, 30, 31, 40, 41, 50, 51)]
-
-
-@st.composite
-def wishes(draw, most: int = 6):
-    """Requests: (prompt, user, more for `submit`, the step in which it comes, that in which it is cancelled or None)."""
-    seed = draw(st.integers(0, 99))
-    lengths = draw(st.lists(st.integers(1, 9), min_size=1, max_size=most))
-    found = []
-    for i, prompt in enumerate(prompts(lengths, seed)):
-        more = dict(
-            reward_weight=draw(st.sampled_from([0.0, 0.3, 1.5, 4.0])),
-            num_candidates=draw(st.sampled_from([1, 2, 5, 7])),
-            max_new_tokens=draw(st.integers(1, 9)),
-            temperature=draw(st.sampled_from([0.0, 0.0, 0.7, 2.0])),
-            top_p=draw(st.sampled_from([1.0, 1.0, 0.4])),
-            min_p=draw(st.sampled_from([0.0, 0.0, 0.5])),
-            stop=draw(st.sampled_from(STOPS)),
-            seed=draw(st.integers(0, 9)),
-        )
-        when = draw(st.integers(0, 5))
-        found.append((prompt, USERS[(seed + i) % 3], more, when, draw(st.sampled_from([None, None, when + 1, when + 3]))))
-    return found
-
-
-def play(engine, requests):
-    """Answers to requests that come and go as they say."""
-    numbers, step = {}, 0
-    while len(numbers) < len(requests) or engine.busy:
-        for i, (prompt, user, more, when, _) in enumerate(requests):
-            if when == step:
-                numbers[i] = engine.submit(prompt, user, **more)
-        for i, (*_, gone) in enumerate(requests):
-            if gone == step and i in numbers:
-                engine.cancel(numbers[i])
-        engine.step()
-        step += 1
-    return [engine.answer(numbers[i]) for i in range(len(requests))]
-
-
-def check_company(make, requests, room, exact=False):
-    """Each answer is what the same request gets alone, as far as it went."""
-    together = play(make(room), requests)
-    for (prompt, user, more, _, gone), got in zip(requests, together, strict=True):
-        alone = make(1)
-        number = alone.submit(prompt, user, **more)
-        while alone.busy:
-            alone.step()
-        want = alone.answer(number)
-        n = len(got.tokens)
-        assert got.tokens == want.tokens[:n] and got.slots == want.slots[:n]
-        if exact:
-            assert got.rewards == want.rewards[:n] and got.spreads == want.spreads[:n]
-        if gone is None:
-            assert (got.tokens, got.finish_reason) == (want.tokens, want.finish_reason)
-        assert got.finish_reason in ("stop", "length", "cancelled")
 
 
 @settings(max_examples=25, deadline=None)
@@ -100,11 +44,11 @@ def test_one_pass_for_policy_and_lora_is_two_passes(requests, room):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(eager.MOST_ROWS, "cpu", 1000)
         engine = Engine(policy, model, max_rows=room, backend="eager")
-        assert type(engine._rows.passes) is eager.Shared
+        assert type(engine._rows.rows.passes) is eager.Shared
         together = play(engine, requests)
         patch.setitem(eager.MOST_ROWS, "cpu", 0)
         other = Engine(policy, model, max_rows=room, backend="eager")
-        assert type(other._rows.passes) is not eager.Shared
+        assert type(other._rows.rows.passes) is not eager.Shared
         assert [one.tokens for one in play(other, requests)] == [one.tokens for one in together]
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import warnings
 from typing import NamedTuple
 
-from pyargs.decode.backends import copies, cpu, eager
+from pyargs.decode.backends import copies, cpu, cuda_graph, eager
 from pyargs.decode.guided import Two
 from pyargs.errors import PyargsError
 from pyargs.lm.cache import can_branch
@@ -23,8 +23,10 @@ class Backend(NamedTuple):
     shared: bool = True
 
 
-def resolve(asked: str, *models) -> Backend:
+def resolve(asked: str, *models, reward_model=None) -> Backend:
     """The backend for language models (of policy and reward model). PYARGS_BACKEND overrides `asked`.
+
+    reward_model: the RewardModel that guides, where one does.
 
     Raises PyargsError for an unknown name, and for one that cannot compute these models, with the reason.
     """
@@ -41,8 +43,14 @@ def resolve(asked: str, *models) -> Backend:
             raise PyargsError(f"backend='cpu' cannot compute this: {why}. Take backend='eager', or 'auto'")
     else:
         why = "it was asked for"
-    if asked == "cuda-graph":
-        raise PyargsError("backend='cuda-graph' needs policy and reward model on one GPU: take backend='auto'")
+    if asked in ("auto", "cuda-graph"):
+        refused = cuda_graph.refusal(reward_model, *models)
+        if refused is None:
+            return Backend("cuda-graph", "policy and reward model are on one GPU: a step is captured and replayed")
+        if asked == "cuda-graph":
+            raise PyargsError(f"backend='cuda-graph' cannot compute this: {refused}. Take backend='eager', or 'auto'")
+        if any(model.device.type == "cuda" for model in models):
+            why = f"{why}; not captured: {refused}"
     if not as_written(*models):
         return Backend("eager", f"{why}; hooks or replaced modules: each candidate behind a copy of the cache", False)
     if not all(map(can_branch, models)):
@@ -73,6 +81,6 @@ def both(backend: Backend, lm, backbone, room: int, vocabulary: int, k: int):
     """Passes of a policy and a reward model, in one where they rest on the same weights and that is faster."""
     if backend.name == "cpu" and cpu.shares(lm, backbone):
         return cpu.Shared(lm, backbone, room, vocabulary)
-    if backend.name == "eager" and backend.shared and eager.shares(lm, backbone, room, k):
+    if backend.name != "cpu" and backend.shared and eager.shares(lm, backbone, room, k):
         return eager.Shared(lm, backbone, room)
     return Two(policy(backend, lm, room, vocabulary), scorer(backend, backbone, room))

@@ -1,168 +1,202 @@
-"""ARGS on a GPU: the whole step as one CUDA graph, replayed without a word from the host.
+"""ARGS on a GPU: a whole step as one CUDA graph, replayed without a word from the host.
 
-A graph has fixed shapes and addresses. So the rows and the caches' places are rounded up (a batch of 5 runs as one of 8, the
-rows too many finished from the start), lengths and counters are tensors on the device, and what a step hands to the next is
-copied back to where it came from. NOT YET RUN ON A GPU: the tests record the operators of a step and replay those.
+A graph has fixed shapes and addresses. So it is captured for a number of rows (1, 2, 4, ... up to the room), of which those
+beyond the rows that are here have finished. It looks at all places of the caches. What a row brings lies in buffers that stay
+where they are: rows come and go, and users too, without a new capture. The host reads what a step chose some steps later.
+NOT YET RUN ON A GPU: the tests record the operators of a step and replay those.
 """
 
 from __future__ import annotations
 
 import threading
-import warnings
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from functools import partial
-from weakref import WeakKeyDictionary, WeakSet, ref
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from pyargs.decode.answer import Output
-from pyargs.decode.backends import eager
-from pyargs.decode.backends.eager import OnePass, TwoPasses
-from pyargs.decode.loop import State, begin, choose
-from pyargs.decode.request import BatchRequest
-from pyargs.heads import Folded
-from pyargs.lm.cache import PrefixCache
+from pyargs.decode.guided import Guided
+from pyargs.decode.request import Request
+from pyargs.decode.rows import Choice
+from pyargs.errors import PyargsError
+from pyargs.lm.cache import can_branch
 from pyargs.lm.fused_modules import few_launches
-from pyargs.lm.structure import contents, may_replace, structure
-from pyargs.models.reward_model import RewardModel
-from pyargs.types import Decoded
+from pyargs.lm.structure import as_written, contents, structure
 
+CHUNK = 4
+"""Steps until a choice is read: by then it has arrived, and the host has launched the next ones."""
 PLACES = 256
-"""The caches' capacity is a multiple of it."""
-KEPT = 4
-"""Recordings of one reward model; each holds caches and a graph, and the one not used for longest makes room."""
+"""The caches' capacity is a multiple of it, so that they seldom grow: a graph knows where they lie."""
+KEPT = 6
+"""Recordings of an engine; the one that was not used for longest makes room."""
 TRIALS = 2
 """Steps before the capture: libraries set themselves up in their first calls, which a capture forbids."""
+WRITTEN = ("logits", "so_far", "total", "step", "finished")
+"""The buffers that a step writes."""
 
-
-@dataclass
-class Recording:
-    """The buffers that a captured step reads and writes, and `replay`, which runs it on them.
-
-    policy is a weak reference: a recording is no use to another policy, whose weights may lie where this one's lay. models:
-    what policy, backbone and head were, attributes and all, whose numbers a graph keeps.
-    """
-
-    policy: ref
-    models: list[dict]
-    request: BatchRequest
-    output: Output
-    state: State
-    caches: tuple[PrefixCache, ...]
-    folded: Folded
-    replay: Callable[[], object] | None = None
-
-
-recordings: WeakKeyDictionary[RewardModel, dict[tuple, Recording]] = WeakKeyDictionary()
-refused: WeakKeyDictionary[RewardModel, WeakSet] = WeakKeyDictionary()  # the policies with which a capture failed
 _capturing = threading.Lock()
 
 
-def possible(policy, reward_model: RewardModel) -> bool:
-    """Whether a captured step is worth trying: both models on one GPU, and no attempt of theirs has failed."""
-    if not may_replace(policy, reward_model.backbone, reward_model.head):
-        return False
-    devices = {policy.device, reward_model.device, reward_model.backbone.device}
-    return len(devices) == 1 and devices.pop().type == "cuda" and policy not in refused.get(reward_model, ())
+class Refused(PyargsError):
+    """A step cannot be captured. The rows are as they were before it."""
 
 
-@torch.no_grad()
-def decode(policy, reward_model: RewardModel, request: BatchRequest) -> Decoded | None:
-    """As `pyargs.decode.args.decode`, through a captured step; None, with a warning, where these models allow none."""
-    device, k = request.user.device, request.num_candidates
-    rows = 1 << (len(request.user) - 1).bit_length()
-    places = request.input_ids.shape[1] + request.max_new_tokens + TRIALS + k
-    places = -(-places // PLACES) * PLACES
-    way = eager.of(policy, reward_model, rows, k)
-    wide = _widened(request, rows, places)
-    finished = torch.arange(rows, device=device) >= len(request.user)
-    kept = recordings.setdefault(reward_model, {})
-    key = _key(policy, reward_model, way, wide, places)
+class Recording(NamedTuple):
+    """replay: computes the step. chosen float64 [5, bucket]: where it writes its Choice. features: of the head when it was
+    captured; here so that their memory stays."""
 
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        recording = kept.pop(key, None)  # while in use it is nobody else's
-        models = [structure(part) for part in (policy, reward_model.backbone, reward_model.head)]
-        if recording is None or recording.policy() is not policy or recording.models != models:
-            while len(kept) >= KEPT:
-                kept.pop(next(iter(kept)), None)
-            try:
-                recording = _record(policy, reward_model, way, wide, finished, places)
-            except torch.cuda.OutOfMemoryError:
-                if not kept:
-                    raise
-                kept.clear()  # their caches make room
-                torch.cuda.empty_cache()
-                recording = _record(policy, reward_model, way, wide, finished, places)
-            if recording is None:
-                return None
-        folded = reward_model.head.fold(wide.user)
-        _start(way(policy, reward_model, recording.caches), wide, folded, finished, recording)
+    replay: Callable[[], object]
+    chosen: Tensor
+    features: Callable
+
+
+def refusal(reward_model, *models) -> str | None:
+    """Why steps of these language models are not captured; None where it is tried. reward_model: what guides them, if any."""
+    devices = {part.device for part in (*models, reward_model) if part is not None}
+    if len(devices) > 1 or devices.pop().type != "cuda":
+        return "policy and reward model are not on one GPU"
+    if reward_model is None:
+        return "only a step that a RewardModel guides is captured so far"
+    if not as_written(*models, reward_model.head):
+        return "hooks or replaced modules"
+    if not all(map(can_branch, models)):
+        return "candidates cannot share a prefix"
+    return None
+
+
+class Captured:
+    """The steps of `rows`, which have eager passes, as replays of captured ones, with the functions of `decode.steps.Steps`.
+    Choices are read CHUNK steps later. models: the language models of policy and reward model."""
+
+    def __init__(self, rows: Guided, *models):
+        self.rows, self.models = rows, models
+        self.recordings: dict[tuple, Recording] = {}
+        self._now: Recording | None = None  # the one for the rows that are here
+        self._memory: list | None = None
+        self._flying: deque[Callable[[], Tensor]] = deque()
+        self._taken: list[int] = []  # steps of each row that is here
+        self._made_for = self._structures()
+
+    def join(self, requests: Sequence[Request], capacity: int) -> None:
+        self.rows.join(requests, -(-capacity // PLACES) * PLACES)
+        self._taken += [0] * len(requests)
+        self._now = None
+
+    def step(self) -> list[Choice]:
+        """Raises Refused where the step cannot be captured."""
+        if self._now is None:
+            self._now = self._recording()
+        self._now.replay()
+        self._flying.append(_on_its_way(self._now.chosen))
+        self._taken = [steps + 1 for steps in self._taken]
+        ended = any(steps >= one.max_new_tokens for steps, one in zip(self._taken, self.rows.requests, strict=True))
+        return self._read(0 if ended else CHUNK)
+
+    def flush(self) -> list[Choice]:
+        return self._read(0)
+
+    def keep(self, order: Sequence[int]) -> None:
+        self.rows.keep(order)
+        self._taken = [self._taken[position] for position in order]
+        self._now = None
+
+    def current(self) -> bool:
+        """Reads the head's weights."""
         try:
-            for step in range(request.max_new_tokens):
-                recording.replay()
-                if recording.output.stop(request, step, recording.state.finished):
-                    break
-            return recording.output.decoded(request, recording.state.finished)
-        finally:
-            kept[key] = recording
+            return self._structures() == self._made_for
+        except PyargsError:  # a hook, or a function in the place of another
+            return False
 
+    def _read(self, left: int) -> list[Choice]:
+        """The choices that are on their way, but for the last `left`; waits for them."""
+        found, count = [], len(self._taken)
+        while len(self._flying) > left:
+            token, slot, reward, spread, finished = self._flying.popleft()()[:, :count]
+            choice = Choice(token.long(), slot.long(), reward.float(), spread.float(), finished.bool())
+            found.append(choice)
+            for cache in self.rows.passes.caches:  # what was followed on the device
+                times = len(cache.lengths) // count
+                going = (~choice.finished).repeat_interleave(times).tolist()
+                cache.lengths = [length + more for length, more in zip(cache.lengths, going, strict=True)]
+        return found
 
-def _record(policy, reward_model: RewardModel, way: type, request: BatchRequest, finished: Tensor, places: int):
-    """A Recording of the step for requests like this one; None, with a warning, where it cannot be captured."""
-    device = request.user.device
-    caches = way.caches(policy, reward_model, len(finished), places)
-    both = way(policy, reward_model, caches)
-    folded = Folded(*(_cloned(part) for part in reward_model.head.fold(request.user)))
-    state = State(*(tensor.clone() for tensor in begin(both, folded, request, finished)))
-    for cache in caches:
-        cache.count_on_device()
-    output = Output(len(finished), places, device)
-    models = [structure(part) for part in (policy, reward_model.backbone, reward_model.head)]
-    recording = Recording(ref(policy), models, request, output, state, caches, folded)
-    step = partial(_step, both, recording)
-    with _capturing, few_launches(policy.get_decoder(), reward_model.backbone):
+    def _recording(self) -> Recording:
+        """That of the rows that are here, captured where there is none."""
+        rows = self.rows
+        if (memory := self._places()) != self._memory:  # what is recorded reads elsewhere
+            self._memory = memory
+            self.recordings.clear()
+        bucket = min(1 << (len(self._taken) - 1).bit_length(), rows.rows.room)
+        key = bucket, rows.most, rows.filtered, rows.sampled
+        found = self.recordings.pop(key, None)
+        if found is None:
+            while len(self.recordings) >= KEPT:
+                del self.recordings[next(iter(self.recordings))]
+            found = self._record(bucket)
+        self.recordings[key] = found  # the one used last stands last
+        return found
+
+    def _places(self) -> list:
+        """Where a step reads what is no weight. Users are in the buffers: their table may move."""
+        caches = self.rows.passes.caches
+        states = [states for cache in caches for layer in cache.layers for states in (layer.keys, layer.values)]
+        memory = [*self.rows.rows.buffers.values(), *states, *(cache.length for cache in caches)]
+        return [(one.data_ptr(), one.shape) for one in memory]
+
+    def _structures(self) -> tuple:
+        """What a recording keeps of the models besides the place of their weights. Of the head also their numbers: folding may
+        make others of them."""
+        head = self.rows.head
+        shape = {name: described for name, described in structure(head).items() if not name.startswith(".users")}
+        weights = [one for name, one in head.state_dict(keep_vars=True).items() if not name.startswith("users.")]
+        return [structure(model) for model in self.models], shape, contents(weights)
+
+    def _record(self, bucket: int) -> Recording:
+        """Captures the step for so many rows. All have finished meanwhile, so that those in the middle of an answer stay as
+        they are: what a step writes for such rows is put back, or lies behind their prefixes."""
         try:
-            recording.replay = capture(step, device)
+            return self._try_to_record(bucket)
+        except torch.cuda.OutOfMemoryError:
+            if not self.recordings:
+                raise
+            self.recordings.clear()  # their memory makes room
+            torch.cuda.empty_cache()
+            return self._try_to_record(bucket)
+
+    def _try_to_record(self, bucket: int) -> Recording:
+        guided, rows, caches = self.rows, self.rows.rows, self.rows.passes.caches
+        chosen = torch.zeros(len(Choice._fields), bucket, dtype=torch.float64, device=guided.device)
+        policy, backbone = self.models
+
+        def step() -> None:
+            choice = guided.choose()
+            guided.follow(choice, ~choice.finished)
+            chosen.copy_(torch.stack([part.double() for part in choice]))
+
+        before = {name: rows.buffers[name].clone() for name in WRITTEN}
+        try:
+            rows.width = bucket
+            rows.buffers["finished"].fill_(True)
+            for cache in caches:
+                cache.captured = bucket * (cache.room // rows.room)
+            on_device = torch.cuda.device(guided.device) if guided.device.type == "cuda" else nullcontext()
+            with on_device, _capturing, few_launches(policy.get_decoder(), backbone):
+                return Recording(capture(step, guided.device), chosen, guided.features)
         except torch.cuda.OutOfMemoryError:
             raise
         except RuntimeError as error:  # what CUDA says of a call that a capture forbids, such as a read by the host
-            refused.setdefault(reward_model, WeakSet()).add(policy)
-            warnings.warn(
-                f"a decoding step of {type(policy).__name__} and {type(reward_model.backbone).__name__} cannot be "
-                f"captured as a CUDA graph: each is launched kernel by kernel, which is slower ({error})",
-                stacklevel=6,
-            )
-            return None
-    return recording
-
-
-def _start(both: TwoPasses | OnePass, request: BatchRequest, folded: Folded, finished: Tensor, recording: Recording) -> None:
-    """Puts a request and its users into the buffers, its prompts read."""
-    for name in ("weight", "stop", "uniform"):
-        if (tensor := getattr(recording.request, name)) is not None:
-            tensor.copy_(getattr(request, name))
-    for kept, new in zip(recording.folded, folded, strict=True):
-        if isinstance(kept, Tensor):
-            kept.copy_(new)
-    for kept, new in zip(recording.state, begin(both, recording.folded, request, finished), strict=True):
-        kept.copy_(new)
-    for cache in recording.caches:
-        cache.count_on_device()
-    recording.output.restart()
-
-
-def _cloned(part):
-    return part.clone() if isinstance(part, Tensor) else part
-
-
-def _step(both: TwoPasses | OnePass, recording: Recording) -> None:
-    state, token, slot = choose(both, recording.folded, recording.request, recording.output, recording.state)
-    for kept, new in zip(recording.state, state._replace(logits=both.follow(token, slot, state.finished)), strict=True):
-        kept.copy_(new)
+            raise Refused(
+                f"a decoding step of {type(policy).__name__} and {type(backbone).__name__} cannot be captured as a CUDA graph "
+                f"({error}): take backend='eager', or 'auto'"
+            ) from error
+        finally:
+            rows.width = rows.count
+            for name, value in before.items():
+                rows.buffers[name].copy_(value)
+            for cache in caches:
+                cache.captured = 0
 
 
 def capture(step: Callable[[], None], device: torch.device) -> Callable[[], object]:
@@ -172,60 +206,31 @@ def capture(step: Callable[[], None], device: torch.device) -> Callable[[], obje
     apart.wait_stream(now)
     waits = torch.cuda.get_sync_debug_mode()
     with torch.cuda.stream(apart):
-        step()
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            step()
+            torch.cuda.set_sync_debug_mode("error")
             for _ in range(TRIALS - 1):
                 step()
         finally:
             torch.cuda.set_sync_debug_mode(waits)
+            now.wait_stream(apart)
         with torch.cuda.graph(graph, stream=apart, capture_error_mode="thread_local"):
             step()
     now.wait_stream(apart)
     return graph.replay
 
 
-def _widened(request: BatchRequest, rows: int, steps: int) -> BatchRequest:
-    """The request with so many rows, those beyond its own like the first, and noise for so many steps; all in new memory."""
-    row = torch.arange(rows, device="cpu")
-    row = row.where(row < len(request.user), 0)
+def _on_its_way(values: Tensor) -> Callable[[], Tensor]:
+    """Starts a copy to the host, behind what is being computed; what is returned waits for it."""
+    if not values.is_cuda:
+        copy = values.clone()
+        return lambda: copy
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    arrived = torch.cuda.current_stream(values.device).record_event()
 
-    def take(tensor: Tensor) -> Tensor:
-        return tensor[row.to(tensor.device)]
+    def read() -> Tensor:
+        arrived.synchronize()
+        return host
 
-    uniform = request.uniform
-    if uniform is not None:
-        uniform = F.pad(take(uniform.T), (0, steps - len(uniform))).T.contiguous()
-    return replace(
-        request,
-        input_ids=take(request.input_ids),
-        attention_mask=take(request.attention_mask),
-        user=take(request.user),
-        weight=take(request.weight),
-        stop=request.stop.clone(),
-        uniform=uniform,
-        token_callback=None,
-    )
-
-
-def _key(policy, reward_model: RewardModel, way: type, request: BatchRequest, places: int) -> tuple:
-    """What a recording is for. Weights may change where they lie, but not those that the head folds: these are read. Users are
-    in the buffers: they may come, go and change, and their table may move."""
-    numbers = (
-        len(request.user),
-        places,
-        len(request.stop),
-        request.num_candidates,
-        request.pad_id,
-        request.vocabulary,
-        request.eos_reward,
-        request.prefix_mean,
-        request.temperature,
-        request.uniform is None,
-    )
-    models = policy, reward_model.backbone
-    head = [part for name, part in reward_model.head.state_dict(keep_vars=True).items() if not name.startswith("users.")]
-    own = tuple((name, value.shape[1:]) for name, value in reward_model.users.vectors.items())
-    weights = tuple(t.data_ptr() for model in models for t in (*model.parameters(), *model.buffers()))
-    places = tuple((t.data_ptr(), t.shape) for t in head)
-    return way, numbers, weights, places, own, tuple(contents(head))
+    return read

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import gc
+import threading
+import types
 import warnings
-import weakref
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import replay
 import torch
+from company import check_company, wishes
 from conftest import FULL_ATTENTION, reward_model, tiny_lm
-from decoding import USERS, arguments, plain, prompts, requests, same, shared_pair
+from decoding import USERS, prompts, shared_pair
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import pyargs
-from pyargs.decode.answer import CHUNK, Output
-from pyargs.decode.backends import cuda_graph
-from pyargs.decode.request import check
+from pyargs.decode.backends import cuda_graph, eager
+from pyargs.decode.engine import Engine
 from pyargs.errors import PyargsError
 from pyargs.heads import distance, latent, linear, mlp, user_mlp
 from pyargs.lm import lora
-from pyargs.lm.tokenize import left_pad
+from pyargs.lm.structure import as_written
+from pyargs.models.token_reward import TokenReward
 from pyargs.types import Users
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WEIGHTS = ["own", "shared", "shared lora"]
 
 
 def vectors(**shapes) -> Users:
@@ -44,94 +45,132 @@ HEADS = {
 cuda = pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
 
 
+def refusal_on_a_cpu(reward_model, *models) -> str | None:
+    return None if reward_model is not None and as_written(*models) else "hooks, or no RewardModel"
+
+
 @pytest.fixture(autouse=True, scope="module")
 def without_a_gpu():
     with pytest.MonkeyPatch.context() as patch:
         if DEVICE == "cpu":
             patch.setattr(cuda_graph, "capture", replay.capture)
+            patch.setattr(cuda_graph, "refusal", refusal_on_a_cpu)
         yield
 
 
-def recorded(policy, model, rows, users, **changes):
-    ids, mask = left_pad(rows, pad_id=1)
-    policy, model = policy.to(DEVICE), model.to(DEVICE)
-    decoded = cuda_graph.decode(policy, model, check(policy, model, ids, mask, users, **arguments(**changes)))
-    assert decoded is not None
-    return decoded
+def captured(policy, model, room=4, **more) -> Engine:
+    engine = Engine(policy.to(DEVICE), model.to(DEVICE), max_rows=room, **dict(backend="cuda-graph") | more)
+    assert engine.backend == "cuda-graph"
+    return engine
+
+
+def recordings(engine: Engine) -> list:
+    return list(engine._rows.recordings.values())
+
+
+def ask(engine: Engine, lengths=(4, 2, 7), users=USERS, **more) -> list[tuple]:
+    """Tokens, slots and rewards of all answers."""
+    more = dict(reward_weight=2.0, num_candidates=5, max_new_tokens=9) | more
+    answers = engine.generate(prompts(lengths), list(users)[: len(lengths)], **more)
+    return [(one.tokens, one.slots, one.rewards) for one in answers]
+
+
+def plain(policy, model, **more) -> list[tuple]:
+    found = ask(Engine(policy, model, backend="eager", **more.pop("engine", {})), **more)
+    return [(tokens, slots, pytest.approx(rewards, abs=2e-5, rel=2e-5)) for tokens, slots, rewards in found]
 
 
 @settings(max_examples=25, deadline=None)
-@given(request=requests(most=6))
-def test_like_the_reference(request):
-    *batch, changes = request
-    same(recorded(*batch, **changes), plain(*batch, **changes))
+@given(
+    wishes(),
+    st.sampled_from(["linear", "mlp", "personal mlp"]),
+    st.sampled_from(WEIGHTS),
+    st.integers(0, 9),
+    st.integers(1, 6),
+)
+def test_rows_in_any_company_are_those_of_eager_passes(requests, head, weights, seed, room):
+    """They come and go, are cancelled, and differ in all that a request can ask; caches and buffers grow."""
+    policy, model = shared_pair(weights, head, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (cuda_graph, eager):
+            patch.setattr(module, "PLACES", 4)
+        check_company(
+            lambda room: captured(policy, model, room),
+            requests,
+            room,
+            alone=lambda room: Engine(policy, model, max_rows=room, backend="eager"),
+        )
 
 
 @pytest.mark.parametrize("family", FULL_ATTENTION)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_families_and_attention(family, attention):
     policy, model = tiny_lm(family, attention=attention), reward_model(tiny_lm(family, seed=5, attention=attention))
-    rows = prompts([4, 1, 9])
-    want = plain(tiny_lm(family), reward_model(tiny_lm(family, seed=5)), rows, USERS)
-    same(recorded(policy, model, rows, USERS), want)
+    want = plain(tiny_lm(family), reward_model(tiny_lm(family, seed=5)))
+    assert ask(captured(policy, model)) == want
     assert policy.config._attn_implementation == attention
 
 
-def test_token_averages():
+@pytest.mark.parametrize("eos_reward", ["before", "state"])
+def test_token_averages_and_rewards_of_stop_tokens(eos_reward):
     policy, model = tiny_lm(), reward_model(tiny_lm(seed=3), head="mlp", pool="mean", step_reward="prefix_mean")
-    changes = dict(reward_weight=20.0, eos_token_id=[])
-    same(recorded(policy, model, prompts([5]), ["x"], **changes), plain(policy, model, prompts([5]), ["x"], **changes))
+    more = dict(reward_weight=20.0, stop=list(range(1, 20)), max_new_tokens=20)
+    want = plain(policy, model, engine=dict(eos_reward=eos_reward), **more)
+    assert ask(captured(policy, model, eos_reward=eos_reward), **more) == want
 
 
-def test_a_recording_serves_other_prompts_users_weights_and_noise():
+def test_a_recording_serves_other_prompts_users_weights_temperatures_and_noise():
     policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
-    asked = [
-        ([4, 2, 7], USERS, dict(reward_weight=2.0, seed=1)),
-        ([1, 9, 3, 3], ["cid", "cid", "ann", "bob"], dict(reward_weight=[0.0, 1.0, 2.0, 3.0], seed=2)),
-        ([30, 2, 5], ["bob"] * 3, dict(reward_weight=0.5, seed=3, max_new_tokens=5)),
-    ]
-    for lengths, users, changes in asked:
-        rows = prompts(lengths, 7)
-        changes["do_sample"] = True
-        same(recorded(policy, model, rows, users, **changes), plain(policy, model, rows, users, **changes))
-    assert len(cuda_graph.recordings[model]) == 1
+    engine, seen = captured(policy, model), []
+    for more in (
+        dict(reward_weight=2.0, seed=1, temperature=0.1),
+        dict(reward_weight=[0.0, 1.0, 2.0], seed=2, temperature=1.0, users=["cid", "cid", "ann"]),
+        dict(lengths=[30, 2, 5], reward_weight=0.5, seed=3, temperature=50.0, max_new_tokens=5, stop=[7]),
+    ):
+        assert ask(engine, **more) == plain(policy, model, **more)
+        seen.append([id(one) for one in recordings(engine)])
+    assert seen[0][:1] == seen[1][:1] and all(set(seen[0]) <= set(other) for other in seen[1:])
 
 
-def test_recordings_are_few_and_go_with_their_model():
+def test_rows_are_captured_in_few_numbers():
     policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
-    for k in range(1, cuda_graph.KEPT + 3):
-        recorded(policy, model, prompts([4]), ["ann"], num_candidates=k, max_new_tokens=2)
-    assert len(cuda_graph.recordings[model]) == cuda_graph.KEPT
-    before = len(cuda_graph.recordings)
-    del model
-    gc.collect()
-    assert len(cuda_graph.recordings) < before
+    engine = captured(policy, model, 5)
+    for count in range(1, 6):
+        lengths = [4, 2, 7, 1, 5][:count]
+        more = dict(lengths=lengths, users=[USERS[i % 3] for i in range(count)], stop=[])
+        assert ask(engine, **more) == plain(policy, model, **more)
+    assert sorted({key[0] for key in engine._rows.recordings}) == [1, 2, 4, 5]
 
 
-def test_a_changed_head_is_recorded_anew_and_changed_weights_are_seen():
+def test_recordings_are_few_and_the_one_used_last_is_kept():
     policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
-    rows = prompts([4, 2])
-    recorded(policy, model, rows, USERS[:2])
-    with torch.no_grad():
-        model.head.directions.mul_(-2.0)
-        policy.lm_head.weight.mul_(0.7)
-    same(recorded(policy, model, rows, USERS[:2]), plain(policy, model, rows, USERS[:2]))
+    engine = captured(policy, model)
+    run = lambda k: ask(engine, [4], ["ann"], num_candidates=k, max_new_tokens=2)  # noqa: E731
+    run(1)
+    (hot,) = recordings(engine)
+    for k in range(2, cuda_graph.KEPT + 4):
+        run(k)
+        run(1)
+    assert len(recordings(engine)) == cuda_graph.KEPT and any(one is hot for one in recordings(engine))
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_users_come_go_and_change_without_a_new_recording(head):
     policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
-    model.head = HEADS[head]()
-    rows, changes = prompts([4, 2]), dict(reward_weight=5.0)
+    model.head = HEADS[head]().to(DEVICE)
+    engine = captured(policy, model)
 
     def agree(*users):
-        same(recorded(policy, model, rows, users, **changes), plain(policy, model, rows, users, **changes))
-        return len(cuda_graph.recordings[model]), id(next(iter(cuda_graph.recordings[model].values())))
+        more = dict(lengths=[4, 2], users=users, reward_weight=5.0, stop=[])
+        assert ask(engine, **more) == plain(policy, model, **more)
+        return [id(one) for one in recordings(engine)]
 
     first = agree("ann", "bob")
     if model.users.personal:
-        new = {name: torch.randn(1, *value.shape[1:]) for name, value in model.users.vectors.items()}
+        running = engine.submit(prompts([3])[0], "cid", reward_weight=1.0, max_new_tokens=30)
+        new = {name: torch.randn(1, *value.shape[1:], device=DEVICE) for name, value in model.users.vectors.items()}
         model.users.append(["dan"], **new)
+        engine.cancel(running)
         assert agree("dan", "ann") == first
         model.users.remove(["ann"])
         assert agree("dan", "cid") == first
@@ -140,74 +179,199 @@ def test_users_come_go_and_change_without_a_new_recording(head):
     assert agree("dan", "cid") == first
 
 
-def test_what_a_recording_keeps_of_head_and_modules_is_looked_at():
-    """Numbers that were written to through `data`, and attributes that are no tensors."""
+def test_buffers_and_caches_that_grew_are_recorded_anew(monkeypatch):
     policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
-    rows, seen = prompts([4, 2]), []
+    for module in (cuda_graph, eager):
+        monkeypatch.setattr(module, "PLACES", 4)
+    engine, seen = captured(policy, model), set()
+    for more in (dict(), dict(lengths=[20, 3, 4]), dict(stop=[3, 4, 5, 6]), dict(temperature=1.0, seed=1), dict()):
+        assert ask(engine, **more) == plain(policy, model, **more)
+        seen.add(id(recordings(engine)[-1].chosen))
+    assert len(seen) == 5
 
-    def agree():
-        got = recorded(policy, model, rows, USERS[:2], reward_weight=2.0)
-        same(got, plain(policy, model, rows, USERS[:2], reward_weight=2.0))
-        seen.append(got.rewards.tolist())
 
-    agree()
-    model.head.directions.data[0, 0] += 5.0
-    agree()
-    model.head.divisor = 3.0
-    agree()
-    model.backbone.layers[0].self_attn.scaling = 2.0
-    agree()
-    policy.model.layers[1].mlp.act_fn = torch.nn.Tanh()
-    agree()
-    assert all(one != other for one, other in zip(seen, seen[1:], strict=False))
-    policy.model.layers[1].register_forward_hook(lambda *a: None)
-    assert not cuda_graph.possible(policy, model)
+def test_a_small_request_leaves_room_for_the_candidates_of_others(monkeypatch):
+    """Each row of a step has the candidates of the one that asks for most."""
+    policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
+    for module in (cuda_graph, eager):
+        monkeypatch.setattr(module, "PLACES", 1)
+    wanted = [
+        (prompts([9])[0], "ann", dict(reward_weight=1.0, num_candidates=1, max_new_tokens=12, stop=[]), 0, None),
+        (prompts([1])[0], "bob", dict(reward_weight=1.0, num_candidates=40, max_new_tokens=3, stop=[]), 9, None),
+    ]
+    check_company(lambda room: captured(policy, model, room), wanted, 2)
+    check_company(lambda room: Engine(policy, model, max_rows=room, backend="eager"), wanted, 2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda policy, model: policy.lm_head.weight.detach().mul_(0.7),
+        lambda policy, model: model.head.directions.data.mul_(2.0),
+        lambda policy, model: setattr(model.head, "divisor", 3.0),
+        lambda policy, model: setattr(model.backbone.layers[0].self_attn, "scaling", 2.0),
+        lambda policy, model: setattr(policy.model.layers[1].mlp, "act_fn", torch.nn.Tanh()),
+        lambda policy, model: lora.layers_of(model.backbone)[0].scaling.update(default=9.0),
+    ],
+)
+def test_what_a_recording_keeps_of_the_models_is_looked_at(change):
+    policy, model = shared_pair("shared lora", "linear", 0)
+    engine = captured(policy, model)
+    ask(engine)
+    change(policy, model)
+    with pytest.raises(PyargsError, match=r"engine\.refresh\(\)"):
+        ask(engine)
+    engine.refresh()
+    assert ask(engine) == plain(policy, model)
+
+
+def test_a_hook_is_called_after_refresh():
+    policy, model = shared_pair("own", "linear", 0)
+    engine, seen = captured(policy, model, backend="auto"), []
+    want = ask(engine)
+    policy.model.layers[1].register_forward_hook(lambda *a: seen.append(1))
+    with pytest.raises(PyargsError, match=r"engine\.refresh\(\)"):
+        ask(engine)
+    engine.refresh()
+    assert [one[:2] for one in ask(engine)] == [one[:2] for one in want]
+    assert seen and engine.backend == "eager" and "hooks" in engine.reason
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_a_capture_leaves_running_rows_as_they_are(weights):
+    policy, model = shared_pair(weights, "linear", 1)
+    engine = captured(policy, model)
+    for prompt in prompts([4, 6]):
+        engine.submit(prompt, "ann", reward_weight=1.0, max_new_tokens=20, stop=[])
+    for _ in range(3):
+        engine.step()
+    steps = engine._rows
+    choices = steps.flush()
+    assert len(choices) == 3
+    guided, caches = steps.rows, steps.rows.passes.caches
+
+    def state():
+        kept = [buffer.clone() for buffer in guided.rows.buffers.values()]
+        prefixes = [
+            states[row, :, :length].clone()
+            for cache in caches
+            for row, length in enumerate(cache.lengths)
+            for layer in cache.layers
+            for states in (layer.keys, layer.values)
+        ]
+        return [*kept, *prefixes, *(cache.length.clone() for cache in caches)]
+
+    before = state()
+    steps._record(4)
+    assert all(torch.equal(one, other) for one, other in zip(before, state(), strict=True))
+    for cache in caches:  # prompt, and the three tokens that were followed
+        assert cache.lengths == cache.length[: len(cache.lengths)].tolist()
+        assert sorted(set(cache.lengths)) == [7, 9] and not cache.captured
 
 
 @pytest.mark.parametrize("where", ["policy", "reward"])
-def test_what_is_not_a_number_raises_and_leaves_nothing_behind(where):
+def test_what_is_not_a_number_ends_its_row_and_leaves_nothing_behind(where):
     policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
-    rows, users = prompts([4, 2, 3]), USERS
-    want = plain(policy, model, rows, users)
-    broken = policy.lm_head if where == "policy" else model.backbone.norm
-    sound = broken.weight.detach().clone()
-    recorded(policy, model, rows, users)
-    broken.weight.data[...] = float("nan")
-    with pytest.raises(PyargsError, match=r"not numbers in row\(s\) \[0, 1, 2\]"):
-        recorded(policy, model, rows, users)
-    broken.weight.data[...] = sound
-    same(recorded(policy, model, rows, users), want)  # in the same caches
+    want = plain(policy, model, lengths=[4, 2], stop=[])
+    engine = captured(policy, model)
+    model.users.append(["nan"], mixture=torch.full((1, 3), torch.nan))
+    unused = min(set(range(2, 61)) - {token for tokens, *_ in want for token in tokens} - {*sum(prompts([4, 2]), [])})
+    if where == "policy":
+        policy.get_input_embeddings().weight.data[unused] = torch.nan
+    bad = engine.submit([unused], "ann" if where == "policy" else "nan", reward_weight=2.0)
+    assert ask(engine, [4, 2], stop=[]) == want
+    with pytest.raises(PyargsError, match=r"not numbers in row"):
+        engine.answer(bad)
+    assert ask(engine, [4, 2], stop=[]) == want  # in the same places
+    assert not engine.busy
 
 
-def test_steps_after_the_last_stop_write_padding_only(monkeypatch):
+def test_a_weight_that_overflows_is_an_error():
     policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
-    rows, changes = prompts([2, 6, 4]), dict(eos_token_id=list(range(1, 40)), pad_token_id=50, max_new_tokens=40)
-    want = plain(policy, model, rows, USERS, **changes)
-    seen = []
-    real = Output.__init__
-    monkeypatch.setattr(Output, "__init__", lambda self, *a: (real(self, *a), setattr(self, "late", True))[0])
-    same(recorded(policy, model, rows, USERS, **changes, token_callback=lambda t: seen.append(t.tolist())), want)
-    last = int(want.lengths.max())  # index of the last stop token
-    assert last + 1 < len(seen) <= last + 1 + 2 * CHUNK
-    assert all(tokens == [50, 50, 50] for tokens in seen[last + 1 :])
+    model.head.directions.data *= 1e4
+    with pytest.raises(PyargsError, match=r"beyond float32: .* lower reward_weight"):
+        ask(captured(policy, model), reward_weight=3e38)
 
 
-def test_a_step_that_cannot_be_captured_falls_back_with_one_warning(monkeypatch):
+def test_choices_are_read_some_steps_later_and_at_once_where_a_row_reaches_its_length():
     policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
-    ids, mask = left_pad(prompts([4, 2]), pad_id=1)
+    engine = captured(policy, model)
+    long = engine.submit(prompts([4])[0], "ann", reward_weight=1.0, max_new_tokens=12, stop=[])
+    short = engine.submit(prompts([3])[0], "bob", reward_weight=1.0, max_new_tokens=6, stop=[])
+    events = [engine.step() for _ in range(6)]
+    assert [len(several) for several in events] == [0, 0, 0, 0, 2, 10]
+    assert engine.answer(short).finish_reason == "length"
+    engine.step()
+    engine.cancel(long)  # with what was computed of it
+    assert engine.busy and [event.number for event in engine.step()] == [long]
+    assert not engine.busy and len(engine.answer(long).tokens) == 7
 
-    def forbidden(*_):
+
+def test_steps_after_a_stop_are_padding():
+    policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
+    more = dict(stop=list(range(1, 40)), max_new_tokens=40)
+    engine = captured(policy, model)
+    assert ask(engine, **more) == plain(policy, model, **more)
+    for prompt in prompts([2, 6]):
+        engine.submit(prompt, "ann", reward_weight=1.0, **more)
+    steps = 0
+    while engine.busy:
+        events = engine.step()
+        steps += 1
+    assert events[-1].answer.finish_reason == "stop"
+    assert steps <= max(len(event.answer.tokens) for event in events if event.answer) + 1 + cuda_graph.CHUNK
+
+
+def test_streams_of_several_threads_are_the_answers():
+    policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
+    rows, users = prompts([3, 8, 1, 5]), [*USERS, "ann"]
+    want = [
+        one.tokens
+        for one in Engine(policy, model, backend="eager").generate(rows, users, reward_weight=2.0, max_new_tokens=12)
+    ]
+    engine, found = captured(policy, model, 3), {}
+
+    def listen(i: int) -> None:
+        more = dict(reward_weight=2.0, max_new_tokens=12)
+        *_, last = engine.stream(rows[i], users[i], **more)
+        found[i] = last.answer.tokens
+
+    threads = [threading.Thread(target=listen, args=(i,)) for i in range(len(rows))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[i] for i in range(len(rows))] == want
+
+
+def test_a_step_that_cannot_be_captured_falls_back_aloud(monkeypatch):
+    policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
+    want = plain(policy, model)
+
+    def forbidden(step, device):
+        step()
         raise RuntimeError("operation not permitted when stream is capturing")
 
+    engine = captured(policy, model, backend="auto")
+    running = engine.submit(prompts([5])[0], "bob", reward_weight=2.0, max_new_tokens=30, stop=[])
+    engine.step()
     monkeypatch.setattr(cuda_graph, "capture", forbidden)
-    monkeypatch.setattr(cuda_graph, "possible", lambda policy, model: model not in cuda_graph.refused)
     with pytest.warns(UserWarning, match="cannot be captured.*not permitted") as caught:
-        got = pyargs.generate(policy, model, ids, mask, USERS[:2], **arguments())
-    assert len(caught) == 1
-    same(got, plain(policy, model, prompts([4, 2]), USERS[:2]))
+        assert ask(engine) == want
+    assert len(caught) == 1 and engine.backend == "eager" and "not permitted" in engine.reason
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        same(pyargs.generate(policy, model, ids, mask, USERS[:2], **arguments()), got)
+        assert ask(engine) == want
+    while engine.busy:
+        engine.step()
+    answer = engine.answer(running)
+    (alone,) = Engine(policy, model, backend="eager").generate(
+        prompts([5]), ["bob"], reward_weight=2.0, max_new_tokens=30, stop=[]
+    )
+    assert answer.tokens == alone.tokens and answer.backend == "eager"
+    with pytest.raises(PyargsError, match="cannot be captured"):
+        ask(captured(policy, model))
 
 
 class Launches(TorchDispatchMode):
@@ -236,7 +400,7 @@ def launches(layers: int, monkeypatch) -> int:
         return step
 
     monkeypatch.setattr(cuda_graph, "capture", counting)
-    recorded(policy, reward_model(policy), prompts([4, 1]), USERS[:2])
+    ask(captured(policy, reward_model(policy)), [4, 1], max_new_tokens=1)
     return counted.count
 
 
@@ -251,119 +415,68 @@ def test_models_are_as_before_a_recording():
     policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
     x = torch.tensor([[3, 4, 5]], device=DEVICE)
     before = policy.to(DEVICE)(x).logits
-    recorded(policy, model, prompts([4]), ["ann"])
+    ask(captured(policy, model))
     assert torch.equal(policy(x).logits, before) and "forward" not in vars(policy.model.norm)
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("weights", ["own", "shared", "shared lora"])
+@pytest.mark.parametrize("weights", WEIGHTS)
 def test_a_graph_reads_no_memory_that_was_freed(head, weights, monkeypatch):
     policy, model = shared_pair(weights, "linear", 1)
-    model.head = HEADS[head]()
-    found: list[replay.Recorder] = []
+    model.head = HEADS[head]().to(DEVICE)
+    engine, found = captured(policy, model), []
     monkeypatch.setattr(cuda_graph, "capture", lambda step, device: replay.freed(step, device, found))
-    cuda_graph.decode(policy, model, request_for(policy, model))
-    assert len(found[0].foreign) > 20 and replay.dead(found[0]) == []
+    ask(engine)
+    ask(engine, lengths=[5, 1, 2], users=["cid", "bob", "bob"])
+    assert len(found) == len(recordings(engine))
+    for recorder in found:
+        assert len(recorder.foreign) > 20 and replay.dead(recorder) == []
 
 
-def request_for(policy, model, **changes):
-    ids, mask = left_pad(prompts([4, 2, 3]), pad_id=1)
-    return check(policy, model, ids, mask, USERS, **arguments(**changes))
+def test_what_is_not_captured_is_said(monkeypatch):
+    on_gpu = types.SimpleNamespace(device=torch.device("cuda", 0))
+    on_cpu = types.SimpleNamespace(device=torch.device("cpu"))
+    monkeypatch.undo()
+    refusal = REFUSAL
+    assert "one GPU" in refusal(None, on_cpu) and "one GPU" in refusal(on_cpu, on_gpu, on_gpu)
+    assert "RewardModel" in refusal(None, on_gpu)
+    monkeypatch.setattr(cuda_graph, "refusal", lambda *models: "of some reason")
+    policy = tiny_lm()
+    for model in (None, TokenReward(tiny_lm(seed=3), None), reward_model(tiny_lm(seed=3))):
+        assert Engine(policy, model).backend == "eager"
+        with pytest.raises(PyargsError, match="of some reason"):
+            Engine(policy, model, backend="cuda-graph")
 
 
-def test_threads_do_not_share_a_recording():
-    policy, model = (part.to(DEVICE) for part in (tiny_lm(), reward_model(tiny_lm(seed=3))))
-    asked = [(prompts([n, 3], n), [USERS[n % 3], "ann"]) for n in range(1, 9)]
-    wanted = [plain(policy, model, *one).tokens.tolist() for one in asked]
-    if DEVICE == "cuda":
-        pytest.skip("a capture in one thread forbids synchronous calls in others")
-    with ThreadPoolExecutor(4) as threads:
-        got = list(threads.map(lambda one: recorded(policy, model, *one).tokens.tolist(), asked * 3))
-    assert got == wanted * 3
-
-
-def test_a_callback_may_decode_with_the_same_model():
-    policy, model = (part.to(DEVICE) for part in (tiny_lm(), reward_model(tiny_lm(seed=3))))
-    rows, inner = prompts([4, 2]), []
-    want, other = plain(policy, model, rows, USERS[:2]), plain(policy, model, prompts([5, 5]), USERS[1:])
-    callback = lambda _: inner.append(recorded(policy, model, prompts([5, 5]), USERS[1:]))  # noqa: E731
-    same(recorded(policy, model, rows, USERS[:2], token_callback=callback), want)
-    for one in inner:
-        same(one, other)
-
-
-def test_what_a_recording_is_for():
-    """Whatever changes the tokens and is not in the buffers makes another recording."""
-    policy, model = shared_pair("shared lora", "linear", 0)
-    rows = prompts([4, 2])
-
-    def agree(policy=policy, **changes):
-        got = recorded(policy, model, rows, USERS[:2], **changes)
-        same(got, plain(policy, model, rows, USERS[:2], **changes))
-        return got.tokens.tolist()
-
-    first = agree(num_candidates=3)
-    assert agree(num_candidates=3, pad_token_id=50, eos_token_id=list(range(1, 40))) != first
-    assert agree(num_candidates=3, eos_reward="state", eos_token_id=list(range(1, 40)))
-    one, two = (agree(num_candidates=3, do_sample=True, temperature=t) for t in (0.1, 50.0))
-    assert one != two
-    with lora.disabled(model.backbone):
-        agree(num_candidates=3)
-    for layer in lora.layers_of(model.backbone):
-        layer.scaling["default"] *= -3.0
-    agree(num_candidates=3)
-    other = tiny_lm("llama", seed=0).to(DEVICE)  # shares its weights with the first, but turns its keys otherwise
-    for name, parameter in policy.named_parameters():
-        other.get_parameter(name).data = parameter.data
-    other.model.rotary_emb.inv_freq = other.model.rotary_emb.inv_freq * 0.1
-    agree(other, num_candidates=3)
-
-
-def test_a_recording_ends_with_its_policy():
-    model, rows = reward_model(tiny_lm(seed=3)), prompts([4, 2])
-    for seed in (7, 8):
-        policy = tiny_lm(seed=seed)
-        same(recorded(policy, model, rows, USERS[:2]), plain(policy, model, rows, USERS[:2]))
-        alive = weakref.ref(policy)
-        del policy
-        gc.collect()
-        if DEVICE == "cuda":
-            assert alive() is None
-
-
-def test_the_recording_used_last_is_kept():
-    policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
-    run = lambda k: recorded(policy, model, prompts([4]), ["ann"], num_candidates=k, max_new_tokens=2)  # noqa: E731
-    run(1)
-    hot = next(iter(cuda_graph.recordings[model].values()))
-    for k in range(2, cuda_graph.KEPT + 4):
-        run(k)
-        run(1)
-    assert any(one is hot for one in cuda_graph.recordings[model].values())
+REFUSAL = cuda_graph.refusal  # that of the module, not the fixture's
 
 
 @cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("weights", ["own", "shared", "shared lora"])
+@pytest.mark.parametrize("weights", WEIGHTS)
 def test_generate_on_a_gpu_replays_without_a_warning(weights, dtype):
     policy, model = shared_pair(weights, "linear", 1)
-    policy, model = policy.to("cuda", dtype), model.to("cuda", dtype)
-    ids, mask = left_pad(prompts([4, 1, 9]), pad_id=1)
+    engine = captured(policy.to("cuda", dtype), model.to("cuda", dtype), backend="auto")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        one, two = (pyargs.generate(policy, model, ids.cuda(), mask.cuda(), USERS, **arguments()) for _ in range(2))
-    assert torch.equal(one.tokens, two.tokens) and len(cuda_graph.recordings[model]) == 1
+        one = ask(engine)
+        count = len(recordings(engine))
+        assert ask(engine) == one and len(recordings(engine)) == count
 
 
 @cuda
 def test_a_refused_capture_leaves_the_gpu_usable(monkeypatch):
     policy, model = (part.to(DEVICE) for part in (tiny_lm(), reward_model(tiny_lm(seed=3))))
-    real = cuda_graph.choose
-    monkeypatch.setattr(cuda_graph, "choose", lambda *a: (real(*a), torch.ones(1, device="cuda").item())[0])
-    with pytest.warns(UserWarning, match="cannot be captured"):
-        assert cuda_graph.decode(policy, model, request_for(policy, model)) is None
-    monkeypatch.setattr(cuda_graph, "choose", real)
+    want = plain(policy, model)
+    real = cuda_graph.Guided.choose
+    monkeypatch.setattr(
+        cuda_graph.Guided,
+        "choose",
+        lambda self: (real(self), torch.ones(1, device="cuda").item() if self.rows.width else 0)[0],
+    )
+    with pytest.raises(PyargsError, match="cannot be captured"):
+        ask(captured(policy, model))
+    monkeypatch.setattr(cuda_graph.Guided, "choose", real)
     torch.randn(3, device="cuda").sum().item()
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
-    cuda_graph.refused.clear()
-    same(recorded(policy, model, prompts([4]), ["ann"]), plain(policy, model, prompts([4]), ["ann"]))
+    assert ask(captured(policy, model)) == want

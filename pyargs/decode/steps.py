@@ -1,0 +1,46 @@
+"""Steps of rows that come and go, each read before the next one is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pyargs.decode.request import Request
+from pyargs.decode.rows import Choice
+
+
+class Steps:
+    """The steps of `rows` (a Guided, Tokenwise or Alone). `backends.cuda_graph.Captured` has the same functions."""
+
+    def __init__(self, rows):
+        self.rows, self.last = rows, None
+
+    def join(self, requests: Sequence[Request], capacity: int) -> None:
+        """Rows come in behind those that are here. capacity: places that the longest of all needs, its answer and the most
+        candidates of a step included. `flush` comes first."""
+        self._follow()
+        self.rows.join(requests, capacity)
+
+    def step(self) -> list[Choice]:
+        """Computes the next token of each row that is here. Returns the choices, of this step or of some before, that have
+        arrived, in order. What they say of a row after its end is padding."""
+        self._follow()
+        self.last = self.rows.choose()
+        return [self.last]
+
+    def flush(self) -> list[Choice]:
+        """Waits for the choices that have not been read."""
+        return []
+
+    def keep(self, order: Sequence[int]) -> None:
+        """The rows at these positions stay, in this order. `flush` comes first."""
+        self.rows.keep(order)
+        self.last = None if self.last is None or not order else self.last.take(order)
+
+    def current(self) -> bool:
+        """Whether the models are those that the steps were made for. May read all weights."""
+        return self.rows.current()
+
+    def _follow(self) -> None:
+        last, self.last = self.last, None
+        if last is not None:
+            self.rows.follow(last)
