@@ -4,8 +4,9 @@
 
 For each size, k = 10, bfloat16, prompts of 256 tokens, ms per step (prefill is not counted):
 
-  own          pyargs, the reward model with weights of its own: two passes in one graph
-  shared       pyargs, the reward model being LoRA on the policy's weights: one pass
+  own          Engine(backend="cuda-graph"), the reward model with weights of its own: two passes in one graph
+  shared       the same, the reward model being LoRA on the policy's weights: one pass
+  eager        Engine(backend="eager") with the models of `own`
   greedy       our own captured step of the policy alone: what `shared` is compared with
   generate     greedy `generate` of the policy, transformers
   reference    the pure PyTorch loop with k copies of the cache, eager
@@ -15,6 +16,7 @@ For each size, k = 10, bfloat16, prompts of 256 tokens, ms per step (prefill is 
 that the policy's favourite wins in about half of the steps; `top-1` says in how many. Every row of a batch is another user;
 `own` and `shared` are medians over five prompts with two users each.
 --dry-run: a tiny model, on a CPU where there is no GPU; what needs a graph then runs uncaptured.
+All times of a step are the difference of a long and a short run, over the steps between.
 """
 
 from __future__ import annotations
@@ -27,7 +29,6 @@ import warnings
 from pathlib import Path
 
 import torch
-from bench_decode import Clock
 from gpu_kernels import copy_rate
 from gpu_results import add
 from timing import hardware, hardware_line, table
@@ -36,10 +37,10 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from pyargs.decode import reference
 from pyargs.decode.backends import cuda_graph, eager
-from pyargs.decode.request import check
+from pyargs.decode.engine import Engine
+from pyargs.decode.request import Request
 from pyargs.heads import linear
 from pyargs.lm import lora
-from pyargs.lm.cache import PrefixCache, cache_name
 from pyargs.lm.fused_modules import few_launches
 from pyargs.models.reward_model import RewardModel
 from pyargs.ops import topk_logprobs
@@ -118,78 +119,62 @@ def weight_bytes(*models) -> int:
     return sum(found.values())
 
 
-def request(policy, model, ids: Tensor, steps: int, weight: float, clock=None):
-    return check(
-        policy, model, ids, None, USERS[: len(ids)], reward_weight=weight, num_candidates=K, max_new_tokens=steps,
-        eos_token_id=[], pad_token_id=0, do_sample=False, temperature=1.0, seed=0, eos_reward="before", tokenizer=None,
-        token_callback=clock,
-    )  # fmt: skip
+def answers(engine: Engine, ids: Tensor, steps: int, weight: float, user: int = 0) -> list:
+    """Of so many tokens each; another user for each row, beginning with this one."""
+    users = [USERS[(user + row) % len(USERS)] for row in range(len(ids))]
+    return engine.generate(
+        ids.tolist(), users, reward_weight=weight, num_candidates=K, max_new_tokens=steps, temperature=0.0, stop=[]
+    )
 
 
-def guided(policy, model, asked):
-    """The recorded step; fails where it cannot be recorded rather than measuring something else."""
-    decoded = cuda_graph.decode(policy, model, asked)
-    if decoded is None:
-        raise RuntimeError("the step was not captured")
-    return decoded
+def favourites(found: list) -> float:
+    """The share of steps in which the policy's favourite won."""
+    return statistics.mean(slot == 0 for one in found for slot in one.slots)
 
 
-def balanced_weight(policy, model, batches: list[Tensor]) -> float:
+def balanced_weight(engine: Engine, batches: list[Tensor]) -> float:
     """The reward weight at which the policy's favourite wins in about half of the steps."""
     tried = {}
     for weight in (0.001 * 2**i for i in range(16)):
-        slots = torch.cat([guided(policy, model, request(policy, model, ids, 16, weight)).slots for ids in batches[:3]])
-        tried[weight] = abs((slots == 0).float().mean().item() - 0.5)
+        tried[weight] = abs(statistics.mean(favourites(answers(engine, ids, 16, weight)) for ids in batches[:3]) - 0.5)
     return min(tried, key=tried.get)
 
 
-def ours(policy, model, batches: list[Tensor], steps: int, weight: float) -> tuple[float, float]:
-    """(seconds of a step, share of steps that the policy's favourite won): the difference of a long and a short run, median
-    over all prompts, each for two users."""
-
-    def run(ids: Tensor, n: int, user: int):
-        asked = request(policy, model, ids, n, weight)
-        asked.user = (asked.user + user) % len(USERS)
-        decoded = []
-        return _seconds(lambda: decoded.append(guided(policy, model, asked))), decoded[0].slots
-
+def ours(engine: Engine, batches: list[Tensor], steps: int, weight: float) -> tuple[float, float]:
+    """(seconds of a step, share of steps that the policy's favourite won), median over all prompts, each for two users."""
+    answers(engine, batches[0], steps, weight)  # captures, with the caches as large as they get
     seconds, shares = [], []
     for ids in batches:
         for user in (0, 1):
-            (long, slots), (short, _) = run(ids, steps, user), run(ids, steps // 4, user)
-            seconds.append((long - short) / (steps - steps // 4))
-            shares.append((slots == 0).float().mean().item())
+            seconds.append(step_of(lambda n, ids=ids, user=user: answers(engine, ids, n, weight, user), steps))
+            shares.append(favourites(answers(engine, ids, steps, weight, user)))
     return statistics.median(seconds), statistics.mean(shares)
 
 
 def greedy(policy, ids: Tensor, steps: int) -> float:
     """Seconds of a captured step of the policy alone: one pass over the last token, the best token, the cache."""
     rows, length = ids.shape
-    places = -(-(length + steps + 2) // cuda_graph.PLACES) * cuda_graph.PLACES
-    cache = PrefixCache(policy.config, rows, places, ids.device)
-    cache.begin(torch.ones_like(ids))
-    positions = torch.arange(length, device=ids.device).expand(rows, -1)
-    cached = {cache_name(policy): cache}
-    logits = policy(input_ids=ids, position_ids=positions, logits_to_keep=1, **cached).logits[:, -1].clone()
-    cache.advance(length)
-    cache.count_on_device()
+    half = eager.Policy(policy, rows)
+    places = length + steps + cuda_graph.TRIALS + 1
+    logits = half.join(ids.tolist(), -(-places // cuda_graph.PLACES) * cuda_graph.PLACES).clone()
+    half.cache.captured = rows
 
     def step() -> None:
-        token = topk_logprobs(logits, 1)[1]
-        logits.copy_(
-            policy(
-                input_ids=token,
-                attention_mask=cache.branches(1),
-                position_ids=cache.position,
-                logits_to_keep=1,
-                **cached,
-            ).logits[:, -1]
-        )
-        cache.advance(1)
+        logits.copy_(half.advance(topk_logprobs(logits, 1)[1].squeeze(1)))
 
     with few_launches(policy.get_decoder()):
         replay = cuda_graph.capture(step, ids.device)
     return _seconds(lambda: [replay() for _ in range(steps)]) / steps
+
+
+def step_of(run, steps: int) -> float:
+    """Seconds of a step of run(steps)."""
+    return (_seconds(lambda: run(steps)) - _seconds(lambda: run(steps // 4))) / (steps - steps // 4)
+
+
+def clocked(run, steps: int) -> float:
+    run(steps)
+    return statistics.median(step_of(run, steps) for _ in range(3))
 
 
 def _seconds(fn) -> float:
@@ -201,12 +186,8 @@ def _seconds(fn) -> float:
     return time.perf_counter() - start
 
 
-def clocked(fn) -> float:
-    fn(Clock())
-    clocks = [Clock() for _ in range(3)]
-    for clock in clocks:
-        fn(clock)
-    return statistics.median(clock.step() for clock in clocks)
+def backend(device: str) -> str:
+    return "cuda-graph" if device == "cuda" else "eager"
 
 
 @torch.no_grad()
@@ -228,37 +209,43 @@ def compare(
     ids = prompts[0]
     one, two = weight_bytes(policy), weight_bytes(policy) + weight_bytes(own.backbone)
     rows = [{"way": "greedy", "seconds": greedy(policy, ids, steps), "bytes": one}]
-    for way, model in (("own", own), ("shared", shared)):
-        weight = balanced_weight(policy, model, prompts)
-        second, top = ours(policy, model, prompts, steps, weight)
-        passes_ = eager.of(policy, model, len(ids), K)
+    weight = {}
+    for way, model, name in (
+        ("own", own, backend(ids.device.type)),
+        ("shared", shared, backend(ids.device.type)),
+        ("eager", own, "eager"),
+    ):
+        engine = Engine(policy, model, backend=name, max_rows=len(ids))
+        weight[way] = weight["own"] if way == "eager" else balanced_weight(engine, prompts)
+        second, top = ours(engine, prompts[:1] if way == "eager" else prompts, steps, weight[way])
+        together = eager.shares(policy, model.backbone, len(ids), K)
         rows.append(
             {
                 "way": way,
                 "seconds": second,
-                "bytes": one if passes_ is eager.OnePass else two,
+                "bytes": one if together else two,
                 "top-1": top,
-                "passes": passes_.__name__,
-                "RM KV MB": _reward_memory(policy, model, ids, weight),
-                "reward_weight": weight,
+                "passes": 1 if together else 2,
+                "RM KV MB": _reward_memory(model, ids),
+                "reward_weight": weight[way],
             }
         )
 
-    def generate(clock):
-        return policy.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=steps, do_sample=False, stopping_criteria=[clock]
-        )
+    def generate(n: int):
+        return policy.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False)
 
-    def loop(clock):
-        return reference.decode(policy, own, request(policy, own, ids, steps // 2, rows[1]["reward_weight"], clock))
+    def loop(n: int):
+        wish = dict(reward_weight=weight["own"], num_candidates=K, max_new_tokens=n)
+        asked = zip(ids.tolist(), USERS, strict=False)
+        return reference.answers(policy, own, [Request(tuple(prompt), user, **wish) for prompt, user in asked])
 
-    rows.append({"way": "generate", "seconds": clocked(generate), "bytes": one})
-    rows.append({"way": "reference", "seconds": clocked(loop), "bytes": two})
+    rows.append({"way": "generate", "seconds": clocked(generate, steps), "bytes": one})
+    rows.append({"way": "reference", "seconds": clocked(loop, steps // 2), "bytes": two})
     if compiled:
         for model in (policy, own.backbone):
             model.forward = torch.compile(model.forward, dynamic=True)
         try:
-            rows.append({"way": "compiled", "seconds": clocked(loop), "bytes": two})
+            rows.append({"way": "compiled", "seconds": clocked(loop, steps // 2), "bytes": two})
         except Exception as error:  # whatever the compiler raises belongs into the report
             print(f"torch.compile of the reference failed: {type(error).__name__}: {str(error)[:300]}", flush=True)
         for model in (policy, own.backbone):
@@ -278,16 +265,14 @@ def compare(
     return rows
 
 
-def _reward_memory(policy, model, ids: Tensor, weight: float) -> str:
-    """Megabytes of the caches' keys and values at k = 10 and k = 40, the same places: they do not grow with k."""
+def _reward_memory(model, ids: Tensor) -> str:
+    """Megabytes of the reward model's keys and values at k = 10 and k = 40, the same places: they do not grow with k."""
     sizes = []
     for k in (10, 40):
-        way = eager.of(policy, model, len(ids), k)
-        caches = way.caches(policy, model, len(ids), 512)
-        asked = request(policy, model, ids, 2, weight)
-        asked.num_candidates = k
-        way(policy, model, caches).begin(asked)
-        states = caches[-1].layers
+        half = eager.Scorer(model.backbone, len(ids))
+        half.join(ids.tolist(), 512)
+        half.branch(ids[:, :1].expand(-1, k))
+        states = half.cache.layers
         sizes.append(sum(t.numel() * t.element_size() for layer in states for t in (layer.keys, layer.values)) / 2**20)
     return "/".join(f"{size:.0f}" for size in sizes)
 
@@ -315,7 +300,6 @@ def main() -> None:
         print(table(rows, COLUMNS), flush=True)
         found = {"hardware": info, "copy_gb_s": round(rate, 1), "dry_run": options.dry_run, "rows": rows}
         add(options.out, "decode", found, key=("size", "B", "way"))
-        cuda_graph.recordings.clear()
         gc.collect()
         torch.cuda.empty_cache()
 
