@@ -67,7 +67,8 @@ def print_table(result: dict, out: Path) -> None:
         f"Weight {result['tuned']['relative']:g} / reward_std. {result['seconds']['all']:.0f} s in all."
     )
     CONSOLE.print(verdict(result), style="bold")
-    CONSOLE.print(f"Report: {out / 'report.html'}", soft_wrap=True)
+    CONSOLE.print(f"Every answer and the plots: {out / 'report.html'}", soft_wrap=True)
+    CONSOLE.print(f"All numbers: {out / 'result.json'}. The model: {out / 'lore'}", soft_wrap=True)
 
 
 def write_report(path: Path, result: dict) -> None:
