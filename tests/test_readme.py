@@ -93,3 +93,18 @@ def test_the_tree_names_every_file_of_lm():
     block = re.search(r"^  lm/ +(what runs a language model.*?)^  \w+/", tree, re.M | re.S)[1]
     for file in (ROOT / "pyargs/lm").glob("[!_]*.py"):
         assert re.search(rf"\b{file.stem}\b", block), f"README does not name pyargs/lm/{file.name}"
+
+
+def test_the_api_page_lists_arguments(monkeypatch):
+    pytest.importorskip("griffe")
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    from docstrings import as_list
+
+    text = "Does it.\n\na: one; the\nother. b, c: two\nthings. c is not: so. Raises X: no."
+    wanted = "Does it.\n\n\n- `a`: one; the other.\n- `b, c`: two things. c is not: so.\n\nRaises X: no."
+    assert as_list(text, {"a", "b", "c"}) == wanted
+    assert as_list("Note: this is text.", {"a"}) == "Note: this is text."
+
+
+def test_the_readme_is_short():
+    assert len(README.split()) <= 900
