@@ -75,7 +75,8 @@ def _fingerprint(policy: nn.Module) -> str:
 
 
 def _file(policy: nn.Module, model):
-    """Where the value for this policy and this model is kept."""
-    own = [value for name, value in model.state_dict().items() if not name.startswith(("backbone.", "lm.")) or "lora_" in name]
+    """Where the value for this policy and this model is kept: by what its users share, so that new ones change nothing."""
+    others = "backbone.", "lm.", "head.users."
+    own = [value for name, value in model.state_dict().items() if not name.startswith(others) or "lora_" in name]
     what = {"policy": _fingerprint(policy), "model": [digest.hex() for digest in contents(own)], "prompts": [PROMPTS, TOKENS]}
     return files.cache_dir() / "strength" / f"{short_hash(what)}.json"

@@ -144,6 +144,24 @@ def test_a_new_user_is_served_by_the_next_request_and_one_who_left_is_unknown():
         engine.submit(prompts([3])[0], "dan", reward_weight=1.0)
 
 
+def test_answers_are_the_same_whoever_comes_to_the_table_and_leaves_it():
+    policy, model = pair_in_float32("own")
+    model = copy.deepcopy(model)
+    rows, wish = prompts([3, 5]), dict(reward_weight=3.0, max_new_tokens=8, stop=[])
+    want = [one.tokens for one in Engine(policy, model).generate(rows, ["cid", "bob"], **wish)]
+    engine = Engine(policy, model)
+    running = [engine.submit(prompt, user, **wish) for prompt, user in zip(rows, ["cid", "bob"], strict=True)]
+    engine.step()
+    new = {name: torch.randn(50, *value.shape[1:]) for name, value in model.users.vectors.items()}
+    model.users.append([str(i) for i in range(50)], **new)
+    engine.step()
+    model.users.remove(["ann", *map(str, range(40))])
+    while engine.busy:
+        engine.step()
+    assert [engine.answer(one).tokens for one in running] == want
+    assert [one.tokens for one in engine.generate(rows, ["cid", "bob"], **wish)] == want
+
+
 def test_streams_of_several_threads_are_the_answers():
     policy, model = pair_in_float32("shared")
     rows = prompts([3, 8, 1, 5, 4, 6])

@@ -64,6 +64,12 @@ def test_another_policy_is_measured_once_and_said(model, lm_folder, tmp_path, mo
     (file,) = (tmp_path / "strength").iterdir()
     assert found[0] == (pytest.approx(2.0 / json.loads(file.read_text())["reward_std"]), True)
     assert found[1] == (found[0][0], False)
+    model.users.append(["late"], **{name: value[:1].detach() for name, value in model.users.vectors.items()})
+    with caplog.at_level(logging.WARNING, "pyargs"):
+        caplog.clear()
+        (answer,) = Engine(other, model).generate(["tell me more"], ["late"], strength=2.0, **WISH)
+    model.users.remove(["late"])
+    assert answer.reward_weight == found[0][0] and "measuring it once" not in caplog.text
     (own,) = model.about["reward_std"].values()
     assert found[0][0] != pytest.approx(2.0 / own)
 
