@@ -99,7 +99,8 @@ class Engine:
         self._tickets: dict[int, _Ticket] = {}
         self._groups: dict[int, best_of_n.Group] = {}
         self._scheduler = Scheduler(self.max_rows)
-        self._events: list[Event] = []  # that `step` has not returned yet
+        self._told: set[int] = set()  # requests whose events `step` returns
+        self._events: list[Event] = []  # that it has not returned yet
         self.refresh()
 
     # -- asking --------------------------------------------------------------------------------------------------------
@@ -150,7 +151,7 @@ class Engine:
                         while left and self._has_room(mine):
                             place, request = left.popleft()
                             mine[self._add(request)] = place
-                        self.step()
+                        self._step()
                         for number in [number for number in mine if self._done(number)]:
                             found[mine[number]] = self._take(number)
                             del mine[number]
@@ -179,28 +180,19 @@ class Engine:
         """
         request = self.pair.request(prompt, user_id(user), **wish)
         with self._lock:
-            return self._add(request)
+            number = self._add(request)
+            self._told.add(number)
+            return number
 
-    @torch.no_grad()
     def step(self) -> list[Event]:
-        """Lets waiting requests in, and computes the next token of each that is here. Returns what happened to whom.
+        """Lets waiting requests in, and computes the next token of each that is here. Returns what happened since the last
+        call to requests of `submit`, whoever computed it.
 
         Raises PyargsError that names `refresh` when a model has changed. A request in which nothing could be chosen ends, and
         whoever asked for it gets the error.
         """
         with self._lock:
-            self._check()
-            try:
-                if self._scheduler.waiting and len(self._scheduler.here) < self.max_rows:
-                    self._read(self._rows.flush())
-                    come = [] if self._closed and self._scheduler.here else self._scheduler.admit()
-                    if come:
-                        self._rows.join([self._tickets[number].request for number in come], self._places())
-                if self._scheduler.here:
-                    self._read(self._next())
-            except BaseException as error:
-                self._lose(error)
-                raise
+            self._step()
             events, self._events = self._events, []
             return events
 
@@ -228,9 +220,9 @@ class Engine:
         stops listening cancels it."""
         if self.pair.best_of:
             raise PyargsError("best_of samples whole answers: there is nothing to stream, use generate")
+        request = self.pair.request(prompt, user_id(user), **wish)
         with self._lock:
-            number = self.submit(prompt, user, **wish)
-            ticket = self._tickets[number]
+            ticket = self._tickets[self._add(request)]
             ticket.events = deque()
         return self._listen(ticket)
 
@@ -304,6 +296,22 @@ class Engine:
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
+    def _step(self) -> None:
+        """One step of all rows; who is told of it is another matter."""
+        self._check()
+        try:
+            if self._scheduler.waiting and len(self._scheduler.here) < self.max_rows:
+                self._read(self._rows.flush())
+                come = [] if self._closed and self._scheduler.here else self._scheduler.admit()
+                if come:
+                    self._rows.join([self._tickets[number].request for number in come], self._places())
+            if self._scheduler.here:
+                self._read(self._next())
+        except BaseException as error:
+            self._lose(error)
+            raise
+
     def _lose(self, error: BaseException) -> None:
         """After an error in the middle of a step nobody knows how far the rows are: they end with it."""
         for number in self._scheduler.here:
@@ -352,7 +360,7 @@ class Engine:
             for position, (number, token, slot, reward, spread, finished) in enumerate(chosen):
                 if not self._done(number):
                     events.append(self._note(self._tickets[number], position, token, slot, reward, spread, finished))
-        self._events += self._of_callers(events)
+        self._events += [event for event in self._of_callers(events) if event.number in self._told]
 
     def _note(
         self, ticket: _Ticket, position: int, token: int, slot: int, reward: float, spread: float, finished: bool
@@ -430,6 +438,7 @@ class Engine:
 
     def _take(self, number: int) -> Answer:
         """The answer to a request that has ended, which is forgotten."""
+        self._told.discard(number)
         if number in self._groups:
             group = self._groups.pop(number)
             return best_of_n.pick(self.pair.model, number, group.request, [self._take(part) for part in group.parts])
@@ -443,7 +452,7 @@ class Engine:
             while True:
                 with self._lock:
                     while not ticket.events and ticket.error is None:
-                        self.step()
+                        self._step()
                     if ticket.error is not None:
                         raise ticket.error
                     event = ticket.events.popleft()

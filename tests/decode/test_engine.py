@@ -179,6 +179,16 @@ def test_streams_of_several_threads_are_the_answers():
     assert [found[i] for i in range(len(rows))] == want
 
 
+def test_step_tells_of_what_was_submitted_also_when_others_computed_it():
+    policy, model = pair_in_float32("own")
+    engine = Engine(policy, model, max_rows=3)
+    mine = engine.submit(prompts([3])[0], "ann", reward_weight=1.0, max_new_tokens=5, stop=[])
+    engine.generate(prompts([4, 5]), ["bob", "cid"], reward_weight=1.0, max_new_tokens=9, stop=[])  # computes it, too
+    events = engine.step()
+    assert [event.number for event in events] == [mine] * 5 and events[-1].answer is not None
+    assert [event.token for event in events] == engine.answer(mine).tokens and not engine.busy
+
+
 def test_who_stops_listening_cancels():
     policy, model = pair_in_float32("own")
     engine = Engine(policy, model)
