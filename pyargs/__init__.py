@@ -12,7 +12,6 @@ __version__ = "0.1.0"
 _HOME = {
     "RewardModel": "pyargs.models.reward_model",
     "guide": "pyargs.integrations.transformers",
-    "generate": "pyargs.decode.args",
     "Engine": "pyargs.decode.engine",
     "Policy": "pyargs.decode.policy",
     "Scorer": "pyargs.decode.scorer",
@@ -29,7 +28,7 @@ _HOME = {
     "PyargsError": "pyargs.errors",
 }
 
-_MOVED = {"args": "pyargs.guide(model, users)"}
+_MOVED = {"args": "pyargs.guide(model, users)", "generate": "pyargs.Engine(policy, model).generate(prompts, users)"}
 """Names of before, and what stands in their place."""
 
 __all__ = [*_HOME, "__version__"]

@@ -8,7 +8,6 @@ import torch
 from conftest import reward_model, tiny_lm
 from hypothesis import strategies as st
 
-import pyargs
 from pyargs.decode import args, reference
 from pyargs.decode import genarm as tokenwise_module
 from pyargs.decode.engine import Engine
@@ -97,7 +96,7 @@ def guided(policy, model, rows, users, **changes):
     ids, mask = left_pad(rows, pad_id=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return pyargs.generate(policy, model, ids, mask, users, **arguments(**changes))
+        return args.generate(policy, model, ids, mask, users, **arguments(**changes))
 
 
 def plain(policy, model, rows, users, **changes):

@@ -41,7 +41,7 @@ def generate(
     tokenizer=None,
     token_callback: Callable[[Tensor], None] | None = None,
 ) -> Decoded:
-    """Arguments and result as for `pyargs.generate`; the rewards are the same for all users, who need not be named.
+    """Arguments and result as for `args.generate`; the rewards are the same for all users, who need not be named.
 
     num_candidates: k of the policy, or None for the whole vocabulary. A stop token has its own reward: a TokenReward learns
     to stop. Raises PyargsError on wrong input, and within 8 steps when logits are NaN.

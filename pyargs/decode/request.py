@@ -102,7 +102,7 @@ def check(
     tokenizer,
     token_callback,
 ) -> BatchRequest:
-    """The arguments of `pyargs.generate` as a BatchRequest. Raises PyargsError naming what is wrong and how to mend it."""
+    """The arguments of `args.generate` as a BatchRequest. Raises PyargsError naming what is wrong and how to mend it."""
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.dtype != torch.long:
         raise PyargsError(f"input_ids must be an int64 tensor [B, T], got {_kind(input_ids)}")
     rows, length = input_ids.shape

@@ -40,7 +40,7 @@ def test_greedy_text_of_smollm2(smollm2):
 
 
 def test_args_of_two_users_on_smollm2(smollm2):
-    """A stack that is policy and reward model at once gives the tokens of pyargs.generate."""
+    """A stack that is policy and reward model at once gives the tokens of the engine."""
     model, tokenizer = smollm2
     texts = ["The first thing to know about winter is that it", "My favourite book is"]
     encoded = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
@@ -50,19 +50,12 @@ def test_args_of_two_users_on_smollm2(smollm2):
     users = Users(["ann", "bob"], mixture=torch.randn(2, 8) * 2)
     head = linear.Head(model.config.hidden_size, 8, users, softmax=True, divisor=model.config.hidden_size**0.5)
     reward_model = RewardModel(decoder, tokenizer, head).eval()
-    decoded = pyargs.generate(
-        model,
-        reward_model,
-        ids,
-        mask,
-        ["ann", "bob"],
-        reward_weight=1.8,
-        num_candidates=k,
-        max_new_tokens=steps,
-        eos_token_id=[],
-        pad_token_id=0,
+    rows = [row[own].tolist() for row, own in zip(ids, mask.bool(), strict=True)]
+    answers = pyargs.Engine(model, reward_model, backend="cpu").generate(
+        rows, ["ann", "bob"], reward_weight=1.8, num_candidates=k, max_new_tokens=steps, stop=[]
     )
-    assert 0 < (decoded.slots > 0).sum() < decoded.slots.numel()  # the reward model decides, and not alone
+    guided = [slot > 0 for answer in answers for slot in answer.slots]
+    assert any(guided) and not all(guided)  # the reward model decides, and not alone
 
     stack = pack.pack(model, adapter=decoder)
     cache = stack.cache(2 * batch, ids.shape[1] + steps + k)
@@ -80,6 +73,6 @@ def test_args_of_two_users_on_smollm2(smollm2):
             candidates,
             torch.zeros(batch, dtype=torch.bool),
         )
-        assert token.tolist() == decoded.tokens[:, step].tolist()
+        assert token.tolist() == [answer.tokens[step] for answer in answers]
         stack.commit(cache, slot, rows=reward)
         state = stack(token[:, None], cache, rows=policy)[:, -1]

@@ -105,7 +105,9 @@ import sys; sys.path.insert(0, sys.argv[1])
 import torch, pyargs
 from conftest import reward_model, tiny_lm
 policy = tiny_lm(dtype=torch.float32)
-print(pyargs.generate(policy, reward_model(policy), torch.tensor([[5, 6]]), None, ["ann"], max_new_tokens=3).tokens.shape)
+engine = pyargs.Engine(policy, reward_model(policy))
+(answer,) = engine.generate([[5, 6]], ["ann"], reward_weight=1.0, max_new_tokens=3, stop=[])
+print(answer.backend, len(answer.tokens))
 """
     ran = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code, str(Path(__file__).parents[2])],
@@ -113,4 +115,4 @@ print(pyargs.generate(policy, reward_model(policy), torch.tensor([[5, 6]]), None
         capture_output=True,
         text=True,
     )
-    assert ran.returncode == 0 and "torch.Size([1, 3])" in ran.stdout, ran.stderr
+    assert ran.returncode == 0 and ran.stdout == "eager 3\n", ran.stderr
