@@ -142,17 +142,23 @@ def _sampling(config) -> dict[str, float]:
 
 
 def _tokens(engine: Engine, numbers: list[int], pad: int, device, feed: Callable[[Tensor], None] | None) -> Tensor:
-    """Tokens int64 [B, N] of the requests, stop tokens included and `pad` behind them; each step's are fed as they come."""
-    steps, row_of = [], {number: row for row, number in enumerate(numbers)}
+    """Tokens int64 [B, N] of the requests, stop tokens included and `pad` behind them; each step is fed once it is known."""
+    row_of, written = {number: row for row, number in enumerate(numbers)}, [[] for _ in numbers]
+    going, steps = set(range(len(numbers))), []
     while engine.busy:
-        tokens = [pad] * len(numbers)
         for event in engine.step():
             if event.error is not None:
                 raise event.error
-            tokens[row_of[event.number]] = event.token
-        steps.append(torch.tensor(tokens, device=device))
-        if feed is not None:
-            feed(steps[-1])
+            row = row_of[event.number]
+            written[row].append(event.token)
+            if event.answer is not None:
+                going.remove(row)
+        known = min((len(written[row]) for row in going), default=max(map(len, written)))
+        for step in range(len(steps), known):
+            tokens = [own[step] if step < len(own) else pad for own in written]
+            steps.append(torch.tensor(tokens, device=device))
+            if feed is not None:
+                feed(steps[-1])
     return torch.stack(steps, 1) if steps else torch.zeros(len(numbers), 0, dtype=torch.long, device=device)
 
 

@@ -285,6 +285,25 @@ def test_a_callback_gets_padding_for_rows_that_have_ended(models):
     assert torch.equal(found[1], free[1])
 
 
+def test_tokens_that_are_known_late_are_fed_step_by_step(models, monkeypatch):
+    """As those of a captured step are, which several steps' events come with."""
+    ids, asked = torch.tensor([[5, 9, 7, 11], [1, 5, 6, 8]]), dict(max_new_tokens=7, eos_token_id=[13, 20, 34, 41])
+    guide = guide_of(models[1], ["ann", "bob"])
+    want, step = answer(models, ids=ids, guide=guide, **asked), pyargs.Engine.step
+    late, seen = [], []
+
+    def slow(engine):
+        late.extend(step(engine))
+        events = late[:] if len(late) > 4 or not engine.busy else []
+        del late[: len(events)]
+        return events
+
+    monkeypatch.setattr(pyargs.Engine, "step", slow)
+    guide = guide_of(models[1], ["ann", "bob"], token_callback=seen.append)
+    assert torch.equal(answer(models, ids=ids, guide=guide, **asked), want)
+    assert torch.equal(torch.stack(seen, 1), want[:, 4:])
+
+
 def test_a_streamers_reader_never_waits_for_ever(models):
     """Whatever goes wrong in decoding: an unknown user, a refused argument, a batch, a callback that raises."""
     from transformers import TextIteratorStreamer
