@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from conftest import reward_model, tiny_lm
-from decoding import USERS, guided, prompts
+from decoding import USERS, chosen, engine_of, prompts
 
 from pyargs.decode.backends import cpu
 from pyargs.lm import lora
@@ -22,15 +22,16 @@ def pair(family="llama", dtype=torch.float32):
     return policy, reward_model(policy)
 
 
-FEW = dict(reward_weight=2.0, num_candidates=3, max_new_tokens=4, eos_token_id=[])
+FEW = dict(reward_weight=2.0, num_candidates=3, max_new_tokens=4, stop=[])
 
 
 def decoded(policy, model):
-    return guided(policy, model, prompts([3, 5]), USERS[:2], **FEW)
+    return chosen(policy, model, prompts([3, 5]), USERS[:2], **FEW)
 
 
 def fast(policy, model) -> bool:
-    return cpu.possible(policy, model) and type(cpu.of(policy, model, 1, 8)) is cpu.OneStack
+    """Whether one pass of the native stack serves both."""
+    return engine_of(policy, model).backend == "cpu" and cpu.shares(policy, model.backbone)
 
 
 def adapted():

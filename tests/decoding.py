@@ -57,7 +57,7 @@ def steps_of(engine, rows, users=None, **wish) -> list[Steps]:
     return list(found.values())
 
 
-def chosen(policy, model, rows, users=None, *, backend="auto", eos_reward="before", tokenizer=None, **wish) -> list[Steps]:
+def chosen(policy, model, rows, users=None, *, backend="auto", eos_reward=None, tokenizer=None, **wish) -> list[Steps]:
     """What an engine chooses that has room for all."""
     how = dict(backend=backend, eos_reward=eos_reward, tokenizer=tokenizer, max_rows=max(len(rows), 1))
     return steps_of(engine_of(policy, model, **how), rows, users, **wish)

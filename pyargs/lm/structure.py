@@ -346,8 +346,13 @@ class Watch:
 
     def _look(self) -> tuple:
         children = [id(child) for module in self.modules for child in module._modules.values()]
-        tensors = [one for module in self.modules for part in (module._parameters, module._buffers) for one in part.values()]
+        tensors = [
+            (one, getattr(module, "max_norm", None) is None)  # else a pass itself writes to the embedding
+            for module in self.modules
+            for part in (module._parameters, module._buffers)
+            for one in part.values()
+        ]
         hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in self.modules]
         functions = ["forward" in module.__dict__ for module in self.modules]
-        weights = [(id(one), one._version, one.data_ptr()) for one in tensors if one is not None]
+        weights = [(id(one), one._version if still else None, one.data_ptr()) for one, still in tensors if one is not None]
         return children, hooks, functions, weights, nn_module._has_any_global_hook()

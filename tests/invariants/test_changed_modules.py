@@ -7,14 +7,13 @@ import types
 import pytest
 import torch
 from changed import FEW, decoded, fast, pair, parts
-from decoding import USERS, guided, plain, prompts, same, without_cache
+from decoding import USERS, by_reference, chosen, engine_of, prompts, same, tokens, without_cache
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 from transformers import AttentionInterface
 from transformers.models.llama import modeling_llama
 
-from pyargs.decode import unguided as policy_alone
-from pyargs.decode.backends import cpu, eager
+from pyargs.decode.backends import eager
 from pyargs.metrics.perplexity import perplexity
 from pyargs.scoring import response_logprobs, response_states
 
@@ -190,11 +189,11 @@ OUTSIDE = (
 def follows_the_definition(policy, model, before):
     """Decoding, answers of the policy alone, states and log-probs are those of the modules called one after the other."""
     rows, weight = prompts([3, 5]), 2.0
-    got = guided(policy, model, rows, USERS[:2], reward_weight=weight, num_candidates=3, max_new_tokens=4, eos_token_id=[])
-    for row, (prompt, user) in enumerate(zip(rows, USERS, strict=False)):
-        tokens, rewards = without_cache(policy, model, prompt, user, weight, 3, 4, eos=())
-        assert got.tokens[row].tolist() == tokens
-        torch.testing.assert_close(got.rewards[row], torch.tensor(rewards), atol=1e-4, rtol=1e-4)
+    got = chosen(policy, model, rows, USERS[:2], reward_weight=weight, num_candidates=3, max_new_tokens=4, stop=[])
+    for one, prompt, user in zip(got, rows, USERS, strict=False):
+        want, rewards = without_cache(policy, model, prompt, user, weight, 3, 4, eos=())
+        assert one.tokens == want
+        torch.testing.assert_close(torch.tensor(one.rewards), torch.tensor(rewards), atol=1e-4, rtol=1e-4)
     group, states, values = (rows[0], rows), [], []
     for response in rows:
         ids = torch.tensor([rows[0] + response])
@@ -207,9 +206,8 @@ def follows_the_definition(policy, model, before):
     text = list(rows[0])
     for _ in range(4):
         text.append(policy(torch.tensor([text])).logits[0, -1].argmax().item())
-    policy.generation_config.eos_token_id = None
-    assert policy_alone.generate(policy, [rows[0]], max_new_tokens=4).tokens[0].tolist() == text[3:]
-    now = [got.rewards, *states, *values]
+    assert tokens(chosen(policy, None, [rows[0]], max_new_tokens=4, stop=[])) == [text[3:]]
+    now = [torch.tensor([one.rewards for one in got]), *states, *values]
     if before is not None:
         assert not all(torch.allclose(one, other, atol=1e-3) for one, other in zip(now, before, strict=True))
     return now
@@ -238,9 +236,9 @@ def test_what_is_changed_within_a_model_counts(change, side, patch):
 def test_in_every_family(family, change, patch):
     for side in ("policy", "reward"):
         policy, model = pair(family)
-        assert eager.of(policy, model, 1, 3) is eager.OnePass
+        assert eager.shares(policy, model.backbone, 1, 3)
         change(policy.get_decoder() if side == "policy" else model.backbone, patch)
-        assert eager.of(policy, model, 1, 3) is eager.TwoPasses
+        assert not eager.shares(policy, model.backbone, 1, 3)
         follows_the_definition(policy, model, None)
 
 
@@ -266,7 +264,7 @@ def last_position(decoder, patch):
 def test_a_hook_sees_a_candidate_as_the_last_token(side, patch):
     policy, model = pair()
     last_position(policy.get_decoder() if side == "policy" else model.backbone, patch)
-    same(decoded(policy, model), plain(policy, model, prompts([3, 5]), USERS[:2], **FEW))
+    same(decoded(policy, model), by_reference(policy, model, prompts([3, 5]), USERS[:2], **FEW))
 
 
 def test_dropout_in_training_mode_is_not_packed():
@@ -275,9 +273,9 @@ def test_dropout_in_training_mode_is_not_packed():
     assert fast(policy, model)  # none of it has dropout
     for layer in policy.model.layers:
         layer.self_attn.attention_dropout = 0.5
-    assert not cpu.possible(policy)
+    assert engine_of(policy).backend == "eager"
     policy.eval()
-    assert cpu.possible(policy)
+    assert engine_of(policy).backend == "cpu"
 
 
 def test_a_head_with_a_hook_is_called():
@@ -285,5 +283,5 @@ def test_a_head_with_a_hook_is_called():
     before = decoded(policy, model)
     model.head.register_forward_hook(lambda module, args, out: out * -3.0)
     got = decoded(policy, model)
-    same(got, plain(policy, model, prompts([3, 5]), USERS[:2], **FEW))
-    assert not torch.allclose(got.rewards, before.rewards)
+    same(got, by_reference(policy, model, prompts([3, 5]), USERS[:2], **FEW))
+    assert got[0].rewards != pytest.approx(before[0].rewards)

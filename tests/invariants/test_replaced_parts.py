@@ -6,10 +6,9 @@ import pytest
 import torch
 from changed import FEW, adapted, decoded, fast
 from conftest import reward_model, tiny_lm
-from decoding import USERS, guided, prompts, same
+from decoding import USERS, chosen, prompts, same, tokens
 from torch import nn
 
-from pyargs.decode import unguided
 from pyargs.errors import PyargsError
 from pyargs.lm.cache import can_branch
 from pyargs.lm.forward import masks_every_step
@@ -66,20 +65,19 @@ def later_tokens(lm):
 def test_layers_that_no_cache_serves_are_refused_though_the_first_ones_were_tried(change, message, family):
     policy = tiny_lm(family, dtype=torch.float32)
     model = reward_model(tiny_lm(family, seed=1, dtype=torch.float32)).eval()
-    padded, even = prompts([3, 5]), prompts([4, 4])
+    uneven, even = prompts([3, 5]), prompts([4, 4])
     ways = [
-        lambda rows: guided(policy, model, rows, USERS[:2], **FEW),
-        lambda rows: unguided.generate(policy, rows, max_new_tokens=2),
+        lambda rows: chosen(policy, model, rows, USERS[:2], **FEW),
+        lambda rows: chosen(policy, None, rows, max_new_tokens=2),
     ]
-    before = [way(rows).tokens for way in ways for rows in (padded, even)]
+    before = [tokens(way(rows)) for way in ways for rows in (uneven, even)]
     assert can_branch(policy) and masks_every_step(policy)
     layer, causal = policy.model.layers[1], policy.model.layers[1].self_attn.is_causal
     change(policy)
     assert not can_branch(policy)
     for way in ways:
-        for rows in (padded, even):
+        for rows in (uneven, even):
             with pytest.raises(PyargsError, match=message):
                 way(rows)
     policy.model.layers[1], layer.self_attn.is_causal = layer, causal
-    for old, new in zip(before, [way(rows).tokens for way in ways for rows in (padded, even)], strict=True):
-        assert torch.equal(old, new)
+    assert before == [tokens(way(rows)) for way in ways for rows in (uneven, even)]

@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 from changed import FEW, decoded, pair, parts
-from decoding import USERS, plain, prompts, same, shared_pair
+from decoding import USERS, by_reference, prompts, same, shared_pair
 from torch import nn
 
 from pyargs.errors import PyargsError
@@ -99,7 +99,7 @@ def test_lora_that_peft_put_into_a_backbone_is_lora():
     peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), model.backbone)
     del model.backbone.peft_config
     assert lora.active(model.backbone)
-    same(decoded(policy, model), plain(policy, model, prompts([3, 5]), USERS[:2], **FEW))
+    same(decoded(policy, model), by_reference(policy, model, prompts([3, 5]), USERS[:2], **FEW))
 
 
 def test_lora_with_a_hook_is_not_merged():

@@ -9,14 +9,13 @@ import pytest
 import torch
 from changed import FEW, decoded, fast, pair
 from conftest import tiny_lm
-from decoding import USERS, prompts, same, without_cache
+from decoding import USERS, chosen, engine_of, prompts, same, steps_of, tokens, without_cache
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.llama import modeling_llama
 
-import pyargs
-from pyargs.decode import unguided as policy_alone
-from pyargs.decode.backends import cpu, eager
+from pyargs.decode.backends import eager
+from pyargs.decode.engine import Engine
 from pyargs.errors import PyargsError
 from pyargs.lm.stack import pack
 from pyargs.lm.stack import run as stacks
@@ -65,13 +64,13 @@ def test_eager_is_plain_everywhere(monkeypatch):
     policy, model = pair()
     want = decoded(policy, model)
     monkeypatch.setattr(stacks.Stack, "__call__", None)
-    monkeypatch.setattr(eager, "OnePass", None)
+    monkeypatch.setattr(eager, "Shared", None)
     monkeypatch.setenv("PYARGS_BACKEND", "eager")
     same(decoded(policy, model), want)
-    assert not cpu.possible(policy)
+    assert engine_of(policy, model, backend="cpu").backend == "eager"
     response_logprobs(policy, [([5], [[6]])])
     response_states(policy.get_decoder(), [([5], [[6]])])
-    policy_alone.generate(policy, [[5]], max_new_tokens=2)
+    chosen(policy, None, [[5]], max_new_tokens=2)
     monkeypatch.setenv("PYARGS_BACKEND", "cuda")
     for call in (lambda: decoded(policy, model), lambda: response_logprobs(policy, [([5], [[6]])])):
         with pytest.raises(PyargsError, match="PYARGS_BACKEND is auto, cpu, cuda-graph, eager, not 'cuda'"):
@@ -82,11 +81,10 @@ def test_a_compiled_policy_decodes_without_a_warning():
     policy, model = pair()
     want = decoded(policy, model)
     compiled = torch.compile(policy, backend="eager")
-    ids = torch.tensor(prompts([4]))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        got = pyargs.generate(compiled, model, ids, None, USERS[:1], **FEW)
-    assert got.tokens.tolist() == pyargs.generate(policy, model, ids, None, USERS[:1], **FEW).tokens.tolist()
+        got = steps_of(Engine(compiled, model), prompts([3, 5]), USERS[:2], **FEW)
+    same(got, want)
     model.backbone = torch.compile(model.backbone, backend="eager")
     same(decoded(compiled, model), want)
     compiled.register_forward_hook(lambda *a: None)
@@ -104,12 +102,12 @@ def peft_model(lm, config=None):
 
 def test_a_policy_of_peft():
     policy, model = pair()
-    unguided = decoded(policy, model)
+    before = decoded(policy, model)
     wrapped = peft_model(policy)
     got = decoded(wrapped, model)
-    for row, (prompt, user) in enumerate(zip(prompts([3, 5]), USERS, strict=False)):
-        assert got.tokens[row].tolist() == without_cache(wrapped, model, prompt, user, 2.0, 3, 4, eos=())[0]
-    assert got.tokens.tolist() != unguided.tokens.tolist()
+    for one, prompt, user in zip(got, prompts([3, 5]), USERS, strict=False):
+        assert one.tokens == without_cache(wrapped, model, prompt, user, 2.0, 3, 4, eos=())[0]
+    assert tokens(got) != tokens(before)
     guiding = RewardModel(peft_model(model.backbone), None, model.head)  # which puts LoRA into the backbone itself
     same(decoded(policy, guiding), decoded(policy, model))
     groups = [([5, 6], [[7, 8]])]

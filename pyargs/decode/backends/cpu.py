@@ -341,7 +341,7 @@ class Shared:
 
     def __init__(self, policy, backbone, room: int, vocabulary: int):
         self.adapted = lora.active(backbone)
-        self.policy, self.adapter = policy, backbone if self.adapted else None
+        self.policy, self.backbone, self.adapter = policy, backbone, backbone if self.adapted else None
         self.stack = keep.stack_of(policy, self.adapter)
         self.held = _Rows(self.stack, room, halves=2 if self.adapted else 1)
         self.vocabulary, self.top, self.room = vocabulary, 0, room
@@ -384,8 +384,9 @@ class Shared:
         return self._logits(state)
 
     def current(self) -> bool:
-        """Whether the packed weights are still the model's, all of which are read."""
-        return keep.stack_of(self.policy, self.adapter) is self.stack
+        """Whether the packed weights are still those of both models, all of which are read."""
+        same = shares(self.policy, self.backbone) and lora.active(self.backbone) == self.adapted
+        return same and keep.stack_of(self.policy, self.adapter) is self.stack
 
     def keep(self, order: Sequence[int]) -> None:
         self.held.keep(order)

@@ -232,7 +232,7 @@ class Shared:
     top = 0  # all logits are exact
 
     def __init__(self, policy, backbone, room: int):
-        self.output, self.backbone = policy.get_output_embeddings(), backbone
+        self.policy, self.output, self.backbone = policy, policy.get_output_embeddings(), backbone
         self.times = 2 if lora.active(backbone) else 1
         self.cache = RowCache(backbone.config.get_text_config(decoder=True), room * self.times, 0, backbone.device)
 
@@ -259,7 +259,9 @@ class Shared:
         return self.output(self.states.gather(1, place).squeeze(1))
 
     def current(self) -> bool:
-        return True
+        """Whether both models still rest on the same weights."""
+        adapted = lora.active(self.backbone) == (self.times == 2)
+        return adapted and lora.same_weights(self.policy.get_decoder(), self.backbone)
 
     def keep(self, order: Sequence[int]) -> None:
         self.cache.keep([row * self.times + one for row in order for one in range(self.times)])

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from conftest import tiny_lm
-from decoding import USERS, decoded, pair_in_float32, plain, prompts, same
+from decoding import USERS, by_reference, chosen, pair_in_float32, prompts, same
 
 from pyargs.lm import lora
 from pyargs.lm.stack import keep, pack
@@ -29,11 +29,11 @@ def test_a_stack_is_packed_once_and_anew_when_weights_change(packed):
     policy, model = pair_in_float32("own")
     rows = prompts([4, 2])
     for _ in range(2):
-        decoded(policy, model, rows, USERS[:2])
+        chosen(policy, model, rows, USERS[:2])
     assert len(packed) == 2
     with torch.no_grad():
         policy.lm_head.weight.mul_(-1.0)
-    same(decoded(policy, model, rows, USERS[:2]), plain(policy, model, rows, USERS[:2]))
+    same(chosen(policy, model, rows, USERS[:2]), by_reference(policy, model, rows, USERS[:2]))
     assert len(packed) == 3
 
 
@@ -76,13 +76,13 @@ def test_reward_models_that_take_turns_share_the_packed_weights(packed):
             parameter.data.normal_(std=0.5)
     rows = prompts([4, 2])
     for model in (one, two, one, two):
-        same(decoded(policy, model, rows, USERS[:2]), plain(policy, model, rows, USERS[:2]))
+        same(chosen(policy, model, rows, USERS[:2]), by_reference(policy, model, rows, USERS[:2]))
     assert len(packed) == 1
     first, second = (keep.stack_of(policy, model.backbone) for model in (one, two))
     assert first is not second and first is keep.stack_of(policy, one.backbone)
     with torch.no_grad():
         policy.lm_head.weight.mul_(-1.0)
-    same(decoded(policy, one, rows, USERS[:2]), plain(policy, one, rows, USERS[:2]))
+    same(chosen(policy, one, rows, USERS[:2]), by_reference(policy, one, rows, USERS[:2]))
     assert len(packed) == 2
 
 

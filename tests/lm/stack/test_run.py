@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_lm
-from decoding import alike
+from decoding import alike, chosen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stacks import AVAILABLE, VOCABULARY, batches, close, hf_states, identical, models, random_lm, using, with_lora
 
-from pyargs.decode import unguided as policy_alone
 from pyargs.errors import PyargsError
 from pyargs.lm.stack import keep, pack
 from pyargs.lm.stack import run as stacks
@@ -263,7 +262,7 @@ def test_what_prompts_share_is_computed_once(monkeypatch):
         return call(self, ids, cache, mask, **more)
 
     monkeypatch.setattr(stacks.Stack, "__call__", counted)
-    policy_alone.generate(policy, rows, max_new_tokens=1)
+    chosen(policy, None, rows, max_new_tokens=1)
     assert counts == [9 + 3 + 7, 2 + 2 + 1]  # a prompt that another begins with still needs its own last state
     counts.clear()
     groups = [(row, [[5, 6]]) for row in rows]
