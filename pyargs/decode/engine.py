@@ -31,6 +31,7 @@ from pyargs.decode.scheduler import Scheduler
 from pyargs.decode.steps import Steps
 from pyargs.decode.tokenwise import Tokenwise
 from pyargs.errors import PyargsError
+from pyargs.lm.forward import border
 from pyargs.lm.structure import Watch, asked_backend, unwrapped
 from pyargs.models.reward_model import RewardModel
 from pyargs.models.token_reward import TokenReward
@@ -244,7 +245,7 @@ class Engine:
         with self._lock:
             for number in list(self._scheduler.here):
                 self.cancel(number)
-            self._rows = self._made()
+            self._rows, self._borders = self._made(), [at for lm in self.pair.language_models() if (at := border(lm))]
             self._watch = Watch(*self.pair.modules(), but=getattr(self.pair.model, "users", None))
 
     # -- what it is made of --------------------------------------------------------------------------------------------
@@ -303,7 +304,7 @@ class Engine:
         try:
             if self._scheduler.waiting and len(self._scheduler.here) < self.max_rows:
                 self._read(self._rows.flush())
-                come = [] if self._closed and self._scheduler.here else self._scheduler.admit()
+                come = [] if self._closed and self._scheduler.here else self._scheduler.admit(self._fit)
                 if come:
                     self._rows.join([self._tickets[number].request for number in come], self._places())
             if self._scheduler.here:
@@ -327,6 +328,11 @@ class Engine:
         here = set(self._scheduler.here)
         full = len(here) + self._scheduler.waiting >= self.max_rows
         return not full or not any(number not in here for number in mine if number in self._tickets)
+
+    def _fit(self, *numbers: int) -> bool:
+        """Whether requests may stand in one pass, which turns all its rows as the longest one asks (longrope)."""
+        lengths = [len(self._tickets[number].request.prompt) + self.pair.soft for number in numbers]
+        return all(len({length > at for length in lengths}) == 1 for at in self._borders)
 
     def _places(self) -> int:
         """Of a cache that the rows that are here need: for the longest answer, and behind it the most candidates of a step."""

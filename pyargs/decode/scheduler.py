@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 
 class Scheduler:
@@ -25,16 +26,19 @@ class Scheduler:
         """A request comes in."""
         self.queues.setdefault(user, deque()).append(number)
 
-    def admit(self) -> list[int]:
-        """Fills the free places: the requests that come in now, behind those that are here."""
+    def admit(self, fits: Callable[[int, int], bool] = lambda new, other: True) -> list[int]:
+        """Fills the free places: the requests that come in now, behind those that are here. Where the next one does not fit
+        beside one that is here, it and all behind it wait until that one has left."""
         come = []
-        while self.queues and len(self.here) + len(come) < self.room:
+        while self.queues and len(self.here) < self.room:
             user = next(iter(self.queues))
+            if not all(fits(self.queues[user][0], other) for other in self.here):
+                break
             queue = self.queues.pop(user)
-            come.append(queue.popleft())
+            self.here.append(queue.popleft())
+            come.append(self.here[-1])
             if queue:
                 self.queues[user] = queue  # behind the others
-        self.here += come
         return come
 
     def leave(self, numbers) -> list[int]:

@@ -16,17 +16,24 @@ from pyargs.lm.tokenize import Packed, pack
 from pyargs.progress import progress_bar
 
 
+def border(model: nn.Module) -> int | None:
+    """The tokens of a text beyond which rotary embeddings turn otherwise (longrope), None where they never do."""
+    turns = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    for rope in (turns, *(value for value in turns.values() if isinstance(value, dict))):
+        if rope.get("rope_type") == "longrope" and rope.get("original_max_position_embeddings"):
+            return rope["original_max_position_embeddings"]
+    return None
+
+
 def check_lengths(model: nn.Module, shortest: int, longest: int) -> None:
     """Raises PyargsError where a batch holds texts on both sides of the length at which rotary embeddings change (longrope):
     all its rows are turned as the longest one asks, and what a cache holds already stays as it was."""
-    turns = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
-    for rope in (turns, *(value for value in turns.values() if isinstance(value, dict))):
-        border = rope.get("original_max_position_embeddings")
-        if rope.get("rope_type") == "longrope" and border and shortest <= border < longest:
-            raise PyargsError(
-                f"{type(model).__name__} counts positions otherwise in texts of more than {border} tokens (longrope), all "
-                f"rows of a batch alike: keep prompts with answers on one side of it (here {shortest} to {longest} tokens)"
-            )
+    place = border(model)
+    if place and shortest <= place < longest:
+        raise PyargsError(
+            f"{type(model).__name__} counts positions otherwise in texts of more than {place} tokens (longrope), all "
+            f"rows of a batch alike: keep prompts with answers on one side of it (here {shortest} to {longest} tokens)"
+        )
 
 
 def packed_states(decoder: nn.Module, packed: Packed, inputs_embeds: Tensor | None = None) -> Tensor:
@@ -167,6 +174,17 @@ def check_output_layer(model: nn.Module) -> None:
         )
 
 
+def embedded(model, prompts: Sequence[Sequence[int]], soft: Tensor) -> tuple[Tensor, Tensor]:
+    """Embeddings [B, T, D] of prompts with `soft` [B, L, D] before them, padded on the left, and their mask int64 [B, T]."""
+    table = model.get_input_embeddings()
+    words = [table(torch.tensor(list(prompt), device=model.device)) for prompt in prompts]
+    parts = [torch.cat([before.to(word), word]) for before, word in zip(soft, words, strict=True)]
+    longest = max(map(len, parts))
+    embeds = torch.stack([torch.cat([p.new_zeros(longest - len(p), p.shape[1]), p]) for p in parts])
+    mask = torch.stack([torch.arange(longest, device=model.device) >= longest - len(p) for p in parts]).long()
+    return embeds, mask
+
+
 def forward_step(model, ids: Tensor, mask: Tensor, cache, padded: bool, **more):
     """One pass over new tokens [B, n], or their embeddings [B, n, D], behind a cache (None at first): the output, the cache.
 
@@ -211,7 +229,7 @@ def masks_every_step(model) -> bool:
     if found is None:
         raise PyargsError(
             f"{type(model).__name__} does not leave padding out: its answer to a short prompt would depend on the longer ones "
-            "beside it. Give prompts of one length, or one prompt at a time (batch_size=1)"
+            "beside it. Give prompts of one length, or one prompt at a time (max_rows=1)"
         )
     return found
 

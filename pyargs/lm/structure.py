@@ -339,6 +339,7 @@ class Watch:
         left = set() if but is None else set(map(id, but.modules()))
         found = {id(module): module for model in models for module in model.modules()}
         self.modules = [module for key, module in found.items() if key not in left]
+        self.still = [module for module in self.modules if not _writes_to_itself(module)]
         self.before = self._look()
 
     def changed(self) -> bool:
@@ -346,13 +347,15 @@ class Watch:
 
     def _look(self) -> tuple:
         children = [id(child) for module in self.modules for child in module._modules.values()]
-        tensors = [
-            (one, getattr(module, "max_norm", None) is None)  # else a pass itself writes to the embedding
-            for module in self.modules
-            for part in (module._parameters, module._buffers)
-            for one in part.values()
-        ]
+        tensors = [one for module in self.still for part in (module._parameters, module._buffers) for one in part.values()]
         hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in self.modules]
         functions = ["forward" in module.__dict__ for module in self.modules]
-        weights = [(id(one), one._version if still else None, one.data_ptr()) for one, still in tensors if one is not None]
+        weights = [(id(one), one._version, one.data_ptr()) for one in tensors if one is not None]
         return children, hooks, functions, weights, nn_module._has_any_global_hook()
+
+
+def _writes_to_itself(module: nn.Module) -> bool:
+    """Whether a pass changes the module's own tensors: embeddings that norm themselves, rotary ones that follow the length."""
+    return getattr(module, "max_norm", None) is not None or any(
+        name in str(getattr(module, "rope_type", "")) for name in ("dynamic", "longrope")
+    )

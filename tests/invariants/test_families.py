@@ -7,13 +7,11 @@ import copy
 import pytest
 import torch
 from conftest import reward_model
-from decoding import USERS, guided, prompts, tokenwise
-from decoding import plain as with_copies
+from decoding import USERS, by_reference, chosen, prompts, tokens
 from families import CAPPED, FAMILIES, QUICK, random_lm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyargs.decode import unguided
 from pyargs.lm.cache import can_branch
 from pyargs.lm.tokenize import pack
 from pyargs.models.token_reward import TokenReward
@@ -40,9 +38,9 @@ class Oracle:
         return self.kept[tuple(text)]
 
 
-def follows(decoded, rows, score, reward, k: int = 3) -> None:
+def follows(found, rows, score, reward, k: int = 3) -> None:
     """Every token is the best of the k likeliest behind the row's own text, or within rounding of it, with its reward."""
-    for row, answer, rewards in zip(rows, decoded.tokens.tolist(), decoded.rewards.tolist(), strict=True):
+    for row, (answer, _, rewards) in zip(rows, found, strict=True):
         for n, (token, value) in enumerate(zip(answer, rewards, strict=True)):
             text = row["prompt"] + answer[:n]
             logprobs = score(text)
@@ -66,16 +64,16 @@ def test_every_way_of_decoding_follows_the_oracle(name):
         hidden = state([*text, candidate])[-1:].float()
         return model.head(hidden, model.users.rows([row["user"]])).item()
 
-    call = dict(reward_weight=[row["weight"] for row in ROWS], num_candidates=3, max_new_tokens=3, eos_token_id=[])
+    call = dict(reward_weight=[row["weight"] for row in ROWS], num_candidates=3, max_new_tokens=3, stop=[])
     batch = policy, model, [row["prompt"] for row in ROWS], USERS
-    follows(guided(*batch, **call), ROWS, score, reward)
-    follows(with_copies(*batch, **call), ROWS, score, reward)
+    follows(chosen(*batch, **call), ROWS, score, reward)
+    follows(by_reference(*batch, **call), ROWS, score, reward)
     even = [row | {"prompt": row["prompt"][:2]} for row in ROWS]  # without padding
-    follows(guided(policy, model, [row["prompt"] for row in even], USERS, **call), even, score, reward)
+    follows(chosen(policy, model, [row["prompt"] for row in even], USERS, **call), even, score, reward)
 
     token_reward = TokenReward(random_lm(name, 2), None)
     rewards = Oracle(token_reward.lm)
-    found = tokenwise(policy, token_reward, batch[2], reward_weight=call["reward_weight"], max_new_tokens=3, eos_token_id=[])
+    found = chosen(policy, token_reward, batch[2], **call)
     follows(found, ROWS, score, lambda row, text, candidate: rewards(text)[candidate].item())
 
 
@@ -87,7 +85,7 @@ def test_every_way_of_decoding_follows_the_oracle(name):
     weight=st.sampled_from([0.0, 0.5, 5.0]),
     seed=st.integers(0, 99),
 )
-def test_any_padding_follows_the_oracle(name, lengths, k, weight, seed):
+def test_any_lengths_follow_the_oracle(name, lengths, k, weight, seed):
     policy, model = random_lm(name, 0), reward_model(random_lm(name, 1))
     score, state = Oracle(policy), Oracle(model.backbone)
     rows = [dict(prompt=p, user=USERS[i % 3], weight=weight) for i, p in enumerate(prompts(lengths, seed))]
@@ -95,18 +93,17 @@ def test_any_padding_follows_the_oracle(name, lengths, k, weight, seed):
     def reward(row, text, candidate) -> float:
         return model.head(state([*text, candidate])[-1:].float(), model.users.rows([row["user"]])).item()
 
-    call = dict(reward_weight=weight, num_candidates=k, max_new_tokens=2, eos_token_id=[])
+    call = dict(reward_weight=weight, num_candidates=k, max_new_tokens=2, stop=[])
     follows(
-        guided(policy, model, [row["prompt"] for row in rows], [row["user"] for row in rows], **call), rows, score, reward, k
+        chosen(policy, model, [row["prompt"] for row in rows], [row["user"] for row in rows], **call), rows, score, reward, k
     )
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_plain_decoding_and_responses_follow_the_oracle(name):
     lm = copy.deepcopy(random_lm(name, 0))
-    lm.generation_config.eos_token_id = None
     score, state, rows = Oracle(lm), Oracle(lm.get_decoder()), [row["prompt"] for row in ROWS]
-    for row, answer in zip(rows, unguided.generate(lm, rows, max_new_tokens=4).tokens.tolist(), strict=True):
+    for row, answer in zip(rows, tokens(chosen(lm, None, rows, max_new_tokens=4, stop=[])), strict=True):
         for n, token in enumerate(answer):
             logprobs = score(row + answer[:n])
             assert logprobs[token] >= logprobs.max() - 1e-4
@@ -122,9 +119,8 @@ def test_plain_decoding_and_responses_follow_the_oracle(name):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_soft_prompts_of_several_lengths_follow_the_definition(name):
-    """Embeddings before the prompt, padded on the left, go the same way as ids."""
+    """Embeddings before the prompt go the same way as ids."""
     lm = copy.deepcopy(random_lm(name, 0))
-    lm.generation_config.eos_token_id = None
     torch.manual_seed(0)
     soft = SoftPrompt(torch.randn(1, 2, 32) * 0.3, Users(USERS, offset=torch.randn(3, 2, 32) * 0.3))
     policy, exact, rows = UserPolicy(lm, None, soft=soft), copy.deepcopy(lm).double(), [row["prompt"] for row in ROWS]
@@ -135,9 +131,8 @@ def test_soft_prompts_of_several_lengths_follow_the_definition(name):
         embeds = torch.cat([soft(soft.users.rows([user])).double(), words], dim=1)
         return exact(inputs_embeds=embeds, use_cache=False).logits[0, -1].log_softmax(-1)
 
-    for row, user, answer in zip(
-        rows, USERS, unguided.generate(policy, rows, USERS, max_new_tokens=3).tokens.tolist(), strict=True
-    ):
+    found = tokens(chosen(policy, None, rows, USERS, max_new_tokens=3, stop=[]))
+    for row, user, answer in zip(rows, USERS, found, strict=True):
         for n, token in enumerate(answer):
             own = logprobs(user, row + answer[:n])
             assert own[token] >= own.max() - 1e-4
@@ -152,8 +147,9 @@ def test_soft_prompts_of_several_lengths_follow_the_definition(name):
         assert value[seen].tolist() == pytest.approx(want, abs=1e-3)
 
 
-@pytest.mark.parametrize("lengths", [(2, 5), (14, 20)])
+@pytest.mark.parametrize("lengths", [(2, 5), (14, 20), (2, 14, 5, 20)])
 def test_longrope_is_right_on_either_side_of_its_border(lengths):
+    """Rows on both sides take turns, since a pass turns all its rows as the longest one asks."""
     policy, model = random_lm("phi3 longrope", 0), reward_model(random_lm("phi3 longrope", 1))
     score, state = Oracle(policy), Oracle(model.backbone)
     rows = [dict(prompt=p, user="ann", weight=2.0) for p in prompts(lengths)]
@@ -161,5 +157,5 @@ def test_longrope_is_right_on_either_side_of_its_border(lengths):
     def reward(row, text, candidate) -> float:
         return model.head(state([*text, candidate])[-1:].float(), model.users.rows(["ann"])).item()
 
-    call = dict(reward_weight=2.0, num_candidates=3, max_new_tokens=4, eos_token_id=[])
-    follows(guided(policy, model, [row["prompt"] for row in rows], ["ann"] * 2, **call), rows, score, reward)
+    call = dict(reward_weight=2.0, num_candidates=3, max_new_tokens=4, stop=[])
+    follows(chosen(policy, model, [row["prompt"] for row in rows], ["ann"] * len(rows), **call), rows, score, reward)

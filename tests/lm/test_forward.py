@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import reward_model, tiny_lm
-from decoding import USERS, guided, prompts, tokenwise
+from decoding import USERS, chosen, engine_of, prompts, steps_of, tokens
 from families import random_lm
 
-from pyargs.decode import unguided
 from pyargs.errors import PyargsError
 from pyargs.lm.forward import packed_states, spans
 from pyargs.lm.tokenize import pack
@@ -16,18 +15,14 @@ from pyargs.models.token_reward import TokenReward
 from pyargs.scoring import response_states
 
 
-@pytest.mark.parametrize("lengths", [(2, 14), (10, 10), (2, 10)])
-def test_longrope_across_its_border_is_refused(lengths):
-    policy, rows = random_lm("phi3 longrope", 0), prompts(lengths)
-    model = reward_model(random_lm("phi3 longrope", 1))
-    with pytest.raises(PyargsError, match="more than 12 tokens"):
-        guided(policy, model, rows, ["ann"] * 2, num_candidates=3, max_new_tokens=4)
-    with pytest.raises(PyargsError, match="more than 12 tokens"):
-        unguided.generate(policy, rows, max_new_tokens=4)
-    with pytest.raises(PyargsError, match="more than 12 tokens"):
-        tokenwise(policy, TokenReward(policy, None), rows, max_new_tokens=4)
-    with pytest.raises(PyargsError, match="more than 12 tokens"):
-        response_states(policy.get_decoder(), [(rows[0], [[3], [4] * 12])])
+def test_longrope_across_its_border_is_refused():
+    policy, rows = random_lm("phi3 longrope", 0), prompts([2, 10])
+    for model in (None, reward_model(random_lm("phi3 longrope", 1)), TokenReward(policy, None)):
+        with pytest.raises(PyargsError, match="more than 12 tokens"):
+            chosen(policy, model, rows, ["ann"] * 2, max_new_tokens=4)
+    for responses in ([[3], [4] * 12], [[4] * 2, [4] * 14]):
+        with pytest.raises(PyargsError, match="more than 12 tokens"):
+            response_states(policy.get_decoder(), [(rows[0], responses)])
 
 
 def test_a_model_that_padding_changes_is_refused_where_there_is_padding():
@@ -40,15 +35,13 @@ def test_a_model_that_padding_changes_is_refused_where_there_is_padding():
     config = random_lm("llama", 0).config
     torch.manual_seed(0)
     lm = Blind(config).double().eval()  # in float64, which the native stack leaves alone
-    model, rows = reward_model(random_lm("llama", 1)), prompts([3, 5])
-    assert unguided.generate(lm, rows[:1], max_new_tokens=2).tokens.shape == (1, 2)
-    for way in (
-        lambda: unguided.generate(lm, rows, max_new_tokens=2),
-        lambda: tokenwise(lm, TokenReward(random_lm("llama", 1), None), rows, max_new_tokens=2),
-        lambda: guided(lm, model, rows, USERS[:2], num_candidates=3, max_new_tokens=2),
-    ):
-        with pytest.raises(PyargsError, match="Blind does not leave padding out.*batch_size=1"):
-            way()
+    rows = prompts([3, 5])
+    for model in (None, TokenReward(random_lm("llama", 1), None), reward_model(random_lm("llama", 1))):
+        with pytest.raises(PyargsError, match="Blind does not leave padding out.*max_rows=1"):
+            chosen(lm, model, rows, USERS[:2], max_new_tokens=2)
+        one = engine_of(lm, model, max_rows=1)
+        each = [chosen(lm, model, [row], [user], max_new_tokens=2)[0] for row, user in zip(rows, USERS, strict=False)]
+        assert tokens(steps_of(one, rows, USERS[:2], max_new_tokens=2)) == tokens(each)
 
 
 def test_spans_of_predicting_states():

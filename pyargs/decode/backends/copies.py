@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer
 
 from pyargs.errors import PyargsError
 from pyargs.lm.cache import PrefixLayer
-from pyargs.lm.forward import forward_step
+from pyargs.lm.forward import embedded, forward_step
 from pyargs.lm.tokenize import left_pad
 
 
@@ -26,10 +26,11 @@ class _Closed:
     def __init__(self, lm):
         self.lm, self.here, self.mask, self.cache, self.padded = lm, [], None, None, False
 
-    def begin(self, prompts: Sequence[Sequence[int]], **more):
+    def begin(self, prompts: Sequence[Sequence[int]], soft: Tensor | None = None, **more):
         if self.here:
             raise PyargsError("rows of this model can only come in when no row is here")
-        ids, self.mask = (x.to(self.lm.device) for x in left_pad([list(prompt) for prompt in prompts], 0))
+        read = left_pad([list(prompt) for prompt in prompts], 0) if soft is None else embedded(self.lm, prompts, soft)
+        ids, self.mask = (x.to(self.lm.device) for x in read)
         self.padded, self.cache, self.here = not bool(self.mask.all()), None, list(range(len(prompts)))
         output, self.cache = forward_step(self.lm, ids, self.mask, None, self.padded, **more)
         return output
@@ -58,8 +59,8 @@ class Policy:
     def __init__(self, lm, room: int):
         self.held = _Closed(lm)
 
-    def join(self, prompts: Sequence[Sequence[int]], capacity: int) -> Tensor:
-        return self.held.begin(prompts, logits_to_keep=1).logits[:, -1]
+    def join(self, prompts: Sequence[Sequence[int]], capacity: int, soft: Tensor | None = None) -> Tensor:
+        return self.held.begin(prompts, soft, logits_to_keep=1).logits[:, -1]
 
     def advance(self, token: Tensor, going: Tensor | None = None) -> Tensor:
         held = self.held

@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 
-import torch
 from torch import Tensor
 
 from pyargs.decode.request import BatchRequest
 from pyargs.lm import lora
 from pyargs.lm.cache import PrefixCache, RowCache, additive, cache_name, parameters, positions
-from pyargs.lm.forward import plain_output_layer
+from pyargs.lm.forward import embedded, plain_output_layer
 from pyargs.lm.structure import may_replace
 from pyargs.lm.tokenize import left_pad
 from pyargs.models.reward_model import RewardModel
@@ -292,20 +291,10 @@ def _join(model, cache: RowCache, prompts, capacity: int, *, soft: Tensor | None
     ids, mask = (x.to(model.device) for x in left_pad([list(prompt) for prompt in prompts], 0))
     inputs = {"input_ids": ids}
     if soft is not None:
-        inputs, mask = _embedded(model, prompts, soft)
+        embeds, mask = embedded(model, prompts, soft)
+        inputs = {"inputs_embeds": embeds}
     seen = cache.join(mask)
     return _call(model, cache, seen, positions(mask), inputs, more)
-
-
-def _embedded(model, prompts, soft: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """Embeddings of prompts with `soft` [m, L, D] before them, padded on the left, and their mask."""
-    table = model.get_input_embeddings()
-    words = [table(torch.tensor(list(prompt), device=model.device)) for prompt in prompts]
-    parts = [torch.cat([before.to(word), word]) for before, word in zip(soft, words, strict=True)]
-    longest = max(map(len, parts))
-    embeds = torch.stack([torch.cat([p.new_zeros(longest - len(p), p.shape[1]), p]) for p in parts])
-    mask = torch.stack([torch.arange(longest, device=model.device) >= longest - len(p) for p in parts]).long()
-    return {"inputs_embeds": embeds}, mask
 
 
 def _pass(model, ids: Tensor, cache: RowCache, **more):
