@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Lowest first. A module imports what stands on its own floor or below, whether at the top of its file or within a function.
 FLOORS = (
     ("errors",),
-    ("config", "files", "user_ids", "progress", "store", "types"),
+    ("config", "files", "user_ids", "progress", "store", "tuned", "types"),
     ("ops",),
     ("heads",),
     ("data",),
@@ -70,6 +70,7 @@ TESTED_IN = {
     "pyargs.ops.library": "test_packaging.py",
     "pyargs.prepare.folder": "prepare/test_prism.py",
     "pyargs.prepare.statistics": "prepare/test_prism.py",
+    "pyargs.tuned": "commands/test_decode.py",
     "pyargs.training.losses": "methods/test_planted_users.py",
     "experiments.__main__": "experiments/test_figures.py",
     "experiments.claims.accuracies": "experiments/claims/test_claims.py",

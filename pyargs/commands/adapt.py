@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
 
 
 def run(args: argparse.Namespace) -> dict:
-    from pyargs import files
+    from pyargs import files, tuned
     from pyargs.commands import load_data
     from pyargs.data import content_hash, of_split
     from pyargs.lm import hub
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> dict:
     model = load_model(args.model, backbone=args.backbone)
     adapt.adapt(model, rows, steps=args.adapt_steps, method=args.method, again=args.again)
     model.save_pretrained(args.out)
-    files.keep_tuned(locate(args.model), args.out)
+    tuned.keep(locate(args.model), args.out)
     if not model.known_users:
         plan["new_users"] = 0  # the same for everyone: nobody had to be added
     return files.record(

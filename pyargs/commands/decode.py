@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
 def run(args: argparse.Namespace) -> dict:
     import time
 
-    from pyargs import files
+    from pyargs import files, tuned
     from pyargs.commands import load_data
     from pyargs.data import content_hash, of_split
     from pyargs.decode.engine import Engine
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> dict:
         raise PyargsError(f"no rows with split '{args.split}' (there are: {', '.join(sorted(set(data['split'])))})")
     weight = args.reward_weight
     if args.tuned:
-        weight = _follow(args, files.read_tuned(args.tuned, args.model), args.tuned)
+        weight = _follow(args, tuned.read(args.tuned, args.model), args.tuned)
     if args.best_of or args.policy is None:
         if weight is not None or args.strength is not None:
             raise PyargsError(
@@ -68,8 +68,8 @@ def run(args: argparse.Namespace) -> dict:
                 "--best-of and for a model that answers by itself"
             )
     elif weight is None and args.strength is None:  # what was tuned for this policy stands beside the model
-        tuned = files.noted_tuned(locate(args.model), args.policy, args.dtype)
-        weight = None if tuned is None else _follow(args, tuned, f"{args.model} for {args.policy}")
+        found = tuned.noted(locate(args.model), args.policy, args.dtype)
+        weight = None if found is None else _follow(args, found, f"{args.model} for {args.policy}")
     policy, model = load_pair(args.policy, args.model, dtype=args.dtype, backbone=args.backbone)
     engine = Engine(
         policy,

@@ -44,10 +44,11 @@ def run(args: argparse.Namespace) -> dict:
     from pyargs.metrics.rm_accuracy import rm_accuracy
     from pyargs.models import load_model
     from pyargs.models.folder import locate, read_config
+    from pyargs.tuned import read as read_tuned
     from pyargs.types import Result
 
     rows = of_split(load_data(args), args.split)
-    tuned = files.read_tuned(args.tuned, args.model) if args.tuned else None
+    tuned = read_tuned(args.tuned, args.model) if args.tuned else None
     if args.reward_weight is not None:
         tuned = {"reward_weight": args.reward_weight, "centre": 0.0}
     if (tuned is None) != (args.policy is None):

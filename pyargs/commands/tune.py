@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
 def run(args: argparse.Namespace) -> dict:
     from dataclasses import asdict
 
-    from pyargs import files
+    from pyargs import files, tuned
     from pyargs.commands import load_data
     from pyargs.config import from_args
     from pyargs.data import content_hash, of_split
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> dict:
         {"stage": "tune", "policy": args.policy, "dtype": args.dtype, "beyond": [STEP, BEYOND], **settings},
         {"data": content_hash(rows), "model": files.sha256(args.model), "policy": hub.identity(args.policy)},
     )
-    beside = lambda found: files.note_tuned(locate(args.model), args.policy, args.dtype, found)  # noqa: E731
+    beside = lambda found: tuned.note(locate(args.model), args.policy, args.dtype, found)  # noqa: E731
     if done := files.finished(args.out, key):
         beside(files.read_json(args.out))
         return {**done, "already_done": True}

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pyargs import __version__
+from pyargs import __version__, tuned
 from pyargs.config import check_kinds
 from pyargs.errors import PyargsError
-from pyargs.files import keep_tuned, read_json, read_tensors, settle, write_json, writing
+from pyargs.files import read_json, read_tensors, settle, write_json, writing
 from pyargs.lm import lora
 from pyargs.lm.inert import PICKLED
 from pyargs.lm.loading import default_device, fingerprint, load_lm, torch_dtype
@@ -59,7 +59,7 @@ def save(
     """
     with writing(folder, (*lora.FILES, "demonstrations.json")) as out:
         out.mkdir()
-        keep_tuned(folder, out)
+        tuned.keep(folder, out)
         adapted = lora.save(model.backbone, out)
         save_file(shared, out / "shared.safetensors")
         users.save(out)

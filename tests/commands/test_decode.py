@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from verbs import call
 
-from pyargs import files
+from pyargs import files, tuned
 
 
 def test_decoding_follows_how_the_weight_was_tuned(stages, capsys, tmp_path):
@@ -116,10 +116,10 @@ def test_what_was_tuned_stands_beside_the_model_and_is_used_where_no_weight_is_g
     unit = call(capsys, bare)["config"]["reward_weight"]
     assert call(capsys, [*to(bare, "b.jsonl"), "--strength", "3"])["config"]["reward_weight"] == pytest.approx(3 * unit)
     before = files.sha256(adapted)
-    tuned = call(capsys, to(steps["tune"], "tune.json"))
-    files.keep_tuned(model, adapted)
+    found = call(capsys, to(steps["tune"], "tune.json"))
+    tuned.keep(model, adapted)
     assert files.sha256(adapted) == before and (files.Path(adapted) / files.TUNED).exists()
-    assert call(capsys, to(bare, "c.jsonl"))["config"]["reward_weight"] == tuned["reward_weight"]
+    assert call(capsys, to(bare, "c.jsonl"))["config"]["reward_weight"] == found["reward_weight"]
     assert call(capsys, [*to(bare, "d.jsonl"), "--strength", "1"])["config"]["reward_weight"] == pytest.approx(unit)
     # What was tuned for other weights is nobody's.
     noted = files.read_json(files.Path(adapted) / files.TUNED)
