@@ -12,7 +12,7 @@ from pyargs.decode import args, reference
 from pyargs.decode import genarm as tokenwise_module
 from pyargs.decode.engine import Engine
 from pyargs.decode.pair import check_pair
-from pyargs.decode.reference import Steps
+from pyargs.decode.reference import Chosen
 from pyargs.decode.request import check, numbered
 from pyargs.lm import lora
 from pyargs.lm.tokenize import left_pad
@@ -43,11 +43,11 @@ def engine_of(policy, model=None, **how) -> Engine:
         return Engine(policy, model, **how)
 
 
-def steps_of(engine, rows, users=None, **wish) -> list[Steps]:
+def steps_of(engine, rows, users=None, **wish) -> list[Chosen]:
     """What an engine chooses for requests that come in together. Raises what ended one of them otherwise."""
     users = users or [""] * len(rows)
     asked = zip(rows, users, wishes(len(rows), guided=engine.pair.guided, **wish), strict=True)
-    found = {engine.submit(row, user, **own): Steps([], [], []) for row, user, own in asked}
+    found = {engine.submit(row, user, **own): Chosen([], [], []) for row, user, own in asked}
     while engine.busy:
         for event in engine.step():
             if event.error is not None:
@@ -57,13 +57,13 @@ def steps_of(engine, rows, users=None, **wish) -> list[Steps]:
     return list(found.values())
 
 
-def chosen(policy, model, rows, users=None, *, backend="auto", eos_reward=None, tokenizer=None, **wish) -> list[Steps]:
+def chosen(policy, model, rows, users=None, *, backend="auto", eos_reward=None, tokenizer=None, **wish) -> list[Chosen]:
     """What an engine chooses that has room for all."""
     how = dict(backend=backend, eos_reward=eos_reward, tokenizer=tokenizer, max_rows=max(len(rows), 1))
     return steps_of(engine_of(policy, model, **how), rows, users, **wish)
 
 
-def by_reference(policy, model, rows, users, *, eos_reward="before", tokenizer=None, **wish) -> list[Steps]:
+def by_reference(policy, model, rows, users, *, eos_reward="before", tokenizer=None, **wish) -> list[Chosen]:
     """What the plain loop chooses."""
     pair = check_pair(policy, model, tokenizer, 0)
     asked = zip(rows, users, wishes(len(rows), **wish), strict=True)
@@ -71,7 +71,7 @@ def by_reference(policy, model, rows, users, *, eos_reward="before", tokenizer=N
     return reference.answers(policy, model, requests, eos_reward=eos_reward, vocabulary=pair.vocabulary)
 
 
-def tokens(found: list[Steps]) -> list[list[int]]:
+def tokens(found: list[Chosen]) -> list[list[int]]:
     return [one.tokens for one in found]
 
 

@@ -7,11 +7,8 @@ import functools
 import torch
 from conftest import tiny_lm
 
-from pyargs.decode import args
-from pyargs.decode.backends import cpu
-from pyargs.decode.request import check
+from pyargs.decode.engine import Engine
 from pyargs.heads import distance, latent, linear, mlp, user_mlp
-from pyargs.lm.tokenize import left_pad
 from pyargs.models.reward_model import RewardModel
 from pyargs.types import Users
 
@@ -35,21 +32,7 @@ def models(head: str):
     return policy, RewardModel(tiny_lm(dtype=torch.float32, seed=1).get_decoder(), None, HEADS[head]()).eval()
 
 
-def decoded(head: str, rows: list[list[int]], users: list[str], k: int, **more):
-    policy, model = models(head)
-    ids, mask = left_pad(rows, 0)
-    more = dict(reward_weight=2.0, max_new_tokens=6, pad_token_id=0, eos_reward="before", tokenizer=None) | more
-    request = check(
-        policy,
-        model,
-        ids,
-        mask,
-        users,
-        num_candidates=k,
-        temperature=0.7,
-        token_callback=None,
-        do_sample=more.get("seed") is not None,
-        **({"seed": None, "eos_token_id": [3, 5, 9, 11]} | more),
-    )
-    assert cpu.possible(policy, model)
-    return args.decode(policy, model, request)
+def decoded(head: str, rows: list[list[int]], users: list[str], k: int, backend="cpu", **more):
+    """Answers of all rows at once."""
+    wish = dict(reward_weight=2.0, max_new_tokens=6, num_candidates=k, stop=[3, 5, 9, 11], seed=0) | more
+    return Engine(*models(head), backend=backend, max_rows=len(rows)).generate(rows, users, **wish)

@@ -24,7 +24,7 @@ from pyargs.ops.choice import choose, is_stop
 from pyargs.types import Decoded
 
 
-class Steps(NamedTuple):
+class Chosen(NamedTuple):
     """What was chosen for a request, step by step, a stop token included: tokens, their slots and their rewards."""
 
     tokens: list[int]
@@ -40,7 +40,7 @@ def answers(
     *,
     eos_reward: str = "before",
     vocabulary: int | None = None,
-) -> list[Steps]:
+) -> list[Chosen]:
     """What is chosen for requests that start together, in their order. eos_reward: see `pyargs.Engine`; vocabulary: so many
     tokens can be chosen, by default all that the policy's logits name.
 
@@ -110,7 +110,7 @@ def answers(
             policy, token.unsqueeze(1).to(policy.device), mask, policy_cache, padded, logits_to_keep=1
         )
     going, *parts = (torch.stack(each, dim=1).cpu() for each in zip(*steps, strict=True))
-    return [Steps(*(part[row, going[row]].tolist() for part in parts)) for row in range(rows)]
+    return [Chosen(*(part[row, going[row]].tolist() for part in parts)) for row in range(rows)]
 
 
 def _considered(logprobs: Tensor, request: Request) -> int:

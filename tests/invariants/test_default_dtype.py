@@ -15,12 +15,9 @@ from every_head import decoded as on_the_stack
 from every_head import models as company
 
 from pyargs import scoring
-from pyargs.decode import args, best_of_n
-from pyargs.decode.backends import cpu
-from pyargs.decode.request import check
+from pyargs.decode.engine import Engine
 from pyargs.lm import lora
-from pyargs.lm.stack import keep, pack
-from pyargs.lm.tokenize import left_pad
+from pyargs.lm.stack import pack
 from pyargs.ops.library import has_extension
 from pyargs.training import hooks, trainer
 
@@ -47,7 +44,7 @@ def default(request):
 @pytest.fixture(params=PATHS)
 def path(request, monkeypatch):
     if request.param == "transformers":
-        monkeypatch.setattr(keep, "can_pack", lambda model: False)
+        monkeypatch.setenv("PYARGS_BACKEND", "eager")
     return request.param
 
 
@@ -65,22 +62,17 @@ def same(ours, theirs) -> None:
 
 
 def guided(head: str = "mlp", **more):
-    policy, model = company(head)
-    ids, mask = left_pad(ROWS, 0)
-    request = check(
-        policy, model, ids, mask, NAMES, **(dict(
-            reward_weight=[2.0, 0.1, 1.3], num_candidates=7, max_new_tokens=5, eos_token_id=[3, 5], pad_token_id=0,
-            do_sample=True, temperature=0.8, seed=[1, 2, 3], eos_reward="before", tokenizer=None, token_callback=None,
-        ) | more)
+    wish = dict(
+        reward_weight=[2.0, 0.1, 1.3], num_candidates=7, max_new_tokens=5, stop=[3, 5], temperature=0.8, seed=[1, 2, 3]
     )  # fmt: skip
-    return vars(args.decode(policy, model, request))
+    return Engine(*company(head)).generate(ROWS, NAMES, **(wish | more))
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_guided_answers(default, path, head):
     company(head)  # made under float32
-    for more in ({}, {"seed": 3}, {"do_sample": False}):
-        same(default(lambda more=more: guided(head, **more)), guided(head, **more))
+    for more in ({}, {"seed": 3}, {"temperature": 0.0}, {"top_p": 0.7, "min_p": 0.1}):
+        assert default(lambda more=more: guided(head, **more)) == guided(head, **more)
 
 
 def test_states_log_probs_and_scores(default, path):
@@ -125,17 +117,15 @@ def test_a_stack(default):
 
 def test_best_of_n(default):
     policy, model = company("mlp")
-    answers = lambda: best_of_n.generate(policy, model, ROWS, NAMES, n=3, max_new_tokens=4)  # noqa: E731
-    (ours, rewards), (theirs, others) = default(answers), answers()
-    same(rewards, others)
-    same([vars(one) for one in ours], [vars(one) for one in theirs])
+    answers = lambda: Engine(policy, model, best_of=3).generate(ROWS, NAMES, max_new_tokens=4, seed=0)  # noqa: E731
+    assert default(answers) == answers()
 
 
 @pytest.mark.skipif(not has_extension, reason="no extension")
 def test_greedy_answers(default):
     policy, _ = company("linear")
-    answer = lambda: cpu.greedy(policy, ROWS, max_new_tokens=6, vocabulary=61, stop=[3], pad=0)  # noqa: E731
-    same(default(answer), answer())
+    answer = lambda: Engine(policy, backend="cpu").generate(ROWS, max_new_tokens=6, stop=[3], seed=0)  # noqa: E731
+    assert default(answer) == answer()
 
 
 def test_heads_are_float32(default):
@@ -177,8 +167,7 @@ def test_under_another_default_device():
     right = guided("mlp"), on_the_stack("linear", ROWS, NAMES, 5), scoring.response_states(company("linear")[0].model, GROUPS)
     torch.set_default_device("meta")
     try:
-        same(vars(on_the_stack("linear", ROWS, NAMES, 5)), vars(right[1]))
-        same(guided("mlp"), right[0])
+        assert on_the_stack("linear", ROWS, NAMES, 5) == right[1] and guided("mlp") == right[0]
         same(scoring.response_states(company("linear")[0].model, GROUPS), right[2])
     finally:
         torch.set_default_device(None)

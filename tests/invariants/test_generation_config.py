@@ -1,17 +1,18 @@
-"""A checkpoint's generation config changes no answer: but for stop and padding tokens, nothing in it is read."""
+"""A checkpoint's generation config changes no answer: but for stop tokens, nothing in it is read."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 from conftest import reward_model, tiny_lm
-from decoding import guided, prompts, tokenwise
+from decoding import chosen, prompts, tokens
 from transformers import GenerationConfig
 
-from pyargs.decode import unguided
-from pyargs.decode.backends import cpu
 from pyargs.models.token_reward import TokenReward
+from pyargs.ops.library import has_extension
 
-READ = ("eos_token_id", "pad_token_id")
+READ = ("eos_token_id", "pad_token_id")  # the second by `generate` of transformers
+BACKENDS = ["cpu", "eager"] if has_extension else ["eager"]
 BITING = dict(
     max_length=7, max_new_tokens=2, min_length=30, min_new_tokens=20, max_time=1e-9, stop_strings=["a"], do_sample=True,
     num_beams=3, early_stopping=True, use_cache=False, cache_implementation="static", temperature=0.1, top_k=1, top_p=0.01,
@@ -27,7 +28,7 @@ BITING = dict(
 
 
 def fields(tokens: list[int]) -> dict:
-    """A value for each field of GenerationConfig but the two that are read; tokens: what the model would write."""
+    """A value for each field of GenerationConfig but those that are read; tokens: what the model would write."""
     biting = BITING | dict(
         bad_words_ids=[[t] for t in tokens],
         suppress_tokens=tokens,
@@ -38,18 +39,19 @@ def fields(tokens: list[int]) -> dict:
     return {name: biting.get(name, 3) for name in sorted(names - set(READ)) if not name.startswith("_")}
 
 
-def test_no_field_of_the_generation_config_changes_an_answer(monkeypatch):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_field_of_the_generation_config_changes_an_answer(backend):
     policy, model = tiny_lm(dtype=torch.float32), reward_model(tiny_lm(seed=3, dtype=torch.float32))
     policy.generation_config.eos_token_id = None
     rows, token_reward = prompts([3, 5, 2]), TokenReward(tiny_lm(seed=4, dtype=torch.float32), None)
 
     def answers() -> list:
-        drawn = unguided.generate(policy, rows, max_new_tokens=8, do_sample=True, temperature=1.5, seed=1)
+        how = dict(backend=backend, max_new_tokens=8)
         return [
-            unguided.generate(policy, rows, max_new_tokens=8).tokens.tolist(),
-            drawn.tokens.tolist(),
-            guided(policy, model, rows, ["ann", "bob", "cid"], max_new_tokens=8).tokens.tolist(),
-            tokenwise(policy, token_reward, rows, max_new_tokens=8).tokens.tolist(),
+            tokens(chosen(policy, None, rows, **how)),
+            tokens(chosen(policy, None, rows, **how, temperature=1.5, seed=1)),
+            tokens(chosen(policy, model, rows, ["ann", "bob", "cid"], **how)),
+            tokens(chosen(policy, token_reward, rows, **how)),
         ]
 
     before = answers()
@@ -57,28 +59,25 @@ def test_no_field_of_the_generation_config_changes_an_answer(monkeypatch):
         setattr(policy.generation_config, name, value)
     policy.config.min_length, policy.config.repetition_penalty = 30, 9.0  # where older checkpoints keep them
     assert answers() == before
-    monkeypatch.setattr(cpu, "possible", lambda *models: False)
-    assert answers() == before  # through transformers
 
 
-def test_each_field_by_itself_changes_no_answer(monkeypatch):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_each_field_by_itself_changes_no_answer(backend):
     policy, rows = tiny_lm(dtype=torch.float32), prompts([3, 5, 2])
     policy.generation_config.eos_token_id = None
-    monkeypatch.setattr(cpu, "possible", lambda *models: False)
-    before = unguided.generate(policy, rows, max_new_tokens=5).tokens
-    for name, value in fields(sorted(set(before.flatten().tolist()))).items():
+    before = chosen(policy, None, rows, backend=backend, max_new_tokens=5)
+    for name, value in fields(sorted({token for row in tokens(before) for token in row})).items():
         policy.generation_config = GenerationConfig(pad_token_id=1)
         setattr(policy.generation_config, name, value)
-        assert torch.equal(unguided.generate(policy, rows, max_new_tokens=5).tokens, before), name
+        assert chosen(policy, None, rows, backend=backend, max_new_tokens=5) == before, name
 
 
-def test_stop_and_padding_tokens_are_the_checkpoints():
+def test_stop_tokens_are_the_checkpoints():
     policy, rows = tiny_lm(dtype=torch.float32), prompts([3, 5, 2])
     policy.generation_config = GenerationConfig(pad_token_id=1)
-    tokens = unguided.generate(policy, rows, max_new_tokens=6).tokens
-    stop = int(tokens[0, 2])
+    free = tokens(chosen(policy, None, rows, max_new_tokens=6))
+    stop = free[0][2]
     policy.generation_config = GenerationConfig(eos_token_id=[stop, 9], pad_token_id=5)
-    first = tokens[0].tolist().index(stop)
-    found = unguided.generate(policy, rows, max_new_tokens=6)
-    assert found.tokens[0].tolist()[: first + 1] == tokens[0, : first + 1].tolist() and found.lengths[0] == first
-    assert set(found.tokens[0, first + 1 :].tolist()) <= {5}
+    for row, one in zip(free, tokens(chosen(policy, None, rows, max_new_tokens=6)), strict=True):
+        ends = [n for n, token in enumerate(row) if token in (stop, 9)]
+        assert one == (row[: ends[0] + 1] if ends else row)

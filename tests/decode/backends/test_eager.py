@@ -11,12 +11,12 @@ from pyargs.decode.backends import eager
 def test_which_way():
     policy = tiny_lm()
     frozen = reward_model(policy)
-    assert eager.of(policy, frozen, 64, 10) is eager.OnePass
-    assert eager.of(policy, reward_model(tiny_lm(seed=3)), 1, 2) is eager.TwoPasses
+    assert eager.shares(policy, frozen.backbone, 64, 10)
+    assert not eager.shares(policy, reward_model(tiny_lm(seed=3)).backbone, 1, 2)
     policy, adapted = shared_pair("shared lora", "linear", 0)
-    assert eager.of(policy, adapted, 1, 10) is eager.OnePass
-    assert eager.of(policy, adapted, 8, 10) is eager.TwoPasses  # too many rows for a CPU
-    assert eager.of(policy.float(), adapted.float().merge(), 1, 10) is eager.TwoPasses
-    assert eager.of(policy, reward_model(tiny_lm("qwen2")), 1, 10) is eager.TwoPasses
+    assert eager.shares(policy, adapted.backbone, 1, 10)
+    assert not eager.shares(policy, adapted.backbone, 8, 10)  # too many rows for a CPU
+    assert not eager.shares(policy.float(), adapted.float().merge().backbone, 1, 10)
+    assert not eager.shares(policy, reward_model(tiny_lm("qwen2")).backbone, 1, 10)
     frozen.backbone.norm.weight.data[0] += 1
-    assert eager.of(tiny_lm(), frozen, 1, 10) is eager.TwoPasses
+    assert not eager.shares(tiny_lm(), frozen.backbone, 1, 10)
