@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from experiments import results
 from experiments.claims import accuracies, answers
-from experiments.claims.common import World
+from experiments.claims.common import Evidence
 from experiments.claims.verdicts import FAILS, HOLDS, OPEN, UNTESTABLE, VERDICTS
 from experiments.tables.specs import SCALES
 
-__all__ = ["CLAIMS", "FAILS", "HOLDS", "OPEN", "UNTESTABLE", "VERDICTS", "findings", "world"]
+__all__ = ["CLAIMS", "FAILS", "HOLDS", "OPEN", "UNTESTABLE", "VERDICTS", "findings", "evidence"]
 
 CLAIMS = (
     accuracies.tau_range, accuracies.tldr_corr, accuracies.tldr_prior, accuracies.tldr_prior_all, accuracies.tldr_lore,
@@ -30,14 +30,14 @@ def findings(cells: list[dict], paper: dict, profile: str) -> list[dict]:
     A finding is {"id", "source": "paper", "implied" or "ours", "data", "claim", "paper": [(what, number)], "ours":
     [comparison], "rule", "verdict", "reason", "note"}; verdicts.decided says what a comparison is.
     """
-    read = world(cells, paper, profile)
+    read = evidence(cells, paper, profile)
     return [claim(read) for claim in CLAIMS]
 
 
-def world(cells: list[dict], paper: dict, profile: str) -> World:
+def evidence(cells: list[dict], paper: dict, profile: str) -> Evidence:
     """What a claim is judged on: the profile's cells by data set, and the paper's numbers."""
     own = [c for c in cells if c["profile"] == profile]
     sets = {data: results.of_set(cells, profile, data) for data in SCALES}
     for extra in sorted({c["set"] for c in own if c["stands_for"] is None}):
         sets[extra] = [c for c in own if c["set"] == extra and c["stands_for"] is None]
-    return World(sets, paper, profile)
+    return Evidence(sets, paper, profile)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from experiments.claims.common import (
     MEASURES,
     SAME_ACCURACY,
-    World,
+    Evidence,
     claim,
     correlation_at_most,
     correlation_changes,
@@ -22,49 +22,49 @@ from experiments.tables.specs import PRISM_EIGHT, PRISM_ROWS, SCALES, TLDR_EIGHT
 # --- TLDR
 
 
-def tau_range(world: World) -> dict:
+def tau_range(evidence: Evidence) -> dict:
     return correlation_at_most(
-        world,
+        evidence,
         "tau_range",
         "TLDR",
         TLDR_EIGHT,
-        printed_correlations(world, "2", "kendall"),
-        highest_correlation(world, "2", "kendall"),
+        printed_correlations(evidence, "2", "kendall"),
+        highest_correlation(evidence, "2", "kendall"),
         "RM accuracy is a poor guide to policy accuracy: Kendall's tau over methods and seeds stays low with every policy.",
     )
 
 
-def tldr_corr(world: World) -> dict:
+def tldr_corr(evidence: Evidence) -> dict:
     return correlation_changes(
-        world,
+        evidence,
         "tldr_corr",
         "TLDR",
         TLDR_EIGHT,
-        printed_correlations(world, "2", "pearson"),
+        printed_correlations(evidence, "2", "pearson"),
         below(),
         "The larger the policy, the less RM accuracy says about policy accuracy: Pearson's r falls.",
     )
 
 
-def tldr_prior(world: World) -> dict:
+def tldr_prior(evidence: Evidence) -> dict:
     rows = ("MPU", "MPU-Avg", "PReF")
-    found = [differences(world, "TLDR", [row], "Zero-Shot", "policy", below()) for row in rows]
+    found = [differences(evidence, "TLDR", [row], "Zero-Shot", "policy", below()) for row in rows]
     return claim(
-        world,
+        evidence,
         "tldr_prior",
         "paper",
         "TLDR",
         "MPU, MPU-Avg and PReF rank pairs worse than the policy does by itself.",
-        [p for row in (*rows, "Zero-Shot") for p in printed(world, "2", row, "policy_accuracy")],
+        [p for row in (*rows, "Zero-Shot") for p in printed(evidence, "2", row, "policy_accuracy")],
         "Holds if the policy accuracy (paper's form) of each of the three lies below that of the policy alone.",
         *joined(found),
     )
 
 
-def tldr_prior_all(world: World) -> dict:
-    found = [differences(world, "TLDR", [row], "Zero-Shot", "all", below()) for row in ("MPU", "MPU-Avg", "PReF")]
+def tldr_prior_all(evidence: Evidence) -> dict:
+    found = [differences(evidence, "TLDR", [row], "Zero-Shot", "all", below()) for row in ("MPU", "MPU-Avg", "PReF")]
     return claim(
-        world,
+        evidence,
         "tldr_prior_all",
         "implied",
         "TLDR",
@@ -76,88 +76,88 @@ def tldr_prior_all(world: World) -> dict:
     )
 
 
-def tldr_lore(world: World) -> dict:
+def tldr_lore(evidence: Evidence) -> dict:
     rivals = [row for row in TLDR_EIGHT if row != "LoRE"]
     return claim(
-        world,
+        evidence,
         "tldr_lore",
         "paper",
         "TLDR",
         "LoRE ranks pairs best of all guided rows, with every policy.",
-        [p for row in ("LoRE", *rivals) for p in printed(world, "2", row, "policy_accuracy")],
+        [p for row in ("LoRE", *rivals) for p in printed(evidence, "2", row, "policy_accuracy")],
         "Holds if LoRE's policy accuracy (paper's form) lies above that of every other guided row.",
-        *joined([differences(world, "TLDR", ["LoRE"], rival, "policy", above()) for rival in rivals]),
+        *joined([differences(evidence, "TLDR", ["LoRE"], rival, "policy", above()) for rival in rivals]),
     )
 
 
-def tldr_pal(world: World) -> dict:
+def tldr_pal(evidence: Evidence) -> dict:
     rivals = [row for row in TLDR_EIGHT if row != "PAL"]
     return claim(
-        world,
+        evidence,
         "tldr_pal",
         "paper",
         "TLDR",
         "PAL, which can not guide a decoder, has the most accurate reward model.",
-        [p for row in ("PAL", *rivals) for p in printed(world, "2", row, "rm_accuracy")],
+        [p for row in ("PAL", *rivals) for p in printed(evidence, "2", row, "rm_accuracy")],
         "Holds if PAL's RM accuracy lies above that of every guided row.",
-        *joined([differences(world, "TLDR", ["PAL"], rival, "rm", above()) for rival in rivals]),
+        *joined([differences(evidence, "TLDR", ["PAL"], rival, "rm", above()) for rival in rivals]),
     )
 
 
 # --- PRISM
 
 
-def prism_global(world: World) -> dict:
+def prism_global(evidence: Evidence) -> dict:
     rivals = [row for row in PRISM_ROWS if not row.startswith("Global")]
     return claim(
-        world,
+        evidence,
         "prism_global",
         "paper",
         "PRISM",
         "One reward model for everybody beats every personalised one at RM accuracy.",
-        [p for row in ("Global RM", *rivals) for p in printed(world, "8", row, "rm_accuracy")],
+        [p for row in ("Global RM", *rivals) for p in printed(evidence, "8", row, "rm_accuracy")],
         "Holds if Global RM's accuracy on all queries (the paper's Table 8) lies above that of every personalised row.",
-        *joined([differences(world, "PRISM", ["Global RM"], rival, "rm", above()) for rival in rivals]),
+        *joined([differences(evidence, "PRISM", ["Global RM"], rival, "rm", above()) for rival in rivals]),
     )
 
 
-def prism_tau(world: World) -> dict:
+def prism_tau(evidence: Evidence) -> dict:
     return correlation_at_most(
-        world,
+        evidence,
         "prism_tau",
         "PRISM",
         PRISM_EIGHT,
-        printed_correlations(world, "7", "kendall"),
-        highest_correlation(world, "7", "kendall"),
+        printed_correlations(evidence, "7", "kendall"),
+        highest_correlation(evidence, "7", "kendall"),
         "RM accuracy is a poor guide to policy accuracy on PRISM, too: Kendall's tau stays low with every policy.",
     )
 
 
-def prism_corr(world: World) -> dict:
+def prism_corr(evidence: Evidence) -> dict:
     return correlation_changes(
-        world,
+        evidence,
         "prism_corr",
         "PRISM",
         PRISM_EIGHT,
-        printed_correlations(world, "7", "pearson"),
+        printed_correlations(evidence, "7", "pearson"),
         above(),
         "On PRISM it is the other way round: Pearson's r rises with the size of the policy.",
     )
 
 
-def prism_vpl(world: World) -> dict:
+def prism_vpl(evidence: Evidence) -> dict:
     rivals = [row for row in PRISM_EIGHT if row != "VPL"]
-    found = [differences(world, "PRISM", ["VPL"], rival, "policy", above()) for rival in rivals]
-    found.append(differences(world, "PRISM", ["VPL"], "Global RM", "rm", below()))
+    found = [differences(evidence, "PRISM", ["VPL"], rival, "policy", above()) for rival in rivals]
+    found.append(differences(evidence, "PRISM", ["VPL"], "Global RM", "rm", below()))
     return claim(
-        world,
+        evidence,
         "prism_vpl",
         "paper",
         "PRISM",
         "VPL ranks pairs best when it guides, although its reward model is worse than the global one.",
         [
-            *(p for row in ("VPL", "Global RM") for p in printed(world, "7", row, "policy_accuracy")),
-            *(p for row in ("VPL", "Global RM") for p in printed(world, "3", row, "rm_accuracy")),
+            *(p for row in ("VPL", "Global RM") for p in printed(evidence, "7", row, "policy_accuracy")),
+            *(p for row in ("VPL", "Global RM") for p in printed(evidence, "3", row, "rm_accuracy")),
         ],
         "Holds if VPL's policy accuracy (paper's form) lies above that of every other row, its RM accuracy below Global RM's.",
         *joined(found),
@@ -165,19 +165,19 @@ def prism_vpl(world: World) -> dict:
     )
 
 
-def prism_bands(world: World) -> dict:
-    rows, policies = ("VPL", "LoRE-Alt"), world.policies("PRISM")
-    shown = [p for row in rows for p in printed(world, "7", row, "policy_accuracy")]
-    numbers = [[v[0] for k, v in world.paper["tables"]["7"][row].items() if k.startswith("policy")] for row in rows]
+def prism_bands(evidence: Evidence) -> dict:
+    rows, policies = ("VPL", "LoRE-Alt"), evidence.policies("PRISM")
+    shown = [p for row in rows for p in printed(evidence, "7", row, "policy_accuracy")]
+    numbers = [[v[0] for k, v in evidence.paper["tables"]["7"][row].items() if k.startswith("policy")] for row in rows]
     band = max(max(of_row) - min(of_row) for of_row in numbers)
     found, lacking = [], []
     for row in rows if len(policies) > 1 else ():
-        sides = [world.of("PRISM", row, policy) for policy in (policies[-1], policies[0])]
+        sides = [evidence.of("PRISM", row, policy) for policy in (policies[-1], policies[0])]
         what = f"{row}: policy accuracy with {policies[-1]} minus {policies[0]}"
         one = difference(what, *sides, MEASURES["policy"], within(-band, band))
         found, lacking = (found + [one], lacking) if one else (found, lacking + [row])
     return claim(
-        world,
+        evidence,
         "prism_bands",
         "paper",
         "PRISM",
@@ -194,14 +194,14 @@ def prism_bands(world: World) -> dict:
 # --- all sets
 
 
-def form(world: World) -> dict:
-    found = [differences(world, data, [UNGUIDED], "Zero-Shot", "policy", other_than(0, SAME_ACCURACY)) for data in SCALES]
+def form(evidence: Evidence) -> dict:
+    found = [differences(evidence, data, [UNGUIDED], "Zero-Shot", "policy", other_than(0, SAME_ACCURACY)) for data in SCALES]
     found = [
         ([one | {"what": f"{data}: {one['what']}"} for one in own], [f"{row} on {data}" for row in lacking])
         for data, (own, lacking) in zip(SCALES, found, strict=True)
     ]
     return claim(
-        world,
+        evidence,
         "form",
         "implied",
         "all data sets",

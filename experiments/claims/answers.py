@@ -11,7 +11,7 @@ from experiments.claims.common import (
     SAME_ANSWERS,
     SAME_ROUGE,
     SURE_WIN,
-    World,
+    Evidence,
     claim,
     differences,
     far_apart,
@@ -43,21 +43,21 @@ ROUNDING = "not in float32: two decoders can round differently, and that alone c
 # --- demonstrations
 
 
-def icl_gain(world: World) -> dict:
+def icl_gain(evidence: Evidence) -> dict:
     """arXiv's first version says 3 to 5 points, the later one about 3."""
-    gain = world.paper["derived"]["icl_rag_minus_best_reward_rouge1"]["7B"]
-    found, lacking, needs = [], [], large(world, 7e9)
-    for policy in world.policies("Pref-LaMP", 7e9):
-        guided = {row: world.of("Pref-LaMP", row, policy) for row in GUIDES}
+    gain = evidence.paper["derived"]["icl_rag_minus_best_reward_rouge1"]["7B"]
+    found, lacking, needs = [], [], large(evidence, 7e9)
+    for policy in evidence.policies("Pref-LaMP", 7e9):
+        guided = {row: evidence.of("Pref-LaMP", row, policy) for row in GUIDES}
         means = {row: s["mean"] for row, cells in guided.items() if (s := results.summary(cells, MEASURES["rouge1"]))}
         lacking += [row for row in GUIDES if row not in means]
         if means:
             best = max(means, key=means.get)
             what = f"ICL-RAG minus {best} (the best guided row), ROUGE-1, {policy}"
-            one = difference(what, world.of("Pref-LaMP", "ICL-RAG", policy), guided[best], MEASURES["rouge1"], above(2))
+            one = difference(what, evidence.of("Pref-LaMP", "ICL-RAG", policy), guided[best], MEASURES["rouge1"], above(2))
             found, lacking = (found + [one], lacking) if one else (found, lacking + ["ICL-RAG"])
     return claim(
-        world,
+        evidence,
         "icl_gain",
         "paper",
         "Pref-LaMP",
@@ -71,23 +71,23 @@ def icl_gain(world: World) -> dict:
     )
 
 
-def threshold(world: World) -> dict:
+def threshold(evidence: Evidence) -> dict:
     return icl_over_guided(
-        world,
+        evidence,
         "threshold",
         above(),
-        world.policies("Pref-LaMP", 3e9),
-        large(world, 3e9),
+        evidence.policies("Pref-LaMP", 3e9),
+        large(evidence, 3e9),
         ("3B", "7B"),
         "With policies of at least 3B, demonstrations beat every reward-guided row.",
         "Holds if ICL-RAG's ROUGE-1 lies above that of every guided row with each of our policies of 3B and more.",
     )
 
 
-def small_policies(world: World) -> dict:
-    policies = world.policies("Pref-LaMP", most=3e9)
+def small_policies(evidence: Evidence) -> dict:
+    policies = evidence.policies("Pref-LaMP", most=3e9)
     return icl_over_guided(
-        world,
+        evidence,
         "small_policies",
         below(),
         policies,
@@ -99,27 +99,27 @@ def small_policies(world: World) -> dict:
     )
 
 
-def rag_over_icl(world: World) -> dict:
+def rag_over_icl(evidence: Evidence) -> dict:
     found = []
     for suffix in (", 2 shots", ", 4 shots", "", ", 16 shots"):
-        if not suffix or any(c["row"] == f"ICL-RAG{suffix}" for c in world.sets.get("Pref-LaMP", [])):
-            found.append(differences(world, "Pref-LaMP", [f"ICL-RAG{suffix}"], f"ICL{suffix}", "rouge1", above()))
+        if not suffix or any(c["row"] == f"ICL-RAG{suffix}" for c in evidence.sets.get("Pref-LaMP", [])):
+            found.append(differences(evidence, "Pref-LaMP", [f"ICL-RAG{suffix}"], f"ICL{suffix}", "rouge1", above()))
     return claim(
-        world,
+        evidence,
         "rag_over_icl",
         "paper",
         "Pref-LaMP",
         "Retrieved demonstrations beat random ones, however many there are.",
-        [p for row in ("ICL", "ICL-RAG") for p in printed_rouge(world, row)],
+        [p for row in ("ICL", "ICL-RAG") for p in printed_rouge(evidence, row)],
         "Holds if ICL-RAG's ROUGE-1 lies above ICL's at every number of demonstrations that has cells.",
         *joined(found),
     )
 
 
-def icl_shots(world: World) -> dict:
-    found = [differences(world, "Pref-LaMP", [f"{row}, 16 shots"], row, "rouge1", above()) for row in ("ICL", "ICL-RAG")]
+def icl_shots(evidence: Evidence) -> dict:
+    found = [differences(evidence, "Pref-LaMP", [f"{row}, 16 shots"], row, "rouge1", above()) for row in ("ICL", "ICL-RAG")]
     return claim(
-        world,
+        evidence,
         "icl_shots",
         "paper",
         "Pref-LaMP",
@@ -131,37 +131,37 @@ def icl_shots(world: World) -> dict:
     )
 
 
-def rgd_gain(world: World) -> dict:
+def rgd_gain(evidence: Evidence) -> dict:
     shown = [
         (f"{row} minus Zero-Shot, {scale}", f"{gain:+.2f}")
-        for scale, of_scale in world.paper["derived"]["args_minus_zeroshot_rouge1"].items()
+        for scale, of_scale in evidence.paper["derived"]["args_minus_zeroshot_rouge1"].items()
         for row, gain in of_scale.items()
         if row in PERSONAL
     ]
     return claim(
-        world,
+        evidence,
         "rgd_gain",
         "paper",
         "Pref-LaMP",
         "Personalised rewards make the answers a little better than unguided ones.",
         shown,
         "Holds if the ROUGE-1 of some personalised row lies above that of the same decoder with weight 0.",
-        *differences(world, "Pref-LaMP", PERSONAL, UNGUIDED, "rouge1", above()),
+        *differences(evidence, "Pref-LaMP", PERSONAL, UNGUIDED, "rouge1", above()),
         judge=any_of,
         note="The paper compares with zero-shot answers, not with weight 0.",
     )
 
 
-def weight_0(world: World) -> dict:
-    gaps = world.paper["derived"]["args_minus_zeroshot_rouge1"]
+def weight_0(evidence: Evidence) -> dict:
+    gaps = evidence.paper["derived"]["args_minus_zeroshot_rouge1"]
     least = min(gap for of_scale in gaps.values() for row, gap in of_scale.items() if row == "Global RM")
-    found, lacking = differences(world, "Pref-LaMP", [UNGUIDED], "Zero-Shot", "rouge1", other_than(0, least))
-    for cell in (c for c in world.sets.get("Pref-LaMP", []) if c["row"] == UNGUIDED):
-        same = same_answers(world.of("Pref-LaMP", "Zero-Shot", cell["policy"]))(cell)
+    found, lacking = differences(evidence, "Pref-LaMP", [UNGUIDED], "Zero-Shot", "rouge1", other_than(0, least))
+    for cell in (c for c in evidence.sets.get("Pref-LaMP", []) if c["row"] == UNGUIDED):
+        same = same_answers(evidence.of("Pref-LaMP", "Zero-Shot", cell["policy"]))(cell)
         if cell.get("dtype") != "float32" and (same is None or same["value"] < 100):
             found = [one | {"why": ROUNDING} for one in found]
     return claim(
-        world,
+        evidence,
         "weight_0",
         "implied",
         "Pref-LaMP",
@@ -176,48 +176,48 @@ def weight_0(world: World) -> dict:
     )
 
 
-def no_op(world: World) -> dict:
+def no_op(evidence: Evidence) -> dict:
     rows, found, lacking = ("Global RM", "LoRE", "MPU-Avg"), [], []
-    for policy in world.policies("Pref-LaMP"):
-        unguided = world.of("Pref-LaMP", UNGUIDED, policy)
+    for policy in evidence.policies("Pref-LaMP"):
+        unguided = evidence.of("Pref-LaMP", UNGUIDED, policy)
         for row in rows:
-            cells = world.of("Pref-LaMP", row, policy)
+            cells = evidence.of("Pref-LaMP", row, policy)
             weights = ", ".join(f"{c['values']['relative']:g}" for c in cells if c["values"].get("relative") is not None)
             what = f"{row}: percent of answers as at weight 0, {policy} (chosen weights {weights or 'unknown'})"
             one = value(what, cells, same_answers(unguided), at_least(SAME_ANSWERS)) if unguided else None
             found, lacking = (found + [one], lacking) if one else (found, lacking + [row if unguided else UNGUIDED])
     return claim(
-        world,
+        evidence,
         "no_op",
         "implied",
         "Pref-LaMP",
         "Global RM, LoRE and MPU-Avg reach the same ROUGE-1 because the chosen weight is so small that none of them guides.",
-        [p for row in rows for p in printed_rouge(world, row)],
+        [p for row in rows for p in printed_rouge(evidence, row)],
         f"Holds if at least {SAME_ANSWERS:g} percent of the answers of each are those of weight 0, word for word.",
         found,
         lacking,
     )
 
 
-def collapse(world: World) -> dict:
+def collapse(evidence: Evidence) -> dict:
     rows, found, lacking = ("LoRE-Alt", "VPL", "MPU"), [], []
-    for policy in world.policies("Pref-LaMP"):
-        unguided = world.of("Pref-LaMP", UNGUIDED, policy)
+    for policy in evidence.policies("Pref-LaMP"):
+        unguided = evidence.of("Pref-LaMP", UNGUIDED, policy)
         for row in rows:
-            for cell in (cells := world.of("Pref-LaMP", row, policy)):
+            for cell in (cells := evidence.of("Pref-LaMP", row, policy)):
                 what = f"{row} seed {cell['seed']} minus {UNGUIDED}, ROUGE-1, {policy}"
                 one = difference(what, [cell], unguided, MEASURES["rouge1"], below(-SAME_ROUGE), seeds=fewest_seeds(cells))
                 found, lacking = (found + [one], lacking) if one else (found, lacking + [row if unguided else UNGUIDED])
             if len(cells) < 3:
                 lacking.append(f"{row} with three seeds")
-    derived = world.paper["derived"]["two_good_one_collapsed_rouge1"]
+    derived = evidence.paper["derived"]["two_good_one_collapsed_rouge1"]
     shown = [
         (f"{row}, {scale}", ", ".join(f"{one:.2f}" for one in seeds))
         for row in rows
         for scale, seeds in derived.get(row, {}).items()
     ]
     return claim(
-        world,
+        evidence,
         "collapse",
         "implied",
         "Pref-LaMP",
@@ -231,19 +231,19 @@ def collapse(world: World) -> dict:
     )
 
 
-def rm_gap_20(world: World) -> dict:
-    found, lacking, largest = far_apart(world, GUIDES)
+def rm_gap_20(evidence: Evidence) -> dict:
+    found, lacking, largest = far_apart(evidence, GUIDES)
     return claim(
-        world,
+        evidence,
         "rm_gap_20",
         "paper",
         "Pref-LaMP",
         f"Methods whose RM accuracies are {RM_GAP:g} points apart generate equally good answers.",
         [
-            *printed(world, "9", "Global RM", "rm_accuracy"),
-            *printed(world, "9", "LoRE", "rm_accuracy"),
-            *printed_rouge(world, "Global RM"),
-            *printed_rouge(world, "LoRE"),
+            *printed(evidence, "9", "Global RM", "rm_accuracy"),
+            *printed(evidence, "9", "LoRE", "rm_accuracy"),
+            *printed_rouge(evidence, "Global RM"),
+            *printed_rouge(evidence, "LoRE"),
         ],
         f"Of all pairs of guided rows whose mean RM accuracies are at least {RM_GAP:g} points apart: holds if the ROUGE-1 of "
         f"one pair is surely within {SAME_ROUGE:g} point; does not hold if that of none can be.",
@@ -254,32 +254,36 @@ def rm_gap_20(world: World) -> dict:
     )
 
 
-def genarm_win(world: World) -> dict:
-    won = wins(world, "GenARM")
-    rouge = differences(world, "Pref-LaMP", ["GenARM"], "Zero-Shot", "rouge1", at_most(0))
+def genarm_win(evidence: Evidence) -> dict:
+    won = wins(evidence, "GenARM")
+    rouge = differences(evidence, "Pref-LaMP", ["GenARM"], "Zero-Shot", "rouge1", at_most(0))
     return claim(
-        world,
+        evidence,
         "genarm_win",
         "paper",
         "Pref-LaMP",
         "GenARM wins nearly every comparison by its own reward, and its answers are not nearer to the user's.",
-        [*printed(world, "5", "GenARM", "win_rate"), *printed_rouge(world, "GenARM"), *printed_rouge(world, "Zero-Shot")],
+        [
+            *printed(evidence, "5", "GenARM", "win_rate"),
+            *printed_rouge(evidence, "GenARM"),
+            *printed_rouge(evidence, "Zero-Shot"),
+        ],
         f"Holds if its win rate lies at or above {SURE_WIN:g} percent and its ROUGE-1 at or below zero-shot's.",
         *joined([won, rouge]),
     )
 
 
-def global_win(world: World) -> dict:
-    won, (apart, lacking, largest) = wins(world, "Global RM"), far_apart(world, GUIDES, "Global RM")
+def global_win(evidence: Evidence) -> dict:
+    won, (apart, lacking, largest) = wins(evidence, "Global RM"), far_apart(evidence, GUIDES, "Global RM")
     needs = "" if apart else f"a row {RM_GAP:g} points below Global RM in RM accuracy; ours are at most {largest:.1f} below"
     return claim(
-        world,
+        evidence,
         "global_win",
         "paper",
         "Pref-LaMP",
         f"Global RM wins nearly every comparison by its own reward, and its answers are "
         f"as good as those of methods {RM_GAP:g} points below it in RM accuracy.",
-        [*printed(world, "5", "Global RM", "win_rate"), *printed_rouge(world, "Global RM")],
+        [*printed(evidence, "5", "Global RM", "win_rate"), *printed_rouge(evidence, "Global RM")],
         f"Holds if its win rate lies at or above {SURE_WIN:g} percent and its ROUGE-1 surely within {SAME_ROUGE:g} point "
         f"of that of every row with a mean RM accuracy at least {RM_GAP:g} points lower.",
         won[0] + apart,
@@ -288,22 +292,22 @@ def global_win(world: World) -> dict:
     )
 
 
-def t6_range(world: World) -> dict:
+def t6_range(evidence: Evidence) -> dict:
     shown = [
         (f"{pair.replace('_', ' ')}, {scale}", f"{tau['kendall']:.3f}")
-        for scale, of_scale in world.paper["correlations"]["6"].items()
+        for scale, of_scale in evidence.paper["correlations"]["6"].items()
         for pair, tau in of_scale.items()
     ]
-    bound = max(abs(tau["kendall"]) for of_scale in world.paper["correlations"]["6"].values() for tau in of_scale.values())
+    bound = max(abs(tau["kendall"]) for of_scale in evidence.paper["correlations"]["6"].values() for tau in of_scale.values())
     found, lacking = [], []
-    for policy in world.policies("Pref-LaMP"):
-        own = [c for c in world.sets["Pref-LaMP"] if c["policy"] == policy]
+    for policy in evidence.policies("Pref-LaMP"):
+        own = [c for c in evidence.sets["Pref-LaMP"] if c["policy"] == policy]
         for key, words in (("rm", "RM accuracy"), ("policy", "policy accuracy"), ("win", "win rate")):
             what = f"Kendall's tau of {words} with ROUGE-1, {policy}"
             one = correlation(what, own, GUIDES, MEASURES[key], MEASURES["rouge1"], "kendall", within(-bound, bound))
             found, lacking = (found + [one], lacking) if one else (found, lacking + list(GUIDES))
     return claim(
-        world,
+        evidence,
         "t6_range",
         "paper",
         "Pref-LaMP",
@@ -316,9 +320,9 @@ def t6_range(world: World) -> dict:
     )
 
 
-def blind(world: World) -> dict:
+def blind(evidence: Evidence) -> dict:
     return claim(
-        world,
+        evidence,
         "blind",
         "implied",
         "Pref-LaMP",
@@ -327,14 +331,14 @@ def blind(world: World) -> dict:
         [],
         f"Does not hold if a guided row's RM accuracy lies surely more than {SAME_ACCURACY:g} points above that of word "
         f"overlap; holds if no row's can be.",
-        *differences(world, "Pref-LaMP", GUIDES, "word overlap", "rm", at_most(SAME_ACCURACY)),
+        *differences(evidence, "Pref-LaMP", GUIDES, "word overlap", "rm", at_most(SAME_ACCURACY)),
     )
 
 
-def same_content(world: World) -> dict:
-    found = differences(world, "same_content", [*PERSONAL, "PAL"], "Global RM", "rm", above())
+def same_content(evidence: Evidence) -> dict:
+    found = differences(evidence, "same_content", [*PERSONAL, "PAL"], "Global RM", "rm", above())
     return claim(
-        world,
+        evidence,
         "same_content",
         "ours",
         "same_content",

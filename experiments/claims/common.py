@@ -44,7 +44,7 @@ MEASURES: dict[str, results.Measure] = {
 Found = tuple[list[dict], list[str]]  # comparisons, and the rows that lack cells for one
 
 
-class World(NamedTuple):
+class Evidence(NamedTuple):
     """sets: a profile's cells by the paper's data set, or by name for sets that stand for none. paper: expected/paper.json."""
 
     sets: dict[str, list[dict]]
@@ -60,7 +60,7 @@ class World(NamedTuple):
 
 
 def claim(
-    world: World,
+    evidence: Evidence,
     id: str,
     source: str,
     data: str,
@@ -76,12 +76,15 @@ def claim(
 ) -> dict:
     """The finding. needs: what is not here, without which the claim can not be tested."""
     found = decided(found)
-    if data in (*SCALES, "same_content") and not world.sets.get(data):
-        verdict, reason = UNTESTABLE, f"Profile {world.profile} has no cells of {data}; `{results.command(world.profile)}`"
+    if data in (*SCALES, "same_content") and not evidence.sets.get(data):
+        verdict, reason = (
+            UNTESTABLE,
+            f"Profile {evidence.profile} has no cells of {data}; `{results.command(evidence.profile)}`",
+        )
     elif needs and not any(one["for"] is False for one in found):
-        verdict, reason = UNTESTABLE, f"Needs {needs}." + (f" {missing(world, lacking, data)}" if lacking else "")
+        verdict, reason = UNTESTABLE, f"Needs {needs}." + (f" {missing(evidence, lacking, data)}" if lacking else "")
     elif not found:
-        verdict, reason = UNTESTABLE, missing(world, lacking, data)
+        verdict, reason = UNTESTABLE, missing(evidence, lacking, data)
     else:
         verdict, reason = judge(found, lacking)
     return {
@@ -98,27 +101,27 @@ def claim(
     }
 
 
-def missing(world: World, lacking: list[str], data: str) -> str:
+def missing(evidence: Evidence, lacking: list[str], data: str) -> str:
     """What lacks, and the command that makes it. lacking: rows, perhaps with words behind: "LoRE on TLDR", "MPU with .."."""
-    sets = {cell["set"] for cell in world.sets.get(data, [])}
+    sets = {cell["set"] for cell in evidence.sets.get(data, [])}
     rows = list(dict.fromkeys(re.split(r" (?:on|with) ", one)[0] for one in lacking))
     paper = data if data in SCALES else None
-    return f"Missing: {listed(dict.fromkeys(lacking))}. {makes(world.profile, rows, sets, paper)}"
+    return f"Missing: {listed(dict.fromkeys(lacking))}. {makes(evidence.profile, rows, sets, paper)}"
 
 
 # --- comparisons of rows
 
 
 def differences(
-    world: World, data: str, rows: Iterable[str], other: str, key: str, test: Test, policies: list[str] | None = None
+    evidence: Evidence, data: str, rows: Iterable[str], other: str, key: str, test: Test, policies: list[str] | None = None
 ) -> Found:
     """Each row minus another with each policy (RM accuracy: with the smallest, it is the same for all)."""
     found, lacking = [], []
     if policies is None:
-        policies = world.policies(data)[: 1 if key == "rm" else None]
+        policies = evidence.policies(data)[: 1 if key == "rm" else None]
     for policy in policies or [""]:
         for row in rows:
-            sides = world.of(data, row, policy), world.of(data, other, policy)
+            sides = evidence.of(data, row, policy), evidence.of(data, other, policy)
             where = "" if key == "rm" else f", {policy}"
             one = difference(f"{row} minus {other}, {WORDS[key]}{where}", *sides, MEASURES[key], test)
             if one:
@@ -133,20 +136,20 @@ def joined(parts: Iterable[Found]) -> Found:
     return [one for found, _ in parts for one in found], [row for _, lacking in parts for row in lacking]
 
 
-def wins(world: World, row: str) -> Found:
+def wins(evidence: Evidence, row: str) -> Found:
     """The row's win rate with each policy, for the claim that it wins nearly always."""
     found, lacking = [], []
-    for policy in world.policies("Pref-LaMP"):
-        one = win_rate(f"{row}: win rate, {policy}", world.of("Pref-LaMP", row, policy), at_least(SURE_WIN))
+    for policy in evidence.policies("Pref-LaMP"):
+        one = win_rate(f"{row}: win rate, {policy}", evidence.of("Pref-LaMP", row, policy), at_least(SURE_WIN))
         found, lacking = (found + [one], lacking) if one else (found, lacking + [row])
     return found, lacking
 
 
-def far_apart(world: World, rows: tuple[str, ...], above: str | None = None) -> tuple[list[dict], list[str], float]:
+def far_apart(evidence: Evidence, rows: tuple[str, ...], above: str | None = None) -> tuple[list[dict], list[str], float]:
     """ROUGE-1 of rows whose mean RM accuracies are RM_GAP apart (of one row and those below it), and the largest gap."""
     found, lacking, largest = [], [], 0.0
-    for policy in world.policies("Pref-LaMP"):
-        cells = {row: world.of("Pref-LaMP", row, policy) for row in rows}
+    for policy in evidence.policies("Pref-LaMP"):
+        cells = {row: evidence.of("Pref-LaMP", row, policy) for row in rows}
         means = {row: one["mean"] for row, own in cells.items() if (one := results.summary(own, MEASURES["rm"]))}
         lacking += [row for row in rows if row not in means]
         for better, worse in permutations(means, 2):
@@ -162,7 +165,7 @@ def far_apart(world: World, rows: tuple[str, ...], above: str | None = None) -> 
 
 
 def icl_over_guided(
-    world: World,
+    evidence: Evidence,
     id: str,
     test: Test,
     policies: list[str],
@@ -172,34 +175,40 @@ def icl_over_guided(
     rule: str,
     judge: Callable = all_of,
 ) -> dict:
-    parts = [differences(world, "Pref-LaMP", ["ICL-RAG"], row, "rouge1", test, policies) for row in GUIDES] if policies else []
-    gains = world.paper["derived"]["icl_rag_minus_best_reward_rouge1"]
+    parts = (
+        [differences(evidence, "Pref-LaMP", ["ICL-RAG"], row, "rouge1", test, policies) for row in GUIDES] if policies else []
+    )
+    gains = evidence.paper["derived"]["icl_rag_minus_best_reward_rouge1"]
     paper = [(f"ICL-RAG minus the best guided row, {scale}", f"{gains[scale]:+.2f}") for scale in scales]
-    return claim(world, id, "paper", "Pref-LaMP", text, paper, rule, *joined(parts), judge=judge, needs=needs)
+    return claim(evidence, id, "paper", "Pref-LaMP", text, paper, rule, *joined(parts), judge=judge, needs=needs)
 
 
-def correlation_at_most(world: World, id: str, data: str, rows, paper: list[tuple[str, str]], bound: float, text: str) -> dict:
+def correlation_at_most(
+    evidence: Evidence, id: str, data: str, rows, paper: list[tuple[str, str]], bound: float, text: str
+) -> dict:
     """The claim that Kendall's tau of RM and policy accuracy is no higher than the paper's highest."""
     found, lacking = [], []
-    for policy in world.policies(data):
-        own = [c for c in world.sets[data] if c["policy"] == policy]
+    for policy in evidence.policies(data):
+        own = [c for c in evidence.sets[data] if c["policy"] == policy]
         what = f"Kendall's tau of RM with policy accuracy, {policy}"
         one = correlation(what, own, rows, MEASURES["rm"], MEASURES["policy"], "kendall", at_most(bound))
         found, lacking = (found + [one], lacking) if one else (found, lacking + list(rows))
     rule = f"Holds if tau lies at or below {bound:g}, the paper's highest, with every policy."
-    return claim(world, id, "paper", data, text, paper, rule, found, lacking)
+    return claim(evidence, id, "paper", data, text, paper, rule, found, lacking)
 
 
-def correlation_changes(world: World, id: str, data: str, rows, paper: list[tuple[str, str]], test: Test, text: str) -> dict:
+def correlation_changes(
+    evidence: Evidence, id: str, data: str, rows, paper: list[tuple[str, str]], test: Test, text: str
+) -> dict:
     """The claim that Pearson's r of RM and policy accuracy changes from the smallest to the largest policy."""
-    policies, found, lacking = world.policies(data), [], []
+    policies, found, lacking = evidence.policies(data), [], []
     if len(policies) > 1:
-        sides = ([c for c in world.sets[data] if c["policy"] == policy] for policy in (policies[0], policies[-1]))
+        sides = ([c for c in evidence.sets[data] if c["policy"] == policy] for policy in (policies[0], policies[-1]))
         what = f"Pearson's r with {policies[-1]} minus {policies[0]}"
         one = correlation_change(what, *sides, rows, MEASURES["rm"], MEASURES["policy"], "pearson", test)
         found, lacking = ([one], []) if one else ([], list(rows))
     rule = "Holds if r with our largest policy minus r with our smallest has the sign that the claim says."
-    return claim(world, id, "paper", data, text, paper, rule, found, lacking, needs=several(policies))
+    return claim(evidence, id, "paper", data, text, paper, rule, found, lacking, needs=several(policies))
 
 
 def same_answers(cells: list[dict]) -> results.Measure:
@@ -222,19 +231,21 @@ def several(policies: list[str]) -> str:
     return "" if len(policies) > 1 else f"policies of several sizes; ours: {listed(policies) or 'none'}"
 
 
-def large(world: World, least: float) -> str:
-    own = world.policies("Pref-LaMP")
+def large(evidence: Evidence, least: float) -> str:
+    own = evidence.policies("Pref-LaMP")
     return (
-        "" if world.policies("Pref-LaMP", least) else f"a policy of at least {least / 1e9:g}B; ours: {listed(own) or 'none'}"
+        ""
+        if evidence.policies("Pref-LaMP", least)
+        else f"a policy of at least {least / 1e9:g}B; ours: {listed(own) or 'none'}"
     )
 
 
 # --- the paper's numbers in words
 
 
-def printed(world: World, table: str, row: str, column: str) -> list[tuple[str, str]]:
+def printed(evidence: Evidence, table: str, row: str, column: str) -> list[tuple[str, str]]:
     """What the paper prints for a row: of a column, or of its columns for each policy."""
-    given = world.paper["tables"][table].get(row, {})
+    given = evidence.paper["tables"][table].get(row, {})
     return [
         (f"{row}, {key.replace('_', ' ').replace('rm ', 'RM ').replace('rouge1', 'ROUGE-1')}", _number(number))
         for key, number in given.items()
@@ -242,13 +253,13 @@ def printed(world: World, table: str, row: str, column: str) -> list[tuple[str, 
     ]
 
 
-def printed_rouge(world: World, row: str) -> list[tuple[str, str]]:
-    return [one for table in ("9", "10", "11", "12") for one in printed(world, table, row, "rouge1")]
+def printed_rouge(evidence: Evidence, row: str) -> list[tuple[str, str]]:
+    return [one for table in ("9", "10", "11", "12") for one in printed(evidence, table, row, "rouge1")]
 
 
-def printed_correlations(world: World, table: str, statistic: str) -> list[tuple[str, str]]:
+def printed_correlations(evidence: Evidence, table: str, statistic: str) -> list[tuple[str, str]]:
     """The paper's correlations of RM accuracy with policy accuracy, for each policy or as a range."""
-    given = world.paper["correlations"][table]
+    given = evidence.paper["correlations"][table]
     return [
         (f"{statistic}, {'all policies' if scale == 'all' else scale}", number_or_range(of_pair[statistic]))
         for scale, of_scale in given.items()
@@ -256,8 +267,10 @@ def printed_correlations(world: World, table: str, statistic: str) -> list[tuple
     ]
 
 
-def highest_correlation(world: World, table: str, statistic: str) -> float:
-    values = [of_pair[statistic] for of_scale in world.paper["correlations"][table].values() for of_pair in of_scale.values()]
+def highest_correlation(evidence: Evidence, table: str, statistic: str) -> float:
+    values = [
+        of_pair[statistic] for of_scale in evidence.paper["correlations"][table].values() for of_pair in of_scale.values()
+    ]
     return max(max(one) if isinstance(one, list) else one for one in values)
 
 

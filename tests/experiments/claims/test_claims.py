@@ -10,7 +10,7 @@ import pytest
 from cells import ROOT
 
 from experiments import results
-from experiments.claims import CLAIMS, FAILS, HOLDS, OPEN, UNTESTABLE, findings, world
+from experiments.claims import CLAIMS, FAILS, HOLDS, OPEN, UNTESTABLE, evidence, findings
 from experiments.claims.common import PERSONAL
 from experiments.claims.verdicts import (
     LEAST,
@@ -78,7 +78,7 @@ def thrice(cells: list[dict]) -> list[dict]:
 
 
 def verdict(id: str, cells: list[dict]) -> dict:
-    return next(claim for claim in CLAIMS if claim.__name__ == id)(world(cells, PAPER, "cpu"))
+    return next(claim for claim in CLAIMS if claim.__name__ == id)(evidence(cells, PAPER, "cpu"))
 
 
 def lamp(levels: dict, **more) -> list[dict]:
