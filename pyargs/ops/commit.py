@@ -13,7 +13,7 @@ MOST = 256  # tensors of one call: keys and values of 128 layers
 
 def commit_reference(states: list[Tensor], slot: Tensor, length: Tensor) -> None:
     """Plain PyTorch form of `commit`; same arguments, effect and errors."""
-    check(states, slot, length)
+    check_inputs(states, slot, length)
     to = length.where(slot >= 0, 0)  # new tensors: slot and length may be views of the states
     at = to + slot.clamp(min=0)
     to, at = (place.view(-1, 1, 1, 1).expand_as(states[0][:, :, :1]) for place in (to, at))
@@ -40,11 +40,11 @@ def commit(states: list[Tensor], slot: Tensor, length: Tensor) -> None:
     try:
         (_op if is_compiling() else _direct)(states, slot, length)
     except RuntimeError:
-        check(states, slot, length)
+        check_inputs(states, slot, length)
         raise
 
 
-def check(states, slot, length) -> None:
+def check_inputs(states, slot, length) -> None:
     """Raises the error that names the fix. The native kernel makes the same checks; this words them."""
     if not isinstance(states, (list, tuple)) or not 1 <= len(states) <= MOST:
         raise ValueError(f"states must be a list of 1 to {MOST} tensors")
@@ -68,7 +68,7 @@ def check(states, slot, length) -> None:
 
 
 def _fake(states: list[Tensor], slot: Tensor, length: Tensor) -> None:
-    check(states, slot, length)
+    check_inputs(states, slot, length)
 
 
 _op, _direct = define("commit", commit_reference, _fake, mutates=("states",))

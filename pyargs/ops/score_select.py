@@ -50,7 +50,7 @@ def score_select_reference(
     count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Plain PyTorch form of `score_select`; same arguments, results and errors."""
-    check(
+    check_inputs(
         features,
         weight,
         user,
@@ -149,7 +149,7 @@ def score_select(
             pad_id, heat, uniform, count, row_heat,
         )  # fmt: skip
     except RuntimeError:
-        check(
+        check_inputs(
             features,
             weight,
             user,
@@ -168,7 +168,7 @@ def score_select(
         raise
 
 
-def check(
+def check_inputs(
     features,
     weight,
     user,
@@ -261,7 +261,7 @@ def _fake(
     count=None,
     row_temperature=None,
 ):
-    check(
+    check_inputs(
         features,
         weight,
         user,

@@ -28,7 +28,7 @@ def tokenwise_select_reference(
     count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Plain PyTorch form of `tokenwise_select`; same arguments, results and errors."""
-    check(logits, reward_logits, reward_weight, finished, k, stop, temperature, uniform, count)
+    check_inputs(logits, reward_logits, reward_weight, finished, k, stop, temperature, uniform, count)
     logprobs, ids, _ = topk_logprobs_reference(logits, k)
     reward = reward_logits.float().log_softmax(1).gather(1, ids)
     return score_select_reference(
@@ -98,11 +98,11 @@ def tokenwise_select(
             logits, reward_logits, reward_weight, finished, k, stop, pad_id, heat, uniform, count, row_heat
         )
     except RuntimeError:
-        check(logits, reward_logits, reward_weight, finished, k, stop, temperature, uniform, count)
+        check_inputs(logits, reward_logits, reward_weight, finished, k, stop, temperature, uniform, count)
         raise
 
 
-def check(logits, reward_logits, reward_weight, finished, k, stop, temperature, uniform, count) -> None:
+def check_inputs(logits, reward_logits, reward_weight, finished, k, stop, temperature, uniform, count) -> None:
     """Raises the error that names the fix. The native kernel makes the same checks; this words them."""
     for name, tensor in {"logits": logits, "reward_logits": reward_logits}.items():
         if isinstance(tensor, Tensor) and tensor.dim() != 2:
@@ -160,7 +160,7 @@ def _fake(
     row_temperature=None,
 ):
     temperature = one_temperature(temperature, row_temperature)
-    check(logits, reward_logits, reward_weight, finished, k, stop, temperature, uniform, count)
+    check_inputs(logits, reward_logits, reward_weight, finished, k, stop, temperature, uniform, count)
     batch = logits.shape[0]
     token = logits.new_empty((batch,), dtype=torch.int64)
     reward = logits.new_empty((batch, k), dtype=torch.float32)

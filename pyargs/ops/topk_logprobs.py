@@ -15,7 +15,7 @@ MAX_K = 64
 
 def topk_logprobs_reference(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Plain PyTorch form of `topk_logprobs`; same arguments, results and errors."""
-    check(logits, k)
+    check_inputs(logits, k)
     logits = logits.float()
     # A stable sort decides ties: the lower id first. Like torch.topk it ranks NaN above everything.
     ids = torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, :k].contiguous()
@@ -45,11 +45,11 @@ def topk_logprobs(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     try:
         return (_op if is_compiling() else _direct)(logits, k)
     except RuntimeError:
-        check(logits, k)
+        check_inputs(logits, k)
         raise
 
 
-def check(logits: Tensor, k: int) -> None:
+def check_inputs(logits: Tensor, k: int) -> None:
     """Raises the error that names the fix. The native kernel makes the same checks; this words them."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits must be a torch.Tensor, got {type(logits).__name__}")
@@ -66,7 +66,7 @@ def check(logits: Tensor, k: int) -> None:
 
 
 def _fake(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    check(logits, k)
+    check_inputs(logits, k)
     batch = logits.shape[0]
     return (
         logits.new_empty((batch, k), dtype=torch.float32),

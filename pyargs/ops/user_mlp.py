@@ -15,7 +15,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 def user_mlp_reference(hidden: Tensor, bank: Tensor, user: Tensor) -> Tensor:
     """Plain PyTorch form of `user_mlp`; same arguments, results and errors."""
-    check(hidden, bank, user)
+    check_inputs(hidden, bank, user)
     users = bank.shape[0]
     bad_user = (user < 0) | (user >= users) if users > 1 else torch.zeros_like(user, dtype=torch.bool)
     row = user.masked_fill(bad_user, 0) if users > 1 else torch.zeros_like(user)
@@ -49,11 +49,11 @@ def user_mlp(hidden: Tensor, bank: Tensor, user: Tensor) -> Tensor:
     try:
         return (_op if is_compiling() else _direct)(hidden, bank, user)
     except RuntimeError:
-        check(hidden, bank, user)
+        check_inputs(hidden, bank, user)
         raise
 
 
-def check(hidden: Tensor, bank: Tensor, user: Tensor) -> None:
+def check_inputs(hidden: Tensor, bank: Tensor, user: Tensor) -> None:
     """Raises the error that names the fix. The native kernel makes the same checks; this words them."""
     for name, tensor, dtypes in (("hidden", hidden, FLOATS), ("bank", bank, FLOATS), ("user", user, (torch.int64,))):
         if not isinstance(tensor, Tensor):
@@ -74,7 +74,7 @@ def check(hidden: Tensor, bank: Tensor, user: Tensor) -> None:
 
 
 def _fake(hidden: Tensor, bank: Tensor, user: Tensor) -> Tensor:
-    check(hidden, bank, user)
+    check_inputs(hidden, bank, user)
     return hidden.new_empty((hidden.shape[0], hidden.shape[1], bank.shape[1]), dtype=torch.float32)
 
 
