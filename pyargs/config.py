@@ -18,7 +18,7 @@ def option(default, help: str, **more):
     return dataclasses.field(default=default, metadata={"help": help, **more})
 
 
-def check(config) -> None:
+def check_fields(config) -> None:
     """Raises PyargsError for a value that is not among a field's `choices` or below its `least`."""
     for field in dataclasses.fields(config):
         value, choices, least = getattr(config, field.name), field.metadata.get("choices"), field.metadata.get("least")

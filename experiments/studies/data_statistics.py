@@ -14,7 +14,7 @@ from pathlib import Path
 
 from experiments import rules
 from pyargs import data, files, prepare
-from pyargs.config import check
+from pyargs.config import check_fields
 from pyargs.lm.embed import embed
 from pyargs.metrics.blind import blind, contents, sample
 from pyargs.prepare.statistics import spread, statistics
@@ -49,7 +49,7 @@ def load(name: str, source: Path, options: dict, work: Path):
     if name not in prepare.names():
         return data.load(name, source, **options), None
     settings = prepare.config(name)(**options)
-    check(settings)
+    check_fields(settings)
     out = work / files.short_hash([name, str(source), options])
     if not (out / "dataset.json").is_file():
         prepare.build(name, source, out, settings)

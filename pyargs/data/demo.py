@@ -158,7 +158,7 @@ def load(*, max_pairs: int | None = None) -> Dataset:
                         "attribute": f"{'+' if sign > 0 else '-'}{name}",
                     }
                 )
-    return schema.to_dataset(schema.check(rows, where="demo"))
+    return schema.to_dataset(schema.checked(rows, where="demo"))
 
 
 def _pair(number: int, name: str) -> tuple[int, int] | None:

@@ -29,7 +29,7 @@ def load(source: str | Path, *, train_test: float = 0.2, by: str = "prompt", see
     """
     source = Path(source)
     return schema.to_dataset(
-        schema.carve(schema.check(read(source), where=source.name), train_test=train_test, by=by, seed=seed)
+        schema.carve(schema.checked(read(source), where=source.name), train_test=train_test, by=by, seed=seed)
     )
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 OPTIONAL = ("user_type", "attribute")
 
 
-def check(rows: Iterable[dict] | Iterable[tuple[str, dict]], *, where: str = "rows") -> list[dict]:
+def checked(rows: Iterable[dict] | Iterable[tuple[str, dict]], *, where: str = "rows") -> list[dict]:
     """Rows with the common columns, checked; nothing is repaired or dropped. `where` names the origin in messages."""
     checked: list[dict] = []
     kinds: dict[str, tuple[str, str]] = {}
@@ -185,6 +185,6 @@ def text_id(row: dict) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def plain(text: str) -> str:
+def normalized(text: str) -> str:
     """A text without case, punctuation and spacing: what two versions of one title have in common."""
     return re.sub(r"[\W_]+", " ", text).strip().casefold()

@@ -104,7 +104,7 @@ def load(
                         "attribute": ("+{}-{}" if sign > 0 else "-{}+{}").format(*direction),
                     }
                 )
-    return schema.to_dataset(schema.carve(schema.check(rows), train_test=train_test, seed=seed))
+    return schema.to_dataset(schema.carve(schema.checked(rows), train_test=train_test, seed=seed))
 
 
 def _two(rng: random.Random, rank: int, direction: tuple[str, str], words: int, gap: int) -> tuple[str, str]:

@@ -25,12 +25,12 @@ def build(name: str, source: str | Path, out: str | Path, settings=None) -> dict
     """
     from dataclasses import asdict
 
-    from pyargs.config import check
+    from pyargs.config import check_fields
     from pyargs.lm.embed import embed
     from pyargs.prepare import folder
 
     settings = config(name)() if settings is None else settings
-    check(settings)
+    check_fields(settings)
     module = _module(name)
     embedder = None if settings.embedder == "none" else settings.embedder
     if embedder is not None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from itertools import combinations
 
 from pyargs.data import SPLITS, schema
-from pyargs.data.schema import plain
+from pyargs.data.schema import normalized
 from pyargs.errors import PyargsError
 
 FIRST = 3  # rows named for each finding
@@ -157,7 +157,9 @@ def _rejected_before(good, known, notes) -> None:
     """
     of_response, count = defaultdict(lambda: defaultdict(list)), defaultdict(int)
     for place, row in good:
-        text = plain(row["rejected"]) or row["rejected"].strip()  # as mining tells them apart; signs alone are as they are
+        text = normalized(row["rejected"]) or row["rejected"].strip()  # signs alone are as they are
+            normalized(row["rejected"]) or row["rejected"].strip()
+        )  # as mining tells them apart; signs alone are as they are
         of_response[row["user_id"], text][row["split"]].append(place)
         count[row["split"]] += 1
     for held, other in (("query", "support"), ("train_test", "train")):

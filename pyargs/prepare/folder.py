@@ -33,9 +33,9 @@ def write(out: str | Path, built: Built, *, title: str, about: str, licence: str
     """Writes the folder, whole or not at all, and returns what dataset.json holds. Rows are checked once more.
 
     title, about, licence: for the card; how: the settings of the build; embedder: of the blind cosine, None leaves it out.
-    Raises PyargsError for rows that `schema.check` refuses.
+    Raises PyargsError for rows that `schema.checked` refuses.
     """
-    dataset = schema.to_dataset(schema.check(built.rows, where=title))
+    dataset = schema.to_dataset(schema.checked(built.rows, where=title))
     splits = {split: [row for row in built.rows if row["split"] == split] for split in data.SPLITS}
     splits = {split: rows for split, rows in splits.items() if rows}
     base = Path(os.path.commonpath([path.parent for path in built.sources]))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pyargs.data.schema import plain
+from pyargs.data.schema import normalized
 from pyargs.errors import PyargsError, extra
 
 SPARE = 50  # neighbours looked at beyond those that may be the user's own: near-duplicates among them
@@ -44,7 +44,7 @@ def hard_negatives(
     with extra("prepare", "the search for similar texts"):
         from sklearn.neighbors import NearestNeighbors
 
-    names = [plain(title) for title in titles]
+    names = [normalized(title) for title in titles]
     # Users may share a text: it stands in the pool once.
     first: dict[tuple[str, bytes], int] = {}
     for row, (name, vector) in enumerate(zip(names, vectors, strict=True)):

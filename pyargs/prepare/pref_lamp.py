@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from pyargs.config import option
 from pyargs.data import schema, sources
-from pyargs.data.schema import plain
+from pyargs.data.schema import normalized
 from pyargs.data.sets.pref_lamp import FILES, INSTRUCTION, items
 from pyargs.errors import PyargsError
 from pyargs.prepare.folder import Built
@@ -136,7 +136,7 @@ def _once(papers: list[dict]) -> tuple[list[dict], dict[str, int]]:
 
 
 def _keys(paper: dict) -> tuple:
-    return ("title", plain(paper["title"])), ("abstract", plain(paper["prompt"]))
+    return ("title", normalized(paper["title"])), ("abstract", normalized(paper["prompt"]))
 
 
 def _same_year(own: list[dict]) -> bool:
@@ -226,9 +226,9 @@ def _of_policy(papers: list[dict], config: Config) -> tuple[list[dict], dict, li
     rows, empty, same = [], 0, 0
     for paper, answer in zip(papers, titles, strict=True):
         title = clean_title(answer)
-        if not plain(title):
+        if not normalized(title):
             empty += 1
-        elif plain(title) == plain(paper["title"]):
+        elif normalized(title) == normalized(paper["title"]):
             same += 1
         else:
             rows.append(_row(paper, title))

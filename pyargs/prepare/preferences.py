@@ -37,7 +37,7 @@ def build(source: str, config: Config) -> Built:
     """
     if source == "hub":
         raise PyargsError("preferences have no official place: give --source a file, or a built folder.")
-    own = schema.check(read(source), where=Path(source).name)
+    own = schema.checked(read(source), where=Path(source).name)
     path = Path(source)
     files = [path] if path.is_file() else sorted(path.glob("*.parquet"))
     rows, counts, notes = own, {"rows of the source": len(own)}, []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pyargs.config import check, option
+from pyargs.config import check_fields, option
 from pyargs.errors import PyargsError
 
 
@@ -26,7 +26,7 @@ class ModelConfig:
     seed: int = option(0, "of initialisation and order; the paper has 3 seeds")
 
     def __post_init__(self):
-        check(self)
+        check_fields(self)
 
 
 @dataclass

@@ -12,21 +12,21 @@ from pyargs.errors import PyargsError
 
 
 def test_all_counts_as_train_and_own_train_test_is_kept():
-    rows = schema.check([row(role="all", split="all", prompt=f"p{i}") for i in range(5)])
+    rows = schema.checked([row(role="all", split="all", prompt=f"p{i}") for i in range(5)])
     assert {r["split"] for r in rows} == {"train"}
-    rows = schema.check([row(prompt=f"p{i}", role="train_test" if i == 3 else "train") for i in range(5)])
+    rows = schema.checked([row(prompt=f"p{i}", role="train_test" if i == 3 else "train") for i in range(5)])
     assert schema.carve(rows) == rows
 
 
 def test_split_serves_where_role_is_missing_or_null():
-    assert schema.check([row(role=..., split="query")])[0]["split"] == "query"
-    assert schema.check([row(role=None, split="support")])[0]["split"] == "support"
+    assert schema.checked([row(role=..., split="query")])[0]["split"] == "query"
+    assert schema.checked([row(role=None, split="support")])[0]["split"] == "support"
 
 
 def test_chat_prompts_and_conversational_responses():
     chat = [{"role": "user", "content": "hi", "name": "x"}]
     said = [{"role": "assistant", "content": "good"}]
-    dataset = schema.to_dataset(schema.check([row(prompt=chat, chosen=said)]))
+    dataset = schema.to_dataset(schema.checked([row(prompt=chat, chosen=said)]))
     assert dataset[0]["prompt"] == [{"role": "user", "content": "hi"}] and dataset[0]["chosen"] == "good"
 
 
@@ -34,7 +34,7 @@ def test_chat_prompts_and_conversational_responses():
 @pytest.mark.parametrize("prompt", [..., None])
 def test_a_prompt_that_both_sides_begin_with(before, prompt):
     """TRL's implicit prompt."""
-    (found,) = schema.check([row(prompt=prompt, chosen=said(*before, "good"), rejected=said(*before, "bad"))])
+    (found,) = schema.checked([row(prompt=prompt, chosen=said(*before, "good"), rejected=said(*before, "bad"))])
     assert (found["prompt"], found["chosen"], found["rejected"]) == (said(*before), "good", "bad")
 
 
@@ -43,13 +43,13 @@ def test_a_prompt_of_its_own_may_stand_before_the_answers_too(prompt):
     asked = said(prompt) if isinstance(prompt, str) else prompt
     answer = [{"role": "assistant", "content": "good"}]
     for chosen in (answer, asked + answer):
-        (found,) = schema.check([row(prompt=prompt, chosen=chosen)])
+        (found,) = schema.checked([row(prompt=prompt, chosen=chosen)])
         assert (found["prompt"], found["chosen"], found["rejected"]) == (prompt, "good", "bad")
 
 
 def test_pair_id_does_not_depend_on_the_label():
-    one, two = schema.check([row(), row(user="u2", chosen="bad", rejected="good")])
-    assert one["pair_id"] == two["pair_id"] != schema.check([row(prompt="other")])[0]["pair_id"]
+    one, two = schema.checked([row(), row(user="u2", chosen="bad", rejected="good")])
+    assert one["pair_id"] == two["pair_id"] != schema.checked([row(prompt="other")])[0]["pair_id"]
 
 
 @pytest.mark.parametrize(
@@ -78,23 +78,23 @@ def test_pair_id_does_not_depend_on_the_label():
 )
 def test_refuses(changes, message):
     with pytest.raises(PyargsError, match=message):
-        schema.check([row(**changes)])
+        schema.checked([row(**changes)])
 
 
 def test_a_user_may_be_named_twice_alike():
     for both in ({"user": 7, "user_id": "7"}, {"user": None, "user_id": 7}):
-        assert schema.check([row(**both)])[0]["user_id"] == "7"
+        assert schema.checked([row(**both)])[0]["user_id"] == "7"
 
 
 def test_refuses_mixtures():
     with pytest.raises(
         PyargsError, match="row 2: user 'u1' has split 'query' here, but is one of the train users in rows, row 1"
     ):
-        schema.check([row(), row(role="query")])
+        schema.checked([row(), row(role="query")])
     with pytest.raises(PyargsError, match="row 2: prompts must be all"):
-        schema.check([row(), row(prompt=[{"role": "user", "content": "x"}])])
+        schema.checked([row(), row(prompt=[{"role": "user", "content": "x"}])])
     with pytest.raises(PyargsError, match="no rows"):
-        schema.check([])
+        schema.checked([])
 
 
 USERS = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 15)), min_size=1, max_size=80)
@@ -103,7 +103,7 @@ USERS = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 15)), min_size
 @settings(max_examples=200, deadline=None)
 @given(USERS, st.floats(0, 0.9), st.integers(0, 3), st.randoms(use_true_random=False))
 def test_carving(pairs, share, seed, rng):
-    rows = schema.check(
+    rows = schema.checked(
         [row(user=u, prompt=f"prompt {p}", rejected=f"bad {i}", pair_id=str(i)) for i, (u, p) in enumerate(pairs)]
     )
     done = schema.carve(rows, train_test=share, seed=seed)
@@ -129,13 +129,13 @@ def test_carving(pairs, share, seed, rng):
 
 
 def test_carving_is_exact_where_nothing_is_shared():
-    rows = schema.check([row(user=u, prompt=f"{u} {i}") for u, n in (("a", 10), ("b", 49), ("c", 1)) for i in range(n)])
+    rows = schema.checked([row(user=u, prompt=f"{u} {i}") for u, n in (("a", 10), ("b", 49), ("c", 1)) for i in range(n)])
     done = schema.carve(rows)
     assert [sum(r["split"] == "train_test" for r in done if r["user_id"] == u) for u in "abc"] == [2, 10, 0]
 
 
 def test_carving_depends_on_the_seed_and_leaves_adapt_users_alone():
-    rows = schema.check([row(prompt=f"p{i}") for i in range(50)] + [row(user="n", role="query", prompt="p")])
+    rows = schema.checked([row(prompt=f"p{i}") for i in range(50)] + [row(user="n", role="query", prompt="p")])
     first, second = (schema.carve(rows, seed=seed) for seed in (0, 1))
     assert first != second and first[-1]["split"] == "query"
     with pytest.raises(PyargsError, match="share"):
@@ -146,7 +146,7 @@ def test_carving_depends_on_the_seed_and_leaves_adapt_users_alone():
 
 def test_carving_by_pair_goes_by_the_texts():
     """The same pair under two ids, preferred the other way round, is on one side."""
-    rows = schema.check(
+    rows = schema.checked(
         [row(pair_id=f"a{i}", chosen="good", rejected=f"bad {i}") for i in range(20)]
         + [row(user="u2", pair_id=f"b{i}", chosen=f"bad {i}", rejected="good") for i in range(20)]
     )
@@ -156,6 +156,6 @@ def test_carving_by_pair_goes_by_the_texts():
 
 
 def test_carving_by_pair():
-    rows = schema.check([row(pair_id=str(i), rejected=f"bad {i}") for i in range(10)])
+    rows = schema.checked([row(pair_id=str(i), rejected=f"bad {i}") for i in range(10)])
     assert {r["split"] for r in schema.carve(rows)} == {"train"}  # one prompt, and it stays in train
     assert sum(r["split"] == "train_test" for r in schema.carve(rows, by="pair")) == 2

@@ -31,12 +31,12 @@ def test_negatives_are_near_and_another_users(seed, users, each, k):
         return
     cosines = vectors @ vectors.T
     for i, negative in enumerate(found):
-        own = {schema.plain(t) for t, u in zip(titles, names, strict=True) if u == names[i]}
-        assert schema.plain(titles[negative.row]) not in own and cosines[i, negative.row] < 0.9991
+        own = {schema.normalized(t) for t, u in zip(titles, names, strict=True) if u == names[i]}
+        assert schema.normalized(titles[negative.row]) not in own and cosines[i, negative.row] < 0.9991
         better = {
-            schema.plain(t)
+            schema.normalized(t)
             for j, t in enumerate(titles)
-            if schema.plain(t) not in own and cosines[i, negative.row] + 1e-5 < cosines[i, j] < 0.9989
+            if schema.normalized(t) not in own and cosines[i, negative.row] + 1e-5 < cosines[i, j] < 0.9989
         }
         assert len(better) <= negative.rank < k
 

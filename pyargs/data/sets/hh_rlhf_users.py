@@ -34,7 +34,7 @@ def load(source: str | Path, *, users: str = "length", train_test: float = 0.2, 
         prompt = messages(row["prompt"]) if isinstance(row.get("prompt"), str) else row.get("prompt")
         if not isinstance(prompt, list) or prompt[-1]["role"] == "user":
             rows.append((place, row | {"prompt": prompt}))
-    return schema.to_dataset(schema.carve(schema.check(rows), train_test=train_test, seed=seed))
+    return schema.to_dataset(schema.carve(schema.checked(rows), train_test=train_test, seed=seed))
 
 
 def messages(text: str) -> list[dict]:

@@ -25,7 +25,7 @@ def load(source: str | Path, *, new_user: str | None = None, train_test: float =
     """
     path = sources.local(source)
     path = sources.one_of(path, "prefs", ".jsonl") if path.is_dir() else path
-    rows = schema.check(preferences.read(path))
+    rows = schema.checked(preferences.read(path))
     if new_user is not None:
         users = {row["user_id"] for row in rows}
         if new_user not in users:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyargs.data import preferences, schema, sources
-from pyargs.data.schema import plain
+from pyargs.data.schema import normalized
 from pyargs.errors import PyargsError
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def _papers(place: str, question: dict, golds: dict[str, str] | None, outputs: s
 
 
 def _title(value, place: str, name: str) -> str:
-    if not plain(schema.text(value, place, name)):
+    if not normalized(schema.text(value, place, name)):
         raise PyargsError(f"{place}: {name} is {value!r}, without a letter or digit.")
     return value
 
