@@ -157,9 +157,8 @@ def _rejected_before(good, known, notes) -> None:
     """
     of_response, count = defaultdict(lambda: defaultdict(list)), defaultdict(int)
     for place, row in good:
-        text = normalized(row["rejected"]) or row["rejected"].strip()  # signs alone are as they are
-            normalized(row["rejected"]) or row["rejected"].strip()
-        )  # as mining tells them apart; signs alone are as they are
+        # As mining tells them apart; signs alone are as they are.
+        text = normalized(row["rejected"]) or row["rejected"].strip()
         of_response[row["user_id"], text][row["split"]].append(place)
         count[row["split"]] += 1
     for held, other in (("query", "support"), ("train_test", "train")):
