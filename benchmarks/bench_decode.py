@@ -33,7 +33,7 @@ import pyargs
 from pyargs.decode import reference
 from pyargs.decode.backends.cpu import GUESSES
 from pyargs.decode.engine import Engine
-from pyargs.decode.request import check
+from pyargs.decode.request import Request
 from pyargs.files import write_json
 from pyargs.heads import linear
 from pyargs.lm import lora
@@ -102,13 +102,10 @@ def loops(policy, model, merged, ids: Tensor, users: list[str], steps: int) -> d
     mask = torch.ones_like(ids)
 
     def copies(clock: Clock) -> Timed:
-        request = check(
-            policy, merged, ids, mask, users, reward_weight=WEIGHT, num_candidates=10, max_new_tokens=steps, eos_token_id=[],
-            pad_token_id=0, do_sample=False, temperature=1.0, seed=0, eos_reward="before", tokenizer=None,
-            token_callback=clock,
-        )  # fmt: skip
-        found = reference.decode(policy, merged, request)
-        return Timed(found.tokens, found.slots)
+        wish = dict(reward_weight=WEIGHT, num_candidates=10, max_new_tokens=steps)
+        requests = [Request(tuple(row), user, **wish) for row, user in zip(ids.tolist(), users, strict=True)]
+        found = reference.answers(policy, merged, requests, token_callback=clock)
+        return Timed(torch.tensor([one.tokens for one in found]), torch.tensor([one.slots for one in found]))
 
     def ours(clock: Clock) -> Timed:
         engine = Engine(policy, model, max_rows=len(ids))

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import pyargs
 from pyargs.files import write_json
-from pyargs.lm.cache import PrefixCache, cache_name
+from pyargs.lm.cache import RowCache, cache_name
 from pyargs.lm.stack import pack
 
 PREFIX = 64
@@ -34,7 +34,7 @@ def passes(model, stack, rows: int) -> dict[str, Callable[[], torch.Tensor]]:
     decoder, config = model.get_decoder(), model.config
     torch.manual_seed(rows)
     prompt, ids = (torch.randint(0, min(40000, config.vocab_size), (1, count)) for count in (PREFIX, rows))
-    hf_cache = PrefixCache(config, 1, PREFIX + rows, "cpu")
+    hf_cache = RowCache(config, 1, PREFIX + rows, "cpu")
     if rows > 30:  # a prompt
         return {
             "HF": lambda: prefill(decoder, ids, hf_cache),
@@ -52,11 +52,10 @@ def passes(model, stack, rows: int) -> dict[str, Callable[[], torch.Tensor]]:
     }
 
 
-def prefill(decoder, ids: torch.Tensor, cache: PrefixCache) -> torch.Tensor:
-    cache.begin(torch.ones_like(ids))
-    states = decoder(ids, **{cache_name(decoder): cache}).last_hidden_state
-    cache.advance(ids.shape[1])
-    return states
+def prefill(decoder, ids: torch.Tensor, cache: RowCache) -> torch.Tensor:
+    cache.keep([])
+    cache.join(torch.ones_like(ids))
+    return decoder(ids, **{cache_name(decoder): cache}).last_hidden_state
 
 
 def head(model, stack) -> dict[str, Callable[[], torch.Tensor]]:

@@ -1,4 +1,4 @@
-"""The nouns that the rest of the package passes around: Users, Batch, Features, LogProbs, Decoded, Result."""
+"""The nouns that the rest of the package passes around: Users, Batch, Features, LogProbs, Result."""
 
 from __future__ import annotations
 
@@ -242,29 +242,6 @@ class LogProbs:
 
     def __len__(self) -> int:
         return len(self.user)
-
-
-@dataclass
-class Decoded:
-    """What a decoder returns for B rows and N steps. After a row's stop token tokens are pad_id, the rest 0.
-
-    tokens int64 [B, N] (the stop token included), rewards float32 [B, N] of the chosen candidates, slots int64 [B, N]:
-    rank of the chosen candidate under the policy (0 is its favourite); spreads float32 [B, N]: standard deviation of the
-    rewards over the k candidates; lengths int64 [B]: tokens before the stop token.
-    """
-
-    tokens: Tensor
-    rewards: Tensor
-    slots: Tensor
-    spreads: Tensor
-    lengths: Tensor
-
-    def answers(self) -> list[list[int]]:
-        """Each row's ids without stop token and padding."""
-        return [row[:length] for row, length in zip(self.tokens.tolist(), self.lengths.tolist(), strict=True)]
-
-    def texts(self, tokenizer) -> list[str]:
-        return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in self.answers()]
 
 
 @dataclass

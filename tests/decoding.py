@@ -8,14 +8,12 @@ import torch
 from conftest import reward_model, tiny_lm
 from hypothesis import strategies as st
 
-from pyargs.decode import args, reference
-from pyargs.decode import genarm as tokenwise_module
+from pyargs.decode import reference
 from pyargs.decode.engine import Engine
 from pyargs.decode.pair import check_pair
 from pyargs.decode.reference import Chosen
-from pyargs.decode.request import check, numbered
+from pyargs.decode.request import numbered
 from pyargs.lm import lora
-from pyargs.lm.tokenize import left_pad
 
 USERS = ["ann", "bob", "cid"]
 
@@ -75,35 +73,6 @@ def tokens(found: list[Chosen]) -> list[list[int]]:
     return [one.tokens for one in found]
 
 
-def arguments(**changes):
-    defaults = dict(
-        reward_weight=1.0,
-        num_candidates=5,
-        max_new_tokens=12,
-        eos_token_id=None,
-        pad_token_id=None,
-        do_sample=False,
-        temperature=0.7,
-        seed=0,
-        eos_reward="before",
-        tokenizer=None,
-        token_callback=None,
-    )
-    return {**defaults, **changes}
-
-
-def guided(policy, model, rows, users, **changes):
-    ids, mask = left_pad(rows, pad_id=1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return args.generate(policy, model, ids, mask, users, **arguments(**changes))
-
-
-def plain(policy, model, rows, users, **changes):
-    ids, mask = left_pad(rows, pad_id=1)
-    return reference.decode(policy, model, check(policy, model, ids, mask, users, **arguments(**changes)))
-
-
 def shared_pair(weights, head, seed):
     """A policy and a reward model with weights of their "own", the "shared" ones, or these and LoRA ("shared lora")."""
     policy = tiny_lm("llama", seed=seed)
@@ -130,16 +99,6 @@ def pair_in_float32(weights: str, family: str = "llama", seed: int = 0):
     return policy, model.eval()
 
 
-def decoded(policy, model, rows, users, **changes):
-    ids, mask = left_pad(rows, pad_id=1)
-    return args.decode(policy, model, check(policy, model, ids, mask, users, **arguments(**changes)))
-
-
-def tokenwise(policy, model, rows, **changes):
-    ids, mask = left_pad(rows, pad_id=5)
-    return tokenwise_module.generate(policy, model, ids, mask, **dict(num_candidates=3) | changes)
-
-
 def alike(lengths, seed=0):
     """Prompts of which many begin as the one before did: [(tokens taken over from it, length)]."""
     rows, generator = [[]], torch.Generator().manual_seed(seed)
@@ -150,16 +109,10 @@ def alike(lengths, seed=0):
 
 
 def same(one, other):
-    if isinstance(one, list):
-        assert [row.tokens for row in one] == [row.tokens for row in other]
-        assert [row.slots for row in one] == [row.slots for row in other]
-        for ours, theirs in zip(one, other, strict=True):
-            torch.testing.assert_close(torch.tensor(ours.rewards), torch.tensor(theirs.rewards), atol=2e-5, rtol=2e-5)
-        return
-    assert one.tokens.tolist() == other.tokens.tolist()
-    assert one.slots.tolist() == other.slots.tolist()
-    assert one.lengths.tolist() == other.lengths.tolist()
-    torch.testing.assert_close(one.rewards, other.rewards, atol=2e-5, rtol=2e-5)
+    assert [row.tokens for row in one] == [row.tokens for row in other]
+    assert [row.slots for row in one] == [row.slots for row in other]
+    for ours, theirs in zip(one, other, strict=True):
+        torch.testing.assert_close(torch.tensor(ours.rewards), torch.tensor(theirs.rewards), atol=2e-5, rtol=2e-5)
 
 
 def without_cache(policy, model, prompt, user, weight, k, steps, eos_reward="before", eos=(1,)):
@@ -184,25 +137,6 @@ def without_cache(policy, model, prompt, user, weight, k, steps, eos_reward="bef
         if best[1] in eos:
             break
     return tokens, rewards
-
-
-@st.composite
-def requests(draw, most: int = 4):
-    """Models and a batch: (policy, reward model, prompts, users, changes of the arguments)."""
-    lengths = draw(st.lists(st.integers(1, 9), min_size=1, max_size=most))
-    head = draw(st.sampled_from(["linear", "mlp", "personal mlp"]))
-    weights = draw(st.sampled_from(["own", "shared", "shared lora"]))
-    seed = draw(st.integers(0, 99))
-    changes = dict(
-        num_candidates=draw(st.sampled_from([1, 2, 7])),
-        do_sample=draw(st.booleans()),
-        eos_token_id=draw(st.sampled_from([[], [1], [1, 7, 9, 11, 13, 20, 21, 30, 31, 40, 41, 50, 51]])),
-        eos_reward=draw(st.sampled_from(["before", "state"])),
-        seed=seed,
-        reward_weight=[0.0, 1.5, 0.3, 4.0, 1.0, 2.0][: len(lengths)],
-    )
-    users = [USERS[i % 3] for i in range(len(lengths))]
-    return *shared_pair(weights, head, seed), prompts(lengths, seed), users, changes
 
 
 @st.composite

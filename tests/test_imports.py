@@ -50,7 +50,6 @@ TESTED_IN = {
     "pyargs.decode.backends": "decode/test_engine.py",
     "pyargs.decode.backends.copies": "decode/test_engine.py",
     "pyargs.decode.guided": "decode/test_engine.py",
-    "pyargs.decode.loop": "decode/test_args.py",
     "pyargs.decode.pair": "decode/test_engine.py",
     "pyargs.decode.policy": "decode/test_scorer.py",
     "pyargs.decode.rows": "decode/test_engine.py",

@@ -6,22 +6,20 @@ keys and values, or look through a window, since it asks of a cache only that it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from pyargs.decode.answer import Output
-from pyargs.decode.request import BatchRequest, Request, check_numbers, noise
+from pyargs.decode.request import Request, check_numbers, noise
 from pyargs.errors import PyargsError
 from pyargs.lm.cache import PrefixLayer
 from pyargs.lm.forward import forward_step
 from pyargs.lm.tokenize import left_pad
 from pyargs.models.reward_model import RewardModel
 from pyargs.ops.choice import choose, is_stop
-from pyargs.types import Decoded
 
 
 class Chosen(NamedTuple):
@@ -40,9 +38,10 @@ def answers(
     *,
     eos_reward: str = "before",
     vocabulary: int | None = None,
+    token_callback: Callable[[Tensor], None] | None = None,
 ) -> list[Chosen]:
     """What is chosen for requests that start together, in their order. eos_reward: see `pyargs.Engine`; vocabulary: so many
-    tokens can be chosen, by default all that the policy's logits name.
+    tokens can be chosen, by default all that the policy's logits name. token_callback: called after each step with its tokens.
 
     Raises PyargsError that names the rows in which nothing could be chosen.
     """
@@ -102,6 +101,8 @@ def answers(
         so_far = total / (step + 1) if reward_model.step_reward == "prefix_mean" else chosen
         finished = finished | (step + 1 >= limit)
         steps.append((going, token, slot, chosen))
+        if token_callback is not None:
+            token_callback(token)
         if finished.all():
             break
 
@@ -120,59 +121,6 @@ def _considered(logprobs: Tensor, request: Request) -> int:
     chance = logprobs[: request.num_candidates].double().exp()
     likely = chance.cumsum(0) - chance < request.top_p * chance.sum()
     return max(1, int((likely & (chance >= request.min_p * chance[0])).sum()))
-
-
-@torch.no_grad()
-def decode(policy, reward_model: RewardModel, request: BatchRequest) -> Decoded:
-    rows, k = len(request.user), request.num_candidates
-    device, backbone = reward_model.device, reward_model.backbone
-    mask = request.attention_mask
-    padded = not bool(mask.all())
-
-    policy_out, policy_cache = forward_step(policy, request.input_ids, mask, None, padded, logits_to_keep=1)
-    reward_out, reward_cache = forward_step(backbone, request.input_ids.to(device), mask.to(device), None, padded)
-    so_far = reward_model.head(reward_out.last_hidden_state[:, -1], request.user)
-    total = torch.zeros_like(so_far)
-    # Row b * k + j holds candidate j of row b, behind its own copy of the prefix.
-    first_row = torch.arange(rows, device=device) * k
-    _branch(reward_cache, torch.arange(rows, device=device).repeat_interleave(k), request.max_new_tokens)
-    finished = torch.zeros(rows, dtype=torch.bool, device=device)
-    output = Output(rows, request.max_new_tokens, device)
-
-    for step in range(request.max_new_tokens):
-        logprobs = policy_out.logits[:, -1, : request.vocabulary].float().log_softmax(-1).to(device)
-        logprobs, ids = _topk(logprobs, k)
-
-        mask = torch.cat([mask, mask.new_ones(rows, 1)], dim=1)
-        reward_out, reward_cache = forward_step(
-            backbone, ids.reshape(-1, 1), mask.to(device).repeat_interleave(k, dim=0), reward_cache, padded
-        )
-        hidden = reward_out.last_hidden_state.reshape(rows, k, -1)
-        reward = reward_model.head(hidden, request.user.unsqueeze(1).expand(rows, k))
-        if request.eos_reward == "before":
-            reward = torch.where(torch.isin(ids, request.stop), so_far.unsqueeze(1), reward)
-        token, slot, reward, finished = choose(
-            logprobs,
-            reward,
-            request.step_weight(step),
-            ids,
-            finished,
-            stop=request.stop,
-            pad_id=request.pad_id,
-            temperature=request.temperature,
-            uniform=None if request.uniform is None else request.uniform[step],
-        )
-        chosen = output.add(token, slot, reward, finished)
-        total = total + chosen
-        so_far = total / (step + 1) if request.prefix_mean else chosen
-        if output.stop(request, step, finished):
-            break
-
-        _follow(reward_cache, (first_row + slot.clamp(min=0)).repeat_interleave(k))
-        policy_out, policy_cache = forward_step(
-            policy, token.unsqueeze(1).to(policy.device), mask, policy_cache, padded, logits_to_keep=1
-        )
-    return output.decoded(request, finished)
 
 
 def _branch(cache, row: Tensor, room: int) -> None:

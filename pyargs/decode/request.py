@@ -1,11 +1,10 @@
-"""What is asked of a decoder, checked once: users, weights, stop tokens, vocabulary, noise. Both loops start from it."""
+"""What is asked of a decoder: one request, its noise, and the checks of its values."""
 
 from __future__ import annotations
 
 import math
 import operator
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 
@@ -15,8 +14,6 @@ from torch import Tensor
 
 from pyargs.errors import PyargsError
 from pyargs.lm.forward import check_lengths
-from pyargs.lm.loading import same_tokenizer
-from pyargs.user_ids import user_ids
 
 
 @dataclass(frozen=True)
@@ -49,130 +46,6 @@ def noise(request: Request, steps: int) -> Tensor:
         own = torch.rand(request.max_new_tokens, generator=rng, dtype=torch.float32, device="cpu")
         drawn[: request.max_new_tokens] = own
     return drawn
-
-
-@dataclass
-class BatchRequest:
-    """B rows to decode. Tensors lie on the reward model's device, where the choice is made; the prompt on the policy's.
-
-    input_ids, attention_mask int64 [B, T], padded on the left; user int64 [B]; weight float32 [B]; stop int64 [E];
-    uniform float32 [max_new_tokens, B] for sampling, or None for greedy choice; num_candidates: None is all tokens.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    user: Tensor
-    weight: Tensor
-    stop: Tensor
-    pad_id: int
-    num_candidates: int | None
-    max_new_tokens: int
-    vocabulary: int
-    eos_reward: str
-    prefix_mean: bool
-    temperature: float | None
-    uniform: Tensor | None
-    token_callback: Callable[[Tensor], None] | None
-
-    def step_weight(self, step: int | Tensor) -> Tensor:
-        """Weight [B] of the candidates' own rewards at this step (a number, or int64 [1] on the device).
-
-        The mean over the response so far differs between candidates only in their own share, 1 / (step + 1), so the plain
-        head with the weight divided by that makes the same choice.
-        """
-        return self.weight / (step + 1) if self.prefix_mean else self.weight
-
-
-def check(
-    policy,
-    reward_model,
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    users: Sequence[str],
-    *,
-    reward_weight: float | Sequence[float] | Tensor,
-    num_candidates: int | None,
-    max_new_tokens: int,
-    eos_token_id: int | Sequence[int] | None,
-    pad_token_id: int | None,
-    do_sample: bool,
-    temperature: float,
-    seed: int | Sequence[int] | None,
-    eos_reward: str,
-    tokenizer,
-    token_callback,
-) -> BatchRequest:
-    """The arguments of `args.generate` as a BatchRequest. Raises PyargsError naming what is wrong and how to mend it."""
-    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.dtype != torch.long:
-        raise PyargsError(f"input_ids must be an int64 tensor [B, T], got {_kind(input_ids)}")
-    rows, length = input_ids.shape
-    if attention_mask is None:
-        attention_mask = torch.ones_like(input_ids)
-    if not isinstance(attention_mask, Tensor) or attention_mask.shape != input_ids.shape:
-        raise PyargsError(f"attention_mask is {_kind(attention_mask)}, input_ids {_kind(input_ids)}: both must be [B, T]")
-    if not ((attention_mask == 0) | (attention_mask == 1)).all():
-        raise PyargsError("attention_mask must hold 1 where a token counts and 0 where it pads, nothing else")
-    attention_mask = attention_mask.long()
-    if rows and not (length and (attention_mask[:, -1] == 1).all() and (attention_mask.diff(dim=1) >= 0).all()):
-        raise PyargsError("prompts must be padded on the left (and not be empty): tokenizer.padding_side = 'left'")
-    users = user_ids(users)
-    if len(users) != rows:
-        raise PyargsError(f"{rows} prompts but {len(users)} users: name one user for each row")
-    weight = weights(reward_weight, rows)
-    temperature = check_sampling(do_sample, temperature)
-    if eos_reward not in ("before", "state"):
-        raise PyargsError(f"eos_reward is 'before' or 'state', not {eos_reward!r}")
-    if token_callback is not None and not callable(token_callback):
-        raise PyargsError(f"token_callback must be a function of the step's tokens, not {token_callback!r}")
-    max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
-    seed = seeds(seed, rows)
-    tokenizer = tokenizer if tokenizer is not None else getattr(policy, "tokenizer", None)  # `load_lm` leaves it there
-    theirs = reward_model.tokenizer
-    if tokenizer is None and theirs is not None and policy.name_or_path != reward_model.backbone.name_or_path:
-        warnings.warn(
-            "whether policy and reward model have the same tokenizer is not known: pass tokenizer= (the policy's) to check it",
-            stacklevel=3,
-        )
-    if tokenizer is not None and theirs is not None and not same_tokenizer(tokenizer, theirs):
-        raise PyargsError(
-            "policy and reward model have different tokenizers, so candidates can not go from one to the other as ids: "
-            "train the reward model on a backbone of the policy's family"
-        )
-    config = policy.config.get_text_config(decoder=True)
-    vocabulary = min(config.vocab_size, len(tokenizer or theirs) if (tokenizer or theirs) is not None else config.vocab_size)
-    if num_candidates is not None:
-        num_candidates = whole("num_candidates", num_candidates, 1, min(64, vocabulary))
-    for lm in (policy, reward_model.backbone) if rows else ():
-        check_room(lm, int(attention_mask.sum(1).min()), length, max_new_tokens)
-    eos, pad = stop_and_pad(policy, eos_token_id, pad_token_id)
-    known = min(len(lm.get_input_embeddings().weight) for lm in (policy, reward_model.backbone))
-    if vocabulary > known:
-        raise PyargsError(
-            f"the policy can choose among {vocabulary} tokens, but the reward model knows {known}: pass tokenizer= (the "
-            "policy's) if the rest is padding, or take a reward model of the policy's family"
-        )
-    if not 0 <= pad < known:
-        raise PyargsError(f"pad_token_id {pad} is no token of the models, which know {known}")
-    if rows and not (0 <= input_ids.min() and input_ids.max() < known):
-        raise PyargsError(f"input_ids hold tokens beyond the {known} that policy and reward model know")
-    device = reward_model.device
-    uniform = _noise(seed, rows, max_new_tokens).T.contiguous() if do_sample else None
-    return BatchRequest(
-        input_ids=input_ids.to(policy.device),
-        attention_mask=attention_mask.to(policy.device),
-        user=reward_model.users.rows(users).to(device),
-        weight=weight.expand(rows).contiguous().to(device),
-        stop=torch.tensor(eos, dtype=torch.long, device=device),
-        pad_id=pad,
-        num_candidates=num_candidates,
-        max_new_tokens=max_new_tokens,
-        vocabulary=vocabulary,
-        eos_reward=eos_reward,
-        prefix_mean=reward_model.step_reward == "prefix_mean",
-        temperature=temperature,
-        uniform=None if uniform is None else uniform.to(device),
-        token_callback=token_callback,
-    )
 
 
 def whole(name: str, value, least: int, most: int | None = None) -> int:
@@ -217,22 +90,14 @@ def check_sampling(do_sample: bool, temperature) -> float | None:
     )
 
 
-def check_length(max_new_tokens: int) -> None:
-    whole("max_new_tokens", max_new_tokens, 1)
-
-
 SEEDS = -(2**63), 2**64 - 1
 """What torch takes."""
-
-
-def one_seed(seed) -> int | None:
-    return None if seed is None else whole("seed", seed, *SEEDS)
 
 
 def seeds(seed, rows: int) -> int | list[int] | None:
     """One seed of all rows, or one for each, as torch takes them."""
     if not _several(seed):
-        return one_seed(seed)
+        return None if seed is None else whole("seed", seed, *SEEDS)
     each = [whole("seed", one, *SEEDS) for one in seed]
     if len(each) != rows:
         raise PyargsError(f"{len(each)} seeds for {rows} rows: give one, or one for each row")
@@ -304,15 +169,6 @@ def stop_and_pad(lm, eos: int | Sequence[int] | None = None, pad: int | None = N
     eos = lm.generation_config.eos_token_id if eos is None else eos
     eos = [] if eos is None else [whole("eos_token_id", one, 0) for one in (eos if _several(eos) else [eos])]
     return eos, whole("pad_token_id", next(i for i in (pad, lm.generation_config.pad_token_id, *eos, 0) if i is not None), 0)
-
-
-def _noise(seed: int | list[int] | None, rows: int, steps: int) -> Tensor:
-    """Uniform noise [rows, steps]. One seed per row makes a row's answer independent of the batch it is in."""
-    if not isinstance(seed, list):
-        rng = None if seed is None else torch.Generator().manual_seed(seed)
-        return torch.rand(rows, steps, generator=rng, dtype=torch.float32, device="cpu")
-    each = [torch.rand(steps, generator=torch.Generator().manual_seed(one), dtype=torch.float32, device="cpu") for one in seed]
-    return torch.stack(each) if each else torch.zeros(0, steps, dtype=torch.float32, device="cpu")
 
 
 def as_float(x: Tensor) -> Tensor:

@@ -21,10 +21,8 @@ from pyargs.ops.commit import MOST, commit
 class PrefixLayer(CacheLayerMixin):
     """Keys and values [B, heads, capacity, head_dim] of one layer, of which the first `length` places are the prefix.
 
-    `update` writes behind the prefix without making it longer; `PrefixCache.advance` or `commit` then say what stays. The
-    length is a host integer that the decoder knows anyway, so nothing waits for the device and `update` returns the places
-    in use only; or an int64 tensor on the device, for a captured step: then it writes to `places` (of the last call of
-    `PrefixCache.branches`) and returns all there are, and the mask has to leave the empty ones out.
+    `update` writes behind the prefix without making it longer, and returns the places in use; whoever owns the layer then says
+    how much of it stays, by `length`.
     """
 
     is_sliding = False
@@ -32,8 +30,7 @@ class PrefixLayer(CacheLayerMixin):
     def __init__(self, capacity: int):
         super().__init__()
         self.capacity = capacity
-        self.length: int | Tensor = 0
-        self.places: Tensor | None = None
+        self.length = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, heads, _, _ = key_states.shape
@@ -44,118 +41,19 @@ class PrefixLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        new = key_states.shape[-2]
-        if isinstance(self.length, Tensor):
-            self.keys.index_copy_(2, self.places, key_states)
-            self.values.index_copy_(2, self.places, value_states)
-            return self.keys, self.values
-        end = self.length + new
+        end = self.length + key_states.shape[-2]
         self.keys[:, :, self.length : end] = key_states
         self.values[:, :, self.length : end] = value_states
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.capacity if isinstance(self.length, Tensor) else self.length + query_length, 0
+        return self.length + query_length, 0
 
     def get_seq_length(self) -> int:
-        return 0 if isinstance(self.length, Tensor) else self.length  # models ask where they are given no position_ids
+        return self.length  # models ask where they are given no position_ids
 
     def get_max_length(self) -> int:
         return self.capacity
-
-
-class PrefixCache(Cache):
-    """A PrefixLayer for each layer of a full-attention model, and the masks of prompts and branches.
-
-    config: of the model; capacity: places of each row, for its prompt, what follows, and the branches behind that. `begin`
-    comes first.
-    """
-
-    def __init__(self, config, rows: int, capacity: int, device):
-        super().__init__(layers=[PrefixLayer(capacity) for _ in range(config.num_hidden_layers)])
-        self.seen = torch.zeros(rows, capacity, dtype=torch.bool, device=device)  # places of the prefix that hold tokens
-        self._place = torch.arange(capacity, device=device)
-        self._counter: Tensor | None = None
-        self._lists: list[list[Tensor]] | None = None
-
-    def begin(self, mask: Tensor) -> None:
-        """Forgets all; the prompts to come have their tokens where mask [B, T] is not 0, and are padded on the left."""
-        self.prompt, self.padded = mask.shape[1], not bool(mask.all())
-        self.seen.zero_()
-        self.seen[:, : self.prompt] = mask.bool()
-        for layer in self.layers:
-            layer.length = 0
-            if layer.is_initialized:  # a place that no mask lets through still must not hold what is not a number
-                layer.keys.zero_()
-                layer.values.zero_()
-
-    @property
-    def length(self) -> int | Tensor:
-        return self.layers[0].length
-
-    @property
-    def position(self) -> Tensor:
-        """Of each row's next token, int64 [B, 1]."""
-        return self.seen.sum(1, keepdim=True)
-
-    def causal(self) -> Tensor | None:
-        """Mask [B, 1, T, T] of the prompts; None where none is padded, for plain causal attention."""
-        if not self.padded:
-            return None
-        places = self._place[: self.prompt]
-        seen = self.seen[:, None, None, : self.prompt] & (places <= places[:, None])
-        # A padding position sees itself, since a softmax over nothing is not a number.
-        return seen | (places == places[:, None])
-
-    def branches(self, count: int) -> Tensor | None:
-        """Mask [B, 1, count, places] of next tokens that see the prefix and each itself; places: what `update` hands out.
-
-        None where a single token sees all there is.
-        """
-        if isinstance(self.length, int) and count == 1 and not self.padded:
-            return None
-        places = self.length + self._place[:count]
-        for layer in self.layers:  # once for all of them
-            layer.places = places
-        mask = self.seen[:, None, None, :] | (self._place == places.unsqueeze(1))
-        return mask if isinstance(self.length, Tensor) else mask[..., : self.length + count]
-
-    def advance(self, tokens: int) -> None:
-        """The last `tokens` places written become part of the prefix."""
-        if isinstance(self.length, Tensor):
-            self.seen.index_fill_(1, self.length + self._place[:tokens], True)
-            self.length.add_(tokens)  # one tensor for all layers
-            return
-        if self.length >= self.prompt:
-            self.seen[:, self.length : self.length + tokens] = True
-        for layer in self.layers:
-            layer.length += tokens
-
-    def commit(self, slot: Tensor) -> None:
-        """Of the branches written behind the prefix, the one at slot [B] becomes its next token; the others are dropped."""
-        for several in self._alike():
-            device = several[0].device
-            length = self.length if isinstance(self.length, Tensor) else torch.full((), self.length, device=device)
-            commit(several, slot.to(device), length.expand(len(slot)))
-        self.advance(1)
-
-    def count_on_device(self) -> None:
-        """From now on the length is a tensor, always the same one, as a captured step needs it."""
-        if self._counter is None:
-            self._counter = torch.zeros((), dtype=torch.long, device=self.seen.device)
-        self._counter.fill_(self.length)
-        for layer in self.layers:
-            layer.length = self._counter
-
-    def _alike(self) -> list[list[Tensor]]:
-        """The keys and values of all layers, by device, shape and dtype; mostly one list. They stay where they are."""
-        if self._lists is None:
-            alike: dict[tuple, list[Tensor]] = {}
-            for layer in self.layers:
-                for states in (layer.keys, layer.values):
-                    alike.setdefault((states.device, states.shape, states.stride(), states.dtype), []).append(states)
-            self._lists = [several[i : i + MOST] for several in alike.values() for i in range(0, len(several), MOST)]
-        return self._lists
 
 
 class RowLayer(CacheLayerMixin):
@@ -383,13 +281,11 @@ def _branches_rightly(model) -> bool:
     ids = (torch.arange(18, device=model.device) % config.vocab_size).view(2, 9)
     prompt, candidates = ids[:, :3], ids[:, 3:]
     mask = torch.tensor([[0, 0, 1], [1, 1, 1]], device=model.device)
-    cache = PrefixCache(config, 2, 9, model.device)
-    cache.begin(mask)
+    cache = RowCache(config, 2, 9, model.device)
     more = {cache_name(model): cache, "use_cache": True}
     with evaluating(model):
         try:
-            model(input_ids=prompt, attention_mask=additive(cache.causal(), model), position_ids=positions(mask), **more)
-            cache.advance(3)
+            model(input_ids=prompt, attention_mask=additive(cache.join(mask), model), position_ids=positions(mask), **more)
             seen, place = additive(cache.branches(6), model), cache.position.expand(2, 6)
             together = model(input_ids=candidates, attention_mask=seen, position_ids=place, **more)[0]
         except Exception:  # whatever another package's model stumbles over: it takes no such masks

@@ -186,23 +186,6 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 
 @contextmanager
-def on_last(decoder: nn.Module, rows: int):
-    """Within it LoRA acts on the last `rows` of a batch [B, n, D] only: the others see the base model.
-
-    For `plain` LoRA, and without gradients. One thread at a time; passes of others are as ever.
-    """
-    layers = layers_of(decoder)
-    with _splitting:
-        for layer in layers:
-            layer.forward = partial(_forward_on_last, layer, rows, threading.get_ident())
-        try:
-            yield
-        finally:
-            for layer in layers:
-                del layer.forward  # the instance's: its class's is behind it
-
-
-@contextmanager
 def on_second(decoder: nn.Module):
     """Within it LoRA acts on the rows 1, 3, 5, ... of a batch [B, n, D] only: the others see the base model.
 
@@ -222,17 +205,6 @@ def on_second(decoder: nn.Module):
 _splitting = threading.Lock()
 
 
-def _forward_on_last(layer, rows: int, thread: int, x: Tensor) -> Tensor:
-    if threading.get_ident() != thread:
-        return type(layer).forward(layer, x)
-    result = layer.base_layer(x)
-    for name in layer.active_adapters:
-        low = layer.lora_A[name]
-        part = low(layer.lora_dropout[name](x[-rows:]).to(low.weight.dtype))
-        result[-rows:].add_(layer.lora_B[name](part), alpha=layer.scaling[name])  # in float32, then rounded as `result` is
-    return result
-
-
 def _forward_on_second(layer, thread: int, x: Tensor) -> Tensor:
     if threading.get_ident() != thread:
         return type(layer).forward(layer, x)
@@ -240,7 +212,7 @@ def _forward_on_second(layer, thread: int, x: Tensor) -> Tensor:
     for name in layer.active_adapters:
         low = layer.lora_A[name]
         part = low(layer.lora_dropout[name](x[1::2]).to(low.weight.dtype))
-        result[1::2].add_(layer.lora_B[name](part), alpha=layer.scaling[name])
+        result[1::2].add_(layer.lora_B[name](part), alpha=layer.scaling[name])  # in float32, then rounded as `result` is
     return result
 
 
