@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from pyargs.decode import backends, best_of_n, strength
-from pyargs.decode.alone import Alone
 from pyargs.decode.answer import Answer, Event
+from pyargs.decode.args import Guided
 from pyargs.decode.backends import cuda_graph
-from pyargs.decode.guided import Guided
+from pyargs.decode.genarm import Tokenwise
 from pyargs.decode.pair import check_pair, load_pair
 from pyargs.decode.request import (
     Request,
@@ -29,7 +29,7 @@ from pyargs.decode.request import (
 from pyargs.decode.rows import Choice
 from pyargs.decode.scheduler import Scheduler
 from pyargs.decode.steps import Steps
-from pyargs.decode.tokenwise import Tokenwise
+from pyargs.decode.unguided import Alone
 from pyargs.errors import PyargsError
 from pyargs.lm.forward import border
 from pyargs.lm.structure import Watch, asked_backend, unwrapped

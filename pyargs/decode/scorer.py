@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyargs.decode import backends
-from pyargs.decode.guided import folded_of, rewards_of
+from pyargs.decode.args import folded_of, rewards_of
 from pyargs.decode.policy import Here
 from pyargs.decode.rows import Rows
 from pyargs.errors import PyargsError

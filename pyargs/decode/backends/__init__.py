@@ -6,8 +6,8 @@ from __future__ import annotations
 import warnings
 from typing import NamedTuple
 
+from pyargs.decode.args import Two
 from pyargs.decode.backends import copies, cpu, cuda_graph, eager
-from pyargs.decode.guided import Two
 from pyargs.errors import PyargsError
 from pyargs.lm.cache import can_branch
 from pyargs.lm.forward import plain_output_layer

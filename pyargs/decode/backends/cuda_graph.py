@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyargs.decode.guided import Guided
+from pyargs.decode.args import Guided
 from pyargs.decode.request import Request
 from pyargs.decode.rows import Choice
 from pyargs.errors import PyargsError
