@@ -45,7 +45,7 @@ def build(lm, tokenizer, users: list[str], config: Config) -> RewardModel:
     return RewardModel(lm.get_decoder(), tokenizer, head, pool=config.pool, step_reward=config.step_reward)
 
 
-def groups(model: RewardModel, config: Config) -> list[dict]:
+def parameter_groups(model: RewardModel, config: Config) -> list[dict]:
     return [{"params": model.users.parameters(), "lr": config.head_lr, "sparse": True}]
 
 

@@ -64,7 +64,7 @@ def build(lm, tokenizer, users: list[str], config: Config) -> RewardModel:
     return RewardModel(lm.get_decoder(), tokenizer, head, whole=config.weighting != "last", apart=config.variant == "B")
 
 
-def groups(model: RewardModel, config: Config) -> list[dict]:
+def parameter_groups(model: RewardModel, config: Config) -> list[dict]:
     head = model.head
     projectors = [head.project, head.queries] if config.variant == "B" else [head.project]
     own = (

@@ -69,7 +69,7 @@ def finish(model: UserPolicy, config: Config) -> None:
     del model.reference
 
 
-def groups(model: UserPolicy, config: Config) -> list[dict]:
+def parameter_groups(model: UserPolicy, config: Config) -> list[dict]:
     return [{"params": model.soft.parameters(), "lr": config.soft_lr}]
 
 

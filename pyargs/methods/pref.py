@@ -137,7 +137,7 @@ def _factorise(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return torch.nn.functional.pad(u, pad), torch.nn.functional.pad(v * root, pad)
 
 
-def groups(model: RewardModel, config: Config) -> list[dict]:
+def parameter_groups(model: RewardModel, config: Config) -> list[dict]:
     decay = config.strength if config.reg == "weight_decay" else 0.0
     return [{"params": model.head.parameters(), "lr": config.head_lr, "weight_decay": decay}]
 

@@ -92,7 +92,7 @@ def _pairs_of(user: Tensor, users: int) -> Tensor:
     return found
 
 
-def groups(model: RewardModel, config: Config) -> list[dict]:
+def parameter_groups(model: RewardModel, config: Config) -> list[dict]:
     encoder = list(model.head.encoder.parameters())
     skip = {*encoder, *model.users.parameters()}  # users' latents are inferred, not trained
     decoder = [p for p in model.head.parameters() if p not in skip]

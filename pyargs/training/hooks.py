@@ -34,7 +34,7 @@ def _read(model, rows):
 DEFAULTS = {
     "loss": None,  # (model, batch, config) -> the loss, a scalar; without it nothing is trained
     "warm_start": _nothing,  # (model, rows, config): before the first step
-    "groups": _head_at_its_rate,  # (model, config) -> the optimizer's parameter groups beside LoRA's
+    "parameter_groups": _head_at_its_rate,  # (model, config) -> those of the optimizer, beside LoRA's
     "turns": _all_at_once,  # (model, config) -> the sets of parameters that a minibatch updates in turn, a forward pass each
     "finish": _nothing,  # (model, config): behind the last step
     "support": _read,  # (model, rows of one user) -> what `adapt` is given
@@ -51,7 +51,9 @@ def method(name: str) -> ModuleType:
 
 
 def with_defaults(module: ModuleType) -> ModuleType:
-    """The same module, with those hooks of `DEFAULTS` that it leaves out."""
+    """The same module, with those hooks of `DEFAULTS` that it leaves out. Raises PyargsError for a hook by its old name."""
+    if hasattr(module, "groups"):
+        raise PyargsError(f"{module.__name__}: the hook groups is called parameter_groups now")
     for hook, default in DEFAULTS.items():
         vars(module).setdefault(hook, default)
     return module

@@ -28,12 +28,15 @@ class Together(torch.optim.Optimizer):
 
 
 def make(recipe, model, config) -> torch.optim.Optimizer:
-    """AdamW over the recipe's `groups` and LoRA at lora_lr; decay where a group has it.
+    """AdamW over the recipe's `parameter_groups` and LoRA at lora_lr; decay where a group has it.
 
     A group with "sparse" goes to SparseAdam: rows of absent users then keep their values and moments, where Adam would move
     them on by momentum.
     """
-    groups = [*recipe.groups(model, config), {"params": model.backbone.parameters(), "lr": getattr(config, "lora_lr", 0.0)}]
+    groups = [
+        *recipe.parameter_groups(model, config),
+        {"params": model.backbone.parameters(), "lr": getattr(config, "lora_lr", 0.0)},
+    ]
     groups = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
     dense = [group for group in groups if group["params"] and not group.get("sparse")]
     sparse = [group for group in groups if group["params"] and group.pop("sparse", False)]

@@ -42,7 +42,7 @@ def test_a_step_cuts_what_it_applies(most, sparse):
     """Also where two optimisers act as one. A step of Adam with epsilon 1e-8 does not show the length: the gradients do."""
     users, head = torch.nn.Embedding(4, 3, sparse=sparse), torch.nn.Linear(3, 1)
     groups = [{"params": users.parameters(), "lr": 0.1, "sparse": sparse}, {"params": head.parameters(), "lr": 0.1}]
-    recipe = SimpleNamespace(groups=lambda model, config: groups)
+    recipe = SimpleNamespace(parameter_groups=lambda model, config: groups)
     model = SimpleNamespace(backbone=torch.nn.Linear(2, 2).requires_grad_(False))
     optimizer = optimizers.make(recipe, model, SimpleNamespace(max_grad_norm=most, lora_lr=0.1))
     assert isinstance(optimizer, optimizers.Together) == sparse
