@@ -138,7 +138,7 @@ def test_models_that_answer_by_themselves_take_no_policy_and_no_weight(capsys, t
     call(capsys, ["train", "icl", "--tiny", "--shots", "2"])
     call(capsys, ["adapt", "output/tiny/icl", *data, "--out", "icl"])
     few = [*data, "--limit", "2", "--max-new-tokens", "4"]
-    assert "neither for" in call(capsys, ["decode", "icl", *few, "--reward-weight", "1", "--out", "a.jsonl"], expect=1)
+    assert "leave them out for" in call(capsys, ["decode", "icl", *few, "--reward-weight", "1", "--out", "a.jsonl"], expect=1)
     call(capsys, ["decode", "icl", *few, "--out", "a.jsonl"])
     assert len(list(files.read_jsonl("a.jsonl"))) == 2
     assert "leave --policy out" in call(

@@ -109,6 +109,7 @@ def test_what_was_tuned_stands_beside_the_model_and_is_used_where_no_weight_is_g
     call(capsys, steps["train"])
     call(capsys, steps["adapt"])
     model, adapted = steps["tune"][1], steps["decode"][1]
+    (files.Path(adapted) / files.TUNED).unlink(missing_ok=True)  # of another test
     to = lambda words, name: [*words[: words.index("--out")], "--out", str(tmp_path / name)]  # noqa: E731
     words = to(steps["decode"], "a.jsonl")
     at = words.index("--tuned")
