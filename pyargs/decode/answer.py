@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 from typing import NamedTuple
+
+from pyargs.decode.request import Request
+from pyargs.errors import PyargsError
 
 
 @dataclass
@@ -43,3 +47,18 @@ class Event(NamedTuple):
     slot: int
     answer: Answer | None
     error: Exception | None
+
+
+@dataclass
+class Ticket:
+    """A request on its way."""
+
+    number: int
+    request: Request
+    tokens: list[int] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    spreads: list[float] = field(default_factory=list)
+    answer: Answer | None = None
+    error: PyargsError | None = None
+    events: deque[Event] | None = None  # for whoever streams it

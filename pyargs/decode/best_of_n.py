@@ -18,6 +18,8 @@ class Group:
 
     request: Request
     parts: list[int]
+    answer: Answer | None = None
+    error: PyargsError | None = None
 
 
 def samples(request: Request, n: int) -> list[Request]:

@@ -7,17 +7,16 @@ import threading
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from pyargs.decode import backends, best_of_n, strength
-from pyargs.decode.answer import Answer, Event
+from pyargs.decode.answer import Answer, Event, Ticket
 from pyargs.decode.args import Guided
 from pyargs.decode.backends import cuda_graph
 from pyargs.decode.genarm import Tokenwise
-from pyargs.decode.pair import check_pair, load_pair
+from pyargs.decode.pair import check_pair, known_wishes, load_pair
 from pyargs.decode.request import (
     Request,
     no_choice,
@@ -39,21 +38,6 @@ from pyargs.progress import progress_bar
 from pyargs.user_ids import user_id, user_ids
 
 log = logging.getLogger("pyargs")
-
-
-@dataclass
-class _Ticket:
-    """A request on its way."""
-
-    number: int
-    request: Request
-    tokens: list[int] = field(default_factory=list)
-    rewards: list[float] = field(default_factory=list)
-    slots: list[int] = field(default_factory=list)
-    spreads: list[float] = field(default_factory=list)
-    answer: Answer | None = None
-    error: PyargsError | None = None
-    events: deque[Event] | None = None  # for whoever streams it
 
 
 class Engine:
@@ -97,7 +81,7 @@ class Engine:
         self.pair.unit = self._unit
         self.max_rows, self.eos_reward = whole("max_rows", max_rows, 1), eos_reward or "before"
         self._asked, self._lock, self._count = backend, threading.RLock(), 0
-        self._tickets: dict[int, _Ticket] = {}
+        self._tickets: dict[int, Ticket] = {}
         self._groups: dict[int, best_of_n.Group] = {}
         self._scheduler = Scheduler(self.max_rows)
         self._told: set[int] = set()  # requests whose events `step` returns
@@ -126,7 +110,7 @@ class Engine:
         """
         if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
             raise PyargsError(f"prompts is a list with one prompt for each answer, got {prompts!r:.60}: write [prompt]")
-        prompts = list(prompts)
+        prompts, wish = list(prompts), known_wishes(wish)
         users = [""] * len(prompts) if users is None else user_ids(users)
         if len(prompts) != len(users):
             raise PyargsError(f"{len(prompts)} prompts but {len(users)} users: name one user for each prompt")
@@ -160,8 +144,8 @@ class Engine:
             finally:
                 for number in mine:  # an error
                     self.cancel(number)
-                    self._tickets.pop(number, None)
-                    self._groups.pop(number, None)
+                    for part in self._groups.pop(number).parts if number in self._groups else [number]:
+                        self._tickets.pop(part, None)
         return found
 
     def submit(self, prompt, user: str = "", **wish) -> int:
@@ -179,7 +163,7 @@ class Engine:
 
         Raises PyargsError on wrong input (UnknownUser for a user without parameters).
         """
-        request = self.pair.request(prompt, user_id(user), **wish)
+        request = self.pair.request(prompt, user_id(user), **known_wishes(wish))
         with self._lock:
             number = self._add(request)
             self._told.add(number)
@@ -198,8 +182,11 @@ class Engine:
             return events
 
     def cancel(self, number: int) -> None:
-        """The request ends with the tokens that it has. Nothing happens where it has ended already."""
+        """The request ends with the tokens that it has. Nothing happens where it has ended already. Raises PyargsError for a
+        number that no request has had."""
         with self._lock:
+            if whole("number", number, 0) >= self._count:
+                raise PyargsError(f"there is no request {number}")
             if number in self._groups:
                 for part in self._groups[number].parts:
                     self.cancel(part)
@@ -213,22 +200,25 @@ class Engine:
                     return
             self._leave([number])
             self._finish(ticket, "cancelled")
-            if ticket.events is not None:
-                ticket.events.append(Event(number, None, 0.0, 0, ticket.answer, None))
+            self._tell([Event(number, None, 0.0, 0, ticket.answer, None)])
 
     def stream(self, prompt, user: str = "", **wish) -> Iterator[Event]:
         """The events of one request as they come, which is asked for as in `submit`. Others' requests go on meanwhile. Whoever
         stops listening cancels it."""
         if self.pair.best_of:
             raise PyargsError("best_of samples whole answers: there is nothing to stream, use generate")
-        request = self.pair.request(prompt, user_id(user), **wish)
+        request = self.pair.request(prompt, user_id(user), **known_wishes(wish))
         with self._lock:
             ticket = self._tickets[self._add(request)]
             ticket.events = deque()
-        return self._listen(ticket)
+        stream = self._listen(ticket)
+        next(stream)  # it has begun, so that it is cancelled also where nobody listens at all
+        return stream
 
     def answer(self, number: int) -> Answer | None:
-        """The answer to a request that has ended, once; None while it has not. Raises what ended it otherwise."""
+        """The answer to a request of `submit` that has ended, once; None while it has not. Raises what ended it otherwise.
+
+        Answers are kept until they are taken here, also where an event of `step` showed them."""
         with self._lock:
             if number not in self._tickets and number not in self._groups:
                 raise PyargsError(f"there is no request {number} (or its answer has been taken)")
@@ -304,7 +294,11 @@ class Engine:
         try:
             if self._scheduler.waiting and len(self._scheduler.here) < self.max_rows:
                 self._read(self._rows.flush())
-                come = [] if self._closed and self._scheduler.here else self._scheduler.admit(self._fit)
+                before = len(self._scheduler.here)
+                come = [] if self._closed and before else self._scheduler.admit(self._fit)
+                if unknown := self._unknown(come):
+                    self._scheduler.leave(unknown)  # behind the rows that are here, which keep their places
+                    come = self._scheduler.here[before:]
                 if come:
                     self._rows.join([self._tickets[number].request for number in come], self._places())
             if self._scheduler.here:
@@ -312,6 +306,18 @@ class Engine:
         except BaseException as error:
             self._lose(error)
             raise
+
+    def _unknown(self, numbers: list[int]) -> list[int]:
+        """Of requests that come in, those whose users have been removed while they waited: they end with the error."""
+        gone = []
+        for ticket in () if self.pair.best_of else [self._tickets[number] for number in numbers]:
+            try:
+                self.pair.check_user(ticket.request.user)
+            except PyargsError as error:
+                ticket.error = error
+                gone.append(ticket.number)
+                self._tell([Event(ticket.number, None, 0.0, 0, None, error)])
+        return gone
 
     def _lose(self, error: BaseException) -> None:
         """After an error in the middle of a step nobody knows how far the rows are: they end with it."""
@@ -366,10 +372,17 @@ class Engine:
             for position, (number, token, slot, reward, spread, finished) in enumerate(chosen):
                 if not self._done(number):
                     events.append(self._note(self._tickets[number], position, token, slot, reward, spread, finished))
+        self._tell(events)
+
+    def _tell(self, events: list[Event]) -> None:
+        """Whoever asked for these requests."""
+        for event in events:
+            if (own := self._tickets[event.number].events) is not None:
+                own.append(event)
         self._events += [event for event in self._of_callers(events) if event.number in self._told]
 
     def _note(
-        self, ticket: _Ticket, position: int, token: int, slot: int, reward: float, spread: float, finished: bool
+        self, ticket: Ticket, position: int, token: int, slot: int, reward: float, spread: float, finished: bool
     ) -> Event:
         """One step of one request."""
         if slot < 0:
@@ -377,21 +390,15 @@ class Engine:
             return Event(ticket.number, None, reward, slot, None, ticket.error)
         stopped = token in ticket.request.stop
         if not stopped:
-            for kept, new in (
-                (ticket.tokens, token),
-                (ticket.rewards, reward),
-                (ticket.slots, slot),
-                (ticket.spreads, spread),
-            ):
-                kept.append(new)
+            ticket.tokens.append(token)
+            ticket.rewards.append(reward)
+            ticket.slots.append(slot)
+            ticket.spreads.append(spread)
         if finished:
             self._finish(ticket, "stop" if stopped else "length")
-        event = Event(ticket.number, token, reward, slot, ticket.answer, None)
-        if ticket.events is not None:
-            ticket.events.append(event)
-        return event
+        return Event(ticket.number, token, reward, slot, ticket.answer, None)
 
-    def _finish(self, ticket: _Ticket, reason: str) -> None:
+    def _finish(self, ticket: Ticket, reason: str) -> None:
         request, tokenizer = ticket.request, self.pair.tokenizer
         text = None if tokenizer is None else tokenizer.decode(ticket.tokens, skip_special_tokens=True).strip()
         ticket.answer = Answer(
@@ -406,8 +413,18 @@ class Engine:
         parts = {part: number for number, group in self._groups.items() for part in group.parts}
         ended = dict.fromkeys(parts[event.number] for event in events if event.number in parts)
         return [event for event in events if event.number not in parts] + [
-            Event(number, None, 0.0, 0, None, None) for number in ended if self._done(number)
+            Event(number, None, 0.0, 0, *self._picked(number)) for number in ended if self._done(number)
         ]
+
+    def _picked(self, number: int) -> tuple[Answer | None, PyargsError | None]:
+        """The best of a group's samples, all of which have ended, or why there is none."""
+        group = self._groups[number]
+        if group.answer is None and group.error is None:
+            try:
+                group.answer = best_of_n.pick(self.pair.model, number, group.request, list(map(self._answer, group.parts)))
+            except PyargsError as error:
+                group.error = error
+        return group.answer, group.error
 
     def _leave(self, numbers: list[int]) -> None:
         before = list(self._scheduler.here)
@@ -421,7 +438,7 @@ class Engine:
         if self.pair.best_of:
             return self._add_group(request)
         number, self._count = self._count, self._count + 1
-        self._tickets[number] = _Ticket(number, request)
+        self._tickets[number] = Ticket(number, request)
         self._scheduler.add(number, request.user)
         return number
 
@@ -430,7 +447,7 @@ class Engine:
         parts = []
         for one in best_of_n.samples(request, self.pair.best_of):
             part, self._count = self._count, self._count + 1
-            self._tickets[part] = _Ticket(part, one)
+            self._tickets[part] = Ticket(part, one)
             self._scheduler.add(part, one.user)
             parts.append(part)
         self._groups[number] = best_of_n.Group(request, parts)
@@ -438,7 +455,8 @@ class Engine:
 
     def _done(self, number: int) -> bool:
         if number in self._groups:
-            return all(map(self._done, self._groups[number].parts))
+            group = self._groups[number]
+            return group.answer is not None or group.error is not None or all(map(self._done, group.parts))
         ticket = self._tickets[number]
         return ticket.answer is not None or ticket.error is not None
 
@@ -446,15 +464,26 @@ class Engine:
         """The answer to a request that has ended, which is forgotten."""
         self._told.discard(number)
         if number in self._groups:
-            group = self._groups.pop(number)
-            return best_of_n.pick(self.pair.model, number, group.request, [self._take(part) for part in group.parts])
-        ticket = self._tickets.pop(number)
+            answer, error = self._picked(number)
+            for part in self._groups.pop(number).parts:
+                del self._tickets[part]
+            if error is not None:
+                raise error
+            return answer
+        try:
+            return self._answer(number)
+        finally:
+            del self._tickets[number]
+
+    def _answer(self, number: int) -> Answer:
+        ticket = self._tickets[number]
         if ticket.error is not None:
             raise ticket.error
         return ticket.answer
 
-    def _listen(self, ticket: _Ticket) -> Iterator[Event]:
+    def _listen(self, ticket: Ticket) -> Iterator[Event]:
         try:
+            yield None
             while True:
                 with self._lock:
                     while not ticket.events and ticket.error is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from pyargs.decode.request import SEEDS, Request, check_room, ids_of, number, stop_tokens, weights, whole
-from pyargs.errors import PyargsError
+from pyargs.errors import PyargsError, UnknownUser, did_you_mean
 from pyargs.lm.loading import load_lm, same_tokenizer
 from pyargs.lm.structure import unwrapped
 from pyargs.lm.tokenize import encode_prompt
@@ -110,6 +111,14 @@ class Pair:
             return self.model.prompt_ids(prompt, user, most)
         return encode_prompt(self.tokenizer, prompt, most)
 
+    def check_user(self, user: str) -> None:
+        """Raises UnknownUser for a user without parameters, where the model is not the same for everyone."""
+        if self.model is None or isinstance(self.model, UserPolicy) and not self.soft:
+            return
+        if user == "" and self.model.users.personal and "" not in self.model.users.ids:
+            raise UnknownUser("the model is another one for each user: name the user whose reward guides")
+        self.model.users.rows([user])
+
     def request(
         self,
         prompt,
@@ -128,8 +137,7 @@ class Pair:
         ids = self.encode(prompt, user)
         if not ids:
             raise PyargsError("a prompt without a token has nothing to answer: give each at least one")
-        if self.model is not None and not isinstance(self.model, UserPolicy) or self.soft:
-            self.model.users.rows([user])  # an unknown user raises here
+        self.check_user(user)
         max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
         for lm in self.language_models():
             check_room(lm, len(ids) + self.soft, len(ids) + self.soft, max_new_tokens)
@@ -170,6 +178,15 @@ class Pair:
             return weights(reward_weight, 1).item()
         strength = weights(1.0 if strength is None else strength, 1, "strength").item()
         return strength / self.unit() if strength else 0.0
+
+
+def known_wishes(wish: dict) -> dict:
+    """The wish as it is. Raises PyargsError for a name that `Engine.submit` does not know."""
+    known = list(inspect.signature(Pair.request).parameters)[3:]
+    for name in wish:
+        if name not in known:
+            raise PyargsError(f"a request has no '{name}'." + did_you_mean(name, known))
+    return wish
 
 
 def check_pair(policy, model, tokenizer, best_of: int) -> Pair:

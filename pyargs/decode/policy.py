@@ -5,12 +5,28 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyargs.decode import backends
 from pyargs.decode.request import as_float, check_room, ids_of
 from pyargs.errors import PyargsError
 from pyargs.lm.structure import Watch, unwrapped
+
+
+def several(rows: Sequence[Hashable]) -> Sequence[Hashable]:
+    """The rows. Raises PyargsError for one name in the place of a list, whose letters would count as rows."""
+    if isinstance(rows, (str, bytes)):
+        raise PyargsError(f"rows is a list of names, got {rows!r}: write [{rows!r}]")
+    return rows
+
+
+def of_transformers(lm) -> nn.Module:
+    """The model. Raises PyargsError for what is none."""
+    if not isinstance(lm, nn.Module):
+        raise PyargsError(
+            f"a policy is a causal language model of transformers, got {lm!r:.60}: load it with pyargs.load_lm(name)[0]"
+        )
+    return unwrapped(lm)
 
 
 class Here:
@@ -25,6 +41,7 @@ class Here:
     def add(self, rows: Sequence[Hashable], ids: Sequence[Sequence[int]]) -> list[list[int]]:
         """Rows with these tokens come in; returns the tokens. Raises PyargsError for a row that is here, or one too many."""
         self.check()
+        several(rows)
         if len(rows) != len(ids) or len(set(rows)) < len(rows):
             raise PyargsError(f"{len(rows)} rows and {len(ids)} prompts: name each row once, with its tokens")
         if again := [row for row in rows if row in self.lengths]:
@@ -43,7 +60,7 @@ class Here:
     def places(self, rows: Sequence[Hashable] | None) -> list[int]:
         """Positions of rows, all by default."""
         self.check()
-        rows = self.names if rows is None else list(rows)
+        rows = self.names if rows is None else list(several(rows))
         if missing := [row for row in rows if row not in self.lengths]:
             raise PyargsError(f"row {missing[0]!r} is not here: prefill it first")
         if len(set(rows)) < len(rows):
@@ -95,7 +112,7 @@ class Policy:
     """
 
     def __init__(self, lm, *, backend: str = "auto", max_rows: int = 8):
-        self.lm = unwrapped(lm)
+        self.lm = of_transformers(lm)
         chosen = backends.resolve(backend, self.lm)
         self.backend, self.reason = chosen.name, chosen.reason
         vocabulary = self.lm.config.get_text_config(decoder=True).vocab_size
@@ -117,6 +134,8 @@ class Policy:
     def next_logits(self, rows: Sequence[Hashable] | None = None) -> Tensor:
         """Logits float32 [n, V] of the next token of each row, of all that are here by default."""
         places = self._here.places(rows)
+        if not places:
+            return torch.zeros(0, self.lm.config.get_text_config(decoder=True).vocab_size, device=self.lm.device)
         return torch.stack([self._logits[self._here.names[place]] for place in places])
 
     @torch.no_grad()

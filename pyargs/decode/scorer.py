@@ -79,6 +79,8 @@ class Scorer:
             and not 0 <= given.min() <= given.max() < known
         ):
             raise PyargsError(f"candidates are whole numbers [rows, k], tokens of the {known} that the model knows")
+        if not places:
+            return torch.zeros(given.shape, device=self.model.device)
         tokens = self._here.spread(places, given.long())
         self._half.reserve(max(self._here.lengths.values()) + given.shape[1])
         wanted = None

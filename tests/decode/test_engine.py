@@ -189,6 +189,53 @@ def test_step_tells_of_what_was_submitted_also_when_others_computed_it():
     assert [event.token for event in events] == engine.answer(mine).tokens and not engine.busy
 
 
+def test_a_user_who_goes_while_a_request_waits_ends_that_request_alone():
+    policy, model = pair_in_float32("own")
+    engine = Engine(policy, model, max_rows=2)
+    (first, waits), wish = prompts([3, 4]), dict(reward_weight=1.0, max_new_tokens=6, stop=[])
+    want = Engine(policy, model).generate([first], ["ann"], **wish)[0].tokens
+    running = engine.submit(first, "ann", **wish)
+    engine.step()
+    gone, other = engine.submit(waits, "bob", **wish), engine.submit(first, "ann", **wish)
+    model.users.remove(["bob"])
+    events = [event for _ in range(9) for event in engine.step()]
+    assert engine.answer(running).tokens == engine.answer(other).tokens == want
+    assert [event.number for event in events if event.error is not None] == [gone]
+    with pytest.raises(UnknownUser, match="bob"):
+        engine.answer(gone)
+
+
+def test_a_cancelled_request_has_a_last_event_and_a_stream_nobody_listens_to_ends():
+    policy, model = pair_in_float32("own")
+    engine = Engine(policy, model)
+    number = engine.submit(prompts([3])[0], "ann", reward_weight=1.0)
+    engine.step()
+    engine.cancel(number)
+    (event,) = engine.step()
+    assert (event.number, event.token, event.answer.finish_reason) == (number, None, "cancelled")
+    stream = engine.stream(prompts([3])[0], "ann", reward_weight=1.0)
+    assert engine.busy
+    del stream
+    assert not engine.busy
+    for wrong in (10**6, "x"):
+        with pytest.raises(PyargsError):
+            engine.cancel(wrong)
+    with pytest.raises(PyargsError, match="temperature"):
+        engine.submit([3], "ann", temprature=1.0)
+    with pytest.raises(UnknownUser, match="name the user"):
+        engine.submit([3], reward_weight=1.0)
+
+
+def test_the_last_event_of_best_of_n_has_the_answer():
+    policy, model = pair_in_float32("own")
+    engine = Engine(policy, model, best_of=3, max_rows=2)
+    number, events = engine.submit(prompts([3])[0], "ann", max_new_tokens=4, seed=1), []
+    while engine.busy:
+        events += engine.step()
+    (event,) = events
+    assert event.number == number and event.answer is engine.answer(number)
+
+
 def test_who_stops_listening_cancels():
     policy, model = pair_in_float32("own")
     engine = Engine(policy, model)

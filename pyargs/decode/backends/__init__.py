@@ -42,7 +42,7 @@ def resolve(asked: str, *models, reward_model=None) -> Backend:
         if asked == "cpu":
             raise PyargsError(f"backend='cpu' cannot compute this: {why}. Take backend='eager', or 'auto'")
     else:
-        why = "it was asked for"
+        why = "PYARGS_BACKEND asks for it" if asked_backend() else "it was asked for"
     if asked in ("auto", "cuda-graph"):
         refused = cuda_graph.refusal(reward_model, *models)
         if refused is None:
