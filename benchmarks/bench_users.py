@@ -151,7 +151,7 @@ def measure(quick: bool, rate: float) -> list[dict]:
             users.save(Path(folder) / str(count))
         for model in tqdm(["tiny-random"] if quick else ["tiny-random", "smollm2-135m"], unit="model"):
             policy, made = models(model, tables)
-            stepped = steps(policy, made, 4 if quick else 200)
+            stepped = steps(policy, made, 4 if quick else 400 if model == "tiny-random" else 150)
             row = {count: torch.tensor([count // 2]) for count in sizes}
             folded = turns({count: partial(made[count].head.fold, row[count]) for count in sizes}, 4 if quick else 2000)
             for count in sizes:
