@@ -68,6 +68,7 @@ class Users(nn.Module):
             raise PyargsError(f"user '{(known or ids)[0]}' is there already: new users need new ids")
         if set(vectors) != set(self.vectors):
             raise PyargsError(f"users hold {sorted(self.vectors)}, got {sorted(vectors)}")
+        vectors = {name: torch.as_tensor(value) for name, value in vectors.items()}
         for name, value in vectors.items():
             old = self.vectors[name]
             if value.shape != (len(ids), *old.shape[1:]):

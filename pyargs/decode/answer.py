@@ -62,3 +62,4 @@ class Ticket:
     answer: Answer | None = None
     error: PyargsError | None = None
     events: deque[Event] | None = None  # for whoever streams it
+    left: bool = False  # nobody listens any more

@@ -7,15 +7,14 @@ import threading
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from pyargs.decode import backends, best_of_n, strength
 from pyargs.decode.answer import Answer, Event, Ticket
-from pyargs.decode.args import Guided
 from pyargs.decode.backends import cuda_graph
-from pyargs.decode.genarm import Tokenwise
 from pyargs.decode.pair import check_pair, known_wishes, load_pair
 from pyargs.decode.request import (
     Request,
@@ -28,12 +27,10 @@ from pyargs.decode.request import (
 from pyargs.decode.rows import Choice
 from pyargs.decode.scheduler import Scheduler
 from pyargs.decode.steps import Steps
-from pyargs.decode.unguided import Alone
 from pyargs.errors import PyargsError
 from pyargs.lm.forward import border
 from pyargs.lm.structure import Watch, asked_backend, unwrapped
 from pyargs.models.reward_model import RewardModel
-from pyargs.models.token_reward import TokenReward
 from pyargs.progress import progress_bar
 from pyargs.user_ids import user_id, user_ids
 
@@ -84,6 +81,10 @@ class Engine:
         self._tickets: dict[int, Ticket] = {}
         self._groups: dict[int, best_of_n.Group] = {}
         self._scheduler = Scheduler(self.max_rows)
+        self._stepping, self._late = (
+            False,
+            deque(),
+        )  # whether a step is being computed, and what is cancelled in the middle of it
         self._told: set[int] = set()  # requests whose events `step` returns
         self._events: list[Event] = []  # that it has not returned yet
         self.refresh()
@@ -165,8 +166,7 @@ class Engine:
         """
         request = self.pair.request(prompt, user_id(user), **known_wishes(wish))
         with self._lock:
-            number = self._add(request)
-            self._told.add(number)
+            self._told.add(number := self._add(request))
             return number
 
     def step(self) -> list[Event]:
@@ -194,12 +194,17 @@ class Engine:
             ticket = self._tickets.get(number)
             if ticket is None or ticket.answer is not None or ticket.error is not None:
                 return
+            if self._stepping:  # by a collected stream or a signal, in the middle of things
+                return self._late.append(number)
             if number in self._scheduler.here:
                 self._read(self._rows.flush())
                 if self._done(number):
                     return
             self._leave([number])
             self._finish(ticket, "cancelled")
+            if ticket.left:
+                del self._tickets[number]
+                return
             self._tell([Event(number, None, 0.0, 0, ticket.answer, None)])
 
     def stream(self, prompt, user: str = "", **wish) -> Iterator[Event]:
@@ -249,16 +254,7 @@ class Engine:
         chosen = backends.resolve(asked, *models, reward_model=headed)
         self.backend, self.reason, self._closed = chosen.name, chosen.reason, not chosen.shared
         log.info("backend %s: %s", chosen.name, chosen.reason)
-        room = dict(vocabulary=pair.vocabulary, room=self.max_rows)
-        if not pair.guided:
-            passes = backends.policy(chosen, pair.policy, self.max_rows, pair.vocabulary)
-            return Steps(Alone(passes, device=pair.policy.device, soft=getattr(pair.model, "soft", None), **room))
-        if isinstance(pair.model, TokenReward):
-            halves = (backends.policy(chosen, lm, self.max_rows, pair.vocabulary) for lm in models)
-            return Steps(Tokenwise(*halves, device=pair.model.device, **room))
-        passes = backends.both(chosen, *models, self.max_rows, pair.vocabulary, 10)
-        rows = Guided(passes, pair.model, eos_reward=self.eos_reward, **room)
-        return cuda_graph.Captured(rows, *models) if chosen.name == "cuda-graph" else Steps(rows)
+        return backends.steps(chosen, pair, self.max_rows, self.eos_reward)
 
     def _check(self) -> None:
         """Nothing is computed with what a model was before."""
@@ -274,38 +270,38 @@ class Engine:
 
     def _unit(self) -> float:
         """reward_std of the model under the policy; measured where it is not known."""
-        policy, model = self.pair.policy, self.pair.model
-        found = strength.known(policy, model)
-        if found is None:
-            log.warning("the model's reward_std is not known for this policy: measuring it once, on the embedded prompts")
-            answers = self.generate(*strength.sample(model), reward_weight=0.0, max_new_tokens=strength.TOKENS)
-            found = strength.reward_std(answers)
-            strength.keep(policy, model, found)
-        if not found:
-            raise PyargsError("the rewards of the candidates never differ: the model has learnt nothing that could guide")
-        return found
+        unguided = partial(self.generate, reward_weight=0.0, max_new_tokens=strength.TOKENS)
+        return strength.unit(self.pair.policy, self.pair.model, unguided)
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def _step(self) -> None:
-        """One step of all rows; who is told of it is another matter."""
+        """One step of all rows; who is told of it is another matter. What it keeps is no inference tensor of the caller's."""
         self._check()
+        self._stepping = True
         try:
-            if self._scheduler.waiting and len(self._scheduler.here) < self.max_rows:
-                self._read(self._rows.flush())
-                before = len(self._scheduler.here)
-                come = [] if self._closed and before else self._scheduler.admit(self._fit)
-                if unknown := self._unknown(come):
-                    self._scheduler.leave(unknown)  # behind the rows that are here, which keep their places
-                    come = self._scheduler.here[before:]
-                if come:
-                    self._rows.join([self._tickets[number].request for number in come], self._places())
-            if self._scheduler.here:
-                self._read(self._next())
+            with torch.inference_mode(False), torch.no_grad():
+                self._compute()
         except BaseException as error:
             self._lose(error)
             raise
+        finally:
+            self._stepping = False
+            while self._late:
+                self.cancel(self._late.popleft())
+
+    def _compute(self) -> None:
+        if self._scheduler.waiting and len(self._scheduler.here) < self.max_rows:
+            self._read(self._rows.flush())
+            before = len(self._scheduler.here)
+            come = [] if self._closed and before else self._scheduler.admit(self._fit)
+            if unknown := self._unknown(come):
+                self._scheduler.leave(unknown)  # behind the rows that are here, which keep their places
+                come = self._scheduler.here[before:]
+            if come:
+                self._rows.join([self._tickets[number].request for number in come], self._places())
+        if self._scheduler.here:
+            self._read(self._next())
 
     def _unknown(self, numbers: list[int]) -> list[int]:
         """Of requests that come in, those whose users have been removed while they waited: they end with the error."""
@@ -326,6 +322,7 @@ class Engine:
             if ticket.answer is None:
                 ticket.error = PyargsError(f"a step failed, with this request in it: {error}")
                 ticket.error.__cause__ = error
+                self._tell([Event(number, None, 0.0, 0, None, ticket.error)])
         self._scheduler.leave(list(self._scheduler.here))
         self._rows = self._made()
 
@@ -448,7 +445,7 @@ class Engine:
         for one in best_of_n.samples(request, self.pair.best_of):
             part, self._count = self._count, self._count + 1
             self._tickets[part] = Ticket(part, one)
-            self._scheduler.add(part, one.user)
+            self._scheduler.add(part, request.user)  # whose turn it is
             parts.append(part)
         self._groups[number] = best_of_n.Group(request, parts)
         return number
@@ -496,4 +493,7 @@ class Engine:
                     return
         finally:
             self.cancel(ticket.number)
-            self._tickets.pop(ticket.number, None)
+            if ticket.answer is not None or ticket.error is not None:
+                self._tickets.pop(ticket.number, None)
+            else:
+                ticket.left = True

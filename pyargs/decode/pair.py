@@ -138,7 +138,7 @@ class Pair:
         if not ids:
             raise PyargsError("a prompt without a token has nothing to answer: give each at least one")
         self.check_user(user)
-        max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
+        max_new_tokens = whole("max_new_tokens", max_new_tokens, 1, 2**20)
         for lm in self.language_models():
             check_room(lm, len(ids) + self.soft, len(ids) + self.soft, max_new_tokens)
         if self.best_of and not temperature:

@@ -161,7 +161,7 @@ def check_room(lm, shortest: int, longest: int, new: int) -> None:
 def stop_tokens(lm, stop: int | Sequence[int] | None = None) -> tuple[int, ...]:
     """The ids that end an answer: what is given, else the model's own."""
     name, stop = ("eos_token_id", lm.generation_config.eos_token_id) if stop is None else ("stop", stop)
-    return () if stop is None else tuple(whole(name, one, 0) for one in (stop if _several(stop) else [stop]))
+    return () if stop is None else tuple(whole(name, one, 0, 2**31) for one in (stop if _several(stop) else [stop]))
 
 
 def stop_and_pad(lm, eos: int | Sequence[int] | None = None, pad: int | None = None) -> tuple[list[int], int]:

@@ -79,7 +79,7 @@ def of_requests(requests: Sequence[Request], device) -> dict[str, Tensor]:
         "stop": put([[*one.stop, *[-1] * (stops - len(one.stop))] for one in requests], torch.long).view(len(requests), stops),
         "noise": torch.stack([noise(one, -(-steps // WIDTH) * WIDTH) for one in requests]).to(device)
         if sampled
-        else put([[0.0]] * len(requests), None),
+        else put([[0.0]] * len(requests), torch.float32),
         "step": put([0] * len(requests), torch.long),
         "finished": put([False] * len(requests), torch.bool),
     }

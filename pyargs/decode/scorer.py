@@ -12,6 +12,7 @@ from pyargs.decode.args import folded_of, rewards_of
 from pyargs.decode.policy import Here
 from pyargs.decode.rows import Rows
 from pyargs.errors import PyargsError
+from pyargs.lm.structure import Watch
 from pyargs.models.reward_model import RewardModel
 from pyargs.user_ids import user_ids
 
@@ -38,6 +39,7 @@ class Scorer:
         self.backend, self.reason = chosen.name, chosen.reason
         self._half = backends.scorer(chosen, model.backbone, max_rows)
         self._here, self._parts = Here(model.backbone, max_rows), Rows(max_rows)
+        self._here.watch = Watch(model.backbone, model.head, but=model.users)
         self._tried: Tensor | None = None  # candidates [n, k] by position since the last token, where there are any
 
     @property

@@ -7,7 +7,8 @@ and kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,6 +22,7 @@ from pyargs.files import short_hash
 from pyargs.lm.loading import fingerprint
 from pyargs.lm.structure import Watch, contents
 
+log = logging.getLogger("pyargs")
 PROMPTS, TOKENS = 16, 16
 """How many prompts are answered unguided, and how long, with the default number of candidates: 256 steps."""
 
@@ -45,6 +47,18 @@ def known(policy: nn.Module, model) -> float | None:
     found = carried.get(_fingerprint(policy))
     if found is None and (file := _file(policy, model)).exists():
         found = files.read_json(file)["reward_std"]
+    return found
+
+
+def unit(policy: nn.Module, model, unguided: Callable[[list[str], list[str]], Sequence[Answer]]) -> float:
+    """reward_std of the model under the policy, measured where it is not known. unguided: answers prompts for users."""
+    found = known(policy, model)
+    if found is None:
+        log.warning("the model's reward_std is not known for this policy: measuring it once, on the embedded prompts")
+        found = reward_std(unguided(*sample(model)))
+        keep(policy, model, found)
+    if not found:
+        raise PyargsError("the rewards of the candidates never differ: the model has learnt nothing that could guide")
     return found
 
 

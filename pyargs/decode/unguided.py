@@ -33,19 +33,21 @@ class Alone:
         """The next token of each row that is here, counted as taken. Rewards are 0, and slots too."""
         rows, logits = self.rows, self.rows["logits"].float()
         zero = torch.zeros(len(logits), 1, dtype=torch.float32, device=self.device)
+        score, greedy = logits.max(1)
         if self.sampled:
             logprobs = logits.log_softmax(1)
             logprobs = filtered(rows, logprobs) if self.filtered else logprobs
             ids = torch.arange(logits.shape[1], device=self.device).expand_as(logits)
-            token, slot, _, finished = choose(
+            token, slot, _, _ = choose(
                 logprobs, zero.expand_as(logits), zero[:, 0], ids, rows["finished"], stop=rows["stop"],
                 temperature=rows["temperature"], uniform=uniform(rows),
             )  # fmt: skip
+            # A greedy row is that also beside sampled ones: log_softmax may round two logits to one.
+            token = torch.where((rows["temperature"] == 0) & (slot >= 0), greedy, token)
             slot = slot.clamp(max=0)
         else:
-            score, token = logits.max(1)
-            slot = torch.where(score.isnan(), -1, 0)
-            finished = rows["finished"] | score.isnan() | (token.unsqueeze(1) == rows["stop"]).any(1)
+            token, slot = greedy, torch.where(score.isnan(), -1, 0)
+        finished = rows["finished"] | (slot < 0) | (token.unsqueeze(1) == rows["stop"]).any(1)
         return note(rows, token, slot, zero[:, 0], zero[:, 0], finished)
 
     def follow(self, choice: Choice, going: Tensor | None = None) -> None:

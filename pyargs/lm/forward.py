@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from weakref import WeakKeyDictionary
 
@@ -11,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pyargs.errors import PyargsError
 from pyargs.lm.cache import additive, alike, cache_name, can_share, check_layers, evaluating, parameters, positions
-from pyargs.lm.structure import outline, structure, unwrapped
+from pyargs.lm.structure import PROBING, outline, structure, unwrapped
 from pyargs.lm.tokenize import Packed, pack
 from pyargs.progress import progress_bar
 
@@ -145,20 +146,23 @@ def plain_output_layer(model: nn.Module) -> bool:
         return False
     before, plain = _plain.get(model, (None, False))
     if before != now:
-        seen, said = [], []
+        seen, said, thread = [], [], threading.get_ident()
 
-        def instead(_, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        def instead(_, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:
+            if threading.get_ident() != thread:  # another thread's pass is as ever
+                return None
             seen.append(inputs[0])
             said.append(torch.linspace(-1e4, 1e4, output.numel(), dtype=output.dtype, device=output.device).view_as(output))
             return said[0]
 
         probe = torch.arange(4, device=model.device)[None] % model.config.get_text_config(decoder=True).vocab_size
-        hook = model.get_output_embeddings().register_forward_hook(instead)
-        try:
-            with torch.no_grad(), evaluating(model):
-                logits, states = model(probe).logits, model.get_decoder()(probe).last_hidden_state
-        finally:
-            hook.remove()
+        with PROBING:
+            hook = model.get_output_embeddings().register_forward_hook(instead)
+            try:
+                with torch.no_grad(), evaluating(model):
+                    logits, states = model(probe).logits, model.get_decoder()(probe).last_hidden_state
+            finally:
+                hook.remove()
         same = len(said) == 1 and said[0].shape == logits.shape and torch.equal(said[0].float(), logits.float())
         plain = same and alike(seen[0], states)
         _plain[model] = now, plain

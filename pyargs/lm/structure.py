@@ -9,8 +9,10 @@ parametrization may do anything: with one of these anywhere the model itself is 
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import sys
+import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache as once
@@ -332,6 +334,8 @@ def _place(name: str) -> str:
 
 
 VERSION = attrgetter("_version")
+PROBING = threading.RLock()
+"""Held while a model is tried with a hook of ours on it, which is no change of the model."""
 
 
 class Watch:
@@ -350,14 +354,16 @@ class Watch:
         self.filled = [part for part in self.parts if part]
         self.hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self.own = [vars(module) for module in modules]
+        self.adapters = [own for own in self.own if "scaling" in own and "_disable_adapters" in own]
         self.held = self._held()
         self.tensors = [one for one in self.held if isinstance(one, Tensor)]
         self.counted = [one for one in self.tensors if not one.is_inference()]
-        self.before = self._look()
+        self.before = copy.deepcopy(self._look())
 
     def changed(self) -> bool:
         try:
-            return self._held() != self.held or self._look() != self.before  # the same objects are equal without a look
+            with PROBING:
+                return self._held() != self.held or self._look() != self.before  # the same objects are equal without a look
         except RuntimeError:  # another tensor stands there, which is compared by its numbers
             return True
 
@@ -369,7 +375,9 @@ class Watch:
         return (
             sum(map(len, self.parts)),
             sum(map(len, self.hooks)),
-            sum(["forward" in own for own in self.own]),
+            sum(["forward" in own and not _ours(own["forward"]) for own in self.own]),
+            sum([own["training"] for own in self.own]),
+            [(own["scaling"], own["_disable_adapters"]) for own in self.adapters],
             sum(map(VERSION, self.counted)),
             list(map(Tensor.data_ptr, self.tensors)),
             nn_module._has_any_global_hook(),

@@ -226,6 +226,44 @@ def test_a_cancelled_request_has_a_last_event_and_a_stream_nobody_listens_to_end
         engine.submit([3], reward_weight=1.0)
 
 
+def test_a_greedy_row_is_the_same_beside_a_sampled_one_and_in_any_default_dtype():
+    """log_softmax rounds two logits that are nearly the same to one, and then the lower id would win."""
+    lm = tiny_lm(dtype=torch.float32)
+    with torch.no_grad():
+        lm.lm_head.weight[7] = lm.lm_head.weight[30] * (1 + 2**-22)
+        lm.lm_head.weight[[7, 30]] *= 40
+    rows, wish = prompts([3, 5, 2, 6]), dict(max_new_tokens=6, stop=[])
+    for backend in ("cpu",):  # the others' own rounding depends on the batch
+        want = [Engine(lm, backend=backend).generate([row], **wish)[0].tokens for row in rows]
+        engine = Engine(lm, backend=backend, max_rows=5)
+        before = torch.get_default_dtype()
+        try:
+            torch.set_default_dtype(torch.bfloat16)
+            greedy = [engine.submit(row, **wish) for row in rows]
+            engine.step()
+            sampled = engine.submit(rows[0], temperature=1.0, seed=3, **wish)
+            with torch.inference_mode():  # whose tensors the engine must not keep
+                engine.step()
+            while engine.busy:
+                engine.step()
+        finally:
+            torch.set_default_dtype(before)
+        assert [engine.answer(number).tokens for number in greedy] == want
+        alone = Engine(lm, backend=backend).generate(rows[:1], temperature=1.0, seed=[3], **wish)
+        assert engine.answer(sampled).tokens == alone[0].tokens
+
+
+def test_a_cancel_in_the_middle_of_a_step_waits_for_its_end(monkeypatch):
+    policy, model = pair_in_float32("own")
+    engine = Engine(policy, model, max_rows=2)
+    one, other = (engine.submit(row, "ann", reward_weight=1.0, max_new_tokens=5, stop=[]) for row in prompts([3, 4]))
+    chosen = engine._rows.rows.choose
+    monkeypatch.setattr(engine._rows.rows, "choose", lambda: (engine.cancel(one), chosen())[1])
+    while engine.busy:
+        engine.step()
+    assert engine.answer(one).finish_reason == "cancelled" and len(engine.answer(other).tokens) == 5
+
+
 def test_the_last_event_of_best_of_n_has_the_answer():
     policy, model = pair_in_float32("own")
     engine = Engine(policy, model, best_of=3, max_rows=2)
@@ -295,6 +333,7 @@ def test_a_user_policy_answers_by_itself():
         (dict(reward_weight=1.0, top_p=0.0), "top_p"),
         (dict(reward_weight=1.0, min_p=1.5), "min_p"),
         (dict(reward_weight=1.0, max_new_tokens=0), "max_new_tokens"),
+        (dict(reward_weight=1.0, stop=2**63), "stop"),
         (dict(reward_weight=1.0, max_new_tokens=10**6), "positions"),
         (dict(reward_weight=float("nan")), "finite"),
     ],

@@ -6,13 +6,17 @@ from __future__ import annotations
 import warnings
 from typing import NamedTuple
 
-from pyargs.decode.args import Two
+from pyargs.decode.args import Guided, Two
 from pyargs.decode.backends import copies, cpu, cuda_graph, eager
+from pyargs.decode.genarm import Tokenwise
+from pyargs.decode.steps import Steps
+from pyargs.decode.unguided import Alone
 from pyargs.errors import PyargsError
 from pyargs.lm.cache import can_branch
 from pyargs.lm.forward import plain_output_layer
 from pyargs.lm.stack import keep
 from pyargs.lm.structure import BACKENDS, as_written, asked_backend
+from pyargs.models.token_reward import TokenReward
 
 
 class Backend(NamedTuple):
@@ -84,3 +88,16 @@ def both(backend: Backend, lm, backbone, room: int, vocabulary: int, k: int):
     if backend.name != "cpu" and backend.shared and eager.shares(lm, backbone, room, k):
         return eager.Shared(lm, backbone, room)
     return Two(policy(backend, lm, room, vocabulary), scorer(backend, backbone, room))
+
+
+def steps(backend: Backend, pair, room: int, eos_reward: str):
+    """The steps of a `Pair`, for `room` rows."""
+    models, sizes = pair.language_models(), dict(vocabulary=pair.vocabulary, room=room)
+    if not pair.guided:
+        passes = policy(backend, pair.policy, room, pair.vocabulary)
+        return Steps(Alone(passes, device=pair.policy.device, soft=getattr(pair.model, "soft", None), **sizes))
+    if isinstance(pair.model, TokenReward):
+        halves = (policy(backend, lm, room, pair.vocabulary) for lm in models)
+        return Steps(Tokenwise(*halves, device=pair.model.device, **sizes))
+    rows = Guided(both(backend, *models, room, pair.vocabulary, 10), pair.model, eos_reward=eos_reward, **sizes)
+    return cuda_graph.Captured(rows, *models) if backend.name == "cuda-graph" else Steps(rows)
