@@ -64,6 +64,10 @@ def _loaded(policy, model: str, dtype, backbone: str | None):
     return lm, load_model(model, backbone=backbone).merge()
 
 
+LONGEST = 2**20
+"""The most tokens of an answer, also for models without a limit: the noise of a sample is drawn when the request comes in."""
+
+
 @dataclass
 class Pair:
     """A policy and what guides it. tokenizer: the policy's, None where none is known; vocabulary: how many tokens can be
@@ -138,7 +142,9 @@ class Pair:
         if not ids:
             raise PyargsError("a prompt without a token has nothing to answer: give each at least one")
         self.check_user(user)
-        max_new_tokens = whole("max_new_tokens", max_new_tokens, 1, 2**20)
+        max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
+        if max_new_tokens > LONGEST:
+            raise PyargsError(f"max_new_tokens is at most {LONGEST}, got {max_new_tokens}")
         for lm in self.language_models():
             check_room(lm, len(ids) + self.soft, len(ids) + self.soft, max_new_tokens)
         if self.best_of and not temperature:

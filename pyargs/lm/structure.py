@@ -376,7 +376,7 @@ class Watch:
             sum(map(len, self.parts)),
             sum(map(len, self.hooks)),
             sum(["forward" in own and not _ours(own["forward"]) for own in self.own]),
-            sum([own["training"] for own in self.own]),
+            sum([own.get("training", False) for own in self.own]),
             [(own["scaling"], own["_disable_adapters"]) for own in self.adapters],
             sum(map(VERSION, self.counted)),
             list(map(Tensor.data_ptr, self.tensors)),
