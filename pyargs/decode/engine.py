@@ -81,10 +81,7 @@ class Engine:
         self._tickets: dict[int, Ticket] = {}
         self._groups: dict[int, best_of_n.Group] = {}
         self._scheduler = Scheduler(self.max_rows)
-        self._stepping, self._late = (
-            False,
-            deque(),
-        )  # whether a step is being computed, and what is cancelled in the middle of it
+        self._stepping, self._late = False, deque()  # what is cancelled in the middle of a step ends behind it
         self._told: set[int] = set()  # requests whose events `step` returns
         self._events: list[Event] = []  # that it has not returned yet
         self.refresh()

@@ -11,11 +11,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
 
 from pyargs.decode.request import Request, check_numbers, noise
-from pyargs.errors import PyargsError
-from pyargs.lm.cache import PrefixLayer
+from pyargs.lm.cache import copy_rows, follow_copies
 from pyargs.lm.forward import forward_step
 from pyargs.lm.tokenize import left_pad
 from pyargs.models.reward_model import RewardModel
@@ -67,7 +65,7 @@ def answers(
     total = torch.zeros_like(so_far)
     # Row b * k + j holds candidate j of row b, behind its own copy of the prefix.
     first_row = torch.arange(rows, device=device) * k
-    _branch(reward_cache, torch.arange(rows, device=device).repeat_interleave(k), longest)
+    copy_rows(reward_cache, torch.arange(rows, device=device).repeat_interleave(k), ids.shape[1] + longest)
     finished = torch.zeros(rows, dtype=torch.bool, device=device)
     steps: list[tuple[Tensor, ...]] = []
 
@@ -106,7 +104,7 @@ def answers(
         if finished.all():
             break
 
-        _follow(reward_cache, (first_row + slot).repeat_interleave(k))
+        follow_copies(reward_cache, (first_row + slot).repeat_interleave(k))
         policy_out, policy_cache = forward_step(
             policy, token.unsqueeze(1).to(policy.device), mask, policy_cache, padded, logits_to_keep=1
         )
@@ -121,31 +119,6 @@ def _considered(logprobs: Tensor, request: Request) -> int:
     chance = logprobs[: request.num_candidates].double().exp()
     likely = chance.cumsum(0) - chance < request.top_p * chance.sum()
     return max(1, int((likely & (chance >= request.min_p * chance[0])).sum()))
-
-
-def _branch(cache, row: Tensor, room: int) -> None:
-    """Makes copies of the rows; row int64 [B * k] is what each copy holds. `room` tokens will be added."""
-    if type(cache).__module__ != DynamicLayer.__module__:  # nobody promises that all of it is copied
-        raise PyargsError(
-            f"a {type(cache).__name__} holds more than transformers' own caches: candidates can not be tried here"
-        )
-    cache.reorder_cache(row)
-    for i, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer:  # it would copy all its keys and values at every token
-            cache.layers[i] = PrefixLayer(layer.get_seq_length() + room)
-            cache.layers[i].update(layer.keys, layer.values)
-            cache.layers[i].length = layer.get_seq_length()
-
-
-def _follow(cache, winner: Tensor) -> None:
-    """All copies go on from their row's winner; winner int64 [B * k] is the copy that each one continues."""
-    for layer in cache.layers:
-        if type(layer) is PrefixLayer:  # the copies differ in their newest place only
-            for states in (layer.keys, layer.values):
-                states[:, :, layer.length] = states[winner, :, layer.length]
-            layer.length += 1
-        else:
-            layer.reorder_cache(winner)
 
 
 def _topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -56,6 +56,33 @@ class PrefixLayer(CacheLayerMixin):
         return self.capacity
 
 
+def copy_rows(cache: Cache, row: Tensor, capacity: int) -> None:
+    """Makes copies of a cache's rows, of which only the newest place will differ; row int64 [B * k] is what each copy holds.
+    capacity: places of each. Raises PyargsError for a cache that holds more than transformers' own."""
+    if type(cache).__module__ != DynamicLayer.__module__:  # nobody promises that all of it is copied
+        raise PyargsError(
+            f"a {type(cache).__name__} holds more than transformers' own caches: candidates can not be tried here"
+        )
+    cache.reorder_cache(row)
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:  # it would copy all its keys and values at every token
+            length = layer.get_seq_length()
+            cache.layers[i] = PrefixLayer(capacity)
+            cache.layers[i].update(layer.keys, layer.values)
+            cache.layers[i].length = length
+
+
+def follow_copies(cache: Cache, winner: Tensor) -> None:
+    """All copies go on from their row's winner; winner int64 [B * k] is the copy that each one continues."""
+    for layer in cache.layers:
+        if type(layer) is PrefixLayer:  # the copies differ in their newest place only
+            for states in (layer.keys, layer.values):
+                states[:, :, layer.length] = states[winner, :, layer.length]
+            layer.length += 1
+        else:
+            layer.reorder_cache(winner)
+
+
 class RowLayer(CacheLayerMixin):
     """Keys and values [room, heads, capacity, head_dim] of one layer of a RowCache, which says where a pass writes."""
 

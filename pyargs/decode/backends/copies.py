@@ -12,10 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.cache_utils import DynamicLayer
 
 from pyargs.errors import PyargsError
-from pyargs.lm.cache import PrefixLayer
+from pyargs.lm.cache import PrefixLayer, copy_rows, follow_copies
 from pyargs.lm.forward import embedded, forward_step
 from pyargs.lm.tokenize import left_pad
 
@@ -108,13 +107,7 @@ class Scorer:
         self.tried = False
         first = torch.arange(len(self.held.mask), device=self.held.mask.device) * self.copies
         winner = (first + self.held.all(slot)).repeat_interleave(self.copies)
-        for layer in self.held.cache.layers:
-            if type(layer) is PrefixLayer:  # the copies differ in their newest place only
-                for states in (layer.keys, layer.values):
-                    states[:, :, layer.length] = states[winner, :, layer.length]
-                layer.length += 1
-            else:
-                layer.reorder_cache(winner)
+        follow_copies(self.held.cache, winner)
 
     def advance(self, token: Tensor, going: Tensor | None = None) -> None:
         self.held.together(going)
@@ -137,21 +130,10 @@ class Scorer:
 
     def _copy(self, k: int) -> None:
         """Makes k copies of each row, of which there is one so far, or fewer than k."""
-        cache = self.held.cache
-        if type(cache).__module__ != DynamicLayer.__module__:  # nobody promises that all of it is copied
-            raise PyargsError(
-                f"a {type(cache).__name__} holds more than transformers' own caches: candidates can not be tried here"
-            )
         if self.copies:
             raise PyargsError(
                 f"rows came in with {self.copies} candidates, and are now to have {k}: ask for the most at first"
             )
         rows = torch.arange(len(self.held.mask), device=self.held.mask.device)
-        cache.reorder_cache(rows.repeat_interleave(k))
-        for i, layer in enumerate(cache.layers):
-            if type(layer) is DynamicLayer:  # it would copy all its keys and values at every token
-                length = layer.get_seq_length()
-                cache.layers[i] = PrefixLayer(self.capacity + self.held.mask.shape[1])
-                cache.layers[i].update(layer.keys, layer.values)
-                cache.layers[i].length = length
+        copy_rows(self.held.cache, rows.repeat_interleave(k), self.capacity + self.held.mask.shape[1])
         self.copies = k
