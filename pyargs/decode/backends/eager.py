@@ -36,7 +36,28 @@ PLACES = 64
 """A cache's capacity is a multiple of it, so that it seldom grows."""
 
 
-class Policy:
+class Half:
+    """What each half does with the rows of its cache. Weights are read where they lie, so they are always the models' own."""
+
+    cache: RowCache
+
+    def reserve(self, capacity: int) -> None:
+        """Room for so many tokens of each row."""
+        _reserve(self.cache, capacity)
+
+    def current(self) -> bool:
+        return True
+
+    def keep(self, order: Sequence[int]) -> None:
+        """The rows at these positions stay, in this order."""
+        self.cache.keep(order)
+
+    @property
+    def caches(self) -> tuple[RowCache, ...]:
+        return (self.cache,)
+
+
+class Policy(Half):
     """The policy's half: logits behind the tokens of the rows at the positions 0, 1, ... Its model shares nothing."""
 
     screened = False
@@ -58,23 +79,8 @@ class Policy:
         self.cache.advance(None if going is None else going.to(self.lm.device))
         return logits
 
-    def reserve(self, capacity: int) -> None:
-        """Room for so many tokens of each row."""
-        _reserve(self.cache, capacity)
 
-    def current(self) -> bool:
-        return True
-
-    def keep(self, order: Sequence[int]) -> None:
-        """The rows at these positions stay, in this order."""
-        self.cache.keep(order)
-
-    @property
-    def caches(self) -> tuple[RowCache, ...]:
-        return (self.cache,)
-
-
-class Scorer:
+class Scorer(Half):
     """The reward model's half: states of candidates behind the tokens of the rows."""
 
     def __init__(self, backbone, room: int):
@@ -97,20 +103,6 @@ class Scorer:
         """Token [n] becomes its row's next one, whether it was a candidate or not, where going [n]."""
         _pass(self.backbone, token.to(self.backbone.device).unsqueeze(1), self.cache)
         self.cache.advance(None if going is None else going.to(self.backbone.device))
-
-    def reserve(self, capacity: int) -> None:
-        """Room for so many tokens of each row."""
-        _reserve(self.cache, capacity)
-
-    def current(self) -> bool:
-        return True
-
-    def keep(self, order: Sequence[int]) -> None:
-        self.cache.keep(order)
-
-    @property
-    def caches(self) -> tuple[RowCache, ...]:
-        return (self.cache,)
 
 
 class Shared:
