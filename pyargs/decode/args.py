@@ -101,11 +101,11 @@ class Guided:
         self.passes, self.head, self.users = passes, model.head, model.users
         self.device, self.prefix_mean = model.device, model.step_reward == "prefix_mean"
         self.vocabulary, self.before = vocabulary, eos_reward == "before"
-        self.rows, self.requests = Rows(room), []
+        self.rows = Rows(room)
 
     def join(self, requests: Sequence[Request], capacity: int) -> None:
-        self.requests += requests
-        self._look()
+        self.rows.requests += requests
+        self.passes.top = self.rows.most
         user = self.users.rows([one.user for one in requests]).to(self.device)
         folded = folded_of(self.head, user)
         logits, states = self.passes.join([one.prompt for one in requests], capacity)
@@ -119,14 +119,14 @@ class Guided:
 
     def choose(self) -> Choice:
         """The next token of each row that is here, counted as taken."""
-        rows, k = self.rows, self.most
+        rows, k = self.rows, self.rows.most
         logits = rows["logits"][:, : self.vocabulary]
         logprobs, candidates, _ = topk_logprobs(logits, k)
         if self.passes.screened:  # all but the candidates' logits are estimates, and so is their sum: leave it out
             logprobs = logits.float().gather(1, candidates)
             logprobs = logprobs - logprobs[:, :1]
         logprobs, candidates = logprobs.to(self.device), candidates.to(self.device)
-        count = counts(rows, logprobs) if self.filtered else None
+        count = counts(rows, logprobs) if rows.filtered else None
         wanted = None if count is None else torch.arange(k, device=self.device) < count.unsqueeze(1)
         hidden = as_float(self.passes.branch(candidates, wanted))
         step = rows["step"] + 1
@@ -144,8 +144,8 @@ class Guided:
             count=count,
             stop=rows["stop"],
             stop_reward=rows["so_far"] if self.before else None,
-            temperature=rows["temperature"] if self.sampled else None,
-            uniform=uniform(rows) if self.sampled else None,
+            temperature=rows["temperature"] if rows.sampled else None,
+            uniform=uniform(rows) if rows.sampled else None,
         )
         choice = note(rows, token, slot, *chosen(slot, reward, count), finished)
         rows["total"] = rows["total"] + choice.reward
@@ -161,19 +161,11 @@ class Guided:
         """The rows at these positions stay, in this order."""
         self.rows.keep(order)
         self.passes.keep(order)
-        self.requests = [self.requests[position] for position in order]
-        self._look()
+        self.passes.top = self.rows.most
 
     def current(self) -> bool:
         """Whether the weights are those that the passes were made for. Reads them all where they were copied."""
         return self.passes.current()
-
-    def _look(self) -> None:
-        """What the rows that are here ask of a step."""
-        self.most = max((one.num_candidates for one in self.requests), default=1)
-        self.filtered = any(one.num_candidates < self.most or one.top_p < 1 or one.min_p > 0 for one in self.requests)
-        self.sampled = any(one.temperature for one in self.requests)
-        self.passes.top = self.most
 
 
 def folded_of(head, user: Tensor) -> Folded:

@@ -22,11 +22,11 @@ class Tokenwise:
 
     def __init__(self, policy, reward, *, vocabulary: int, room: int, device):
         self.policy, self.reward, self.vocabulary, self.device = policy, reward, vocabulary, device
-        self.rows, self.requests = Rows(room), []
+        self.rows = Rows(room)
+        policy.top = reward.top = 0  # both are normed over the vocabulary
 
     def join(self, requests: Sequence[Request], capacity: int) -> None:
-        self.requests += requests
-        self._look()
+        self.rows.requests += requests
         logits = (half.join([one.prompt for one in requests], capacity) for half in (self.policy, self.reward))
         logits, rewards = (as_float(one)[:, : self.vocabulary].to(self.device) for one in logits)
         self.rows.join(logits=logits, rewards=rewards, **of_requests(requests, self.device))
@@ -37,19 +37,20 @@ class Tokenwise:
         rows = self.rows
         sampling = dict(
             stop=rows["stop"],
-            temperature=rows["temperature"] if self.sampled else None,
-            uniform=uniform(rows) if self.sampled else None,
+            temperature=rows["temperature"] if rows.sampled else None,
+            uniform=uniform(rows) if rows.sampled else None,
         )
-        if self.whole:
+        unlimited = [one.num_candidates is None for one in rows.requests]
+        if any(unlimited):
             whole = self._among_all(sampling)
-            if self.whole == len(self.requests):
+            if all(unlimited):
                 return note(rows, *whole)
-        count = counts(rows, topk_logprobs(rows["logits"], self.most)[0]) if self.filtered else None
+        count = counts(rows, topk_logprobs(rows["logits"], rows.most)[0]) if rows.filtered else None
         token, slot, reward, finished = tokenwise_select(
-            rows["logits"], rows["rewards"], rows["reward_weight"], rows["finished"], self.most, count=count, **sampling
+            rows["logits"], rows["rewards"], rows["reward_weight"], rows["finished"], rows.most, count=count, **sampling
         )
         found = token, slot, *chosen(slot, reward, count), finished
-        if self.whole:
+        if any(unlimited):
             found = (torch.where(rows["k"] == 0, one, other) for one, other in zip(whole, found, strict=True))
         return note(rows, *found)
 
@@ -62,27 +63,17 @@ class Tokenwise:
         """The rows at these positions stay, in this order."""
         for part in (self.rows, self.policy, self.reward):
             part.keep(order)
-        self.requests = [self.requests[position] for position in order]
-        self._look()
 
     def current(self) -> bool:
         """Whether the weights are those that the passes were made for. Reads them all where they were copied."""
         return self.policy.current() and self.reward.current()
-
-    def _look(self) -> None:
-        asked = [one.num_candidates for one in self.requests]
-        self.whole = asked.count(None)
-        self.most = max((k for k in asked if k is not None), default=1)
-        self.filtered = any(k != self.most for k in asked) or any(one.top_p < 1 or one.min_p > 0 for one in self.requests)
-        self.sampled = any(one.temperature for one in self.requests)
-        self.policy.top = self.reward.top = 0  # both are normed over the vocabulary
 
     def _among_all(self, sampling: dict) -> tuple[Tensor, ...]:
         """The choice among all tokens: the token, its rank under the policy (-1: not a number), its reward, no spread, and
         which rows are finished."""
         rows = self.rows
         logprobs, rewards = (rows[name].float().log_softmax(1) for name in ("logits", "rewards"))
-        allowed = filtered(rows, logprobs) if self.filtered else logprobs
+        allowed = filtered(rows, logprobs) if rows.filtered else logprobs
         ids = torch.arange(logprobs.shape[1], device=logprobs.device).expand_as(logprobs)
         token, slot, rewards, after = choose(allowed, rewards, rows["reward_weight"], ids, rows["finished"], **sampling)
         place = slot.clamp(min=0).unsqueeze(1)  # the candidates stand in order of their ids

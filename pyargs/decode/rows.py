@@ -20,12 +20,34 @@ WIDTH = 64
 class Rows:
     """Buffers [room, ...] by name. `rows["weight"]` is the first `width` of them: the rows that are here, at the positions
     0, 1, ... without a gap. A captured step sets `width` to the rows that it is captured with; those beyond the ones that are
-    here have finished.
+    here have finished. requests: those of the rows that are here, where they have any; what they ask of a step is derived.
     """
 
     def __init__(self, room: int):
         self.room, self.count, self.width = room, 0, 0
         self.buffers: dict[str, Tensor] = {}
+        self.requests: list[Request] = []
+
+    @property
+    def sampled(self) -> bool:
+        """Whether a row draws its token."""
+        return any(one.temperature for one in self.requests)
+
+    @property
+    def narrowed(self) -> bool:
+        """Whether a row has top-p or min-p."""
+        return any(one.top_p < 1 or one.min_p > 0 for one in self.requests)
+
+    @property
+    def most(self) -> int:
+        """The most candidates of a row; 1 where all rows choose among the whole vocabulary."""
+        return max((one.num_candidates for one in self.requests if one.num_candidates is not None), default=1)
+
+    @property
+    def filtered(self) -> bool:
+        """Whether a row may have other candidates than the first `most`."""
+        most = self.most
+        return self.narrowed or any(one.num_candidates != most for one in self.requests)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.buffers[name][: self.width]
@@ -60,6 +82,7 @@ class Rows:
                 for kept in self.buffers.values():
                     kept[to] = kept[source]
         self.count = self.width = len(order)
+        self.requests = [self.requests[position] for position in order] if self.requests else []
         if "finished" in self:
             self.buffers["finished"][self.count :] = True
 

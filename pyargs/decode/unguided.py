@@ -18,11 +18,11 @@ class Alone:
 
     def __init__(self, policy, *, vocabulary: int, room: int, device, soft=None):
         self.policy, self.vocabulary, self.device, self.soft = policy, vocabulary, device, soft
-        self.rows, self.requests = Rows(room), []
+        self.rows = Rows(room)
 
     def join(self, requests: Sequence[Request], capacity: int) -> None:
-        self.requests += requests
-        self._look()
+        self.rows.requests += requests
+        self._ask()
         more = {}
         if self.soft is not None:
             more["soft"] = self.soft(self.soft.users.rows([one.user for one in requests]).to(self.device))
@@ -34,9 +34,9 @@ class Alone:
         rows, logits = self.rows, self.rows["logits"].float()
         zero = torch.zeros(len(logits), 1, dtype=torch.float32, device=self.device)
         score, greedy = logits.max(1)
-        if self.sampled:
+        if rows.sampled:
             logprobs = logits.log_softmax(1)
-            logprobs = filtered(rows, logprobs) if self.filtered else logprobs
+            logprobs = filtered(rows, logprobs) if rows.narrowed else logprobs
             ids = torch.arange(logits.shape[1], device=self.device).expand_as(logits)
             token, slot, _, _ = choose(
                 logprobs, zero.expand_as(logits), zero[:, 0], ids, rows["finished"], stop=rows["stop"],
@@ -58,14 +58,12 @@ class Alone:
         """The rows at these positions stay, in this order."""
         self.rows.keep(order)
         self.policy.keep(order)
-        self.requests = [self.requests[position] for position in order]
-        self._look()
+        self._ask()
 
     def current(self) -> bool:
         """Whether the weights are those that the passes were made for. Reads them all where they were copied."""
         return self.policy.current()
 
-    def _look(self) -> None:
-        self.filtered = any(one.top_p < 1 or one.min_p > 0 for one in self.requests)
-        self.sampled = any(one.temperature for one in self.requests)
-        self.policy.top = 0 if self.sampled else 1
+    def _ask(self) -> None:
+        """All logits must be exact where a row draws from them."""
+        self.policy.top = 0 if self.rows.sampled else 1

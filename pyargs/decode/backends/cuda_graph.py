@@ -91,7 +91,7 @@ class Captured:
         self._now.replay()
         self._flying.append(_on_its_way(self._now.chosen))
         self._taken = [steps + 1 for steps in self._taken]
-        ended = any(steps >= one.max_new_tokens for steps, one in zip(self._taken, self.rows.requests, strict=True))
+        ended = any(steps >= one.max_new_tokens for steps, one in zip(self._taken, self.rows.rows.requests, strict=True))
         return self._read(0 if ended else CHUNK)
 
     def flush(self) -> list[Choice]:
@@ -129,7 +129,7 @@ class Captured:
             self._memory = memory
             self.recordings.clear()
         bucket = min(1 << (len(self._taken) - 1).bit_length(), rows.rows.room)
-        key = bucket, rows.most, rows.filtered, rows.sampled
+        key = bucket, rows.rows.most, rows.rows.filtered, rows.rows.sampled
         found = self.recordings.pop(key, None)
         if found is None:
             while len(self.recordings) >= KEPT:
