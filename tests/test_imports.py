@@ -50,7 +50,6 @@ TESTED_IN = {
     "pyargs.decode.backends.copies": "decode/test_engine.py",
     "pyargs.decode.pair": "decode/test_engine.py",
     "pyargs.decode.policy": "decode/test_scorer.py",
-    "pyargs.decode.rows": "decode/test_engine.py",
     "pyargs.decode.scheduler": "decode/test_engine.py",
     "pyargs.decode.steps": "decode/test_engine.py",
     "pyargs.demo.page": "demo/test_run.py",

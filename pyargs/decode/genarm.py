@@ -73,7 +73,7 @@ class Tokenwise:
         which rows are finished."""
         rows = self.rows
         logprobs, rewards = (rows[name].float().log_softmax(1) for name in ("logits", "rewards"))
-        allowed = filtered(rows, logprobs) if rows.filtered else logprobs
+        allowed = filtered(rows, logprobs) if rows.narrowed else logprobs
         ids = torch.arange(logprobs.shape[1], device=logprobs.device).expand_as(logprobs)
         token, slot, rewards, after = choose(allowed, rewards, rows["reward_weight"], ids, rows["finished"], **sampling)
         place = slot.clamp(min=0).unsqueeze(1)  # the candidates stand in order of their ids

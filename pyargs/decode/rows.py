@@ -123,20 +123,22 @@ def counts(rows: Rows, logprobs: Tensor) -> Tensor:
     place = torch.arange(logprobs.shape[1], device=logprobs.device)
     own = place < rows["k"].unsqueeze(1)
     chance = (logprobs - logprobs[:, :1]).double().exp().masked_fill(~own, 0.0)
-    total = chance.cumsum(1)  # one after the other: a row's own do not depend on how many candidates others have
-    likely = total - chance < rows["top_p"].double().unsqueeze(1) * total[:, -1:]
-    kept = own & likely & (chance >= rows["min_p"].unsqueeze(1))
+    kept = own & _likely(rows, chance)
     return (kept | (place == 0)).int().cummin(1).values.sum(1)
+
+
+def _likely(rows: Rows, chance: Tensor) -> Tensor:
+    """Which of tokens with these chances float64 [n, K], sorted, pass the rows' top_p and min_p. A row without them keeps all,
+    however unlikely."""
+    top_p, min_p = (rows[name].double().unsqueeze(1) for name in ("top_p", "min_p"))
+    total = chance.cumsum(1)  # one after the other: a row's own do not depend on how many candidates others have
+    return ((total - chance < top_p * total[:, -1:]) | (top_p >= 1)) & (chance >= min_p * chance[:, :1])
 
 
 def filtered(rows: Rows, logprobs: Tensor) -> Tensor:
     """Log-probs [n, V] of all tokens, -inf where the row's top_p and min_p leave one out."""
     order = logprobs.sort(dim=1, descending=True, stable=True)
-    chance = order.values.double().exp()
-    total = chance.cumsum(1)
-    kept = (total - chance < rows["top_p"].double().unsqueeze(1) * total[:, -1:]) & (
-        chance >= rows["min_p"].unsqueeze(1) * chance[:, :1]
-    )
+    kept = _likely(rows, order.values.double().exp())
     kept[:, 0] = True
     return logprobs.masked_fill(~kept.scatter(1, order.indices, kept), -torch.inf)
 
