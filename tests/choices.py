@@ -7,6 +7,22 @@ import math
 import torch
 from hypothesis import strategies as st
 
+WRONG_CHOICES = [
+    ({"stop": torch.zeros(1, 1).long()}, ValueError, "stop"),
+    ({"stop": torch.zeros(3, 1, 1).long()}, ValueError, "stop"),
+    ({"temperature": 1.0}, ValueError, "belong together"),
+    ({"uniform": torch.zeros(3)}, ValueError, "belong together"),
+    ({"temperature": 0.0, "uniform": torch.zeros(3)}, ValueError, "> 0"),
+    ({"temperature": math.nan, "uniform": torch.zeros(3)}, ValueError, "> 0"),
+    ({"count": torch.ones(3)}, TypeError, "count"),
+    ({"count": torch.ones(4).long()}, ValueError, "count"),
+    ({"count": 2}, TypeError, "torch.Tensor"),
+    ({"temperature": torch.ones(3)}, ValueError, "belong together"),
+    ({"temperature": torch.ones(3).double(), "uniform": torch.zeros(3)}, TypeError, "temperature"),
+    ({"temperature": torch.tensor(1.0), "uniform": torch.zeros(3)}, ValueError, "temperature"),
+]
+"""What a choice among the candidates of three rows refuses: a change of the arguments, the error, and what it says."""
+
 
 def differing(data, batch: int, k: int, sampled: bool) -> dict:
     """Counts, temperatures (where sampled) and stop tokens of each row its own; some are none."""

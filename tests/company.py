@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 from decoding import USERS, prompts
 from hypothesis import strategies as st
@@ -67,3 +69,12 @@ def check_company(make, requests, room, exact=False, alone=None):
         if gone is None:
             assert (got.tokens, got.finish_reason) == (want.tokens, want.finish_reason)
         assert got.finish_reason in ("stop", "length", "cancelled")
+
+
+def in_threads(function, count: int) -> None:
+    """function(i) for each i, all at once."""
+    threads = [threading.Thread(target=function, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()

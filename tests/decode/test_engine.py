@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import threading
 import warnings
 
 import pytest
 import torch
-from company import check_company, play, wishes
+from company import check_company, in_threads, play, wishes
 from conftest import reward_model, tiny_lm
 from decoding import USERS, pair_in_float32, prompts, shared_pair
 from hypothesis import given, settings
@@ -171,11 +170,7 @@ def test_streams_of_several_threads_are_the_answers():
     def listen(i: int) -> None:
         found[i] = [event.token for event in engine.stream(rows[i], (USERS * 2)[i], reward_weight=2.0, stop=[])]
 
-    threads = [threading.Thread(target=listen, args=(i,)) for i in range(len(rows))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(listen, len(rows))
     assert [found[i] for i in range(len(rows))] == want
 
 

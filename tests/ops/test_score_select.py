@@ -5,7 +5,7 @@ import math
 import emulated
 import pytest
 import torch
-from choices import differing
+from choices import WRONG_CHOICES, differing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -349,19 +349,8 @@ WRONG = [
     ({"finished": torch.zeros(3, device="meta").bool()}, ValueError, "one device"),
     ({"weight": torch.zeros(5, 8, device="meta")}, ValueError, "one device"),
     ({"activation": "tanh"}, ValueError, "identity, relu, gelu, leaky_relu"),
-    ({"stop": torch.zeros(1, 1).long()}, ValueError, "stop"),
-    ({"stop": torch.zeros(3, 1, 1).long()}, ValueError, "stop"),
     ({"stop_reward": torch.zeros(3)}, ValueError, "needs stop"),
-    ({"temperature": 1.0}, ValueError, "belong together"),
-    ({"uniform": torch.zeros(3)}, ValueError, "belong together"),
-    ({"temperature": 0.0, "uniform": torch.zeros(3)}, ValueError, "> 0"),
-    ({"temperature": NAN, "uniform": torch.zeros(3)}, ValueError, "> 0"),
-    ({"count": torch.ones(3)}, TypeError, "count"),
-    ({"count": torch.ones(4).long()}, ValueError, "count"),
-    ({"count": 2}, TypeError, "torch.Tensor"),
-    ({"temperature": torch.ones(3)}, ValueError, "belong together"),
-    ({"temperature": torch.ones(3).double(), "uniform": torch.zeros(3)}, TypeError, "temperature"),
-    ({"temperature": torch.tensor(1.0), "uniform": torch.zeros(3)}, ValueError, "temperature"),
+    *WRONG_CHOICES,
 ]
 
 

@@ -5,7 +5,7 @@ import math
 import emulated
 import pytest
 import torch
-from choices import differing
+from choices import WRONG_CHOICES, differing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -311,18 +311,8 @@ WRONG = [
     ({"reward_weight": 1.0}, TypeError, "torch.Tensor"),
     ({"finished": torch.zeros(3)}, TypeError, "finished"),
     ({"finished": torch.zeros(2).bool()}, ValueError, "finished"),
-    ({"stop": torch.zeros(1, 1).long()}, ValueError, "stop"),
-    ({"stop": torch.zeros(3, 1, 1).long()}, ValueError, "stop"),
-    ({"temperature": 1.0}, ValueError, "belong together"),
-    ({"uniform": torch.zeros(3)}, ValueError, "belong together"),
-    ({"temperature": 0.0, "uniform": torch.zeros(3)}, ValueError, "> 0"),
     ({"temperature": 1.0, "uniform": torch.zeros(2)}, ValueError, "uniform"),
-    ({"count": torch.ones(3)}, TypeError, "count"),
-    ({"count": torch.ones(4).long()}, ValueError, "count"),
-    ({"count": 2}, TypeError, "torch.Tensor"),
-    ({"temperature": torch.ones(3)}, ValueError, "belong together"),
-    ({"temperature": torch.ones(3).double(), "uniform": torch.zeros(3)}, TypeError, "temperature"),
-    ({"temperature": torch.tensor(1.0), "uniform": torch.zeros(3)}, ValueError, "temperature"),
+    *WRONG_CHOICES,
 ]
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import types
 import warnings
 
 import pytest
 import replay
 import torch
-from company import check_company, wishes
+from company import check_company, in_threads, wishes
 from conftest import FULL_ATTENTION, reward_model, tiny_lm
 from decoding import USERS, prompts, shared_pair
 from hypothesis import given, settings
@@ -338,11 +337,7 @@ def test_streams_of_several_threads_are_the_answers():
         *_, last = engine.stream(rows[i], users[i], **more)
         found[i] = last.answer.tokens
 
-    threads = [threading.Thread(target=listen, args=(i,)) for i in range(len(rows))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(listen, len(rows))
     assert [found[i] for i in range(len(rows))] == want
 
 
