@@ -110,12 +110,11 @@ class Guided:
         folded = folded_of(self.head, user)
         logits, states = self.passes.join([one.prompt for one in requests], capacity)
         so_far = rewards_of(folded, states.unsqueeze(1).to(self.device)).squeeze(1)
-        wide = lambda shared: None if shared is None else shared.detach().expand(len(requests), *shared.shape[1:])  # noqa: E731
         self.rows.join(
-            logits=as_float(logits), so_far=so_far, total=torch.zeros_like(so_far), weight=wide(folded.weight),
-            bias=wide(folded.bias), own=wide(folded.own), **of_requests(requests, self.device),
+            logits=as_float(logits), so_far=so_far, total=torch.zeros_like(so_far), **by_row(folded, len(requests)),
+            **of_requests(requests, self.device),
         )  # fmt: skip
-        self.features, self.activation = folded.features, folded.activation
+        self.folded = folded
 
     def choose(self) -> Choice:
         """The next token of each row that is here, counted as taken."""
@@ -129,18 +128,18 @@ class Guided:
         count = counts(rows, logprobs) if rows.filtered else None
         wanted = None if count is None else torch.arange(k, device=self.device) < count.unsqueeze(1)
         hidden = as_float(self.passes.branch(candidates, wanted))
-        step = rows["step"] + 1
+        step, folded = rows["step"] + 1, of_rows(self.folded, rows)
         token, slot, reward, finished = score_select(
-            self.features(hidden, rows["own"] if "own" in rows else None),
-            rows["weight"],
+            folded.features(hidden, folded.own),
+            folded.weight,
             torch.arange(len(step), device=self.device),
             # The mean over the response so far differs between candidates only in their own share of it.
             rows["reward_weight"] / step if self.prefix_mean else rows["reward_weight"],
             logprobs,
             candidates,
             rows["finished"],
-            bias=rows["bias"] if "bias" in rows else None,
-            activation=self.activation,
+            bias=folded.bias,
+            activation=folded.activation,
             count=count,
             stop=rows["stop"],
             stop_reward=rows["so_far"] if self.before else None,
@@ -177,6 +176,21 @@ def folded_of(head, user: Tensor) -> Folded:
         return as_float(head(states, own.unsqueeze(1).expand(states.shape[:2]))).unsqueeze(-1)
 
     return Folded(features, torch.ones(len(user), 1, dtype=torch.float32, device=user.device), own=user)
+
+
+PARTS = "weight", "bias", "own"
+"""Of a folded head, what each row has of its own in the buffers."""
+
+
+def by_row(folded: Folded, count: int) -> dict[str, Tensor | None]:
+    """The parts of a head that was folded for `count` rows, a shared one once for each."""
+    parts = {name: getattr(folded, name) for name in PARTS}
+    return {name: None if part is None else part.detach().expand(count, *part.shape[1:]) for name, part in parts.items()}
+
+
+def of_rows(folded: Folded, rows: Rows) -> Folded:
+    """The head with the parts of all rows that are here."""
+    return folded._replace(**{name: rows[name] if name in rows else None for name in PARTS})
 
 
 def rewards_of(folded: Folded, states: Tensor) -> Tensor:

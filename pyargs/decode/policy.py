@@ -135,7 +135,8 @@ class Policy:
         """Logits float32 [n, V] of the next token of each row, of all that are here by default."""
         places = self._here.places(rows)
         if not places:
-            return torch.zeros(0, self.lm.config.get_text_config(decoder=True).vocab_size, device=self.lm.device)
+            size = 0, self.lm.config.get_text_config(decoder=True).vocab_size
+            return torch.zeros(size, dtype=torch.float32, device=self.lm.device)
         return torch.stack([self._logits[self._here.names[place]] for place in places])
 
     @torch.no_grad()

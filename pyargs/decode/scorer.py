@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyargs.decode import backends
-from pyargs.decode.args import folded_of, rewards_of
+from pyargs.decode.args import by_row, folded_of, of_rows, rewards_of
 from pyargs.decode.policy import Here
 from pyargs.decode.rows import Rows
 from pyargs.errors import PyargsError
@@ -61,9 +61,7 @@ class Scorer:
         folded = folded_of(self.model.head, user)
         texts = self._here.add(list(rows), ids)
         states = self._half.join(texts, max(map(len, texts)) + 1)
-        count = len(user)
-        wide = lambda shared: None if shared is None else shared.detach().expand(count, *shared.shape[1:])  # noqa: E731
-        self._parts.join(weight=wide(folded.weight), bias=wide(folded.bias), own=wide(folded.own))
+        self._parts.join(**by_row(folded, len(user)))
         self._folded, self._tried = folded, None
         return rewards_of(folded, states.unsqueeze(1).to(self.model.device)).squeeze(1)
 
@@ -82,7 +80,7 @@ class Scorer:
         ):
             raise PyargsError(f"candidates are whole numbers [rows, k], tokens of the {known} that the model knows")
         if not places:
-            return torch.zeros(given.shape, device=self.model.device)
+            return torch.zeros(given.shape, dtype=torch.float32, device=self.model.device)
         tokens = self._here.spread(places, given.long())
         self._half.reserve(max(self._here.lengths.values()) + given.shape[1])
         wanted = None
@@ -91,8 +89,7 @@ class Scorer:
         device = self.model.device
         states = self._half.branch(tokens.to(device), None if wanted is None else wanted.to(device))
         self._tried = tokens if wanted is None else tokens.masked_fill(~wanted, -1)
-        parts = {name: self._parts[name] if name in self._parts else None for name in ("weight", "bias", "own")}
-        return rewards_of(self._folded._replace(**parts), states.to(device))[places]
+        return rewards_of(of_rows(self._folded, self._parts), states.to(device))[places]
 
     @torch.no_grad()
     def advance(self, rows: Sequence[Hashable], tokens: Sequence[int] | Tensor) -> None:

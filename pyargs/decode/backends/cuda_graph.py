@@ -183,7 +183,7 @@ class Captured:
                 cache.captured = bucket * (cache.room // rows.room)
             on_device = torch.cuda.device(guided.device) if guided.device.type == "cuda" else nullcontext()
             with on_device, _capturing, few_launches(policy.get_decoder(), backbone):
-                return Recording(capture(step, guided.device), chosen, guided.features)
+                return Recording(capture(step, guided.device), chosen, guided.folded.features)
         except torch.cuda.OutOfMemoryError:
             raise
         except RuntimeError as error:  # what CUDA says of a call that a capture forbids, such as a read by the host
