@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "glance.h"
 #include "kernels/cpu/capability.h"
 #include "stack/bindings.h"
 
@@ -89,5 +90,7 @@ PYBIND11_MODULE(_C, m) {
       "set_cpu_capability", [](const std::string& name) { used = available(name); }, py::arg("name"),
       "Use this capability. For tests; PYARGS_CPU_CAPABILITY does the same at import. Raises ValueError for another "
       "name, and for one that this CPU lacks.");
+  m.def("glance", &glance, py::arg("dicts"), py::arg("own"), py::arg("names"),
+        "A number made of which objects all values of `dicts` are, and those under `names` in the dicts `own`.");
   stack::bind(m);
 }

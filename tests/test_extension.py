@@ -73,6 +73,7 @@ def right_calls(stack, cache) -> dict:
         "cpu_capability": (_C.cpu_capability, []),
         "cpu_capability_detected": (_C.cpu_capability_detected, []),
         "build_info": (_C.build_info, []),
+        "glance": (_C.glance, [[{}, {"a": 1}], [vars(new_stack)], ("a", "b")]),
     }
 
 

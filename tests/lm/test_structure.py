@@ -19,7 +19,7 @@ from pyargs.decode.engine import Engine
 from pyargs.errors import PyargsError
 from pyargs.lm.stack import pack
 from pyargs.lm.stack import run as stacks
-from pyargs.lm.structure import as_written, may_replace
+from pyargs.lm.structure import Watch, as_written, may_replace
 from pyargs.models.reward_model import RewardModel
 from pyargs.scoring import response_logprobs, response_states
 
@@ -145,3 +145,35 @@ def test_what_hides_functions_and_parts_is_seen(monkeypatch):
     del mlp.act_fn
     mlp.act_fn = Callable()
     assert not as_written(policy)
+
+
+@pytest.mark.parametrize("extension", [True, False])
+def test_a_watch_sees_what_changed_and_nothing_else(extension, monkeypatch):
+    if not extension:
+        monkeypatch.setattr("pyargs.lm.structure.has_extension", False)
+    model = tiny_lm()
+    kept = model.model.layers[0].register_forward_hook(lambda *_: None)
+    lacking = model.model.layers[0].mlp.act_fn
+    watch = Watch(model)
+    model(torch.ones(1, 3, dtype=torch.long))
+    assert not watch.changed()
+
+    def undone(do, undo) -> None:
+        do()
+        assert watch.changed() and watch.changed(), "seen once, and again"
+        undo()
+        assert not watch.changed()
+
+    up = model.model.layers[1].mlp.up_proj
+    weight, other = up.weight, torch.nn.Parameter(up.weight.detach().clone())
+    undone(lambda: setattr(up, "weight", other), lambda: setattr(up, "weight", weight))
+    undone(lambda: setattr(up, "forward", lambda x: x), lambda: delattr(up, "forward"))
+    undone(lambda: up.train(), lambda: up.eval())
+    undone(lambda: lacking.add_module("more", up), lambda: delattr(lacking, "more"))
+    hooks, hook = model.model.layers[0]._forward_hooks, kept.id
+    first = hooks[hook]
+    undone(lambda: hooks.__setitem__(hook, lambda *_: None), lambda: hooks.__setitem__(hook, first))
+    undone(lambda: up.register_forward_pre_hook(lambda *_: None), lambda: up._forward_pre_hooks.clear())
+    with torch.no_grad():
+        weight += 1
+    assert watch.changed()
