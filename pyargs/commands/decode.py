@@ -129,7 +129,7 @@ def run(args: argparse.Namespace) -> dict:
 
 def _temperature(args: argparse.Namespace, engine) -> float:
     """0 is the greedy choice. Raises PyargsError for flags of sampling that would do nothing."""
-    from pyargs.decode.request import check_sampling
+    from pyargs.decode.request import sampling_temperature
     from pyargs.errors import PyargsError
     from pyargs.models.reward_model import RewardModel
 
@@ -140,7 +140,7 @@ def _temperature(args: argparse.Namespace, engine) -> float:
             raise PyargsError("--temperature is of sampling: add --do-sample, or leave it out")
         return 0.0
     own = 0.7 if engine.pair.guided and isinstance(engine.pair.model, RewardModel) else 1.0
-    return check_sampling(True, own if args.temperature is None else args.temperature)
+    return sampling_temperature(own if args.temperature is None else args.temperature)
 
 
 def _follow(args: argparse.Namespace, tuned: dict, source: str) -> float:

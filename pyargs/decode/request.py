@@ -77,12 +77,8 @@ def ids_of(prompts, known: int) -> list[list[int]]:
         raise PyargsError(f"prompts are lists of token ids, one for each row, got {str(prompts)[:60]}") from None
 
 
-def check_sampling(do_sample: bool, temperature) -> float | None:
-    """The temperature, None for the greedy choice."""
-    if not isinstance(do_sample, bool):
-        raise PyargsError(f"do_sample is True or False, not {do_sample!r}")
-    if not do_sample:
-        return None
+def sampling_temperature(temperature) -> float:
+    """The temperature of a choice that is sampled."""
     if isinstance(temperature, Real) and not isinstance(temperature, bool) and 0 < temperature < math.inf:
         return float(temperature)
     raise PyargsError(
@@ -158,16 +154,15 @@ def check_room(lm, shortest: int, longest: int, new: int) -> None:
     check_lengths(lm, shortest, longest + new)
 
 
-def stop_tokens(lm, stop: int | Sequence[int] | None = None) -> tuple[int, ...]:
-    """The ids that end an answer: what is given, else the model's own."""
-    name, stop = ("eos_token_id", lm.generation_config.eos_token_id) if stop is None else ("stop", stop)
+def stop_tokens(lm, stop: int | Sequence[int] | None = None, name: str = "stop") -> tuple[int, ...]:
+    """The ids that end an answer: what is given under this name, else the model's own."""
+    name, stop = ("eos_token_id", lm.generation_config.eos_token_id) if stop is None else (name, stop)
     return () if stop is None else tuple(whole(name, one, 0, 2**31) for one in (stop if _several(stop) else [stop]))
 
 
 def stop_and_pad(lm, eos: int | Sequence[int] | None = None, pad: int | None = None) -> tuple[list[int], int]:
     """Stop tokens and the padding token: what is given, else the model's own."""
-    eos = lm.generation_config.eos_token_id if eos is None else eos
-    eos = [] if eos is None else [whole("eos_token_id", one, 0) for one in (eos if _several(eos) else [eos])]
+    eos = list(stop_tokens(lm, eos, "eos_token_id"))
     return eos, whole("pad_token_id", next(i for i in (pad, lm.generation_config.pad_token_id, *eos, 0) if i is not None), 0)
 
 

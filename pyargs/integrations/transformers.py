@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyargs.decode.engine import Engine
-from pyargs.decode.request import check_sampling, numbered, seeds, stop_and_pad, weights, whole
+from pyargs.decode.request import numbered, sampling_temperature, seeds, stop_and_pad, weights, whole
 from pyargs.errors import PyargsError
 from pyargs.user_ids import user_ids
 
@@ -138,7 +138,7 @@ def _sampling(config) -> dict[str, float]:
         return {}
     asked = {"temperature": config.temperature, "top_p": config.top_p, "min_p": config.min_p}
     asked = {"temperature": 1.0} | {name: value for name, value in asked.items() if value is not None}
-    return asked | {"temperature": check_sampling(True, asked["temperature"])}
+    return asked | {"temperature": sampling_temperature(asked["temperature"])}
 
 
 def _tokens(engine: Engine, numbers: list[int], pad: int, device, feed: Callable[[Tensor], None] | None) -> Tensor:

@@ -122,7 +122,27 @@ class _Rows:
             self.cache.copy(row, row, length, old)
 
 
-class Policy:
+class Half:
+    """Policy or reward model by itself, in a stack and rows of its own."""
+
+    def __init__(self, model, room: int):
+        self.model, self.stack = model, keep.stack_of(model)
+        self.held = _Rows(self.stack, room)
+
+    def reserve(self, capacity: int) -> None:
+        """Room for so many tokens of each row."""
+        self.held.reserve(capacity)
+
+    def current(self) -> bool:
+        """Whether the packed weights are still the model's, all of which are read."""
+        return keep.stack_of(self.model) is self.stack
+
+    def keep(self, order: Sequence[int]) -> None:
+        """The rows at these positions stay, in this order."""
+        self.held.keep(order)
+
+
+class Policy(Half):
     """The policy's half: logits behind the tokens of the rows at the positions 0, 1, ...
 
     vocabulary: the tokens that can be chosen. top: of the logits only so many are asked for, 0 is all: the others may be
@@ -132,9 +152,8 @@ class Policy:
     screened = True
 
     def __init__(self, lm, room: int, vocabulary: int):
-        self.lm, self.vocabulary, self.top = lm, vocabulary, 0
-        self.stack = keep.stack_of(lm)
-        self.held = _Rows(self.stack, room)
+        super().__init__(lm, room)
+        self.vocabulary, self.top = vocabulary, 0
 
     def join(self, prompts: Sequence[Sequence[int]], capacity: int) -> Tensor:
         """Reads prompts of rows behind those that are here: logits [m, V] of their first tokens."""
@@ -144,27 +163,12 @@ class Policy:
         """Token [n] becomes each row's next one, where going [n] (all by default): the logits [n, V] behind it."""
         return self._logits(self.held.follow(token, going))
 
-    def reserve(self, capacity: int) -> None:
-        """Room for so many tokens of each row."""
-        self.held.reserve(capacity)
-
-    def current(self) -> bool:
-        """Whether the packed weights are still the model's, all of which are read."""
-        return keep.stack_of(self.lm) is self.stack
-
-    def keep(self, order: Sequence[int]) -> None:
-        """The rows at these positions stay, in this order."""
-        self.held.keep(order)
-
     def _logits(self, state: Tensor) -> Tensor:
         return self.stack.logits(state, top=self.top, vocabulary=self.vocabulary)
 
 
-class Scorer:
+class Scorer(Half):
     """The reward model's half: states of candidates behind the tokens of the rows."""
-
-    def __init__(self, backbone, room: int):
-        self.backbone, self.held = backbone, _Rows(keep.stack_of(backbone), room)
 
     def join(self, prompts: Sequence[Sequence[int]], capacity: int) -> Tensor:
         """As `Policy.join`: the states [m, D] of the prompts' last tokens."""
@@ -176,23 +180,12 @@ class Scorer:
 
     def commit(self, token: Tensor, slot: Tensor) -> None:
         """Token [n], the candidate at slot [n], becomes each row's next one; a slot of -1 leaves its row."""
-        self.held.stack.commit(self.held.cache, slot, self.held.rows)
+        self.stack.commit(self.held.cache, slot, self.held.rows)
         self.held.note(token, slot >= 0)
 
     def advance(self, token: Tensor, going: Tensor | None = None) -> None:
         """Token [n] becomes its row's next one, whether it was a candidate or not, where going [n]."""
         self.held.follow(token, going)
-
-    def reserve(self, capacity: int) -> None:
-        """Room for so many tokens of each row."""
-        self.held.reserve(capacity)
-
-    def current(self) -> bool:
-        """Whether the packed weights are still the model's, all of which are read."""
-        return keep.stack_of(self.backbone) is self.held.stack
-
-    def keep(self, order: Sequence[int]) -> None:
-        self.held.keep(order)
 
 
 class Shared:
