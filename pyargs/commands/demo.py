@@ -10,7 +10,7 @@ SHOWN = {"ada": "trained", "cora": "trained", "noah": "new", "paul": "new"}
 
 def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
     parser.add_argument("--out", default="demo-output", help="folder for the model, result.json and report.html")
-    parser.add_argument("--prompts", type=int, default=12, help="prompts to answer, 3 to 12 (default 12)")
+    parser.add_argument("--prompts", type=int, default=8, help="prompts to answer, 3 to 32 (default 8)")
     parser.add_argument("--backbone", default="smollm2-135m", help="policy and backbone of the reward model")
 
 
@@ -22,8 +22,8 @@ def run(args: argparse.Namespace) -> None:
     from pyargs.demo.run import run as measure
     from pyargs.errors import PyargsError
 
-    if not 3 <= args.prompts <= 12:
-        raise PyargsError(f"--prompts is 3 to 12 (an interval needs some), got {args.prompts}")
+    if not 3 <= args.prompts <= 32:
+        raise PyargsError(f"--prompts is 3 to 32 (an interval needs some), got {args.prompts}")
     out = Path(args.out)
     result = measure(out, SHOWN, backbone=args.backbone, prompts=args.prompts)
     result["provenance"] = files.provenance(0)

@@ -49,22 +49,16 @@ def print_table(result: dict, out: Path) -> None:
             f"{row['perplexity']:.2f} (x{row['perplexity_ratio']:.2f})",
             "yes" if row["moved"] else "no",
         )
-    table.add_row("nobody (weight 0)", "", "", "", "", "0 by construction", f"{result['unguided_perplexity']:.2f} (x1.00)", "")
+    table.add_row("nobody", "", "", "", "", "0", f"{result['unguided_perplexity']:.2f} (x1.00)", "")
     CONSOLE.print(table)
-    table = Table(title="Accuracies in percent")
-    names = ("pairs", "RM", "RM global", "policy base", "policy personal", "centred", "all")
-    for column in ("", *names):
-        table.add_column(column, justify="right")
-    for name, row in result["accuracy"].items():
-        values = [v for key, v in row.items() if key != "tie_rate"]
-        table.add_row(name, str(values[0]), *(f"{value:.1f}" for value in values[1:]))
-    CONSOLE.print(table)
-    speed, same = result["speed"], result["weight_0"]
+    rank, same = result["accuracy"], result["weight_0"]
     CONSOLE.print(
-        f"{speed['decoder_tokens_per_second']:.1f} tokens/s, reference loop {speed['reference_tokens_per_second']:.1f} "
-        f"({speed['rows']} rows; same tokens: {'yes' if speed['same_tokens'] else 'NO'}). "
-        f"Weight 0 equals greedy generate on {same['same_as_greedy_generate']} of {same['prompts']} prompts. "
-        f"Weight {result['tuned']['relative']:g} / reward_std. {result['seconds']['all']:.0f} s in all."
+        f"Of {rank['pairs']} pairs of new users, the reward ranks {rank['reward_model']:.0f}% as the user does, the guided "
+        f"policy {rank['policy_guided']:.0f}%, the unguided one {rank['policy_unguided']:.0f}%."
+    )
+    CONSOLE.print(
+        f"Weight 0 gave the tokens of greedy generate on {same['same_as_greedy_generate']} of {same['prompts']} prompts. "
+        f"{result['seconds']['all']:.0f} s in all."
     )
     CONSOLE.print(verdict(result), style="bold")
     CONSOLE.print(f"Every answer and the plots: {out / 'report.html'}", soft_wrap=True)
@@ -79,11 +73,11 @@ def write_report(path: Path, result: dict) -> None:
         "page.html.j2"
     )
     with writing(path) as temporary:
-        temporary.write_text(page.render(result=result, verdict=verdict(result), plots=_plots(result)), encoding="utf-8")
+        temporary.write_text(page.render(result=result, verdict=verdict(result), plot=_plot(result)), encoding="utf-8")
 
 
-def _plots(result: dict) -> dict[str, str]:
-    """PNGs as data URLs: each user's attribute prompt by prompt, and what each weight costs."""
+def _plot(result: dict) -> str:
+    """A PNG as a data URL: each user's attribute prompt by prompt."""
     matplotlib.use("Agg")
     shown = result["shown"]
     figure, axes = plt.subplots(1, len(shown), figsize=(3.1 * len(shown), 3.4), constrained_layout=True)
@@ -97,31 +91,6 @@ def _plots(result: dict) -> dict[str, str]:
         axis.set_xlim(-0.3, 1.3)
         axis.set_title(f"{user} ({row['kind']})\nwants {row['taste']}", fontsize=10)
         axis.set_ylabel(row["attribute"].replace("_", " "))
-    users = _png(figure)
-    grid = result["tuned"]["grid"]
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), constrained_layout=True)
-    relative = [point["relative"] for point in grid]
-    axes[0].plot(relative, [point["perplexity"] for point in grid], marker="o", color="#377")
-    axes[0].axhline(
-        result["tuned"]["max_perplexity"] * result["tuned"]["unguided_perplexity"],
-        color="#b33",
-        linestyle="--",
-        linewidth=1,
-        label="bound",
-    )
-    axes[0].set_ylabel("perplexity of the answers")
-    axes[0].legend()
-    for name, colour in (("paper", "#377"), ("centred", "#b83"), ("all", "#75a")):
-        axes[1].plot(relative, [point["policy_accuracy"][name] for point in grid], marker="o", color=colour, label=name)
-    axes[1].set_ylabel("policy accuracy, percent")
-    axes[1].legend()
-    for axis in axes:
-        axis.set_xlabel("weight in units of 1 / reward_std")
-        axis.axvline(result["tuned"]["relative"], color="#999", linewidth=1)
-    return {"users": users, "weights": _png(figure)}
-
-
-def _png(figure) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     plt.close(figure)

@@ -7,58 +7,52 @@ from pathlib import Path
 
 import torch
 
+from pyargs import learn
 from pyargs.data import demo as data
 from pyargs.data import of_split
-from pyargs.decode import reference
 from pyargs.decode.engine import Engine
 from pyargs.decode.pair import load_pair
 from pyargs.demo.page import CONSOLE, mean
 from pyargs.errors import extra
 from pyargs.lm.tokenize import left_pad
-from pyargs.methods import global_rm, lore
+from pyargs.methods import lore
 from pyargs.metrics.perplexity import perplexity
 from pyargs.metrics.policy_accuracy import pair_scores, policy_accuracy
 from pyargs.metrics.rm_accuracy import rm_accuracy
-from pyargs.models.reward_model import RewardModel
-from pyargs.training import adapt, trainer
-from pyargs.tune import Tuning, engine_for, tune
+from pyargs.training import adapt
 
 with extra("demo", "the demonstration"):
     from rich.live import Live
     from rich.table import Table
 
-NEW_TOKENS = 40
+NEW_TOKENS = 32
+TRAINED, JUDGED = 48, 16
+"""Prompts that are trained on, and whose pairs are ranked: of 88 and 32, so that the demonstration takes a minute or two."""
 
 
 def run(out: Path, shown: dict[str, str], *, backbone: str, prompts: int) -> dict:
-    """Everything that the demo measures, as JSON. shown: user -> "trained" or "new"; the models go to folders of `out`."""
+    """Everything that the demo measures, as JSON. shown: user -> "trained" or "new"; the model goes to a folder of `out`."""
     started, seconds = time.perf_counter(), {}
 
     def lap(name: str) -> None:
         seconds[name] = round(time.perf_counter() - started - sum(seconds.values()), 1)
 
     pairs = data.load()
-    part = lambda *splits: of_split(pairs, *splits)  # noqa: E731
+    train, support, query = (of_split(pairs, split) for split in ("train", "support", "query"))
     CONSOLE.rule("train and adapt")
     # Token averages: a head that learns only from the last of 40 tokens has little to say about the others.
-    fields = dict(backbone=backbone, freeze_backbone=True, pool="mean")
-    trainer.train("global_rm", pairs, global_rm.Config(**fields)).save_pretrained(out / "global_rm")
-    model = trainer.train("lore", pairs, lore.Config(**fields))
+    config = lore.Config(backbone=backbone, freeze_backbone=True, pool="mean")
+    train = _about(train, data.prompts("train")[:TRAINED])
+    model = learn.train("lore", train, config)
     trained = len(model.users)
-    new = adapt.adapt(model, pairs)
+    new = adapt.adapt(model, support)
     model.save_pretrained(out / "lore")
     lap("train and adapt")
 
-    CONSOLE.rule("choose the weight on the seen users' held-out prompts")
-    policy, model = load_pair(backbone, str(out / "lore"))
-    shared = RewardModel.from_pretrained(out / "global_rm", backbone=policy.get_decoder(), tokenizer=model.tokenizer)
-    tuning = Tuning(objective="fluency", grid=[0.0, 0.5, 1.0, 1.25, 1.5], prompts=8, batch_size=8, max_new_tokens=NEW_TOKENS)
-    tuned = tune(engine_for(policy, model, tuning), part("train_test"), tuning)
-    lap("choose the weight")
-
-    CONSOLE.rule(f"answer {prompts} prompts for {len(shown)} users in one batch")
     asked = data.prompts("query")[:prompts]
-    answers = _answer(policy, model, asked, list(shown), tuned["reward_weight"])
+    CONSOLE.rule(f"answer {len(asked)} prompts for {len(shown)} users in one batch")
+    policy, model = load_pair(backbone, model)
+    answers, weight = _answer(policy, model, asked, list(shown))
     lap("answer")
 
     CONSOLE.rule("measure")
@@ -74,7 +68,7 @@ def run(out: Path, shown: dict[str, str], *, backbone: str, prompts: int) -> dic
             "taste": data.describe(user),
             "attribute": name,
             "wanted": sign,
-            "pairs": sum(u == user for u in part("train", "support")["user_id"]),
+            "pairs": sum(part["user_id"].count(user) for part in (train[:], support[:])),
             "unguided": mean([data.attribute(name, text) for text in unguided["texts"]]),
             "guided": mean([data.attribute(name, text) for text in own["texts"]]),
             **_paired(own["texts"], unguided["texts"], name),
@@ -90,12 +84,11 @@ def run(out: Path, shown: dict[str, str], *, backbone: str, prompts: int) -> dic
         "backbone": backbone,
         "trained_users": trained,
         "new_users": new,
+        "reward_weight": weight,
         "shown": users,
-        "accuracy": _accuracies(model, shared, policy, part("train_test"), part("query"), tuned),
-        "tuned": tuned,
+        "accuracy": _accuracy(model, policy, _about(query, data.prompts("query")[:JUDGED]), weight),
         "unguided_perplexity": plain,
         "weight_0": _weight_0(policy, unguided),
-        "speed": _speed(policy, model, asked[:4], list(shown), tuned["reward_weight"]),
         "answers": {str(user or "unguided"): dict(zip(asked, found["texts"], strict=True)) for user, found in answers.items()},
         "moved": sum(user["moved"] for user in users.values()),
     }
@@ -104,16 +97,22 @@ def run(out: Path, shown: dict[str, str], *, backbone: str, prompts: int) -> dic
     return result
 
 
-def _answer(policy, model, asked: list[str], users: list[str], weight: float) -> dict:
-    """One batch of all prompts for all users and, as the weight 0 rows, for nobody; the first prompt is shown as it grows."""
-    groups = [None, *users]
-    engine = Engine(policy, model, max_rows=len(groups) * len(asked))
+def _about(pairs, prompts: list[str]):
+    """The pairs of these prompts."""
+    return pairs.filter(lambda row: row["prompt"] in prompts)
+
+
+def _answer(policy, model, asked: list[str], users: list[str]) -> tuple[dict, float]:
+    """One batch of all prompts for all users and, as the weight 0 rows, for nobody; the first prompt is shown as it grows.
+    And the raw weight of strength 1."""
+    readers = [None, *users]
+    engine = Engine(policy, model, max_rows=len(readers) * len(asked))
     numbers = {
         user: [
-            engine.submit(prompt, user or users[0], reward_weight=0.0 if user is None else weight, max_new_tokens=NEW_TOKENS)
+            engine.submit(prompt, user or users[0], strength=float(user is not None), max_new_tokens=NEW_TOKENS)
             for prompt in asked
         ]
-        for user in groups
+        for user in readers
     }
     grown = {own[0]: [] for own in numbers.values()}  # by the number of each user's first request
 
@@ -136,7 +135,7 @@ def _answer(policy, model, asked: list[str], users: list[str], weight: float) ->
     parts = {"prompts": "prompt", "texts": "text", "tokens": "tokens", "slots": "slots"}
     return {
         user: {name: [getattr(answer, part) for answer in own] for name, part in parts.items()} for user, own in found.items()
-    }
+    }, engine.raw_weight()
 
 
 def _paired(guided: list[str], unguided: list[str], name: str) -> dict:
@@ -150,24 +149,16 @@ def _paired(guided: list[str], unguided: list[str], name: str) -> dict:
     return {"difference": mean(values[0]) - mean(values[1]), "low": float(interval.low), "high": float(interval.high)}
 
 
-def _accuracies(model, shared, policy, seen, query, tuned) -> dict:
-    found = {}
-    for name, rows in (("seen users, held-out prompts", seen), ("new users, query prompts", query)):
-        scores = pair_scores(model, policy, rows)
-        ranked = rm_accuracy(scores.reward, scores.users)
-        everyone = pair_scores(shared, policy, rows).reward
-        guided = policy_accuracy(scores, tuned["reward_weight"], centre=tuned["centre"])
-        found[name] = {
-            "pairs": len(rows),
-            "rm_accuracy": ranked["accuracy"],
-            "rm_accuracy_global": rm_accuracy(everyone, scores.users)["accuracy"],
-            "policy_accuracy_base": guided["base"]["accuracy"],
-            "policy_accuracy_personal": guided["paper"]["accuracy"],
-            "policy_accuracy_personal_centred": guided["centred"]["accuracy"],
-            "policy_accuracy_personal_all": guided["all"]["accuracy"],
-            "tie_rate": ranked["tie_rate"],
-        }
-    return found
+def _accuracy(model, policy, pairs, weight: float) -> dict:
+    """How often the chosen response of new users' pairs ranks first, in percent: by the reward, and by the decoder's score."""
+    scores = pair_scores(model, policy, pairs)
+    score = policy_accuracy(scores, weight)
+    return {
+        "pairs": len(pairs),
+        "reward_model": rm_accuracy(scores.reward, scores.users)["accuracy"],
+        "policy_unguided": score["base"]["accuracy"],
+        "policy_guided": score["paper"]["accuracy"],
+    }
 
 
 def _weight_0(policy, unguided: dict) -> dict:
@@ -179,34 +170,3 @@ def _weight_0(policy, unguided: dict) -> dict:
         ]
     same = sum(row[: len(tokens)] == tokens for row, tokens in zip(own.tolist(), unguided["tokens"], strict=True))
     return {"prompts": len(ids), "same_as_greedy_generate": same}
-
-
-def _speed(policy, model, asked, users, weight) -> dict:
-    """Tokens per second of the decoder and of the reference loop on the same rows, in turns; and whether the tokens agree."""
-    rows, steps = [users[i % len(users)] for i in range(len(asked))], 16
-    wish = {"reward_weight": weight, "max_new_tokens": steps, "stop": []}
-    engine = Engine(policy, model, max_rows=len(rows))
-    requests = [engine.pair.request(prompt, user, **wish) for prompt, user in zip(asked, rows, strict=True)]
-
-    def decoder() -> list[list[int]]:
-        return [answer.tokens for answer in Engine(policy, model, max_rows=len(rows)).generate(asked, rows, **wish)]
-
-    def copies() -> list[list[int]]:
-        found = reference.answers(policy, model, requests, vocabulary=engine.pair.vocabulary)
-        return [one.tokens for one in found]
-
-    loops = {"decoder": decoder, "reference": copies}
-    seconds, tokens = {"decoder": [], "reference": []}, {}
-    for _ in range(2):
-        for name, loop in loops.items():
-            start = time.perf_counter()
-            tokens[name] = loop()
-            seconds[name].append(time.perf_counter() - start)
-    made = len(rows) * steps
-    return {
-        "rows": len(rows),
-        "tokens": made,
-        "decoder_tokens_per_second": made / min(seconds["decoder"]),
-        "reference_tokens_per_second": made / min(seconds["reference"]),
-        "same_tokens": tokens["decoder"] == tokens["reference"],
-    }
