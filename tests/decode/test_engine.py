@@ -184,17 +184,18 @@ def test_step_tells_of_what_was_submitted_also_when_others_computed_it():
     assert [event.token for event in events] == engine.answer(mine).tokens and not engine.busy
 
 
-def test_a_user_who_goes_while_a_request_waits_ends_that_request_alone():
+def test_a_user_who_goes_ends_the_requests_that_wait_and_those_alone():
     policy, model = pair_in_float32("own")
-    engine = Engine(policy, model, max_rows=2)
-    (first, waits), wish = prompts([3, 4]), dict(reward_weight=1.0, max_new_tokens=6, stop=[])
-    want = Engine(policy, model).generate([first], ["ann"], **wish)[0].tokens
-    running = engine.submit(first, "ann", **wish)
+    engine = Engine(policy, model, max_rows=3)
+    (first, waits), wish = prompts([3, 4]), dict(reward_weight=5.0, max_new_tokens=6, stop=[])
+    ann, cid = (answer.tokens for answer in Engine(policy, model).generate([first] * 2, ["ann", "cid"], **wish))
+    assert ann != cid
+    running, leaves = (engine.submit(first, user, **wish) for user in ("ann", "cid"))
     engine.step()
     gone, other = engine.submit(waits, "bob", **wish), engine.submit(first, "ann", **wish)
-    model.users.remove(["bob"])
+    model.users.remove(["bob", "cid"])
     events = [event for _ in range(9) for event in engine.step()]
-    assert engine.answer(running).tokens == engine.answer(other).tokens == want
+    assert engine.answer(running).tokens == engine.answer(other).tokens == ann and engine.answer(leaves).tokens == cid
     assert [event.number for event in events if event.error is not None] == [gone]
     with pytest.raises(UnknownUser, match="bob"):
         engine.answer(gone)
