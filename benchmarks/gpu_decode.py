@@ -36,7 +36,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from pyargs.decode import reference
-from pyargs.decode.backends import cuda_graph, eager
+from pyargs.decode.backends import capture, cuda_graph, eager
 from pyargs.decode.engine import Engine
 from pyargs.decode.request import Request
 from pyargs.heads import linear
@@ -155,7 +155,7 @@ def greedy(policy, ids: Tensor, steps: int) -> float:
     """Seconds of a captured step of the policy alone: one pass over the last token, the best token, the cache."""
     rows, length = ids.shape
     half = eager.Policy(policy, rows)
-    places = length + steps + cuda_graph.TRIALS + 1
+    places = length + steps + capture.TRIALS + 1
     logits = half.join(ids.tolist(), -(-places // cuda_graph.PLACES) * cuda_graph.PLACES).clone()
     half.cache.captured = rows
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pyargs.decode.args import Guided
+from pyargs.decode.backends.capture import capture
 from pyargs.decode.request import Request
 from pyargs.decode.rows import Choice
 from pyargs.errors import PyargsError
@@ -31,8 +32,6 @@ PLACES = 256
 """The caches' capacity is a multiple of it, so that they seldom grow: a graph knows where they lie."""
 KEPT = 6
 """Recordings of an engine; the one that was not used for longest makes room."""
-TRIALS = 2
-"""Steps before the capture: libraries set themselves up in their first calls, which a capture forbids."""
 WRITTEN = ("logits", "so_far", "total", "step", "finished")
 """The buffers that a step writes."""
 
@@ -197,27 +196,6 @@ class Captured:
                 rows.buffers[name].copy_(value)
             for cache in caches:
                 cache.captured = 0
-
-
-def capture(step: Callable[[], None], device: torch.device) -> Callable[[], object]:
-    """The step as a graph, after trial steps in which a call that waits for the device raises: a capture that fails midway
-    can leave its stream unusable."""
-    graph, apart, now = torch.cuda.CUDAGraph(), torch.cuda.Stream(device), torch.cuda.current_stream(device)
-    apart.wait_stream(now)
-    waits = torch.cuda.get_sync_debug_mode()
-    with torch.cuda.stream(apart):
-        try:
-            step()
-            torch.cuda.set_sync_debug_mode("error")
-            for _ in range(TRIALS - 1):
-                step()
-        finally:
-            torch.cuda.set_sync_debug_mode(waits)
-            now.wait_stream(apart)
-        with torch.cuda.graph(graph, stream=apart, capture_error_mode="thread_local"):
-            step()
-    now.wait_stream(apart)
-    return graph.replay
 
 
 def _on_its_way(values: Tensor) -> Callable[[], Tensor]:

@@ -1,0 +1,125 @@
+"""The trial and the capture of a step, on a GPU that is made up."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from pyargs.decode.backends.capture import NoHostReads, capture
+
+aten = torch.ops.aten
+HOST = [
+    lambda x, mask, index, host: aten._local_scalar_dense(x.sum()),
+    lambda x, mask, index, host: aten.nonzero(mask),
+    lambda x, mask, index, host: torch.where(mask),
+    lambda x, mask, index, host: torch.equal(x, x),
+    lambda x, mask, index, host: torch.allclose(x, x),
+    lambda x, mask, index, host: aten.masked_select(x, mask),
+    lambda x, mask, index, host: aten._unique2(x),
+    lambda x, mask, index, host: aten.repeat_interleave(index),
+    lambda x, mask, index, host: aten._to_copy(x, device=torch.device("cpu")),
+    lambda x, mask, index, host: aten._to_copy(host, device=torch.device("cuda")),
+    lambda x, mask, index, host: aten.copy_(x, host),
+    lambda x, mask, index, host: aten.copy_(host, x),
+    lambda x, mask, index, host: aten.copy_(x.sum(), host[0]),
+    lambda x, mask, index, host: torch.tensor([1.0], device="cuda"),
+    lambda x, mask, index, host: aten.lift_fresh(x),  # what is left of the line above without fake tensors
+    lambda x, mask, index, host: aten.index(x, [mask]),
+    lambda x, mask, index, host: aten.index(x, [host.long()]),
+    lambda x, mask, index, host: aten.index_put_(x, [mask], x),
+    lambda x, mask, index, host: aten.index_put_(x, [index], host[0]),
+]
+DEVICE = [
+    lambda x, mask, index, host: x.unsqueeze(0) @ x.unsqueeze(1) + x.sum().softmax(0),
+    lambda x, mask, index, host: x * host[0],
+    lambda x, mask, index, host: x.fill_(host[0]).masked_fill_(mask, -torch.inf),
+    lambda x, mask, index, host: aten.index(x, [index]),
+    lambda x, mask, index, host: aten.index_put_(x, [index], x),
+    lambda x, mask, index, host: aten.index_put_(x, [mask], host[0]),  # fills
+    lambda x, mask, index, host: aten._to_copy(x, dtype=torch.float64),
+    lambda x, mask, index, host: aten.copy_(x, x.half()),
+    lambda x, mask, index, host: torch.full_like(x, 2.0).cumsum(0).topk(2),
+    lambda x, mask, index, host: aten._to_copy(host, dtype=torch.long),
+]
+
+
+def called(operators) -> None:
+    """On fake tensors: x float32, mask bool and index int64 [3] on a GPU, host float32 [3]."""
+    with FakeTensorMode(), torch.no_grad():
+        x, host = torch.ones(3, device="cuda"), torch.ones(3)
+        mask, index = x > 0, x.long()
+        with NoHostReads("cuda"):
+            operators(x, mask, index, host)
+
+
+@pytest.mark.parametrize("operators", HOST, ids=range(len(HOST)))
+def test_what_waits_for_the_device_is_refused_by_name(operators):
+    with pytest.raises(RuntimeError, match=r"^aten::\w+(\.\w+)? "):
+        called(operators)
+
+
+@pytest.mark.parametrize("operators", DEVICE, ids=range(len(DEVICE)))
+def test_what_does_not_wait_is_computed(operators):
+    called(operators)
+
+
+class Gpu:
+    """What `capture` asks of torch.cuda; all streams are one."""
+
+    def __init__(self, patch):
+        for name in ("CUDAGraph", "Stream", "current_stream"):
+            patch.setattr(torch.cuda, name, lambda *a, **k: self)
+        patch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+        patch.setattr(torch.cuda, "graph", self.graph)
+        self.capturing = False
+
+    def wait_stream(self, other) -> None:
+        assert not self.capturing
+
+    @contextmanager
+    def graph(self, graph, **more):
+        self.capturing = True
+        try:
+            yield
+        finally:
+            self.capturing = False
+
+    def replay(self) -> None:
+        pass
+
+
+@pytest.fixture
+def gpu(monkeypatch) -> Gpu:
+    return Gpu(monkeypatch)
+
+
+@pytest.mark.parametrize("read", [lambda x: x.item(), lambda x: bool(x > 0), lambda x: torch.unique(x), lambda x: x[x > 0]])
+def test_another_thread_reads_while_a_step_is_tried(gpu, read):
+    x, found, tried, done = torch.tensor(1.0), [], threading.Event(), threading.Event()
+
+    def other():
+        tried.wait(60)
+        found.append(read(x))
+        done.set()
+
+    def step():
+        steps.append(gpu.capturing)
+        if len(steps) == 2:  # the first one sets libraries up
+            tried.set()
+            assert done.wait(60)
+
+    thread, steps = threading.Thread(target=other), []
+    thread.start()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert capture(step, torch.device("cpu")) == gpu.replay
+    thread.join()
+    assert found == [read(x)] and steps == [False, False, True]
+    with pytest.raises(RuntimeError, match="^aten::"):
+        capture(lambda: read(x), torch.device("cpu"))
+    assert found == [read(x)]  # allowed as before
