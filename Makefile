@@ -49,7 +49,7 @@ bench: $(INSTALLED)
 	  echo "== $$file"; $(BIN)/python $$file --json $(RESULTS)/$$(basename $$file .py).json; \
 	done
 
-# The native stack under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of its own. Python's own leaks do not count.
+# The CPU stack under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of its own. Python's own leaks do not count.
 SANITIZED := build/sanitize
 sanitize: $(INSTALLED)
 	CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -g" PYARGS_CUDA=OFF \

@@ -7,7 +7,7 @@ reference loop has it merged into weights of its own (not in bfloat16, where `me
 batch is another user; one row takes turns over five prompts and two users. k = 10. The weight is such that rewards really
 steer: `top-1` is the share of steps in which the policy's favourite won (a benchmark in which it always wins could skip the
 reward model), `missed` the share in which the policy's row of the winner had not been guessed and took a pass of its own.
-`greedy` is the policy alone through the same native stack. `of stream`: how long the memory takes to deliver the policy's
+`greedy` is the policy alone through the same CPU stack. `of stream`: how long the memory takes to deliver the policy's
 weights once, over the time of a step; 1 is not the end, since most of the output layer is read in eight bits. Prefill is not
 counted: a step is the time between two tokens. All take turns in short runs; ratios are medians of a turn's ratios.
 """

@@ -1,4 +1,4 @@
-"""Greedy answers of the policy by itself, whole, prompts included: the native stack against `generate` of transformers.
+"""Greedy answers of the policy by itself, whole, prompts included: the CPU stack against `generate` of transformers.
 
     python benchmarks/bench_plain.py [--json FILE] [--quick] [--threads N]
 

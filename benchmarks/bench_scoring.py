@@ -6,7 +6,7 @@ SmolLM2-135M, float32; a tiny random model with --quick.
 
 two forwards: each whole sequence through the model, log_softmax of all logits, the response's
 gathered. ours: `pyargs.scoring.response_logprobs`, which computes the prompt once, keeps logits of 12 positions at most, and
-goes through the native stack. MiB is the most memory that a call needs beside the weights: the peak of the process, reset
+goes through the CPU stack. MiB is the most memory that a call needs beside the weights: the peak of the process, reset
 before the call, with an allocator that gives memory back (the script starts itself again with MALLOC_MMAP_THRESHOLD_ set).
 """
 

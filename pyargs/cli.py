@@ -33,15 +33,15 @@ def verbs(commands: ModuleType = own_commands) -> dict[str, str]:
 
 
 def parse(
-    verb: str, words: list[str], *, commands: ModuleType = own_commands, program: str = "pyargs"
+    verb: str, argv: list[str], *, commands: ModuleType = own_commands, program: str = "pyargs"
 ) -> tuple[Callable[[argparse.Namespace], dict | None], argparse.Namespace]:
-    """What a verb runs, and what the words behind it ask for."""
+    """The function of a verb, and the arguments behind it, parsed."""
     module = importlib.import_module(f"{commands.__name__}.{verb}")
     parser = argparse.ArgumentParser(
         prog=f"{program} {verb}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    module.add_arguments(parser, words)  # the words, since the flags of `train` depend on the method
-    return module.run, parser.parse_args(words)
+    module.add_arguments(parser, argv)  # argv, since the flags of `train` depend on the method
+    return module.run, parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None, *, commands: ModuleType = own_commands, program: str = "pyargs") -> int:

@@ -27,7 +27,7 @@ def train(name: str, dataset, config=None, *, checkpoints: str | Path | None = N
 
 def measure(model, dataset) -> None:
     """Notes `reward_std` of the model's own backbone, for models that can guide."""
-    if not hasattr(model, "pair_scores") or getattr(model, "apart", False):
+    if not hasattr(model, "pair_scores") or getattr(model, "separate_prompt", False):
         return
     dataset = with_text_ids(dataset)
     rows = of_split(dataset, "train") if "split" in dataset.column_names else dataset

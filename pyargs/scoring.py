@@ -27,16 +27,16 @@ from pyargs.progress import progress_bar
 from pyargs.types import Features
 
 
-def groups(tokenizer, dataset, max_length: int | None, *, stop: bool = False, apart: bool = False, render=None):
+def encode_pairs(tokenizer, dataset, max_length: int | None, *, stop=False, separate_prompt=False, render=None):
     """The dataset's pairs as (prompt ids, [response ids]) with every distinct prompt and response once.
 
-    stop: responses end with the tokenizer's end token, for models that learn to stop. apart: the prompt is no prefix but
-    stands first among the responses, each of which then sees only itself. render(prompt, user, max_tokens): prompt ids
+    stop: responses end with the tokenizer's end token, for models that learn to stop. separate_prompt: the prompt is no prefix
+    but the first of the responses, each of which then sees only itself. render(prompt, user, max_tokens): prompt ids
     that depend on the user (demonstrations); without it `encode_prompt`.
     Returns groups and, for each pair, the numbers (group, chosen, rejected) of its responses within the group.
     """
     texts: dict[str, list[int]] = {}
-    whole: dict[tuple, list[int]] = {}
+    full: dict[tuple, list[int]] = {}
     numbers: dict[tuple, int] = {}
     encoded: list[tuple[list[int], list[list[int]]]] = []
     places: list[dict[str, int]] = []
@@ -52,15 +52,15 @@ def groups(tokenizer, dataset, max_length: int | None, *, stop: bool = False, ap
         for text in sides:
             if text not in texts:
                 texts[text] = encode_response(tokenizer, text) + end
-        if key not in whole:
-            whole[key] = prompt_ids(row)
+        if key not in full:
+            full[key] = prompt_ids(row)
         # A prompt that must be cut is cut for its own pair, so that no other row changes what this one looks like.
         room = None if max_length is None else max_length - max(len(texts[text]) for text in sides)
-        if room is not None and len(whole[key]) <= room:
+        if room is not None and len(full[key]) <= room:
             room = None
         if (key, room) not in numbers:
             numbers[key, room] = len(encoded)
-            encoded.append((whole[key] if room is None else prompt_ids(row, room), []))
+            encoded.append((full[key] if room is None else prompt_ids(row, room), []))
             places.append({})
         group = numbers[key, room]
         for text in sides:
@@ -68,23 +68,23 @@ def groups(tokenizer, dataset, max_length: int | None, *, stop: bool = False, ap
                 places[group][text] = len(encoded[group][1])
                 encoded[group][1].append(texts[text])
         pairs.append((group, *(places[group][text] for text in sides)))
-    if apart:
+    if separate_prompt:
         return [([], [prompt, *several]) for prompt, several in encoded], [(g, c + 1, r + 1) for g, c, r in pairs]
     return encoded, pairs
 
 
 def features(
-    decoder, tokenizer, dataset, *, max_length: int | None = 512, last: bool = False, apart: bool = False, cache: bool = True
+    decoder, tokenizer, dataset, *, max_length: int | None = 512, last=False, separate_prompt=False, cache=True
 ) -> Features:
     """Hidden states of all responses of a dataset under a frozen backbone.
 
     They are kept in the user's cache under a hash of the weights and of the token ids, so the same pairs are computed
-    once. last: only the last token of each response; apart: as in `groups`. A backbone with LoRA is never cached: its
-    weights are one experiment's.
+    once. last: only the last token of each response; separate_prompt: as in `encode_pairs`. A backbone with LoRA is never
+    cached: its weights are one experiment's.
     """
     if not len(dataset):
         raise PyargsError("no pairs to compute features of: the split is empty")
-    encoded, pairs = groups(tokenizer, dataset, max_length, apart=apart)
+    encoded, pairs = encode_pairs(tokenizer, dataset, max_length, separate_prompt=separate_prompt)
 
     def compute() -> dict[str, Tensor]:
         states = [state[-1:] if last else state for several in response_states(decoder, encoded) for state in several]
@@ -92,7 +92,7 @@ def features(
 
     stored = _cached("features", decoder, [encoded, last], compute) if cache else compute()
     first, chosen, rejected = _numbered(encoded, pairs)
-    prompt = torch.tensor([first[group] for group, *_ in pairs], device="cpu") if apart else None
+    prompt = torch.tensor([first[group] for group, *_ in pairs], device="cpu") if separate_prompt else None
     return Features(stored["hidden"], stored["offsets"], chosen, rejected, list(dataset["user_id"]), prompt)
 
 
@@ -114,7 +114,7 @@ def pair_logprobs(policy, encoded, pairs) -> tuple[Tensor, Tensor]:
 
 
 def policy_logprobs(policy, encoded) -> list[Tensor]:
-    """Per-token log-probs [T] of every response of `groups`, one after the other; cached like features."""
+    """Per-token log-probs [T] of every response of `encode_pairs`, one after the other; cached like features."""
 
     def compute() -> dict[str, Tensor]:
         values = [value for several in response_logprobs(policy, encoded) for value in several]
@@ -200,7 +200,7 @@ def response_logprobs(model: nn.Module, groups: Sequences, *, max_tokens: int = 
     if not (may_replace(model) and plain_output_layer(model)):
         return list(_one_by_one(model, groups, progress, _of_logits))
     if keep.can_pack(model):
-        return _native_logprobs(keep.stack_of(model), groups, progress)
+        return _stack_logprobs(keep.stack_of(model), groups, progress)
     device = next(model.get_decoder().parameters()).device
     found: list[list[Tensor]] = [[torch.empty(0, dtype=torch.float32, device="cpu")] * len(several) for _, several in groups]
     for numbers, packed in batches(groups, model.get_decoder(), max_tokens, progress):
@@ -224,7 +224,7 @@ POSITIONS = 12
 """Whose logits are kept at a time: rows of one block of the output layer's product (kBlockRows of csrc/stack/gemm.h)."""
 
 
-def _native_logprobs(stack: run.Stack, groups: Sequences, progress: str) -> list[list[Tensor]]:
+def _stack_logprobs(stack: run.Stack, groups: Sequences, progress: str) -> list[list[Tensor]]:
     found = []
     for (_, several), (last, states) in zip(groups, run.continuations(stack, groups, progress), strict=True):
         predicting = torch.cat([row for state in states for row in (last[: len(state)], state[:-1])] or [last[:0]])

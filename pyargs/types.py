@@ -162,7 +162,7 @@ class Batch:
 
     hidden float32 [N, 2, T, D]; mask bool [N, 2, T], true on response tokens (T = 1 where only the last one is kept);
     user int64 [N], rows of the user table; pair int64 [N], numbers of the pairs among the train rows; prompt float32 [N, D],
-    the last state of the prompt by itself, for models that encode it apart; step: minibatches before this one.
+    the last state of the prompt alone, for models that encode it separately; step: minibatches before this one.
     """
 
     hidden: Tensor
@@ -185,7 +185,7 @@ class Features:
 
     hidden float32 [M, D]: states of the response tokens, one response after the other; offsets int64 [S + 1]: where each
     of the S responses starts; chosen, rejected int64 [N]: responses of each pair; users: N ids; prompt int64 [N]: where a
-    model encodes prompts apart, the number of each pair's prompt, stored like a response.
+    model encodes prompts separately, the number of each pair's prompt, stored like a response.
     """
 
     hidden: Tensor

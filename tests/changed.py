@@ -30,7 +30,7 @@ def decoded(policy, model):
 
 
 def fast(policy, model) -> bool:
-    """Whether one pass of the native stack serves both."""
+    """Whether one pass of the CPU stack serves both."""
     return engine_of(policy, model).backend == "cpu" and cpu.shares(policy, model.backbone)
 
 

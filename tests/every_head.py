@@ -1,4 +1,4 @@
-"""A policy and a reward model with each kind of head, of random numbers, and their answers on the native stack."""
+"""A policy and a reward model with each kind of head, of random numbers, and their answers on the CPU stack."""
 
 from __future__ import annotations
 

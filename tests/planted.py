@@ -94,7 +94,7 @@ def pairs(family: str, *, seed: int = 3, noise: float = 0.1) -> SimpleNamespace:
 def correct(model, data: Features) -> Tensor:
     """Whether each pair is ranked right, float [N]."""
     with torch.no_grad():
-        chosen, rejected = model.rewards(data.batch(model.users.rows(data.users), last=not model.whole)).unbind(1)
+        chosen, rejected = model.rewards(data.batch(model.users.rows(data.users), last=not model.needs_all_tokens)).unbind(1)
     return (chosen > rejected).float()
 
 

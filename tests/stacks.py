@@ -1,4 +1,4 @@
-"""Random models for the native stack, batches for them, and what it is compared with."""
+"""Random models for the CPU stack, batches for them, and what it is compared with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""States and log-probs of given responses: packed, cached, by themselves, on the native stack and kept they are the same."""
+"""States and log-probs of given responses: packed, cached, by themselves, on the CPU stack and kept they are the same."""
 
 from __future__ import annotations
 
@@ -177,12 +177,12 @@ def test_many_responses_to_one_prompt_go_to_several_rows(monkeypatch):
 
 def test_training_on_features_is_training_on_text(lm_folder, pairs):
     """The cached features are what the model's own forward pass computes, padding and batch apart."""
-    from pyargs.scoring import groups
+    from pyargs.scoring import encode_pairs
 
     model = trainer.train("lore", pairs, lore.Config(backbone=lm_folder, freeze_backbone=True, epochs=1))
     rows = pairs.select(range(6))
     data = features(model.backbone, model.tokenizer, rows)
-    encoded, numbers = groups(model.tokenizer, rows, 512)
+    encoded, numbers = encode_pairs(model.tokenizer, rows, 512)
     packed = pack([encoded[g][0] for g, *_ in numbers], [[encoded[g][1][c], encoded[g][1][r]] for g, c, r in numbers])
     with torch.no_grad():
         batch = model(torch.arange(0, 12, 2), torch.arange(1, 12, 2), torch.zeros(6, dtype=torch.long), **vars(packed))
@@ -192,12 +192,12 @@ def test_training_on_features_is_training_on_text(lm_folder, pairs):
 
 
 def test_what_a_pair_looks_like_does_not_depend_on_other_rows(lm_folder):
-    from pyargs.scoring import groups
+    from pyargs.scoring import encode_pairs
 
     _, tokenizer = load_lm(lm_folder)
     row = {"user_id": "u", "prompt": "word " * 100, "chosen": "a b", "rejected": "c"}
     long = {**row, "chosen": "a longer answer than the other one " * 3}
-    alone, _ = groups(tokenizer, Dataset.from_list([row]), 80)
-    both, numbers = groups(tokenizer, Dataset.from_list([long, row]), 80)
+    alone, _ = encode_pairs(tokenizer, Dataset.from_list([row]), 80)
+    both, numbers = encode_pairs(tokenizer, Dataset.from_list([long, row]), 80)
     assert both[numbers[1][0]][0] == alone[0][0]
     assert all(len(prompt) + max(map(len, several)) <= 80 for prompt, several in both)

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 
-def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
+def add_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     from experiments.commands import RESULTS
     from experiments.profiles import PROFILES
     from pyargs.commands import positive

@@ -77,7 +77,7 @@ def _configurations(cells: list[dict], paper: dict | None, profile: str) -> tupl
         if "note" in printed
     ]
     if lacking:
-        notes.append(f"Missing: cells for {captions.listed(lacking)}. {captions.whole(profile)}.")
+        notes.append(f"Missing: cells for {captions.listed(lacking)}. {captions.makes_all(profile)}.")
     return Table(f"Table 1. Model configurations. Ours: profile {profile}.", columns, rows, notes), lacking
 
 

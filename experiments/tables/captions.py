@@ -190,7 +190,7 @@ def missing(
     """
     if not cells:
         what = f"no cells for {data}" if data else "no such cells"
-        return [f"Missing: all of ours. Profile {profile} has {what}; {whole(profile)}."]
+        return [f"Missing: all of ours. Profile {profile} has {what}; {makes_all(profile)}."]
     said = []
     without = [scale for scale, policy in beside.items() if policy is None]
     if without:
@@ -214,7 +214,7 @@ def missing(
     return said
 
 
-def whole(profile: str) -> str:
+def makes_all(profile: str) -> str:
     return f"`{results.command(profile)}` makes what this profile has, `{results.command('paper')}` the paper's own sets"
 
 

@@ -31,13 +31,13 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
         "--backend",
         choices=["auto", "cpu", "cuda-graph", "eager"],
         default="auto",
-        help="cpu: the native stack; cuda-graph: a captured step; eager: transformers itself; auto: the fastest that computes "
+        help="cpu: the CPU stack; cuda-graph: a captured step; eager: transformers itself; auto: the fastest that computes "
         "these models (default)",
     )
 
 
 def add_model(parser: argparse.ArgumentParser, help: str) -> None:
-    """The words that say which trained model is meant."""
+    """The arguments that say which trained model is meant."""
     parser.add_argument("model", help=help)
     parser.add_argument("--backbone", metavar="PATH", help="where the model's backbone lies now, if it was moved")
 

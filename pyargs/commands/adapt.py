@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 
-def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
+def add_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     from pyargs.commands import add_data, add_model
 
     add_model(parser, "folder of `pyargs train`")

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 
-def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
+def add_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     which = "demo, synthetic, ... (see `list`), or the path of a .jsonl[.gz] or .parquet file or of a built folder"
     show = actions.add_parser("show", help="counts, lengths and hash of one data set")
@@ -23,20 +23,20 @@ def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
         "--embedder", default="minilm", help="sentence encoder of the cosine; none leaves it out (default minilm)"
     )
     build = actions.add_parser("build", help="make a data set from its source: parquet, a card, counts and hashes")
-    _add_build(build, words)
+    _add_build(build, argv)
     actions.add_parser("list", help="the data sets by name")
 
 
-def _add_build(parser: argparse.ArgumentParser, words: list[str]) -> None:
+def _add_build(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     from pyargs import prepare
     from pyargs.config import add_options
 
-    if words[:1] != ["build"]:
+    if argv[:1] != ["build"]:
         return
     first = argparse.ArgumentParser(add_help=False)  # a first look: the name may stand behind flags, whose values are not it
     for word in ("name", "--source", "--out"):
         first.add_argument(word, nargs="?")
-    name = first.parse_known_args(words[1:])[0].name
+    name = first.parse_known_args(argv[1:])[0].name
     parser.add_argument("name", choices=prepare.names(), help="the data set, whose flags follow from it")
     parser.add_argument("--source", required=True, help="local file or folder, or 'hub': the set's official place")
     parser.add_argument("--out", required=True, help="folder for the built set")
@@ -96,7 +96,7 @@ def _check(args: argparse.Namespace) -> dict:
     from pyargs import data
     from pyargs.data import preferences
     from pyargs.errors import PyargsError
-    from pyargs.prepare.check import check
+    from pyargs.prepare.check import report
 
     if args.name in data.names():
         rows = ((f"{args.name}, row {number}", row) for number, row in enumerate(data.load(args.name, args.source), 1))
@@ -104,9 +104,9 @@ def _check(args: argparse.Namespace) -> dict:
         raise PyargsError(f"No data set '{args.name}'. For a file of your own, give its path alone.")
     else:
         rows = preferences.read(Path(args.name))
-    report = check(rows, embedder=None if args.embedder == "none" else args.embedder)
-    if report["problems"]:
-        print(json.dumps(report, indent=1), flush=True)
-        listed = "; ".join(f"{name}: {found['count']}" for name, found in report["problems"].items())
+    found = report(rows, embedder=None if args.embedder == "none" else args.embedder)
+    if found["problems"]:
+        print(json.dumps(found, indent=1), flush=True)
+        listed = "; ".join(f"{name}: {rows['count']}" for name, rows in found["problems"].items())
         raise PyargsError(f"{args.name} has problems: {listed}. The report on stdout names the first rows of each.")
-    return report
+    return found

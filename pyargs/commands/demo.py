@@ -8,7 +8,7 @@ import argparse
 SHOWN = {"ada": "trained", "cora": "trained", "noah": "new", "paul": "new"}
 
 
-def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
+def add_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     parser.add_argument("--out", default="demo-output", help="folder for the model, result.json and report.html")
     parser.add_argument("--prompts", type=int, default=8, help="prompts to answer, 3 to 32 (default 8)")
     parser.add_argument("--backbone", default="smollm2-135m", help="policy and backbone of the reward model")

@@ -11,7 +11,7 @@ import warnings
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "huggingface_hub", "numpy", "gguf")
 
 
-def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
+def add_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     pass
 
 

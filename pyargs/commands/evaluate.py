@@ -12,7 +12,7 @@ GUIDED = {"reward_weight": float | None, "cut": bool}
 """What it may hold besides and is read."""
 
 
-def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
+def add_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     from pyargs.commands import add_data, add_model, add_policy
 
     add_model(parser, "folder of `pyargs adapt` (or of `pyargs train` with --split train_test)")

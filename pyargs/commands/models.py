@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 
-def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
+def add_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser("list", help="the known models and whether they are in the cache")
     fetch = actions.add_parser("fetch", help="put models into the cache; does nothing for one that is there and whole")

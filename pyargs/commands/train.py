@@ -6,21 +6,21 @@ import argparse
 from pathlib import Path
 
 
-def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
+def add_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     from dataclasses import fields
 
     from pyargs.commands import add_data
     from pyargs.config import TINY, add_options
     from pyargs.training import hooks
 
-    # A first look at the words tells the method, whose fields are the other flags, and whether --tiny presets some of them.
+    # A first look at argv tells the method, whose fields are the other flags, and whether --tiny presets some of them.
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("method", nargs="?")
     first.add_argument("--tiny", action="store_true")
     for flag in ("--out", "--data", "--source", "--data-seed"):
         first.add_argument(flag)
-    known_words = first.parse_known_args(words)[0]
-    name, preset = known_words.method, TINY if known_words.tiny else {}
+    seen = first.parse_known_args(argv)[0]
+    name, preset = seen.method, TINY if seen.tiny else {}
 
     parser.add_argument("method", help=f"one of {', '.join(hooks.names())}, or a path to a .py file; its flags follow from it")
     parser.add_argument("--out", required=not preset, help="folder for the model; a killed full training goes on where it was")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 
 
-def add_arguments(parser: argparse.ArgumentParser, words: list[str]) -> None:
+def add_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     from pyargs.commands import add_data, add_model, add_policy
     from pyargs.config import add_options
     from pyargs.tune import Tuning

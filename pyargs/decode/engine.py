@@ -18,11 +18,11 @@ from pyargs.decode.backends import cuda_graph
 from pyargs.decode.pair import check_pair, known_wishes, load_pair
 from pyargs.decode.request import (
     Request,
+    integer,
     no_choice,
     numbered,
     seeds,
     weights,
-    whole,
 )
 from pyargs.decode.rows import Choice
 from pyargs.decode.scheduler import Scheduler
@@ -44,7 +44,7 @@ class Engine:
     UserPolicy, which answers by itself.
     model: a RewardModel or TokenReward that guides the policy, a UserPolicy, a folder of one of these, or None for the policy
     alone.
-    backend: "cpu" (the native stack), "cuda-graph", "eager" (transformers' own passes) or "auto", the fastest that computes
+    backend: "cpu" (the CPU stack), "cuda-graph", "eager" (transformers' own passes) or "auto", the fastest that computes
     these models. It is chosen here, once, and logged with its reason. `PYARGS_BACKEND` overrides it.
     max_rows: requests that are answered at a time; others wait. dtype: of a policy that is loaded by name.
     best_of: N > 0 samples N whole answers from the policy and keeps the one that the model rewards most, instead of guiding.
@@ -72,11 +72,11 @@ class Engine:
         if eos_reward not in (None, "before", "state"):
             raise PyargsError(f"eos_reward is 'before' or 'state', not {eos_reward!r}")
         policy, model = load_pair(policy, model, dtype=dtype)
-        self.pair = check_pair(unwrapped(policy), model, tokenizer, whole("best_of", best_of, 0))
+        self.pair = check_pair(unwrapped(policy), model, tokenizer, integer("best_of", best_of, 0))
         if eos_reward is not None and not (self.pair.guided and isinstance(model, RewardModel)):
             raise PyargsError("eos_reward is about the head of a RewardModel that guides: leave it out")
         self.pair.unit = self._unit
-        self.max_rows, self.eos_reward = whole("max_rows", max_rows, 1), eos_reward or "before"
+        self.max_rows, self.eos_reward = integer("max_rows", max_rows, 1), eos_reward or "before"
         self._asked, self._lock, self._count = backend, threading.RLock(), 0
         self._tickets: dict[int, Ticket] = {}
         self._groups: dict[int, best_of_n.Group] = {}
@@ -182,7 +182,7 @@ class Engine:
         """The request ends with the tokens that it has. Nothing happens where it has ended already. Raises PyargsError for a
         number that no request has had."""
         with self._lock:
-            if whole("number", number, 0) >= self._count:
+            if integer("number", number, 0) >= self._count:
                 raise PyargsError(f"there is no request {number}")
             if number in self._groups:
                 for part in self._groups[number].parts:
@@ -253,7 +253,7 @@ class Engine:
         log.info("backend %s: %s", chosen.name, chosen.reason)
         return backends.steps(chosen, pair, self.max_rows, self.eos_reward)
 
-    def _check(self) -> None:
+    def _check_unchanged(self) -> None:
         """Nothing is computed with what a model was before."""
         idle = not self._scheduler.here and self._scheduler.waiting  # then there is time to read the weights
         if self._watch.changed() or idle and not self._rows.current():
@@ -274,7 +274,7 @@ class Engine:
 
     def _step(self) -> None:
         """One step of all rows; who is told of it is another matter. What it keeps is no inference tensor of the caller's."""
-        self._check()
+        self._check_unchanged()
         self._stepping = True
         try:
             with torch.inference_mode(False), torch.no_grad():

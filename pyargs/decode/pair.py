@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pyargs.decode.request import SEEDS, Request, check_room, ids_of, number, stop_tokens, weights, whole
+from pyargs.decode.request import SEEDS, Request, check_room, ids_of, integer, number, stop_tokens, weights
 from pyargs.errors import PyargsError, UnknownUser, did_you_mean
 from pyargs.lm.loading import load_lm, same_tokenizer
 from pyargs.lm.structure import unwrapped
@@ -142,7 +142,7 @@ class Pair:
         if not ids:
             raise PyargsError("a prompt without a token has nothing to answer: give each at least one")
         self.check_user(user)
-        max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
+        max_new_tokens = integer("max_new_tokens", max_new_tokens, 1)
         if max_new_tokens > LONGEST:
             raise PyargsError(f"max_new_tokens is at most {LONGEST}, got {max_new_tokens}")
         for lm in self.language_models():
@@ -159,7 +159,7 @@ class Pair:
             top_p=number("top_p", top_p, 0.0, 1.0, above=True),
             min_p=number("min_p", min_p, 0.0, 1.0),
             stop=stop_tokens(self.policy, stop),
-            seed=whole("seed", _drawn() if seed is None else seed, *SEEDS),
+            seed=integer("seed", _drawn() if seed is None else seed, *SEEDS),
         )
 
     def _candidates(self, asked: int | str | None) -> int | None:
@@ -174,7 +174,7 @@ class Pair:
                 )
             return None
         most = min(64, self.vocabulary)
-        return whole("num_candidates", min(10, most) if asked is None else asked, 1, most)
+        return integer("num_candidates", min(10, most) if asked is None else asked, 1, most)
 
     def raw_weight(self, strength, reward_weight) -> float:
         """The raw w of a request."""

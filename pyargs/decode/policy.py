@@ -40,7 +40,7 @@ class Here:
 
     def add(self, rows: Sequence[Hashable], ids: Sequence[Sequence[int]]) -> list[list[int]]:
         """Rows with these tokens come in; returns the tokens. Raises PyargsError for a row that is here, or one too many."""
-        self.check()
+        self.check_unchanged()
         several(rows)
         if len(rows) != len(ids) or len(set(rows)) < len(rows):
             raise PyargsError(f"{len(rows)} rows and {len(ids)} prompts: name each row once, with its tokens")
@@ -59,7 +59,7 @@ class Here:
 
     def places(self, rows: Sequence[Hashable] | None) -> list[int]:
         """Positions of rows, all by default."""
-        self.check()
+        self.check_unchanged()
         rows = self.names if rows is None else list(several(rows))
         if missing := [row for row in rows if row not in self.lengths]:
             raise PyargsError(f"row {missing[0]!r} is not here: prefill it first")
@@ -93,7 +93,7 @@ class Here:
         wide[list(places)] = values
         return wide
 
-    def check(self) -> None:
+    def check_unchanged(self) -> None:
         if self.watch.changed():
             raise PyargsError("the model has changed since (weights, modules or hooks): make this anew")
 

@@ -48,7 +48,7 @@ def noise(request: Request, steps: int) -> Tensor:
     return drawn
 
 
-def whole(name: str, value, least: int, most: int | None = None) -> int:
+def integer(name: str, value, least: int, most: int | None = None) -> int:
     """value as an int: of Python, numpy or a tensor of one element, not a bool, and within the bounds."""
     try:
         number = None if isinstance(value, bool) else operator.index(value)
@@ -72,7 +72,7 @@ def number(name: str, value, least: float, most: float = math.inf, *, above: boo
 def ids_of(prompts, known: int) -> list[list[int]]:
     """Prompts as lists of ids. Raises PyargsError for what is no token of a model that knows so many."""
     try:
-        return [[whole("a token of a prompt", one, 0, known - 1) for one in prompt] for prompt in prompts]
+        return [[integer("a token of a prompt", one, 0, known - 1) for one in prompt] for prompt in prompts]
     except TypeError:
         raise PyargsError(f"prompts are lists of token ids, one for each row, got {str(prompts)[:60]}") from None
 
@@ -93,8 +93,8 @@ SEEDS = -(2**63), 2**64 - 1
 def seeds(seed, rows: int) -> int | list[int] | None:
     """One seed of all rows, or one for each, as torch takes them."""
     if not _several(seed):
-        return None if seed is None else whole("seed", seed, *SEEDS)
-    each = [whole("seed", one, *SEEDS) for one in seed]
+        return None if seed is None else integer("seed", seed, *SEEDS)
+    each = [integer("seed", one, *SEEDS) for one in seed]
     if len(each) != rows:
         raise PyargsError(f"{len(each)} seeds for {rows} rows: give one, or one for each row")
     return each
@@ -157,13 +157,13 @@ def check_room(lm, shortest: int, longest: int, new: int) -> None:
 def stop_tokens(lm, stop: int | Sequence[int] | None = None, name: str = "stop") -> tuple[int, ...]:
     """The ids that end an answer: what is given under this name, else the model's own."""
     name, stop = ("eos_token_id", lm.generation_config.eos_token_id) if stop is None else (name, stop)
-    return () if stop is None else tuple(whole(name, one, 0, 2**31) for one in (stop if _several(stop) else [stop]))
+    return () if stop is None else tuple(integer(name, one, 0, 2**31) for one in (stop if _several(stop) else [stop]))
 
 
 def stop_and_pad(lm, eos: int | Sequence[int] | None = None, pad: int | None = None) -> tuple[list[int], int]:
     """Stop tokens and the padding token: what is given, else the model's own."""
     eos = list(stop_tokens(lm, eos, "eos_token_id"))
-    return eos, whole("pad_token_id", next(i for i in (pad, lm.generation_config.pad_token_id, *eos, 0) if i is not None), 0)
+    return eos, integer("pad_token_id", next(i for i in (pad, lm.generation_config.pad_token_id, *eos, 0) if i is not None), 0)
 
 
 def as_float(x: Tensor) -> Tensor:

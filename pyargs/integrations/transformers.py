@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyargs.decode.engine import Engine
-from pyargs.decode.request import numbered, sampling_temperature, seeds, stop_and_pad, weights, whole
+from pyargs.decode.request import integer, numbered, sampling_temperature, seeds, stop_and_pad, weights
 from pyargs.errors import PyargsError
 from pyargs.user_ids import user_ids
 
@@ -183,7 +183,7 @@ def check_config(config, checkpoint, num_candidates: int | str) -> None:
     """
     from transformers import GenerationConfig
 
-    most = math.inf if num_candidates == "all" else whole("num_candidates", num_candidates, 1)
+    most = math.inf if num_candidates == "all" else integer("num_candidates", num_candidates, 1)
     found = {}
     for name in sorted(vars(GenerationConfig())):
         value = getattr(config, name, None)

@@ -148,7 +148,7 @@ def active(decoder: nn.Module) -> bool:
     return any(not (layer.merged or layer.disable_adapters) for layer in layers_of(decoder))
 
 
-def plain(decoder: nn.Module) -> bool:
+def linear_only(decoder: nn.Module) -> bool:
     """Whether all LoRA layers, if any, are a product added to a linear layer's: no embeddings, no DoRA, no
     adapter that only others have."""
     from peft.tuners.lora import Linear
@@ -189,7 +189,7 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 def on_second(decoder: nn.Module):
     """Within it LoRA acts on the rows 1, 3, 5, ... of a batch [B, n, D] only: the others see the base model.
 
-    For `plain` LoRA, and without gradients. One thread at a time; passes of others are as ever.
+    For `linear_only` decoders, and without gradients. One thread at a time; passes of others are as ever.
     """
     layers = layers_of(decoder)
     with _splitting:

@@ -1,6 +1,6 @@
 """What a model's modules are, read anew at every call: whether a fast path may stand in for them.
 
-A fast path computes a model without calling its modules (the native stack), calls those of another model with the same
+A fast path computes a model without calling its modules (the CPU stack), calls those of another model with the same
 weights (one pass for two), keeps what they did (a captured step), or shows them tokens side by side (candidates, packed
 responses). That is right for modules as their library wrote them. A hook, a replaced `forward`, a subclass or a
 parametrization may do anything: with one of these anywhere the model itself is called, in the plain way.

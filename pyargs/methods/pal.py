@@ -61,7 +61,8 @@ def build(lm, tokenizer, users: list[str], config: Config) -> RewardModel:
     kind = distance if config.variant == "A" else cosine
     mixture = torch.randn(len(users), config.rank, dtype=torch.float32)
     head = kind.Head(dim, config.width or dim, config.rank, Users(users, mixture=mixture))
-    return RewardModel(lm.get_decoder(), tokenizer, head, whole=config.weighting != "last", apart=config.variant == "B")
+    form = dict(needs_all_tokens=config.weighting != "last", separate_prompt=config.variant == "B")
+    return RewardModel(lm.get_decoder(), tokenizer, head, **form)
 
 
 def parameter_groups(model: RewardModel, config: Config) -> list[dict]:

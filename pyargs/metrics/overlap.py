@@ -16,7 +16,7 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict:
     """
     from rouge_score.rouge_scorer import RougeScorer
 
-    _check(predictions, references)
+    _check_counts(predictions, references)
     scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=False)
     scores = [scorer.score(r, p.strip()) for p, r in zip(predictions, references, strict=True)]
     each = {name: [100 * score[name].fmeasure for score in scores] for name in ("rouge1", "rougeL")}
@@ -46,7 +46,7 @@ def bertscore(
     """
     import logging
 
-    _check(predictions, references)
+    _check_counts(predictions, references)
     pairs = [(p.strip(), r.strip()) for p, r in zip(predictions, references, strict=True)]
     full = [i for i, (p, r) in enumerate(pairs) if p and r]
     scorer, layer = _scorer(model, rescale, device)
@@ -120,6 +120,6 @@ def _scorer(model: str, rescale: bool, device: str | None):
     return scorer, layer
 
 
-def _check(predictions: Sequence[str], references: Sequence[str]) -> None:
+def _check_counts(predictions: Sequence[str], references: Sequence[str]) -> None:
     if len(predictions) != len(references) or not references:
         raise PyargsError(f"{len(predictions)} predictions for {len(references)} references: one for each, and at least one")

@@ -52,8 +52,8 @@ def pair_scores(model, policy, dataset) -> PairScores:
 
     Log-probs of the policy are computed once for the same weights and texts and kept in the user's cache.
     """
-    from pyargs.scoring import groups, pair_logprobs
+    from pyargs.scoring import encode_pairs, pair_logprobs
 
-    logprob, length = pair_logprobs(policy, *groups(model.tokenizer, dataset, model.about.get("max_length")))
+    logprob, length = pair_logprobs(policy, *encode_pairs(model.tokenizer, dataset, model.about.get("max_length")))
     step_reward, reward = model.pair_scores(dataset)
     return PairScores(logprob, step_reward, length, reward, list(dataset["user_id"]))

@@ -17,8 +17,11 @@ from pyargs.lm import lora
 from pyargs.lm.forward import packed_states, spans
 from pyargs.lm.tokenize import Packed
 from pyargs.models import folder as folders
-from pyargs.scoring import features, groups, response_states
+from pyargs.scoring import encode_pairs, features, response_states
 from pyargs.types import Batch, Features, Users
+
+SAVED = {"pool": "pool", "step_reward": "step_reward", "whole": "needs_all_tokens", "apart": "separate_prompt"}
+"""Names in config.json, and the fields that they are."""
 
 
 class RewardModel(nn.Module):
@@ -29,8 +32,8 @@ class RewardModel(nn.Module):
     "hidden": that of its tokens' mean state.
     step_reward: what a decoder adds for a candidate, "token" (the candidate's own reward) or, with pool="mean",
     "prefix_mean" (the mean over the response so far).
-    whole: training reads the states of all tokens even though the reward is the last one's (PAL). apart: prompt and responses
-    are encoded each by itself, and the head is given the prompt's last state (PAL-B).
+    needs_all_tokens: training reads the states of all tokens even though the reward is the last one's (PAL).
+    separate_prompt: the prompt and each response are read alone, and the head is given the prompt's last state (PAL-B).
     about: free JSON facts about how it was made (method, its fields, max_length ...).
     """
 
@@ -42,8 +45,8 @@ class RewardModel(nn.Module):
         *,
         pool: str = "last",
         step_reward: str = "token",
-        whole: bool = False,
-        apart: bool = False,
+        needs_all_tokens: bool = False,
+        separate_prompt: bool = False,
         about: dict | None = None,
     ):
         super().__init__()
@@ -52,8 +55,8 @@ class RewardModel(nn.Module):
         if step_reward not in ("token", "prefix_mean") or (step_reward == "prefix_mean" and pool != "mean"):
             raise PyargsError(f"step_reward='{step_reward}' with pool='{pool}': only 'mean' knows 'prefix_mean'")
         self.backbone, self.tokenizer, self.head = backbone, tokenizer, head
-        self.pool, self.step_reward, self.apart = pool, step_reward, apart
-        self.whole = whole or pool != "last"
+        self.pool, self.step_reward, self.separate_prompt = pool, step_reward, separate_prompt
+        self.needs_all_tokens = needs_all_tokens or pool != "last"
         self.about = dict(about or {})
 
     @property
@@ -72,11 +75,12 @@ class RewardModel(nn.Module):
     def read(self, rows) -> Features:
         """Hidden states of a dataset's pairs under the backbone as it is now."""
         length = self.about.get("max_length")
-        return features(self.backbone, self.tokenizer, rows, max_length=length, last=not self.whole, apart=self.apart)
+        form = dict(last=not self.needs_all_tokens, separate_prompt=self.separate_prompt)
+        return features(self.backbone, self.tokenizer, rows, max_length=length, **form)
 
     def encode(self, rows):
-        """A dataset's pairs as token ids: `features.groups` in the form that this model reads."""
-        return groups(self.tokenizer, rows, self.about.get("max_length"), apart=self.apart)
+        """A dataset's pairs as token ids: `scoring.encode_pairs` in the form that this model reads."""
+        return encode_pairs(self.tokenizer, rows, self.about.get("max_length"), separate_prompt=self.separate_prompt)
 
     def forward(self, chosen: Tensor, rejected: Tensor, user: Tensor, pair: Tensor | None = None, **packed) -> Batch:
         """Hidden states of pairs: `packed` are the fields of a Packed, chosen and rejected int64 [N] number its responses."""
@@ -84,10 +88,10 @@ class RewardModel(nn.Module):
         states, mask = spans(packed_states(self.backbone, inputs), inputs)
         length = mask.sum(1, keepdim=True)
         last = states.gather(1, (length - 1).unsqueeze(-1).expand(-1, -1, states.shape[-1]))
-        if not self.whole:
+        if not self.needs_all_tokens:
             states, mask = last, mask[:, :1]
         both = torch.stack([chosen, rejected], dim=1)
-        prompt = last[chosen - 1, 0].float() if self.apart else None  # the prompt stands before its pair
+        prompt = last[chosen - 1, 0].float() if self.separate_prompt else None  # the prompt stands before its pair
         return Batch(states[both].float() * mask[both].unsqueeze(-1), mask[both], user, pair, prompt)
 
     def token_rewards(self, batch: Batch) -> Tensor:
@@ -124,7 +128,7 @@ class RewardModel(nn.Module):
     def pair_scores(self, rows) -> tuple[Tensor, Tensor]:
         """For each pair: sums of what a decoder would add at each token, float64 [N, 2], and sequence rewards [N, 2]."""
         length = self.about.get("max_length")
-        states = features(self.backbone, self.tokenizer, rows, max_length=length, apart=self.apart)
+        states = features(self.backbone, self.tokenizer, rows, max_length=length, separate_prompt=self.separate_prompt)
         user = self.users.rows(states.users)
         reward, steps = [], []
         for part in torch.arange(len(states), device="cpu").split(256):
@@ -136,11 +140,11 @@ class RewardModel(nn.Module):
     @torch.no_grad()
     def score(self, groups, users) -> list[Tensor]:
         """Rewards of responses given as ids: groups [(prompt ids, [response ids])], one user each -> [responses] for each."""
-        if self.apart:
+        if self.separate_prompt:
             groups = [([], [prompt, *several]) for prompt, several in groups]
         found = []
         for row, states in zip(self.users.rows(users).tolist(), response_states(self.backbone, groups), strict=True):
-            prompt = states.pop(0)[-1:].to(self.device) if self.apart else None
+            prompt = states.pop(0)[-1:].to(self.device) if self.separate_prompt else None
             rewards = []
             for state in states:  # each as a pair of one response
                 hidden = state.to(self.device)[None, None]
@@ -164,10 +168,7 @@ class RewardModel(nn.Module):
             self,
             {name: value.contiguous() for name, value in self._shared().items()},
             self.users,
-            pool=self.pool,
-            step_reward=self.step_reward,
-            whole=self.whole,
-            apart=self.apart,
+            **{name: getattr(self, field) for name, field in SAVED.items()},
             head={"kind": kind, **self.head.config()},
         )
 
@@ -188,10 +189,8 @@ class RewardModel(nn.Module):
             folder, config, backbone=backbone, tokenizer=tokenizer, dtype=dtype, device=device
         )
         head = _load_head(folder, config)
-        used = ("pool", "step_reward", "whole", "apart")
-        model = cls(
-            backbone, tokenizer, head, **{name: config[name] for name in used}, about=folders.about(config, "head", *used)
-        )
+        fields = {field: config[name] for name, field in SAVED.items()}
+        model = cls(backbone, tokenizer, head, **fields, about=folders.about(config, "head", *SAVED))
         head.load_state_dict({**head.state_dict(), **folders.load_shared(folder, model._shared())})
         model.to(folders.device_or_default(device)).eval()
         with described(f"{folder}: head, users and backbone do not fit each other"):
@@ -208,7 +207,8 @@ class RewardModel(nn.Module):
         )
         mask = torch.ones(1, 2, 1, dtype=torch.bool, device=self.device)
         user = torch.zeros(1, dtype=torch.long, device=self.device)
-        if not self.rewards(Batch(hidden, mask, user, prompt=hidden[:, 0, 0] if self.apart else None)).isfinite().all():
+        batch = Batch(hidden, mask, user, prompt=hidden[:, 0, 0] if self.separate_prompt else None)
+        if not self.rewards(batch).isfinite().all():
             raise PyargsError("its rewards are no numbers")
 
     def _shared(self) -> dict[str, Tensor]:

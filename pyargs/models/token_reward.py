@@ -12,7 +12,7 @@ from pyargs.lm import lora
 from pyargs.lm.forward import token_logprobs
 from pyargs.lm.tokenize import Packed
 from pyargs.models import folder as folders
-from pyargs.scoring import groups, pair_logprobs, response_logprobs
+from pyargs.scoring import encode_pairs, pair_logprobs, response_logprobs
 from pyargs.types import LogProbs, Users
 
 
@@ -44,8 +44,8 @@ class TokenReward(nn.Module):
         return self.lm.device
 
     def encode(self, rows):
-        """A dataset's pairs as token ids (`features.groups`), end tokens included."""
-        return groups(self.tokenizer, rows, self.about.get("max_length"), stop=True)
+        """A dataset's pairs as token ids (`scoring.encode_pairs`), end tokens included."""
+        return encode_pairs(self.tokenizer, rows, self.about.get("max_length"), stop=True)
 
     def forward(
         self, chosen: Tensor, rejected: Tensor, user: Tensor, pair: Tensor | None = None, **packed: Tensor
@@ -56,7 +56,7 @@ class TokenReward(nn.Module):
 
     def pair_scores(self, rows) -> tuple[Tensor, Tensor]:
         """Sums of what a decoder would add at each token, float64 [N, 2], and sequence rewards [N, 2]: the same here."""
-        total, _ = pair_logprobs(self.lm, *groups(self.tokenizer, rows, self.about.get("max_length")))
+        total, _ = pair_logprobs(self.lm, *encode_pairs(self.tokenizer, rows, self.about.get("max_length")))
         return total, total.float()
 
     def score(self, groups, users) -> list[Tensor]:

@@ -16,7 +16,7 @@ from pyargs.lm.forward import check_output_layer, token_logprobs
 from pyargs.lm.tokenize import Packed, encode_prompt, pack
 from pyargs.models import folder as folders
 from pyargs.models.demonstrations import Demonstrations
-from pyargs.scoring import groups, pair_logprobs
+from pyargs.scoring import encode_pairs, pair_logprobs
 from pyargs.types import LogProbs, Users
 
 GENERIC = -1
@@ -97,10 +97,10 @@ class UserPolicy(nn.Module):
         return self.demonstrations.prompt_ids(self.tokenizer, prompt, user, max_tokens)
 
     def encode(self, rows, *, stop: bool = True):
-        """A dataset's pairs as token ids (`features.groups`). stop: with end tokens, for training."""
+        """A dataset's pairs as token ids (`scoring.encode_pairs`). stop: with end tokens, for training."""
         length = self.about.get("max_length")
         render = None if self.demonstrations is None else self.prompt_ids
-        return groups(self.tokenizer, rows, length, stop=stop, render=render)
+        return encode_pairs(self.tokenizer, rows, length, stop=stop, render=render)
 
     def embed(self, packed: Packed, user: Tensor) -> tuple[Packed, Tensor]:
         """Room for the soft prompt before each row of `packed`, and the embeddings [R, T + L, d]; user int64 [R]."""

@@ -28,7 +28,7 @@ FORM = {
 }
 
 
-def check(rows: Iterable[tuple[str, dict]], *, embedder: str | None = "minilm") -> dict:
+def report(rows: Iterable[tuple[str, dict]], *, embedder: str | None = "minilm") -> dict:
     """A report on rows with the columns of `pyargs.data`; (place, row) as `sources.rows` gives them.
 
     problems: what makes results wrong: rows that cannot be used, users who are both trained on and adapted to, an answer that

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from pyargs import data, files
 from pyargs.data import schema
-from pyargs.prepare.check import check
+from pyargs.prepare.check import report
 from pyargs.prepare.statistics import statistics
 
 
@@ -49,7 +49,7 @@ def write(out: str | Path, built: Built, *, title: str, about: str, licence: str
         "notes": built.notes,
         "sources": {path.relative_to(base).as_posix(): files.sha256(path) for path in built.sources},
         "statistics": statistics(dataset),
-        "check": check(places, embedder=embedder),
+        "check": report(places, embedder=embedder),
     }
     with files.writing(out) as folder:
         folder.mkdir()

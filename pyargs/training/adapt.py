@@ -103,8 +103,10 @@ def _fit_user(model: RewardModel, support: Features, initial: dict[str, Tensor],
     users = Users(support.users[:1], **{name: value.clone() for name, value in initial.items()})
     head = copy.deepcopy(model.head, {id(model.users): users}).requires_grad_(False).eval()  # with this user for its own
     users.requires_grad_(True)
-    probe = RewardModel(model.backbone, model.tokenizer, head.to(model.device), pool=model.pool, whole=model.whole)
-    losses = objective(probe, support.batch(users.rows(support.users), last=not model.whole).to(model.device))
+    probe = RewardModel(
+        model.backbone, model.tokenizer, head.to(model.device), pool=model.pool, needs_all_tokens=model.needs_all_tokens
+    )
+    losses = objective(probe, support.batch(users.rows(support.users), last=not model.needs_all_tokens).to(model.device))
     optimizer = torch.optim.Adam(users.parameters(), lr=lr, weight_decay=weight_decay)
     with torch.enable_grad():
         for step in range(steps):

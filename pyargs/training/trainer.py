@@ -97,7 +97,7 @@ def train_head(recipe, model: RewardModel, data: Features, config) -> None:
         for step in bar:
             if step % per_epoch == 0:
                 shuffled = torch.randperm(len(data), generator=order, device="cpu").split(config.batch_size)
-            batch = data.batch(rows, shuffled[step % per_epoch], last=not model.whole).to(model.device)
+            batch = data.batch(rows, shuffled[step % per_epoch], last=not model.needs_all_tokens).to(model.device)
             batch.step = step
             for active in turns:
                 optimizer.zero_grad()
@@ -127,11 +127,11 @@ def _train_all(recipe, model, rows, config, checkpoints: str | Path | None) -> N
 
     encoded, pairs = model.encode(rows)
     user = model.users.rows(rows["user_id"]).tolist()
-    apart = getattr(model, "apart", False)
+    separately = getattr(model, "separate_prompt", False)
     examples = [
         {
             "prompt": encoded[g][0],
-            "responses": [encoded[g][1][i] for i in ((0, c, r) if apart else (c, r))],
+            "responses": [encoded[g][1][i] for i in ((0, c, r) if separately else (c, r))],
             "user": u,
             "pair": n,
         }

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyargs.decode.engine import Engine
-from pyargs.decode.request import Request, noise, numbered, seeds, whole
+from pyargs.decode.request import Request, integer, noise, numbered, seeds
 from pyargs.errors import PyargsError, UnknownUser
 
 INF, NAN = math.inf, math.nan
@@ -103,10 +103,10 @@ def test_whole_numbers_are_themselves_or_refused(value):
     """500 values of a dozen types: an int within the bounds comes back, and all else is one PyargsError."""
     fits = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 64
     if fits:
-        assert whole("k", value, 1, 64) == value and seeds(value, 3) == value
+        assert integer("k", value, 1, 64) == value and seeds(value, 3) == value
     else:
         with pytest.raises(PyargsError, match="k must be a whole number, 1 to 64, got"):
-            whole("k", value, 1, 64)
+            integer("k", value, 1, 64)
 
 
 def test_seeds_of_many_prompts_stay_within_torch():

@@ -1,4 +1,4 @@
-"""What is no number in one text stays there: the native stack never multiplies what a token does not see."""
+"""What is no number in one text stays there: the CPU stack never multiplies what a token does not see."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The real SmolLM2 on the native stack, where the user's cache has it: the tokens of transformers."""
+"""The real SmolLM2 on the CPU stack, where the user's cache has it: the tokens of transformers."""
 
 from __future__ import annotations
 

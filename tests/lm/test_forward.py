@@ -34,7 +34,7 @@ def test_a_model_that_padding_changes_is_refused_where_there_is_padding():
 
     config = random_lm("llama", 0).config
     torch.manual_seed(0)
-    lm = Blind(config).double().eval()  # in float64, which the native stack leaves alone
+    lm = Blind(config).double().eval()  # in float64, which the CPU stack leaves alone
     rows = prompts([3, 5])
     for model in (None, TokenReward(random_lm("llama", 1), None), reward_model(random_lm("llama", 1))):
         with pytest.raises(PyargsError, match="Blind does not leave padding out.*max_rows=1"):

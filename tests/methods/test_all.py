@@ -134,7 +134,7 @@ def test_every_kind_of_model_decodes_and_a_row_does_not_depend_on_its_batch(tune
     query = of_split(rows, "query").select([0, 9, 17, 3])
     prompts = [row["prompt"] + " please" * i for i, row in enumerate(query)]
     users, weights = list(query["user_id"]), [0.0, 0.5, 5.0, 1.0]
-    if hasattr(model, "head") and model.apart:
+    if hasattr(model, "head") and model.separate_prompt:
         with pytest.raises(PyargsError, match="PAL-B"):
             answers(policy, model, prompts, users, reward_weight=weights)
         assert len(answers(policy, model, prompts, users, best_of=3)) == 4
@@ -239,8 +239,8 @@ def test_a_frozen_backbone_gives_what_the_text_gives(name, rows, lm_folder, monk
 def packed_pass(model, data, share: bool):
     """A dataset's pairs in one pass of the model, each behind its prompt."""
     encoded, pairs = model.encode(data)
-    apart = getattr(model, "apart", False)  # the prompt stands among the responses
-    responses = [[encoded[g][1][i] for i in ((0, c, r) if apart else (c, r))] for g, c, r in pairs]
+    separately = getattr(model, "separate_prompt", False)  # the prompt stands among the responses
+    responses = [[encoded[g][1][i] for i in ((0, c, r) if separately else (c, r))] for g, c, r in pairs]
     packed = pack([encoded[g][0] for g, _, _ in pairs], responses, share=share)
     rejected = torch.arange(1, len(pairs) + 1) * len(responses[0]) - 1
     with torch.no_grad():

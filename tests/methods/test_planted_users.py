@@ -121,7 +121,7 @@ def test_equal_responses_teach_nothing_and_losses_that_are_no_numbers_raise(foun
         part = same.select(range(64))
         quiet = type(data)(**{**vars(data), "train": part})
         model, _ = trained(name, quiet, **fields, epochs=1)
-    chosen, rejected = model.rewards(part.batch(model.users.rows(part.users), last=not model.whole)).unbind(1)
+    chosen, rejected = model.rewards(part.batch(model.users.rows(part.users), last=not model.needs_all_tokens)).unbind(1)
     assert torch.equal(chosen, rejected) and chosen.isfinite().all()
     broken = Features(data.train.hidden * float("nan"), *list(vars(data.train).values())[1:])
     recipe = hooks.method(name)

@@ -10,7 +10,7 @@ from pyargs.prepare import check
 
 
 def report(rows: list[dict]) -> dict:
-    return check.check(((f"f, line {number}", r) for number, r in enumerate(rows, 1)), embedder=None)
+    return check.report(((f"f, line {number}", r) for number, r in enumerate(rows, 1)), embedder=None)
 
 
 def test_a_clean_set_has_no_problems():
@@ -128,12 +128,12 @@ def test_a_form_that_one_side_has_counts_from_five_points():
     ],
 )
 def test_real_files_have_no_problems(file):
-    found = check.check(read(SHARED / f"{file}.jsonl.gz"), embedder=None)
+    found = check.report(read(SHARED / f"{file}.jsonl.gz"), embedder=None)
     repeated = found["problems"].pop("responses rejected in query that the same user rejects in support", {"count": 0})
     assert found["problems"] == {} and repeated["count"] == (50 if "pref_lamp" in file else 0)
 
 
 @needs_shared
 def test_word_overlap_decides_the_real_titles():
-    found = check.check(read(CI / "prefs_minilm.jsonl.gz"), embedder=None)
+    found = check.report(read(CI / "prefs_minilm.jsonl.gz"), embedder=None)
     assert found["blind"]["word_overlap"]["accuracy"] > 95 and found["blind"]["words"]["accuracy"] < 50

@@ -1,4 +1,4 @@
-"""Which code computes the passes: `cpu` (the native stack), `cuda_graph` (a captured step), or `eager` (transformers itself,
+"""Which code computes the passes: `cpu` (the CPU stack), `cuda_graph` (a captured step), or `eager` (transformers itself,
 with `copies` for models in which candidates cannot share a prefix). Chosen once, by name."""
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def resolve(asked: str, *models, reward_model=None) -> Backend:
         if why is None and models[0].get_output_embeddings() is not None and not plain_output_layer(models[0]):
             why = "the policy's logits are more than its output layer's (soft cap, scale, or a hook on the model itself)"
         if why is None:
-            return Backend("cpu", "the native stack computes these models")
+            return Backend("cpu", "the CPU stack computes these models")
         if asked == "cpu":
             raise PyargsError(f"backend='cpu' cannot compute this: {why}. Take backend='eager', or 'auto'")
     else:
@@ -81,7 +81,7 @@ def scorer(backend: Backend, backbone, room: int):
     return (eager if backend.shared else copies).Scorer(backbone, room)
 
 
-def both(backend: Backend, lm, backbone, room: int, vocabulary: int, k: int):
+def passes_of(backend: Backend, lm, backbone, room: int, vocabulary: int, k: int):
     """Passes of a policy and a reward model, in one where they rest on the same weights and that is faster."""
     if backend.name == "cpu" and cpu.shares(lm, backbone):
         return cpu.Shared(lm, backbone, room, vocabulary)
@@ -99,5 +99,5 @@ def steps(backend: Backend, pair, room: int, eos_reward: str):
     if isinstance(pair.model, TokenReward):
         halves = (policy(backend, lm, room, pair.vocabulary) for lm in models)
         return Steps(Tokenwise(*halves, device=pair.model.device, **sizes))
-    rows = Guided(both(backend, *models, room, pair.vocabulary, 10), pair.model, eos_reward=eos_reward, **sizes)
+    rows = Guided(passes_of(backend, *models, room, pair.vocabulary, 10), pair.model, eos_reward=eos_reward, **sizes)
     return cuda_graph.Captured(rows, *models) if backend.name == "cuda-graph" else Steps(rows)

@@ -1,4 +1,4 @@
-"""Decoding on a CPU through the native stack, which reads the weights once at the rate of the memory.
+"""Decoding on a CPU through the CPU stack, which reads the weights once at the rate of the memory.
 
 Where policy and reward model rest on the same weights, one pass serves both. A frozen backbone's states of the candidates are
 the policy's too. With LoRA, the policy's rows of the likeliest candidates ride in the reward model's pass; if another one

@@ -158,7 +158,7 @@ class Shared:
 
 def shares(policy, backbone, rows: int, k: int) -> bool:
     """Whether one pass serves both halves, and is faster for so many rows and candidates."""
-    free = not lora.active(backbone) or (lora.plain(backbone) and 2 * rows * k <= MOST_ROWS.get(backbone.device.type, 0))
+    free = not lora.active(backbone) or (lora.linear_only(backbone) and 2 * rows * k <= MOST_ROWS.get(backbone.device.type, 0))
     if not (free and may_replace(policy, backbone)):
         return False
     return lora.same_weights(policy.get_decoder(), backbone) and plain_output_layer(policy)

@@ -41,7 +41,7 @@ def pack(model: nn.Module, adapter: nn.Module | None = None, *, dtype: torch.dty
     stack has not.
     """
     if not has_extension:
-        raise PyargsError("the native stack needs the extension: pip install . with a C++ compiler at hand")
+        raise PyargsError("the CPU stack needs the extension: pip install . with a C++ compiler at hand")
     from pyargs._C import Stack as Native
 
     decoder, head = parts_of(model)
@@ -132,7 +132,7 @@ def check_supported(decoder: nn.Module, head: nn.Module | None, dtype: torch.dty
     config, embedding = decoder.config, decoder.get_input_embeddings()
 
     def refuse(what: str) -> None:
-        raise PyargsError(f"the native stack does not do {what}: decode this model through transformers")
+        raise PyargsError(f"the CPU stack does not do {what}: decode this model through transformers")
 
     if config.model_type not in ("llama", "qwen2"):
         refuse(f"the architecture '{config.model_type}' (only llama and qwen2)")

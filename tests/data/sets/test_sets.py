@@ -28,5 +28,5 @@ def test_other_real_sets(name, options, pairs, splits):
     chat = [r["prompt"] for r in dataset if isinstance(r["prompt"], list)]
     assert all(p[-1]["role"] == "user" and all(a["role"] != b["role"] for a, b in zip(p, p[1:], strict=False)) for p in chat)
     assert bool(chat) == (name == "hh_rlhf_users")
-    told = check.check(((str(i), r) for i, r in enumerate(dataset)), embedder=None)
+    told = check.report(((str(i), r) for i, r in enumerate(dataset)), embedder=None)
     assert told["problems"] == {}

@@ -1,4 +1,4 @@
-"""Decoding through the native stack: the tokens of transformers, and guesses of the winner that change nothing."""
+"""Decoding through the CPU stack: the tokens of transformers, and guesses of the winner that change nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The native stack computes what transformers computes, and a token's state depends on nothing but the text before it."""
+"""The CPU stack computes what transformers computes, and a token's state depends on nothing but the text before it."""
 
 from __future__ import annotations
 

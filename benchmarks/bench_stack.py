@@ -1,6 +1,6 @@
-"""Time of a pass through the native stack and through transformers, side by side.
+"""Time of a pass through the CPU stack and through transformers, side by side.
 
-    python benchmarks/bench_native.py [--json FILE] [--quick] [--dtype bfloat16] [--threads N]
+    python benchmarks/bench_stack.py [--json FILE] [--quick] [--dtype bfloat16] [--threads N]
 
 SmolLM2-135M. 1, 10 and 20 rows: next tokens behind one prefix of 64 (20 as for two users, or a policy and its reward model);
 256 rows: a prompt. A pass leaves the output layer out; `head` is that layer for one row. GB/s counts each weight once, `of
