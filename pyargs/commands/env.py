@@ -19,11 +19,11 @@ def run(args: argparse.Namespace) -> dict:
     import torch
 
     import pyargs
-    from pyargs.lm.structure import eager
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         from pyargs import ops
+    from pyargs.lm.structure import eager  # it imports the ops, too
 
     build = cpu = None
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
