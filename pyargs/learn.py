@@ -15,7 +15,7 @@ def train(name: str, dataset, config=None, *, checkpoints: str | Path | None = N
     """Trains method `name` on the rows of `dataset` with split "train"; returns the model in eval mode.
 
     dataset: columns user_id, prompt, chosen, rejected, split. config: the method's Config (its defaults without).
-    checkpoints: a folder from which full training goes on where it was killed; the caller removes it when the model is safe.
+    checkpoints: a folder from which a killed training with LoRA continues; the caller removes it when the model is saved.
     Returns a RewardModel, TokenReward or UserPolicy. One that can guide carries `reward_std`, the unit of `strength`: it is
     measured on train prompts with the backbone's own language model. Raises PyargsError on an unknown method, without train
     rows, and on a loss that is not finite.

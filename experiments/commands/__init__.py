@@ -16,5 +16,5 @@ def add_results(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile",
         choices=["paper", "gpu", "cpu", "smoke"],
-        help="whose cells (default: the first of paper, gpu, cpu, smoke that has the data set's)",
+        help="profile whose cells are read (default: the first of paper, gpu, cpu, smoke that has the data set's)",
     )

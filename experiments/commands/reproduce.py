@@ -1,4 +1,4 @@
-"""Run the paper's grid: every row, seed, policy and data set of a profile; killed at any point it goes on where it was.
+"""Run the paper's grid: every row, seed, policy and data set of a profile; a killed run continues.
 
 A cell is one row, seed and policy on one data set. Its stages are `pyargs train`, `adapt`, `tune`, `decode`, `evaluate`, whose
 files lie in --work; its numbers and generations, without any text of the data, go to --results as one JSON file, which is not

@@ -11,8 +11,8 @@ def add_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     add_model(parser, "folder of `pyargs train`")
     parser.add_argument("--out", required=True, help="folder for the model with the new users")
     parser.add_argument("--adapt-steps", type=int, help="steps of the adaptation (default: the method's)")
-    parser.add_argument("--method", help="the .py file that the model was trained with, where it was one: it is run")
-    parser.add_argument("--again", action="store_true", help="adapt users anew who are there already, from these pairs alone")
+    parser.add_argument("--method", help="the method's .py file, if the model was trained with one; it is run")
+    parser.add_argument("--again", action="store_true", help="adapt known users anew, from these pairs alone")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, with sizes, and stop")
     add_data(parser)
 

@@ -37,7 +37,7 @@ def _add_build(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     for word in ("name", "--source", "--out"):
         first.add_argument(word, nargs="?")
     name = first.parse_known_args(argv[1:])[0].name
-    parser.add_argument("name", choices=prepare.names(), help="the data set, whose flags follow from it")
+    parser.add_argument("name", choices=prepare.names(), help="the data set; `pyargs data build NAME --help` lists its flags")
     parser.add_argument("--source", required=True, help="local file or folder, or 'hub': the set's official place")
     parser.add_argument("--out", required=True, help="folder for the built set")
     if name in prepare.names():

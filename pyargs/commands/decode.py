@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     weight.add_argument("--tuned", help="file of `pyargs tune`: its reward_weight, num_candidates and eos_reward")
     weight.add_argument("--strength", type=float, help="w in units of the model's reward_std (default: as tuned, else 1)")
     weight.add_argument("--reward-weight", type=float, help="raw w of eq. 1; 0 is the policy alone in the same loop")
-    parser.add_argument("--split", default="query", help="whose prompts (default: query)")
+    parser.add_argument("--split", default="query", help="split whose prompts are answered (default: query)")
     parser.add_argument("--limit", type=positive, help="only the first N prompts")
     parser.add_argument("--num-candidates", type=positive, help="k of ARGS (default: as tuned, else 10)")
     parser.add_argument(
@@ -27,8 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     parser.add_argument("--max-new-tokens", type=positive, default=64, help="length of an answer (default 64)")
     parser.add_argument("--batch-size", type=positive, default=8, help="prompts answered at a time (default 8)")
     parser.add_argument("--do-sample", action="store_true", help="sample instead of the argmax")
-    parser.add_argument("--temperature", type=float, help="of sampling (default: 0.7 among a head's candidates, else 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+    parser.add_argument(
+        "--temperature", type=float, help="temperature of the sampling (default: 0.7 among a head's candidates, else 1)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default 0)")
     parser.add_argument(
         "--eos-reward",
         choices=["before", "state"],

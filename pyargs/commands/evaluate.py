@@ -20,15 +20,17 @@ def add_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     weight = parser.add_mutually_exclusive_group()
     weight.add_argument("--tuned", help="file of `pyargs tune`: the weight that was chosen for this model and policy")
     weight.add_argument(
-        "--reward-weight", type=float, help="raw w of eq. 1 instead; with neither and no --policy: RM accuracy"
+        "--reward-weight", type=float, help="raw w of eq. 1 instead; without --policy and a weight only RM accuracy"
     )
-    parser.add_argument("--split", default="query", help="which pairs (default: query, those of the new users)")
-    parser.add_argument("--generations", help="file of `pyargs decode`: ROUGE, perplexity under the policy, lengths")
-    parser.add_argument("--bertscore", metavar="MODEL", help="BERTScore of them, too: minilm, a local folder or a hub name")
+    parser.add_argument("--split", default="query", help="split whose pairs are measured (default: query, of the new users)")
+    parser.add_argument("--generations", help="file of `pyargs decode`; adds ROUGE, perplexity under the policy, lengths")
+    parser.add_argument(
+        "--bertscore", metavar="MODEL", help="adds BERTScore by this model: minilm, a local folder or a hub name"
+    )
     parser.add_argument(
         "--rescale", action="store_true", help="BERTScore minus the baseline that bert-score has for its models"
     )
-    parser.add_argument("--zero-shot", metavar="FILE", help="the policy's own answers: the model's win rate over them")
+    parser.add_argument("--zero-shot", metavar="FILE", help="the policy's own answers; adds the model's win rate over them")
     parser.add_argument("--out", required=True, help="JSON file for the result")
     add_data(parser)
 

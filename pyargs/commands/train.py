@@ -22,8 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     seen = first.parse_known_args(argv)[0]
     name, preset = seen.method, TINY if seen.tiny else {}
 
-    parser.add_argument("method", help=f"one of {', '.join(hooks.names())}, or a path to a .py file; its flags follow from it")
-    parser.add_argument("--out", required=not preset, help="folder for the model; a killed full training goes on where it was")
+    parser.add_argument(
+        "method", help=f"one of {', '.join(hooks.names())}, or a .py file; `pyargs train METHOD --help` lists its flags"
+    )
+    parser.add_argument("--out", required=not preset, help="folder for the model; a killed training with LoRA continues there")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, with sizes, and stop")
     parser.add_argument(
         "--tiny", action="store_true", help="a trial: planted users, a tiny random model and few steps, in output/tiny"

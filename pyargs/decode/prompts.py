@@ -23,7 +23,7 @@ def greedy_answers(
     max_tokens: int = 512,
     batch_size: int = 8,
 ) -> list[str]:
-    """The policy's own greedy answer to each prompt, kept in `$PYARGS_CACHE/answers`: a killed run goes on where it was.
+    """The policy's own greedy answer to each prompt, kept in `$PYARGS_CACHE/answers`: a killed run continues.
 
     policy: embedded name, local folder or hub name; max_tokens: longest prompt, cut as `encode_prompt` does. Answers that
     another backend or another kind of device computed are others: they may be rounded otherwise.

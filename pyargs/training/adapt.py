@@ -23,10 +23,11 @@ from pyargs.types import Batch, Features, Users
 def adapt(model, dataset, *, steps: int | None = None, method: str | None = None, again: bool = False) -> list[str]:
     """Adds the users of the rows with split "support" to the model; returns their ids.
 
-    again: users who are there already are adapted anew, from these rows alone; without it they are an error.
+    again: adapt known users anew, from these rows alone.
+    method: path of the method's .py file, if the model was trained with one.
     Backbone, LoRA and shared head parameters stay as they are; rows of other splits are not looked at, so the query set
     can not reach the result. A method without users needs no adaptation and is left alone. The same model, rows and seed
-    give the same result. method: the path of the .py file that the model was trained with, where it was one.
+    give the same result. Raises PyargsError without support rows, and on a known user without `again`.
     """
     rows = of_split(with_text_ids(dataset), "support")
     if not len(rows):

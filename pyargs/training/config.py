@@ -15,15 +15,15 @@ class ModelConfig:
     backbone: str = option("smollm2-135m", "the language model: embedded name, local folder or hub name")
     dtype: str = option(
         "float32",
-        "of the backbone; heads, rewards and losses are float32 always: bf16 ties would count as errors",
+        "of the backbone; heads, rewards and losses are always float32, since bfloat16 makes ties of different rewards",
         choices=["float32", "bfloat16"],
     )
     max_length: int = option(
         512,
-        "tokens of prompt + response; the prompt's content is cut, never template or response (PAL's code; paper silent)",
+        "most tokens of prompt + response; longer prompts are cut, never template or response (PAL's code; paper silent)",
         least=1,
     )
-    seed: int = option(0, "of initialisation and order; the paper has 3 seeds")
+    seed: int = option(0, "seed of start values and of the order of pairs; the paper has 3 seeds")
 
     def __post_init__(self):
         check_fields(self)
@@ -45,21 +45,21 @@ class FitConfig(ModelConfig):
     )
     epochs: float | None = option(
         None,
-        "passes over the train pairs (default: 2 in full as for PRISM and Pref-LaMP, 20 with a frozen backbone, where "
-        "a pass takes a second and only the head must move; paper silent)",
+        "passes over the train pairs (default: 2 with LoRA, as for PRISM and Pref-LaMP; 20 with a frozen backbone, where a "
+        "pass takes a second; paper silent)",
     )
     batch_size: int = option(32, "pairs per step (most of the methods' own codes; paper silent)", least=1)
     accumulation: int = option(1, "parts of a batch whose gradients are added up, to save memory (paper silent)", least=1)
     warmup: float = option(0.03, "share of the steps with rising rate, then cosine (VPL, P-DPO; paper silent)", least=0)
     max_grad_norm: float = option(
         0.0,
-        "length to which a step's gradient is cut; 0: never, in full training too, where the Trainer of transformers by "
-        "itself cuts at 1 (paper silent)",
+        "largest norm of a step's gradient, longer ones are clipped; 0: no clipping, though the Trainer of transformers has 1 "
+        "(paper silent)",
         least=0,
     )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass, to save memory (paper silent)")
     checkpoint_steps: int = option(
-        100, "steps between checkpoints of full training, from which a killed one goes on (paper silent)", least=1
+        100, "steps between checkpoints, from which a killed training with LoRA continues (paper silent)", least=1
     )
 
 
