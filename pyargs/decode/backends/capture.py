@@ -65,11 +65,24 @@ def capture(step: Callable[[], None], device: torch.device) -> Callable[[], obje
         try:
             try_out(step, device)
         finally:
+            _forget_workspaces()
             now.wait_stream(apart)
-        with torch.cuda.graph(graph, stream=apart, capture_error_mode="thread_local"):
-            step()
+        try:
+            with torch.cuda.graph(graph, stream=apart, capture_error_mode="thread_local"):
+                step()
+        finally:
+            _forget_workspaces()
     now.wait_stream(apart)
     return graph.replay
+
+
+def _forget_workspaces() -> None:
+    """So that each graph has a workspace of its own. cuBLAS keeps one for each of torch's 32 streams, of 32 MiB on an
+    H100. A graph keeps its address: that of the trial would be another graph's, too, and would stay for good.
+
+    All streams lose theirs, and allocate it anew: torch has nothing narrower.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
 
 
 def try_out(step: Callable[[], None], device: torch.device) -> None:

@@ -69,14 +69,16 @@ def test_what_does_not_wait_is_computed(operators):
 
 
 class Gpu:
-    """What `capture` asks of torch.cuda; all streams are one."""
+    """What `capture` asks of torch. All streams are one: torch has 32, which come around again. `multiply` is a product, for
+    which cuBLAS keeps a workspace for each stream; `used` has those of each graph."""
 
     def __init__(self, patch):
         for name in ("CUDAGraph", "Stream", "current_stream"):
             patch.setattr(torch.cuda, name, lambda *a, **k: self)
         patch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
         patch.setattr(torch.cuda, "graph", self.graph)
-        self.capturing = False
+        patch.setattr(torch._C, "_cuda_clearCublasWorkspaces", self.clear, raising=False)
+        self.capturing, self.workspace, self.used = False, None, []
 
     def wait_stream(self, other) -> None:
         assert not self.capturing
@@ -84,6 +86,7 @@ class Gpu:
     @contextmanager
     def graph(self, graph, **more):
         self.capturing = True
+        self.used.append(set())
         try:
             yield
         finally:
@@ -91,6 +94,15 @@ class Gpu:
 
     def replay(self) -> None:
         pass
+
+    def clear(self) -> None:
+        assert not self.capturing
+        self.workspace = None
+
+    def multiply(self) -> None:
+        self.workspace = self.workspace or object()
+        if self.capturing:
+            self.used[-1].add(self.workspace)
 
 
 @pytest.fixture
@@ -123,3 +135,27 @@ def test_another_thread_reads_while_a_step_is_tried(gpu, read):
     with pytest.raises(RuntimeError, match="^aten::"):
         capture(lambda: read(x), torch.device("cpu"))
     assert found == [read(x)]  # allowed as before
+
+
+def test_no_graph_shares_its_workspace_and_none_stays_with_a_stream(gpu):
+    gpu.multiply()
+    before = gpu.workspace
+    for _ in range(3):
+        capture(gpu.multiply, torch.device("cpu"))
+        assert gpu.workspace is None
+    assert [len(each) for each in gpu.used] == [1, 1, 1] and len(set.union({before}, *gpu.used)) == 4
+
+
+@pytest.mark.parametrize("last", [1, 2, 3])
+def test_a_step_that_fails_leaves_no_workspace(gpu, last):
+    steps = []
+
+    def step():
+        gpu.multiply()
+        steps.append(gpu.capturing)
+        if len(steps) == last:
+            raise RuntimeError("no such step")
+
+    with pytest.raises(RuntimeError, match="no such step"):
+        capture(step, torch.device("cpu"))
+    assert gpu.workspace is None and len(steps) == last
