@@ -27,9 +27,9 @@ def few_launches(*decoders: nn.Module):
     compute meanwhile is right, too.
     """
     with ExitStack() as undo:
-        for decoder in {id(one): one for one in decoders}.values():
+        for number, decoder in enumerate({id(one): one for one in decoders}.values()):
             expected = _probe(decoder)
-            for change in (_group_heads, _fuse_norms, _fuse_rotary):
+            for change in (partial(_group_heads, number), _fuse_norms, _fuse_rotary):
                 with ExitStack() as tried:
                     change(decoder, tried.callback)
                     if _same(decoder, expected):
@@ -58,14 +58,15 @@ def _same(decoder: nn.Module, expected: Tensor) -> bool:
     return difference.item() < 8 * torch.finfo(decoder.dtype).eps ** 0.75  # another formula is off by some tenths
 
 
-def _group_heads(decoder: nn.Module, undo: Callable) -> None:
+def _group_heads(number: int, decoder: nn.Module, undo: Callable) -> None:
+    """number: of the decoder; it keeps its name for good, under which another thread may have yet to look."""
     config = decoder.config.get_text_config(decoder=True)
     if config._attn_implementation == "sdpa":
-        attention = _Grouped()
-        AttentionInterface.register("pyargs_grouped", attention)
+        attention, name = _Grouped(), f"pyargs_grouped_{number}"
+        AttentionInterface.register(name, attention)
         undo(attention.forget)
         undo(setattr, config, "_attn_implementation", "sdpa")
-        config._attn_implementation = "pyargs_grouped"
+        config._attn_implementation = name
 
 
 class _Grouped:
@@ -112,16 +113,22 @@ def _fuse_rotary(decoder: nn.Module, undo: Callable) -> None:
     source = sys.modules[type(decoder).__module__]
     if hasattr(source, "apply_rotary_pos_emb"):
         undo(setattr, source, "apply_rotary_pos_emb", source.apply_rotary_pos_emb)
-        source.apply_rotary_pos_emb = _Rotary()
+        source.apply_rotary_pos_emb = _Rotary(source.apply_rotary_pos_emb)
 
 
 class _Rotary:
-    """apply_rotary_pos_emb for queries and keys at once. Half of the sine's signs are turned once for all layers of a pass."""
+    """apply_rotary_pos_emb for queries and keys at once. Half of the sine's signs are turned once for all layers of a pass.
 
-    def __init__(self):
+    written: by transformers, for another model of the family, in which only a part of each head is turned.
+    """
+
+    def __init__(self, written: Callable):
+        self.written = written
         self.last: tuple[Tensor | None, Tensor | None] = None, None
 
     def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+        if cos.shape[-1] != q.shape[-1]:
+            return self.written(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
         half = sin.shape[-1] // 2
         given, sine = self.last
         if given is not sin:
