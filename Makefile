@@ -1,5 +1,5 @@
 # Every target sets itself up from nothing: a virtual environment with torch, then pyargs with its extension.
-#   make demo | test | docs | reproduce | bench | sanitize | lint | clean      e.g. make test TORCH=torch==2.12.0 VENV=/tmp/venv
+#   make demo | test | docs | reproduce | bench | sanitize | cuda-check | lint | clean     e.g. make test TORCH=torch==2.12.0 VENV=/tmp/venv
 PYTHON ?= python3
 VENV ?= .venv
 # torch comes first and by itself: what depends on it (peft, accelerate ...) would otherwise choose another one, gigabytes large.
@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.pyargs-installed
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/* csrc/*/*/*)
 BENCHMARKS := $(wildcard benchmarks/bench_*.py)
 
-.PHONY: help setup demo reproduce test docs bench sanitize lint clean
+.PHONY: help setup demo reproduce test docs bench sanitize cuda-check lint clean
 help:
 	@sed -n '1,2p' Makefile
 
@@ -57,6 +57,11 @@ sanitize: $(INSTALLED)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  OMP_NUM_THREADS=2 $(BIN)/pytest -o pythonpath="$(SANITIZED)/lib tests" tests/lm/stack tests/decode/backends/test_cpu.py \
 	  tests/decode/test_unguided.py tests/test_scoring.py tests/invariants/test_not_numbers.py
+
+# The CUDA kernels without a GPU: emulated under sanitizers, and what the compiler makes of them.
+cuda-check: $(INSTALLED)
+	$(BIN)/python .ci/emulate.py
+	$(BIN)/python .ci/kernels.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

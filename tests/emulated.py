@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import shutil
 import subprocess
 import tempfile
@@ -15,8 +16,14 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-CSRC = Path(__file__).parents[1] / "csrc"
+CSRC = Path(os.environ.get("PYARGS_EMULATED_SOURCES") or Path(__file__).parents[1] / "csrc")
 EMULATE = Path(__file__).parent / "ops/emulate"
+# What runs the threads, and flags. `.ci/cuda` chooses another than the first.
+BUILDS = {
+    "fibers": ("fibers.cpp", ["-O2"]),
+    "address": ("fibers.cpp", ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]),
+}
+BUILD = os.environ.get("PYARGS_EMULATED") or "fibers"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 needed = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the kernels for the host")
@@ -25,36 +32,19 @@ needed = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compi
 @cache
 def library() -> ctypes.CDLL:
     """Compiled once for each state of the sources, whichever test process comes first."""
+    scheduler, flags = BUILDS[BUILD]
     sources = [*sorted(CSRC.glob("kernels/cuda/*")), *sorted(EMULATE.glob("*")), *sorted(CSRC.glob("kernels/*.h"))]
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources) + " ".join(flags).encode()).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / "pyargs-emulated"
     folder.mkdir(exist_ok=True)
     target = folder / f"{digest}.so"
+    command = ["g++", "-std=c++20", *flags, "-shared", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
+    command += ["-I", str(EMULATE), "-I", str(CSRC), "-o", f"{target}.part", "-x", "c++"]
+    command += map(str, [*CSRC.glob("kernels/cuda/*.cu"), EMULATE / "emulate.cpp", EMULATE / scheduler])
     with FileLock(f"{target}.lock"):
         if not target.exists():
-            command = [
-                "g++",
-                "-std=c++20",
-                "-O2",
-                "-shared",
-                "-fPIC",
-                "-Wall",
-                "-Wextra",
-                "-Wno-unknown-pragmas",
-                "-Werror",
-                "-I",
-                str(EMULATE),
-                "-I",
-                str(CSRC),
-            ]
-            command += [
-                "-o",
-                f"{target}.part",
-                "-x",
-                "c++",
-                *map(str, [*CSRC.glob("kernels/cuda/*.cu"), EMULATE / "emulate.cpp"]),
-            ]
-            subprocess.run(command, check=True)
+            # A sanitizer that this process was started with is none of the compiler's.
+            subprocess.run(command, check=True, env=os.environ | {"LD_PRELOAD": ""})
             Path(f"{target}.part").rename(target)
     found = ctypes.CDLL(str(target))
     for name in ("topk_logprobs", "score_select", "tokenwise_select", "user_mlp", "commit"):

@@ -1,13 +1,15 @@
 // The few things in which nvcc and a host emulation of the kernels differ. A kernel uses nothing of CUDA beyond these,
-// __shared__, __syncthreads, __syncwarp, __shfl_down_sync, __shfl_sync, __reduce_add_sync, atomicAdd, __threadfence.
+// __syncthreads, __syncwarp, __shfl_down_sync, __shfl_xor_sync, __shfl_sync, __reduce_add_sync, atomicAdd,
+// __threadfence.
 #pragma once
 
-#include <cuda_runtime.h>  // CUDA's, or the one in tests/ops/emulate, which brings its own PYARGS_LAUNCH
+#include <cuda_runtime.h>  // CUDA's, or the one in tests/ops/emulate, which brings its own macros
 
 #include "../common.h"
 
 #ifndef PYARGS_LAUNCH
 #define PYARGS_LAUNCH(kernel, blocks, threads, stream, ...) kernel<<<blocks, threads, 0, stream>>>(__VA_ARGS__)
+#define PYARGS_SHARED(type, name) __shared__ type name  // all that a kernel has, once
 #endif
 
 namespace pyargs::cuda {

@@ -32,7 +32,7 @@ __device__ __forceinline__ float activated(float x) {
 
 template <Dtype dtype, Activation activation>
 __global__ void __launch_bounds__(1024, 1) score_select_kernel(ScoreRows a) {
-  __shared__ ScoreShared shared;
+  PYARGS_SHARED(ScoreShared, shared);
   const int64_t row = blockIdx.x;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int warps = static_cast<int>(blockDim.x) / 32;

@@ -61,7 +61,7 @@ __device__ __forceinline__ void select_row(TokenwiseShared& shared, const Tokenw
 
 __global__ void __launch_bounds__(kTopkThreads, 3)
     tokenwise_select_kernel(TokenwiseRows a, int64_t chunks, TopkWorkspace work) {
-  __shared__ TokenwiseShared shared;
+  PYARGS_SHARED(TokenwiseShared, shared);
   const int64_t row = blockIdx.x / (2 * chunks), chunk = blockIdx.x % chunks;
   const bool policy = blockIdx.x / chunks % 2 == 0;
   if (a.finished[row]) {

@@ -26,7 +26,7 @@ template <Dtype dtype>
 __global__ void __launch_bounds__(kTopkThreads, 3)
     topk_logprobs_kernel(const void* logits, int64_t vocab, int64_t row_stride, int64_t chunks, int k, float* logprobs,
                          int64_t* ids, float* logsumexp, TopkWorkspace work) {
-  __shared__ TopkShared shared;
+  PYARGS_SHARED(TopkShared, shared);
   const int64_t row = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
   const int64_t first = chunk * kTopkChunk;
   const int n = static_cast<int>(vocab - first < kTopkChunk ? vocab - first : kTopkChunk);

@@ -15,9 +15,13 @@ namespace pyargs::cuda {
 
 constexpr int kMlpThreads = 256, kMlpWarpUnits = 4, kMlpUnits = kMlpThreads / 32 * kMlpWarpUnits, kMlpCandidates = 12;
 
+struct MlpShared {
+  float candidates[kMlpCandidates * kStepFloats];
+};
+
 template <Dtype bank_dtype>
 __global__ void __launch_bounds__(kMlpThreads, 2) user_mlp_kernel(UserMlpRows a, int unit_blocks, int groups) {
-  __shared__ float candidates[kMlpCandidates * kStepFloats];
+  PYARGS_SHARED(MlpShared, shared);
   const int64_t row = blockIdx.x / (unit_blocks * groups);
   const int part = static_cast<int>(blockIdx.x % (unit_blocks * groups));
   const int first = part / unit_blocks * kMlpCandidates;  // candidate
@@ -42,14 +46,14 @@ __global__ void __launch_bounds__(kMlpThreads, 2) user_mlp_kernel(UserMlpRows a,
     for (int i = static_cast<int>(threadIdx.x); i < kMlpCandidates * kWarpElements; i += kMlpThreads) {
       const int j = i / kWarpElements, d = i % kWarpElements;
       const int64_t at = row * a.hidden_stride_b + (first + j) * a.hidden_stride_k + start + d;
-      candidates[j * kStepFloats + place(d)] = j < count && d < n ? element(a.hidden_dtype, a.hidden, at) : 0.0f;
+      shared.candidates[j * kStepFloats + place(d)] = j < count && d < n ? element(a.hidden_dtype, a.hidden, at) : 0.0f;
     }
     __syncthreads();
 #pragma unroll
     for (int j = 0; j < kMlpCandidates; ++j) {
 #pragma unroll
       for (int e = 0; e < kLaneElements; ++e) {
-        const float x = candidates[j * kStepFloats + e * kLanePitch + lane];
+        const float x = shared.candidates[j * kStepFloats + e * kLanePitch + lane];
 #pragma unroll
         for (int u = 0; u < kMlpWarpUnits; ++u) sums[j][u] += x * w[u][e];
       }

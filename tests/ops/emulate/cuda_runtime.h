@@ -1,13 +1,15 @@
-// CUDA as far as the kernels use it, on the host: a block's threads are fibers that run one after the other, in a
-// seeded order, from one rendezvous to the next. It finds wrong indices, tails, ties, missing barriers that a shuffled
-// order can tell, and threads that wait at different barriers; not races within a warp, nor what a memory model allows.
+// CUDA as far as the kernels use it, on the host. What runs the threads is fibers.cpp, or threads.cpp for
+// ThreadSanitizer.
 #pragma once
 
+#include <array>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <string>
+#include <vector>
 
 #define __device__
 #define __host__
@@ -15,11 +17,11 @@
 #define __forceinline__ inline
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
-#define __shared__ static  // blocks run one after the other
 #define PYARGS_LAUNCH(kernel, blocks, threads, stream, ...) \
   ((void)stream, ::pyargs::emulate::launch(blocks, threads, [=] { kernel(__VA_ARGS__); }))
+#define PYARGS_SHARED(type, name) type& name = *static_cast<type*>(::pyargs::emulate::shared(sizeof(type)))
 
-struct uint4 {
+struct alignas(16) uint4 {  // as on the device: a wide load elsewhere is an error
   uint32_t x, y, z, w;
 };
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
@@ -28,7 +30,7 @@ struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 using cudaStream_t = void*;
 using cudaError_t = int;
@@ -42,15 +44,24 @@ inline cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream
 
 namespace pyargs::emulate {
 
-// Runs the blocks in a seeded order. An error is kept for cudaGetLastError.
+// Runs all threads of all blocks. An error is kept for cudaGetLastError.
 void launch(dim3 blocks, dim3 threads, const std::function<void()>& kernel);
-cudaError_t last_error();
-const char* error_text();
+inline std::string error;
+
+// 0 to count, shuffled by the seed where there is one.
+std::vector<unsigned> in_order(unsigned count);
+
+// The block's shared memory: garbage at first, NaN to whom it is floats.
+void* shared(size_t bytes);
+constexpr size_t kMaxShared = 48 * 1024;
+constexpr int kGarbage = 0xff;
 
 void wait_for_block();
 void wait_for_warp(uint32_t mask);
-// Puts 8 bytes where the lanes of the warp see them, once all of `mask` have; `done` lets go of them again.
-const uint64_t* exchange(uint32_t mask, uint64_t own);
+// What the lanes of the warp give; orders nothing but these values.
+std::array<uint64_t, 32> exchange(uint32_t mask, uint64_t own);
+void fence();
+uint32_t atomic_add(uint32_t* at, uint32_t value);
 
 template <class T>
 uint64_t pack(T value) {
@@ -69,17 +80,15 @@ T unpack(uint64_t bits) {
 
 template <class T>
 T from_lane(uint32_t mask, T own, int lane) {
-  const uint64_t* values = exchange(mask, pack(own));
-  const T value = lane >= 0 && lane < 32 ? unpack<T>(values[lane]) : own;
-  wait_for_warp(mask);  // before anybody writes the next one
-  return value;
+  const auto values = exchange(mask, pack(own));
+  return lane >= 0 && lane < 32 ? unpack<T>(values[lane]) : own;
 }
 
 inline int lane() { return static_cast<int>(threadIdx.x % 32); }
 
 template <class T, class Combine>
 T over_lanes(uint32_t mask, T own, Combine combine) {
-  const uint64_t* values = exchange(mask, pack(own));
+  const auto values = exchange(mask, pack(own));
   T found{};
   bool first = true;
   for (int i = 0; i < 32; ++i) {
@@ -87,18 +96,22 @@ T over_lanes(uint32_t mask, T own, Combine combine) {
     found = first ? unpack<T>(values[i]) : combine(found, unpack<T>(values[i]));
     first = false;
   }
-  wait_for_warp(mask);
   return found;
 }
 
 }  // namespace pyargs::emulate
 
-inline cudaError_t cudaGetLastError() { return pyargs::emulate::last_error(); }
-inline const char* cudaGetErrorString(cudaError_t) { return pyargs::emulate::error_text(); }
+inline cudaError_t cudaGetLastError() { return pyargs::emulate::error.empty() ? cudaSuccess : 1; }
+inline const char* cudaGetErrorString(cudaError_t) {
+  static std::string text;
+  text.swap(pyargs::emulate::error);
+  pyargs::emulate::error.clear();
+  return text.c_str();
+}
 
 inline void __syncthreads() { pyargs::emulate::wait_for_block(); }
 inline void __syncwarp(uint32_t mask = 0xffffffffu) { pyargs::emulate::wait_for_warp(mask); }
-inline void __threadfence() {}
+inline void __threadfence() { pyargs::emulate::fence(); }
 
 template <class T>
 T __shfl_sync(uint32_t mask, T value, int lane) {
@@ -118,7 +131,6 @@ inline uint32_t __reduce_add_sync(uint32_t mask, uint32_t value) {
 
 template <class T>
 T atomicAdd(T* at, T value) {
-  const T before = *at;
-  *at = before + value;
-  return before;
+  static_assert(sizeof(T) == 4);
+  return static_cast<T>(pyargs::emulate::atomic_add(reinterpret_cast<uint32_t*>(at), static_cast<uint32_t>(value)));
 }

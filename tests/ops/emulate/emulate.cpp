@@ -1,155 +1,22 @@
-// The fibers behind cuda_runtime.h, and the kernels' host functions for ctypes (tests/ops/emulated.py builds and calls
-// this).
-
-#include <ucontext.h>
+// The kernels' host functions for ctypes: tests/emulated.py builds and calls them.
 
 #include <algorithm>
-#include <memory>
 #include <numeric>
 #include <random>
-#include <string>
-#include <vector>
 
 #include "cuda_runtime.h"
 #include "kernels/cuda/launch.h"
 
 namespace pyargs::emulate {
-namespace {
 
-constexpr size_t kStack = 64 * 1024;
-
-struct Barrier {
-  unsigned arrived = 0;
-  uint64_t generation = 0;
-
-  bool arrive(unsigned expected) {  // true for the last, who lets the others go
-    if (++arrived < expected) return false;
-    arrived = 0;
-    ++generation;
-    return true;
-  }
-};
-
-struct Thread {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack{new char[kStack]};
-  dim3 index;
-  bool done = false;
-  const Barrier* waits = nullptr;
-  uint64_t generation = 0;  // of that barrier when the wait began
-
-  bool ready() const { return !done && (waits == nullptr || waits->generation != generation); }
-};
-
-struct Warp {
-  Barrier barrier;
-  uint64_t values[32];
-};
-
-ucontext_t scheduler;
-std::vector<std::unique_ptr<Thread>> threads;
-std::vector<Warp> warps;
-Barrier block;
-unsigned alive = 0;
-Thread* current = nullptr;
-const std::function<void()>* body = nullptr;
-std::mt19937_64 order(0);
-bool shuffled = false;
-std::string error;
-
-void wait(Barrier& barrier, unsigned expected) {
-  current->waits = &barrier;
-  current->generation = barrier.generation;
-  if (!barrier.arrive(expected)) swapcontext(&current->context, &scheduler);
-  current->waits = nullptr;
-}
-
-void run_thread() {
-  (*body)();
-  current->done = true;
-  --alive;
-  if (block.arrived > 0 && block.arrived == alive) {  // those who wait need not wait for a thread that has ended
-    block.arrived = 0;
-    ++block.generation;
-  }
-  swapcontext(&current->context, &scheduler);
-}
+static std::mt19937_64 order(0);
+static bool shuffled = false;
 
 std::vector<unsigned> in_order(unsigned count) {
   std::vector<unsigned> found(count);
   std::iota(found.begin(), found.end(), 0u);
   if (shuffled) std::shuffle(found.begin(), found.end(), order);
   return found;
-}
-
-void run_block(dim3 index, dim3 size) {
-  const unsigned count = size.x * size.y * size.z;
-  while (threads.size() < count) threads.push_back(std::make_unique<Thread>());
-  warps.assign((count + 31) / 32, Warp{});
-  for (Warp& warp : warps) std::fill_n(warp.values, 32, 0xdeadbeefdeadbeefull);
-  block = Barrier{};
-  alive = count;
-  for (unsigned i = 0; i < count; ++i) {
-    Thread& thread = *threads[i];
-    thread.index = dim3(i % size.x, i / size.x % size.y, i / (size.x * size.y));
-    thread.done = false;
-    thread.waits = nullptr;
-    getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = thread.stack.get();
-    thread.context.uc_stack.ss_size = kStack;
-    thread.context.uc_link = nullptr;
-    makecontext(&thread.context, run_thread, 0);
-  }
-  blockIdx = index;
-  while (alive > 0) {
-    bool moved = false;
-    for (unsigned i : in_order(count)) {
-      Thread& thread = *threads[i];
-      if (!thread.ready()) continue;
-      moved = true;
-      current = &thread;
-      threadIdx = thread.index;
-      swapcontext(&scheduler, &thread.context);
-    }
-    if (!moved) {
-      error = "emulation: threads of a block wait at different barriers";
-      return;
-    }
-  }
-}
-
-}  // namespace
-
-void wait_for_block() { wait(block, alive); }
-
-void wait_for_warp(uint32_t mask) {
-  wait(warps[threadIdx.x / 32].barrier, static_cast<unsigned>(__builtin_popcount(mask)));
-}
-
-const uint64_t* exchange(uint32_t mask, uint64_t own) {
-  Warp& warp = warps[threadIdx.x / 32];
-  warp.values[lane()] = own;
-  wait_for_warp(mask);
-  return warp.values;
-}
-
-void launch(dim3 blocks, dim3 size, const std::function<void()>& kernel) {
-  body = &kernel;
-  blockDim = size;
-  gridDim = blocks;
-  for (unsigned i : in_order(blocks.x * blocks.y * blocks.z)) {
-    if (!error.empty()) return;
-    run_block(dim3(i % blocks.x, i / blocks.x % blocks.y, i / (blocks.x * blocks.y)), size);
-  }
-}
-
-cudaError_t last_error() { return error.empty() ? cudaSuccess : 1; }
-
-const char* error_text() {
-  static std::string text;
-  text.swap(error);
-  error.clear();
-  return text.c_str();
 }
 
 }  // namespace pyargs::emulate
