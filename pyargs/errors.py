@@ -22,7 +22,7 @@ class UnknownUser(PyargsError, KeyError):
 
 
 FEW = 2000
-"""Names that are all compared with a wrong one, which takes some 20 ms. Of more, those are looked up that it may stand for."""
+"""Up to so many names are all compared with a wrong one, which takes some 20 ms. Among more, near spellings are looked up."""
 
 
 def did_you_mean(name: str, known: Collection[str], limit: int = 3) -> str:
@@ -61,7 +61,7 @@ NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def refusal(error: BaseException) -> str | None:
-    """What the system refused, with the fix, in one line; None for an error that is not the system's.
+    """An error of the operating system with its fix, in one line; None for other errors.
 
     The system refuses files (missing, not allowed, a folder), room on the disk, memory, and names that its encoding lacks.
     """
@@ -111,9 +111,9 @@ def described(what: str):
 
 @contextmanager
 def extra(name: str, what: str):
-    """Around the import of what only `pip install 'pyargs[NAME]'` brings: where it is missing, a PyargsError says so.
+    """Around the import of packages that `pip install 'pyargs[NAME]'` brings. Raises a PyargsError where one is missing.
 
-    `what` begins that message. A package that is there and broken raises its own error.
+    `what` begins that message. A package that is installed but broken raises its own error.
     """
     try:
         yield

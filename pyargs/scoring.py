@@ -1,4 +1,4 @@
-"""Hidden states and log-probs of given responses, whoever computes them; of a data set's each once, kept in the cache."""
+"""Hidden states and log-probs of given responses, by the CPU stack or by transformers; those of data sets are cached."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ def features(
     """Hidden states of all responses of a dataset under a frozen backbone.
 
     They are kept in the user's cache under a hash of the weights and of the token ids, so the same pairs are computed
-    once. last: only the last token of each response; separate_prompt: as in `encode_pairs`. A backbone with LoRA is never
-    cached: its weights are one experiment's.
+    once. last: only the last token of each response; separate_prompt: as in `encode_pairs`. Nothing is cached for a backbone
+    with LoRA, which belongs to one experiment.
     """
     if not len(dataset):
         raise PyargsError("no pairs to compute features of: the split is empty")
@@ -125,7 +125,7 @@ def policy_logprobs(policy, encoded) -> list[Tensor]:
 
 
 def rounding() -> list[str]:
-    """What decides the last digits beside the model: torch and the extension as they are built, and their CPU code paths."""
+    """What decides the last digits besides the model: builds of torch and the extension, and their CPU code paths."""
     found = [torch.__version__, torch.backends.cpu.get_cpu_capability()]
     if has_extension:
         from pyargs import _C
@@ -140,8 +140,8 @@ def _digest(file: str) -> str:
 
 
 def _cached(kind: str, model, inputs, compute) -> dict[str, Tensor]:
-    """compute(), or what it gave before for the same model and inputs. One with LoRA is one experiment's, and one with hooks
-    may do anything: not kept."""
+    """compute(), or its earlier result for the same model and inputs. Not cached with LoRA, which belongs to one experiment,
+    nor with hooks, which may do anything."""
     if lora.present(model) or not as_written(model):
         return compute()
     # Weights alone do not make a model, and every product is rounded in its own way.
@@ -184,7 +184,7 @@ def response_states(decoder: nn.Module, groups: Sequences, *, max_tokens: int = 
 
 
 def _one_by_one(model: nn.Module, groups: Sequences, progress: str, read) -> Iterator[list[Tensor]]:
-    """The plain way: each response behind its prompt in a pass of its own; read(output, ids [1, T], length of the prompt)."""
+    """Each response behind its prompt in a pass of its own, the slow way; read(output, ids [1, T], length of the prompt)."""
     device = next(model.parameters()).device
     for prompt, several in progress_bar(groups, desc=progress, unit="prompt", hide=len(groups) < 32):
         rows = [torch.tensor([[*prompt, *response]], dtype=torch.long, device=device) for response in several]

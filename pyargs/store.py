@@ -1,4 +1,4 @@
-"""What was computed from a text, kept in the user's cache by the text's content: SQLite, so that a killed run loses little."""
+"""Results computed from texts, kept in the user's cache in SQLite, so that a killed run loses little."""
 
 from __future__ import annotations
 

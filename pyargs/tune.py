@@ -58,11 +58,11 @@ def engine_for(policy, model, config: Tuning) -> Engine:
 def tune(engine: Engine, rows, config: Tuning) -> dict:
     """reward_std, the grid with what was measured at each point, and the chosen raw `reward_weight`.
 
-    engine: of `engine_for` these settings. rows: pairs of seen users that were held out (split "train_test"). Ties go to the
-    smaller weight. While the largest weight is the best and its answers keep to max_perplexity, the next is STEP times as
-    large, BEYOND times at most. One that breaks the bound ends the search and is not chosen, but stands in the grid. Those of
-    config.grid are bound by it for the objective fluency alone. Raises PyargsError without rows, when the reward does not tell
-    candidates apart (reward_std is 0), or when no weight keeps to fluency's bound.
+    engine: made by `engine_for` with these settings. rows: held-out pairs of seen users (split "train_test"). Ties go to the
+    smaller weight. While the largest weight is the best and within max_perplexity, a weight STEP times as large is tried, at
+    most BEYOND times. The first beyond the bound ends the search; it is in the grid, but not chosen. Weights of config.grid
+    are held to the bound by the objective fluency only. Raises PyargsError without rows, when all candidates have the same
+    reward (reward_std is 0), or when no weight is within fluency's bound.
     """
     policy, model = engine.pair.policy, engine.pair.model
     if not hasattr(model, "pair_scores"):

@@ -10,20 +10,20 @@ from pyargs.files import TUNED, read_json, weights_hash, write_json
 
 
 def note(model: str | Path, policy: str, dtype: str, found: dict) -> None:
-    """Writes what was tuned beside the model in this folder; what other policies were tuned to stays."""
+    """Writes what was found for this policy into the model's folder; what was found for other policies stays."""
     file = Path(model) / TUNED
     write_json(file, {**(read_json(file) if file.exists() else {}), f"{policy} {dtype}": found})
 
 
 def noted(model: str | Path, policy: str, dtype: str) -> dict | None:
-    """What was tuned for this policy and the model as it is now in this folder."""
+    """What was found for this policy; None if nothing was, or if the model in the folder has changed since."""
     file = Path(model) / TUNED
     kept = read_json(file).get(f"{policy} {dtype}") if file.exists() else None
     return kept if kept and kept.get("model") == weights_hash(model) else None
 
 
 def keep(old: str | Path, new: str | Path) -> None:
-    """A model that is saved again, with other users say, keeps what its weights were tuned to."""
+    """Copies what was found to the folder where a model is saved again, with other users say."""
     if (Path(old) / TUNED).exists() and Path(old).resolve() != Path(new).resolve():
         write_json(Path(new) / TUNED, read_json(Path(old) / TUNED))
 

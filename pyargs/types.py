@@ -1,4 +1,4 @@
-"""The nouns that the rest of the package passes around: Users, Batch, Features, LogProbs, Result."""
+"""The data types that the rest of the package shares: Users, Batch, Features, LogProbs, Result."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from pyargs.user_ids import UserRows, user_ids
 class Users(nn.Module):
     """Ids and, for each named kind of vector, one row per user.
 
-    vectors: name -> float tensor [users, ...], taken as it is, not copied. ids: user -> row. trained: the first so many rows
-    are of users that the model was trained on; those who were adapted later stand behind. A model without vectors is the same
-    for everyone: it then knows no users, and `rows` answers 0 for any id.
+    vectors: name -> float tensor [users, ...], not copied. ids: user -> row. trained: how many users the model was trained
+    on; theirs are the first rows, and adapted users follow. A model without vectors is the same for everyone: it knows no
+    users, and `rows` gives 0 for any id.
 
-    Users come and go at the cost of their own rows. What `vectors` holds is another Parameter afterwards, at the same place
-    in memory as long as there is room. Rows do not keep their order where users leave.
+    Adding or removing a user costs its own rows only. Afterwards `vectors` holds new Parameters, in the same memory as long as
+    there is room. Removing users changes the order of rows.
     """
 
     def __init__(self, ids: Iterable[str] = (), **vectors: Tensor):
@@ -85,8 +85,7 @@ class Users(nn.Module):
     def remove(self, ids: Iterable[str]) -> None:
         """Takes users away and overwrites their vectors. Raises UnknownUser, and then removes nobody.
 
-        The last rows move to the places that become free: of the trained users into those of trained ones, of all users into
-        the rest.
+        The last rows move into the gaps: rows of trained users into gaps among these, then the last of all into the rest.
         """
         gone = set(self.rows(ids).tolist()) if self.personal else set()
         if not gone:
@@ -117,7 +116,7 @@ class Users(nn.Module):
             self.ids.move(row, place)
 
     def _room_for(self, name: str, count: int) -> Tensor:
-        """The memory behind a kind of vector, with places for `count` rows; where it has to be new, for half as many again."""
+        """The memory of a kind of vector, with places for `count` rows; if it must be allocated, for half as many again."""
         old, room = self.vectors[name].detach(), self._room.get(name)
         if room is None or room.data_ptr() != old.data_ptr() or len(room) < count:
             room = torch.cat([old, old.new_zeros(count + count // 2 + 1 - len(old), *old.shape[1:])])
@@ -247,7 +246,7 @@ class LogProbs:
 
 @dataclass
 class Result:
-    """What a stage measured: values, with everything needed to say where they come from (`files.provenance`)."""
+    """What a stage measured, with settings, inputs and `files.provenance`."""
 
     stage: str
     values: dict

@@ -20,8 +20,8 @@ def user_id(user) -> str:
 
 
 def user_ids(users: Iterable[str]) -> list[str]:
-    """A list of ids as text. Raises PyargsError for one id in the place of a list, whose letters would count as users, and
-    for a set, whose order is not the rows'."""
+    """A list of ids as text. Raises PyargsError for a single str, whose letters would count as users, and for a set, which has
+    no order."""
     if isinstance(users, (set, frozenset)):
         raise PyargsError("users is a list with one id for each row, got a set, which has no order: write a list")
     if isinstance(users, (str, bytes)) or not isinstance(users, Iterable) or getattr(users, "ndim", 1) == 0:
@@ -35,9 +35,9 @@ LOWER = (1 << 32) - 1
 class UserRows(Mapping):
     """Different ids in rows: user -> row, like a dict, and `ids`, by row. Raises PyargsError for an id that is there twice.
 
-    A million ids are ready in a quarter of the time that a dict takes. One sorted array holds half of each id's hash above
-    its row; `ids` says whose row it is, so that an entry which is out of date finds nobody. A dict holds what was looked up,
-    and who came or moved since.
+    It is built four times as fast as a dict, which counts with a million ids. A sorted array holds half of each id's hash and
+    its row; a look-up compares with `ids`, so that outdated entries find nothing. A dict holds what was looked up, and users
+    who came or moved since.
     """
 
     def __init__(self, ids: Iterable[str] = ()):
@@ -80,13 +80,13 @@ class UserRows(Mapping):
         self.ids += ids
 
     def move(self, row: int, to: int) -> None:
-        """The user of one row takes the place of another, who is gone."""
+        """Moves the user of one row to the row of another user, who is gone."""
         self._forget(to)
         user = self.ids[to] = self.ids[row]
         self._found[user] = to
 
     def cut(self, count: int) -> None:
-        """The rows from `count` on end; who moved from there to another row stays."""
+        """Removes the rows from `count` on; users who moved from there to another row stay."""
         for row in range(count, len(self)):
             self._forget(row)
         del self.ids[count:]

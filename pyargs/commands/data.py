@@ -33,7 +33,7 @@ def _add_build(parser: argparse.ArgumentParser, argv: list[str]) -> None:
 
     if argv[:1] != ["build"]:
         return
-    first = argparse.ArgumentParser(add_help=False)  # a first look: the name may stand behind flags, whose values are not it
+    first = argparse.ArgumentParser(add_help=False)  # a first look for the name, which may come after flags with values
     for word in ("name", "--source", "--out"):
         first.add_argument(word, nargs="?")
     name = first.parse_known_args(argv[1:])[0].name
@@ -80,7 +80,7 @@ def _build(args: argparse.Namespace) -> dict:
     try:
         found = prepare.build(args.name, args.source, args.out, config)
     except PyargsError:
-        files.beside(args.out, "stage.json").unlink(missing_ok=True)  # nothing was begun that could be gone on with
+        files.beside(args.out, "stage.json").unlink(missing_ok=True)  # nothing that a later run could continue
         raise
     for problem, rows in found["check"]["problems"].items():
         print(

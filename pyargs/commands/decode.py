@@ -146,7 +146,7 @@ def _temperature(args: argparse.Namespace, engine) -> float:
 
 
 def _follow(args: argparse.Namespace, tuned: dict, source: str) -> float:
-    """The weight, which holds for the settings that it was tuned with: they fill the flags that are not given.
+    """The tuned weight, and the settings that it was tuned with in the place of flags that are not given.
 
     Raises PyargsError where a flag contradicts them.
     """

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-WHOLE = 4  # words from which a source that stands in an answer is a quotation: shorter titles are anybody's words
+WHOLE = 4  # a source of so many words that an answer contains is a quotation; shorter titles may be chance
 
 ANSWER = {"user_id": str, "pair_id": str | None, "text": str, "tokens": list[int]}
 """What a line of `pyargs decode` holds."""
 GUIDED = {"reward_weight": float | None, "cut": bool}
-"""What it may hold besides and is read."""
+"""Optional fields that are read."""
 
 
 def add_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> None:
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def _generations(args: argparse.Namespace, model, policy, rows, tuned: dict | None) -> dict:
-    """What the answers of a file are worth: means, and each answer's own values."""
+    """Measures of the answers of a file: means, and the values of each answer."""
     from pyargs import files
     from pyargs.config import check_kinds
     from pyargs.errors import PyargsError
@@ -160,8 +160,8 @@ def _generations(args: argparse.Namespace, model, policy, rows, tuned: dict | No
 
 
 def _check_origin(args: argparse.Namespace, answers: dict, tuned: dict | None) -> None:
-    """Raises PyargsError where the answers are known to be another model's, another policy's, of another weight or of other
-    settings than it was tuned with."""
+    """Raises PyargsError where the answers are known to be of another model, policy or weight, or of other settings than the
+    weight was tuned with."""
     from pyargs import files
     from pyargs.errors import PyargsError
     from pyargs.lm import hub
@@ -188,7 +188,7 @@ def _check_origin(args: argparse.Namespace, answers: dict, tuned: dict | None) -
 
 
 def _guide(model, policy, rows, tuned: dict) -> dict:
-    """What a RewardModel or TokenReward is worth by itself and, with its weight, to the policy's score."""
+    """Accuracies of a RewardModel or TokenReward alone and, with its weight, together with the policy."""
     from pyargs.metrics.policy_accuracy import pair_scores, policy_accuracy
     from pyargs.metrics.rm_accuracy import rm_accuracy
 

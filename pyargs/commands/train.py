@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> dict:
     if done := files.finished(args.out, key):
         files.drop_resumable(args.out, "checkpoints")
         return {**done, "already_done": True}
-    # Its name holds the stage's key: a checkpoint of other settings or data is never gone on from.
+    # Its name holds the stage's key: a checkpoint of other settings or data is never continued.
     with files.resumable(args.out, "checkpoints", key) as checkpoints:
         model = learn.train(args.method, data, config, checkpoints=checkpoints)
         model.save_pretrained(args.out)

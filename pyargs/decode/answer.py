@@ -1,4 +1,4 @@
-"""What becomes of a request: an event at each step, and an answer at the end."""
+"""What a request gets: an event at each step, and an answer at the end."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pyargs.errors import PyargsError
 
 @dataclass
 class Answer:
-    """One row's result.
+    """The answer to one request.
 
-    number: of the request, as `Engine.submit` gave it. tokens: ids without the stop token; text: the same decoded, None
-    without a tokenizer. rewards: of each token, raw; slots: its rank among the policy's candidates (0 is its favourite);
-    spreads: standard deviation of the rewards over the candidates. finish_reason: "stop" (a stop token came), "length" or
-    "cancelled". backend: what computed it. seed: of its sampling.
+    number: the request's, as `Engine.submit` returned it. tokens: ids without the stop token; text: the same decoded, None
+    without a tokenizer. For each token, rewards: its raw reward; slots: its rank among the policy's candidates, from 0;
+    spreads: the standard deviation of the candidates' rewards. finish_reason: "stop" (a stop token came), "length" or
+    "cancelled". backend: the name of the backend that computed it. seed: of its sampling.
     """
 
     number: int
@@ -35,10 +35,10 @@ class Answer:
 
 
 class Event(NamedTuple):
-    """What a step did for one request: the token that it chose, its reward and its slot; the answer with the last one.
+    """One token of a request: its id, reward and slot; the last one has the answer, too.
 
-    A request that was cancelled has an answer and no token, one in which nothing could be chosen an error. The last event of
-    best-of-N says that `Engine.answer` has the answer.
+    A cancelled request ends with an event that has an answer and no token. One in which nothing could be chosen ends with an
+    error. With best-of-N there is one event, which has the answer and no token.
     """
 
     number: int
@@ -51,7 +51,7 @@ class Event(NamedTuple):
 
 @dataclass
 class Ticket:
-    """A request on its way."""
+    """A request that waits or is being answered, with what it has so far."""
 
     number: int
     request: Request

@@ -1,4 +1,4 @@
-"""ARGS: at each step the policy proposes k tokens, a reward model scores each for the row's user, and the best sum wins.
+"""ARGS: at each step the policy proposes k tokens, a reward model scores each for the row's user, the best sum is chosen.
 
 score(v) = log pi(v | x, y_<t) + w r_u(v | x, y_<t), argmax (or a sample) over the policy's top k (eq. 1 of the paper).
 
@@ -23,30 +23,29 @@ from pyargs.ops import score_select, topk_logprobs
 
 
 class Passes(Protocol):
-    """What a backend does for a step: the passes of policy and reward model behind the rows that are here.
+    """The passes of policy and reward model that a backend computes for the rows that are here.
 
-    top: so many of the largest logits of a row are needed, 0 is all. screened: the others may be estimates, smaller than
-    these.
+    top: how many of a row's largest logits must be exact, 0 is all. screened: the others may be estimates, smaller than these.
     """
 
     top: int
     screened: bool
 
     def join(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[Tensor, Tensor]:
-        """Rows come in behind the others: the policy's logits [m, V] and the reward model's states [m, D] of their prompts'
-        last tokens. capacity: places that the longest of them needs, its answer and candidates included."""
+        """Adds rows behind the others; returns the policy's logits [m, V] and the reward model's states [m, D] of their
+        prompts' last tokens. capacity: places that the longest of them needs, its answer and candidates included."""
 
     def branch(self, candidates: Tensor, wanted: Tensor | None) -> Tensor:
         """The reward model's states [n, k, D] of candidates [n, k]; those outside `wanted` bool [n, k] may be anything."""
 
     def follow(self, token: Tensor, slot: Tensor, going: Tensor | None) -> Tensor:
-        """Token [n], the candidate at slot [n], becomes each row's next one, where going [n]: the logits [n, V] behind it."""
+        """Appends token [n], the candidate at slot [n], to each row where going [n]; returns the next logits [n, V]."""
 
     def keep(self, order: Sequence[int]) -> None:
         """The rows at these positions stay, in this order."""
 
     def current(self) -> bool:
-        """Whether the weights are those that these passes were made for. Reads them all where they were copied."""
+        """Whether the weights are still those that the passes were made for. If they were copied, this reads all of them."""
 
 
 class Two:
@@ -117,7 +116,7 @@ class Guided:
         self.folded = folded
 
     def choose(self) -> Choice:
-        """The next token of each row that is here, counted as taken."""
+        """Chooses the next token of each row that is here."""
         rows, k = self.rows, self.rows.most
         logits = rows["logits"][:, : self.vocabulary]
         logprobs, candidates, _ = topk_logprobs(logits, k)
@@ -152,7 +151,7 @@ class Guided:
         return choice
 
     def follow(self, choice: Choice, going: Tensor | None = None) -> None:
-        """The chosen tokens become the rows' next ones. going bool [n]: where, all by default."""
+        """Appends the chosen tokens to the rows where going bool [n], to all by default."""
         slot = choice.slot if going is None else choice.slot.masked_fill(~going, -1)
         self.rows["logits"] = as_float(self.passes.follow(choice.token, slot, going))
 
@@ -163,7 +162,7 @@ class Guided:
         self.passes.top = self.rows.most
 
     def current(self) -> bool:
-        """Whether the weights are those that the passes were made for. Reads them all where they were copied."""
+        """Whether the weights are still those that the passes were made for. If they were copied, this reads all of them."""
         return self.passes.current()
 
 

@@ -23,13 +23,13 @@ class Group:
 
 
 def samples(request: Request, n: int) -> list[Request]:
-    """N requests for samples from the whole vocabulary, each by a seed of its own."""
+    """N requests for samples from the whole vocabulary, each with its own seed."""
     return [replace(request, user="", seed=numbered(request.seed, i)) for i in range(n)]
 
 
 @torch.no_grad()
 def pick(model, number: int, request: Request, answers: Sequence[Answer]) -> Answer:
-    """argmax over N samples y ~ pi(. | x) of R_u(x, y). An empty one has no tokens to reward, and only wins among empty ones.
+    """argmax of R_u(x, y) over N samples y ~ pi(. | x). An empty sample has no reward, and wins only if all are empty.
 
     The answer's rewards are those of all samples, -inf for empty ones; its slots and spreads say nothing.
     """

@@ -1,4 +1,4 @@
-"""The door of the decoder: text or ids, any kind of model, one batch or requests that come and go."""
+"""The entrance to the decoder: text or ids, any kind of model, one batch or requests that come and go."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ class Engine:
         return found
 
     def submit(self, prompt, user: str = "", **wish) -> int:
-        """A request comes in; returns its number. `step` computes it.
+        """Adds a request and returns its number; `step` computes it.
 
         prompt: a str, messages, or a list of token ids. user: whose reward guides.
         strength: w in units of 1 / reward_std, which the model carries; 1 by default.
@@ -167,11 +167,11 @@ class Engine:
             return number
 
     def step(self) -> list[Event]:
-        """Lets waiting requests in, and computes the next token of each that is here. Returns what happened since the last
-        call to requests of `submit`, whoever computed it.
+        """Admits waiting requests and computes one token of each that is being answered. Returns the events of requests of
+        `submit` since the last call, also of steps that another thread computed.
 
         Raises PyargsError that names `refresh` when a model has changed. A request in which nothing could be chosen ends, and
-        whoever asked for it gets the error.
+        its event and `answer` have the error.
         """
         with self._lock:
             self._step()
@@ -179,8 +179,8 @@ class Engine:
             return events
 
     def cancel(self, number: int) -> None:
-        """The request ends with the tokens that it has. Nothing happens where it has ended already. Raises PyargsError for a
-        number that no request has had."""
+        """Ends a request with the tokens that it has; one that has ended stays as it is. Raises PyargsError for a number that
+        no request has had."""
         with self._lock:
             if integer("number", number, 0) >= self._count:
                 raise PyargsError(f"there is no request {number}")
@@ -205,8 +205,8 @@ class Engine:
             self._tell([Event(number, None, 0.0, 0, ticket.answer, None)])
 
     def stream(self, prompt, user: str = "", **wish) -> Iterator[Event]:
-        """The events of one request as they come, which is asked for as in `submit`. Others' requests go on meanwhile. Whoever
-        stops listening cancels it."""
+        """The events of one request as they come; arguments as for `submit`. Other requests are computed meanwhile. Closing
+        the iterator cancels the request."""
         if self.pair.best_of:
             raise PyargsError("best_of samples whole answers: there is nothing to stream, use generate")
         request = self.pair.request(prompt, user_id(user), **known_wishes(wish))
@@ -218,9 +218,9 @@ class Engine:
         return stream
 
     def answer(self, number: int) -> Answer | None:
-        """The answer to a request of `submit` that has ended, once; None while it has not. Raises what ended it otherwise.
+        """The answer to a request of `submit`; None while it has not ended. Raises the error that ended it, if there was one.
 
-        Answers are kept until they are taken here, also where an event of `step` showed them."""
+        Each answer is kept until it is taken here, and is taken once, even if an event of `step` has shown it."""
         with self._lock:
             if number not in self._tickets and number not in self._groups:
                 raise PyargsError(f"there is no request {number} (or its answer has been taken)")
@@ -228,12 +228,12 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether a request waits or is being answered, or has events that no `step` has returned."""
+        """Whether any request waits, is being answered, or has events that no `step` has returned."""
         with self._lock:
             return bool(self._scheduler.here or self._scheduler.waiting or self._events)
 
     def refresh(self) -> None:
-        """Takes the models as they are now: chooses the backend anew. Requests that are being answered are cancelled."""
+        """Takes the models as they are now and chooses the backend again. Requests that are being answered are cancelled."""
         with self._lock:
             for number in list(self._scheduler.here):
                 self.cancel(number)
@@ -254,7 +254,7 @@ class Engine:
         return backends.steps(chosen, pair, self.max_rows, self.eos_reward)
 
     def _check_unchanged(self) -> None:
-        """Nothing is computed with what a model was before."""
+        """Raises PyargsError when a model is no longer what the backend was made for."""
         idle = not self._scheduler.here and self._scheduler.waiting  # then there is time to read the weights
         if self._watch.changed() or idle and not self._rows.current():
             raise PyargsError(
@@ -262,7 +262,7 @@ class Engine:
             )
 
     def raw_weight(self, strength: float | None = None) -> float:
-        """The reward_weight that a strength is, 1 by default."""
+        """The reward_weight that a strength (1 by default) stands for."""
         return self.pair.raw_weight(strength, None)
 
     def _unit(self) -> float:
@@ -273,7 +273,7 @@ class Engine:
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def _step(self) -> None:
-        """One step of all rows; who is told of it is another matter. What it keeps is no inference tensor of the caller's."""
+        """One step of all rows. The tensors that it keeps are ordinary ones, even under the caller's inference mode."""
         self._check_unchanged()
         self._stepping = True
         try:
@@ -301,7 +301,7 @@ class Engine:
             self._read(self._next())
 
     def _unknown(self, numbers: list[int]) -> list[int]:
-        """Of requests that come in, those whose users have been removed while they waited: they end with the error."""
+        """Which of these admitted requests have a user who was removed while they waited; they end with the error."""
         gone = []
         for ticket in () if self.pair.best_of else [self._tickets[number] for number in numbers]:
             try:
@@ -313,7 +313,7 @@ class Engine:
         return gone
 
     def _lose(self, error: BaseException) -> None:
-        """After an error in the middle of a step nobody knows how far the rows are: they end with it."""
+        """After an error in the middle of a step the rows' states are unknown, so all of them end with that error."""
         for number in self._scheduler.here:
             ticket = self._tickets[number]
             if ticket.answer is None:
@@ -324,24 +324,24 @@ class Engine:
         self._rows = self._made()
 
     def _has_room(self, mine: dict) -> bool:
-        """Whether a call of `generate` adds one more of its requests: those of others wait no longer for it than for one."""
+        """Whether a call of `generate` may add one more request. It keeps one waiting, so that others' come between."""
         here = set(self._scheduler.here)
         full = len(here) + self._scheduler.waiting >= self.max_rows
         return not full or not any(number not in here for number in mine if number in self._tickets)
 
     def _fit(self, *numbers: int) -> bool:
-        """Whether requests may stand in one pass, which turns all its rows as the longest one asks (longrope)."""
+        """Whether requests may share a pass: with longrope, the longest row sets the rotary embeddings of all."""
         lengths = [len(self._tickets[number].request.prompt) + self.pair.soft for number in numbers]
         return all(len({length > at for length in lengths}) == 1 for at in self._borders)
 
     def _places(self) -> int:
-        """Of a cache that the rows that are here need: for the longest answer, and behind it the most candidates of a step."""
+        """Places that a row of the cache needs: the longest prompt and answer, and the most candidates of a step."""
         here = [self._tickets[number].request for number in self._scheduler.here]
         longest = max(len(one.prompt) + self.pair.soft + one.max_new_tokens for one in here)
         return longest + max(one.num_candidates or 1 for one in here)
 
     def _next(self) -> list[Choice]:
-        """One step of the rows that are here. Where it was to be captured and cannot be, the eager passes go on."""
+        """One step of the rows that are here. If its capture fails, the eager backend continues."""
         try:
             return self._rows.step()
         except cuda_graph.Refused as refused:
@@ -369,7 +369,7 @@ class Engine:
         self._tell(events)
 
     def _tell(self, events: list[Event]) -> None:
-        """Whoever asked for these requests."""
+        """Hands events to the streams and to the next `step`."""
         for event in events:
             if (own := self._tickets[event.number].events) is not None:
                 own.append(event)

@@ -1,4 +1,4 @@
-"""Guided decoding with a TokenReward (GenARM): its log-probs reward every token at once, so no candidate is ever tried.
+"""Guided decoding with a TokenReward (GenARM): one pass of it rewards all tokens, so candidates are not run one by one.
 
 score(v) = log pi(v | x, y_<t) + w log pi_r(v | x, y_<t). Over the policy's top k the best one is taken, as in ARGS; over the
 whole vocabulary with a temperature this is GenARM's own rule, which samples from softmax(score).
@@ -32,7 +32,7 @@ class Tokenwise:
         self.rows.join(logits=logits, rewards=rewards, **of_requests(requests, self.device))
 
     def choose(self) -> Choice:
-        """The next token of each row that is here, counted as taken. A stop token has its own reward: a TokenReward learns to
+        """Chooses the next token of each row that is here. A stop token has its own reward, since a TokenReward learns to
         stop."""
         rows = self.rows
         sampling = dict(
@@ -55,7 +55,7 @@ class Tokenwise:
         return note(rows, *found)
 
     def follow(self, choice: Choice, going: Tensor | None = None) -> None:
-        """The chosen tokens become the rows' next ones. going bool [n]: where, all by default."""
+        """Appends the chosen tokens to the rows where going bool [n], to all by default."""
         for name, half in (("logits", self.policy), ("rewards", self.reward)):
             self.rows[name] = as_float(half.advance(choice.token, going))[:, : self.vocabulary].to(self.device)
 
@@ -65,7 +65,7 @@ class Tokenwise:
             part.keep(order)
 
     def current(self) -> bool:
-        """Whether the weights are those that the passes were made for. Reads them all where they were copied."""
+        """Whether the weights are still those that the passes were made for. If they were copied, this reads all of them."""
         return self.policy.current() and self.reward.current()
 
     def _among_all(self, sampling: dict) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""The models that an engine decodes with: loaded, checked to fit each other, and what may be asked of them."""
+"""The two models of an engine: loading them, checking that they fit each other, and checking what is asked of them."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from pyargs.models.user_policy import UserPolicy
 
 
 def load_pair(policy, model, *, dtype="float32", backbone: str | None = None):
-    """A policy and the model that guides it, as `Engine` takes them; weights that both rest on are loaded once.
+    """A policy and the model that guides it, as `Engine` takes them; weights that both use are loaded once.
 
-    backbone: the place that the model's backbone was moved to. A UserPolicy answers by itself: it takes no policy, and its own
-    language model stands in the place of one.
+    backbone: the place that the model's backbone was moved to. A UserPolicy takes no policy: its own language model is
+    returned as the policy.
     """
     if isinstance(model, (str, Path)):
         return _loaded(policy, str(model), dtype, backbone)
@@ -65,7 +65,7 @@ def _loaded(policy, model: str, dtype, backbone: str | None):
 
 
 LONGEST = 2**20
-"""The most tokens of an answer, also for models without a limit: the noise of a sample is drawn when the request comes in."""
+"""The most tokens of an answer, also for models without a limit, since all of a sample's noise is drawn in advance."""
 
 
 @dataclass
@@ -92,18 +92,18 @@ class Pair:
         return 0 if soft is None else soft.centres.shape[1]
 
     def language_models(self) -> list[nn.Module]:
-        """Those whose passes are taken, the policy's first."""
+        """The models that a step runs, the policy first."""
         if not self.guided:
             return [self.policy]
         return [self.policy, unwrapped(self.model.lm) if isinstance(self.model, TokenReward) else self.model.backbone]
 
     def modules(self) -> list[nn.Module]:
-        """All that a step computes with."""
+        """All modules that a step computes with."""
         head = [self.model.head] if self.guided and isinstance(self.model, RewardModel) else []
         return self.language_models() + head
 
     def encode(self, prompt, user: str) -> list[int]:
-        """Ids of a prompt, which may be ids already."""
+        """Ids of a prompt; ids stay as they are."""
         messages = isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], dict)
         if not isinstance(prompt, str) and not messages:
             (ids,) = ids_of([prompt], min(len(lm.get_input_embeddings().weight) for lm in self.language_models()))
@@ -187,7 +187,7 @@ class Pair:
 
 
 def known_wishes(wish: dict) -> dict:
-    """The wish as it is. Raises PyargsError for a name that `Engine.submit` does not know."""
+    """Returns `wish`. Raises PyargsError for a name that `Engine.submit` does not know."""
     known = list(inspect.signature(Pair.request).parameters)[3:]
     for name in wish:
         if name not in known:

@@ -1,4 +1,4 @@
-"""The policy's half of the decoder, for loops of other people: logits behind the tokens of rows."""
+"""The policy's half of the decoder, for your own loop: logits of the next token of each row."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pyargs.lm.structure import Watch, unwrapped
 
 
 def several(rows: Sequence[Hashable]) -> Sequence[Hashable]:
-    """The rows. Raises PyargsError for one name in the place of a list, whose letters would count as rows."""
+    """The rows. Raises PyargsError for a str, whose letters would count as rows."""
     if isinstance(rows, (str, bytes)):
         raise PyargsError(f"rows is a list of names, got {rows!r}: write [{rows!r}]")
     return rows
 
 
 def of_transformers(lm) -> nn.Module:
-    """The model. Raises PyargsError for what is none."""
+    """The model. Raises PyargsError unless it is a model of transformers."""
     if not isinstance(lm, nn.Module):
         raise PyargsError(
             f"a policy is a causal language model of transformers, got {lm!r:.60}: load it with pyargs.load_lm(name)[0]"
@@ -99,7 +99,7 @@ class Here:
 
 
 class Policy:
-    """Logits behind the tokens of rows that come and go.
+    """Logits of the next token of rows that come and go.
 
     lm: a causal language model of transformers. backend: as for `Engine`. max_rows: rows that are here at a time.
 
@@ -108,7 +108,7 @@ class Policy:
         policy.advance(["a"], [token])
         policy.drop(["b"])
 
-    What a row gets does not depend on the others. By one thread at a time.
+    A row's logits do not depend on the other rows. One thread at a time may use it.
     """
 
     def __init__(self, lm, *, backend: str = "auto", max_rows: int = 8):
@@ -127,12 +127,12 @@ class Policy:
 
     @torch.no_grad()
     def prefill(self, rows: Sequence[Hashable], ids: Sequence[Sequence[int]]) -> None:
-        """Rows come in with their tokens. Raises PyargsError for a row that is here already, an empty one, or one too many."""
+        """Adds rows with their tokens. Raises PyargsError for a row that is here already, an empty one, or one too many."""
         texts = self._here.add(list(rows), ids)
         self._note(list(rows), self._half.join(texts, max(map(len, texts)) + 1))
 
     def next_logits(self, rows: Sequence[Hashable] | None = None) -> Tensor:
-        """Logits float32 [n, V] of the next token of each row, of all that are here by default."""
+        """Logits float32 [n, V] of the next token of each of these rows, all by default."""
         places = self._here.places(rows)
         if not places:
             size = 0, self.lm.config.get_text_config(decoder=True).vocab_size
@@ -141,7 +141,7 @@ class Policy:
 
     @torch.no_grad()
     def advance(self, rows: Sequence[Hashable], tokens: Sequence[int] | Tensor) -> None:
-        """Each of the rows goes on by its token [n]."""
+        """Appends one token to each of these rows; tokens int64 [n]."""
         places = self._here.places(rows)
         token = self._here.spread(places, tokens)
         self._here.longer(places)
@@ -151,7 +151,7 @@ class Policy:
         self._note([self._here.names[place] for place in places], logits[places])
 
     def drop(self, rows: Sequence[Hashable]) -> None:
-        """Rows leave."""
+        """Removes rows."""
         self._half.keep(self._here.remove(rows))
         for row in rows:
             del self._logits[row]

@@ -1,4 +1,4 @@
-"""The policy's own answers to many prompts, kept so that none is written twice."""
+"""The policy's own answers to many prompts, kept in the cache so that each is computed once."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def greedy_answers(
 ) -> list[str]:
     """The policy's own greedy answer to each prompt, kept in `$PYARGS_CACHE/answers`: a killed run continues.
 
-    policy: embedded name, local folder or hub name; max_tokens: longest prompt, cut as `encode_prompt` does. Answers that
-    another backend or another kind of device computed are others: they may be rounded otherwise.
+    policy: embedded name, local folder or hub name; max_tokens: longest prompt, cut as `encode_prompt` does. Each backend and
+    kind of device has its own answers, since it rounds in its own way.
     """
     model = UserPolicy(*load_lm(policy, dtype=dtype), about={"max_length": max_tokens})
     engine = Engine(None, model, max_rows=batch_size)

@@ -1,4 +1,4 @@
-"""What is asked of a decoder: one request, its noise, and the checks of its values."""
+"""A request to the decoder, its noise, and the checks of its values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pyargs.lm.forward import check_lengths
 
 @dataclass(frozen=True)
 class Request:
-    """One row's wish.
+    """What one row asks for.
 
     prompt: token ids. user: whose reward guides; "" where the model is the same for everyone. reward_weight: w of eq. 1, in
     raw units. num_candidates: k, or None for the whole vocabulary. temperature: 0 takes the best score, above it the choice is
@@ -49,7 +49,7 @@ def noise(request: Request, steps: int) -> Tensor:
 
 
 def integer(name: str, value, least: int, most: int | None = None) -> int:
-    """value as an int: of Python, numpy or a tensor of one element, not a bool, and within the bounds."""
+    """value as an int. Raises PyargsError unless it is an integer (of Python, numpy or a tensor of one) within the bounds."""
     try:
         number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -61,7 +61,7 @@ def integer(name: str, value, least: int, most: int | None = None) -> int:
 
 
 def number(name: str, value, least: float, most: float = math.inf, *, above: bool = False) -> float:
-    """value as a float within the bounds, a bool excluded. above: it must be larger than `least`."""
+    """value as a float. Raises PyargsError for a bool and outside the bounds. above: it must be larger than `least`."""
     fits = isinstance(value, Real) and not isinstance(value, bool) and least <= value <= most and abs(value) < math.inf
     if not fits or (above and value == least):
         bounds = f"{'above' if above else 'at least'} {least:g}" + (f" and at most {most:g}" if most < math.inf else "")
@@ -70,7 +70,7 @@ def number(name: str, value, least: float, most: float = math.inf, *, above: boo
 
 
 def ids_of(prompts, known: int) -> list[list[int]]:
-    """Prompts as lists of ids. Raises PyargsError for what is no token of a model that knows so many."""
+    """Prompts as lists of ids. Raises PyargsError for an id that is not 0 to known - 1."""
     try:
         return [[integer("a token of a prompt", one, 0, known - 1) for one in prompt] for prompt in prompts]
     except TypeError:
@@ -78,7 +78,7 @@ def ids_of(prompts, known: int) -> list[list[int]]:
 
 
 def sampling_temperature(temperature) -> float:
-    """The temperature of a choice that is sampled."""
+    """The temperature of a sampled choice, as a float. Raises PyargsError unless it is finite and above 0."""
     if isinstance(temperature, Real) and not isinstance(temperature, bool) and 0 < temperature < math.inf:
         return float(temperature)
     raise PyargsError(
@@ -87,7 +87,7 @@ def sampling_temperature(temperature) -> float:
 
 
 SEEDS = -(2**63), 2**64 - 1
-"""What torch takes."""
+"""The least and the largest seed of torch."""
 
 
 def seeds(seed, rows: int) -> int | list[int] | None:
@@ -101,7 +101,7 @@ def seeds(seed, rows: int) -> int | list[int] | None:
 
 
 def numbered(seed: int, number: int) -> int:
-    """The seed of the prompt of that number, whatever batch it is in; torch's largest is not exceeded."""
+    """The seed of prompt `number` of a call, which does not depend on how prompts are batched."""
     return (seed * 1_000_003 + number) % 2**63
 
 
@@ -124,7 +124,7 @@ def weights(reward_weight, rows: int, name: str = "reward_weight") -> Tensor:
 
 
 def _several(value) -> bool:
-    """Whether it is a sequence, an array or a tensor of numbers; text is none."""
+    """Whether it is a sequence, an array or a tensor of numbers; a str is not."""
     return isinstance(value, Iterable) and not isinstance(value, str) and getattr(value, "ndim", 1) > 0
 
 
@@ -167,5 +167,5 @@ def stop_and_pad(lm, eos: int | Sequence[int] | None = None, pad: int | None = N
 
 
 def as_float(x: Tensor) -> Tensor:
-    """float64 models (tests) are rounded to float32, which the ops take; other types pass as they are."""
+    """float64 becomes float32, which the ops take (tests have float64 models); other dtypes stay."""
     return x.float() if x.dtype == torch.float64 else x

@@ -1,4 +1,4 @@
-"""What the rows that are being answered take from one step to the next, in buffers that stay where they are."""
+"""What rows carry from one step to the next, in buffers that keep their memory."""
 
 from __future__ import annotations
 

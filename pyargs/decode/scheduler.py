@@ -1,4 +1,4 @@
-"""Who is answered next: requests wait by user, and the users take turns. No model in it."""
+"""Which request is answered next: they wait in a queue of each user, and the users take turns. No model in it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Callable
 class Scheduler:
     """Requests, by their numbers, that wait for one of `room` places.
 
-    A user's requests are taken in order of arrival. Users take turns: who was served last is last in the queue, so a lone
-    request waits for at most one other user's turn behind any number of requests of one user.
+    A user's requests are taken in order of arrival. Users take turns: one who was served goes to the end of the queue. So a
+    lone request waits for at most one turn of each other user, however many requests they have.
     """
 
     def __init__(self, room: int):
@@ -23,12 +23,12 @@ class Scheduler:
         return sum(map(len, self.queues.values()))
 
     def add(self, number: int, user: str) -> None:
-        """A request comes in."""
+        """Adds a request."""
         self.queues.setdefault(user, deque()).append(number)
 
     def admit(self, fits: Callable[[int, int], bool] = lambda new, other: True) -> list[int]:
-        """Fills the free places: the requests that come in now, behind those that are here. Where the next one does not fit
-        beside one that is here, it and all behind it wait until that one has left."""
+        """Fills free places; returns the requests that come in, which stand behind those that are here. If the next one does
+        not fit beside one that is here, it and all behind it wait until that one has left."""
         come = []
         while self.queues and len(self.here) < self.room:
             user = next(iter(self.queues))
@@ -42,7 +42,7 @@ class Scheduler:
         return come
 
     def leave(self, numbers) -> list[int]:
-        """Requests go, waiting or not. Returns the positions of those that stay, the last ones in the places that are free."""
+        """Removes requests, waiting or not. Returns the old positions of those that stay; the last ones fill the gaps."""
         gone = set(numbers)
         for user, queue in list(self.queues.items()):
             if gone & set(queue):

@@ -1,4 +1,4 @@
-"""The reward model's half of the decoder, for loops of other people: rewards of candidate tokens behind the tokens of rows."""
+"""The reward model's half of the decoder, for your own loop: rewards of candidates for the next token of each row."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pyargs.user_ids import user_ids
 
 
 class Scorer:
-    """Rewards of candidate tokens, behind the tokens of rows that come and go, each for its user.
+    """Rewards of candidates for the next token of rows that come and go, each row for its user.
 
     model: a RewardModel. backend: as for `Engine`. max_rows: rows that are here at a time.
 
@@ -27,8 +27,8 @@ class Scorer:
         scorer.advance(["a"], [token])              # one of the candidates costs nothing, another one a pass
         scorer.drop(["b"])
 
-    The reward of a candidate is raw and its own (for a model with step_reward "prefix_mean" too). What a row gets does not
-    depend on the others. By one thread at a time.
+    Rewards are raw and of the candidate alone, also for a model with step_reward "prefix_mean". A row's rewards do not depend
+    on the other rows. One thread at a time may use it.
     """
 
     def __init__(self, model: RewardModel, *, backend: str = "auto", max_rows: int = 8):
@@ -49,10 +49,10 @@ class Scorer:
 
     @torch.no_grad()
     def prefill(self, rows: Sequence[Hashable], ids: Sequence[Sequence[int]], users: Sequence[str]) -> Tensor:
-        """Rows come in with their tokens: the rewards float32 [n] of these texts as they are.
+        """Adds rows with their tokens; returns the rewards float32 [n] of these texts as they are.
 
-        users: one for each row; UnknownUser where one has no parameters. Raises PyargsError for a row that is here already, an
-        empty one, or one too many.
+        users: one for each row. Raises UnknownUser for a user without parameters, PyargsError for a row that is here already,
+        an empty one, or one too many.
         """
         users = user_ids(users)
         if len(users) != len(rows):
@@ -93,7 +93,7 @@ class Scorer:
 
     @torch.no_grad()
     def advance(self, rows: Sequence[Hashable], tokens: Sequence[int] | Tensor) -> None:
-        """Each of the rows goes on by its token [n], whether it was among the candidates or not."""
+        """Appends one token to each of these rows, a candidate or not; tokens int64 [n]."""
         places = self._here.places(rows)
         token = self._here.spread(places, tokens, fill=-1)
         self._here.longer(places)
@@ -112,7 +112,7 @@ class Scorer:
         self._tried = None
 
     def drop(self, rows: Sequence[Hashable]) -> None:
-        """Rows leave."""
+        """Removes rows."""
         order = self._here.remove(rows)
         self._half.keep(order)
         self._parts.keep(order)

@@ -15,14 +15,14 @@ class Steps:
         self.rows, self.last = rows, None
 
     def join(self, requests: Sequence[Request], capacity: int) -> None:
-        """Rows come in behind those that are here. capacity: places that the longest of all needs, its answer and the most
-        candidates of a step included. `flush` comes first."""
+        """Adds rows behind those that are here. capacity: places that the longest row needs, its answer and the most
+        candidates of a step included. Call `flush` first."""
         self._follow()
         self.rows.join(requests, capacity)
 
     def step(self) -> list[Choice]:
-        """Computes the next token of each row that is here. Returns the choices, of this step or of some before, that have
-        arrived, in order. What they say of a row after its end is padding."""
+        """Computes the next token of each row that is here. Returns, in order, the choices that are known by now, of this
+        step or of earlier ones. What they say of a row after its end is padding."""
         self._follow()
         self.last = self.rows.choose()
         return [self.last]
@@ -32,7 +32,7 @@ class Steps:
         return []
 
     def keep(self, order: Sequence[int]) -> None:
-        """The rows at these positions stay, in this order. `flush` comes first."""
+        """The rows at these positions stay, in this order. Call `flush` first."""
         self.rows.keep(order)
         self.last = None if self.last is None or not order else self.last.take(order)
 

@@ -1,8 +1,7 @@
 """The unit of `strength`: the spread of a model's rewards within the candidates of a policy's unguided text.
 
-Rewards have no natural unit, so one and the same raw weight is weak for one model and wild for another. A trained model
-carries its spread under its own backbone's language model. For another policy it is measured once, on the embedded prompts,
-and kept.
+Rewards have no natural unit: the same raw weight is weak for one model and wild for another. A trained model carries its
+spread under its own backbone's language model. For another policy it is measured once, on the embedded prompts, and kept.
 """
 
 from __future__ import annotations
@@ -24,19 +23,19 @@ from pyargs.lm.structure import Watch, contents
 
 log = logging.getLogger("pyargs")
 PROMPTS, TOKENS = 16, 16
-"""How many prompts are answered unguided, and how long, with the default number of candidates: 256 steps."""
+"""Prompts that are answered unguided, and tokens of each answer, with the default number of candidates: 256 steps."""
 
 
 def reward_std(answers: Sequence[Answer]) -> float:
-    """RMS over the steps of unguided answers of the rewards' standard deviation within the k candidates; 0 without a step."""
+    """Standard deviation of the candidates' rewards: root mean square over all steps of unguided answers, 0 without any."""
     spreads = torch.tensor([spread for answer in answers for spread in answer.spreads], dtype=torch.float64, device="cpu")
     return spreads.square().mean().sqrt().item() if len(spreads) else 0.0
 
 
 def known(policy: nn.Module, model) -> float | None:
-    """What the model carries for this policy, or what was measured before and kept; None where it was not measured.
+    """reward_std for this policy, as the model carries it or as it was measured and kept; None if it was never measured.
 
-    Raises PyargsError for a model that carries nothing at all.
+    Raises PyargsError for a model that carries no reward_std at all.
     """
     carried = model.about.get("reward_std")
     if not carried:
@@ -69,7 +68,7 @@ def sample(model) -> tuple[list[str], list[str]]:
 
 
 def keep(policy: nn.Module, model, value: float) -> None:
-    """For the next engine."""
+    """Keeps reward_std in the user's cache for later engines."""
     file = _file(policy, model)
     file.parent.mkdir(parents=True, exist_ok=True)
     files.write_json(file, {"reward_std": value})
@@ -79,7 +78,7 @@ _fingerprints: WeakKeyDictionary[nn.Module, tuple[Watch, str]] = WeakKeyDictiona
 
 
 def _fingerprint(policy: nn.Module) -> str:
-    """Of the policy's decoder, once for as long as it does not change."""
+    """Hash of the policy's decoder, computed again only when it changes."""
     decoder = policy.get_decoder()
     watch, found = _fingerprints.get(policy, (None, None))
     if watch is None or watch.changed():
@@ -89,7 +88,7 @@ def _fingerprint(policy: nn.Module) -> str:
 
 
 def _file(policy: nn.Module, model):
-    """Where the value for this policy and this model is kept: by what its users share, so that new ones change nothing."""
+    """The file for this policy and this model. Its name does not depend on users, so that it holds for new users, too."""
     others = "backbone.", "lm.", "head.users."
     own = [value for name, value in model.state_dict().items() if not name.startswith(others) or "lora_" in name]
     what = {"policy": _fingerprint(policy), "model": [digest.hex() for digest in contents(own)], "prompts": [PROMPTS, TOKENS]}

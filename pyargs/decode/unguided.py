@@ -13,8 +13,8 @@ from pyargs.ops.choice import choose
 
 
 class Alone:
-    """Rows that no reward guides. policy: the passes of the language model; soft: `forward(user rows) -> [m, L, D]`, soft
-    prompts that stand before the prompts, with `users`, whose they are."""
+    """Rows that no reward guides. policy: the passes of the language model; soft: a `SoftPrompt`, whose embeddings stand
+    before the prompts."""
 
     def __init__(self, policy, *, vocabulary: int, room: int, device, soft=None):
         self.policy, self.vocabulary, self.device, self.soft = policy, vocabulary, device, soft
@@ -30,7 +30,7 @@ class Alone:
         self.rows.join(logits=as_float(logits)[:, : self.vocabulary], **of_requests(requests, self.device))
 
     def choose(self) -> Choice:
-        """The next token of each row that is here, counted as taken. Rewards are 0, and slots too."""
+        """Chooses the next token of each row that is here. Rewards and slots are 0."""
         rows, logits = self.rows, self.rows["logits"].float()
         zero = torch.zeros(len(logits), 1, dtype=torch.float32, device=self.device)
         score, greedy = logits.max(1)
@@ -42,7 +42,7 @@ class Alone:
                 logprobs, zero.expand_as(logits), zero[:, 0], ids, rows["finished"], stop=rows["stop"],
                 temperature=rows["temperature"], uniform=uniform(rows),
             )  # fmt: skip
-            # A greedy row is that also beside sampled ones: log_softmax may round two logits to one.
+            # A greedy row takes the largest logit beside sampled rows, too: log_softmax may round two logits to one.
             token = torch.where((rows["temperature"] == 0) & (slot >= 0), greedy, token)
             slot = slot.clamp(max=0)
         else:
@@ -51,7 +51,7 @@ class Alone:
         return note(rows, token, slot, zero[:, 0], zero[:, 0], finished)
 
     def follow(self, choice: Choice, going: Tensor | None = None) -> None:
-        """The chosen tokens become the rows' next ones. going bool [n]: where, all by default."""
+        """Appends the chosen tokens to the rows where going bool [n], to all by default."""
         self.rows["logits"] = as_float(self.policy.advance(choice.token, going))[:, : self.vocabulary]
 
     def keep(self, order: Sequence[int]) -> None:
@@ -61,7 +61,7 @@ class Alone:
         self._ask()
 
     def current(self) -> bool:
-        """Whether the weights are those that the passes were made for. Reads them all where they were copied."""
+        """Whether the weights are still those that the passes were made for. If they were copied, this reads all of them."""
         return self.policy.current()
 
     def _ask(self) -> None:

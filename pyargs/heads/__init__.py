@@ -1,8 +1,8 @@
 """One file per formula that turns a hidden state into a user's reward.
 
-A head has `forward(hidden [..., D], user rows [...]) -> reward [...]` in float32, `fold(user rows [B]) -> Folded` (what a
-decoder reads; it costs nothing in proportion to the users that are not among these rows),
-`config() -> dict` (how to build it again) and `users`; where it got a field later, OLDER says what folders without it mean.
+A head has `forward(hidden [..., D], user rows [...]) -> reward [...]` in float32; `fold(user rows [B]) -> Folded`, what a
+decoder reads, at a cost that depends on these rows alone; `config() -> dict`, the arguments to build it again; and `users`.
+`OLDER` has the values of fields that older folders lack.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ Linear = partial(nn.Linear, dtype=torch.float32)
 
 
 class Folded(NamedTuple):
-    """A head for the users of B rows: its own matrix products, then what is left per candidate.
+    """A head for the users of B rows: `features` has its matrix products, the rest is what `score_select` computes.
 
     features(hidden [B, k, D], own) -> [B, k, H]; own [B, ...] or None: what features needs of each row's user.
     weight [B or 1, H], bias [B or 1, H] and activation are as for `score_select`, whose `user` is then arange(B).
-    What is a row's is a copy: it does not change when the table of users does, and depends on no other row.
+    A row's parts are copies: they do not change with the table of users, and depend on no other row.
     """
 
     features: Callable[[Tensor, Tensor | None], Tensor]
@@ -37,9 +37,8 @@ class Folded(NamedTuple):
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x [B, k, D] times the transpose of weight [H, D], float32 [B, k, H]. On a CPU a row's numbers are the same in any batch;
-    those of torch's product depend on how many rows there are. On a GPU it is torch's, as fast as there is one. Not
-    differentiable."""
+    """x [B, k, D] times the transpose of weight [H, D], float32 [B, k, H]. On a CPU a row's numbers are the same in any batch,
+    unlike those of torch's product. On a GPU it is torch's product, which is faster. Not differentiable."""
     if x.is_cuda:
         return F.linear(x.to(weight.dtype), weight.detach())
     return ops.user_mlp(x, weight.detach().unsqueeze(0), torch.zeros(len(x), dtype=torch.long, device=x.device))

@@ -46,7 +46,7 @@ class Head(nn.Module):
     residual: as in Projector.
     """
 
-    OLDER = {"residual": "hidden"}  # what a folder means that was saved before the field was there
+    OLDER = {"residual": "hidden"}  # fields that older folders lack
 
     def __init__(self, dim: int, width: int, rank: int, users: Users, *, residual: str = "input"):
         super().__init__()
@@ -65,7 +65,7 @@ class Head(nn.Module):
         return self.project(mixture.softmax(-1) @ self.prototypes)
 
     def target(self, user: Tensor) -> Tensor:
-        """What f(h) is compared with: q_u [..., P]. In training all users' are computed, elsewhere those of these users."""
+        """What f(h) is compared with: q_u [..., P]. Training computes q of all users, decoding of these users only."""
         mixture = self.users.vectors["mixture"]
         if self.training:
             return self.ideal(mixture)[user]

@@ -44,7 +44,7 @@ class Head(nn.Module):
     VPL's code. No output bias, as in `mlp`.
     """
 
-    OLDER = {"attention_bias": False}  # what a folder means that was saved before the field was there
+    OLDER = {"attention_bias": False}  # fields that older folders lack
 
     def __init__(self, dim: int, latent: int, users: Users, *, normalized: bool = True, attention_bias: bool = True):
         super().__init__()

@@ -1,4 +1,4 @@
-"""A multi-layer head of each user's own: reward = w_u . relu(W_u h + b_u) (family F4: MPU)."""
+"""An MLP for each user: reward = w_u . relu(W_u h + b_u) (family F4: MPU)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Head(nn.Module):
         return {name: getattr(self, f"initial_{name}").repeat(count, 1) for name in ("first", "bias", "last")}
 
     def forward(self, hidden: Tensor, user: Tensor) -> Tensor:
-        """Rows of one user are brought together, so that its weights, larger than their states, are read once."""
+        """Groups rows by user, so that each user's weights, which are larger than the states, are read once."""
         row, states = user.flatten(), hidden.float().reshape(-1, self.dim)
         users, group, count = row.unique(return_inverse=True, return_counts=True)
         order = group.argsort(stable=True)
@@ -58,7 +58,7 @@ class Head(nn.Module):
 
     @torch.no_grad()
     def fold(self, user: Tensor) -> Folded:
-        """A row's own is its user's matrix [H, D]."""
+        """`own` of a row is its user's matrix [H, D]."""
         first, bias, last = (self.users.vectors[name][user] for name in ("first", "bias", "last"))
 
         def features(hidden: Tensor, own: Tensor) -> Tensor:

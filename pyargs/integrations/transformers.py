@@ -45,10 +45,10 @@ NEUTRAL = {
     "min_length": 0, "min_new_tokens": 0, "num_beams": 1, "num_beam_groups": 1, "diversity_penalty": 0.0, "top_k": 0,
     "cache_implementation": "dynamic",
 }  # fmt: skip
-"""What asks for nothing in the other fields, besides None and False. Any other value is refused."""
+"""Values of the other fields, besides None and False, that change nothing. Any other value is refused."""
 
 SAMPLING = {"top_k", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"}
-"""Fields that only count where `do_sample` is true; top_p and min_p likewise."""
+"""Fields that count only with `do_sample`, as top_p and min_p do."""
 
 
 def guide(
@@ -65,20 +65,20 @@ def guide(
     token_callback: Callable[[Tensor], None] | None = None,
     streamer=None,
 ):
-    """A callable for the `custom_generate` argument of `generate`, in which the language model is the policy.
+    """A decoding loop for the `custom_generate` argument of `generate`; the language model is the policy.
 
     model: a RewardModel or TokenReward. users: one id for each prompt of the batch. strength, reward_weight, seed: one for all
     prompts, or one each; with these, num_candidates, eos_reward, tokenizer and backend as for `pyargs.Engine`. An engine is
     made at each call, so the backend is chosen anew, and logged. Length, stop tokens, padding, do_sample, temperature, top_p
     and min_p come from the generation config as usual; the two filters act on the policy's candidates, before rewards and
     temperature. token_callback: called after each step with the tokens int64 [B], padding where a row has ended.
-    streamer: a streamer of transformers, fed as `generate` does it, for one prompt; it is ended also when decoding fails.
+    streamer: a streamer of transformers, for one prompt, fed as by `generate`; it is ended also when decoding fails.
     Returns ids [B, T + N], or with return_dict_in_generate a GenerateDecoderOnlyOutput.
 
-    Raises PyargsError for whatever else would change the answer, asked for or set by the checkpoint's own generation config:
-    penalties, forced and suppressed tokens, beams, other filters of sampling, logits processors, own stopping criteria, scores
-    to return. `top_k` may be num_candidates or more. transformers does not tell a custom loop of `streamer=`,
-    `assistant_model=` and `synced_gpus=` given to `generate`: they do nothing here.
+    Raises PyargsError for all else that would change the answer, in the call or in the checkpoint's own generation config:
+    penalties, forced and suppressed tokens, beams, other filters, logits processors, stopping criteria, scores to return.
+    `top_k` may be num_candidates or more. `streamer=`, `assistant_model=` and `synced_gpus=` of `generate` do nothing here,
+    since transformers does not hand them to a custom loop.
     """
     users = user_ids(users)
 
@@ -118,7 +118,7 @@ def guide(
 
 
 def _wishes(config, users: list[str], strength, reward_weight, seed) -> list[dict]:
-    """What `Engine.submit` is told of each row: its user, weight and seed, with num_return_sequences rows for each user."""
+    """Arguments of `Engine.submit` for each row: user, weight and seed, with num_return_sequences rows for each user."""
     copies = config.num_return_sequences or 1
     names = [user for user in users for _ in range(copies)]
     found = [{"user": user} for user in names]
@@ -133,7 +133,7 @@ def _wishes(config, users: list[str], strength, reward_weight, seed) -> list[dic
 
 
 def _sampling(config) -> dict[str, float]:
-    """What a generation config says of sampling, as `Engine.submit` takes it."""
+    """The sampling of a generation config, as arguments of `Engine.submit`."""
     if not config.do_sample:
         return {}
     asked = {"temperature": config.temperature, "top_p": config.top_p, "min_p": config.min_p}
@@ -178,8 +178,8 @@ def rows_of(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]
 def check_config(config, checkpoint, num_candidates: int | str) -> None:
     """Raises PyargsError that names each field of a GenerationConfig that this loop can not follow, and what to pass instead.
 
-    Any field of the class is refused that is not listed above, so a new one is until somebody has seen what it does.
-    checkpoint: the model's own config, to say which of them nobody asked for.
+    Fields that are not listed above are refused, so that a new field of transformers is never ignored.
+    checkpoint: the model's own config, to say which fields come from it.
     """
     from transformers import GenerationConfig
 
@@ -247,7 +247,7 @@ def check_criteria(criteria, config) -> None:
 
 
 def check_inputs(input_ids: Tensor, inputs: dict) -> None:
-    """Raises PyargsError for what `generate` hands on to the model's forward and this loop would drop."""
+    """Raises PyargsError for arguments that `generate` passes to the model's forward, which this loop would drop."""
     if inputs.get("inputs_embeds") is not None:
         raise PyargsError("a reward model reads tokens, and there are none in inputs_embeds: give input_ids")
     for name, value in inputs.items():

@@ -1,4 +1,4 @@
-"""The key-value cache of the decoders: one prefix per row that several next tokens can branch from."""
+"""The KV cache of the decoders: one prefix per row, from which several next tokens can branch."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from pyargs.ops.commit import MOST, commit
 class PrefixLayer(CacheLayerMixin):
     """Keys and values [B, heads, capacity, head_dim] of one layer, of which the first `length` places are the prefix.
 
-    `update` writes behind the prefix without making it longer, and returns the places in use; whoever owns the layer then says
-    how much of it stays, by `length`.
+    `update` writes behind the prefix and returns the places in use; the prefix does not become longer. The owner of the layer
+    then sets `length` to what stays.
     """
 
     is_sliding = False
@@ -73,7 +73,7 @@ def copy_rows(cache: Cache, row: Tensor, capacity: int) -> None:
 
 
 def follow_copies(cache: Cache, winner: Tensor) -> None:
-    """All copies go on from their row's winner; winner int64 [B * k] is the copy that each one continues."""
+    """All copies continue their row's winner; winner int64 [B * k] is the number of that copy."""
     for layer in cache.layers:
         if type(layer) is PrefixLayer:  # the copies differ in their newest place only
             for states in (layer.keys, layer.values):
@@ -115,7 +115,7 @@ class RowLayer(CacheLayerMixin):
 
 
 class Prompts(NamedTuple):
-    """A pass over the prompts of the rows first, first + 1, ..., which see nothing but themselves.
+    """A pass over the prompts of the rows first, first + 1, ...; each sees only itself.
 
     order int64 [m, T]: the tokens of each row without its padding, which stands on the left; None where none is padded.
     """
@@ -139,7 +139,7 @@ class Prompts(NamedTuple):
 
 
 class Branches(NamedTuple):
-    """A pass over next tokens of the first rows, behind the prefix of each: token j of row i is written to place[i, j].
+    """A pass over next tokens of the first rows, each behind its row's prefix: token j of row i is written to place[i, j].
 
     row int64 [n, 1]; end: the places that the pass looks at.
     """
@@ -159,13 +159,13 @@ class Branches(NamedTuple):
 
 
 class RowCache(Cache):
-    """A RowLayer for each layer of a full-attention model: rows that join, branch, go on and leave, each of its own length.
+    """A RowLayer for each layer of a full-attention model; rows join, branch, advance and leave, each of its own length.
 
-    config: of the model; room: the most rows; capacity: places of each row, for its prompt, what follows, and the branches
-    behind that. The rows that are here stand at the positions 0, 1, ... without a gap. `lengths` are those of their prefixes
-    on the host, `length` int64 [room] the same on the device, 0 beyond. With `captured`, a number of rows, a pass is one of so
-    many rows and looks at all places, so that it is the same whatever the lengths are, and the host does not follow them:
-    `lengths` is set by whoever knows them.
+    config: of the model; room: the most rows; capacity: places of each row, for its prompt, its answer, and the branches
+    behind that. The rows that are here stand at the positions 0, 1, ... without a gap. `lengths` are the lengths of their
+    prefixes on the host, `length` int64 [room] the same on the device, 0 beyond. With `captured`, a number of rows, every pass
+    has so many rows and reads all places, so that it does not depend on the lengths. The host does not follow them then:
+    `lengths` is set by the caller.
     """
 
     def __init__(self, config, room: int, capacity: int, device):
@@ -178,8 +178,8 @@ class RowCache(Cache):
         self._lists: dict[int, list[list[Tensor]]] = {}
 
     def join(self, mask: Tensor) -> Tensor | None:
-        """Rows come in, with prompts where mask [m, T] is not 0, padded on the left: the mask of the pass over them, which is
-        to follow, [m, 1, T, T], or None for plain causal attention."""
+        """Adds rows, with prompts where mask [m, T] is not 0, padded on the left. Returns the attention mask [m, 1, T, T]
+        of the pass over them, which must come next, or None for causal attention."""
         first, length = len(self.lengths), mask.shape[1]
         own = mask.sum(1)
         self.lengths += own.tolist()
@@ -205,8 +205,8 @@ class RowCache(Cache):
         return self.length[: self.width].unsqueeze(1)
 
     def branches(self, count: int) -> Tensor | None:
-        """Mask [n, 1, count, places] of next tokens that see their row's prefix and each itself, for the pass that is to
-        follow. None where a single token sees all there is."""
+        """Attention mask [n, 1, count, places] for the next pass, in which each token sees its row's prefix and itself. None
+        where a single token sees all places."""
         n = self.width
         place = self.position + self._place[:count]
         longest = 0 if self.captured else max(self.lengths)
@@ -219,15 +219,14 @@ class RowCache(Cache):
         return (places < self.position)[:, None, None] | (places == place.unsqueeze(2)).unsqueeze(1)
 
     def advance(self, going: Tensor | None = None) -> None:
-        """The token written behind each row's prefix becomes part of it. going bool [n]: where, all by default."""
+        """Adds the token written behind each row's prefix to the prefix where going bool [n], by default everywhere."""
         self.length[: self.width] += 1 if going is None else going
         if not self.captured:
             steps = [1] * len(self.lengths) if going is None else going.tolist()
             self.lengths = [length + step for length, step in zip(self.lengths, steps, strict=True)]
 
     def commit(self, slot: Tensor) -> None:
-        """Of the branches written behind a row's prefix, the one at slot [n] becomes its next token; the others are dropped. A
-        slot of -1 leaves its row."""
+        """Adds the branch at slot [n] to its row's prefix and drops the other branches. A slot of -1 leaves its row."""
         for several in self._alike(self.width):
             commit(several, slot.to(several[0].device), self.length[: self.width])
         self.advance(slot.to(self.length.device) >= 0)
@@ -269,10 +268,10 @@ class RowCache(Cache):
 
 
 def can_branch(model) -> bool:
-    """Whether candidates may stand beside each other behind one prefix: full attention in all layers, by mask and position.
+    """Whether candidates may share one prefix in a pass: full attention in all layers, which follows mask and positions.
 
-    Config and cache say whether a layer looks through a window or keeps a state, which a short text would not show. Whether
-    the model follows masks and positions (ALiBi does not) is tried on a few tokens, and again when its modules have changed.
+    Config and cache say whether a layer has a window or a state, which a short text would not show. Whether the model follows
+    masks and positions (ALiBi does not) is tried on a few tokens, and again when its modules have changed.
     """
     model = unwrapped(model)
     config = model.config.get_text_config(decoder=True)
@@ -336,7 +335,7 @@ def positions(mask: Tensor) -> Tensor:
 
 
 def alike(one: Tensor, other: Tensor) -> bool:
-    """Whether states [..., D] are the same but for rounding. What is no number says nothing here: the decoders refuse it."""
+    """Whether states [..., D] are the same but for rounding. Values that are not numbers are ignored: decoders refuse them."""
     exact = one.dtype.itemsize >= 4 and torch.get_float32_matmul_precision() == "highest"
     one, other = (states.double().nan_to_num(0.0, 0.0, 0.0) for states in (one, other))
     return bool(((one - other).norm(dim=-1) <= (1e-3 if exact else 0.1) * other.norm(dim=-1)).all())
@@ -344,7 +343,7 @@ def alike(one: Tensor, other: Tensor) -> bool:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout; afterwards each module is in the mode it was in."""
+    """Within it the model is in eval mode; afterwards each module is in its old mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -355,8 +354,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def check_layers(model) -> None:
-    """Raises PyargsError for layers that no cache serves: one that stands in two places of the model but has a single one in
-    the cache, or one whose tokens see later ones, so that new tokens would change the old ones' states."""
+    """Raises PyargsError for layers that no cache serves: a layer that is used twice but has one place in the cache, or one
+    whose tokens see later tokens, which would change old states."""
     first: dict[int, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if type(getattr(module, "layer_idx", None)) is not int:
@@ -373,16 +372,16 @@ def check_layers(model) -> None:
 
 
 def can_share(model) -> bool:
-    """Whether responses may stand beside each other behind one prompt: `can_branch`, and no hook sees them so."""
+    """Whether responses may share one prompt in a pass: `can_branch`, and no hook that would see them side by side."""
     return may_replace(model) and can_branch(model)
 
 
 CACHE_NAMES = "cache", "past_key_values", "cache_params"
-"""What `forward` calls a cache: all models since transformers 5.24; those before; state-space models before."""
+"""Names of a cache in `forward`: since transformers 5.24; before; of state-space models before."""
 
 
 def cache_name(model) -> str:
-    """The name that the model's `forward` has for its cache. Raises PyargsError where it has none."""
+    """The argument of the model's `forward` that is its cache. Raises PyargsError if there is none."""
     for name in CACHE_NAMES:
         if name in parameters(type(model)):
             return name
@@ -394,5 +393,5 @@ def cache_name(model) -> str:
 
 @once
 def parameters(kind: type) -> frozenset[str]:
-    """Names that the `forward` of a model class takes."""
+    """Names of the arguments of a model class's `forward`."""
     return frozenset(inspect.signature(kind.forward).parameters)

@@ -18,7 +18,7 @@ from pyargs.progress import progress_bar
 
 
 def border(model: nn.Module) -> int | None:
-    """The tokens of a text beyond which rotary embeddings turn otherwise (longrope), None where they never do."""
+    """The length from which rotary embeddings have other frequencies (longrope); None where they never change."""
     turns = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
     for rope in (turns, *(value for value in turns.values() if isinstance(value, dict))):
         if rope.get("rope_type") == "longrope" and rope.get("original_max_position_embeddings"):

@@ -1,8 +1,8 @@
-"""Fewer kernels for a decoding step: of a small model on a GPU the time goes into launching them, even from a CUDA graph.
+"""Fewer kernels in a decoding step: a small model on a GPU spends its time launching them, even from a CUDA graph.
 
 transformers writes a norm as eight operators, a rotary embedding as ten, and copies the keys for each group of query heads.
-Here stand the same formulas in one, four, and without the copy. A model may mean something else by the same name, so each of
-the three is kept only if a short pass through the model then still gives the same states.
+Here are the same formulas in one operator, in four, and without the copy. A model may mean something else by the same name, so
+each of the three is used only if a short pass through the model gives the same states with it.
 """
 
 from __future__ import annotations

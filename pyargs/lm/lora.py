@@ -1,4 +1,4 @@
-"""LoRA in a decoder, through PEFT: put in, merged, switched off, saved, loaded. The base weights are never written to."""
+"""LoRA in a decoder, through PEFT: add, merge, disable, save, load. Base weights in memory are never changed."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from pyargs.lm.structure import as_written, base, structure
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 SETTINGS = {"r": int, "lora_alpha": float, "use_rslora": bool, "lora_dropout": float, "target_modules": list[str]}
-"""What is read from an adapter's settings."""
+"""Settings that are read from an adapter's file."""
 NOTES = ("base_model_name_or_path", "inference_mode", "peft_version", "revision")
-"""What may stand there besides, whatever it says; the rest must be PEFT's defaults."""
+"""Settings that are ignored; all others must have PEFT's defaults."""
 ARCHITECTURE = ("model_type", "rms_norm_eps", "layer_norm_eps", "rope_parameters", "num_attention_heads", "hidden_act")
 
 
 def add(decoder: nn.Module, *, rank: int, alpha: float, rslora: bool, target_modules, dropout: float = 0.0) -> None:
-    """Puts LoRA layers into the decoder, in place; only they are trainable. float32 weights even beside a bf16 base.
+    """Adds LoRA layers to the decoder, in place; only they are trainable. They are float32, also on a bfloat16 base.
 
     target_modules: names of layers, or ["all-linear"]; None: those that PEFT has for the model's family, or all linear ones
     where it has none. Raises PyargsError for a name that no layer of the decoder has.
@@ -73,7 +73,7 @@ def _inject(decoder: nn.Module, config) -> None:
 
 
 def twin(decoder: nn.Module) -> nn.Module:
-    """A second decoder on the same weights in memory, which LoRA can be put into without changing the first."""
+    """A second decoder on the same weights in memory, to which LoRA can be added without changing the first."""
     memo = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in decoder.parameters()}
     return copy.deepcopy(decoder, memo)
 
@@ -99,7 +99,7 @@ def save(decoder: nn.Module, folder: Path) -> bool:
 def load(decoder: nn.Module, folder: Path) -> None:
     """Puts the adapter of a folder into the decoder. Raises PyargsError when it is another adapter than `save` writes.
 
-    Only the settings of `SETTINGS` are taken from the file: others of PEFT's name modules to be imported or other methods.
+    Only `SETTINGS` are read from the file: other settings of PEFT can name modules to import, or methods that are not LoRA.
     """
     from peft import LoraConfig, set_peft_model_state_dict
 
@@ -135,8 +135,8 @@ def same_tensors(expected: dict[str, Tensor], found: dict[str, Tensor], file: Pa
 def merge(decoder: nn.Module) -> None:
     """Adds LoRA to the float32 weights, so that a pass costs no more than the base model's; for decoding, not for training.
 
-    What is saved is the adapter still. A bfloat16 base is left as it is: its weights are too coarse for the small change. So
-    is a layer with hooks on its LoRA, which a merged one would not call.
+    The adapter is still what is saved. bfloat16 layers are not merged, since their weights are too coarse for the change, nor
+    are layers with hooks on their LoRA, which would no longer be called.
     """
     for layer in layers_of(decoder):
         if layer.get_base_layer().weight.dtype == torch.float32 and as_written(layer):
@@ -144,13 +144,13 @@ def merge(decoder: nn.Module) -> None:
 
 
 def active(decoder: nn.Module) -> bool:
-    """Whether LoRA layers add to the base weights in each pass: they are there, and not merged."""
+    """Whether LoRA is computed in each pass: there are layers with it, and they are neither merged nor disabled."""
     return any(not (layer.merged or layer.disable_adapters) for layer in layers_of(decoder))
 
 
 def linear_only(decoder: nn.Module) -> bool:
-    """Whether all LoRA layers, if any, are a product added to a linear layer's: no embeddings, no DoRA, no
-    adapter that only others have."""
+    """Whether all LoRA layers, if any, are linear layers with ordinary LoRA: no embeddings, no DoRA, no adapter that only some
+    layers have."""
     from peft.tuners.lora import Linear
 
     return all(
@@ -187,9 +187,9 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 @contextmanager
 def on_second(decoder: nn.Module):
-    """Within it LoRA acts on the rows 1, 3, 5, ... of a batch [B, n, D] only: the others see the base model.
+    """Within it LoRA acts only on the rows 1, 3, 5, ... of a batch [B, n, D]; the others see the base model.
 
-    For `linear_only` decoders, and without gradients. One thread at a time; passes of others are as ever.
+    For `linear_only` decoders, and without gradients. One thread at a time; passes of other threads do not change.
     """
     layers = layers_of(decoder)
     with _splitting:
@@ -230,7 +230,7 @@ def disabled(decoder: nn.Module):
 
 
 def present(model: nn.Module) -> bool:
-    """Whether there is LoRA in the model, whatever it does now."""
+    """Whether there is LoRA in the model, merged or disabled LoRA included."""
     return len(layers_of(model)) > 0
 
 

@@ -1,9 +1,9 @@
-"""What a model's modules are, read anew at every call: whether a fast path may stand in for them.
+"""Whether a fast path may stand in for a model's modules: what they are is read again at every call.
 
 A fast path computes a model without calling its modules (the CPU stack), calls those of another model with the same
 weights (one pass for two), keeps what they did (a captured step), or shows them tokens side by side (candidates, packed
 responses). That is right for modules as their library wrote them. A hook, a replaced `forward`, a subclass or a
-parametrization may do anything: with one of these anywhere the model itself is called, in the plain way.
+parametrization may do anything: with one of these anywhere the model's own modules are called.
 """
 
 from __future__ import annotations

@@ -26,10 +26,10 @@ def load_model(folder: str | Path, **more):
 
 
 def forget(model, users: Iterable[str]) -> None:
-    """Removes users from a model, with their vectors or demonstrations. Its folder follows when it is saved again.
+    """Removes users from a model, with their vectors or demonstrations. A saved folder changes when the model is saved again.
 
-    What all users share stays as it was trained, with the removed ones' pairs among the others'. Raises UnknownUser where one
-    is not there; then nobody is removed.
+    What all users share stays as it was trained, also on the removed users' pairs. Raises UnknownUser for an unknown id, and
+    then removes nobody.
     """
     from pyargs.errors import UnknownUser, did_you_mean
     from pyargs.user_ids import user_ids
@@ -47,8 +47,8 @@ def forget(model, users: Iterable[str]) -> None:
 def trained_mean(model) -> dict[str, Tensor]:
     """Mean [1, ...] of each kind of vector over the users that the model was trained on: where a new user may begin.
 
-    Users who were adapted later do not count, so that the order in which users are adapted does not matter. Folders saved
-    before that was written down count all. Raises PyargsError where no trained user is left.
+    Users who were adapted later do not count, so that the order in which users are adapted does not matter. In older folders,
+    which do not say who was adapted, all count. Raises PyargsError where no trained user is left.
     """
     from pyargs.errors import PyargsError
 

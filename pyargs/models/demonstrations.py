@@ -1,4 +1,4 @@
-"""In-context learning: what a user preferred before, shown in the prompt (methods ICL and ICL-RAG)."""
+"""In-context learning: a user's earlier preferences, shown in the prompt (methods ICL and ICL-RAG)."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Demonstrations:
     prompts of the user; "bm25", or the name of an embedding model: the pairs whose prompts are nearest by shared words or by
     cosine, the most similar last. show: "pair" or "chosen". content_tokens: longest prompt shown of a pair. instruction: a
     text that all prompts begin with, said once at the beginning instead. prompt_name, response_name: what the fields are
-    called, such as Abstract and title. demonstration_tokens: how many tokens longer than without them they may make a prompt.
-    max_tokens: in folders saved before, the limit of prompt and demonstrations together, which then holds instead.
+    called, such as Abstract and title. demonstration_tokens: the most tokens that demonstrations add to a prompt.
+    max_tokens: in older folders, the most tokens of prompt and demonstrations together, instead of demonstration_tokens.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Demonstrations:
         return [pairs[i] for i in reversed(nearest)]
 
     def _similar(self, prompt: str, shown: list[str]) -> list[float]:
-        """Of the contents: what all prompts begin with would make them alike."""
+        """Compares prompts without what all of them begin with, which would make all similar."""
         query, *texts = [text.removeprefix(self.instruction) for text in (prompt, *shown)]
         if self.retrieve == "bm25":
             return bm25(query, texts)
@@ -119,9 +119,8 @@ class Demonstrations:
     def prompt_ids(self, tokenizer, prompt, user: str, max_tokens: int | None = None) -> list[int]:
         """Ids of the prompt with its demonstrations, in the model's template.
 
-        max_tokens: the longest prompt without them, cut as `encode_prompt` cuts it, so that a user's prompt is the same as
-        without demonstrations. Of these the farthest go first where they need too much room. Template and instruction are
-        never cut: PyargsError.
+        max_tokens: of the prompt alone, which is cut by `encode_prompt` as without demonstrations. Where demonstrations need
+        too much room, the least similar are left out. Raises PyargsError where template or instruction would be cut.
         """
         said = last_user_text(prompt)
         shown = self.choose(said, user)

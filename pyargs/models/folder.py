@@ -22,7 +22,7 @@ KINDS = {
     "token_reward": {},
     "user_policy": {"soft": bool, "demonstrations": dict | None},
 }
-"""The modules of `pyargs.models` that are saved, and the fields of config.json of each: those of ALWAYS, and its own."""
+"""By module of `pyargs.models`: the fields of its config.json beside those of ALWAYS."""
 ALWAYS = {"kind": str, "lora": bool, "users": dict[str, list[int]]}
 ABOUT = {
     "backbone": str,
@@ -35,7 +35,7 @@ ABOUT = {
     "adapted": list[str],
     "reward_std": dict[str, float],  # by fingerprint of a policy's decoder
 }
-"""What else the package reads there, if it is there."""
+"""Optional fields of config.json."""
 
 CARD = """---
 library_name: pyargs
@@ -52,7 +52,7 @@ tags: [{kind}, personalization]
 def save(
     folder: str | Path, kind: str, model, shared: dict[str, Tensor], users: Users, *, extra: dict | None = None, **config
 ) -> None:
-    """Writes a model whole or not at all.
+    """Writes a model; a killed process leaves the old folder or the new one.
 
     kind: the module of `pyargs.models`; model: has `about` and `backbone` (a decoder, whose LoRA is saved); shared: tensors
     that all users share; extra: more JSON files by name; config: what `kind` needs to build the model again.
@@ -90,7 +90,7 @@ def save(
 
 
 def locate(folder: str | Path) -> Path:
-    """The folder itself, or where a hub name was downloaded to."""
+    """The local folder: `folder` itself, or the download of a hub name."""
     settle(folder)
     if Path(folder).is_dir():
         return Path(folder)
@@ -103,7 +103,7 @@ def locate(folder: str | Path) -> Path:
 
 
 def read_config(folder: Path, kind: str | None = None) -> dict:
-    """config.json of a saved model. Raises PyargsError when it is another kind of model than asked for."""
+    """config.json of a saved model. Raises PyargsError for another kind of model."""
     file, config = folder / "config.json", read_json(folder / "config.json")
     if not isinstance(config, dict) or "kind" not in config:
         raise PyargsError(f"{folder} is no model of pyargs (its config.json has no 'kind')")
@@ -131,11 +131,11 @@ def load_backbone(
     dtype=None,
     device=None,
 ):
-    """(language model or None, decoder, tokenizer) of a saved model, its adapter put in.
+    """(language model or None, decoder, tokenizer) of a saved model, with its LoRA adapter.
 
-    lm, backbone: in memory already, to save loading it twice; the adapter of a backbone leaves the other owner's alone, but
-    that of an lm would not. backbone: the place that it was moved to, which `config` then holds; dtype: what it is cast to,
-    after its weights were checked. Raises PyargsError when the weights are not the ones of the training.
+    lm, backbone: a model in memory, to save loading it twice; LoRA changes a given lm, but not a given backbone. backbone may
+    also be the place that it was moved to, which then goes into `config`. dtype: what it is cast to after its weights were
+    checked. Raises PyargsError when the weights are not the ones of the training.
     """
     if lm is not None and config["lora"]:
         raise PyargsError("this model has a LoRA adapter, which would change the shared language model: leave it out")
@@ -181,14 +181,14 @@ def load_users(folder: Path, config: dict) -> Users:
 
 
 def load_shared(folder: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that all users share, of the names and shapes of `expected`."""
+    """The tensors that all users share. Raises PyargsError unless names and shapes are those of `expected`."""
     shared = read_tensors(folder / "shared.safetensors")
     lora.same_tensors(expected, shared, folder / "shared.safetensors")
     return shared
 
 
 def about(config: dict, *used: str) -> dict:
-    """The free facts of a config: all but what describes the files and what `used` names."""
+    """`about` of the model: a config without the fields of ALWAYS and those that `used` names."""
     described = ("pyargs", "kind", "lora", "users", "trained", "adapted")
     return {name: value for name, value in config.items() if name not in (*described, *used)}
 

@@ -1,4 +1,4 @@
-"""RewardModel: a backbone (with LoRA), a head and its users. Every pointwise method of the paper makes one of these."""
+"""RewardModel: a backbone (with LoRA), a head and its users; what LoRE, PReF, PAL, VPL, MPU and Global RM train."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ SAVED = {"pool": "pool", "step_reward": "step_reward", "whole": "needs_all_token
 
 
 class RewardModel(nn.Module):
-    """r_u(x, y) for users u.
+    """The reward r_u(x, y) of response y to prompt x for user u.
 
-    backbone: a decoder without output layer; its hidden states go to the head in float32 whatever its own dtype is.
+    backbone: a decoder without output layer, of any dtype; its hidden states go to the head in float32.
     pool "last": the reward of a response is that of its last content token; "mean": the mean over its tokens (Global v2);
     "hidden": that of its tokens' mean state.
     step_reward: what a decoder adds for a candidate, "token" (the candidate's own reward) or, with pool="mean",
     "prefix_mean" (the mean over the response so far).
     needs_all_tokens: training reads the states of all tokens even though the reward is the last one's (PAL).
     separate_prompt: the prompt and each response are read alone, and the head is given the prompt's last state (PAL-B).
-    about: free JSON facts about how it was made (method, its fields, max_length ...).
+    about: JSON of how it was made (method, its fields, max_length, reward_std ...); saved with the model.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class RewardModel(nn.Module):
         return found
 
     def merge(self) -> RewardModel:
-        """LoRA added to the weights for decoding (`lora.merge`); returns self."""
+        """Adds LoRA to the weights for decoding (`lora.merge`); returns self."""
         lora.merge(self.backbone)
         return self
 
@@ -178,10 +178,10 @@ class RewardModel(nn.Module):
     ):
         """Loads what `save_pretrained` wrote, from a local folder or the hub.
 
-        backbone, tokenizer: a decoder that is in memory already (say, `policy.get_decoder()` of the same base model), so that
-        its weights are there once; it stays as it is. Decoding then needs one pass for both (`decode.backends.eager`). Raises
-        PyargsError on a missing or unexpected key and when the backbone's weights are not the ones of the training. backbone
-        may also be the place that it was moved to; dtype: what it is cast to after that check.
+        backbone, tokenizer: a decoder in memory, such as `policy.get_decoder()` of the same base model; it is not changed.
+        Policy and reward model then share weights, and decoding needs one pass for both. backbone may also be the place that
+        it was moved to. dtype: what the backbone is cast to after its weights were checked.
+        Raises PyargsError on a missing or unexpected key, and when the backbone's weights are not the ones of the training.
         """
         folder = folders.locate(folder)
         config = folders.read_config(folder, "reward_model")
@@ -199,7 +199,7 @@ class RewardModel(nn.Module):
 
     @torch.no_grad()
     def _try(self) -> None:
-        """Scores a pair of zero states, so that what a file describes wrongly is known when it is loaded."""
+        """Scores a pair of zero states, so that a wrong file is noticed when it is loaded."""
         if self.users.personal and not len(self.users):
             return
         hidden = torch.zeros(

@@ -64,7 +64,7 @@ class TokenReward(nn.Module):
         return [torch.stack([one.sum() for one in several]) for several in response_logprobs(self.lm, groups)]
 
     def merge(self) -> TokenReward:
-        """LoRA added to the weights for decoding (`lora.merge`); returns self."""
+        """Adds LoRA to the weights for decoding (`lora.merge`); returns self."""
         lora.merge(self.backbone)
         return self
 

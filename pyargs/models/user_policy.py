@@ -20,15 +20,15 @@ from pyargs.scoring import encode_pairs, pair_logprobs
 from pyargs.types import LogProbs, Users
 
 GENERIC = -1
-"""The user row of somebody without a vector."""
+"""The user row of the generic user, who has no vector."""
 
 
 class SoftPrompt(nn.Module):
-    """`forward(user int64 [N]) -> [N, tokens, d]`, embeddings that stand before the prompt; GENERIC is nobody in particular.
+    """`forward(user int64 [N]) -> [N, tokens, d]`, embeddings that stand before the prompt; user GENERIC has the generic ones.
 
     generic e_0 [tokens, d], and the users' vector "offset" [U, tokens, d]: e_u = e_0 + o_u. With clusters: centres
     [C, tokens, d], and the users' vector "mixture" [U, C]: e_u = sum_c softmax(mixture_u)_c centre_c; generic [C] holds the
-    logits of nobody in particular. Without it, as in folders saved before it was there, that is the centres' mean.
+    generic user's logits. Older folders lack it: there the generic prompt is the centres' mean.
     """
 
     def __init__(self, centres: Tensor, users: Users, generic: Tensor | None = None):
@@ -52,9 +52,9 @@ class SoftPrompt(nn.Module):
 
 
 class UserPolicy(nn.Module):
-    """pi_u(y | x): lm with a soft prompt of the user, or with demonstrations in the prompt, or (neither) as it is.
+    """pi_u(y | x): lm with a soft prompt of the user, with demonstrations in the prompt, or with neither.
 
-    Its own decoding is plain: no reward model, no candidates.
+    It answers by itself, without a reward model and without candidates.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class UserPolicy(nn.Module):
     def prompt_ids(self, prompt, user: str, max_tokens: int | None = None) -> list[int]:
         """Ids of a prompt for a user: demonstrations and template included, the soft prompt not.
 
-        max_tokens: of the prompt by itself, demonstrations come on top.
+        max_tokens: of the prompt alone; demonstrations are added to it.
         """
         if self.demonstrations is None:
             return encode_prompt(self.tokenizer, prompt, max_tokens)
@@ -148,7 +148,7 @@ class UserPolicy(nn.Module):
             return pair_logprobs(self.lm, *self.encode(rows, stop=stop))[0].float()
 
     def packed_pairs(self, encoded, pairs, size: int = 16) -> Iterator[tuple[Tensor, Packed]]:
-        """The pairs of `encode` a few at a time: their numbers, and chosen and rejected of each side by side."""
+        """The pairs of `encode` in small batches: their numbers, and a Packed with chosen and rejected of each in one row."""
         share = can_share(self.backbone)
         for take in torch.arange(len(pairs), device="cpu").split(size):
             some = [pairs[i] for i in take.tolist()]
@@ -172,7 +172,7 @@ class UserPolicy(nn.Module):
         return total, length
 
     def merge(self) -> UserPolicy:
-        """LoRA added to the weights for decoding (`lora.merge`); returns self."""
+        """Adds LoRA to the weights for decoding (`lora.merge`); returns self."""
         lora.merge(self.backbone)
         return self
 

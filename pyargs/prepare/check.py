@@ -1,4 +1,4 @@
-"""What is wrong with a set of preferences, and what could be decided without knowing the user."""
+"""Checks of a set of preferences: what is wrong with it, and what can be decided without knowing the user."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""New users: their vectors from their support pairs, each user by itself."""
+"""Adaptation: vectors of new users from their support pairs, each user separately."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def adapt(model, dataset, *, steps: int | None = None, method: str | None = None
             f"user '{known[0]}' is there already: ask for it (again=True, --again), or give new ids to new users"
         )
     found = []
-    # Each user by itself, from reading its pairs on: in a batch with others its states would be rounded otherwise.
+    # Each user separately, reading of the pairs included: in a batch with others the states would be rounded differently.
     for user, own in zip(ids, pairs_of_users(rows["user_id"], ids), strict=True):
         torch.manual_seed(config.seed)
         pairs = rows.select(own.tolist())
@@ -87,9 +87,9 @@ def fit_users(
     """Fits vectors of new users on their support pairs by full-batch Adam, the rest frozen.
 
     initial: start rows [n, ...] for each kind of vector; weight_decay: L2, as a term of the gradient; objective(model, batch)
-    -> a function that gives the loss [N] of each of the user's pairs; their mean is minimised. One user after the other, each
-    in a batch of its own: the order in which a product adds up depends on the batch, and Adam makes much of a last digit, so
-    that in a common batch a user would depend on who else is adapted. Raises PyargsError for a user without a pair.
+    -> a function that gives the loss [N] of each of the user's pairs; their mean is minimised. Each user is fitted in a batch
+    of its own: the order of sums depends on the batch, and Adam amplifies differences in the last digit, so that in a common
+    batch a user's vector would depend on the others. Raises PyargsError for a user without a pair.
     """
     found = []
     for row, own in enumerate(pairs_of_users(support.users, ids)):
@@ -120,14 +120,14 @@ def _fit_user(model: RewardModel, support: Features, initial: dict[str, Tensor],
 
 
 def randn_rows(ids: Iterable[str], *shape: int, seed: int) -> Tensor:
-    """Normal start values [n, *shape] that depend on the seed and each user's own id: not on who else is adapted."""
+    """Normal start values [n, *shape]; each row depends on the seed and the user's id alone."""
     numbers = [int(hashlib.sha256(f"{seed} {user}".encode()).hexdigest()[:15], 16) for user in ids]
     rngs = [torch.Generator().manual_seed(number) for number in numbers]
     return torch.stack([torch.randn(shape, generator=rng, dtype=torch.float32, device="cpu") for rng in rngs])
 
 
 def pairs_of_users(users: Sequence[str], ids: Iterable[str]) -> list[Tensor]:
-    """For each id the numbers of its pairs, int64 [n]; users: the user of each pair. Raises PyargsError for one without."""
+    """For each id the numbers of its pairs, int64 [n]. users: the user of each pair. Raises PyargsError for an id without."""
     numbers: dict[str, list[int]] = {user: [] for user in ids}
     for number, user in enumerate(users):
         numbers[user].append(number)

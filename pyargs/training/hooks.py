@@ -1,7 +1,7 @@
-"""A method by its name, and what its hooks do where it leaves them out.
+"""Methods by name, and the defaults of their hooks.
 
-A method is a module with `Config` and `build(lm, tokenizer, users, config)`. Everything else that training and adaptation ask
-of it is a hook with a default here.
+A method is a module with `Config` and `build(lm, tokenizer, users, config)`. Everything else that training and adaptation call
+is a hook with a default here.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ DEFAULTS = {
 
 
 def method(name: str) -> ModuleType:
-    """The module pyargs/methods/<name>.py, or the file itself where `name` is a path to a .py file, which is run.
+    """The module pyargs/methods/<name>.py, or the .py file at the path `name`. A file is run.
 
-    So a path must come from the caller, never out of a file. Hooks that the module leaves out are those of `DEFAULTS`.
+    So a path must come from the caller, never out of a saved file. Hooks that the module lacks come from `DEFAULTS`.
     """
     return with_defaults(_module(name))
 
 
 def with_defaults(module: ModuleType) -> ModuleType:
-    """The same module, with those hooks of `DEFAULTS` that it leaves out. Raises PyargsError for a hook by its old name."""
+    """Adds the hooks of `DEFAULTS` that a module lacks; returns it. Raises PyargsError for a hook by its old name."""
     if hasattr(module, "groups"):
         raise PyargsError(f"{module.__name__}: the hook groups is called parameter_groups now")
     for hook, default in DEFAULTS.items():
@@ -80,7 +80,7 @@ def names() -> list[str]:
 
 
 def method_of(model, given: str | None):
-    """The method that made the model: the caller's, who may name a file, else what its folder says, which may not."""
+    """The method that made the model: `given`, which may be a .py file, else the name in the model's folder, which may not."""
     if given is not None:
         return method(given)
     name = model.about.get("method")

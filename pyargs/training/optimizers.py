@@ -1,4 +1,4 @@
-"""What a training step does with the gradients: rates by group, sparse rows, gradients of bounded length."""
+"""The optimizer of training: learning rates by group, sparse gradients of user tables, clipping."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 class Together(torch.optim.Optimizer):
-    """Several optimisers as one, for schedulers and the Trainer; the parameter groups stay theirs."""
+    """Several optimisers as one, for schedulers and the Trainer. It has the same parameter groups as they have."""
 
     def __init__(self, *optimizers: torch.optim.Optimizer):
         self.optimizers = optimizers
@@ -30,8 +30,8 @@ class Together(torch.optim.Optimizer):
 def make(recipe, model, config) -> torch.optim.Optimizer:
     """AdamW over the recipe's `parameter_groups` and LoRA at lora_lr; decay where a group has it.
 
-    A group with "sparse" goes to SparseAdam: rows of absent users then keep their values and moments, where Adam would move
-    them on by momentum.
+    A group with "sparse" goes to SparseAdam: rows of users who are not in a minibatch then keep values and moments, while Adam
+    would move them by momentum.
     """
     groups = [
         *recipe.parameter_groups(model, config),
@@ -49,7 +49,7 @@ def make(recipe, model, config) -> torch.optim.Optimizer:
 
 
 def clip(parameters: Iterable[torch.nn.Parameter], most: float) -> None:
-    """Shortens the gradients, all as one vector, to the length `most` where they are longer; sparse ones, too."""
+    """Scales all gradients, sparse ones too, so that their norm together is at most `most`."""
     found = [p.grad for p in parameters if p.grad is not None]
     parts = [grad.coalesce().values() if grad.is_sparse else grad for grad in found]
     length = torch.stack([part.float().norm() for part in parts]).norm() if parts else torch.zeros((), dtype=torch.float32)

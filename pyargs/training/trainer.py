@@ -1,4 +1,4 @@
-"""Training and adaptation, the same for all methods: full (LoRA and head together) or on features of a frozen backbone."""
+"""Training, the same for all methods: LoRA and head together, or the head alone on features of a frozen backbone."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def _train_all(recipe, model, rows, config, checkpoints: str | Path | None) -> N
 
         def training_step(self, wrapped, inputs, num_items_in_batch=None):
             *first, last = recipe.turns(model, config)
-            for active in first:  # whole steps of their own; the trainer makes the last one
+            for active in first:  # each is a step of its own; the trainer makes the last one
                 super().training_step(wrapped, inputs, num_items_in_batch)
                 _drop_others(model, active)
                 self.optimizer.step()
@@ -165,7 +165,7 @@ def _train_all(recipe, model, rows, config, checkpoints: str | Path | None) -> N
             return loss
 
         def _get_grad_norm(self, *_, **__):
-            """Nobody asked for it, and sparse gradients have none."""
+            """Not computed: it is not logged, and sparse gradients have no norm."""
 
         # A checkpoint holds what is trained, not the frozen backbone.
         def _save(self, output_dir=None, state_dict=None):
@@ -177,7 +177,7 @@ def _train_all(recipe, model, rows, config, checkpoints: str | Path | None) -> N
                 super()._save_checkpoint(*arguments)
                 (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / COMPLETE).touch()
 
-        # And it is read as data: what is no checkpoint of this run is an error that names it, what is pickled is not run.
+        # It is read as data, and pickled code is never run. Another run's checkpoint is an error that names it.
         def _load_from_checkpoint(self, folder, model=None):
             found = read_tensors(Path(folder) / "trained.safetensors")
             lora.same_tensors(trained, found, Path(folder) / "trained.safetensors")
@@ -234,7 +234,7 @@ COMPLETE = "complete"
 
 
 def _last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end; others, of a run killed while it wrote, are removed."""
+    """The newest complete checkpoint; incomplete ones, of runs that were killed while writing, are removed."""
     complete = []
     for one in folder.glob("checkpoint-*"):
         if (one / COMPLETE).exists():

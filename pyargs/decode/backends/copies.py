@@ -1,8 +1,8 @@
 """Any model of transformers, called as it is: the reward model's cache is copied for each candidate.
 
-For models whose layers keep a state instead of keys and values, or look through a window, and for those with hooks. Of a
-cache this asks only that its rows can be reordered. So rows come in together, when no row is here; each leaves when it likes,
-and is computed along until the last one has left.
+For models whose layers keep a state instead of keys and values, or look through a window, and for those with hooks. It needs
+only a cache whose rows can be reordered. So rows come in together, when no row is here. Each leaves at any time, but is
+computed until the last one has left.
 """
 
 from __future__ import annotations

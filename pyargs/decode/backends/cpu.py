@@ -1,9 +1,8 @@
 """Decoding on a CPU through the CPU stack, which reads the weights once at the rate of the memory.
 
-Where policy and reward model rest on the same weights, one pass serves both. A frozen backbone's states of the candidates are
-the policy's too. With LoRA, the policy's rows of the likeliest candidates ride in the reward model's pass; if another one
-wins, its row takes a pass more. A token's state is the same, bit by bit, in whatever pass it is computed, so guessing the
-winner changes no token.
+Where policy and reward model use the same weights, one pass serves both. With a frozen backbone the candidates' states are the
+policy's, too. With LoRA, the reward model's pass also computes the policy's states of the likeliest candidates; if another one
+wins, its row needs one more pass. A token's state is bit for bit the same in any pass, so guesses change no token.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from pyargs.lm.stack import keep, run
 from pyargs.lm.tokenize import left_pad
 
 GUESSES = {1: 2, 2: 1}
-"""Rows of a batch -> of how many candidates the policy's rows ride along. In larger batches some row nearly always misses, and
-the reward model's rows alone keep the processor busy (docs/performance.md)."""
+"""Rows of a batch -> candidates whose states for the policy are computed along. In larger batches some row nearly always needs
+another candidate, and the reward model's rows alone keep the processor busy (docs/performance.md)."""
 
 
 PLACES = 64
@@ -40,8 +39,8 @@ class _Rows:
         self.texts: list[list[int]] = [[] for _ in range(room)]  # what each row of the cache holds, also when it has left
 
     def join(self, prompts: Sequence[Sequence[int]], capacity: int) -> Tensor:
-        """The states [halves, m, D] of the prompts' last tokens. What a prompt has in common with a row that is here, or was
-        last in its place, is not computed again if it is half of it: a user's demonstrations, say."""
+        """The states [halves, m, D] of the prompts' last tokens. If half of a prompt or more is the beginning of a row in the
+        cache, that part is not computed again: a user's demonstrations, say."""
         self.reserve(capacity)
         known, joined = [], []
         free = [row for row in range(self.room) if row not in self.rows]
@@ -100,7 +99,7 @@ class _Rows:
                 self.texts[row].append(one)
 
     def follow(self, token: Tensor, going: Tensor | None = None) -> Tensor:
-        """Token [n] becomes each row's next one, where going [n]: the states [n, D] behind it, 0 of the other rows."""
+        """Appends token [n] to each row where going [n]; returns its states [n, D], 0 for the other rows."""
         self.note(token, going)
         if going is None:
             return self.run(token.unsqueeze(1))[0, :, 0]
@@ -134,7 +133,7 @@ class Half:
         self.held.reserve(capacity)
 
     def current(self) -> bool:
-        """Whether the packed weights are still the model's, all of which are read."""
+        """Whether the packed weights are still the model's; reads all weights."""
         return keep.stack_of(self.model) is self.stack
 
     def keep(self, order: Sequence[int]) -> None:
@@ -156,11 +155,11 @@ class Policy(Half):
         self.vocabulary, self.top = vocabulary, 0
 
     def join(self, prompts: Sequence[Sequence[int]], capacity: int) -> Tensor:
-        """Reads prompts of rows behind those that are here: logits [m, V] of their first tokens."""
+        """Adds rows behind those that are here and reads their prompts; returns logits [m, V] of their first tokens."""
         return self._logits(self.held.join(prompts, capacity)[0])
 
     def advance(self, token: Tensor, going: Tensor | None = None) -> Tensor:
-        """Token [n] becomes each row's next one, where going [n] (all by default): the logits [n, V] behind it."""
+        """Appends token [n] to each row where going [n] (all by default); returns the next token's logits [n, V]."""
         return self._logits(self.held.follow(token, going))
 
     def _logits(self, state: Tensor) -> Tensor:
@@ -179,12 +178,12 @@ class Scorer(Half):
         return self.held.run(candidates, wanted, branches=True)[0]
 
     def commit(self, token: Tensor, slot: Tensor) -> None:
-        """Token [n], the candidate at slot [n], becomes each row's next one; a slot of -1 leaves its row."""
+        """Appends token [n], the candidate at slot [n], to each row; a slot of -1 leaves its row."""
         self.stack.commit(self.held.cache, slot, self.held.rows)
         self.held.note(token, slot >= 0)
 
     def advance(self, token: Tensor, going: Tensor | None = None) -> None:
-        """Token [n] becomes its row's next one, whether it was a candidate or not, where going [n]."""
+        """Appends token [n], a candidate or not, to each row where going [n]."""
         self.held.follow(token, going)
 
 
@@ -221,7 +220,7 @@ class Shared:
         return states[1]
 
     def follow(self, token: Tensor, slot: Tensor, going: Tensor | None = None) -> Tensor:
-        """Token [n], the candidate at slot [n], becomes each row's next one: the logits [n, V] behind it."""
+        """Appends token [n], the candidate at slot [n], to each row; returns the next token's logits [n, V]."""
         held, rows = self.held, self.held.rows
         hit = slot < self.states.shape[1]
         own = slot.where(hit, -1)
@@ -238,7 +237,7 @@ class Shared:
         return self._logits(state)
 
     def current(self) -> bool:
-        """Whether the packed weights are still those of both models, all of which are read."""
+        """Whether the packed weights are still those of both models; reads all weights."""
         same = shares(self.policy, self.backbone) and lora.active(self.backbone) == self.adapted
         return same and keep.stack_of(self.policy, self.adapter) is self.stack
 

@@ -1,8 +1,7 @@
-"""How policy and reward model see a batch: each in a pass of its own, or both in one where they rest on the same weights.
+"""Passes of transformers' own modules: policy and reward model each in its own, or both in one where they share weights.
 
-Both ways have `begin` (the prompts), `branch` (the reward model reads all candidates of a step) and `follow` (the policy goes
-on behind the chosen one). What they give for rows that have finished [B] does not matter. They read nothing back from the
-device, so that a step of theirs can be captured.
+`join` reads prompts, `branch` runs the reward model on all candidates of a step, `follow` appends the chosen one. Rows that
+have finished get any numbers. Nothing is read back from the device, so that a step can be captured.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from pyargs.lm.structure import may_replace
 from pyargs.lm.tokenize import left_pad
 
 MOST_ROWS = {"cuda": 256, "cpu": 32}
-"""Rows of a pass up to which reading the weights takes longer than computing: then the policy's k rows beside the reward
-model's k cost less than a second pass. Of a GPU the arithmetic says so, of a CPU docs/findings."""
+"""Rows of a pass up to which reading the weights takes longer than computing, so that one pass of 2 k rows costs less than two
+passes. Computed for GPUs, measured for CPUs (docs/findings)."""
 
 
 def _known(model, more: dict) -> dict:
-    """Without `logits_to_keep` for the models that do not take it and give the logits of all positions."""
+    """The keywords without `logits_to_keep`, for models that do not take it and give the logits of all positions."""
     return {name: value for name, value in more.items() if name in parameters(type(model))}
 
 
@@ -37,7 +36,7 @@ PLACES = 64
 
 
 class Half:
-    """What each half does with the rows of its cache. Weights are read where they lie, so they are always the models' own."""
+    """What both halves do with the rows of their caches. Weights are not copied, so they are always the models' own."""
 
     cache: RowCache
 
@@ -67,14 +66,14 @@ class Policy(Half):
         self.lm, self.cache = lm, RowCache(lm.config.get_text_config(decoder=True), room, 0, lm.device)
 
     def join(self, prompts: Sequence[Sequence[int]], capacity: int, soft: Tensor | None = None) -> Tensor:
-        """Reads prompts of rows behind those that are here: logits [m, V] of their first tokens.
+        """Adds rows behind those that are here and reads their prompts; returns logits [m, V] of their first tokens.
 
         capacity: places that the longest of them needs. soft [m, L, D]: embeddings that stand before the prompts.
         """
         return _join(self.lm, self.cache, prompts, capacity, soft=soft, logits_to_keep=1).logits[:, -1]
 
     def advance(self, token: Tensor, going: Tensor | None = None) -> Tensor:
-        """Token [n] becomes each row's next one, where going [n] (all by default): the logits [n, V] behind it."""
+        """Appends token [n] to each row where going [n] (all by default); returns the next token's logits [n, V]."""
         logits = _pass(self.lm, token.to(self.lm.device).unsqueeze(1), self.cache, logits_to_keep=1).logits[:, -1]
         self.cache.advance(None if going is None else going.to(self.lm.device))
         return logits
@@ -96,18 +95,18 @@ class Scorer(Half):
         return _pass(self.backbone, candidates, self.cache).last_hidden_state
 
     def commit(self, token: Tensor, slot: Tensor) -> None:
-        """Token [n], the candidate at slot [n], becomes each row's next one; a slot of -1 leaves its row."""
+        """Appends token [n], the candidate at slot [n], to each row; a slot of -1 leaves its row."""
         self.cache.commit(slot)
 
     def advance(self, token: Tensor, going: Tensor | None = None) -> None:
-        """Token [n] becomes its row's next one, whether it was a candidate or not, where going [n]."""
+        """Appends token [n], a candidate or not, to each row where going [n]."""
         _pass(self.backbone, token.to(self.backbone.device).unsqueeze(1), self.cache)
         self.cache.advance(None if going is None else going.to(self.backbone.device))
 
 
 class Shared:
-    """Both halves in one pass of the weights that they share. With LoRA every row stands there twice, first as the policy
-    sees it and then, LoRA added, as the reward model does. The output layer is applied to the winners only."""
+    """Both halves in one pass over the weights that they share. With LoRA every row is there twice: without LoRA for the
+    policy, then with it for the reward model. The output layer is applied to the winners only."""
 
     screened = False
     top = 0  # all logits are exact
@@ -134,7 +133,7 @@ class Shared:
         return states[self.times - 1 :: self.times]
 
     def follow(self, token: Tensor, slot: Tensor, going: Tensor | None = None) -> Tensor:
-        """Token [n], the candidate at slot [n], becomes each row's next one: the logits [n, V] behind it."""
+        """Appends token [n], the candidate at slot [n], to each row; returns the next token's logits [n, V]."""
         self.cache.commit(slot.repeat_interleave(self.times))
         place = slot.clamp(min=0)[:, None, None].expand(-1, 1, self.states.shape[-1])
         return self.output(self.states.gather(1, place).squeeze(1))

@@ -1,4 +1,4 @@
-"""One packed stack for each model that is alive, as long as the memory has room for it and no number changes."""
+"""One packed stack for each model that is alive, as long as there is memory and its weights do not change."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from pyargs.ops.library import has_extension
 
 
 def can_pack(model: nn.Module) -> bool:
-    """Whether `pack` takes the model, and the machine has the memory for its weights once more."""
+    """Whether `pack` takes the model, and there is memory for a second copy of its weights."""
     return refusal(model) is None
 
 
 def refusal(model: nn.Module) -> str | None:
-    """Why the stack does not compute this model as it is now, on this machine; None where it does."""
+    """Why the stack cannot compute this model as it is now on this machine; None if it can."""
     if eager():
         return "PYARGS_BACKEND=eager asks for plain calls"
     if not has_extension:
@@ -44,7 +44,7 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_memory() -> int:
-    """Bytes that the machine has left, or fewer where a container may take less. The files that it has read give way."""
+    """Free bytes of the machine, or of the container if that has fewer; cached files count as free."""
     left = [psutil.virtual_memory().available]
     for limit, used, stat, of in (  # control groups, version 2 and 1
         ("memory.max", "memory.current", "memory.stat", ""),
@@ -62,10 +62,10 @@ _stacks: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()
 
 
 def stack_of(model: nn.Module, adapter: nn.Module | None = None) -> Stack:
-    """`pack(model, adapter)`, once for as long as the decoder lives and neither its modules nor any of its numbers change (all
-    are read in each call); adapters share the packed weights.
+    """`pack(model, adapter)`, kept as long as the decoder lives and its modules and numbers stay (each call reads all);
+    adapters share the packed weights.
 
-    A stack with an output layer serves those who ask for none.
+    A stack with an output layer is also given to callers that need none.
     """
     decoder, head = parts_of(model)
     table = decoder.get_input_embeddings().weight  # it and the rotary embedding are what a stack goes on to read

@@ -1,4 +1,4 @@
-"""Packs the weights of a decoder of the Llama family (Llama, Qwen2) into a stack, and names what the stack has not."""
+"""Packs the weights of a decoder of the Llama family (Llama, Qwen2) into a stack; refuses what the stack cannot compute."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ ROPE = ("default", "linear", "llama3", "yarn")  # those whose frequencies do not
 def pack(model: nn.Module, adapter: nn.Module | None = None, *, dtype: torch.dtype | None = None) -> Stack:
     """A Stack with the weights of a LlamaForCausalLM or Qwen2ForCausalLM, or of the decoder in one.
 
-    adapter: a decoder with the same weights and LoRA of pyargs.lm.lora: its LoRA becomes the delta that single rows of a pass
-    can ask for. LoRA in `model` itself is added to the weights.
-    dtype: of the packed weights, float32 or bfloat16; the model's by default. Everything else is float32, except that bfloat16
-    weights meet inputs rounded to bfloat16.
+    adapter: a decoder with the same weights and LoRA of pyargs.lm.lora; its LoRA becomes the delta, which each row of a pass
+    has or not. LoRA in `model` itself is added to the weights.
+    dtype: of the packed weights, float32 or bfloat16; the model's by default. All else is float32, except that inputs of
+    bfloat16 weights are rounded to bfloat16.
 
-    The model is not changed, and only its embedding stays in use. Raises PyargsError that names what a model has and the
-    stack has not.
+    The model is not changed, and only its embedding stays in use. Raises PyargsError that names the part of the model that the
+    stack cannot compute.
     """
     if not has_extension:
         raise PyargsError("the CPU stack needs the extension: pip install . with a C++ compiler at hand")
@@ -127,8 +127,8 @@ def _padded(n: int) -> int:
 
 
 def check_supported(decoder: nn.Module, head: nn.Module | None, dtype: torch.dtype, found: dict) -> None:
-    """Raises PyargsError for everything that the stack would compute differently; found: the model's `structure`, which has
-    refused what is not of libraries."""
+    """Raises PyargsError for all that the stack would compute differently. found: the model's `structure`, which has refused
+    modules that no library wrote."""
     config, embedding = decoder.config, decoder.get_input_embeddings()
 
     def refuse(what: str) -> None:

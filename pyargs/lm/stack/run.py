@@ -25,8 +25,8 @@ from pyargs.progress import progress_bar
 class Cache:
     """Keys and values of `rows` sequences in float32; `Stack.cache` makes it.
 
-    length: the tokens of each row's prefix, a list. Left padding takes no place. Rows need not belong to one batch: a policy
-    and a reward model that share a stack have rows of their own.
+    length: a list with the number of tokens of each row's prefix. Left padding takes no place. Rows need not belong to one
+    batch: a policy and a reward model that share a stack have rows of their own.
     """
 
     def __init__(self, native):
@@ -89,7 +89,7 @@ class Stack:
         branches: False: the tokens of a row follow each other, and become part of its prefix. True: each sees the prefix and
         itself, as its next token; `commit` then says which stays, the others are written over.
         rows: [B], the row of the cache that each row of ids continues, none twice; the first B by default.
-        delta: for which rows of ids [B] the adapter of `pack` counts; one answer for all, or each its own.
+        delta: whether the adapter of `pack` counts; one bool for all rows of ids, or one each [B].
         """
         ids = _dense(ids, torch.int64, "ids")
         if ids.dim() != 2:
@@ -120,9 +120,9 @@ class Stack:
     def logits(self, states: Tensor, *, top: int = 0, vocabulary: int | None = None) -> Tensor:
         """The output layer: float32 [B, dim] -> float32 [B, vocabulary], of the first `vocabulary` tokens, all by default.
 
-        top: only the `top` largest logits of a row are asked for (0: all): the others may be estimates, smaller than these, so
-        a logsumexp of them is one, too. A copy of the weights in eight bits, with a bound of its error, then says which few
-        outputs need the whole weights. Of more than 64, and of more rows than that pays for, all are exact.
+        top: how many of a row's largest logits must be exact (0: all). The others may be estimates, smaller than these, and so
+        is a logsumexp then: an int8 copy of the weights, with a bound of its error, says which few outputs need the full
+        weights. With top > 64, or with more rows than this pays for, all are exact.
         """
         if not self.has_logits:
             raise PyargsError("this stack was packed from a decoder, which has no output layer: pack the causal LM")
@@ -153,7 +153,7 @@ def zeros(*shape: int) -> Tensor:
 
 
 class _errors:
-    """What the extension refuses, as a PyargsError."""
+    """Within it, errors of the extension become PyargsErrors."""
 
     def __enter__(self) -> None:
         pass
@@ -196,7 +196,7 @@ def continuations(stack: Stack, groups, progress: str = "states") -> Iterator[tu
 
 
 def shared(before: Sequence[int], prompt: Sequence[int]) -> int:
-    """How many tokens a prompt begins with as the one before did; never all, since its last state is wanted."""
+    """How many tokens a prompt begins with as the one before did; never all, since its last state is needed."""
     pairs = zip(before, prompt[:-1], strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(before), max(len(prompt) - 1, 0)))
 
