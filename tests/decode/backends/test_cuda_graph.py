@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import types
 import warnings
 
@@ -14,7 +13,6 @@ from conftest import FULL_ATTENTION, reward_model, tiny_lm
 from decoding import USERS, prompts, shared_pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyargs.decode.backends import cuda_graph, eager
 from pyargs.decode.engine import Engine
@@ -368,43 +366,6 @@ def test_a_step_that_cannot_be_captured_falls_back_aloud(monkeypatch):
     assert answer.tokens == alone.tokens and answer.backend == "eager"
     with pytest.raises(PyargsError, match="cannot be captured"):
         ask(captured(policy, model))
-
-
-class Launches(TorchDispatchMode):
-    """Counts operators that work (views do not); the norm, which a CPU has no single operator for, as one."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function._schema.name.removeprefix("aten::")
-        views = ("view", "_unsafe_view", "expand", "transpose", "slice", "unsqueeze", "squeeze", "select", "split", "t")
-        self.count += name not in (*views, "split_with_sizes", "alias", "detach")
-        self.count -= 5 * (name == "rsqrt")  # x, squared, its mean, plus epsilon, 1 / root, times x, times weight
-        return function(*args, **(kwargs or {}))
-
-
-def launches(layers: int, monkeypatch) -> int:
-    """Operators of a step of one pass."""
-    policy = tiny_lm("qwen2", layers=layers, dtype=torch.float32)
-    counted = Launches()
-
-    def counting(step, device):
-        with counted:
-            step()
-        return step
-
-    monkeypatch.setattr(cuda_graph, "capture", counting)
-    ask(captured(policy, reward_model(policy)), [4, 1], max_new_tokens=1)
-    return counted.count
-
-
-def test_a_layer_takes_few_launches(monkeypatch):
-    few = (launches(6, monkeypatch) - launches(2, monkeypatch)) / 4
-    monkeypatch.setattr(cuda_graph, "few_launches", lambda *models: contextlib.nullcontext())
-    many = (launches(6, monkeypatch) - launches(2, monkeypatch)) / 4
-    assert few <= 21 < 30 <= many
 
 
 def test_models_are_as_before_a_recording():

@@ -1,0 +1,119 @@
+"""The captured step on fake tensors of a GPU (tests/fake_device.py): it does nothing forbidden, and has few operators."""
+
+from __future__ import annotations
+
+import contextlib
+
+import fake_device
+import pytest
+import torch
+from conftest import FULL_ATTENTION
+from every_head import HEADS
+from fake_device import GPU, WAYS, WEIGHTS, Forbidden, beside_layers, counted, of_layer, operators, steps_of
+
+from pyargs.decode.backends import cuda_graph
+from pyargs.errors import PyargsError
+
+# The most operators, views not counted: what `python tests/fake_device.py` printed on the day it was last lowered, the same
+# with transformers 5.16.1 and 5.24.0. A change that needs more has to say here why.
+LAYER = {"own": 41, "shared": 21, "shared lora": 29}
+BESIDE = {"own": 81, "shared": 62, "shared lora": 62}
+WAY = {"greedy": 0, "sampled": 2, "filtered": 29, "sampled, filtered": 31}
+HEAD = {
+    "linear": 0,
+    "mlp": 2,
+    "mlp of users": 9,
+    "user_mlp": 2,
+    "distance": 15,
+    "distance to the input": 15,
+    "latent": 5,
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def patch():
+    with fake_device.fake_gpu() as patch:
+        yield patch
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_operators_of_a_layer(weights):
+    assert 0 < of_layer(weights) <= LAYER[weights]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_operators_beside_the_layers(weights, way):
+    assert 0 < beside_layers(weights, way) <= BESIDE[weights] + WAY[way]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_operators_of_each_head(head):
+    assert 0 < beside_layers("shared", head=head) <= BESIDE["shared"] + HEAD[head]
+
+
+@pytest.mark.parametrize("family", FULL_ATTENTION)
+def test_families_do_nothing_that_is_forbidden(family):
+    assert operators(steps_of(family=family)) > 0
+
+
+def test_means_over_the_answer_and_rewards_of_stop_tokens():
+    assert operators(steps_of("shared", eos_reward="state")) <= counted("shared")
+    assert operators(steps_of("shared", pool="mean", step_reward="prefix_mean")) <= counted("shared") + 2  # w, and the mean
+
+
+def test_without_fewer_launches_a_layer_is_beyond_its_bound(monkeypatch):
+    monkeypatch.setattr(cuda_graph, "few_launches", lambda *decoders: contextlib.nullcontext())
+    few, more = (operators(steps_of("shared", layers=layers)) for layers in (2, 3))
+    assert more - few > LAYER["shared"] + 8
+
+
+ON_CPU, NUMBER = torch.zeros(3), torch.zeros(())
+FAULTS = {
+    "a number": ("read by the host", lambda logits: logits.sum().item()),
+    "a condition": ("read by the host", lambda logits: bool((logits > 0).all())),
+    "places that are not 0": ("read by the host", lambda logits: logits.nonzero()),
+    "a mask as index": ("read by the host", lambda logits: logits[logits > 0]),
+    "a mask that is written to": ("read by the host", lambda logits: logits.index_put_((logits > 0,), logits[0])),
+    "as many copies as a tensor says": ("read by the host", lambda logits: logits.repeat_interleave(logits[:, 0].long(), 0)),
+    "a tensor on the CPU": ("to the CPU", lambda logits: torch.zeros(3)),
+    "a copy to the host": ("to the CPU", lambda logits: logits.cpu()),
+    "numbers of Python": ("from the CPU", lambda logits: torch.tensor([1.0, 2.0], device=GPU)),
+    "a copy to the GPU": ("from the CPU", lambda logits: ON_CPU.to(GPU)),
+    "a copy into memory of the GPU": ("from the CPU", lambda logits: logits[0, :3].copy_(ON_CPU)),
+    "a number on the CPU": ("from the CPU", lambda logits: logits + NUMBER),
+}
+"""What is planted into a step, and what the check calls it."""
+
+
+@pytest.fixture(scope="module")
+def steps():
+    return steps_of("shared")
+
+
+def plant(monkeypatch, fault) -> None:
+    choose = cuda_graph.Guided.choose
+    monkeypatch.setattr(cuda_graph.Guided, "choose", lambda self: (fault(self.rows["logits"]), choose(self))[1])
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found(fault, steps, monkeypatch):
+    called, planted = FAULTS[fault]
+    plant(monkeypatch, planted)
+    with pytest.raises(Forbidden, match=called):
+        operators(steps)
+
+
+def test_a_planted_operator_is_counted(steps, monkeypatch):
+    plant(monkeypatch, lambda logits: (logits.unsqueeze(0), logits + 1))  # a view is none
+    assert operators(steps) == counted("shared") + 1
+
+
+def test_what_is_not_captured_is_refused_by_name():
+    lm = fake_device.fake_lm("qwen2", 1)
+    assert "RewardModel" in cuda_graph.refusal(None, lm, lm)  # a TokenReward's steps, and those of nobody's reward
+    from pyargs.heads import cosine
+    from pyargs.types import Users
+
+    with pytest.raises(PyargsError, match="guides no decoder"):
+        cosine.Head(32, 8, 2, Users(["ann"], mixture=torch.zeros(1, 2))).fold(torch.zeros(1, dtype=torch.long))
