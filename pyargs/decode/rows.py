@@ -18,9 +18,9 @@ WIDTH = 64
 
 
 class Rows:
-    """Buffers [room, ...] by name. `rows["weight"]` is the first `width` of them: the rows that are here, at the positions
-    0, 1, ... without a gap. A captured step sets `width` to the rows that it is captured with; those beyond the ones that are
-    here have finished. requests: those of the rows that are here, where they have any; what they ask of a step is derived.
+    """Buffers [room, ...] by name. `rows["weight"]` is the first `width` places of one: the rows that are here, at positions
+    0, 1, ... without a gap. A captured step sets `width` to the rows that it was captured with; those beyond the rows that are
+    here count as finished. requests: of the rows that are here, if they have any; the properties below are derived from them.
     """
 
     def __init__(self, room: int):
@@ -30,12 +30,12 @@ class Rows:
 
     @property
     def sampled(self) -> bool:
-        """Whether a row draws its token."""
+        """Whether any row samples."""
         return any(one.temperature for one in self.requests)
 
     @property
     def narrowed(self) -> bool:
-        """Whether a row has top-p or min-p."""
+        """Whether any row has top-p or min-p."""
         return any(one.top_p < 1 or one.min_p > 0 for one in self.requests)
 
     @property
@@ -45,7 +45,7 @@ class Rows:
 
     @property
     def filtered(self) -> bool:
-        """Whether a row may have other candidates than the first `most`."""
+        """Whether any row may have fewer candidates than `most`."""
         most = self.most
         return self.narrowed or any(one.num_candidates != most for one in self.requests)
 
@@ -115,10 +115,10 @@ def uniform(rows: Rows) -> Tensor:
 
 
 def counts(rows: Rows, logprobs: Tensor) -> Tensor:
-    """How many of its candidates each row has, int64 [n]: the first k, of these the likeliest that hold top_p of their
-    probability, and those at least min_p times as likely as the first.
+    """How many candidates each row has, int64 [n]: of its first k the likeliest that hold top_p of their probability, and of
+    these the ones at least min_p times as likely as the first.
 
-    logprobs [n, K], sorted, up to a constant of each row. Top-p is counted after top-k, as transformers and vLLM do.
+    logprobs [n, K], sorted, up to a constant of each row. top_p applies after top-k, as in transformers and vLLM.
     """
     place = torch.arange(logprobs.shape[1], device=logprobs.device)
     own = place < rows["k"].unsqueeze(1)
@@ -144,8 +144,8 @@ def filtered(rows: Rows, logprobs: Tensor) -> Tensor:
 
 
 class Choice(NamedTuple):
-    """What a step chose: token, slot int64 [n] (-1: there was nothing to choose by), the token's reward and the candidates'
-    spread float32 [n], and which rows are done."""
+    """What a step chose: token and slot int64 [n] (slot -1: nothing could be chosen), the token's reward and the spread of the
+    candidates' rewards float32 [n], and which rows have finished."""
 
     token: Tensor
     slot: Tensor
@@ -158,7 +158,7 @@ class Choice(NamedTuple):
 
 
 def chosen(slot: Tensor, reward: Tensor, count: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Of rewards [n, k], of which the first `count` count: those at the slots [n], and their standard deviation."""
+    """The rewards [n] at the slots [n], and the standard deviation of each row's first `count` rewards; reward [n, k]."""
     several = reward.shape[1] if count is None else count.unsqueeze(1)
     # Sums one after the other: torch's own depend on how wide the row is.
     square = (reward - reward.cumsum(1)[:, -1:] / several).square()
@@ -169,7 +169,7 @@ def chosen(slot: Tensor, reward: Tensor, count: Tensor | None = None) -> tuple[T
 
 
 def note(rows: Rows, token: Tensor, slot: Tensor, reward: Tensor, spread: Tensor, finished: Tensor) -> Choice:
-    """Counts the step, which ends rows that are as long as they may be."""
+    """Counts the step and ends rows that have reached their limit."""
     rows.buffers["step"][: rows.width] += 1
     finished = finished | (rows["step"] >= rows["limit"])
     rows["finished"] = finished

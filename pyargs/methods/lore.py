@@ -1,9 +1,9 @@
-"""LoRE: each user's reward is a convex mixture of K shared directions (arXiv 2504.14439); LoRE-Alt updates them in turn.
+"""LoRE: each user's reward is a convex mixture of K shared directions (arXiv 2504.14439); LoRE-Alt alternates the updates.
 
-Where this is not what LoRE's code does: nothing pulls the directions towards V_sft, the head of a pretrained reward model
-(there LoRE-Alt has such a term, and LoRE the same with weight 0): a language model has no such head, and the paper leaves the
-term out for that reason. Every pair weighs the same (there, in LoRE, every user), minibatches stand for the whole data, and
-no direction is dropped (there LoRE-Alt drops those that no user gives a hundredth).
+Differences from LoRE's code: no term pulls the directions towards V_sft, the head of a pretrained reward model (there LoRE-Alt
+has it, and LoRE with weight 0), since a language model has no such head; the paper leaves it out for that reason. Every pair
+has the same weight (there, in LoRE, every user), training uses minibatches instead of all data, and no direction is dropped
+(there LoRE-Alt drops those to which no user gives a hundredth).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """PAL: users as mixtures of prototypes (arXiv 2406.08469). A: distance to an ideal point; B: cosine to a query.
 
-Where this is not what PAL's code does: B's query is read from the prompt's last token, in training as afterwards (there
+Differences from PAL's code: B's query is read from the prompt's last token, in training as afterwards (there
 position t of the prompt goes with position t of the response in training, and the last token is taken only in use). Past
 its end a response keeps its last state (there the states of padding are compared). The optimiser is AdamW (there Adam with
 L2). Responses have no end token. Early versions of PAL-A added a penalty on ideal points longer than 4, which later ones
@@ -126,7 +126,7 @@ def compared_tokens(batch: Batch, config: Config) -> Tokens:
 
 
 def pair_losses(head, projected: Tensor, target: Tensor, tokens: Tokens, config: Config) -> Tensor:
-    """[N], from f of the tokens' states [M, 2, P] and what they are compared with, target [N, P]."""
+    """Losses [N] of pairs, from f of the tokens' states [M, 2, P] and the target [N, P] that they are compared with."""
     chosen, rejected = head.compare(projected, target[tokens.pair].unsqueeze(1)).unbind(1)
     if config.variant == "A":  # rewards are negative distances: hinge at a margin of 1
         each = F.relu(1 - (chosen - rejected))
@@ -142,7 +142,7 @@ def loss(model: RewardModel, batch: Batch, config: Config) -> Tensor:
 
 
 def projections(head, batch: Batch, config: Config) -> tuple[Tokens, Tensor, tuple[Tensor, ...]]:
-    """What stays while only mixtures move: the compared tokens (without states), f of these, and B's g of the prompts.
+    """What does not change while only mixtures are fitted: the compared tokens (without states), f of these, B's g of prompts.
 
     A query of B lies in the span of its prompt's K projections. In an orthonormal basis of that, and with the length of what
     lies outside of it, f and g have K + 1 numbers instead of P, and the same cosines.
@@ -161,7 +161,7 @@ def projections(head, batch: Batch, config: Config) -> tuple[Tokens, Tensor, tup
 
 
 def adapt(model: RewardModel, support: Features, ids: list[str], config: Config) -> dict[str, Tensor]:
-    """Only the mixtures move, so tokens and prompts are projected once."""
+    """Only the mixtures are fitted, so tokens and prompts are projected once."""
 
     def objective(probe: RewardModel, batch: Batch):
         with torch.no_grad():

@@ -1,8 +1,9 @@
 """P-DPO: direct preference optimisation of a policy with a soft prompt for each user (arXiv 2402.05133).
 
-Where this is not what P-DPO's code does: new users get vectors of their own from their pairs (there everybody unknown is the
+Differences from P-DPO's code: new users get vectors of their own from their pairs (there everybody unknown is the
 generic user: --adapt-steps 0), the soft prompt stands before the whole prompt (there after its first token, the start token),
-tokens that soft prompts begin as may repeat, and LoRA has the other methods' settings (there dropout 0.05 and more layers).
+soft prompts may begin with the same token twice, and LoRA has the other methods' settings (there dropout 0.05 and more
+layers).
 """
 
 from __future__ import annotations
@@ -100,9 +101,9 @@ def support(model: UserPolicy, rows) -> Support:
 
 
 def adapt(model: UserPolicy, support: Support, ids: list[str], config: Config) -> dict[str, Tensor]:
-    """New users' vectors by Adam, all support pairs at every step. LoRA and the generic prompt, where they begin, stay.
+    """New users' vectors by Adam, all support pairs at every step, from the generic prompt. LoRA and that prompt stay.
 
-    One user after the other, for the reason that `fit_users` gives.
+    Each user is fitted separately, for the reason that `fit_users` gives.
     """
     with progress_bar(total=len(ids) * config.adapt_steps, desc="adapt", unit="step") as bar:
         found = [

@@ -1,6 +1,6 @@
-"""PReF: user vectors times shared reward features, begun from a factorisation of who preferred what (arXiv 2503.06358).
+"""PReF: user vectors times shared reward features, initialised by factorising who preferred what (arXiv 2503.06358).
 
-Where this is not what PReF's code does: the features are fitted to the factorisation in one step, as the paper has it (there
+Differences from PReF's code: the features are fitted to the factorisation in one step, as the paper has it (there
 by gradient descent through the whole language model), AdamW stands for SGD, and the factorised matrix is another by default
 (--votes).
 """
@@ -63,7 +63,7 @@ def build(lm, tokenizer, users: list[str], config: Config) -> RewardModel:
 
 
 def warm_start(model: RewardModel, rows, config: Config) -> None:
-    """The start of Phi and of the users, from the train pairs under the backbone as it is before training."""
+    """Initial Phi and user vectors, from the train pairs under the backbone before training."""
     if config.init == "svd":
         start(model, model.read(rows), config)
 
@@ -75,9 +75,9 @@ def start(model: RewardModel, data: Features, config: Config) -> None:
     Which response is left does not depend on the label. U sqrt(S) are then features of the pairs and V sqrt(S) the users.
     Phi is fitted to the features by linear regression on h(left) - h(right), without an intercept: least squares, or, with
     fewer pairs than D or coordinates that nearly depend on each other (condition above 1e10), ridge regression with a
-    thousandth of the Gram matrix's mean diagonal as penalty. With little overlap, when nearly every pair has one rater, all
-    but the K users with most pairs come out of signed votes as exactly 0: they are given noise, and what was found is warned
-    of and noted in model.about["warm_start"].
+    thousandth of the Gram matrix's mean diagonal as penalty. With little overlap, when nearly every pair has one rater, signed
+    votes give exactly 0 to all but the K users with most pairs: these users get noise, with a warning and a note in
+    model.about["warm_start"].
     """
     user = model.users.rows(data.users)
     left, right = torch.minimum(data.chosen, data.rejected), torch.maximum(data.chosen, data.rejected)

@@ -1,8 +1,8 @@
 """VPL: a variational encoder infers each user's latent from a few of its pairs; new users need one pass (arXiv 2408.10075).
 
-Where this is not what VPL's code does: contexts are drawn anew at each step from all of the user's other train pairs (there
+Differences from VPL's code: contexts are drawn anew at each step from all of the user's other train pairs (there
 once, from a pool of 100), the decoder has no output bias, everything but the backbone is float32 (there bfloat16), and the
-annealing does not go on while a model is measured. Its LoRA (rank 128, dropout 0.1) is the paper's here.
+annealing does not advance during evaluation. Its LoRA (rank 128, dropout 0.1) is the paper's here.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Config(HeadConfig):
 
 
 class Context(NamedTuple):
-    """What the encoder may see: states [N, 2, D] of all train pairs under the untrained backbone, and each user's pairs.
+    """Input of the encoder: states [N, 2, D] of all train pairs under the untrained backbone, and each user's pairs.
 
     of_user int64 [U, P]: numbers of the pairs, -1 where a user has fewer.
     """
@@ -105,7 +105,7 @@ def parameter_groups(model: RewardModel, config: Config) -> list[dict]:
 def draw_context(context: Context, batch: Batch, config: Config) -> tuple[Tensor, Tensor]:
     """States [N, m, 2, D] and mask [N, m] of min..max other pairs of each pair's user, never the pair itself.
 
-    A user with fewer other pairs shows those that it has; one with a single pair is inferred from nothing.
+    A user with fewer other pairs has all of them as context; a user with a single pair has none.
     """
     candidates = context.of_user[batch.user]  # [N, P]
     usable = (candidates >= 0) & (candidates != batch.pair.to(candidates).unsqueeze(1))

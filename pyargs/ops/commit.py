@@ -45,7 +45,7 @@ def commit(states: list[Tensor], slot: Tensor, length: Tensor) -> None:
 
 
 def check_inputs(states, slot, length) -> None:
-    """Raises the error that names the fix. The native kernel makes the same checks; this words them."""
+    """Raises an error that names the fix. The C++ op makes the same checks, with shorter messages."""
     if not isinstance(states, (list, tuple)) or not 1 <= len(states) <= MOST:
         raise ValueError(f"states must be a list of 1 to {MOST} tensors")
     for tensor in (*states, slot, length):

@@ -184,7 +184,7 @@ def check_inputs(
     uniform,
     count,
 ) -> None:
-    """Raises the error that names the fix. The native kernel makes the same checks; this words them."""
+    """Raises an error that names the fix. The C++ op makes the same checks, with shorter messages."""
     if isinstance(features, Tensor) and features.dim() != 3:
         raise ValueError(f"features must be [B, k, H], got shape {tuple(features.shape)}")
     batch, k, hidden = features.shape if isinstance(features, Tensor) else (0, 0, 0)

@@ -103,7 +103,7 @@ def tokenwise_select(
 
 
 def check_inputs(logits, reward_logits, reward_weight, finished, k, stop, temperature, uniform, count) -> None:
-    """Raises the error that names the fix. The native kernel makes the same checks; this words them."""
+    """Raises an error that names the fix. The C++ op makes the same checks, with shorter messages."""
     for name, tensor in {"logits": logits, "reward_logits": reward_logits}.items():
         if isinstance(tensor, Tensor) and tensor.dim() != 2:
             raise ValueError(f"{name} must be [B, V], got shape {tuple(tensor.shape)}: use {name}[:, -1] of [B, T, V]")

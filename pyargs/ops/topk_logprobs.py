@@ -50,7 +50,7 @@ def topk_logprobs(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def check_inputs(logits: Tensor, k: int) -> None:
-    """Raises the error that names the fix. The native kernel makes the same checks; this words them."""
+    """Raises an error that names the fix. The C++ op makes the same checks, with shorter messages."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits must be a torch.Tensor, got {type(logits).__name__}")
     if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):

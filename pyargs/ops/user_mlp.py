@@ -54,7 +54,7 @@ def user_mlp(hidden: Tensor, bank: Tensor, user: Tensor) -> Tensor:
 
 
 def check_inputs(hidden: Tensor, bank: Tensor, user: Tensor) -> None:
-    """Raises the error that names the fix. The native kernel makes the same checks; this words them."""
+    """Raises an error that names the fix. The C++ op makes the same checks, with shorter messages."""
     for name, tensor, dtypes in (("hidden", hidden, FLOATS), ("bank", bank, FLOATS), ("user", user, (torch.int64,))):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
