@@ -247,14 +247,15 @@ class RowCache(Cache):
         """Room for so many places of each row."""
         if capacity <= self.capacity:
             return
+        self._lists.clear()
         for layer in self.layers:
-            if layer.is_initialized:
+            if layer.is_initialized:  # it may be as long already, where a layer behind it found no memory
                 layer.keys, layer.values = (
-                    nn.functional.pad(x, (0, 0, 0, capacity - self.capacity)) for x in (layer.keys, layer.values)
+                    nn.functional.pad(x, (0, 0, 0, max(capacity - x.shape[2], 0))) for x in (layer.keys, layer.values)
                 )
             layer.capacity = capacity
-        self.capacity, self._place = capacity, torch.arange(capacity, device=self.length.device)
-        self._lists.clear()
+        self._place = torch.arange(capacity, device=self.length.device)
+        self.capacity = capacity
 
     def _alike(self, rows: int) -> list[list[Tensor]]:
         """The keys and values of all layers, of the first rows, by device, shape and dtype; mostly one list."""

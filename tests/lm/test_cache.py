@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 
 import pytest
+import torch
 from conftest import FULL_ATTENTION, tiny_lm
 from families import CAPPED, FAMILIES, NO_BRANCHES, random_lm
 from torch import nn
 
 from pyargs.errors import PyargsError
-from pyargs.lm.cache import cache_name, can_branch
+from pyargs.lm.cache import RowCache, cache_name, can_branch
 from pyargs.lm.forward import masks_every_step, plain_output_layer
 
 
@@ -70,3 +71,37 @@ def test_a_cache_goes_by_the_name_that_the_model_has_for_it():
         cache_name(Takes.Wrapped())
     # What transformers has today: without its name the cache would be left out, and every token would be read alone.
     assert all(can_branch(tiny_lm(family)) for family in FULL_ATTENTION)
+
+
+@torch.no_grad()
+def test_a_cache_that_found_no_memory_midway_grows_later(monkeypatch):
+    lm = tiny_lm()
+    config = lm.config.get_text_config(decoder=True)
+    ids = torch.tensor([[3, 4, 5], [6, 7, 8]])
+    caches = [RowCache(config, 2, 8, lm.device) for _ in range(2)]
+    for cache in caches:
+        cache.join(torch.ones_like(ids))
+        lm(input_ids=ids, use_cache=True, **{cache_name(lm): cache})
+        cache.commit(torch.zeros(2, dtype=torch.long))  # notes where keys and values lie
+    whole, broken = caches
+    pad, calls = nn.functional.pad, []
+
+    def full(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise torch.cuda.OutOfMemoryError
+        return pad(*args)
+
+    with pytest.raises(torch.cuda.OutOfMemoryError), monkeypatch.context() as patch:
+        patch.setattr(nn.functional, "pad", full)
+        broken.reserve(40)
+    for capacity in (8, 12, 48):  # as long as it was; shorter and longer than the layers that have grown
+        for cache in caches:
+            cache.reserve(capacity)
+            cache.branches(2)
+            lm(input_ids=ids[:, :2], use_cache=True, **{cache_name(lm): cache})
+            cache.commit(torch.tensor([1, 0]))
+        for one, other in zip(whole.layers, broken.layers, strict=True):
+            assert one.keys.shape[2] == capacity <= other.keys.shape[2] <= 48
+            for states, others in ((one.keys, other.keys), (one.values, other.values)):
+                assert torch.equal(states, others[:, :, :capacity])
