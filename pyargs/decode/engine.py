@@ -321,7 +321,8 @@ class Engine:
                 ticket.error.__cause__ = error
                 self._tell([Event(number, None, 0.0, 0, None, ticket.error)])
         self._scheduler.leave(list(self._scheduler.here))
-        self._rows = self._made()
+        if not self._rows.recover(error):
+            self._rows = self._made()
 
     def _has_room(self, mine: dict) -> bool:
         """Whether a call of `generate` may add one more request. It keeps one waiting, so that others' come between."""

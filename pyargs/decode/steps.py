@@ -40,6 +40,11 @@ class Steps:
         """Whether the models are those that the steps were made for. May read all weights."""
         return self.rows.current()
 
+    def recover(self, error: BaseException) -> bool:
+        """After an error in the middle of a step: whether all rows have left, and others may come. Otherwise the steps have to
+        be made anew."""
+        return False
+
     def _follow(self) -> None:
         last, self.last = self.last, None
         if last is not None:

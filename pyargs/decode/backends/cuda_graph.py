@@ -108,6 +108,17 @@ class Captured:
         except PyargsError:  # a hook, or a function in the place of another
             return False
 
+    def recover(self, error: BaseException) -> bool:
+        """As of `Steps`. The recordings stay, except where memory was missing: theirs makes room."""
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            return False
+        try:
+            self._flying.clear()
+            self.keep([])
+        except Exception:  # what was to be made is not there, or the device does not go on
+            return False
+        return True
+
     def _read(self, left: int) -> list[Choice]:
         """The choices that are on their way, but for the last `left`; waits for them."""
         found, count = [], len(self._taken)
@@ -125,16 +136,15 @@ class Captured:
         """That of the rows that are here, captured where there is none."""
         rows = self.rows
         if (memory := self._places()) != self._memory:  # what is recorded reads elsewhere
-            self._memory = memory
             self.recordings.clear()
+            self._memory = memory
         bucket = min(1 << (len(self._taken) - 1).bit_length(), rows.rows.room)
         key = bucket, rows.rows.most, rows.rows.filtered, rows.rows.sampled
-        found = self.recordings.pop(key, None)
-        if found is None:
-            while len(self.recordings) >= KEPT:
-                del self.recordings[next(iter(self.recordings))]
-            found = self._record(bucket)
+        found = self.recordings.get(key) or self._record(bucket)
+        self.recordings.pop(key, None)
         self.recordings[key] = found  # the one used last stands last
+        while len(self.recordings) > KEPT:
+            del self.recordings[next(iter(self.recordings))]
         return found
 
     def _places(self) -> list:
@@ -192,10 +202,10 @@ class Captured:
             ) from error
         finally:
             rows.width = rows.count
-            for name, value in before.items():
-                rows.buffers[name].copy_(value)
             for cache in caches:
                 cache.captured = 0
+            for name, value in before.items():
+                rows.buffers[name].copy_(value)
 
 
 def _on_its_way(values: Tensor) -> Callable[[], Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+import unittest.mock
 import warnings
 
 import pytest
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from pyargs.decode.backends import cuda_graph, eager
 from pyargs.decode.engine import Engine
+from pyargs.decode.rows import Rows
 from pyargs.errors import PyargsError
 from pyargs.heads import distance, latent, linear, mlp, user_mlp
 from pyargs.lm import lora
@@ -304,6 +306,20 @@ def test_choices_are_read_some_steps_later_and_at_once_where_a_row_reaches_its_l
     engine.cancel(long)  # with what was computed of it
     assert engine.busy and [event.number for event in engine.step()] == [long, long]  # a token and the end
     assert not engine.busy and len(engine.answer(long).tokens) == 7
+
+
+@pytest.mark.parametrize("where", [(eager.Policy, "join"), (eager.Scorer, "join"), (Rows, "join"), (cuda_graph, "capture")])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.cuda.OutOfMemoryError])
+def test_recordings_are_lost_only_where_their_memory_makes_room(where, error):
+    policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
+    engine, counts = captured(policy, model), range(1, cuda_graph.KEPT + 1)
+    run = lambda k: ask(engine, [4], ["ann"], num_candidates=k, max_new_tokens=3)  # noqa: E731
+    want, before = [run(k) for k in counts], recordings(engine)
+    with pytest.raises(error), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(*where, unittest.mock.Mock(side_effect=error))
+        run(20)
+    assert [id(one) for one in recordings(engine)] == [id(one) for one in before if error is KeyboardInterrupt]
+    assert [run(k) for k in counts] == want
 
 
 def test_steps_after_a_stop_are_padding():
