@@ -195,6 +195,12 @@ def known_wishes(wish: dict) -> dict:
     return wish
 
 
+def check_guides(model: RewardModel) -> None:
+    """Raises PyargsError for a head that has no reward of a token."""
+    if model.separate_prompt:
+        raise PyargsError("this model (PAL-B) ranks whole responses and guides no decoder: use variant A, or best_of")
+
+
 def check_pair(policy, model, tokenizer, best_of: int) -> Pair:
     """The two as a Pair. Raises PyargsError where candidates cannot go from policy to reward model as ids."""
     theirs = getattr(model, "tokenizer", None)
@@ -202,6 +208,8 @@ def check_pair(policy, model, tokenizer, best_of: int) -> Pair:
     guided = isinstance(model, (RewardModel, TokenReward))
     if best_of and not guided:
         raise PyargsError("best_of needs a reward model to pick with: this model answers by itself")
+    if isinstance(model, RewardModel) and not best_of:
+        check_guides(model)
     if guided and tokenizer is None and theirs is not None and policy.name_or_path != model.backbone.name_or_path:
         warnings.warn(
             "whether policy and reward model have the same tokenizer is not known: pass tokenizer= (the policy's) to check it",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyargs.decode import backends
-from pyargs.decode.request import as_float, check_room, ids_of
+from pyargs.decode.request import as_float, check_room, ids_of, integer
 from pyargs.errors import PyargsError
 from pyargs.lm.structure import Watch, unwrapped
 
@@ -33,13 +33,15 @@ class Here:
     """Which row stands at which position, and how many tokens it has. A row goes by any name that its owner gives it."""
 
     def __init__(self, lm, max_rows: int):
-        self.lm, self.max_rows = lm, max_rows
+        self.lm, self.max_rows = lm, integer("max_rows", max_rows, 1)
+        self.known = len(lm.get_input_embeddings().weight)
         self.names: list[Hashable] = []
         self.lengths: dict[Hashable, int] = {}
         self.watch = Watch(lm)
 
-    def add(self, rows: Sequence[Hashable], ids: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Rows with these tokens come in; returns the tokens. Raises PyargsError for a row that is here, or one too many."""
+    def new(self, rows: Sequence[Hashable], ids: Sequence[Sequence[int]]) -> list[list[int]]:
+        """The tokens of rows that may come in; `came` says that they have. Raises PyargsError for a row that is here, or one
+        too many."""
         self.check_unchanged()
         several(rows)
         if len(rows) != len(ids) or len(set(rows)) < len(rows):
@@ -48,14 +50,34 @@ class Here:
             raise PyargsError(f"row {again[0]!r} is here already: drop it first")
         if len(self.names) + len(rows) > self.max_rows:
             raise PyargsError(f"there is room for {self.max_rows} rows: make it with a larger max_rows, or drop some")
-        texts = ids_of(ids, len(self.lm.get_input_embeddings().weight))
+        texts = ids_of(ids, self.known)
         if not all(map(len, texts)):
             raise PyargsError("a row needs at least one token")
-        for text in texts:
-            check_room(self.lm, len(text), len(text), 1)
+        if lengths := [*map(len, texts), *self.lengths.values()]:
+            check_room(self.lm, min(lengths), max(lengths), 1)
+        return texts
+
+    def came(self, rows: Sequence[Hashable], texts: Sequence[Sequence[int]]) -> None:
         self.names += rows
         self.lengths |= {row: len(text) for row, text in zip(rows, texts, strict=True)}
-        return texts
+
+    def next(self, places: Sequence[int], tokens) -> Tensor:
+        """The next token of rows at these positions, int64 for all rows, -1 for the others; `went` says that they have it.
+        Raises PyargsError where one is none, or there is no place for it."""
+        given = tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
+        token = self.spread(places, torch.tensor(*ids_of([given], self.known), dtype=torch.long, device="cpu"), fill=-1)
+        if places:
+            longest = max(self.lengths[self.names[place]] for place in places)
+            check_room(self.lm, min(self.lengths.values()), longest, 1)
+        return token
+
+    def went(self, places: Sequence[int]) -> None:
+        for place in places:
+            self.lengths[self.names[place]] += 1
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths.values(), default=0)
 
     def places(self, rows: Sequence[Hashable] | None) -> list[int]:
         """Positions of rows, all by default."""
@@ -66,11 +88,6 @@ class Here:
         if len(set(rows)) < len(rows):
             raise PyargsError("a row is named twice")
         return [self.names.index(row) for row in rows]
-
-    def longer(self, places: Sequence[int]) -> None:
-        for place in places:
-            self.lengths[self.names[place]] += 1
-            check_room(self.lm, 0, self.lengths[self.names[place]], 0)
 
     def remove(self, rows: Sequence[Hashable]) -> list[int]:
         """Rows leave; returns the positions of those that stay."""
@@ -116,8 +133,8 @@ class Policy:
         chosen = backends.resolve(backend, self.lm)
         self.backend, self.reason = chosen.name, chosen.reason
         vocabulary = self.lm.config.get_text_config(decoder=True).vocab_size
-        self._half = backends.policy(chosen, self.lm, max_rows, vocabulary)
         self._here = Here(self.lm, max_rows)
+        self._half = backends.policy(chosen, self.lm, self._here.max_rows, vocabulary)
         self._logits: dict[Hashable, Tensor] = {}
 
     @property
@@ -128,8 +145,12 @@ class Policy:
     @torch.no_grad()
     def prefill(self, rows: Sequence[Hashable], ids: Sequence[Sequence[int]]) -> None:
         """Adds rows with their tokens. Raises PyargsError for a row that is here already, an empty one, or one too many."""
-        texts = self._here.add(list(rows), ids)
-        self._note(list(rows), self._half.join(texts, max(map(len, texts)) + 1))
+        texts = self._here.new(list(rows), ids)
+        if not texts:
+            return
+        logits = self._half.join(texts, max(map(len, texts)) + 1)
+        self._here.came(list(rows), texts)
+        self._note(list(rows), logits)
 
     def next_logits(self, rows: Sequence[Hashable] | None = None) -> Tensor:
         """Logits float32 [n, V] of the next token of each of these rows, all by default."""
@@ -143,11 +164,13 @@ class Policy:
     def advance(self, rows: Sequence[Hashable], tokens: Sequence[int] | Tensor) -> None:
         """Appends one token to each of these rows; tokens int64 [n]."""
         places = self._here.places(rows)
-        token = self._here.spread(places, tokens)
-        self._here.longer(places)
-        self._half.reserve(max(self._here.lengths.values()) + 1)
-        going = None if len(places) == len(self._here.names) else self._here.spread(places, [True] * len(places)).bool()
-        logits = self._half.advance(token.to(self.lm.device), None if going is None else going)
+        token = self._here.next(places, tokens)
+        if not places:
+            return
+        self._half.reserve(self._here.longest + 2)
+        going = None if len(places) == len(token) else token >= 0
+        logits = self._half.advance(token.clamp(min=0).to(self.lm.device), going)
+        self._here.went(places)
         self._note([self._here.names[place] for place in places], logits[places])
 
     def drop(self, rows: Sequence[Hashable]) -> None:

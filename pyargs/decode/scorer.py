@@ -9,7 +9,9 @@ from torch import Tensor
 
 from pyargs.decode import backends
 from pyargs.decode.args import by_row, folded_of, of_rows, rewards_of
+from pyargs.decode.pair import check_guides
 from pyargs.decode.policy import Here
+from pyargs.decode.request import check_room
 from pyargs.decode.rows import Rows
 from pyargs.errors import PyargsError
 from pyargs.lm.structure import Watch
@@ -34,11 +36,13 @@ class Scorer:
     def __init__(self, model: RewardModel, *, backend: str = "auto", max_rows: int = 8):
         if not isinstance(model, RewardModel):
             raise PyargsError(f"a scorer has the head of a RewardModel, got a {type(model).__name__}")
+        check_guides(model)
         self.model = model
         chosen = backends.resolve(backend, model.backbone)
         self.backend, self.reason = chosen.name, chosen.reason
-        self._half = backends.scorer(chosen, model.backbone, max_rows)
-        self._here, self._parts = Here(model.backbone, max_rows), Rows(max_rows)
+        self._here = Here(model.backbone, max_rows)
+        self._half = backends.scorer(chosen, model.backbone, self._here.max_rows)
+        self._parts = Rows(self._here.max_rows)
         self._here.watch = Watch(model.backbone, model.head, but=model.users)
         self._tried: Tensor | None = None  # candidates [n, k] by position since the last token, where there are any
 
@@ -59,8 +63,11 @@ class Scorer:
             raise PyargsError(f"{len(rows)} rows but {len(users)} users: name one user for each row")
         user = self.model.users.rows(users).to(self.model.device)
         folded = folded_of(self.model.head, user)
-        texts = self._here.add(list(rows), ids)
+        texts = self._here.new(list(rows), ids)
+        if not texts:
+            return torch.zeros(0, dtype=torch.float32, device=self.model.device)
         states = self._half.join(texts, max(map(len, texts)) + 1)
+        self._here.came(list(rows), texts)
         self._parts.join(**by_row(folded, len(user)))
         self._folded, self._tried = folded, None
         return rewards_of(folded, states.unsqueeze(1).to(self.model.device)).squeeze(1)
@@ -70,7 +77,7 @@ class Scorer:
         """Rewards float32 [n, k] of candidate tokens int64 [n, k], each as the next token of its row; all rows by default."""
         places = self._here.places(rows)
         given = torch.as_tensor(candidates, device="cpu")
-        known = len(self.model.backbone.get_input_embeddings().weight)
+        known = self._here.known
         if (
             given.ndim != 2
             or given.is_floating_point()
@@ -82,7 +89,8 @@ class Scorer:
         if not places:
             return torch.zeros(given.shape, dtype=torch.float32, device=self.model.device)
         tokens = self._here.spread(places, given.long())
-        self._half.reserve(max(self._here.lengths.values()) + given.shape[1])
+        check_room(self.model.backbone, min(self._here.lengths.values()), self._here.longest, 1)
+        self._half.reserve(self._here.longest + given.shape[1])
         wanted = None
         if len(places) < len(self._here.names):
             wanted = self._here.spread(places, torch.ones_like(given)).bool()
@@ -95,10 +103,8 @@ class Scorer:
     def advance(self, rows: Sequence[Hashable], tokens: Sequence[int] | Tensor) -> None:
         """Appends one token to each of these rows, a candidate or not; tokens int64 [n]."""
         places = self._here.places(rows)
-        token = self._here.spread(places, tokens, fill=-1)
-        self._here.longer(places)
-        going = self._here.spread(places, [True] * len(places)).bool()
-        slot = torch.full_like(token, -1)
+        token = self._here.next(places, tokens)
+        going, slot = token >= 0, torch.full_like(token, -1)
         if self._tried is not None:
             same = (self._tried == token.unsqueeze(1)) & going.unsqueeze(1)
             slot = torch.where(same.any(1), same.int().argmax(1), -1)
@@ -107,8 +113,9 @@ class Scorer:
             self._half.commit(token.clamp(min=0).to(device), slot.to(device))
         missed = going & (slot < 0)
         if missed.any():
-            self._half.reserve(max(self._here.lengths.values()) + 1)
+            self._half.reserve(self._here.longest + 1)
             self._half.advance(token.clamp(min=0).to(device), missed.to(device))
+        self._here.went(places)
         self._tried = None
 
     def drop(self, rows: Sequence[Hashable]) -> None:

@@ -170,6 +170,17 @@ def outline(model: nn.Module) -> list[tuple]:
     ]
 
 
+def dropping(model: nn.Module) -> str | None:
+    """Where a model in training mode drops numbers at random, None where it does not."""
+    for name, module in model.named_modules():
+        own = vars(module)
+        rates = [own["p"]] if "dropout" in type(module).__module__ and "p" in own else []
+        rates += [value for key, value in own.items() if "drop" in key and type(value) in (int, float)]
+        if module.training and any(rates):
+            return _place(name)
+    return None
+
+
 DROPPING = "dropout in training mode"
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import reward_model, tiny_lm
 from decoding import USERS, pair_in_float32, prompts, shared_pair
+from families import random_lm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -96,7 +97,12 @@ def test_what_is_wrong_is_refused_by_name():
         (lambda: scorer.score([[10**6]]), "tokens of the"),
         (lambda: half.advance(["a"], [3, 4]), "values for 1 rows"),
         (lambda: half.drop(["z"]), "not here"),
+        (lambda: scorer.advance(["a"], [10**6]), "0 to"),
+        (lambda: half.advance(["a"], [-1]), "0 to"),
+        (lambda: half.advance(["a"], torch.tensor([1.5])), "token"),
         (lambda: Scorer(policy), "RewardModel"),
+        (lambda: Scorer(model, max_rows=0), "max_rows"),
+        (lambda: Policy(policy, max_rows=1.5), "max_rows"),
     ]:
         with pytest.raises(PyargsError, match=message):
             call()
@@ -104,3 +110,56 @@ def test_what_is_wrong_is_refused_by_name():
     model.backbone.layers[0].register_forward_hook(lambda *_: None)
     with pytest.raises(PyargsError, match="changed"):
         scorer.score([[3]])
+
+
+def test_what_was_refused_left_no_trace():
+    """Rows of a model whose cache has no places come in together: the second prefill is refused, and the first goes on."""
+    policy, model = random_lm("mistral", 0), reward_model(random_lm("mistral", 1))
+    scorer, half = Scorer(model), Policy(policy)
+    (text,) = prompts([4])
+    for one, more in ((scorer, [["ann"]]), (half, [])):
+        one.prefill(["a"], [text], *more)
+        with pytest.raises(PyargsError, match="when no row is here"):
+            one.prefill(["b"], [text], *more)
+        with pytest.raises(PyargsError):
+            one.advance(["a"], [10**6])
+        one.advance(["a"], [7])
+        assert one.rows == ["a"]
+    want = policy(torch.tensor([[*text, 7]])).logits[0, -1]
+    torch.testing.assert_close(half.next_logits()[0], want.float())
+    states = model.backbone(torch.tensor([[*text, 7, 9]])).last_hidden_state[0, -1:]
+    torch.testing.assert_close(scorer.score([[9]])[0], model.head(states, model.users.rows(["ann"])).float())
+
+
+def test_rows_stay_on_one_side_of_a_border():
+    """longrope turns all rows of a pass as the longest asks."""
+    short, long = prompts([4, 14])  # the border is at 12 tokens
+    policy, model = random_lm("phi3 longrope", 0), reward_model(random_lm("phi3 longrope", 1))
+    for make, more in ((lambda: Scorer(model), [["ann"]]), (lambda: Policy(policy), [])):
+        one = make()
+        one.prefill(["a"], [short], *more)
+        with pytest.raises(PyargsError, match="longrope"):
+            one.prefill(["b"], [long], *more)
+        with pytest.raises(PyargsError, match="longrope"):
+            for _ in range(12):
+                one.advance(["a"], [7])
+        one = make()
+        one.prefill(["b"], [long], *more)
+        one.advance(["b"], [7])  # beyond the border it goes on
+    want = policy(torch.tensor([[*long, 7]])).logits[0, -1]
+    torch.testing.assert_close(one.next_logits()[0], want.float())
+
+
+def test_dropout_is_refused():
+    policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
+    policy.train()  # drops nothing
+    Policy(policy)
+    for lm in (policy, model.backbone):
+        lm.train()
+        for layer in (lm.model if lm is policy else lm).layers:
+            layer.self_attn.attention_dropout = 0.5
+    for call in (lambda: Policy(policy), lambda: Scorer(model), lambda: Engine(policy), lambda: Engine(tiny_lm(), model)):
+        with pytest.raises(PyargsError, match=r"eval\(\)"):
+            call()
+    policy.eval()
+    Policy(policy)

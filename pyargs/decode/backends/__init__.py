@@ -15,7 +15,7 @@ from pyargs.errors import PyargsError
 from pyargs.lm.cache import can_branch
 from pyargs.lm.forward import plain_output_layer
 from pyargs.lm.stack import keep
-from pyargs.lm.structure import BACKENDS, as_written, asked_backend
+from pyargs.lm.structure import BACKENDS, as_written, asked_backend, dropping
 from pyargs.models.token_reward import TokenReward
 
 
@@ -37,6 +37,8 @@ def resolve(asked: str, *models, reward_model=None) -> Backend:
     asked = asked_backend() or asked
     if asked not in BACKENDS:
         raise PyargsError(f"backend is {', '.join(BACKENDS)}, not {asked!r}")
+    if place := next(filter(None, map(dropping, models)), None):
+        raise PyargsError(f"{place} drops numbers at random, as in training: call eval() on the model first")
     if asked in ("auto", "cpu"):
         why = next(filter(None, (keep.refusal(model) for model in models)), None)
         if why is None and models[0].get_output_embeddings() is not None and not plain_output_layer(models[0]):
