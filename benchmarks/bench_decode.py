@@ -177,22 +177,22 @@ def compare(policy, model, merged, batches: list[tuple[Tensor, list[str]]], step
 
 
 def plot(rows: list[dict], title: str, file: Path) -> None:
-    """Milliseconds of a step of each way, by size."""
+    """Milliseconds of a step of each column, by size."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    ways = {
+    columns = {
         "reference": "reference loop",
         "HF": "generate, policy alone",
         "pyargs": "pyargs",
         "greedy": "pyargs, policy alone",
     }
-    for i, (way, label) in enumerate(ways.items()):
+    for i, (name, label) in enumerate(columns.items()):
         places = [n + (i - 1.5) * 0.2 for n in range(len(rows))]
-        bars = axes.bar(places, [row[f"{way} ms"] for row in rows], 0.19, label=label)
+        bars = axes.bar(places, [row[f"{name} ms"] for row in rows], 0.19, label=label)
         axes.bar_label(bars, fmt="%.0f", fontsize=7)
     axes.set_xticks(range(len(rows)), [f"{row['B']} row{'s' * (row['B'] > 1)}, {row['T']} tokens" for row in rows])
     axes.set_ylabel("ms per step")

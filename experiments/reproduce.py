@@ -71,14 +71,14 @@ def out_folder(cell: Cell, places: Places) -> Path:
     return places.work / cell.profile / cell.set / slug(cell.policy) / f"{slug(cell.row)}-{cell.seed}-{made}"
 
 
-def data_words(cell: Cell, places: Places) -> list[str]:
+def data_argv(cell: Cell, places: Places) -> list[str]:
     return [word.format(shared=places.shared, work=places.work) for word in cell.settings()["data"]]
 
 
 def stages(cell: Cell, places: Places) -> dict[str, list[str]]:
-    """The cell's commands: stage -> words of `pyargs`."""
+    """The cell's commands: stage -> arguments of `pyargs`."""
     settings, profile = cell.settings(), PROFILES[cell.profile]
-    words, out = data_words(cell, places), out_folder(cell, places)
+    argv, out = data_argv(cell, places), out_folder(cell, places)
     policy = ["--policy", cell.policy, "--dtype", profile["dtype"]]
     method, fields = settings["rows"][cell.row] or (None, {})
     ranks_only = method == "pal" and not guides(cell)
@@ -86,7 +86,7 @@ def stages(cell: Cell, places: Places) -> dict[str, list[str]]:
     measures = ["--generations", str(answers), "--bertscore", settings["bertscore"]] if generates else []
     if cell.row == "ARGS, weight 0":  # any reward model: its rewards do not count
         model = str(model_folder(cell._replace(row="Global RM"), places) / "model")
-        policy += ["--reward-weight", "0", *words]
+        policy += ["--reward-weight", "0", *argv]
         found = {"decode": ["decode", model, *policy, *settings["decode"], "--out", str(answers)]} if generates else {}
         return {**found, "evaluate": ["evaluate", model, *policy, *measures, "--out", str(out / "result.json")]}
     folder = model_folder(cell, places)
@@ -94,19 +94,19 @@ def stages(cell: Cell, places: Places) -> dict[str, list[str]]:
     backbone = cell.policy if method == "icl" else settings["backbone"]
     fields = {"backbone": backbone, "dtype": profile["dtype"], "seed": cell.seed, **fields}
     found = {
-        "train": ["train", method, *words, *flags(fields), "--out", seen],
-        "adapt": ["adapt", seen, *words, "--out", model],
+        "train": ["train", method, *argv, *flags(fields), "--out", seen],
+        "adapt": ["adapt", seen, *argv, "--out", model],
     }
     if guides(cell):
-        found["tune"] = ["tune", model, *policy, *words, *settings["tune"], "--out", str(out / "tune.json")]
+        found["tune"] = ["tune", model, *policy, *argv, *settings["tune"], "--out", str(out / "tune.json")]
         policy += ["--tuned", str(out / "tune.json")]
     else:
         policy = []
     if generates:
-        found["decode"] = ["decode", model, *policy, *words, *settings["decode"], "--out", str(answers)]
+        found["decode"] = ["decode", model, *policy, *argv, *settings["decode"], "--out", str(answers)]
         if guides(cell):
             measures += ["--zero-shot", str(out_folder(zero_shot(cell), places) / "answers.jsonl")]
-    found["evaluate"] = ["evaluate", model, *policy, *words, *measures, "--out", str(out / "result.json")]
+    found["evaluate"] = ["evaluate", model, *policy, *argv, *measures, "--out", str(out / "result.json")]
     return found
 
 
@@ -117,20 +117,20 @@ def guides(cell: Cell) -> bool:
 
 
 def flags(fields: dict) -> list[str]:
-    words = []
+    argv = []
     for name, value in fields.items():
         flag = name.replace("_", "-")
-        words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
-    return words
+        argv += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    return argv
 
 
 def zero_shot(cell: Cell) -> Cell:
     return cell._replace(row="Zero-Shot", seed=PROFILES[cell.profile]["seeds"][0])
 
 
-def command(verb: str, *words: str) -> dict:
+def command(verb: str, *argv: str) -> dict:
     """`pyargs VERB WORDS` in this process."""
-    run_verb, args = cli.parse(verb, list(words))
+    run_verb, args = cli.parse(verb, list(argv))
     return run_verb(args)
 
 
@@ -140,13 +140,13 @@ def do(cell: Cell, places: Places, last: str | None = None) -> dict[str, float]:
     out.mkdir(parents=True, exist_ok=True)
     noted = out / "seconds.json"
     seconds = files.read_json(noted) if noted.exists() else {}
-    for stage, (verb, *words) in stages(cell, places).items():
+    for stage, (verb, *argv) in stages(cell, places).items():
         lock = model_folder(cell, places) if stage in ("train", "adapt") else out
         lock.mkdir(parents=True, exist_ok=True)
         with FileLock(lock / f".{stage}.lock"):  # a model serves several cells
             started = time.perf_counter()
-            print(f"\n== {cell.name()}: pyargs {verb} {' '.join(words)}", file=sys.stderr, flush=True)
-            if not command(verb, *words).get("already_done"):
+            print(f"\n== {cell.name()}: pyargs {verb} {' '.join(argv)}", file=sys.stderr, flush=True)
+            if not command(verb, *argv).get("already_done"):
                 seconds[stage] = round(time.perf_counter() - started, 1)
                 files.write_json(noted, seconds)
         if stage == last:
@@ -166,11 +166,11 @@ def prepare(name: str, profile: str, places: Places) -> bool:
         print(f"{name}: no data at {source}: skipped", file=sys.stderr)
         return False
     if "build" in settings:
-        command(*build_words(settings, places))
+        command(*build_argv(settings, places))
     return True
 
 
-def build_words(settings: dict, places: Places) -> list[str]:
+def build_argv(settings: dict, places: Places) -> list[str]:
     """Words of the `pyargs` that builds a set."""
     of = {"shared": places.shared, "work": places.work}
     return ["data", "build", *(word.format(**of) for word in settings["build"]), "--out", settings["data"][1].format(**of)]
@@ -184,12 +184,12 @@ def result_file(cell: Cell, places: Places) -> Path:
 
 
 @cache
-def dataset_hash(words: tuple[str, ...]) -> str:
-    return data.content_hash(load(words))
+def dataset_hash(argv: tuple[str, ...]) -> str:
+    return data.content_hash(load(argv))
 
 
-def load(words):
-    options = dict(zip(words[::2], words[1::2], strict=True))
+def load(argv):
+    options = dict(zip(argv[::2], argv[1::2], strict=True))
     return data.load(options["--data"], options.get("--source"))
 
 
@@ -217,7 +217,7 @@ def key(cell: Cell, places: Places, built: bool = True) -> dict:
     settings = cell.settings()
     found = {
         **wanted(cell),
-        "data": dataset_hash(tuple(data_words(cell, places))) if built else None,
+        "data": dataset_hash(tuple(data_argv(cell, places))) if built else None,
         "models": [hub.identity(settings["backbone"]), hub.identity(cell.policy)],
     }
     return json.loads(json.dumps(found))
@@ -319,7 +319,7 @@ def blind(cell: Cell, places: Places) -> dict:
     from pyargs.metrics.blind import contents, overlap
     from pyargs.metrics.rm_accuracy import rm_accuracy
 
-    rows = data.of_split(load(data_words(cell, places)), "query")
+    rows = data.of_split(load(data_argv(cell, places)), "query")
     prompts, sides = contents(rows["prompt"][:]), (rows["chosen"][:], rows["rejected"][:])
     if cell.row == "word overlap":
         scores = [[overlap(prompt, response) for prompt, response in zip(prompts, side, strict=True)] for side in sides]
@@ -386,10 +386,10 @@ def run_all(todo: list[Cell], places: Places, workers: int, bar) -> dict[Cell, B
 def size(cell: Cell, places: Places) -> dict:
     """Of the cell's set; of one that is not there yet as it was counted when it was, if it ever was."""
     try:
-        return estimate.sizes(load(data_words(cell, places)))
+        return estimate.sizes(load(data_argv(cell, places)))
     except PyargsError as error:
         settings = cell.settings()
-        words = f"is built first: pyargs {' '.join(build_words(settings, places))}" if "build" in settings else ""
+        words = f"is built first: pyargs {' '.join(build_argv(settings, places))}" if "build" in settings else ""
         if settings["needs"] and not (source := Path(settings["needs"].format(shared=places.shared))).exists():
             words = f"no data at {source}: the run skips this set until they are there"
         found = {"not there yet": words or str(error)}

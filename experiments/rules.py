@@ -42,8 +42,8 @@ def _ended_at_the_grid(cell: dict) -> bool:
     if not largest_tried(cell):
         return False
     tuned = cell["tune"]
-    found, plain = tuned["grid"][-1].get("perplexity"), tuned.get("unguided_perplexity")
-    return found is None or plain is None or found <= tuned["max_perplexity"] * plain
+    found, base = tuned["grid"][-1].get("perplexity"), tuned.get("unguided_perplexity")
+    return found is None or base is None or found <= tuned["max_perplexity"] * base
 
 
 RULES = (

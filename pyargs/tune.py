@@ -95,9 +95,9 @@ def tune(engine: Engine, rows, config: Tuning) -> dict:
     scores = pair_scores(model, policy, rows)
     centre = scores.mean_step_reward()
 
-    points, written, plain = [], [], None
+    points, written, base = [], [], None
     if config.objective != "harmonic":
-        plain = perplexity(policy, prompts, unguided)
+        base = perplexity(policy, prompts, unguided)
 
     def measure(relative: float) -> list:
         """Adds a point of the grid; returns the tokens that are written there, for all objectives but policy_accuracy."""
@@ -119,7 +119,7 @@ def tune(engine: Engine, rows, config: Tuning) -> dict:
         if config.objective == "policy_accuracy":
             return point["policy_accuracy"]["paper"]
         if config.objective == "fluency":
-            return point["relative"] if point["perplexity"] <= config.max_perplexity * plain else -1.0
+            return point["relative"] if point["perplexity"] <= config.max_perplexity * base else -1.0
         parts = (point["rouge1"] / 100, 1 / point["perplexity"], point["policy_accuracy"]["paper"] / 100)
         return len(parts) / sum(1 / part for part in parts) if all(parts) else 0.0
 
@@ -127,10 +127,10 @@ def tune(engine: Engine, rows, config: Tuning) -> dict:
         written.append(measure(relative))
         if config.objective == "fluency":
             points[-1]["perplexity"] = perplexity(policy, prompts, written[-1])
-            if points[-1]["perplexity"] > config.max_perplexity * plain:
+            if points[-1]["perplexity"] > config.max_perplexity * base:
                 break  # larger weights only get worse; what was measured stays in the record
     if config.objective == "harmonic":  # all weights' answers to a prompt behind one pass over it
-        plain, *found = perplexities(policy, prompts, [unguided, *written])
+        base, *found = perplexities(policy, prompts, [unguided, *written])
         for point, one in zip(points, found, strict=True):
             point["perplexity"] = one
     for point in points:
@@ -139,7 +139,7 @@ def tune(engine: Engine, rows, config: Tuning) -> dict:
     def broken(point: dict) -> bool:
         if "perplexity" not in point:
             point["perplexity"] = perplexity(policy, prompts, [one.tokens for one in answer(point["reward_weight"])])
-        return point["perplexity"] > config.max_perplexity * plain
+        return point["perplexity"] > config.max_perplexity * base
 
     best = max(points, key=lambda point: point["value"])  # the first of equals: the smaller weight
     for _ in range(BEYOND):
@@ -162,7 +162,7 @@ def tune(engine: Engine, rows, config: Tuning) -> dict:
         "max_perplexity": config.max_perplexity,
         "reward_std": unit,
         "centre": centre,
-        "unguided_perplexity": plain,
+        "unguided_perplexity": base,
         "num_candidates": config.num_candidates,
         "eos_reward": config.eos_reward,
         "backend": engine.backend,

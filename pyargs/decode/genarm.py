@@ -42,16 +42,16 @@ class Tokenwise:
         )
         unlimited = [one.num_candidates is None for one in rows.requests]
         if any(unlimited):
-            whole = self._among_all(sampling)
+            among_all = self._among_all(sampling)
             if all(unlimited):
-                return note(rows, *whole)
+                return note(rows, *among_all)
         count = counts(rows, topk_logprobs(rows["logits"], rows.most)[0]) if rows.filtered else None
         token, slot, reward, finished = tokenwise_select(
             rows["logits"], rows["rewards"], rows["reward_weight"], rows["finished"], rows.most, count=count, **sampling
         )
         found = token, slot, *chosen(slot, reward, count), finished
         if any(unlimited):
-            found = (torch.where(rows["k"] == 0, one, other) for one, other in zip(whole, found, strict=True))
+            found = (torch.where(rows["k"] == 0, one, other) for one, other in zip(among_all, found, strict=True))
         return note(rows, *found)
 
     def follow(self, choice: Choice, going: Tensor | None = None) -> None:

@@ -57,7 +57,7 @@ def run(out: Path, shown: dict[str, str], *, backbone: str, prompts: int) -> dic
 
     CONSOLE.rule("measure")
     unguided = answers[None]
-    plain = perplexity(policy, unguided["prompts"], unguided["tokens"])
+    base = perplexity(policy, unguided["prompts"], unguided["tokens"])
     users = {}
     for user, kind in shown.items():
         name, sign = data.users()[user]
@@ -73,7 +73,7 @@ def run(out: Path, shown: dict[str, str], *, backbone: str, prompts: int) -> dic
             "guided": mean([data.attribute(name, text) for text in own["texts"]]),
             **_paired(own["texts"], unguided["texts"], name),
             "perplexity": moved,
-            "perplexity_ratio": moved / plain,
+            "perplexity_ratio": moved / base,
             "winner_is_favourite": 100 * mean([float(slot == 0) for row in own["slots"] for slot in row]),
         }
         users[user]["moved"] = bool(
@@ -87,7 +87,7 @@ def run(out: Path, shown: dict[str, str], *, backbone: str, prompts: int) -> dic
         "reward_weight": weight,
         "shown": users,
         "accuracy": _accuracy(model, policy, _about(query, data.prompts("query")[:JUDGED]), weight),
-        "unguided_perplexity": plain,
+        "unguided_perplexity": base,
         "weight_0": _weight_0(policy, unguided),
         "answers": {str(user or "unguided"): dict(zip(asked, found["texts"], strict=True)) for user, found in answers.items()},
         "moved": sum(user["moved"] for user in users.values()),

@@ -181,8 +181,8 @@ def check_output_layer(model: nn.Module) -> None:
 def embedded(model, prompts: Sequence[Sequence[int]], soft: Tensor) -> tuple[Tensor, Tensor]:
     """Embeddings [B, T, D] of prompts with `soft` [B, L, D] before them, padded on the left, and their mask int64 [B, T]."""
     table = model.get_input_embeddings()
-    words = [table(torch.tensor(list(prompt), device=model.device)) for prompt in prompts]
-    parts = [torch.cat([before.to(word), word]) for before, word in zip(soft, words, strict=True)]
+    embeddings = [table(torch.tensor(list(prompt), device=model.device)) for prompt in prompts]
+    parts = [torch.cat([before.to(text), text]) for before, text in zip(soft, embeddings, strict=True)]
     longest = max(map(len, parts))
     embeds = torch.stack([torch.cat([p.new_zeros(longest - len(p), p.shape[1]), p]) for p in parts])
     mask = torch.stack([torch.arange(longest, device=model.device) >= longest - len(p) for p in parts]).long()

@@ -23,15 +23,15 @@ def win_rate(model, prompts: Sequence[Sequence[int]], users: Sequence[str], ours
     """
     if not len(prompts):
         raise PyargsError("no answers to compare")
-    both = [i for i, (own, other) in enumerate(zip(ours, theirs, strict=True)) if len(own) and len(other)]
+    scored = [i for i, (own, other) in enumerate(zip(ours, theirs, strict=True)) if len(own) and len(other)]
     scores = torch.tensor([[0.0, 1.0]], dtype=torch.float32, device="cpu").repeat(len(prompts), 1)  # neither a win nor a tie
-    if both:
-        found = model.score([(prompts[i], [ours[i], theirs[i]]) for i in both], [users[i] for i in both])
-        scores[both] = torch.stack([torch.as_tensor(pair, dtype=torch.float32).cpu() for pair in found])
+    if scored:
+        found = model.score([(prompts[i], [ours[i], theirs[i]]) for i in scored], [users[i] for i in scored])
+        scores[scored] = torch.stack([torch.as_tensor(pair, dtype=torch.float32).cpu() for pair in found])
     compared = compare(*scores.T, users)
     return {
         "win_rate": compared["accuracy"],
         **{name: compared[name] for name in ("tie_rate", "n", "each")},
-        "unscored": len(prompts) - len(both),
+        "unscored": len(prompts) - len(scored),
         "tokens": [sum(map(len, side)) / len(prompts) for side in (ours, theirs)],
     }

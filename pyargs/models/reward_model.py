@@ -90,9 +90,9 @@ class RewardModel(nn.Module):
         last = states.gather(1, (length - 1).unsqueeze(-1).expand(-1, -1, states.shape[-1]))
         if not self.needs_all_tokens:
             states, mask = last, mask[:, :1]
-        both = torch.stack([chosen, rejected], dim=1)
+        response = torch.stack([chosen, rejected], dim=1)
         prompt = last[chosen - 1, 0].float() if self.separate_prompt else None  # the prompt stands before its pair
-        return Batch(states[both].float() * mask[both].unsqueeze(-1), mask[both], user, pair, prompt)
+        return Batch(states[response].float() * mask[response].unsqueeze(-1), mask[response], user, pair, prompt)
 
     def token_rewards(self, batch: Batch) -> Tensor:
         """Reward of the prefix that ends in each token, [N, 2, T]; 0 outside the mask."""

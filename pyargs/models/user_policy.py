@@ -135,11 +135,11 @@ class UserPolicy(nn.Module):
         self, chosen: Tensor, rejected: Tensor, user: Tensor, pair: Tensor | None = None, **packed: Tensor
     ) -> LogProbs:
         """Log-probs of pairs for their users and for the generic one; the fields of a Packed with the pairs side by side."""
-        inputs, both = Packed(**packed), torch.stack([chosen, rejected], dim=1)
+        inputs, response = Packed(**packed), torch.stack([chosen, rejected], dim=1)
         each = user.new_empty(len(inputs.row))
-        each[both] = user.unsqueeze(1)
-        own = self.logprobs(inputs, each)[0].sum(1)[both]
-        generic = self.logprobs(inputs, torch.full_like(each, GENERIC))[0].sum(1)[both]
+        each[response] = user.unsqueeze(1)
+        own = self.logprobs(inputs, each)[0].sum(1)[response]
+        generic = self.logprobs(inputs, torch.full_like(each, GENERIC))[0].sum(1)[response]
         return LogProbs(own, generic, user, pair)
 
     def untrained(self, rows, *, stop: bool = True) -> Tensor:

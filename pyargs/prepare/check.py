@@ -162,10 +162,10 @@ def _rejected_before(good, known, notes) -> None:
         of_response[row["user_id"], text][row["split"]].append(place)
         count[row["split"]] += 1
     for held, other in (("query", "support"), ("train_test", "train")):
-        both = [(user, of[held], of[other]) for (user, _), of in of_response.items() if held in of and other in of]
-        share = 100 * sum(len(places) for _, places, _ in both) / max(1, count[held])
+        shared = [(user, of[held], of[other]) for (user, _), of in of_response.items() if held in of and other in of]
+        share = 100 * sum(len(places) for _, places, _ in shared) / max(1, count[held])
         kind = known if share >= REPEATED else notes
-        for user, places, others in both:
+        for user, places, others in shared:
             for place in places:
                 what = f"responses rejected in {held} that the same user rejects in {other}"
                 kind[what].append(f"{user}: {place}, {others[0]}")

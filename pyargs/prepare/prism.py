@@ -70,7 +70,7 @@ def build(source: str, config: Config) -> Built:
         if found != EXPECTED:
             raise PyargsError(f"The source has as many rows as the published one, but {found} comes out, not {EXPECTED}.")
     rows = [pair | {"split": split_of[dialogue]} for dialogue in split_of for pair in pairs[dialogue]]
-    rows, lost = _whole(rows)
+    rows, lost = _complete(rows)
     counts["users dropped because a split of theirs has no pair"] = lost
     notes = [
         "Paper: 1,232 train users with 22.1 pairs and 139 new ones with 14.5 (support). Its main text rests on one query pair "
@@ -180,7 +180,7 @@ def _split(of_user: dict[str, list[str]], seed: int) -> tuple[dict, dict[str, st
     return counts, split_of
 
 
-def _whole(rows: list[dict]) -> tuple[list[dict], int]:
+def _complete(rows: list[dict]) -> tuple[list[dict], int]:
     """Without the users who lost all pairs of train, support or query; and how many they are."""
     splits = defaultdict(set)
     for row in rows:
