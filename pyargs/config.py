@@ -98,4 +98,4 @@ def _kind(hint) -> tuple[type, bool]:
 
 
 TINY = {"data": "synthetic", "backbone": "tiny-random", "epochs": 1.0, "adapt_steps": 20}
-"""What `pyargs train METHOD --tiny` presets: every method on planted users and a tiny random model, in seconds."""
+"""Presets of `pyargs train METHOD --tiny`: any method on planted users and a tiny random model, in seconds."""

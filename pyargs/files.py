@@ -25,11 +25,11 @@ from pyargs.config import check_kinds
 from pyargs.errors import ELSEWHERE, PyargsError, explained, refusal
 
 LINE = 1 << 24
-"""Characters of the longest line that is read: a small .gz can hold one that fills the memory."""
+"""The longest line that is read, in characters: a small .gz can hold a line that fills the memory."""
 JSON = 1 << 28
-"""Bytes of the largest .json file between stages: it is read in one piece."""
+"""The largest .json file that is read, in bytes: it is read in one piece."""
 UNFOLDED = 100
-"""Times its size that a .gz which is read in one piece may unfold to (text: 3 to 20)."""
+"""How many times its size a .gz that is read in one piece may unpack to (text: 3 to 20)."""
 
 
 TUNED = "tuned.json"
@@ -37,7 +37,7 @@ TUNED = "tuned.json"
 
 
 def sha256(path: str | Path) -> str:
-    """SHA-256 of a file; of a folder, the hash of its files' names and hashes, TUNED left out."""
+    """SHA-256 of a file; of a folder, the hash of its files' names and hashes, without TUNED."""
     path, digest = Path(path), hashlib.sha256()
     if not path.exists():
         settle(path)
@@ -176,9 +176,9 @@ def read_tensors(file: str | Path) -> dict:
 
 # -- written whole or not at all ---------------------------------------------------------------------------------------
 #
-# What is new is made in a temporary folder beside its place, `.NAME.xxxxxxxx`, which holds a lock file as long as its process
-# lives. A folder that is replaced is moved into the temporary one first, then the new one takes its place: whatever the
-# process is killed at, one of the two is there whole, and `settle` ends what was begun.
+# New files are made in a temporary folder beside their place, `.NAME.xxxxxxxx`, which holds a lock file as long as its process
+# lives. A folder that is replaced is moved there first, then the new one takes its place. Whenever the process is killed, one
+# of the two is complete, and `settle` finishes the replacement.
 
 
 @contextmanager
@@ -223,8 +223,8 @@ def unchanged(folder: Path):
 
 
 def settle(path: str | Path) -> None:
-    """Clears what killed runs left beside `path`, and ends a replacement that one had begun. Living processes are let be; a
-    replacement of theirs is waited for."""
+    """Removes what killed runs left beside `path`, and finishes a replacement that one had begun. It leaves living processes
+    alone, and waits for a replacement of theirs."""
     path = _place(path)
     for _ in range(10):  # the next one may have begun
         if not _settle(path) or path.exists():
@@ -232,7 +232,7 @@ def settle(path: str | Path) -> None:
 
 
 def _settle(path: Path) -> bool:
-    """One round of it: whether there was an old folder that stood aside while nothing had its place."""
+    """One round of `settle`; whether an old folder was moved aside while nothing was in its place."""
     from filelock import FileLock, Timeout
 
     found = False
@@ -285,7 +285,7 @@ def _put(new: Path, path: Path) -> None:
 
 
 def _clear(scratch: Path, path: Path) -> None:
-    """Removes a temporary folder. Where the old one stands aside in it and no other took its place, the new one does."""
+    """Removes a temporary folder. If it holds the old folder and nothing has taken its place, the new one does."""
     new = scratch / path.name
     if not path.exists() and new.exists() and any(one.name.startswith(_aside(path)) for one in scratch.iterdir()):
         os.rename(new, path)
@@ -304,7 +304,7 @@ def _keep_modes(path: Path, new: Path) -> None:
 
 
 def _kind(path: Path) -> str | None:
-    """What stands there, by one look, since another process may replace it between two."""
+    """The kind of file at a path, by a single look, since another process may replace it between two."""
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -330,9 +330,9 @@ def _lock(path: Path) -> str:
 
 @contextmanager
 def resumable(out: str | Path, kind: str, key):
-    """The folder OUT.KIND-HASH for what a run of these settings goes on from when it was killed; removed at the end.
+    """The folder OUT.KIND-HASH, in which a killed run of these settings continues; it is removed at the end.
 
-    Those of killed runs of other settings are removed. Raises PyargsError while another process works in the same one.
+    Folders of killed runs with other settings are removed. Raises PyargsError while another process works in this folder.
     """
     from filelock import FileLock, Timeout
 
@@ -356,7 +356,7 @@ def resumable(out: str | Path, kind: str, key):
 
 
 def drop_resumable(out: str | Path, kind: str, keep: Path | None = None) -> None:
-    """Removes the folders of `resumable` that no living process works in, but for `keep`."""
+    """Removes all folders of `resumable` but `keep` in which no living process works."""
     from filelock import FileLock, Timeout
 
     out = Path(out)
@@ -369,7 +369,7 @@ def drop_resumable(out: str | Path, kind: str, keep: Path | None = None) -> None
 
 
 def provenance(seed: int | None = None) -> dict:
-    """How a result came about: command, seed, versions, hardware, commit of the source tree where there is one."""
+    """How a result was made: command, seed, versions, hardware, and the commit if there is a source tree."""
     import torch
 
     names = ("pyargs", "torch", "transformers", "peft", "datasets")
@@ -416,15 +416,15 @@ def _commit() -> str | None:
 
 
 def stage_key(config: dict, inputs: dict[str, str]) -> dict:
-    """What makes a stage the same stage: its settings and the hashes of what it reads."""
+    """The key of a stage: its settings and the hashes of its inputs. Stages with equal keys are the same."""
     return {"config": config, "inputs": inputs}
 
 
 def finished(out: str | Path, key: dict) -> dict | None:
-    """The record of a stage that was done with the same key, or None: then the stage is noted as begun, and may be made.
+    """The record of a finished stage with this key. Otherwise None, and the stage is noted as begun.
 
-    Records stand beside the output, as OUT.stage.json. A stage that was killed has no finished record and is made again.
-    Raises PyargsError when `out` holds something else, so that no result is overwritten unasked.
+    Records are beside the output, as OUT.stage.json. A killed stage has no finished record and is made again. Raises
+    PyargsError when `out` holds something else, so that no result is overwritten by accident.
     """
     out = Path(out)
     path = _record(out)
@@ -457,14 +457,14 @@ def record(out: str | Path, key: dict, /, **values) -> dict:
 
 
 def beside(out: str | Path, name: str) -> Path:
-    """A path next to an output, for what belongs to the stage but not to its result."""
+    """A path next to an output, for files of the stage that are not its result."""
     if not Path(out).name:
         raise PyargsError(f"'{out}' can not be an output: name a file or a folder inside it")
     return Path(out).with_name(f"{Path(out).name}.{name}")
 
 
 def short_hash(value) -> str:
-    """A few characters that tell JSON values apart."""
+    """A short hash of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 

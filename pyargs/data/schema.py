@@ -1,4 +1,4 @@
-"""The rows of preference data: what is checked in one, what is held out, and how rows become a Dataset."""
+"""Rows of preference data: checking them, setting pairs aside, and making a Dataset of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OPTIONAL = ("user_type", "attribute")
 
 
 def checked(rows: Iterable[dict] | Iterable[tuple[str, dict]], *, where: str = "rows") -> list[dict]:
-    """Rows with the common columns, checked; nothing is repaired or dropped. `where` names the origin in messages."""
+    """Checks rows and returns their common columns; nothing is repaired or dropped. `where`: their origin, for messages."""
     checked: list[dict] = []
     kinds: dict[str, tuple[str, str]] = {}
     for number, row in enumerate(rows, 1):
@@ -40,7 +40,7 @@ def checked(rows: Iterable[dict] | Iterable[tuple[str, dict]], *, where: str = "
 
 
 def check_row(row: dict, place: str) -> dict:
-    """The common columns of one row, checked by itself. Raises PyargsError, which begins with `place`."""
+    """The common columns of one row. Raises PyargsError, which begins with `place`, for a bad row."""
     split = _column(row, place, "role", "split", nullable=True)
     if split == "adapt":
         raise PyargsError(f"{place}: a row of an adapt user needs a column 'role', 'support' or 'query'.")
@@ -67,9 +67,9 @@ def carve(rows: list[dict], *, train_test: float = 0.2, by: str = "prompt", seed
     """Sets `split` to "train_test" for this share of each train user's prompts, unless a row has it already.
 
     Whole prompts are set aside, for all users at once: no prompt of anybody's train is in anybody's train_test.
-    `by="pair"` is for files where a few prompts serve all pairs. Of the prompts that users share the share is set aside;
-    each user's own make up the rest of theirs (rounded to the nearest; at least one prompt stays in train). Prompts are taken
-    by a seeded hash: the outcome does not depend on the order of rows.
+    `by="pair"` sets pairs aside instead, for files where a few prompts serve all pairs. First this share of the prompts that
+    users share is set aside; then, for each user, own prompts up to the share (rounded to the nearest; at least one prompt
+    stays in train). Prompts are taken by a seeded hash: the outcome does not depend on the order of rows.
     """
     if not 0 <= train_test < 1:
         raise PyargsError(f"train_test is a share from 0 to below 1, not {train_test}.")
@@ -119,7 +119,7 @@ def _column(row: dict, place: str, *names: str, nullable: bool = False):
 
 
 def text(value, place: str, name: str) -> str:
-    """The value, if it is text that says something; else PyargsError, which begins with `place`."""
+    """The value. Raises PyargsError, which begins with `place`, unless it is text that is not blank."""
     if not isinstance(value, str):
         raise PyargsError(f"{place}: {name} is {type(value).__name__}, not a string.")
     if not value.strip():
@@ -132,7 +132,7 @@ def text(value, place: str, name: str) -> str:
 
 
 def _id(value, place: str, name: str) -> str:
-    """An integer counts as its digits, as wherever users are named (`user_ids`)."""
+    """An id as text; an integer becomes its digits, as everywhere (`user_ids`)."""
     return text(str(value) if type(value) is int else value, place, name)
 
 
@@ -180,7 +180,7 @@ def _response(value, prompt: str | list[dict], place: str, name: str) -> str:
 
 
 def text_id(row: dict) -> str:
-    """An id from the texts, the same whichever response is preferred."""
+    """An id made from the texts, which does not depend on which response is preferred."""
     parts = [row["prompt"], *sorted((row["chosen"], row["rejected"]))]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -112,7 +112,7 @@ def from_hub(repo: str, patterns: list[str], *, revision: str | None = None) -> 
 
 
 def download(url: str, name: str) -> Path:
-    """A file of the web in `$PYARGS_CACHE/data/NAME`, fetched once; a download that broke off goes on where it was.
+    """A file of the web in `$PYARGS_CACHE/data/NAME`, fetched once; an interrupted download continues.
 
     Its SHA-256 is noted beside it at the first download and compared at every use. Raises PyargsError: no connection, an
     answer that is not the file, a file that has changed since.

@@ -1,4 +1,4 @@
-"""Planted users: data whose right answer is known, for tests and the smoke run. Three builders:
+"""Planted users: data with a known right answer, for tests and the smoke run. Three builders:
 
 `load`              pairs of pseudo-text over a tiny vocabulary; each user follows a rule on the kinds of words
 `planted_features`  random hidden states with planted heads and mixtures: methods without a language model

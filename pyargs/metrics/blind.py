@@ -1,4 +1,4 @@
-"""What scorers that know neither the user nor language reach on preference pairs: a method has to beat them to say something.
+"""Accuracies of scorers that know neither the user nor language: a method has to beat them to show anything.
 
 A pair that was made from two sources (an author's title and a stranger's, a person's text and a model's) can often be decided
 by its form or by its nearness to the prompt. These accuracies show how far.

@@ -100,5 +100,5 @@ def _interval(mean: float, drawn: np.ndarray, level: float, users: int) -> dict:
 
 
 def _exact(value: float) -> float:
-    """Without what sums in another order leave of it: rows that are the same differ by 0."""
+    """Rounds away what sums in another order would change, so that equal rows differ by exactly 0."""
     return round(float(value), 9) + 0.0

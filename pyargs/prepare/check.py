@@ -31,11 +31,11 @@ FORM = {
 def report(rows: Iterable[tuple[str, dict]], *, embedder: str | None = "minilm") -> dict:
     """A report on rows with the columns of `pyargs.data`; (place, row) as `sources.rows` gives them.
 
-    problems: what makes results wrong: rows that cannot be used, users who are both trained on and adapted to, an answer that
-    is known from another split of the same user, artefacts of form. notes: what a reader of results must know: prompts and
-    pairs that splits or users share otherwise, repetitions, contradictions, a form that decides. That users share prompts and
-    pairs is no fault: whoever compares users asks them the same. blind: accuracies of `metrics.blind`. Each finding has
-    a count and the first rows; an empty `problems` is a clean set. Raises PyargsError without a single readable row.
+    problems make results wrong: rows that cannot be used, users who are both trained on and adapted to, an answer known from
+    another split of the same user, artefacts of form. notes are for readers of results: prompts and pairs that splits or
+    users share otherwise, repetitions, contradictions, a form that decides. Users may share prompts and pairs, since comparing
+    users needs that. blind: accuracies of `metrics.blind`. Each finding has a count and its first rows; a clean set has no
+    problems. Raises PyargsError without a single readable row.
     """
     from pyargs.metrics.blind import FORM_SCORERS, blind
 
@@ -76,7 +76,7 @@ def _shortened(found: dict[str, list[str]]) -> dict[str, dict]:
 
 
 def _printed(text: str) -> bool:
-    """Whether a text is how Python prints a list: what becomes of replies or messages that were taken for one text."""
+    """Whether a text is a printed Python list: a list of replies or messages that was stored as one text."""
     if not (text.strip().startswith("[") and text.strip().endswith("]")):
         return False
     try:
@@ -151,13 +151,13 @@ def _leaks(good, problems, notes) -> None:
 
 
 def _rejected_before(good, known, notes) -> None:
-    """Held-out pairs whose rejected response the same user rejects in a pair to learn from: the answer is half known.
+    """Held-out pairs whose rejected response the same user also rejects in training or support: half of the answer is known.
 
-    A few come by chance where replies are short; from REPEATED percent on they are of the set's making.
+    With short replies a few occur by chance; from REPEATED percent on the set was made so.
     """
     of_response, count = defaultdict(lambda: defaultdict(list)), defaultdict(int)
     for place, row in good:
-        # As mining tells them apart; signs alone are as they are.
+        # Compared as in mining; a text of signs alone stays as it is.
         text = normalized(row["rejected"]) or row["rejected"].strip()
         of_response[row["user_id"], text][row["split"]].append(place)
         count[row["split"]] += 1

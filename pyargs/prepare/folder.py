@@ -17,7 +17,7 @@ from pyargs.prepare.statistics import statistics
 
 
 class Built(NamedTuple):
-    """What a data set's `build` gives: rows to be written, with what must be known about them.
+    """What a data set's `build` returns: the rows, with counts and notes about them.
 
     rows: dictionaries with the columns of `pyargs.data` and any more; counts: what was read, kept and dropped; notes:
     sentences for the card; sources: the files that were read.
@@ -30,7 +30,7 @@ class Built(NamedTuple):
 
 
 def write(out: str | Path, built: Built, *, title: str, about: str, licence: str, how: dict, embedder: str | None) -> dict:
-    """Writes the folder, whole or not at all, and returns what dataset.json holds. Rows are checked once more.
+    """Writes the folder, completely or not at all, and returns the content of dataset.json. Rows are checked again.
 
     title, about, licence: for the card; how: the settings of the build; embedder: of the blind cosine, None leaves it out.
     Raises PyargsError for rows that `schema.checked` refuses.

@@ -35,11 +35,10 @@ def hard_negatives(
     """For each of N texts, one of the k nearest texts of other users, drawn by a hash of seed, user and key.
 
     users, titles: N each; vectors: unit vectors float32 [N, d]; keys: N ids (default: the row numbers), so that a draw does
-    not depend on the other rows; held: N, whether a text is held out (default: none is). Left out: everything that has a title
-    of the user's own (also in another user's hands), what is nearer than `near` in cosine, which is the same text again
-    (default 0.95), and, for the user's other texts, the titles taken for those that are held out: a title that a user has
-    rejected in training must not be what evaluation asks about. Ties go to the lower row. Raises PyargsError where fewer than
-    k are left for a text.
+    not depend on the other rows; held: N, whether a text is held out (default: none is). Left out: texts with a title of the
+    user's own (whoever has them), texts nearer than `near` in cosine (default 0.95), which are the same again, and, for texts
+    that are not held out, titles taken for the user's held-out ones, so that no title is rejected both in training and in
+    evaluation. Ties go to the lower row. Raises PyargsError where fewer than k are left for a text.
     """
     with extra("prepare", "the search for similar texts"):
         from sklearn.neighbors import NearestNeighbors

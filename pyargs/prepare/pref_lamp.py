@@ -50,8 +50,8 @@ def build(source: str, config: Config) -> Built:
 
     source: a folder with LaMP's files, or "hub" (LaMP's own server). Neighbours are sought among the papers of other users of
     the same kind (train or adapt); the user's own titles and near-duplicates are left out. A new user's oldest 80% of papers
-    are support, the newest 20% with the question query; papers of one year, and all where dates are missing, are
-    drawn. A user's paper is there once, and no train user has a paper of a new user. Further columns: date, similar (id of
+    are support, the newest 20% with the question are query; among papers of one year, or without dates, the choice is drawn.
+    Each paper of a user is there once, and no train user has a paper of a new user. Further columns: date, similar (id of
     the neighbour), cosine. Raises PyargsError, naming file and row; also for a user with one paper.
     """
     if source == "hub":

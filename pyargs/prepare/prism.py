@@ -181,7 +181,7 @@ def _split(of_user: dict[str, list[str]], seed: int) -> tuple[dict, dict[str, st
 
 
 def _complete(rows: list[dict]) -> tuple[list[dict], int]:
-    """Without the users who lost all pairs of train, support or query; and how many they are."""
+    """The rows without users who lost all pairs of train, support or query; and the number of these users."""
     splits = defaultdict(set)
     for row in rows:
         splits[row["user_id"]].add(row["split"])

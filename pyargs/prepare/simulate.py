@@ -1,4 +1,4 @@
-"""Simulated users who label the same pairs: the dense overlap on which PReF rests, where real users hardly ever overlap."""
+"""Simulated users who label the same pairs: PReF needs many users per pair, which real data hardly ever have."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pyargs.data import schema
 from pyargs.data.demo import ATTRIBUTES
 from pyargs.errors import PyargsError
 
-# What a simulated user may care about: what can be measured on a response.
+# Measurable attributes of a response, which a simulated user may care about.
 TASTES: dict[str, Callable[[str], float]] = {
     "length": lambda text: len(text.split()),
     **{name: function for name, (function, *_) in ATTRIBUTES.items()},
