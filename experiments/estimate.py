@@ -1,4 +1,4 @@
-"""How much a cell reads and writes, in tokens, and what that took where cells are done: the dry run of `reproduce`."""
+"""Sizes of cells in tokens, and how long cells of that size took: the dry run of `reproduce`."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ def tokens(row, settings: dict, size: dict) -> int:
 
 
 class Left(NamedTuple):
-    """A cell that is left: its name, stages, what it trains ("head", "language model", "nothing"), tokens (None where the data
-    are not there), the seconds that the same row took with another seed, and why it is made again, if it is there."""
+    """A cell that is still to be made: its name, stages, what it trains ("head", "language model", "nothing"), tokens (None
+    without the data), the seconds that the same row took with another seed, and, if it exists, why it is made again."""
 
     name: str
     stages: tuple
@@ -97,11 +97,11 @@ def trains(row) -> str:
 
 
 def plan(left: list[Left], measured: list[tuple[str, int, float]], workers: int = 1) -> dict:
-    """What the cells that are left take. measured: what they train, tokens and seconds of rows that are done; workers: that
-    share the cells.
+    """What the remaining cells take. measured: what finished rows train, their tokens and seconds; workers: how many share
+    them.
 
-    Hours are the seconds of the same row, or tokens by the tokens per second of rows that train the same; cells with neither
-    are counted. Where none is measured the rate is said that would do.
+    Hours come from the seconds of the same row, else from the tokens per second of rows that train the same; cells without
+    are counted. If none is measured, the plan says which rate would be enough.
     """
     sums: dict[str, list[float]] = {}
     for kind, tokens, seconds in measured:

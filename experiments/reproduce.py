@@ -1,11 +1,11 @@
-"""The paper's grid, profile by profile: every row x seed x policy x data set as stages that are not done twice.
+"""The paper's grid, profile by profile: every row x seed x policy x data set, in stages that are not repeated.
 
     python -m experiments reproduce PROFILE [--only ROW ...] [--sets SET ...] [--seeds N ...] [--dry-run]
 
 A cell is one row, seed and policy on one data set. Its stages are `pyargs train`, `adapt`, `tune`, `decode`, `evaluate`, whose
-files lie in --work; its numbers and generations, without any text of the data, go to --results as one JSON file, which is not
-made again unless its settings or its data are others. A run that was killed goes on where it was: at most one stage of each
-worker is lost. --dry-run prints the cells with their sizes and an estimate of the hours, and begins nothing.
+files are in --work; its numbers and generations, without any text of the data, go to --results as one JSON file, which is made
+again only if its settings or its data change. A killed run continues: at most one stage of each worker is lost. --dry-run
+prints the cells with their sizes and an estimate of the hours, and begins nothing.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ class Places(NamedTuple):
 
 
 def model_folder(cell: Cell, places: Places) -> Path:
-    """Where the row's model is: a reward model is trained once for all policies, demonstrations are the policy's own.
+    """The folder of the row's model. A reward model is trained once for all policies, ICL needs a model for each policy.
 
-    Its name, as that of `out_folder`, holds its settings: with others the stages begin anew, in another folder.
+    Like that of `out_folder`, its name depends on the settings: with other settings the stages begin in another folder.
     """
     settings = cell.settings()
     row = recipe(cell)
@@ -135,7 +135,7 @@ def command(verb: str, *argv: str) -> dict:
 
 
 def do(cell: Cell, places: Places, last: str | None = None) -> dict[str, float]:
-    """The cell's stages up to `last` (default: all), those that are done left alone; the seconds that each took."""
+    """Runs the cell's stages up to `last` (default: all), without those that are done; returns the seconds of each."""
     out = out_folder(cell, places)
     out.mkdir(parents=True, exist_ok=True)
     noted = out / "seconds.json"
@@ -155,7 +155,7 @@ def do(cell: Cell, places: Places, last: str | None = None) -> dict[str, float]:
 
 
 def prepare(name: str, profile: str, places: Places) -> bool:
-    """Builds the set where it has to be built; False where its data are not here."""
+    """Builds the set if needed; False if its data are not here."""
     settings = PROFILES[profile]["sets"][name]
     places_of = {"shared": places.shared, "work": places.work}
     built = Path(settings["data"][1].format(**places_of))
@@ -171,7 +171,7 @@ def prepare(name: str, profile: str, places: Places) -> bool:
 
 
 def build_argv(settings: dict, places: Places) -> list[str]:
-    """Words of the `pyargs` that builds a set."""
+    """Arguments of the `pyargs` command that builds a set."""
     of = {"shared": places.shared, "work": places.work}
     return ["data", "build", *(word.format(**of) for word in settings["build"]), "--out", settings["data"][1].format(**of)]
 
@@ -194,7 +194,7 @@ def load(argv):
 
 
 def recipe(cell: Cell) -> list | None:
-    """The row's method and all of its fields, defaults too: a setting that changes makes another cell."""
+    """The row's method and all of its fields, with defaults: a changed setting makes another cell."""
     row = cell.settings()["rows"][cell.row]
     return None if row is None else [row[0], asdict(hooks.method(row[0]).Config(**row[1]))]
 
@@ -213,7 +213,7 @@ def wanted(cell: Cell) -> dict:
 
 
 def key(cell: Cell, places: Places, built: bool = True) -> dict:
-    """What the cell's numbers depend on: its settings (not where things lie), the data (if they are built), the models."""
+    """What the cell's numbers depend on: settings (without places), data (if they are built), models."""
     settings = cell.settings()
     found = {
         **wanted(cell),
@@ -224,7 +224,7 @@ def key(cell: Cell, places: Places, built: bool = True) -> dict:
 
 
 def written(cell: Cell, places: Places) -> dict:
-    """What the cell's file holds; empty where there is none, or a damaged one."""
+    """The content of the cell's file; empty if it is missing or damaged."""
     file = result_file(cell, places)
     try:
         found = files.read_json(file) if file.exists() else {}
@@ -237,9 +237,9 @@ def written(cell: Cell, places: Places) -> dict:
 
 
 def stale(cell: Cell, places: Places, built: bool = True) -> list[str] | None:
-    """Why a cell that is there has to be made again: empty where it has not. None where it is not there.
+    """Why an existing cell has to be made again, empty if it need not. None for a missing cell.
 
-    By its settings and data (of data that are not built only they can tell) and by the rules that came after it.
+    Reasons are other settings, other data (if they are built), and rules that came after it.
     """
     found = written(cell, places)
     if not found:
@@ -251,7 +251,7 @@ def stale(cell: Cell, places: Places, built: bool = True) -> list[str] | None:
 
 
 def completed(noted, now):
-    """A recipe as an older cell notes it, with the fields that came later: their defaults are what was done before them."""
+    """The recipe of an older cell, completed with later fields; their defaults are what was done before."""
     recipes = all(isinstance(one, list) and len(one) == 2 and isinstance(one[1], dict) for one in (noted, now))
     if not recipes or noted[0] != now[0]:
         return noted
@@ -260,12 +260,12 @@ def completed(noted, now):
 
 
 def done(cell: Cell, places: Places, built: bool = True) -> bool:
-    """Whether the cell's file is there, of these settings and data, and no rule came after it that touches it."""
+    """Whether the cell's file exists with these settings and data, and no later rule touches it."""
     return stale(cell, places, built) == []
 
 
 def run(cell: Cell, places: Places) -> dict:
-    """Does what is missing of a cell and writes its file."""
+    """Runs the missing stages of a cell and writes its file."""
     settings = cell.settings()
     found = {
         **cell._asdict(),
@@ -305,7 +305,7 @@ def run(cell: Cell, places: Places) -> dict:
 
 
 def without_quotation(answer: dict) -> dict:
-    """An answer that repeats much of what its authors wrote, or a whole title, keeps numbers and a digest, not its text."""
+    """The answer, without its text if it repeats much of its sources or a whole title: then only numbers and a digest stay."""
     kept = {name: value for name, value in answer.items() if name != "quotes"}
     quotes = answer["quotes"] or answer["copied"] >= min(QUOTED, max(answer["words"], 1))
     return {**kept, "text": None} if quotes else kept
@@ -333,7 +333,7 @@ def blind(cell: Cell, places: Places) -> dict:
 
 
 def worker(cell: Cell, places: Places) -> None:
-    """One cell in a process of the pool; what the stages print goes to a log of the process."""
+    """Runs one cell in a process of the pool; output of the stages goes to a log of the process."""
     log = places.work / "logs" / f"{os.getpid()}.txt"
     with log.open("a") as stream, contextlib.redirect_stderr(stream), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -341,7 +341,7 @@ def worker(cell: Cell, places: Places) -> None:
 
 
 def begin_worker(threads: int, parent: int) -> None:
-    """The process's share of the cores; it ends with the process that began it, however that ends."""
+    """Sets the process's share of the cores, and that it ends when its parent ends, in whatever way."""
     import torch
 
     torch.set_num_threads(threads)
@@ -355,7 +355,7 @@ def begin_worker(threads: int, parent: int) -> None:
 
 
 def run_all(todo: list[Cell], places: Places, workers: int, bar) -> dict[Cell, BaseException]:
-    """Runs the cells, several at a time; returns those that failed. Where a worker is killed, new ones go on with the rest."""
+    """Runs the cells, several at a time; returns those that failed. If a worker is killed, new ones continue with the rest."""
     threads, failed, broken = max(1, (os.cpu_count() or 1) // workers), {}, 0
     while todo:
         left, running = [], {}
@@ -384,7 +384,7 @@ def run_all(todo: list[Cell], places: Places, workers: int, bar) -> dict[Cell, B
 
 
 def size(cell: Cell, places: Places) -> dict:
-    """Of the cell's set; of one that is not there yet as it was counted when it was, if it ever was."""
+    """Sizes of the cell's set; of a missing set as they were once counted, if they were."""
     try:
         return estimate.sizes(load(data_argv(cell, places)))
     except PyargsError as error:
@@ -399,7 +399,7 @@ def size(cell: Cell, places: Places) -> dict:
 
 
 def plan(asked: list[Cell], places: Places, workers: int) -> dict:
-    """What is left of the cells, with sizes, and what it would take (`estimate.plan`)."""
+    """The remaining cells, with sizes and the time that they would take (`estimate.plan`)."""
     sizes, left, finished = {}, [], 0
     taken: dict[tuple, list[float]] = {}
     sets = {cell.set for cell in asked}
@@ -447,7 +447,7 @@ def chosen(profile: str, only: list[str] | None, sets: list[str] | None, seeds: 
 
 
 def run_grid(asked: list[Cell], places: Places, workers: int) -> dict:
-    """Runs what is not done of cells of one profile: how many there are, how many ran now, names of those that failed."""
+    """Runs the missing cells of one profile; returns how many there are, how many ran now, and the names of failed ones."""
     profile = asked[0].profile
     there = {name: prepare(name, profile, places) for name in dict.fromkeys(cell.set for cell in asked)}
     asked = [cell for cell in asked if there[cell.set]]

@@ -1,8 +1,8 @@
 """Run the paper's grid: every row, seed, policy and data set of a profile; a killed run continues.
 
 A cell is one row, seed and policy on one data set. Its stages are `pyargs train`, `adapt`, `tune`, `decode`, `evaluate`, whose
-files lie in --work; its numbers and generations, without any text of the data, go to --results as one JSON file, which is not
-made again unless its settings or its data are others.
+files are in --work; its numbers and generations, without any text of the data, go to --results as one JSON file, which is made
+again only if its settings or its data change.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def adapt(model, dataset, *, steps: int | None = None, method: str | None = None
     known = [user for user in ids if user in model.known_users]
     if known and not again:
         raise PyargsError(
-            f"user '{known[0]}' is there already: ask for it (again=True, --again), or give new ids to new users"
+            f"user '{known[0]}' is there already: adapt it anew (again=True, --again), or give new ids to new users"
         )
     found = []
     # Each user separately, reading of the pairs included: in a batch with others the states would be rounded differently.

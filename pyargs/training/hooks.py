@@ -86,7 +86,7 @@ def method_of(model, given: str | None):
     name = model.about.get("method")
     if not isinstance(name, str) or name.endswith(".py"):
         raise PyargsError(
-            f"the model says that the file {name} made it, and what a model says is not run. Fix: if you trust that file, "
+            f"this model was made by the file {name}, and a file that a model names is not run. Fix: if you trust that file, "
             "name it yourself: adapt(model, rows, method=PATH), or --method PATH"
         )
     return method(name)

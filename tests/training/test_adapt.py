@@ -32,7 +32,7 @@ def test_known_users_and_useless_steps_raise_before_any_work(lm_folder, rows, mo
         model = trainer.train(name, rows, config_of(name, lm_folder, **({} if name == "icl" else {"epochs": 0.1})))
         adapt.adapt(model, rows)
         monkeypatch.setattr(type(model), "read", lambda *_: pytest.fail("work before the check"), raising=False)
-        with pytest.raises(PyargsError, match="is there already: ask for it"):
+        with pytest.raises(PyargsError, match="is there already: adapt it anew"):
             adapt.adapt(model, rows)
         monkeypatch.undo()
         if name != "lore":
