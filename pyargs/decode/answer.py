@@ -15,9 +15,9 @@ class Answer:
     """The answer to one request.
 
     number: the request's, as `Engine.submit` returned it. tokens: ids without the stop token; text: the same decoded, None
-    without a tokenizer. For each token, rewards: its raw reward; slots: its rank among the policy's candidates, from 0;
-    spreads: the standard deviation of the candidates' rewards. finish_reason: "stop" (a stop token came), "length" or
-    "cancelled". backend: the name of the backend that computed it. seed: of its sampling.
+    without a tokenizer. rewards: each token's raw reward; slots: each token's rank among the policy's candidates, from 0;
+    spreads: standard deviation of the candidates' rewards at each token. finish_reason: "stop" (a stop token came), "length"
+    or "cancelled". backend: the name of the backend that computed it. seed: of its sampling.
     """
 
     number: int

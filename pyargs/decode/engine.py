@@ -101,9 +101,9 @@ class Engine:
     ) -> list[Answer]:
         """Answers to prompts, in their order.
 
-        prompts: each a str, messages, or a list of token ids; users: one id each, may be left out where the model is the same
-        for everyone. strength, reward_weight and seed are one for all, or one each; an int `seed` gives each prompt one of its
-        own by its number. progress: the name of a progress bar. The rest as for `submit`.
+        prompts: each a str, messages, or a list of token ids. users: one id each; may be left out where the model is the same
+        for everyone. strength, reward_weight, seed: one for all, or one each; from one int `seed` each prompt gets its own, by
+        its number. progress: the name of a progress bar. wish: the other arguments of `submit`.
         Raises PyargsError for what `submit` refuses, before anything is computed, and where nothing could be chosen.
         """
         if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):

@@ -68,12 +68,14 @@ def guide(
     """A decoding loop for the `custom_generate` argument of `generate`; the language model is the policy.
 
     model: a RewardModel or TokenReward. users: one id for each prompt of the batch. strength, reward_weight, seed: one for all
-    prompts, or one each; with these, num_candidates, eos_reward, tokenizer and backend as for `pyargs.Engine`. An engine is
-    made at each call, so the backend is chosen anew, and logged. Length, stop tokens, padding, do_sample, temperature, top_p
-    and min_p come from the generation config as usual; the two filters act on the policy's candidates, before rewards and
-    temperature. token_callback: called after each step with the tokens int64 [B], padding where a row has ended.
-    streamer: a streamer of transformers, for one prompt, fed as by `generate`; it is ended also when decoding fails.
+    prompts, or one each. num_candidates, eos_reward, tokenizer, backend: as for `pyargs.Engine`. token_callback: called after
+    each step with the tokens int64 [B], padding where a row has ended. streamer: a streamer of transformers, for one prompt,
+    fed as by `generate`; it is ended also when decoding fails.
     Returns ids [B, T + N], or with return_dict_in_generate a GenerateDecoderOnlyOutput.
+
+    Length, stop tokens, padding, do_sample, temperature, top_p and min_p come from the generation config as usual; the two
+    filters act on the policy's candidates, before rewards and temperature. Each call makes an engine, so the backend is chosen
+    anew, and logged.
 
     Raises PyargsError for all else that would change the answer, in the call or in the checkpoint's own generation config:
     penalties, forced and suppressed tokens, beams, other filters, logits processors, stopping criteria, scores to return.

@@ -28,8 +28,8 @@ class RewardModel(nn.Module):
     """The reward r_u(x, y) of response y to prompt x for user u.
 
     backbone: a decoder without output layer, of any dtype; its hidden states go to the head in float32.
-    pool "last": the reward of a response is that of its last content token; "mean": the mean over its tokens (Global v2);
-    "hidden": that of its tokens' mean state.
+    pool: the reward of a response is that of its last content token ("last"), the mean over its tokens ("mean", Global v2), or
+    the reward of its tokens' mean state ("hidden").
     step_reward: what a decoder adds for a candidate, "token" (the candidate's own reward) or, with pool="mean",
     "prefix_mean" (the mean over the response so far).
     needs_all_tokens: training reads the states of all tokens even though the reward is the last one's (PAL).

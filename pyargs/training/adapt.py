@@ -24,7 +24,9 @@ def adapt(model, dataset, *, steps: int | None = None, method: str | None = None
     """Adds the users of the rows with split "support" to the model; returns their ids.
 
     again: adapt known users anew, from these rows alone.
+    steps: of the adaptation, the method's by default.
     method: path of the method's .py file, if the model was trained with one.
+
     Backbone, LoRA and shared head parameters stay as they are; rows of other splits are not looked at, so the query set
     can not reach the result. A method without users needs no adaptation and is left alone. The same model, rows and seed
     give the same result. Raises PyargsError without support rows, and on a known user without `again`.
