@@ -4,7 +4,8 @@
 #   benchmarks/gpu.sh [--dry-run] [--out FOLDER] [PART ...]      default: A B C D, into build/gpu
 #
 #   A  environment, each op's tests in a process of its own, the captured step
-#   B  kernels beside PyTorch's, then memcheck and racecheck; synccheck and initcheck if time is left
+#   B  kernels beside PyTorch's, then memcheck and racecheck; synccheck and initcheck if time is left. initcheck also sees torch's
+#      own kernels, so what it says is told and fails nothing
 #   C  decoding with 0.5B, 1.5B and 3B
 #   D  decoding with 7B; torch.compile if time is left
 #
@@ -20,7 +21,7 @@ while (($#)); do
     --dry-run) dry=(--dry-run) ;;
     --out) out=$(realpath -m "${2:?--out needs a folder}") && shift ;;
     A | B | C | D) parts+=("$1") ;;
-    *) sed -n '2,17p' "$0" | cut -c3- && exit 2 ;;
+    *) sed -n '2,18p' "$0" | cut -c3- && exit 2 ;;
   esac
   shift
 done
@@ -30,7 +31,7 @@ out=${out:-$PWD/build/gpu}
 mkdir -p "$out"
 export PYTHONPATH=$PWD
 LIMIT=450 # seconds of a part; what ends a stage takes some, too
-failed=()
+failed=() told=()
 
 # stage NAME COMMAND ...: runs it for as long as the part has time, into the log and into gpu.json.
 stage() {
@@ -55,6 +56,13 @@ if_time() {
   if ((deadline - SECONDS >= needed)); then stage "$@"; else stage "$1" echo "left out: less than $needed s are left"; fi
 }
 
+# advisory FUNCTION NAME COMMAND ...: a stage, by one of these functions, whose failure is told and fails nothing.
+advisory() {
+  local before=("${failed[@]}")
+  "$@" || told+=("${failed[-1]}")
+  failed=("${before[@]}")
+}
+
 python_tests() { # NAME FILE WORDS
   if ((${#dry[@]})); then set -- "$@" --collect-only; fi
   stage "$1" "$PYTHON" -m pytest -q "$2" "${@:3}"
@@ -62,7 +70,7 @@ python_tests() { # NAME FILE WORDS
 
 # A few small cases, since every access is checked. Only our kernels, but for initcheck, which has to see who wrote what ours read.
 sanitizer() { # TOOL
-  local ours=(--kernel-regex kns=pyargs)
+  local ours=(--kernel-name kns=pyargs) # since CUDA 12.3; --kernel-regex before
   [[ $1 == initcheck ]] && ours=()
   echo env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" "${ours[@]}" --error-exitcode 1
 }
@@ -86,7 +94,8 @@ part_B() {
   fi
   local tool
   for tool in memcheck racecheck; do stage "$tool" $(sanitizer "$tool") "$PYTHON" benchmarks/gpu_small.py; done
-  for tool in synccheck initcheck; do if_time 60 "$tool" $(sanitizer "$tool") "$PYTHON" benchmarks/gpu_small.py; done
+  if_time 60 synccheck $(sanitizer synccheck) "$PYTHON" benchmarks/gpu_small.py
+  advisory if_time 60 initcheck $(sanitizer initcheck) "$PYTHON" benchmarks/gpu_small.py
 }
 
 part_C() {
@@ -108,4 +117,5 @@ for part in "${parts[@]}"; do
   fi
   "part_$part"
 done
+((${#told[@]} == 0)) || printf 'FAILED, but advisory: %s\n' "${told[@]}"
 ((${#failed[@]} == 0)) || { printf 'FAILED: %s\n' "${failed[@]}" && exit 1; }

@@ -26,6 +26,7 @@ import gc
 import statistics
 import time
 import warnings
+from bisect import bisect_left
 from pathlib import Path
 
 import torch
@@ -132,12 +133,18 @@ def favourites(found: list) -> float:
     return statistics.mean(slot == 0 for one in found for slot in one.slots)
 
 
-def balanced_weight(engine: Engine, batches: list[Tensor]) -> float:
-    """The reward weight at which the policy's favourite wins in about half of the steps."""
-    tried = {}
-    for weight in (0.001 * 2**i for i in range(16)):
-        tried[weight] = abs(statistics.mean(favourites(answers(engine, ids, 16, weight)) for ids in batches[:3]) - 0.5)
-    return min(tried, key=tried.get)
+def balanced_weight(engine: Engine, batches: list[Tensor], steps: int) -> float:
+    """The reward weight, 0.001 times a power of 2, at which the policy's favourite wins in about half of so many steps. The
+    larger it is, the less often the favourite wins."""
+    off = {}
+
+    def seldom(power: int) -> bool:
+        share = statistics.mean(favourites(answers(engine, ids, steps, 0.001 * 2**power)) for ids in batches[:3])
+        off[power] = abs(share - 0.5)
+        return share < 0.5
+
+    bisect_left(range(16), True, key=seldom)
+    return 0.001 * 2 ** min(off, key=off.get)
 
 
 def ours(engine: Engine, batches: list[Tensor], steps: int, weight: float) -> tuple[float, float]:
@@ -216,7 +223,7 @@ def compare(
         ("eager", own, "eager"),
     ):
         engine = Engine(policy, model, backend=name, max_rows=len(ids))
-        weight[way] = weight["own"] if way == "eager" else balanced_weight(engine, prompts)
+        weight[way] = weight["own"] if way == "eager" else balanced_weight(engine, prompts, min(steps, 16))
         second, top = ours(engine, prompts[:1] if way == "eager" else prompts, steps, weight[way])
         together = eager.shares(policy, model.backbone, len(ids), K)
         rows.append(

@@ -45,20 +45,27 @@ def test_numbers_of_a_gpu_are_merged(gpu_results, tmp_path):
     assert found["stages"]["decode 7B"] == {"exit": 124, "seconds": 3, "log": ["one", "two"]}
 
 
-@pytest.mark.skipif(not (BENCHMARKS / "gpu.sh").is_file(), reason="not in a source tree")
+def gpu_part(folder: Path, part: str, fails: str) -> tuple[int, str, dict]:
+    """Exit code, output and stages of a part of which commands like `fails` fail and the others do nothing."""
+    case = f'case "$*" in *gpu_results*) exec "{sys.executable}" "$@" ;; {fails}) echo broken; exit 3 ;; *) echo "$@" ;; esac'
+    for name in ("python", "compute-sanitizer"):
+        (folder / name).write_text(f"#!/bin/sh\n{case}\n")
+        (folder / name).chmod(0o755)
+    environment = os.environ | {"PYTHON": str(folder / "python"), "PATH": f"{folder}:{os.environ['PATH']}"}
+    command = [BENCHMARKS / "gpu.sh", "--dry-run", "--out", "found", part]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
+    return run.returncode, run.stdout, json.loads((folder / "found/gpu.json").read_text())["stages"]
+
+
+in_a_source_tree = pytest.mark.skipif(not (BENCHMARKS / "gpu.sh").is_file(), reason="not in a source tree")
+
+
+@in_a_source_tree
 def test_each_part_for_a_gpu_keeps_what_failed(tmp_path):
     """Every stage runs although others fail; what it said and its exit code are in the folder, as the caller names it."""
-    python = tmp_path / "python"  # fails where the real one would take long; the notes are taken in earnest
-    python.write_text(f'''#!/bin/sh
-case "$*" in *gpu_results*) exec "{sys.executable}" "$@" ;; *tests/ops*commit*) echo broken; exit 3 ;; *) echo "$@" ;; esac
-''')
-    python.chmod(0o755)
-    command = [BENCHMARKS / "gpu.sh", "--dry-run", "--out", "found", "A"]
-    environment = os.environ | {"PYTHON": str(python)}
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert run.returncode == 1 and "FAILED: A commit (3)" in run.stdout
+    code, said, stages = gpu_part(tmp_path, "A", "*tests/ops*commit*")
+    assert code == 1 and "FAILED: A commit (3)" in said
     assert sorted(path.name for path in (tmp_path / "found").iterdir()) == ["A.log", "gpu.json"]
-    stages = json.loads((tmp_path / "found/gpu.json").read_text())["stages"]
     assert {name: stage["exit"] for name, stage in stages.items()} == {
         "env": 0,
         "topk_logprobs": 0,
@@ -70,3 +77,19 @@ case "$*" in *gpu_results*) exec "{sys.executable}" "$@" ;; *tests/ops*commit*) 
         "captured": 0,
     }
     assert stages["commit"]["log"][-1] == "broken" and "broken" in (tmp_path / "found/A.log").read_text()
+
+
+@in_a_source_tree
+def test_initcheck_is_advisory(tmp_path):
+    """It sees torch's own kernels, which it has to: what it says is kept, and fails nothing. The others fail the part."""
+    code, said, stages = gpu_part(tmp_path, "B", "*tool?initcheck*")
+    assert code == 0 and "FAILED, but advisory: B initcheck (3)" in said and stages["initcheck"]["exit"] == 3
+    assert {name: "--kernel-name kns=pyargs" in stage["log"][0] for name, stage in stages.items()} == {
+        "kernels": False,
+        "memcheck": True,
+        "racecheck": True,
+        "synccheck": True,
+        "initcheck": False,
+    }
+    code, said, _ = gpu_part(tmp_path, "B", "*--tool*")
+    assert code == 1 and said.count("FAILED: B") == 3 and said.count("advisory: B initcheck (3)") == 1
