@@ -308,15 +308,17 @@ __device__ __forceinline__ void leave_sum(TopkShared& shared, const TopkWorkspac
   }
 }
 
-// Whether this block is the last of the `blocks` that share a ticket; then it sees what all of them have left.
+// Whether this block is the last of the `blocks` that share a ticket; then it sees what all of them have left. The
+// first thread's fences count for all: what the others left lies before the barrier of leave_sum, what they read behind
+// this one's.
 __device__ __forceinline__ bool is_last(TopkShared& shared, uint32_t* ticket, int64_t blocks) {
-  __threadfence();  // every thread's writes, before the ticket says so
+  if (threadIdx.x == 0) {
+    __threadfence();
+    shared.last = atomicAdd(ticket, 1u) == static_cast<uint32_t>(blocks - 1);
+    if (shared.last) __threadfence();
+  }
   __syncthreads();
-  if (threadIdx.x == 0) shared.last = atomicAdd(ticket, 1u) == static_cast<uint32_t>(blocks - 1);
-  __syncthreads();
-  if (!shared.last) return false;
-  __threadfence();
-  return true;
+  return shared.last;
 }
 
 // Of the host.
