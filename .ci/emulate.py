@@ -1,43 +1,88 @@
-"""Runs the emulated CUDA kernels (tests/emulated.py) under sanitizers.
+"""Runs the emulated CUDA kernels (tests/emulated.py) under sanitizers, and sees that these find what is broken on purpose.
 
 python .ci/emulate.py [PART ...]     default: all
 
-address    AddressSanitizer and UndefinedBehaviorSanitizer: reads beyond a tensor or beyond shared memory, wide loads
-           from addresses that do not allow them, uses of what is not initialised
+cases      tests/ops/test_emulated.py: under AddressSanitizer and UndefinedBehaviorSanitizer, which see reads beyond a
+           tensor or beyond shared memory and wide loads from addresses that do not allow them; and with an OS thread for
+           each CUDA thread under ThreadSanitizer, which sees what no barrier and no fence orders
+ops        every test of an emulated kernel under the first two
+ticket     the barriers and fences of the last block's ticket, each removed in turn: the cases must find it
+mutants    every barrier and fence, every test of an alignment and every start of a counter, likewise
 """
 
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-LIBRARIES = {"address": ("libasan.so", "libstdc++.so")}
+CASES = "tests/ops/test_emulated.py"
+LIBRARIES = {"address": ("libasan.so", "libstdc++.so"), "thread": ("libtsan.so",)}
+SETTINGS = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1", "OMP_NUM_THREADS": "1"}
+# What is broken: with which build it must be found, what is looked for, what it becomes.
+BREAKS = [
+    ("thread", r"__(?:syncthreads|syncwarp|threadfence)\([^()]*\);", "{}"),
+    ("address", r"% 16 == 0", "% 2 == 0"),
+    ("address", r"shared\.count = 0;", "{}"),
+]
+FOUND = re.compile(r"ThreadSanitizer: .*|AddressSanitizer: .*|runtime error: .*|emulation: .*|AssertionError.*")
 
 
-def emulated(build: str, *arguments: str) -> int:
-    """Exit status of pytest with the kernels built so. Python itself is not: its own leaks do not count."""
+def emulated(build: str, *arguments: str, **settings: str) -> list[str]:
+    """What is wrong with the kernels built so: nothing, or the first finding. Leaks, which are Python's, do not count."""
     paths = [subprocess.check_output(["g++", f"-print-file-name={name}"], text=True).strip() for name in LIBRARIES[build]]
-    settings = {
-        "PYARGS_EMULATED": build,
-        "LD_PRELOAD": " ".join(paths),
-        "ASAN_OPTIONS": "detect_leaks=0",
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-m", "pytest", "-s", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | settings).returncode
+    settings |= SETTINGS | {"PYARGS_EMULATED": build, "LD_PRELOAD": " ".join(paths)}
+    command = [sys.executable, "-m", "pytest", "-s", "-x", *arguments]
+    ran = subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True)
+    if ran.returncode == 0:
+        return []
+    output = ran.stdout + ran.stderr
+    return [found[0] if (found := FOUND.search(output)) else f"NOT RUN: {output}"]
+
+
+def cases() -> list[str]:
+    return [line for build in LIBRARIES for line in emulated(build, "-n", "0", CASES)]
+
+
+def mutants(of: str = "") -> list[str]:
+    """Those that nothing finds. `of`: the beginning of the one function that is broken."""
+    missed = []
+    for source in sorted((ROOT / "csrc/kernels/cuda").glob("*.cuh")):
+        text = source.read_text()
+        start = text.find(of)
+        end = text.find("\n}\n", start) if of else len(text)
+        for build, pattern, broken in BREAKS:
+            for match in re.compile(pattern).finditer(text, start, end) if start >= 0 else ():
+                name = f"{source.name}:{text.count(chr(10), 0, match.start()) + 1} {match[0]} -> {broken}"
+                with tempfile.TemporaryDirectory() as folder:
+                    copy = shutil.copytree(ROOT / "csrc", Path(folder, "csrc"))
+                    changed = text[: match.start()] + broken + text[match.end() :]
+                    (copy / "kernels/cuda" / source.name).write_text(changed)
+                    found = emulated(build, "-n", "0", CASES, PYARGS_EMULATED_SOURCES=str(copy), TMPDIR=folder)
+                print(f"{name}: {found[0] if found else 'not found'}", flush=True)
+                if not found or found[0].startswith("NOT RUN"):
+                    missed.append(name)
+    return missed
 
 
 PARTS = {
-    "address": lambda: emulated("address", "-n", "2", "-k", "emulated", "tests/ops"),
+    "cases": cases,
+    "ops": lambda: emulated("address", "-n", "2", "-k", "emulated", "tests/ops"),
+    "ticket": lambda: mutants("__device__ __forceinline__ bool is_last("),
+    "mutants": mutants,
 }
 
 
 def main() -> int:
-    failed = [part for part in sys.argv[1:] or PARTS if PARTS[part]()]
-    print(f"FAILED: {' '.join(failed)}" if failed else "no fault found in the emulated kernels")
+    failed = []
+    for part in sys.argv[1:] or PARTS:
+        failed += [f"{part}: {line}" for line in PARTS[part]()]
+    print("\n".join(["", "FAILED:", *failed]) if failed else "emulated kernels: no fault, and what was broken was found")
     return bool(failed)
 
 

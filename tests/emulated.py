@@ -21,7 +21,8 @@ EMULATE = Path(__file__).parent / "ops/emulate"
 # What runs the threads, and flags. `.ci/cuda` chooses another than the first.
 BUILDS = {
     "fibers": ("fibers.cpp", ["-O2"]),
-    "address": ("fibers.cpp", ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]),
+    "address": ("fibers.cpp", ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]),
+    "thread": ("threads.cpp", ["-O1", "-g1", "-fsanitize=thread"]),
 }
 BUILD = os.environ.get("PYARGS_EMULATED") or "fibers"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

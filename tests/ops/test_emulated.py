@@ -1,0 +1,83 @@
+"""One case for each way through each CUDA kernel, small enough for an OS thread per CUDA thread (`.ci/emulate.py`): the
+wide and the narrow loads, several blocks to a row, several tiles, more survivors than a block keeps."""
+
+from __future__ import annotations
+
+import emulated
+import pytest
+import torch
+
+from pyargs import ops
+
+pytestmark = emulated.needed
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def normal(*shape: int, dtype=torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def unaligned(x: torch.Tensor) -> torch.Tensor:
+    """The same values in rows that no wide load may start at."""
+    wide = torch.zeros(*x.shape[:-1], x.shape[-1] + 3, dtype=x.dtype)
+    wide[..., 1:-2] = x
+    return wide[..., 1:-2]
+
+
+def agree(got, expected, atol: float = 2e-5) -> None:
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=atol, rtol=0)
+
+
+LOGITS = {
+    "three chunks": normal(1, 17001),
+    "equal": torch.ones(1, 16700),
+    "two rows": normal(2, 9000, dtype=torch.bfloat16),
+    "unaligned": unaligned(normal(2, 8999, dtype=torch.float16)),
+}
+
+
+@pytest.mark.parametrize("name", LOGITS)
+def test_topk_logprobs(name):
+    emulated.order(1)
+    agree(emulated.topk_logprobs(LOGITS[name], 64), ops.topk_logprobs_reference(LOGITS[name], 64))
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tokenwise_select(dtype, sampled):
+    emulated.order(2)
+    finished, weight = torch.zeros(1, dtype=torch.bool), torch.ones(1)
+    args = (normal(1, 8300, dtype=dtype), unaligned(normal(1, 8300, seed=1)), weight, finished, 40)
+    more = dict(temperature=1.0, uniform=torch.tensor([0.5])) if sampled else {}
+    agree(emulated.tokenwise_select(*args, **more), ops.tokenwise_select_reference(*args, **more))
+
+
+@pytest.mark.parametrize(("k", "dtype"), [(3, torch.float32), (5, torch.bfloat16), (40, torch.float16)])
+def test_score_select(k, dtype):
+    emulated.order(3)
+    batch, hidden = 2, 4200 if k < 40 else 2100
+    features = normal(batch, k, hidden, dtype=dtype)
+    features[1] = features[0]
+    args = (features if k != 5 else unaligned(features), normal(3, hidden, dtype=dtype, seed=1), torch.tensor([0, 2]))
+    args += (torch.ones(batch), normal(batch, k, seed=2), torch.arange(batch * k).view(batch, k), torch.tensor([False, False]))
+    more = dict(bias=normal(3, hidden, seed=3), activation="relu", scale=0.01)
+    agree(emulated.score_select(*args, **more), ops.score_select_reference(*args, **more))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_user_mlp(dtype):
+    emulated.order(4)
+    hidden, bank = normal(1, 13, 577, dtype=dtype) / 8, normal(2, 37, 577, dtype=dtype, seed=1) / 8
+    bank = bank if dtype == torch.float32 else unaligned(bank)
+    agree([emulated.user_mlp(hidden, bank, torch.tensor([1]))], [ops.user_mlp_reference(hidden, bank, torch.tensor([1]))])
+
+
+@pytest.mark.parametrize("dim", [8, 7])
+def test_commit(dim):
+    emulated.order(5)
+    states = [normal(3, 2, 9, dim, seed=i) for i in range(2)]
+    expected = [tensor.clone() for tensor in states]
+    for op, tensors in ((emulated.commit, states), (ops.commit_reference, expected)):
+        op(tensors, torch.tensor([3, -1, 1]), torch.tensor([5, 5, 2]))
+    agree(states, expected, atol=0)
