@@ -12,6 +12,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -19,11 +20,10 @@ from gpu_results import add
 from timing import hardware, hardware_line, table
 from torch import Tensor
 
+from pyargs.decode.backends.capture import NoHostReads
 from pyargs.ops import commit, score_select, tokenwise_select, topk_logprobs, user_mlp
 
 COLUMNS = ["op", "shape", "B", "k", "dtype", "ours us", "torch us", "ratio", "torch eager us", "GB/s", "of copy", "target"]
-
-
 CALLS = 10
 """At least so many in a graph, so that its own launch counts for little."""
 
@@ -34,7 +34,8 @@ def seconds(fn: Callable, inputs: list[tuple], graph: bool) -> float:
     run = lambda: [fn(*args) for args in several]  # noqa: E731
     if not torch.cuda.is_available():
         start = time.perf_counter()
-        run()
+        with NoHostReads("cpu") if graph else nullcontext():  # which a capture forbids
+            run()
         return (time.perf_counter() - start) / len(several)
     run()
     if graph:
@@ -155,6 +156,46 @@ def linear_heads(t: Table) -> None:
             )
 
 
+def sampled_rows(t: Table) -> None:
+    """The choice of a step whose rows have stop tokens, temperature and noise of their own. A stop token earns the reward so
+    far."""
+
+    def ours(features, weight, user, reward_weight, logprobs, ids, finished, stop, so_far, temperature, uniform):
+        more = dict(stop=stop, stop_reward=so_far, temperature=temperature, uniform=uniform)
+        return score_select(features, weight, user, reward_weight, logprobs, ids, finished, **more)
+
+    def theirs(features, weight, user, reward_weight, logprobs, ids, finished, stop, so_far, temperature, uniform):
+        ends = (ids.unsqueeze(2) == stop.unsqueeze(1)).any(2)
+        reward = torch.bmm(features, weight[user].unsqueeze(-1)).squeeze(-1).float()
+        reward = torch.where(ends, so_far.unsqueeze(1), reward)
+        score = (logprobs + reward_weight.unsqueeze(1) * reward) / temperature.unsqueeze(1)
+        chance = score.softmax(-1).cumsum(-1)
+        slot = torch.searchsorted(chance, uniform.unsqueeze(1)).clamp(max=ids.shape[1] - 1)
+        return ids.gather(-1, slot).squeeze(1), slot.squeeze(1), reward, finished | ends.gather(-1, slot).squeeze(1)
+
+    dim, stops = (64 if t.dry else 4096), 4
+    for batch in (2,) if t.dry else (1, 8, 32):
+        for k in (10, 40):
+
+            def make(batch=batch, k=k):
+                return (
+                    t.random(batch, k, dim),
+                    t.random(batch, dim),
+                    torch.arange(batch, device=t.device),
+                    torch.ones(batch, device=t.device),
+                    t.random(batch, k, dtype=torch.float32),
+                    torch.randint(1000, (batch, k), device=t.device),
+                    torch.zeros(batch, dtype=torch.bool, device=t.device),
+                    torch.randint(1000, (batch, stops), device=t.device),
+                    torch.zeros(batch, device=t.device),
+                    torch.full((batch,), 0.7, device=t.device),
+                    torch.rand(batch, device=t.device),
+                )
+
+            size = batch * (k + 1) * dim * 2
+            t.compare("score_select", f"D={dim}, sampled rows", ours, theirs, make, size, B=batch, k=k, dtype="bfloat16")
+
+
 def mlp_heads(t: Table) -> None:
     theirs = lambda hidden, bank, user: torch.bmm(hidden, bank[user].transpose(1, 2)).float()  # noqa: E731
     dim, units = (64, 8) if t.dry else (4096, 64)
@@ -221,7 +262,7 @@ def main() -> None:
     print(f"{hardware_line(info)}\ncopies at {t.rate:.0f} GB/s", flush=True)
     if options.dry_run:
         print("dry run: shapes too small for the numbers to mean anything", flush=True)
-    for part in (topk, linear_heads, mlp_heads, tokenwise, commits):
+    for part in (topk, linear_heads, sampled_rows, mlp_heads, tokenwise, commits):
         part(t)
         found = {"hardware": info, "copy_gb_s": round(t.rate, 1), "dry_run": options.dry_run, "rows": t.rows}
         add(options.out, "kernels", found, key=("op", "shape", "B", "k", "dtype"))
