@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pyargs.decode.request import Request, as_float
-from pyargs.decode.rows import Choice, Rows, chosen, counts, note, of_requests, uniform
+from pyargs.decode.rows import Choice, Rows, chosen, considered, counts, note, of_requests, uniform
 from pyargs.heads import Folded
 from pyargs.lm.structure import as_written
 from pyargs.ops import score_select, topk_logprobs
@@ -38,8 +38,9 @@ class Passes(Protocol):
     def branch(self, candidates: Tensor, wanted: Tensor | None) -> Tensor:
         """The reward model's states [n, k, D] of candidates [n, k]; those outside `wanted` bool [n, k] may be anything."""
 
-    def follow(self, token: Tensor, slot: Tensor, going: Tensor | None) -> Tensor:
-        """Appends token [n], the candidate at slot [n], to each row where going [n]; returns the next logits [n, V]."""
+    def follow(self, token: Tensor, slot: Tensor, stay: bool) -> Tensor:
+        """Appends token [n], the candidate at slot [n], to each row; returns the next logits [n, V]. stay: some slots are -1,
+        and leave their rows."""
 
     def keep(self, order: Sequence[int]) -> None:
         """The rows at these positions stay, in this order."""
@@ -60,9 +61,9 @@ class Two:
     def branch(self, candidates: Tensor, wanted: Tensor | None = None) -> Tensor:
         return self.scorer.branch(candidates, wanted)
 
-    def follow(self, token: Tensor, slot: Tensor, going: Tensor | None = None) -> Tensor:
+    def follow(self, token: Tensor, slot: Tensor, stay: bool = False) -> Tensor:
         self.scorer.commit(token, slot)
-        return self.policy.advance(token, going)
+        return self.policy.advance(token, slot >= 0 if stay else None)
 
     def keep(self, order: Sequence[int]) -> None:
         self.policy.keep(order)
@@ -125,13 +126,14 @@ class Guided:
             logprobs = logprobs - logprobs[:, :1]
         logprobs, candidates = logprobs.to(self.device), candidates.to(self.device)
         count = counts(rows, logprobs) if rows.filtered else None
-        wanted = None if count is None else torch.arange(k, device=self.device) < count.unsqueeze(1)
+        wanted = None if count is None else considered(rows, count, k)
         hidden = as_float(self.passes.branch(candidates, wanted))
-        step, folded = rows["step"] + 1, of_rows(self.folded, rows)
+        folded = of_rows(self.folded, rows)
+        step = rows["step"] + 1 if self.prefix_mean else None
         token, slot, reward, finished = score_select(
             folded.features(hidden, folded.own),
             folded.weight,
-            torch.arange(len(step), device=self.device),
+            rows.place[: rows.width],
             # The mean over the response so far differs between candidates only in their own share of it.
             rows["reward_weight"] / step if self.prefix_mean else rows["reward_weight"],
             logprobs,
@@ -145,15 +147,16 @@ class Guided:
             temperature=rows["temperature"] if rows.sampled else None,
             uniform=uniform(rows) if rows.sampled else None,
         )
-        choice = note(rows, token, slot, *chosen(slot, reward, count), finished)
-        rows["total"] = rows["total"] + choice.reward
+        choice = note(rows, token, slot, *chosen(rows, slot, reward, count), finished)
+        if self.prefix_mean:
+            rows["total"].add_(choice.reward)
         rows["so_far"] = rows["total"] / step if self.prefix_mean else choice.reward
         return choice
 
-    def follow(self, choice: Choice, going: Tensor | None = None) -> None:
-        """Appends the chosen tokens to the rows where going bool [n], to all by default."""
-        slot = choice.slot if going is None else choice.slot.masked_fill(~going, -1)
-        self.rows["logits"] = as_float(self.passes.follow(choice.token, slot, going))
+    def follow(self, choice: Choice, stay: bool = False) -> None:
+        """Appends the chosen tokens to the rows. stay: not to those that have finished."""
+        slot = choice.slot.masked_fill(choice.finished, -1) if stay else choice.slot
+        self.rows["logits"] = as_float(self.passes.follow(choice.token, slot, stay))
 
     def keep(self, order: Sequence[int]) -> None:
         """The rows at these positions stay, in this order."""

@@ -49,15 +49,15 @@ class Tokenwise:
         token, slot, reward, finished = tokenwise_select(
             rows["logits"], rows["rewards"], rows["reward_weight"], rows["finished"], rows.most, count=count, **sampling
         )
-        found = token, slot, *chosen(slot, reward, count), finished
+        found = token, slot, *chosen(rows, slot, reward, count), finished
         if any(unlimited):
             found = (torch.where(rows["k"] == 0, one, other) for one, other in zip(among_all, found, strict=True))
         return note(rows, *found)
 
-    def follow(self, choice: Choice, going: Tensor | None = None) -> None:
-        """Appends the chosen tokens to the rows where going bool [n], to all by default."""
+    def follow(self, choice: Choice) -> None:
+        """Appends the chosen tokens to the rows."""
         for name, half in (("logits", self.policy), ("rewards", self.reward)):
-            self.rows[name] = as_float(half.advance(choice.token, going))[:, : self.vocabulary].to(self.device)
+            self.rows[name] = as_float(half.advance(choice.token))[:, : self.vocabulary].to(self.device)
 
     def keep(self, order: Sequence[int]) -> None:
         """The rows at these positions stay, in this order."""

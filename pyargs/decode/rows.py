@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyargs.decode.request import Request, noise
+from pyargs.ops.topk_logprobs import MAX_K
 
 FILL = {"stop": -1, "finished": True}
 """What stands where a row's own numbers end, and beyond the rows that are here, if it is not 0."""
@@ -26,6 +27,7 @@ class Rows:
     def __init__(self, room: int):
         self.room, self.count, self.width = room, 0, 0
         self.buffers: dict[str, Tensor] = {}
+        self.place: Tensor | None = None  # 0, 1, ...: as many as there may be rows or candidates
         self.requests: list[Request] = []
 
     @property
@@ -61,6 +63,9 @@ class Rows:
     def join(self, **values: Tensor | None) -> None:
         """Rows come in behind the others, with values [m, ...] of each name. A buffer becomes wider where they are wider."""
         (count,) = {len(value) for value in values.values() if value is not None}
+        if self.place is None:
+            device = next(value.device for value in values.values() if value is not None)
+            self.place = torch.arange(max(self.room, MAX_K), device=device)
         for name, new in values.items():
             if new is None:
                 continue
@@ -95,8 +100,8 @@ def of_requests(requests: Sequence[Request], device) -> dict[str, Tensor]:
     return {
         "reward_weight": put([one.reward_weight for one in requests], torch.float32),
         "k": put([one.num_candidates or 0 for one in requests], torch.long),
-        "top_p": put([one.top_p for one in requests], torch.float32),
-        "min_p": put([one.min_p for one in requests], torch.float32),
+        "top_p": put([one.top_p for one in requests], torch.float32).double(),
+        "min_p": put([one.min_p for one in requests], torch.float32).double(),
         "temperature": put([one.temperature for one in requests], torch.float32),
         "limit": put([one.max_new_tokens for one in requests], torch.long),
         "stop": put([[*one.stop, *[-1] * (stops - len(one.stop))] for one in requests], torch.long).view(len(requests), stops),
@@ -120,17 +125,22 @@ def counts(rows: Rows, logprobs: Tensor) -> Tensor:
 
     logprobs [n, K], sorted, up to a constant of each row. top_p applies after top-k, as in transformers and vLLM.
     """
-    place = torch.arange(logprobs.shape[1], device=logprobs.device)
-    own = place < rows["k"].unsqueeze(1)
+    own = considered(rows, rows["k"], logprobs.shape[1])
     chance = (logprobs - logprobs[:, :1]).double().exp().masked_fill(~own, 0.0)
     kept = own & _likely(rows, chance)
-    return (kept | (place == 0)).int().cummin(1).values.sum(1)
+    kept[:, 0].fill_(True)
+    return kept.int().cummin(1).values.sum(1)
+
+
+def considered(rows: Rows, count: Tensor, k: int) -> Tensor:
+    """Which of k candidates are the first count [n] of their row, bool [n, k]."""
+    return rows.place[:k] < count.unsqueeze(1)
 
 
 def _likely(rows: Rows, chance: Tensor) -> Tensor:
     """Which of tokens with these chances float64 [n, K], sorted, pass the rows' top_p and min_p. A row without them keeps all,
     however unlikely."""
-    top_p, min_p = (rows[name].double().unsqueeze(1) for name in ("top_p", "min_p"))
+    top_p, min_p = (rows[name].unsqueeze(1) for name in ("top_p", "min_p"))
     total = chance.cumsum(1)  # one after the other: a row's own do not depend on how many candidates others have
     return ((total - chance < top_p * total[:, -1:]) | (top_p >= 1)) & (chance >= min_p * chance[:, :1])
 
@@ -139,7 +149,7 @@ def filtered(rows: Rows, logprobs: Tensor) -> Tensor:
     """Log-probs [n, V] of all tokens, -inf where the row's top_p and min_p leave one out."""
     order = logprobs.sort(dim=1, descending=True, stable=True)
     kept = _likely(rows, order.values.double().exp())
-    kept[:, 0] = True
+    kept[:, 0].fill_(True)
     return logprobs.masked_fill(~kept.scatter(1, order.indices, kept), -torch.inf)
 
 
@@ -157,20 +167,20 @@ class Choice(NamedTuple):
         return Choice(*(part[list(order)] for part in self))
 
 
-def chosen(slot: Tensor, reward: Tensor, count: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def chosen(rows: Rows, slot: Tensor, reward: Tensor, count: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The rewards [n] at the slots [n], and the standard deviation of each row's first `count` rewards; reward [n, k]."""
     several = reward.shape[1] if count is None else count.unsqueeze(1)
     # Sums one after the other: torch's own depend on how wide the row is.
     square = (reward - reward.cumsum(1)[:, -1:] / several).square()
     if count is not None:
-        square = square.masked_fill(torch.arange(reward.shape[1], device=reward.device) >= count.unsqueeze(1), 0.0)
+        square = square.masked_fill(rows.place[: reward.shape[1]] >= count.unsqueeze(1), 0.0)
     spread = (square.cumsum(1)[:, -1:] / several).sqrt()
     return reward.gather(1, slot.clamp(min=0).unsqueeze(1)).squeeze(1), spread.squeeze(1)
 
 
 def note(rows: Rows, token: Tensor, slot: Tensor, reward: Tensor, spread: Tensor, finished: Tensor) -> Choice:
     """Counts the step and ends rows that have reached their limit."""
-    rows.buffers["step"][: rows.width] += 1
+    rows["step"].add_(1)
     finished = finished | (rows["step"] >= rows["limit"])
     rows["finished"] = finished
     return Choice(token, slot, reward, spread, finished)

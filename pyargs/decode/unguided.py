@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from pyargs.decode.request import Request, as_float
 from pyargs.decode.rows import Choice, Rows, filtered, note, of_requests, uniform
@@ -50,9 +49,9 @@ class Alone:
         finished = rows["finished"] | (slot < 0) | (token.unsqueeze(1) == rows["stop"]).any(1)
         return note(rows, token, slot, zero[:, 0], zero[:, 0], finished)
 
-    def follow(self, choice: Choice, going: Tensor | None = None) -> None:
-        """Appends the chosen tokens to the rows where going bool [n], to all by default."""
-        self.rows["logits"] = as_float(self.policy.advance(choice.token, going))[:, : self.vocabulary]
+    def follow(self, choice: Choice) -> None:
+        """Appends the chosen tokens to the rows."""
+        self.rows["logits"] = as_float(self.policy.advance(choice.token))[:, : self.vocabulary]
 
     def keep(self, order: Sequence[int]) -> None:
         """The rows at these positions stay, in this order."""

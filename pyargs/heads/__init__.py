@@ -46,4 +46,6 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 def apply(layer: nn.Linear, x: Tensor) -> Tensor:
     """The layer on x [B, k, D], by `product`."""
+    if x.is_cuda:
+        return F.linear(x.to(layer.weight.dtype), layer.weight.detach(), layer.bias.detach())
     return product(x, layer.weight) + layer.bias

@@ -216,11 +216,13 @@ class RowCache(Cache):
         if not self.captured and count == 1 and min(self.lengths) == longest:
             return None
         places = self._place[:end]
+        if count == 1:
+            return (places <= self.position)[:, None, None]
         return (places < self.position)[:, None, None] | (places == place.unsqueeze(2)).unsqueeze(1)
 
     def advance(self, going: Tensor | None = None) -> None:
         """Adds the token written behind each row's prefix to the prefix where going bool [n], by default everywhere."""
-        self.length[: self.width] += 1 if going is None else going
+        self.length[: self.width].add_(1 if going is None else going)
         if not self.captured:
             steps = [1] * len(self.lengths) if going is None else going.tolist()
             self.lengths = [length + step for length, step in zip(self.lengths, steps, strict=True)]

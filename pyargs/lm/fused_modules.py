@@ -88,8 +88,9 @@ class _Grouped:
         groups = heads // key.shape[1]
         seen, mask = self.last
         if seen is not attention_mask:
-            mask = torch.zeros(attention_mask.shape, dtype=query.dtype, device=query.device)
-            mask = mask.masked_fill_(~attention_mask, -torch.inf).repeat(1, 1, groups if count > 1 else 1, 1)
+            shape = len(attention_mask), groups if count > 1 else 1, *attention_mask.shape[2:]
+            mask = torch.full(shape, -torch.inf, dtype=query.dtype, device=query.device)
+            mask = mask.masked_fill_(attention_mask, 0.0).flatten(1, 2).unsqueeze(1)
             self.last = attention_mask, mask
         out = F.scaled_dot_product_attention(
             query.reshape(rows, heads // groups, groups * count, width), key, value, attn_mask=mask, scale=scaling

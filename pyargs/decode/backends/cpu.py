@@ -219,7 +219,7 @@ class Shared:
         self.states = states[0, :, :guesses]
         return states[1]
 
-    def follow(self, token: Tensor, slot: Tensor, going: Tensor | None = None) -> Tensor:
+    def follow(self, token: Tensor, slot: Tensor, stay: bool = False) -> Tensor:
         """Appends token [n], the candidate at slot [n], to each row; returns the next token's logits [n, V]."""
         held, rows = self.held, self.held.rows
         hit = slot < self.states.shape[1]

@@ -181,8 +181,9 @@ class Captured:
 
         def step() -> None:
             choice = guided.choose()
-            guided.follow(choice, ~choice.finished)
-            chosen.copy_(torch.stack([part.double() for part in choice]))
+            guided.follow(choice, stay=True)
+            for kept, part in zip(chosen, choice, strict=True):
+                kept.copy_(part)
 
         before = {name: rows.buffers[name].clone() for name in WRITTEN}
         try:

@@ -128,13 +128,13 @@ class Shared:
 
     def branch(self, candidates: Tensor, wanted: Tensor | None = None) -> Tensor:
         with self._lora():
-            states = _pass(self.backbone, candidates.repeat_interleave(self.times, 0), self.cache).last_hidden_state
+            states = _pass(self.backbone, self._each(candidates), self.cache).last_hidden_state
         self.states = states[:: self.times]
         return states[self.times - 1 :: self.times]
 
-    def follow(self, token: Tensor, slot: Tensor, going: Tensor | None = None) -> Tensor:
+    def follow(self, token: Tensor, slot: Tensor, stay: bool = False) -> Tensor:
         """Appends token [n], the candidate at slot [n], to each row; returns the next token's logits [n, V]."""
-        self.cache.commit(slot.repeat_interleave(self.times))
+        self.cache.commit(self._each(slot))
         place = slot.clamp(min=0)[:, None, None].expand(-1, 1, self.states.shape[-1])
         return self.output(self.states.gather(1, place).squeeze(1))
 
@@ -150,6 +150,10 @@ class Shared:
     @property
     def caches(self) -> tuple[RowCache, ...]:
         return (self.cache,)
+
+    def _each(self, values: Tensor) -> Tensor:
+        """As often as a row stands in the cache."""
+        return values if self.times == 1 else values.repeat_interleave(self.times, 0)
 
     def _lora(self):
         return lora.on_second(self.backbone) if self.times == 2 else nullcontext()
