@@ -45,6 +45,7 @@ def bertscore(
     Raises PyargsError for lists that are empty or differ in length, a model that cannot be loaded, a missing baseline.
     """
     import logging
+    import threading
 
     _check_counts(predictions, references)
     pairs = [(p.strip(), r.strip()) for p, r in zip(predictions, references, strict=True)]
@@ -52,13 +53,13 @@ def bertscore(
     scorer, layer = _scorer(model, rescale, device)
     each = [0.0] * len(pairs)
     if full:
-        quiet = logging.getLogger("transformers.modeling_utils")
-        level = quiet.level
-        quiet.setLevel(logging.ERROR)
+        log, thread = logging.getLogger("transformers.modeling_utils"), threading.get_ident()
+        hush = lambda record: record.thread != thread or record.levelno >= logging.ERROR  # noqa: E731
+        log.addFilter(hush)
         try:
             _, _, f1 = scorer.score([pairs[i][0] for i in full], [pairs[i][1] for i in full])
         finally:
-            quiet.setLevel(level)
+            log.removeFilter(hush)
         for i, value in zip(full, f1.tolist(), strict=True):
             each[i] = 100 * value
     return {

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
+import types
 
 import pytest
 import torch
+from company import in_threads
 
 from pyargs.errors import PyargsError
+from pyargs.metrics import overlap
 from pyargs.metrics.overlap import bertscore, rouge
 
 
@@ -95,3 +99,20 @@ def test_a_whole_title_is_a_quotation():
     assert not quotes("SpeedRead: a fast pipe", [title], 4) and not quotes("a fast pipeline", [title], 4)
     assert not quotes("of a fast pipeline", ["a fast pipeline"], 4), "three words are anybody's"
     assert not quotes("", [title, ""], 4)
+
+
+def test_other_threads_hear_of_what_is_loaded_meanwhile(monkeypatch, caplog):
+    log = logging.getLogger("transformers.modeling_utils")
+
+    def score(predictions, references):
+        log.warning("of the scorer")
+        in_threads(lambda i: log.warning("of another thread"), 1)
+        return None, None, torch.ones(len(predictions))
+
+    monkeypatch.setattr(log, "handlers", [caplog.handler])
+    monkeypatch.setattr(log, "propagate", False)
+    monkeypatch.setattr(overlap, "_scorer", lambda *a: (types.SimpleNamespace(score=score), 1))
+    before = log.level
+    assert bertscore(["a"], ["b"])["bertscore"] == 100 and log.level == before
+    log.warning("afterwards")
+    assert caplog.messages == ["of another thread", "afterwards"]
