@@ -60,10 +60,11 @@ def adapt(model, dataset, *, steps: int | None = None, method: str | None = None
     found = []
     # Each user separately, reading of the pairs included: in a batch with others the states would be rounded differently.
     for user, own in zip(ids, pairs_of_users(rows["user_id"], ids), strict=True):
-        torch.manual_seed(config.seed)
-        pairs = rows.select(own.tolist())
-        support = recipe.support(model, pairs)
-        found.append(recipe.adapt(model, support, [user], config))
+        with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+            torch.manual_seed(config.seed)
+            pairs = rows.select(own.tolist())
+            support = recipe.support(model, pairs)
+            found.append(recipe.adapt(model, support, [user], config))
     model.users.remove([user for user in known if user in model.users.ids])
     model.users.append(ids, **{name: torch.cat([one[name] for one in found]) for name in found[0]})
     model.to(model.device)
