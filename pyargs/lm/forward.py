@@ -27,8 +27,8 @@ def border(model: nn.Module) -> int | None:
 
 
 def check_lengths(model: nn.Module, shortest: int, longest: int) -> None:
-    """Raises PyargsError where a batch holds texts on both sides of the length at which rotary embeddings change (longrope):
-    all its rows are turned as the longest one asks, and what a cache holds already stays as it was."""
+    """Raises PyargsError where a batch has texts on both sides of the length at which rotary embeddings change (longrope): the
+    longest row would set the embeddings of all rows, and what is in a cache would keep the old ones."""
     place = border(model)
     if place and shortest <= place < longest:
         raise PyargsError(
@@ -135,10 +135,10 @@ _plain: WeakKeyDictionary[nn.Module, tuple[dict, bool]] = WeakKeyDictionary()
 
 
 def plain_output_layer(model: nn.Module) -> bool:
-    """Whether the model's logits are just its output layer times its last state: no soft caps, scales or hooks of its own.
+    """Whether the model's logits are its output layer times its last state, without soft caps, scales or hooks.
 
-    Tried once, and anew when the model's config or attributes have changed. The output layer is made to say large numbers,
-    which any later cap, scale or shift would change.
+    Tried once, and again when the model's config or attributes have changed. In the trial the output layer gives large
+    numbers, which any later cap, scale or shift would change.
     """
     try:
         now = structure(model, below=False)
@@ -190,7 +190,7 @@ def embedded(model, prompts: Sequence[Sequence[int]], soft: Tensor) -> tuple[Ten
 
 
 def forward_step(model, ids: Tensor, mask: Tensor, cache, padded: bool, **more):
-    """One pass over new tokens [B, n], or their embeddings [B, n, D], behind a cache (None at first): the output, the cache.
+    """One pass over new tokens [B, n], or their embeddings [B, n, D], behind a cache (None at first): output and cache.
 
     mask [B, all tokens so far]; padded: whether it has zeros. For any model of transformers, whatever it calls its cache.
     Raises PyargsError for models that take no cache, or that a cache or padding changes.
@@ -220,10 +220,10 @@ _every_step: WeakKeyDictionary[nn.Module, tuple[list, bool | None]] = WeakKeyDic
 
 
 def masks_every_step(model) -> bool:
-    """Whether the model needs the mask of a padded batch at every step, as attention does, or with the prompt alone, since
-    its state has gone past the padding. Tried on a few tokens, and again when its modules have changed.
+    """Whether the model needs the mask of a padded batch at every step, as attention does, or only with the prompt, as models
+    with a state do. Tried on a few tokens, and again when its modules have changed.
 
-    Raises PyargsError for a model that is wrong about a padded row either way.
+    Raises PyargsError for a model that gives padded rows other states in both ways.
     """
     now = outline(model)
     before, found = _every_step.get(model, (None, None))
@@ -240,8 +240,8 @@ def masks_every_step(model) -> bool:
 
 @torch.no_grad()
 def _right_when_padded(model, every_step: bool) -> bool:
-    """Whether a padded row beside a longer one has the states that it has by itself, both read token by token: so what a hook
-    does to the newest token, say, is the same in both."""
+    """Whether a padded row beside a longer one has the same states as alone. Both are read token by token, so that a hook on
+    the newest token, say, acts alike."""
     ids = (torch.arange(16, device=model.device) % model.config.get_text_config(decoder=True).vocab_size).view(2, 8)
     mask = torch.ones_like(ids)
     mask[0, :4] = 0

@@ -62,7 +62,7 @@ LABELS = {"_name_or_path", "_commit_hash", "architectures", "transformers_versio
 
 
 def eager() -> bool:
-    """Whether PYARGS_BACKEND=eager asks for plain calls of the models everywhere. Read at every call; "auto" by default."""
+    """Whether PYARGS_BACKEND=eager asks to call the models' own modules everywhere. Read at every call."""
     return asked_backend() == "eager"
 
 
@@ -75,7 +75,7 @@ def asked_backend() -> str | None:
 
 
 def may_replace(*models: nn.Module) -> bool:
-    """Whether fast paths may stand in for these models: `structure` takes them all, and no one asks for the plain way."""
+    """Whether fast paths may stand in for these models: `structure` takes them all, and PYARGS_BACKEND is not "eager"."""
     return not eager() and as_written(*models)
 
 
@@ -190,7 +190,7 @@ def base(found: dict) -> dict:
 
 
 def contents(tensors: Iterable[Tensor]) -> list[bytes]:
-    """A hash of each tensor's numbers. Memory is read once, which takes about as long as a decoding step of one row does."""
+    """A hash of each tensor's numbers. It reads all of them, which takes about as long as a decode step of one row."""
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
         return list(threads.map(_hash, tensors))
 
@@ -200,9 +200,9 @@ def _hash(tensor: Tensor) -> bytes:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model of transformers in what torch.compile or PEFT's `get_peft_model` made of it: it computes the same.
+    """The model of transformers inside a wrapper of torch.compile or of PEFT's `get_peft_model`.
 
-    Raises PyargsError where something acts outside it: PEFT's virtual tokens, routers over adapters, hooks on the wrapper.
+    Raises PyargsError where the wrapper changes results: PEFT's virtual tokens, routers over adapters, hooks on the wrapper.
     """
     while True:
         outer, inner = [model], model._modules.get("_orig_mod")
@@ -401,7 +401,7 @@ class Watch:
         )
 
     def _glance(self) -> tuple | None:
-        """A look in a third of the time, which may differ where a look does not. None without the extension."""
+        """A faster look, which may differ where a full look does not. None without the extension."""
         if not has_extension:
             return None
         from pyargs._C import glance

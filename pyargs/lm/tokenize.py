@@ -86,7 +86,7 @@ def as_messages(prompt: str | list[dict]) -> list[dict]:
 
 
 def text_ids(tokenizer, text: str) -> list[int]:
-    """Ids of a text that stands by itself, without special tokens, whatever it says."""
+    """Ids of a text alone, without special tokens, even if it has their texts."""
     return _ids(tokenizer, [text], "".join)
 
 
@@ -114,11 +114,11 @@ def _template(tokenizer, messages: list[dict]) -> list[int]:
 
 
 def _ids(tokenizer, contents: list[str], render: Callable, add_special_tokens: bool = False) -> list[int]:
-    """Ids of the text that `render` makes of the contents, in which no special token comes from a content.
+    """Ids of the text render(contents), in which no content may produce a special token.
 
-    That is so where its special tokens are those of harmless contents. Else every text of a special token in a content is cut
-    behind its first character, and the parts are read one by one. Raises PyargsError where that does not help, and where the
-    template looks into the contents, so that the parts are not those of the text.
+    If the text has the same special tokens as with harmless contents, it is read as it is. Otherwise each special token's text
+    in a content is split after its first character, and the parts are read one by one. Raises PyargsError where that does not
+    help, and where the template changes with the contents, so that the parts do not make up the text.
     """
     if any(re.search("[\ud800-\udfff]", content) for content in contents):
         raise PyargsError("a text holds half a character (a lone surrogate): it is not text")
@@ -137,7 +137,7 @@ def _ids(tokenizer, contents: list[str], render: Callable, add_special_tokens: b
     frame = tokenizer(harmless, add_special_tokens=add_special_tokens)["input_ids"]
     if controls(ids) == controls(frame):
         return ids
-    mark = str(secrets.randbits(256))  # nobody's content holds it, and a template that changes letters leaves it alone
+    mark = str(secrets.randbits(256))  # in no content, and digits stay where a template changes letters
     cut = re.compile(f"(?=(?:{'|'.join(map(re.escape, texts))}))(.)", re.DOTALL)
     first, *rest = render([cut.sub(rf"\g<1>{mark}", content) for content in contents]).split(mark)
     if "".join([first, *rest]) != whole:

@@ -24,7 +24,7 @@ def can_pack(model: nn.Module) -> bool:
 def refusal(model: nn.Module) -> str | None:
     """Why the stack cannot compute this model as it is now on this machine; None if it can."""
     if eager():
-        return "PYARGS_BACKEND=eager asks for plain calls"
+        return "PYARGS_BACKEND=eager asks for transformers' own passes"
     if not has_extension:
         return "the extension pyargs._C is not built for this machine"
     decoder, head = parts_of(model)
