@@ -148,9 +148,11 @@ class Guided:
             uniform=uniform(rows) if rows.sampled else None,
         )
         choice = note(rows, token, slot, *chosen(rows, slot, reward, count), finished)
-        if self.prefix_mean:
+        if self.prefix_mean and self.before:
             rows["total"].add_(choice.reward)
-        rows["so_far"] = rows["total"] / step if self.prefix_mean else choice.reward
+            rows["so_far"] = rows["total"] / step
+        elif self.before:
+            rows["so_far"] = choice.reward
         return choice
 
     def follow(self, choice: Choice, stay: bool = False) -> None:

@@ -12,6 +12,7 @@ from every_head import HEADS
 from fake_device import GPU, WAYS, WEIGHTS, Forbidden, beside_layers, counted, of_layer, operators, steps_of
 
 from pyargs.decode.backends import cuda_graph
+from pyargs.decode.backends.capture import NoHostReads
 from pyargs.errors import PyargsError
 
 # The most operators, views not counted: what `python tests/fake_device.py` printed on the day it was last lowered, the same
@@ -58,10 +59,9 @@ def test_families_do_nothing_that_is_forbidden(family):
 
 
 def test_means_over_the_answer_and_rewards_of_stop_tokens():
-    assert operators(steps_of("shared", eos_reward="state")) <= counted("shared")
-    assert (
-        operators(steps_of("shared", pool="mean", step_reward="prefix_mean")) <= counted("shared") + 4
-    )  # the step, w, sum and mean
+    assert operators(steps_of("shared", eos_reward="state")) < counted("shared")
+    mean = steps_of("shared", pool="mean", step_reward="prefix_mean")
+    assert operators(mean) <= counted("shared") + 4  # the step's number, w, sum and mean
 
 
 def test_without_fewer_launches_a_layer_is_beyond_its_bound(monkeypatch):
@@ -86,6 +86,8 @@ FAULTS = {
     "a number on the CPU": ("from the CPU", lambda logits: logits + NUMBER),
 }
 """What is planted into a step, and what the check calls it."""
+TAKEN = "a tensor on the CPU", "a number on the CPU"
+"""Those that a capture would take: their values stay what they were."""
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +106,26 @@ def test_a_planted_fault_is_found(fault, steps, monkeypatch):
     plant(monkeypatch, planted)
     with pytest.raises(Forbidden, match=called):
         operators(steps)
+
+
+def trial(step, device) -> None:
+    """What `capture` does before it captures, but for the first step of all."""
+    with NoHostReads(device.type):
+        step()
+
+
+@pytest.mark.parametrize("fault", [one for one in FAULTS if one not in TAKEN])
+def test_the_trial_before_a_capture_refuses_a_planted_fault(fault, steps, monkeypatch):
+    monkeypatch.setattr(cuda_graph, "capture", trial)
+    plant(monkeypatch, FAULTS[fault][1])
+    with pytest.raises(cuda_graph.Refused, match="makes the host wait"):
+        steps._record(4)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_the_trial_before_a_capture_takes_a_step(weights, monkeypatch):
+    monkeypatch.setattr(cuda_graph, "capture", trial)
+    steps_of(weights, "sampled, filtered", "distance")._record(4)
 
 
 def test_a_planted_operator_is_counted(steps, monkeypatch):
