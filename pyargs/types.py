@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,11 +25,12 @@ class Users(nn.Module):
     users, and `rows` gives 0 for any id.
 
     Adding or removing a user costs its own rows only. Afterwards `vectors` holds new Parameters, in the same memory as long as
-    there is room. Removing users changes the order of rows.
+    there is room. Removing users changes the order of rows: whoever asks for rows and then reads them holds `lock` meanwhile.
     """
 
     def __init__(self, ids: Iterable[str] = (), **vectors: Tensor):
         super().__init__()
+        self.lock = threading.RLock()
         self.ids = UserRows(ids)
         self.trained = len(self.ids)
         self.vectors = nn.ParameterDict({name: nn.Parameter(value) for name, value in vectors.items()})
@@ -62,48 +64,50 @@ class Users(nn.Module):
 
         Raises PyargsError on a known id or another shape, and then adds nobody.
         """
-        ids = user_ids(ids)
-        known = [user for user in ids if user in self.ids]
-        if known or len(set(ids)) < len(ids):
-            raise PyargsError(f"user '{(known or ids)[0]}' is there already: new users need new ids")
-        if set(vectors) != set(self.vectors):
-            raise PyargsError(f"users hold {sorted(self.vectors)}, got {sorted(vectors)}")
-        vectors = {name: torch.as_tensor(value) for name, value in vectors.items()}
-        for name, value in vectors.items():
-            old = self.vectors[name]
-            if value.shape != (len(ids), *old.shape[1:]):
-                raise PyargsError(f"'{name}' must be {[len(ids), *old.shape[1:]]}, got {list(value.shape)}")
-        if not self.personal:
-            return
-        before, count = len(self), len(self) + len(ids)
-        rooms = {name: self._room_for(name, count) for name in vectors}
-        for name, room in rooms.items():
-            room[before:count] = vectors[name].detach()
-            self._replace(name, room[:count])
-        self.ids.append(ids)
+        with self.lock:
+            ids = user_ids(ids)
+            known = [user for user in ids if user in self.ids]
+            if known or len(set(ids)) < len(ids):
+                raise PyargsError(f"user '{(known or ids)[0]}' is there already: new users need new ids")
+            if set(vectors) != set(self.vectors):
+                raise PyargsError(f"users hold {sorted(self.vectors)}, got {sorted(vectors)}")
+            vectors = {name: torch.as_tensor(value) for name, value in vectors.items()}
+            for name, value in vectors.items():
+                old = self.vectors[name]
+                if value.shape != (len(ids), *old.shape[1:]):
+                    raise PyargsError(f"'{name}' must be {[len(ids), *old.shape[1:]]}, got {list(value.shape)}")
+            if not self.personal:
+                return
+            before, count = len(self), len(self) + len(ids)
+            rooms = {name: self._room_for(name, count) for name in vectors}
+            for name, room in rooms.items():
+                room[before:count] = vectors[name].detach()
+                self._replace(name, room[:count])
+            self.ids.append(ids)
 
     def remove(self, ids: Iterable[str]) -> None:
         """Takes users away and overwrites their vectors. Raises UnknownUser, and then removes nobody.
 
         The last rows move into the gaps: rows of trained users into gaps among these, then the last of all into the rest.
         """
-        gone = set(self.rows(ids).tolist()) if self.personal else set()
-        if not gone:
-            return
-        trained = {row for row in gone if row < self.trained}
-        left, count = self.trained - len(trained), len(self) - len(gone)
-        self._fill(trained, self.trained)
-        self._fill({*range(left, self.trained), *(gone - trained)}, len(self))
-        self.trained = left
-        self.ids.cut(count)
-        for name, value in self.vectors.items():
-            data = value.detach()
-            data[count:] = 0
-            data = data[:count]
-            if data.untyped_storage().nbytes() > 4 * data.nbytes:  # give back what most users have left
-                self._room.pop(name, None)
-                data = data.clone()
-            self._replace(name, data)
+        with self.lock:
+            gone = set(self.rows(ids).tolist()) if self.personal else set()
+            if not gone:
+                return
+            trained = {row for row in gone if row < self.trained}
+            left, count = self.trained - len(trained), len(self) - len(gone)
+            self._fill(trained, self.trained)
+            self._fill({*range(left, self.trained), *(gone - trained)}, len(self))
+            self.trained = left
+            self.ids.cut(count)
+            for name, value in self.vectors.items():
+                data = value.detach()
+                data[count:] = 0
+                data = data[:count]
+                if data.untyped_storage().nbytes() > 4 * data.nbytes:  # give back what most users have left
+                    self._room.pop(name, None)
+                    data = data.clone()
+                self._replace(name, data)
 
     def _fill(self, free: set[int], end: int) -> None:
         """Moves rows so that, of those before `end`, the last ones are free in the place of these."""
@@ -133,8 +137,12 @@ class Users(nn.Module):
         return self
 
     def __getstate__(self) -> dict:
-        """A copy of the table has memory of its own."""
-        return self.__dict__ | {"_room": {}}
+        """A copy of the table has memory and a lock of its own."""
+        return {name: value for name, value in self.__dict__.items() if name != "lock"} | {"_room": {}}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.lock = threading.RLock()
 
     def save(self, folder: str | Path) -> None:
         """Writes users.safetensors and users.json, the ids by row, one on a line."""

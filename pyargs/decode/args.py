@@ -20,6 +20,7 @@ from pyargs.decode.rows import Choice, Rows, chosen, considered, counts, note, o
 from pyargs.heads import Folded
 from pyargs.lm.structure import as_written
 from pyargs.ops import score_select, topk_logprobs
+from pyargs.types import Users
 
 
 class Passes(Protocol):
@@ -106,8 +107,7 @@ class Guided:
     def join(self, requests: Sequence[Request], capacity: int) -> None:
         self.rows.requests += requests
         self.passes.top = self.rows.most
-        user = self.users.rows([one.user for one in requests]).to(self.device)
-        folded = folded_of(self.head, user)
+        folded = folded_of(self.head, self.users, [one.user for one in requests], self.device)
         logits, states = self.passes.join([one.prompt for one in requests], capacity)
         so_far = rewards_of(folded, states.unsqueeze(1).to(self.device)).squeeze(1)
         self.rows.join(
@@ -171,7 +171,13 @@ class Guided:
         return self.passes.current()
 
 
-def folded_of(head, user: Tensor) -> Folded:
+def folded_of(head, users: Users, names: Sequence[str], device) -> Folded:
+    """The head for these users, whoever else comes or leaves meanwhile. Raises UnknownUser."""
+    with users.lock:
+        return _folded(head, users.rows(names).to(device))
+
+
+def _folded(head, user: Tensor) -> Folded:
     """The head for users [n]. One with a hook, or a part that its library did not write, is not folded but called."""
     if as_written(head):
         return head.fold(user)

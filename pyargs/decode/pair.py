@@ -15,7 +15,7 @@ from pyargs.decode.request import SEEDS, Request, check_room, ids_of, integer, n
 from pyargs.errors import PyargsError, UnknownUser, did_you_mean
 from pyargs.lm.loading import load_lm, same_tokenizer
 from pyargs.lm.structure import unwrapped
-from pyargs.lm.tokenize import encode_prompt
+from pyargs.lm.tokenize import as_messages, shorten
 from pyargs.models import load_model
 from pyargs.models.folder import locate, read_config
 from pyargs.models.reward_model import RewardModel
@@ -113,7 +113,14 @@ class Pair:
         most = None if self.model is None else self.model.about.get("max_length")
         if isinstance(self.model, UserPolicy):
             return self.model.prompt_ids(prompt, user, most)
-        return encode_prompt(self.tokenizer, prompt, most)
+        kept, ids = shorten(self.tokenizer, prompt, most)
+        if kept != as_messages(prompt):
+            warnings.warn(
+                f"prompts of more than {most} tokens, the model's max_length, are shortened: the oldest turns go first, "
+                "then the end of the last one",
+                stacklevel=4,
+            )
+        return ids
 
     def check_user(self, user: str) -> None:
         """Raises UnknownUser for a user without parameters, where the model is not the same for everyone."""

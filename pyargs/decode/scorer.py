@@ -61,14 +61,13 @@ class Scorer:
         users = user_ids(users)
         if len(users) != len(rows):
             raise PyargsError(f"{len(rows)} rows but {len(users)} users: name one user for each row")
-        user = self.model.users.rows(users).to(self.model.device)
-        folded = folded_of(self.model.head, user)
+        folded = folded_of(self.model.head, self.model.users, users, self.model.device)
         texts = self._here.new(list(rows), ids)
         if not texts:
             return torch.zeros(0, dtype=torch.float32, device=self.model.device)
         states = self._half.join(texts, max(map(len, texts)) + 1)
         self._here.came(list(rows), texts)
-        self._parts.join(**by_row(folded, len(user)))
+        self._parts.join(**by_row(folded, len(users)))
         self._folded, self._tried = folded, None
         return rewards_of(folded, states.unsqueeze(1).to(self.model.device)).squeeze(1)
 

@@ -24,7 +24,8 @@ class Alone:
         self._ask()
         more = {}
         if self.soft is not None:
-            more["soft"] = self.soft(self.soft.users.rows([one.user for one in requests]).to(self.device))
+            with self.soft.users.lock:
+                more["soft"] = self.soft(self.soft.users.rows([one.user for one in requests]).to(self.device))
         logits = self.policy.join([one.prompt for one in requests], capacity, **more)
         self.rows.join(logits=as_float(logits)[:, : self.vocabulary], **of_requests(requests, self.device))
 

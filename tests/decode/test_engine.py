@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 
 import pytest
@@ -13,6 +14,8 @@ from decoding import USERS, pair_in_float32, prompts, shared_pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import pyargs
+from pyargs.decode import args
 from pyargs.decode.backends import eager
 from pyargs.decode.engine import Engine
 from pyargs.errors import PyargsError, UnknownUser
@@ -366,3 +369,36 @@ def test_backends_are_chosen_by_name(monkeypatch):
     monkeypatch.setenv("PYARGS_BACKEND", "eager")
     engine = Engine(*single, backend="cpu")
     assert engine.backend == "eager" and engine.generate([[3, 4]], ["ann"], reward_weight=1.0)[0].backend == "eager"
+
+
+def test_who_leaves_in_another_thread_moves_nobody_elses_vectors(monkeypatch):
+    """The last user's row moves into the gap: not between the look-up of rows and the reading of their vectors."""
+    policy, model = pair_in_float32("own")
+    first, *_, last = model.known_users
+    (prompt,) = prompts([4])
+    wish = dict(reward_weight=5.0, max_new_tokens=4)
+    (want,) = Engine(policy, model).generate([prompt], [last], **wish)
+    engine, fold = Engine(policy, model), args._folded
+    thread = threading.Thread(target=pyargs.forget, args=(model, [first]))
+
+    def and_meanwhile(head, user):
+        thread.start()
+        thread.join(0.2)
+        return fold(head, user)
+
+    monkeypatch.setattr(args, "_folded", and_meanwhile)
+    (got,) = engine.generate([prompt], [last], **wish)
+    thread.join()
+    assert got.rewards == want.rewards and first not in model.known_users
+
+
+def test_a_prompt_that_is_shortened_is_warned_of():
+    policy, _ = pyargs.load_lm("tiny-random")
+    model = reward_model(policy)
+    model.about["max_length"] = 24
+    engine = Engine(policy, model, tokenizer=policy.tokenizer)
+    with pytest.warns(UserWarning, match="more than 24 tokens"):
+        engine.submit("tell me about cats " * 20, "ann", reward_weight=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        engine.submit("cats", "ann", reward_weight=1.0)
