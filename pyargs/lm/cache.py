@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from pyargs.errors import PyargsError
-from pyargs.lm.structure import may_replace, outline, unwrapped
+from pyargs.lm.structure import attention_of, may_replace, outline, unwrapped
 from pyargs.ops.commit import MOST, commit
 
 
@@ -279,7 +279,8 @@ def can_branch(model) -> bool:
     model = unwrapped(model)
     config = model.config.get_text_config(decoder=True)
     known = parameters(type(model))
-    if config._attn_implementation not in ("sdpa", "eager") or "position_ids" not in known or not known & set(CACHE_NAMES[:2]):
+    attention = attention_of(config)
+    if attention not in ("sdpa", "eager") or "position_ids" not in known or not known & set(CACHE_NAMES[:2]):
         return False
     if any(value for name, value in vars(config).items() if name.endswith(WINDOWS)):
         return False
@@ -290,7 +291,7 @@ def can_branch(model) -> bool:
         check_layers(model)
     except PyargsError:
         return False
-    now = config._attn_implementation, outline(model)
+    now = attention, outline(model)
     if _branching.get(model, (None,))[0] != now:
         _branching[model] = now, _branches_rightly(model)
     return _branching[model][1]

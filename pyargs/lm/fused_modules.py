@@ -15,8 +15,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from pyargs.lm.structure import GROUPED
 
 
 @contextmanager
@@ -62,8 +65,9 @@ def _group_heads(number: int, decoder: nn.Module, undo: Callable) -> None:
     """number: of the decoder; it keeps its name for good, under which another thread may have yet to look."""
     config = decoder.config.get_text_config(decoder=True)
     if config._attn_implementation == "sdpa":
-        attention, name = _Grouped(), f"pyargs_grouped_{number}"
+        attention, name = _Grouped(), f"{GROUPED}_{number}"
         AttentionInterface.register(name, attention)
+        AttentionMaskInterface.register(name, sdpa_mask)  # for passes of other threads: without, no padding would be masked
         undo(attention.forget)
         undo(setattr, config, "_attn_implementation", "sdpa")
         config._attn_implementation = name

@@ -121,7 +121,7 @@ def structure(model: nn.Module, *, below: bool = True) -> dict:
         drops = False
         for key in sorted(own.keys() - OTHERS):
             value = own[key]
-            if key[0] == "_":
+            if key[0] == "_" or key == "forward" and _ours(value):
                 continue
             if isinstance(value, PreTrainedConfig):
                 if id(value) not in names:
@@ -322,7 +322,18 @@ def _config(config: PreTrainedConfig, name: str) -> str:
     attention = ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation)
     if not (attention is None or _known(attention) or type(attention).__module__ == "pyargs.lm.fused_modules"):
         raise PyargsError(f"{_place(name)} has an attention of another's ({config._attn_implementation})")
-    return repr({key: value for key, value in vars(config).items() if key not in LABELS})
+    values = {key: value for key, value in vars(config).items() if key not in LABELS}
+    return repr(values | {"_attn_implementation_internal": attention_of(config)})
+
+
+GROUPED = "pyargs_grouped"
+"""How the names begin of `fused_modules`' attention, which stands in a config while a thread records a step."""
+
+
+def attention_of(config: PreTrainedConfig) -> str:
+    """The attention that a config names, "sdpa" where another thread has put GROUPED in its place."""
+    name = config._attn_implementation
+    return "sdpa" if (name or "").startswith(GROUPED) else name
 
 
 def _described(value, name: str, key: str):

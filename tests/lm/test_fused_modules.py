@@ -6,10 +6,14 @@ import copy
 
 import pytest
 import torch
+from company import in_threads
 from conftest import tiny_lm
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from pyargs.lm.cache import can_branch
 from pyargs.lm.fused_modules import few_launches
+from pyargs.lm.stack import keep
+from pyargs.lm.structure import Watch, as_written, structure
 
 
 @pytest.mark.parametrize("family", ["gemma", "glm", "falcon", "gpt_neox", "olmo"])
@@ -48,3 +52,21 @@ def test_a_model_of_the_same_family_that_turns_a_part_of_each_head_is_left_alone
     for decoders in ([whole], [whole, part], [part, whole]):
         with few_launches(*(model.get_decoder() for model in decoders)):
             torch.testing.assert_close(part(**x).logits, before, atol=2e-5, rtol=2e-5)
+
+
+def test_other_threads_see_and_compute_what_they_always_do():
+    """Padding in a mask [B, T] is left out, and nothing has changed."""
+    policy = tiny_lm("qwen2", dtype=torch.float32)
+    x = dict(input_ids=torch.tensor([[1, 1, 5, 6], [3, 4, 5, 6]]), attention_mask=torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]))
+    watch, seen = Watch(policy), []
+
+    @torch.no_grad()
+    def look(_):
+        seen.append((structure(policy), can_branch(policy), as_written(policy), keep.refusal(policy), watch.changed()))
+        seen.append(policy(**x).logits[:, 2:])
+
+    look(0)
+    with few_launches(policy.get_decoder()):
+        in_threads(look, 1)
+    assert seen[0] == seen[2] and seen[0][1:] == (True, True, None, False)
+    torch.testing.assert_close(seen[1], seen[3], atol=2e-5, rtol=2e-5)

@@ -11,7 +11,7 @@ from transformers.activations import ACT2CLS
 from pyargs.errors import PyargsError
 from pyargs.lm import lora
 from pyargs.lm.stack.run import Stack, zeros
-from pyargs.lm.structure import DROPPING, structure
+from pyargs.lm.structure import DROPPING, attention_of, structure
 from pyargs.ops.library import has_extension
 
 MATRICES = {
@@ -143,8 +143,8 @@ def check_supported(decoder: nn.Module, head: nn.Module | None, dtype: torch.dty
     rotary = decoder.rotary_emb
     if rotary.rope_type not in ROPE:
         refuse(f"the rope scaling '{rotary.rope_type}' (only {', '.join(ROPE)})")
-    if config._attn_implementation not in ("sdpa", "eager"):
-        refuse(f"the attention '{config._attn_implementation}' (only sdpa and eager)")
+    if (attention := attention_of(config)) not in ("sdpa", "eager"):
+        refuse(f"the attention '{attention}' (only sdpa and eager)")
     if any(DROPPING in described for described in found.values()):
         refuse("dropout in training mode (call eval())")
     if 2 * len(rotary.inv_freq) != decoder.layers[0].self_attn.head_dim:
