@@ -191,10 +191,10 @@ def on_second(decoder: nn.Module):
 
     For `linear_only` decoders, and without gradients. One thread at a time; passes of other threads do not change.
     """
-    layers = layers_of(decoder)
+    layers, last = layers_of(decoder), []
     with _splitting:
         for layer in layers:
-            layer.forward = partial(_forward_on_second, layer, threading.get_ident())
+            layer.forward = partial(_forward_on_second, layer, threading.get_ident(), last)
         try:
             yield
         finally:
@@ -205,15 +205,23 @@ def on_second(decoder: nn.Module):
 _splitting = threading.Lock()
 
 
-def _forward_on_second(layer, thread: int, x: Tensor) -> Tensor:
+def _forward_on_second(layer, thread: int, last: list, x: Tensor) -> Tensor:
     if threading.get_ident() != thread:
         return type(layer).forward(layer, x)
     result = layer.base_layer(x)
     for name in layer.active_adapters:
         low = layer.lora_A[name]
-        part = low(layer.lora_dropout[name](x[1::2]).to(low.weight.dtype))
+        part = low(layer.lora_dropout[name](_second(x, low.weight.dtype, last)))
         result[1::2].add_(layer.lora_B[name](part), alpha=layer.scaling[name])  # in float32, then rounded as `result` is
     return result
+
+
+def _second(x: Tensor, dtype: torch.dtype, last: list) -> Tensor:
+    """The rows 1, 3, 5, ... of x in this dtype, copied once for layers that read the same x. last: that of the call before."""
+    now = x._version, dtype  # the version counts what is written to it
+    if not last or last[0] is not x or last[1] != now:
+        last[:] = x, now, x[1::2].to(dtype).contiguous()
+    return last[2]
 
 
 @contextmanager

@@ -112,3 +112,30 @@ def test_lora_with_a_hook_is_not_merged():
     model.merge()
     assert [layer.merged for layer in lora.layers_of(model.backbone)].count(False) == 1 and not hooked.merged
     torch.testing.assert_close(model.backbone(ids).last_hidden_state, before, atol=1e-5, rtol=1e-5)
+
+
+class Pair(nn.Module):
+    """Two layers that read the same tensor, which may be written to meanwhile."""
+
+    def __init__(self, writes: bool):
+        super().__init__()
+        self.one, self.two, self.writes = nn.Linear(5, 7), nn.Linear(5, 7), writes
+
+    def forward(self, x):
+        first = self.one(x)
+        return first + self.two(x.add_(1.0) if self.writes else x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("writes", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lora_on_every_second_row_reads_its_input_as_it_is_at_each_call(dtype, writes):
+    pair = Pair(writes).to(dtype)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["one", "two"], init_lora_weights=False), pair)
+    for _ in range(2):
+        x = torch.randn(4, 3, 5, dtype=dtype)
+        with_lora = pair(x.clone())
+        with lora.disabled(pair):
+            without = pair(x.clone())
+        with lora.on_second(pair):
+            torch.testing.assert_close(pair(x), torch.stack([without, with_lora], 1).flatten(0, 1)[[0, 3, 4, 7]])
