@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 
 import fake_device
 import pytest
@@ -51,6 +52,14 @@ def test_operators_beside_the_layers(weights, way):
 @pytest.mark.parametrize("head", HEADS)
 def test_operators_of_each_head(head):
     assert 0 < beside_layers("shared", head=head) <= BESIDE["shared"] + HEAD[head]
+
+
+def test_the_document_names_the_bounds():
+    text = (Path(__file__).parents[3] / "docs" / "performance.md").read_text()
+    for weights in WEIGHTS:
+        row = weights, LAYER[weights], *(BESIDE[weights] + WAY[way] for way in WAYS)
+        assert f"| {' | '.join(map(str, row))} |" in text
+    assert f"| {' | '.join(str(BESIDE['shared'] + HEAD[head]) for head in HEADS)} |" in text
 
 
 @pytest.mark.parametrize("family", FULL_ATTENTION)
