@@ -14,6 +14,7 @@ from transformers import AttentionInterface
 from transformers.models.llama import modeling_llama
 
 from pyargs.decode.backends import eager
+from pyargs.errors import PyargsError
 from pyargs.metrics.perplexity import perplexity
 from pyargs.scoring import response_logprobs, response_states
 
@@ -267,13 +268,14 @@ def test_a_hook_sees_a_candidate_as_the_last_token(side, patch):
     same(decoded(policy, model), by_reference(policy, model, prompts([3, 5]), USERS[:2], **FEW))
 
 
-def test_dropout_in_training_mode_is_not_packed():
+def test_dropout_in_training_mode_is_refused():
     policy, model = pair()
     policy.train()
     assert fast(policy, model)  # none of it has dropout
     for layer in policy.model.layers:
         layer.self_attn.attention_dropout = 0.5
-    assert engine_of(policy).backend == "eager"
+    with pytest.raises(PyargsError, match=r"eval\(\)"):
+        engine_of(policy)
     policy.eval()
     assert engine_of(policy).backend == "cpu"
 
