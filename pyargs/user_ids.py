@@ -53,6 +53,9 @@ class UserRows(Mapping):
                 raise PyargsError(f"users: '{user}' is there twice")
             seen.add(user)
 
+    def __repr__(self) -> str:
+        return f"<{len(self)} users: {', '.join(self.ids[:5])}{', ...' if len(self) > 5 else ''}>"
+
     def __len__(self) -> int:
         return len(self.ids)
 

@@ -83,12 +83,12 @@ def with_text_ids(dataset: Dataset) -> Dataset:
     from datasets import Dataset, Value
 
     if not isinstance(dataset, Dataset):
-        raise PyargsError(f"pairs are a datasets.Dataset, as pyargs.data.load gives it, not a {type(dataset).__name__}")
+        raise PyargsError(f"pairs are a datasets.Dataset, as pyargs.load_pairs gives it, not a {type(dataset).__name__}")
     for name in ("user_id", "prompt", "chosen", "rejected"):
         if name not in dataset.column_names:
             raise PyargsError(f"the pairs have no column '{name}'.{did_you_mean(name, dataset.column_names)}")
         if name in ("chosen", "rejected") and len(dataset) and not isinstance(dataset[0][name], str):
-            raise PyargsError(f"{name} must be text: lists of messages are read from a file, by pyargs.data.load")
+            raise PyargsError(f"{name} must be text: lists of messages are read from a file, by pyargs.load_pairs")
     kind = getattr(dataset.features.get("user_id"), "dtype", "")
     return dataset.cast_column("user_id", Value("string")) if kind.startswith(("int", "uint")) else dataset
 

@@ -29,6 +29,11 @@ def load_pair(policy, model, *, dtype="float32", backbone: str | None = None):
     backbone: the place that the model's backbone was moved to. A UserPolicy takes no policy: its own language model is
     returned as the policy.
     """
+    if isinstance(policy, (RewardModel, TokenReward)) or not isinstance(policy, (str, Path, nn.Module, type(None))):
+        raise PyargsError(
+            "the policy comes first: an embedded name, a folder, a hub name, or a model of transformers (the first of the two "
+            f"that load_lm returns), not a {type(policy).__name__}"
+        )
     if isinstance(model, (str, Path)):
         return _loaded(policy, str(model), dtype, backbone)
     if model is not None and not isinstance(model, (RewardModel, TokenReward, UserPolicy)):

@@ -105,14 +105,14 @@ class Here:
         """Values [n, ...] of rows at these positions, for all rows; `fill` for the others."""
         values = torch.as_tensor(values, device="cpu")
         if len(values) != len(places):
-            raise PyargsError(f"{len(values)} values for {len(places)} rows: give one for each")
+            raise PyargsError(f"{len(values)} values for {len(places)} rows: give one candidate list or token for each")
         wide = values.new_full((len(self.names), *values.shape[1:]), fill)
         wide[list(places)] = values
         return wide
 
     def check_unchanged(self) -> None:
         if self.watch.changed():
-            raise PyargsError("the model has changed since (weights, modules or hooks): make this anew")
+            raise PyargsError("the model has changed since (weights, modules or hooks): make a new Policy or Scorer")
 
 
 class Policy:

@@ -72,9 +72,9 @@ def number(name: str, value, least: float, most: float = math.inf, *, above: boo
 def ids_of(prompts, known: int) -> list[list[int]]:
     """Prompts as lists of ids. Raises PyargsError for an id that is not 0 to known - 1."""
     try:
-        return [[integer("a token of a prompt", one, 0, known - 1) for one in prompt] for prompt in prompts]
+        return [[integer("a token id", one, 0, known - 1) for one in prompt] for prompt in prompts]
     except TypeError:
-        raise PyargsError(f"prompts are lists of token ids, one for each row, got {str(prompts)[:60]}") from None
+        raise PyargsError(f"a prompt is a str, messages, or a list of token ids, got {str(prompts)[:60]}") from None
 
 
 def sampling_temperature(temperature) -> float:
@@ -150,13 +150,18 @@ def check_room(lm, shortest: int, longest: int, new: int) -> None:
     config = lm.config.get_text_config(decoder=True)
     room = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
     if room and longest + new > room:
-        raise PyargsError(f"{longest} prompt + {new} new tokens exceed the {room} positions of {type(lm).__name__}")
+        raise PyargsError(
+            f"{longest} prompt + {new} new tokens exceed the {room} positions of {type(lm).__name__}: shorten the "
+            "prompt, or ask for fewer new tokens"
+        )
     check_lengths(lm, shortest, longest + new)
 
 
 def stop_tokens(lm, stop: int | Sequence[int] | None = None, name: str = "stop") -> tuple[int, ...]:
     """The ids that end an answer: what is given under this name, else the model's own."""
     name, stop = ("eos_token_id", lm.generation_config.eos_token_id) if stop is None else (name, stop)
+    if isinstance(stop, str) or _several(stop) and any(isinstance(one, str) for one in stop):
+        raise PyargsError(f"{name} holds token ids, not text: use tokenizer.convert_tokens_to_ids, or cut the text later")
     return () if stop is None else tuple(integer(name, one, 0, 2**31) for one in (stop if _several(stop) else [stop]))
 
 

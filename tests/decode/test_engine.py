@@ -402,3 +402,13 @@ def test_a_prompt_that_is_shortened_is_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         engine.submit("cats", "ann", reward_weight=1.0)
+
+
+def test_a_slip_in_the_order_of_arguments_is_named():
+    policy, model = tiny_lm(), reward_model(tiny_lm(seed=3))
+    for call in (lambda: Engine(model, policy), lambda: Engine(model, "tiny-random"), lambda: Engine((policy, None), model)):
+        with pytest.raises(PyargsError, match="the policy comes first"):
+            call()
+    with pytest.raises(PyargsError, match="token ids, not text"):
+        Engine(policy, model).submit([3, 4], "ann", reward_weight=1.0, stop=["."])
+    assert repr(model.known_users) == "<3 users: ann, bob, cid>"

@@ -181,5 +181,5 @@ def test_what_the_policy_knows_and_the_reward_model_does_not():
     with pytest.raises(PyargsError, match=r"80 tokens.*knows 61.*tokenizer="):
         Engine(policy, model)
     engine = Engine(policy, model, tokenizer=Words(61))
-    with pytest.raises(PyargsError, match="a token of a prompt must be a whole number, 0 to 60, got 70"):
+    with pytest.raises(PyargsError, match="a token id must be a whole number, 0 to 60, got 70"):
         engine.submit([5, 70], "ann", reward_weight=1.0)

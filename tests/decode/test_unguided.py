@@ -87,8 +87,8 @@ WRONG = {
     "reward_weight": [0.0, 1.0],
     "strength": [0.0, 1.0],
     "num_candidates": [1, 10, "all"],
-    "a token of a prompt": [[[5, -1]], [[5, 61]], [[5.0]], [["a"]], [[True]], [{"role": 5}]],
-    "prompts are lists of token ids": [[5, 6], [None], [object()]],
+    "a token id": [[[5, -1]], [[5, 61]], [[5.0]], [["a"]], [[True]], [{"role": 5}]],
+    "a prompt is a str, messages, or a list": [[5, 6], [None], [object()]],
     "prompts is a list": ["ab", b"ab", None, 5],
     "without a tokenizer": [["a"], [[{"role": "user", "content": "a"}]]],
 }

@@ -59,7 +59,7 @@ def test_unknown_methods_and_empty_training_sets(lm_folder, pairs):
 def test_pairs_that_are_no_dataset_are_refused_by_what_they_lack(lm_folder, pairs):
     config = hooks.method("lore").Config(backbone=lm_folder, freeze_backbone=True)
     for wrong in (pairs.to_list(), "pairs.jsonl", {"train": pairs}, pairs.to_pandas(), None):
-        with pytest.raises(PyargsError, match="as pyargs.data.load gives it, not a"):
+        with pytest.raises(PyargsError, match="as pyargs.load_pairs gives it, not a"):
             trainer.train("lore", wrong, config)
     for column in ("user_id", "prompt", "chosen", "rejected"):
         with pytest.raises(PyargsError, match=f"no column '{column}'"):
