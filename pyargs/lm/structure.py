@@ -131,7 +131,7 @@ def structure(model: nn.Module, *, below: bool = True) -> dict:
                 value = names[id(value)]
             elif type(value) not in PLAIN:
                 value = _described(value, name, key)
-            elif value and ("drop" in key or (key == "p" and "dropout" in kind.__module__)):
+            elif _drops(module, key, value):
                 drops = True
             described.append((key, value))
         if drops and module.training:
@@ -173,12 +173,15 @@ def outline(model: nn.Module) -> list[tuple]:
 def dropping(model: nn.Module) -> str | None:
     """Where a model in training mode drops numbers at random, None where it does not."""
     for name, module in model.named_modules():
-        own = vars(module)
-        rates = [own["p"]] if "dropout" in type(module).__module__ and "p" in own else []
-        rates += [value for key, value in own.items() if "drop" in key and type(value) in (int, float)]
-        if module.training and any(rates):
+        if module.training and any(_drops(module, key, value) for key, value in vars(module).items()):
             return _place(name)
     return None
+
+
+def _drops(module: nn.Module, key: str, value) -> bool:
+    """Whether an attribute of a module is the rate of a dropout."""
+    named = "drop" in key or (key == "p" and "dropout" in type(module).__module__)
+    return named and type(value) in PLAIN and bool(value)
 
 
 DROPPING = "dropout in training mode"
