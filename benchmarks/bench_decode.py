@@ -14,7 +14,6 @@ counted: a step is the time between two tokens. All take turns in short runs; ra
 
 from __future__ import annotations
 
-import argparse
 import copy
 import statistics
 import sys
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from timing import hardware, hardware_line, streaming_rate, table
+from timing import hardware, hardware_line, options, streaming_rate, table
 from torch import Tensor
 from tqdm import tqdm
 from transformers import StoppingCriteria
@@ -203,27 +202,24 @@ def plot(rows: list[dict], title: str, file: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here too")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them here (png, svg)")
-    parser.add_argument("--quick", action="store_true", help="a tiny random model, one row of 64 tokens and few steps")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of policy and backbone")
-    parser.add_argument("--threads", type=int, help="threads of torch and of the ops (default: torch's own choice)")
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    given = options(
+        __doc__,
+        "a tiny random model, one row of 64 tokens and few steps",
+        plot=dict(type=Path, metavar="FILE", help="draw them here (png, svg)"),
+        dtype=dict(choices=["float32", "bfloat16"], default="float32", help="of policy and backbone"),
+    )
     info = hardware()
     start = time.perf_counter()
-    name = "tiny-random" if options.quick else "smollm2-135m"
-    policy, tokenizer, model, merged = models(name, getattr(torch, options.dtype))
+    name = "tiny-random" if given.quick else "smollm2-135m"
+    policy, tokenizer, model, merged = models(name, getattr(torch, given.dtype))
     keep.stack_of(policy, model.backbone)
     loading = time.perf_counter() - start
-    print(f"{hardware_line(info)}\n{options.dtype}, k=10, reward_weight={WEIGHT}, prefill not counted", flush=True)
+    print(f"{hardware_line(info)}\n{given.dtype}, k=10, reward_weight={WEIGHT}, prefill not counted", flush=True)
     print(f"loaded and packed in {loading:.1f} s", flush=True)
 
     rows = []
-    for batch, length in tqdm([(1, 64)] if options.quick else [(1, 64), (1, 256), (8, 64), (8, 256)], unit="size"):
-        steps, turns, several = (4, 1, 1) if options.quick else (16, 10, 10) if batch == 1 else (10, 4, 1)
+    for batch, length in tqdm([(1, 64)] if given.quick else [(1, 64), (1, 256), (8, 64), (8, 256)], unit="size"):
+        steps, turns, several = (4, 1, 1) if given.quick else (16, 10, 10) if batch == 1 else (10, 4, 1)
         batches = [
             (prompts(tokenizer, batch, length, start=700 * (i // 2)).to(policy.device), (USERS[i % 2 :] + USERS)[:batch])
             for i in range(several)
@@ -231,10 +227,10 @@ def main() -> None:
         rows.append(compare(policy, model, merged, batches, steps, turns))
         tqdm.write(table(rows[-1:], COLUMNS), file=sys.stderr)
     print(table(rows, COLUMNS))
-    short = {"float32": "fp32", "bfloat16": "bf16"}[options.dtype]
-    if options.plot:
-        plot(rows, f"SmolLM2-135M, k = 10, {options.dtype}, {info['cpu']}, {info['threads']} threads", options.plot)
-    if options.json:
+    short = {"float32": "fp32", "bfloat16": "bf16"}[given.dtype]
+    if given.plot:
+        plot(rows, f"SmolLM2-135M, k = 10, {given.dtype}, {info['cpu']}, {info['threads']} threads", given.plot)
+    if given.json:
         ratios = {}
         for row in rows:
             where = f"b{row['B']}_t{row['T']}_{short}"
@@ -242,8 +238,8 @@ def main() -> None:
             ratios[f"hf_{where}"] = round(row["HF/pyargs"], 3)
             ratios[f"greedy_{where}"] = round(row["pyargs/greedy"], 3)
         ratios[f"ratio_b1_{short}"] = min(value for key, value in ratios.items() if key.startswith("ratio_b1"))
-        result = {"hardware": info, "dtype": options.dtype, "reward_weight": WEIGHT, "load_and_pack_s": round(loading, 2)}
-        write_json(options.json, {**result, **ratios, "rows": rows})
+        result = {"hardware": info, "dtype": given.dtype, "reward_weight": WEIGHT, "load_and_pack_s": round(loading, 2)}
+        write_json(given.json, {**result, **ratios, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -10,14 +10,12 @@ weights. The two take turns; ratios are medians of the ratios of a turn.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from timing import hardware, hardware_line, streaming_rate, table
+from timing import hardware, hardware_line, options, streaming_rate, table
 from tqdm import tqdm
 
 import pyargs
@@ -93,33 +91,30 @@ def compare(name: str, fns: dict[str, Callable], rows: int, weights: int, size: 
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here too")
-    parser.add_argument("--quick", action="store_true", help="a tiny random model and fewer repeats, for a smoke test")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of both")
-    parser.add_argument("--threads", type=int, help="threads of torch and of the stack (default: torch's own choice)")
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    given = options(
+        __doc__,
+        "a tiny random model and fewer repeats, for a smoke test",
+        dtype=dict(choices=["float32", "bfloat16"], default="float32", help="of both"),
+    )
     info = hardware()
     start = time.perf_counter()
     import transformers.models.llama.modeling_llama  # noqa: F401  what transformers imports before it can load anything
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
     imported = time.perf_counter()
-    model, _ = pyargs.load_lm("tiny-random" if options.quick else "smollm2-135m", dtype=options.dtype, device="cpu")
+    model, _ = pyargs.load_lm("tiny-random" if given.quick else "smollm2-135m", dtype=given.dtype, device="cpu")
     loaded = time.perf_counter()
     stack = pack.pack(model)
     packed = time.perf_counter()
     print(
-        f"{hardware_line(info)}\n{options.dtype}, transformers imported in {imported - start:.1f} s, "
+        f"{hardware_line(info)}\n{given.dtype}, transformers imported in {imported - start:.1f} s, "
         f"loaded in {loaded - imported:.1f} s, packed in {packed - loaded:.1f} s",
         flush=True,
     )
 
     in_head = model.get_output_embeddings().weight.numel()
     in_layers, size = sum(p.numel() for p in model.get_decoder().layers.parameters()), model.dtype.itemsize
-    turns, calls = (3, 3) if options.quick else (9, 9)
+    turns, calls = (3, 3) if given.quick else (9, 9)
     rows = []
     for count in tqdm([1, 10, 20, 256], unit="pass"):
         several = turns if count <= 30 else max(3, turns // 2)
@@ -128,13 +123,13 @@ def main() -> None:
         )
     rows.append(compare("head", head(model, stack), 1, in_head, size, turns, calls))
     print(table(rows, COLUMNS))
-    if options.json:
+    if given.json:
         seconds = {
             "import_s": round(imported - start, 2),
             "load_s": round(loaded - imported, 2),
             "pack_s": round(packed - loaded, 2),
         }
-        write_json(options.json, {"hardware": info, "dtype": options.dtype, **seconds, "rows": rows})
+        write_json(given.json, {"hardware": info, "dtype": given.dtype, **seconds, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -101,21 +101,30 @@ def against_torch(seconds: dict[str, float], read: Tensor, rate: float) -> dict:
     }
 
 
-def main(description: str | None, measure: Callable[[bool, float], list[dict]], columns: list[str]) -> None:
-    """Command line of a benchmark: `measure(quick, streaming rate)` gives the rows."""
+def options(description: str | None, quick: str, **more: dict) -> argparse.Namespace:
+    """The flags of a benchmark, parsed; torch has the threads that they ask for. quick: what --quick measures; more: further
+    flags by name, each as the keywords of `add_argument`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here too")
-    parser.add_argument("--quick", action="store_true", help="fewer shapes, repeats and weights, for a smoke test")
-    parser.add_argument("--threads", type=int, help="threads of torch and of the ops (default: torch's own choice)")
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    info, rate = hardware(), streaming_rate(64 if options.quick else 256)
+    parser.add_argument("--quick", action="store_true", help=quick)
+    for name, flag in more.items():
+        parser.add_argument(f"--{name}", **flag)
+    parser.add_argument("--threads", type=int, help="threads of torch and of pyargs (default: torch's own choice)")
+    found = parser.parse_args()
+    if found.threads:
+        torch.set_num_threads(found.threads)
+    return found
+
+
+def main(description: str | None, measure: Callable[[bool, float], list[dict]], columns: list[str]) -> None:
+    """Command line of a benchmark: `measure(quick, streaming rate)` gives the rows."""
+    given = options(description, "fewer shapes, repeats and weights, for a smoke test")
+    info, rate = hardware(), streaming_rate(64 if given.quick else 256)
     print(f"{hardware_line(info)}\nreads memory at {rate:.1f} GB/s", flush=True)
-    rows = measure(options.quick, rate)
+    rows = measure(given.quick, rate)
     print(table(rows, columns))
-    if options.json:
-        write_json(options.json, {"hardware": info, "streaming_gb_s": round(rate, 1), "rows": rows})
+    if given.json:
+        write_json(given.json, {"hardware": info, "streaming_gb_s": round(rate, 1), "rows": rows})
 
 
 def _cell(value: object) -> str:
