@@ -36,20 +36,19 @@ def verdict(result: dict) -> str:
 
 def print_table(result: dict, out: Path) -> None:
     table = Table(title="What was generated, per user (unguided -> guided)")
-    for column in ("user", "wants", "attribute", "unguided", "guided", "difference (95%)", "perplexity", "moved"):
-        table.add_column(column, justify="left" if column in ("user", "wants", "attribute") else "right")
+    for column in ("user", "wants", "unguided", "guided", "difference (95%)", "perplexity", "moved"):
+        table.add_column(column, justify="left" if column in ("user", "wants") else "right")
     for user, row in result["shown"].items():
         table.add_row(
             f"{user} ({row['kind']})",
             row["taste"],
-            row["attribute"],
             f"{row['unguided']:.2f}",
             f"{row['guided']:.2f}",
             f"{row['difference']:+.2f} ({row['low']:+.2f}, {row['high']:+.2f})",
             f"{row['perplexity']:.2f} (x{row['perplexity_ratio']:.2f})",
             "yes" if row["moved"] else "no",
         )
-    table.add_row("nobody", "", "", "", "", "0", f"{result['unguided_perplexity']:.2f} (x1.00)", "")
+    table.add_row("nobody", "", "", "", "0", f"{result['unguided_perplexity']:.2f} (x1.00)", "")
     CONSOLE.print(table)
     rank, same = result["accuracy"], result["weight_0"]
     CONSOLE.print(

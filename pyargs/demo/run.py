@@ -16,7 +16,7 @@ from pyargs.demo.page import CONSOLE, mean
 from pyargs.errors import extra
 from pyargs.lm.tokenize import left_pad
 from pyargs.methods import lore
-from pyargs.metrics.perplexity import perplexity
+from pyargs.metrics.perplexity import perplexities
 from pyargs.metrics.policy_accuracy import pair_scores, policy_accuracy
 from pyargs.metrics.rm_accuracy import rm_accuracy
 from pyargs.training import adapt
@@ -38,11 +38,12 @@ def run(out: Path, shown: dict[str, str], *, backbone: str, prompts: int) -> dic
         seconds[name] = round(time.perf_counter() - started - sum(seconds.values()), 1)
 
     pairs = data.load()
-    train, support, query = (of_split(pairs, split) for split in ("train", "support", "query"))
+    newcomers = [user for user, kind in shown.items() if kind == "new"]
+    train = _about(of_split(pairs, "train"), data.prompts("train")[:TRAINED])
+    support, query = (of_split(pairs, split).filter(lambda row: row["user_id"] in newcomers) for split in ("support", "query"))
     CONSOLE.rule("train and adapt")
     # Token averages: a head that learns only from the last of 40 tokens has little to say about the others.
     config = lore.Config(backbone=backbone, freeze_backbone=True, pool="mean")
-    train = _about(train, data.prompts("train")[:TRAINED])
     model = learn.train("lore", train, config)
     trained = len(model.users)
     new = adapt.adapt(model, support)
@@ -57,12 +58,11 @@ def run(out: Path, shown: dict[str, str], *, backbone: str, prompts: int) -> dic
 
     CONSOLE.rule("measure")
     unguided = answers[None]
-    base = perplexity(policy, unguided["prompts"], unguided["tokens"])
+    base, *moved = perplexities(policy, unguided["prompts"], [found["tokens"] for found in answers.values()])
     users = {}
-    for user, kind in shown.items():
+    for (user, kind), perplexity in zip(shown.items(), moved, strict=True):
         name, sign = data.users()[user]
         own = answers[user]
-        moved = perplexity(policy, own["prompts"], own["tokens"])
         users[user] = {
             "kind": kind,
             "taste": data.describe(user),
@@ -72,8 +72,8 @@ def run(out: Path, shown: dict[str, str], *, backbone: str, prompts: int) -> dic
             "unguided": mean([data.attribute(name, text) for text in unguided["texts"]]),
             "guided": mean([data.attribute(name, text) for text in own["texts"]]),
             **_paired(own["texts"], unguided["texts"], name),
-            "perplexity": moved,
-            "perplexity_ratio": moved / base,
+            "perplexity": perplexity,
+            "perplexity_ratio": perplexity / base,
             "winner_is_favourite": 100 * mean([float(slot == 0) for row in own["slots"] for slot in row]),
         }
         users[user]["moved"] = bool(
@@ -109,7 +109,13 @@ def _answer(policy, model, asked: list[str], users: list[str]) -> tuple[dict, fl
     engine = Engine(policy, model, max_rows=len(readers) * len(asked))
     numbers = {
         user: [
-            engine.submit(prompt, user or users[0], strength=float(user is not None), max_new_tokens=NEW_TOKENS)
+            engine.submit(
+                prompt,
+                user or users[0],
+                strength=float(user is not None),
+                num_candidates=10 if user else 1,
+                max_new_tokens=NEW_TOKENS,
+            )
             for prompt in asked
         ]
         for user in readers
@@ -131,6 +137,7 @@ def _answer(policy, model, asked: list[str], users: list[str]) -> tuple[dict, fl
                 if event.number in grown:
                     grown[event.number].append(event.token)  # the table leaves stop tokens out
             live.update(table())
+    CONSOLE.line()
     found = {user: [engine.answer(number) for number in own] for user, own in numbers.items()}
     parts = {"prompts": "prompt", "texts": "text", "tokens": "tokens", "slots": "slots"}
     return {
