@@ -29,13 +29,14 @@ class Limit(NamedTuple):
     registers: int  # of a thread, at most: the 65,536 of an SM over the threads that should fit
     instructions: int  # in the kernel's code, at most: a tenth more than nvcc 13.0 made
     wide_loads: int  # 16-byte loads from global memory, at least
+    products: int = 0  # of tensor cores, at least, where the bank has 16 bits
 
 
 LIMIT = {
     "topk_logprobs_kernel": Limit(80, 5400, 4),
-    "score_select_kernel": Limit(64, 2100, 2),
+    "score_select_kernel": Limit(64, 4200, 14),
     "tokenwise_select_kernel": Limit(80, 11900, 16),
-    "user_mlp_kernel": Limit(128, 3000, 4),
+    "user_mlp_kernel": Limit(128, 3200, 11, products=16),
     "commit_kernel": Limit(64, 600, 8),
 }
 ENTRY = re.compile(r"Compiling entry function '(\S+)' for 'sm_(\d+)a?'")
@@ -56,6 +57,9 @@ class Kernel(NamedTuple):
     def loads(self, width: str = "") -> int:
         return sum(count for code, count in self.instructions.items() if code.startswith("LDG.") and width in code)
 
+    def products(self) -> int:
+        return sum(count for code, count in self.instructions.items() if code.startswith("HMMA."))
+
     def faults(self, limit: Limit | None) -> list[str]:
         if limit is None:
             return ["no limit set"]
@@ -64,6 +68,8 @@ class Kernel(NamedTuple):
         if total := self.instructions.total():
             found += [f"more than {limit.instructions} instructions"] if total > limit.instructions else []
             found += [f"fewer than {limit.wide_loads} wide loads"] if self.loads(".128") < limit.wide_loads else []
+            products = 0 if self.name.endswith("_kernel 0") else limit.products
+            found += [f"fewer than {products} products of tensor cores"] if self.products() < products else []
         return found
 
 
@@ -109,7 +115,7 @@ def main() -> int:
         return 0
     if nvdisasm() is None:
         print("no nvdisasm: instructions not counted")
-    print(f"{'':<36}registers  shared  spilled  instructions  loads  wide")
+    print(f"{'':<36}registers  shared  spilled  instructions  loads  wide  products")
     bad, seen = [], set()
     for source in sorted(CUDA.glob("*.cu")):
         for architecture in ARCHITECTURES:
@@ -118,7 +124,7 @@ def main() -> int:
                 seen.add(name)
                 line = f"sm_{architecture:<4}{kernel.name:<28}{kernel.registers:>10}{kernel.shared:>8}{kernel.spilled:>9}"
                 if total := kernel.instructions.total():
-                    line += f"{total:>14}{kernel.loads():>7}{kernel.loads('.128'):>6}"
+                    line += f"{total:>14}{kernel.loads():>7}{kernel.loads('.128'):>6}{kernel.products():>10}"
                 print(line, flush=True)
                 bad += [f"{line}: {fault}" for fault in kernel.faults(LIMIT.get(name))]
     bad += [f"{name}: no such kernel was compiled" for name in LIMIT if name not in seen]

@@ -38,7 +38,8 @@ def user_mlp(hidden: Tensor, bank: Tensor, user: Tensor) -> Tensor:
     Strides may be any, but where the last dimension of hidden or bank is not dense, the whole tensor is copied first.
 
     Returns:
-        [B, k, H] float32. A row's result is bitwise the same in any batch and with any number of threads.
+        [B, k, H] float32. A row's result is bitwise the same in any batch and with any number of threads. On CUDA it is
+        rounded otherwise where k > 12 and hidden and bank have one 16-bit dtype: tensor cores then multiply.
 
     A user row out of range does not raise, for a decoding loop on a device cannot: its output is NaN, and score_select
     then flags the row. Not differentiable: training uses plain PyTorch.

@@ -57,19 +57,22 @@ def test_tokenwise_select(dtype, sampled):
 def test_score_select(k, dtype):
     emulated.order(3)
     batch, hidden = 2, 4200 if k < 40 else 2100
-    features = normal(batch, k, hidden, dtype=dtype)
+    features, weight = normal(batch, k, hidden, dtype=dtype), normal(3, hidden, dtype=dtype, seed=1)
     features[1] = features[0]
-    args = (features if k != 5 else unaligned(features), normal(3, hidden, dtype=dtype, seed=1), torch.tensor([0, 2]))
+    args = (features, weight) if k != 5 else (unaligned(features), unaligned(weight))
+    args += (torch.tensor([0, 2]),)
     args += (torch.ones(batch), normal(batch, k, seed=2), torch.arange(batch * k).view(batch, k), torch.tensor([False, False]))
     more = dict(bias=normal(3, hidden, seed=3), activation="relu", scale=0.01)
     agree(emulated.score_select(*args, **more), ops.score_select_reference(*args, **more))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_user_mlp(dtype):
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize(("k", "dtype"), [(13, torch.float32), (3, torch.float16), (13, torch.bfloat16), (33, torch.float16)])
+def test_user_mlp(k, dtype, wide):
+    """More than 12 candidates of 16 bits go through tensor cores."""
     emulated.order(4)
-    hidden, bank = normal(1, 13, 577, dtype=dtype) / 8, normal(2, 37, 577, dtype=dtype, seed=1) / 8
-    bank = bank if dtype == torch.float32 else unaligned(bank)
+    hidden, bank = normal(1, k, 584, dtype=dtype) / 8, normal(2, 17, 584, dtype=dtype, seed=1) / 8
+    hidden, bank = (hidden, bank) if wide else (unaligned(hidden), unaligned(bank))
     agree([emulated.user_mlp(hidden, bank, torch.tensor([1]))], [ops.user_mlp_reference(hidden, bank, torch.tensor([1]))])
 
 

@@ -75,9 +75,13 @@ def test_the_cuda_kernel_emulated(data):
 
 
 @emulated.needed
-def test_bitwise_the_same_in_any_order_of_threads_and_batch():
+@pytest.mark.parametrize(
+    ("dtype", "some"), [(torch.float32, slice(7, 9)), (torch.bfloat16, slice(5, 20)), (torch.float16, slice(12, 26))]
+)
+def test_bitwise_the_same_in_any_order_of_threads_and_batch(dtype, some):
+    """And with any other candidates beside; of 16 bits, as long as they are more than 12."""
     generator = torch.Generator().manual_seed(0)
-    hidden, bank = torch.randn(3, 26, 577, generator=generator), torch.randn(4, 37, 577, generator=generator)
+    hidden, bank = (torch.randn(shape, generator=generator).to(dtype) for shape in ((3, 26, 577), (4, 37, 577)))
     user = torch.tensor([3, 0, 3])
     emulated.order(0)
     first = emulated.user_mlp(hidden, bank, user)
@@ -88,7 +92,8 @@ def test_bitwise_the_same_in_any_order_of_threads_and_batch():
         for row in range(3):
             alone = emulated.user_mlp(hidden[row : row + 1].clone(), bank, user[row : row + 1])
             assert torch.equal(alone[0], first[row])
-            assert torch.equal(emulated.user_mlp(hidden[row : row + 1, 7:9], bank, user[row : row + 1])[0], first[row, 7:9])
+            few = emulated.user_mlp(hidden[row : row + 1, some], bank[:, 5:9], user[row : row + 1])
+            assert torch.equal(few[0], first[row, some, 5:9])
 
 
 def drawn(data, op) -> None:

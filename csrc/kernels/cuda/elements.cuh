@@ -8,15 +8,6 @@ namespace pyargs::cuda {
 constexpr int kLaneElements = 8;
 constexpr int kWarpElements = 32 * kLaneElements;
 
-// Where shared memory holds element i, of which lane i / 8 reads 8 in a row: element e of all lanes side by side, in
-// rows of 36 floats, so that neither those who read (one e at a time) nor those who write (in order of i) meet in a
-// bank.
-constexpr int kLanePitch = 36, kStepFloats = kLaneElements * kLanePitch;
-
-__device__ __forceinline__ int place(int i) {
-  return i / kWarpElements * kStepFloats + i % kLaneElements * kLanePitch + i % kWarpElements / kLaneElements;
-}
-
 // Bits of the float32 with the value of a bfloat16 or float16.
 __device__ __forceinline__ uint32_t half_bits(Dtype dtype, uint32_t half) {
   if (dtype == Dtype::kBFloat16) return half << 16;
@@ -34,29 +25,66 @@ __device__ __forceinline__ float element(Dtype dtype, const void* source, int64_
   return float_of(half_bits(dtype, static_cast<const uint16_t*>(source)[at]));
 }
 
-// Elements at .. at + 8 of which the first n count; the others are not read and stay 0. With 16-byte loads where the
+// 8 elements in a row as they lie in memory.
+template <Dtype dtype>
+struct Elements {
+  static constexpr int kSize = dtype == Dtype::kFloat32 ? 4 : 2;
+  static constexpr int kVectors = kLaneElements * kSize / 16;  // 16-byte loads
+  uint32_t words[4 * kVectors];
+
+  __device__ __forceinline__ float operator[](int i) const {
+    if (dtype == Dtype::kFloat32) return float_of(words[i]);
+    return float_of(half_bits(dtype, (words[i / 2] >> (16 * (i % 2))) & 0xffffu));
+  }
+};
+
+// Elements at .. at + 8 of which the first n count; the others are not read and are 0. With 16-byte loads where the
 // address allows it: the values are the same either way.
 template <Dtype dtype>
-__device__ __forceinline__ void load_elements(const void* source, int64_t at, int n, float* out) {
-  constexpr int kSize = dtype == Dtype::kFloat32 ? 4 : 2;
+__device__ __forceinline__ Elements<dtype> load_elements(const void* source, int64_t at, int64_t n) {
+  constexpr int kSize = Elements<dtype>::kSize;
   const char* address = static_cast<const char*>(source) + at * kSize;
+  Elements<dtype> found;
   if (n >= kLaneElements && reinterpret_cast<uintptr_t>(address) % 16 == 0) {
-    const uint4* vectors = reinterpret_cast<const uint4*>(address);
-    if (dtype == Dtype::kFloat32) {
-      const uint4 a = vectors[0], b = vectors[1];
-      const uint32_t words[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #pragma unroll
-      for (int i = 0; i < 8; ++i) out[i] = float_of(words[i]);
-    } else {
-      const uint4 a = vectors[0];
-      const uint32_t words[4] = {a.x, a.y, a.z, a.w};
+    for (int i = 0; i < Elements<dtype>::kVectors; ++i) {
+      const uint4 vector = reinterpret_cast<const uint4*>(address)[i];
+      const uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};
 #pragma unroll
-      for (int i = 0; i < 8; ++i) out[i] = float_of(half_bits(dtype, (words[i / 2] >> (16 * (i % 2))) & 0xffffu));
+      for (int j = 0; j < 4; ++j) found.words[4 * i + j] = words[j];
     }
-    return;
+    return found;
   }
 #pragma unroll
-  for (int i = 0; i < kLaneElements; ++i) out[i] = i < n ? element(dtype, source, at + i) : 0.0f;
+  for (int i = 0; i < 4 * Elements<dtype>::kVectors; ++i) {
+    if (kSize == 4) {
+      found.words[i] = i < n ? reinterpret_cast<const uint32_t*>(address)[i] : 0;
+    } else {
+      const uint16_t* halves = reinterpret_cast<const uint16_t*>(address) + 2 * i;
+      const uint32_t low = 2 * i < n ? halves[0] : 0, high = 2 * i + 1 < n ? halves[1] : 0;
+      found.words[i] = low | high << 16;
+    }
+  }
+  return found;
+}
+
+// Into shared memory as float32, for a warp of which lane l reads elements 8 l .. 8 l + 8 one by one: element e of all
+// lanes side by side, so that neither those who read nor those who write meet in a bank.
+__device__ __forceinline__ void to_lane(float* step, int lane, Dtype dtype, const void* source, int64_t at, int64_t n) {
+  float x[kLaneElements];
+  if (dtype == Dtype::kFloat32) {
+    const auto found = load_elements<Dtype::kFloat32>(source, at, n);
+#pragma unroll
+    for (int e = 0; e < kLaneElements; ++e) x[e] = found[e];
+  } else {
+    const auto found = load_elements<Dtype::kBFloat16>(source, at, n);  // either half: they are as long
+#pragma unroll
+    for (int e = 0; e < kLaneElements; ++e) {
+      x[e] = float_of(half_bits(dtype, (found.words[e / 2] >> (16 * (e % 2))) & 0xffffu));
+    }
+  }
+#pragma unroll
+  for (int e = 0; e < kLaneElements; ++e) step[32 * e + lane] = x[e];
 }
 
 }  // namespace pyargs::cuda

@@ -55,6 +55,31 @@ __device__ __forceinline__ T load_fresh(const T* address) {
 #endif
 }
 
+// A warp's product by tensor cores: sums += rows [16, 16] times columns [16, 8], of bfloat16 or float16, added up in
+// float32. With g = lane / 4 and t = lane % 4 a lane has of rows g and g + 8 the elements 2 t, 2 t + 1 (words 0 and 1)
+// and 2 t + 8, 2 t + 9 (words 2 and 3), of column g likewise, and of the sums columns 2 t, 2 t + 1 of row g and row
+// g + 8 (mma.m16n8k16 of the PTX ISA).
+template <Dtype dtype>
+__device__ __forceinline__ void multiply_16_8_16(float (&sums)[4], const uint32_t (&rows)[4],
+                                                 const uint32_t (&columns)[2]) {
+  static_assert(dtype != Dtype::kFloat32);
+#ifndef __CUDACC__
+  emulate::multiply_16_8_16(sums, rows, columns, dtype == Dtype::kBFloat16);
+#else
+#define PYARGS_MMA(type)                                                              \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                 \
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+               : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])           \
+               : "r"(rows[0]), "r"(rows[1]), "r"(rows[2]), "r"(rows[3]), "r"(columns[0]), "r"(columns[1]))
+  if constexpr (dtype == Dtype::kBFloat16) {
+    PYARGS_MMA("bf16");
+  } else {
+    PYARGS_MMA("f16");
+  }
+#undef PYARGS_MMA
+#endif
+}
+
 // Makes a device current while it lives, and puts the former one back.
 class OnDevice {
  public:

@@ -15,7 +15,7 @@ namespace pyargs::cuda {
 constexpr int kScoreSteps = 8;  // of H in shared memory at a time, each kWarpElements
 
 struct ScoreShared {
-  float weight[kScoreSteps * kStepFloats], bias[kScoreSteps * kStepFloats];
+  float weight[kScoreSteps * kWarpElements], bias[kScoreSteps * kWarpElements];
   float reward[kMaxTopK];
 };
 
@@ -45,17 +45,18 @@ __global__ void __launch_bounds__(1024, 1) score_select_kernel(ScoreRows a) {
   const int count = candidates_of(a, row);
   float sums[2] = {0.0f, 0.0f};  // of candidates warp and warp + warps
   constexpr int kTile = kScoreSteps * kWarpElements;
+  constexpr int kAhead = 4 / Elements<dtype>::kVectors;  // steps: as many as 4 loads, all on their way at once
   for (int64_t start = 0; start < a.hidden && !unknown; start += kTile) {
     const int n = static_cast<int>(a.hidden - start < kTile ? a.hidden - start : kTile);
     const int steps = (n + kWarpElements - 1) / kWarpElements;
     __syncthreads();  // everybody is done with the tile before
-    for (int i = static_cast<int>(threadIdx.x); i < steps * kWarpElements; i += static_cast<int>(blockDim.x)) {
+    for (int i = static_cast<int>(threadIdx.x); i < 32 * steps; i += static_cast<int>(blockDim.x)) {
       // Zeros behind the end: 0 * activation(0 + 0) adds nothing.
-      const bool there = i < n;
-      shared.weight[place(i)] =
-          there ? element(a.weight_dtype, a.weight, weight_row * a.weight_stride + start + i) : 0.0f;
-      shared.bias[place(i)] =
-          there && a.bias ? element(a.bias_dtype, a.bias, bias_row * a.bias_stride + start + i) : 0.0f;
+      const int first = i * kLaneElements, step = i / 32 * kWarpElements;
+      to_lane(shared.weight + step, i % 32, a.weight_dtype, a.weight, weight_row * a.weight_stride + start + first,
+              n - first);
+      to_lane(shared.bias + step, i % 32, a.bias_dtype, a.bias, bias_row * a.bias_stride + start + first,
+              a.bias ? n - first : 0);
     }
     __syncthreads();
 #pragma unroll
@@ -63,14 +64,21 @@ __global__ void __launch_bounds__(1024, 1) score_select_kernel(ScoreRows a) {
       const int j = warp + c * warps;
       if (j >= count) continue;
       const int64_t at = row * a.features_stride_b + j * a.features_stride_k + start;
-      for (int step = 0; step < steps; ++step) {
-        const int i = step * kWarpElements + lane * kLaneElements;
-        float x[kLaneElements];
-        load_elements<dtype>(a.features, at + i, n - i, x);
+      for (int step = 0; step < steps; step += kAhead) {
+        Elements<dtype> x[kAhead];
 #pragma unroll
-        for (int e = 0; e < kLaneElements; ++e) {
-          const int in_tile = step * kStepFloats + e * kLanePitch + lane;
-          sums[c] += shared.weight[in_tile] * activated<activation>(x[e] + shared.bias[in_tile]);
+        for (int s = 0; s < kAhead; ++s) {
+          const int i = (step + s) * kWarpElements + lane * kLaneElements;
+          x[s] = load_elements<dtype>(a.features, at + i, n - i);
+        }
+#pragma unroll
+        for (int s = 0; s < kAhead; ++s) {
+          if (step + s >= steps) break;
+#pragma unroll
+          for (int e = 0; e < kLaneElements; ++e) {
+            const int in_tile = (step + s) * kWarpElements + 32 * e + lane;
+            sums[c] += shared.weight[in_tile] * activated<activation>(x[s][e] + shared.bias[in_tile]);
+          }
         }
       }
     }

@@ -5,8 +5,7 @@
 namespace pyargs::cuda {
 
 const char* user_mlp(const UserMlpRows& rows, int64_t batch, int device, void* stream) {
-  const int64_t unit_blocks = (rows.units + kMlpUnits - 1) / kMlpUnits;
-  const int64_t groups = (rows.k + kMlpCandidates - 1) / kMlpCandidates;
+  const int64_t unit_blocks = mlp_unit_blocks(rows), groups = mlp_groups(rows);
   if (batch * unit_blocks * groups > INT32_MAX) return "too many rows for one launch";
   const OnDevice current(device);
   if (current.error() != cudaSuccess) return text_of(current.error());

@@ -11,6 +11,8 @@
 #include <string>
 #include <vector>
 
+#include "kernels/common.h"
+
 #define __device__
 #define __host__
 #define __global__
@@ -97,6 +99,32 @@ T over_lanes(uint32_t mask, T own, Combine combine) {
     first = false;
   }
   return found;
+}
+
+inline float float_of_half(uint32_t half, bool bfloat16) {
+  const uint32_t bits = bfloat16 ? half << 16 : ::pyargs::float16_to_float32_bits(half);
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// mma.m16n8k16 of the whole warp: which lane has which elements is as platform.h says. The products are exact and are
+// added up in order, in double; how a device rounds meanwhile is not documented.
+inline void multiply_16_8_16(float (&sums)[4], const uint32_t (&rows)[4], const uint32_t (&columns)[2], bool bfloat16) {
+  const auto pair = [](uint32_t low, uint32_t high) { return low | static_cast<uint64_t>(high) << 32; };
+  const auto near = exchange(0xffffffffu, pair(rows[0], rows[1])), far = exchange(0xffffffffu, pair(rows[2], rows[3]));
+  const auto other = exchange(0xffffffffu, pair(columns[0], columns[1]));
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane() / 4 + 8 * (i / 2), column = lane() % 4 * 2 + i % 2;
+    double sum = sums[i];
+    for (int d = 0; d < 16; ++d) {
+      const int within = d % 8 / 2, shift = 16 * (d % 2);
+      const uint64_t a = (d < 8 ? near : far)[row % 8 * 4 + within] >> (32 * (row / 8) + shift);
+      const uint64_t b = other[column * 4 + within] >> (32 * (d / 8) + shift);
+      sum += static_cast<double>(float_of_half(a & 0xffffu, bfloat16)) * float_of_half(b & 0xffffu, bfloat16);
+    }
+    sums[i] = static_cast<float>(sum);
+  }
 }
 
 }  // namespace pyargs::emulate
