@@ -24,7 +24,7 @@ FLOORS = (
     ("metrics",),
     ("decode",),
     ("tune", "prepare", "learn"),  # prepare asks a policy for titles
-    ("integrations", "demo"),
+    ("integrations", "demo", "serve"),
     ("commands",),
     ("cli",),
 )
@@ -45,6 +45,7 @@ TESTED_IN = {
     "pyargs.commands.demo": "demo/test_run.py",
     "pyargs.commands.evaluate": "test_cli.py",
     "pyargs.commands.forget": "models/test_models.py",
+    "pyargs.commands.key": "serve/test_keys.py",
     "pyargs.commands.tune": "test_cli.py",
     "pyargs.config": "training/test_config.py",
     "pyargs.decode.backends": "decode/test_engine.py",
