@@ -34,8 +34,8 @@ class Limit(NamedTuple):
 
 LIMIT = {
     "topk_logprobs_kernel": Limit(80, 5400, 4),
-    "score_select_kernel": Limit(64, 4200, 14),
-    "tokenwise_select_kernel": Limit(80, 11900, 16),
+    "score_select_kernel": Limit(64, 5400, 14),
+    "tokenwise_select_kernel": Limit(80, 13000, 16),
     "user_mlp_kernel": Limit(128, 3200, 11, products=16),
     "commit_kernel": Limit(64, 600, 8),
 }

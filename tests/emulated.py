@@ -16,6 +16,8 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from pyargs.ops.row_state import WRITTEN
+
 CSRC = Path(os.environ.get("PYARGS_EMULATED_SOURCES") or Path(__file__).parents[1] / "csrc")
 EMULATE = Path(__file__).parent / "ops/emulate"
 # What runs the threads, and flags. `.ci/cuda` chooses another than the first.
@@ -48,7 +50,7 @@ def library() -> ctypes.CDLL:
             subprocess.run(command, check=True, env=os.environ | {"LD_PRELOAD": ""})
             Path(f"{target}.part").rename(target)
     found = ctypes.CDLL(str(target))
-    for name in ("topk_logprobs", "score_select", "tokenwise_select", "user_mlp", "commit"):
+    for name in ("topk_logprobs", "score_select", "score_step", "tokenwise_select", "tokenwise_step", "user_mlp", "commit"):
         getattr(found, f"pyargs_emulate_{name}").restype = ctypes.c_char_p
     return found
 
@@ -163,6 +165,40 @@ def tokenwise_select(
             uniform, count, *temperatures, token, slot, reward, finished_out,
         )  # fmt: skip
     return token, slot, reward, finished_out
+
+
+def of_state(state, pad_id: int) -> tuple:
+    """The state as csrc/ops/choice.h hands it on: its tensors, stops and their stride, noises, and the padding."""
+    stop, noise = state.stop.contiguous(), state.noise
+    number = stop.shape[-1]
+    read = {name: contiguous(value)[0] for name, value in state._asdict().items() if name not in WRITTEN}
+    given = state._replace(**read | {"stop": stop})
+    return *given, number, number if stop.dim() == 2 else 0, 0 if noise is None else noise.shape[1], pad_id
+
+
+def score_step(features, weight, user, logprobs, ids, state, *, bias=None, activation="identity", scale=1.0, pad_id=0) -> None:
+    from pyargs.ops.score_select import ACTIVATIONS
+
+    features, weight, bias = dense(features), dense(weight), None if bias is None else dense(bias)
+    (user,), (batch, k, hidden) = contiguous(user), features.shape
+    logprobs, ids = (dense(one) for one in (logprobs, ids))
+    if batch:
+        call(
+            "score_step", features, weight, bias, DTYPES[features.dtype], DTYPES[weight.dtype],
+            0 if bias is None else DTYPES[bias.dtype], features.stride(0), features.stride(1), weight.stride(0),
+            0 if bias is None else bias.stride(0), batch, k, hidden, len(weight), 1 if bias is None else len(bias), user, ids,
+            logprobs, ids.stride(0), logprobs.stride(0), list(ACTIVATIONS).index(activation), float(scale),
+            *of_state(state, pad_id),
+        )  # fmt: skip
+
+
+def tokenwise_step(logits, reward_logits, k, state, *, pad_id=0) -> None:
+    logits, reward_logits = dense(logits), dense(reward_logits)
+    if len(logits):
+        call(
+            "tokenwise_step", logits, reward_logits, DTYPES[logits.dtype], DTYPES[reward_logits.dtype], logits.stride(0),
+            reward_logits.stride(0), *logits.shape, k, *of_state(state, pad_id),
+        )  # fmt: skip
 
 
 def user_mlp(hidden: Tensor, bank: Tensor, user: Tensor) -> Tensor:

@@ -7,7 +7,23 @@ namespace pyargs {
 
 enum class Activation : int { kIdentity = 0, kRelu = 1, kGelu = 2, kLeakyRelu = 3 };
 
-// How the next token is chosen among k scored candidates, and where the choice goes.
+constexpr int kChosen = 5;  // numbers of a choice: token, slot, reward, spread, finished
+
+// What rows keep from one step to the next: a kernel brings it up to date where it chooses. All are [B], or null.
+struct RowState {
+  int64_t* step;         // steps so far; null: nothing is kept
+  const int64_t* limit;  // the most steps
+  int64_t *token, *slot;
+  double* chosen;  // [B, kChosen]
+  bool* finished;
+  float *so_far, *total;  // reward of the text so far; sum of rewards, whose mean then counts
+  const float* noise;     // [B, noises], of each step its own; instead of uniform
+  int64_t noises;
+  const int64_t* own_k;         // the row's candidates before it is filtered, instead of count
+  const double *top_p, *min_p;  // given with own_k
+};
+
+// How the next token is chosen among k scored candidates, and where the choice goes: to `state`, or to the last four.
 struct ChoiceRows {
   int64_t k;
   const float *reward_weight, *uniform;  // [B], [B] or null
@@ -20,6 +36,7 @@ struct ChoiceRows {
   int64_t *token, *slot;
   float* reward;  // [B, k]
   bool* finished_out;
+  RowState state;
 };
 
 struct ScoreRows : ChoiceRows {
@@ -29,6 +46,7 @@ struct ScoreRows : ChoiceRows {
   int64_t hidden, weight_rows, bias_rows;
   const int64_t *user, *ids;            // [B], [B, k]
   const float *logprobs, *stop_reward;  // [B, k], [B] or null
+  int64_t logprobs_stride, ids_stride;
   Activation activation;
   float scale;
 };

@@ -1,4 +1,5 @@
-// score_select: the rewards of the candidates and the choice. See pyargs/ops/score_select.py for the contract.
+// score_select: the rewards of the candidates and the choice; score_step: the same, with what rows keep. See
+// pyargs/ops/score_select.py and score_step.py for the contracts.
 
 #include "../kernels/cpu/launch.h"
 #include "../kernels/cuda/launch.h"
@@ -30,29 +31,10 @@ void run_on_cuda(const ScoreRows& rows, int64_t batch, const Array& like) {
 }
 #endif
 
-// The handles are ours: boxed arguments come owned, and results are given away.
-template <Run run>
-std::tuple<StableIValue, StableIValue, StableIValue, StableIValue> score_select(
-    Handle features_handle, Handle weight_handle, Handle user_handle, Handle reward_weight_handle,
-    Handle logprobs_handle, Handle ids_handle, Handle finished_handle, std::optional<Handle> bias_handle,
-    int64_t activation, double scale, std::optional<Handle> stop_handle, std::optional<Handle> stop_reward_handle,
-    int64_t pad_id, std::optional<double> temperature, std::optional<Handle> uniform_handle,
-    std::optional<Handle> count_handle, std::optional<Handle> row_temperature_handle) {
-  Array features(features_handle), weight(weight_handle), user(user_handle), reward_weight(reward_weight_handle),
-      logprobs(logprobs_handle), ids(ids_handle), finished(finished_handle);
-  std::optional<Array> bias = array_or_none(bias_handle), stop = array_or_none(stop_handle),
-                       stop_reward = array_or_none(stop_reward_handle), uniform = array_or_none(uniform_handle),
-                       count = array_or_none(count_handle), row_temperature = array_or_none(row_temperature_handle);
-#ifdef PYARGS_CUDA_ARCHS
-  if (run == run_on_cuda) {
-    const auto given = [](std::optional<Array>& array) { return array ? &*array : nullptr; };
-    check_one_device({&features, &weight, &user, &reward_weight, &logprobs, &ids, &finished, given(bias), given(stop),
-                      given(stop_reward), given(uniform), given(count), given(row_temperature)});
-  }
-#endif
+// Checks what is scored and puts it into `rows`, which the arrays must outlive; returns the number of rows.
+int64_t set_scored(ScoreRows& rows, Array& features, Array& weight, Array& user, Array& logprobs, Array& ids,
+                   std::optional<Array>& bias, int64_t activation, double scale) {
   const int32_t int64 = aoti_torch_dtype_int64(), float32 = aoti_torch_dtype_float32();
-
-  ScoreRows rows{};
   check(features.dim() == 3, "features must be [B, k, H]");
   const int64_t batch = features.size(0);
   rows.k = features.size(1);
@@ -78,15 +60,9 @@ std::tuple<StableIValue, StableIValue, StableIValue, StableIValue> score_select(
     rows.bias_stride = bias->stride(0);
   }
   user.require({batch}, int64, "user must be [B] int64");
-  logprobs.require({batch, rows.k}, float32, "logprobs must be [B, k] float32");
-  ids.require({batch, rows.k}, int64, "ids must be [B, k] int64");
+  rows.logprobs_stride = logprobs.require_rows({batch, rows.k}, float32, "logprobs must be [B, k] float32");
+  rows.ids_stride = ids.require_rows({batch, rows.k}, int64, "ids must be [B, k] int64");
   check(activation >= 0 && activation <= 3, "activation must be 0 identity, 1 relu, 2 gelu or 3 leaky_relu");
-  set_choice(rows, batch, reward_weight, finished, stop, pad_id, temperature, uniform, count, row_temperature);
-  if (stop_reward) {
-    check(stop.has_value(), "stop_reward needs stop");
-    stop_reward->require({batch}, float32, "stop_reward must be [B] float32");
-    rows.stop_reward = stop_reward->data<float>();
-  }
   rows.features = features.data();
   rows.features_stride_b = features.stride(0);
   rows.features_stride_k = features.stride(1);
@@ -97,10 +73,59 @@ std::tuple<StableIValue, StableIValue, StableIValue, StableIValue> score_select(
   rows.logprobs = logprobs.data<float>();
   rows.activation = static_cast<Activation>(activation);
   rows.scale = static_cast<float>(scale);
+  return batch;
+}
 
+// The handles are ours: boxed arguments come owned, and results are given away.
+template <Run run>
+std::tuple<StableIValue, StableIValue, StableIValue, StableIValue> score_select(
+    Handle features_handle, Handle weight_handle, Handle user_handle, Handle reward_weight_handle,
+    Handle logprobs_handle, Handle ids_handle, Handle finished_handle, std::optional<Handle> bias_handle,
+    int64_t activation, double scale, std::optional<Handle> stop_handle, std::optional<Handle> stop_reward_handle,
+    int64_t pad_id, std::optional<double> temperature, std::optional<Handle> uniform_handle,
+    std::optional<Handle> count_handle, std::optional<Handle> row_temperature_handle) {
+  Array features(features_handle), weight(weight_handle), user(user_handle), reward_weight(reward_weight_handle),
+      logprobs(logprobs_handle), ids(ids_handle), finished(finished_handle);
+  std::optional<Array> bias = array_or_none(bias_handle), stop = array_or_none(stop_handle),
+                       stop_reward = array_or_none(stop_reward_handle), uniform = array_or_none(uniform_handle),
+                       count = array_or_none(count_handle), row_temperature = array_or_none(row_temperature_handle);
+#ifdef PYARGS_CUDA_ARCHS
+  if (run == run_on_cuda) {
+    check_one_device({&features, &weight, &user, &reward_weight, &logprobs, &ids, &finished, given(bias), given(stop),
+                      given(stop_reward), given(uniform), given(count), given(row_temperature)});
+  }
+#endif
+  ScoreRows rows{};
+  const int64_t batch = set_scored(rows, features, weight, user, logprobs, ids, bias, activation, scale);
+  set_choice(rows, batch, reward_weight, finished, stop, pad_id, temperature, uniform, count, row_temperature);
+  if (stop_reward) {
+    check(stop.has_value(), "stop_reward needs stop");
+    stop_reward->require({batch}, aoti_torch_dtype_float32(), "stop_reward must be [B] float32");
+    rows.stop_reward = stop_reward->data<float>();
+  }
   ChoiceResults results(rows, batch, features);
   if (batch > 0) run(rows, batch, features);
   return results.release();
+}
+
+template <Run run>
+void score_step(Handle features_handle, Handle weight_handle, Handle user_handle, Handle logprobs_handle,
+                Handle ids_handle, PYARGS_STATE_PARAMETERS, std::optional<Handle> bias_handle, int64_t activation,
+                double scale, int64_t pad_id) {
+  Array features(features_handle), weight(weight_handle), user(user_handle), logprobs(logprobs_handle), ids(ids_handle);
+  State state(PYARGS_STATE_ARGUMENTS);
+  std::optional<Array> bias = array_or_none(bias_handle);
+#ifdef PYARGS_CUDA_ARCHS
+  if (run == run_on_cuda) {
+    check_one_device({&features, &weight, &user, &logprobs, &ids, given(bias)});
+    state.check_device(features);
+  }
+#endif
+  ScoreRows rows{};
+  const int64_t batch = set_scored(rows, features, weight, user, logprobs, ids, bias, activation, scale);
+  state.set(rows, batch, pad_id);
+  rows.stop_reward = rows.state.so_far;
+  if (batch > 0) run(rows, batch, features);
 }
 
 }  // namespace
@@ -113,14 +138,18 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyargs, m) {
       "Tensor finished, Tensor? bias=None, SymInt activation=0, float scale=1., Tensor? stop=None, "
       "Tensor? stop_reward=None, SymInt pad_id=0, float? temperature=None, Tensor? uniform=None, "
       "Tensor? count=None, Tensor? row_temperature=None) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("score_step(Tensor features, Tensor weight, Tensor user, Tensor logprobs, Tensor ids, " PYARGS_STATE_SCHEMA
+        ", Tensor? bias=None, SymInt activation=0, float scale=1., SymInt pad_id=0) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyargs, CPU, m) {
   m.impl("score_select", TORCH_BOX(&pyargs::score_select<pyargs::run_on_cpu>));
+  m.impl("score_step", TORCH_BOX(&pyargs::score_step<pyargs::run_on_cpu>));
 }
 
 #ifdef PYARGS_CUDA_ARCHS
 STABLE_TORCH_LIBRARY_IMPL(pyargs, CUDA, m) {
   m.impl("score_select", TORCH_BOX(&pyargs::score_select<pyargs::run_on_cuda>));
+  m.impl("score_step", TORCH_BOX(&pyargs::score_step<pyargs::run_on_cuda>));
 }
 #endif

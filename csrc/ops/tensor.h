@@ -100,6 +100,25 @@ class Array {
     if (!dense) make_contiguous();
   }
 
+  // As `require`, for rows that may lie apart; returns how far.
+  int64_t require_rows(std::initializer_list<int64_t> shape, int32_t dtype, const char* message) {
+    const bool apart = dim_ == 2 && sizes_[0] > 1 && (sizes_[1] == 1 || strides_[1] == 1) && strides_[0] >= sizes_[1];
+    if (!apart) {
+      require(shape, dtype, message);
+      return shape.begin()[1];
+    }
+    check(dtype_ == dtype && shape.size() == 2 && sizes_[0] == shape.begin()[0] && sizes_[1] == shape.begin()[1],
+          message);
+    return strides_[0];
+  }
+
+  // A dense tensor of this shape and dtype, to be written to.
+  void require_in_place(std::initializer_list<int64_t> shape, int32_t dtype, const char* message) {
+    const AtenTensorHandle before = handle_;
+    require(shape, dtype, message);
+    check(handle_ == before, "a tensor that is written to must be dense");
+  }
+
   // Elements of the last dimension side by side (the kernels take any stride of the others): else a dense copy.
   void require_dense_rows() {
     if (sizes_[dim_ - 1] > 1 && strides_[dim_ - 1] != 1) make_contiguous();
@@ -179,6 +198,8 @@ class Result {
  private:
   AtenTensorHandle handle_ = nullptr;
 };
+
+inline const Array* given(const std::optional<Array>& array) { return array ? &*array : nullptr; }
 
 // An optional argument of an op.
 inline std::optional<Array> array_or_none(std::optional<AtenTensorHandle> handle) {

@@ -30,6 +30,17 @@ void run_on_cuda(const TokenwiseRows& rows, int64_t batch, const Array& like) {
 }
 #endif
 
+// Checks both logits and puts them into `rows`, which the arrays must outlive; returns the number of rows.
+int64_t set_logits(TokenwiseRows& rows, Array& logits, Array& reward_logits, int64_t k) {
+  rows.k = k;
+  rows.policy = logit_rows(logits, k);
+  rows.rewards = logit_rows(reward_logits, k);
+  const int64_t batch = logits.size(0);
+  check(reward_logits.size(0) == batch && rows.rewards.vocab == rows.policy.vocab,
+        "logits and reward_logits must have one shape");
+  return batch;
+}
+
 // The handles are ours: boxed arguments come owned, and results are given away.
 template <Run run>
 std::tuple<StableIValue, StableIValue, StableIValue, StableIValue> tokenwise_select(
@@ -43,22 +54,34 @@ std::tuple<StableIValue, StableIValue, StableIValue, StableIValue> tokenwise_sel
                        count = array_or_none(count_handle), row_temperature = array_or_none(row_temperature_handle);
 #ifdef PYARGS_CUDA_ARCHS
   if (run == run_on_cuda) {
-    const auto given = [](std::optional<Array>& array) { return array ? &*array : nullptr; };
     check_one_device({&logits, &reward_logits, &reward_weight, &finished, given(stop), given(uniform), given(count),
                       given(row_temperature)});
   }
 #endif
   TokenwiseRows rows{};
-  rows.k = k;
-  rows.policy = logit_rows(logits, k);
-  rows.rewards = logit_rows(reward_logits, k);
-  const int64_t batch = logits.size(0);
-  check(reward_logits.size(0) == batch && rows.rewards.vocab == rows.policy.vocab,
-        "logits and reward_logits must have one shape");
+  const int64_t batch = set_logits(rows, logits, reward_logits, k);
   set_choice(rows, batch, reward_weight, finished, stop, pad_id, temperature, uniform, count, row_temperature);
   ChoiceResults results(rows, batch, logits);
   if (batch > 0) run(rows, batch, logits);
   return results.release();
+}
+
+template <Run run>
+void tokenwise_step(Handle logits_handle, Handle reward_logits_handle, int64_t k, PYARGS_STATE_PARAMETERS,
+                    int64_t pad_id) {
+  Array logits(logits_handle), reward_logits(reward_logits_handle);
+  State state(PYARGS_STATE_ARGUMENTS);
+#ifdef PYARGS_CUDA_ARCHS
+  if (run == run_on_cuda) {
+    check_one_device({&logits, &reward_logits});
+    state.check_device(logits);
+  }
+#endif
+  check(!so_far && !total, "a stop token has its own reward here: leave out so_far and total");
+  TokenwiseRows rows{};
+  const int64_t batch = set_logits(rows, logits, reward_logits, k);
+  state.set(rows, batch, pad_id);
+  if (batch > 0) run(rows, batch, logits);
 }
 
 }  // namespace
@@ -69,14 +92,18 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyargs, m) {
       "tokenwise_select(Tensor logits, Tensor reward_logits, Tensor reward_weight, Tensor finished, SymInt k, "
       "Tensor? stop=None, SymInt pad_id=0, float? temperature=None, Tensor? uniform=None, Tensor? count=None, "
       "Tensor? row_temperature=None) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("tokenwise_step(Tensor logits, Tensor reward_logits, SymInt k, " PYARGS_STATE_SCHEMA
+        ", SymInt pad_id=0) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyargs, CPU, m) {
   m.impl("tokenwise_select", TORCH_BOX(&pyargs::tokenwise_select<pyargs::run_on_cpu>));
+  m.impl("tokenwise_step", TORCH_BOX(&pyargs::tokenwise_step<pyargs::run_on_cpu>));
 }
 
 #ifdef PYARGS_CUDA_ARCHS
 STABLE_TORCH_LIBRARY_IMPL(pyargs, CUDA, m) {
   m.impl("tokenwise_select", TORCH_BOX(&pyargs::tokenwise_select<pyargs::run_on_cuda>));
+  m.impl("tokenwise_step", TORCH_BOX(&pyargs::tokenwise_step<pyargs::run_on_cuda>));
 }
 #endif

@@ -49,7 +49,8 @@ def define(name: str, default: Callable, fake: Callable, mutates: tuple[str, ...
     Returns the op, for compiled code, and the same without the Python frame around it, which takes a tenth of a small call.
 
     `default` serves devices without a native kernel; `fake` gives shapes and dtypes. Neither has keyword-only arguments:
-    looking keywords up costs more than a small kernel. `mutates` names the arguments that it changes, lists of tensors.
+    looking keywords up costs more than a small kernel. `mutates` names the arguments that it changes: tensors, lists of them,
+    or None.
     """
     qualified = f"pyargs::{name}"
     if has_extension and torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CPU"):
@@ -71,7 +72,8 @@ def _written_in_place(op, mutated: list[bool]) -> None:
     """Before each call: what torch does where its own in-place operators change tensors. No operator does it by itself."""
 
     def kernel(keyset, *args):
-        for tensors in compress(args, mutated):
+        for given in compress(args, mutated):
+            tensors = given if isinstance(given, list) else [] if given is None else [given]
             if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
                 raise RuntimeError(f"{op} changes tensors that require grad, and is not differentiable: use torch.no_grad()")
             if not torch.is_inference_mode_enabled() and any(tensor.is_inference() for tensor in tensors):

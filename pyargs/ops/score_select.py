@@ -142,7 +142,7 @@ def score_select(
     Raises:
         TypeError, ValueError: a dtype, shape, device or option that does not fit.
     """
-    number, (heat, row_heat) = _NUMBER.get(activation, -1), split_temperature(temperature)
+    number, (heat, row_heat) = NUMBER.get(activation, -1), split_temperature(temperature)
     try:
         return (_op if is_compiling() else _direct)(
             features, weight, user, reward_weight, logprobs, ids, finished, bias, number, scale, stop, stop_reward,
@@ -213,7 +213,7 @@ def check_inputs(
 
 # What torch.ops.pyargs.score_select takes: all positional, the activation as a number.
 _NAMES = tuple(ACTIVATIONS)
-_NUMBER = {name: number for number, name in enumerate(_NAMES)}
+NUMBER = {name: number for number, name in enumerate(_NAMES)}
 
 
 def _default(
@@ -236,7 +236,7 @@ def _default(
     row_temperature: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return score_select_reference(
-        features, weight, user, reward_weight, logprobs, ids, finished, bias=bias, activation=_name(activation),
+        features, weight, user, reward_weight, logprobs, ids, finished, bias=bias, activation=name_of(activation),
         scale=scale, stop=stop, stop_reward=stop_reward, pad_id=pad_id,
         temperature=one_temperature(temperature, row_temperature), uniform=uniform, count=count,
     )  # fmt: skip
@@ -270,7 +270,7 @@ def _fake(
         ids,
         finished,
         bias,
-        _name(activation),
+        name_of(activation),
         stop,
         stop_reward,
         one_temperature(temperature, row_temperature),
@@ -283,7 +283,7 @@ def _fake(
     return token, torch.empty_like(token), reward, features.new_empty((batch,), dtype=torch.bool)
 
 
-def _name(activation: int) -> str:
+def name_of(activation: int) -> str:
     return _NAMES[activation] if 0 <= activation < len(_NAMES) else f"number {activation}"
 
 

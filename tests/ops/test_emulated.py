@@ -6,6 +6,7 @@ from __future__ import annotations
 import emulated
 import pytest
 import torch
+from states import copied, same_state, state_of
 
 from pyargs import ops
 
@@ -64,6 +65,28 @@ def test_score_select(k, dtype):
     args += (torch.ones(batch), normal(batch, k, seed=2), torch.arange(batch * k).view(batch, k), torch.tensor([False, False]))
     more = dict(bias=normal(3, hidden, seed=3), activation="relu", scale=0.01)
     agree(emulated.score_select(*args, **more), ops.score_select_reference(*args, **more))
+
+
+@pytest.mark.parametrize("k", [3, 40])
+@pytest.mark.parametrize("tokenwise", [False, True])
+def test_steps_with_what_rows_keep(tokenwise, k):
+    emulated.order(6)
+    filters = dict(own_k=torch.tensor([k, 2, k]), top_p=torch.full((3,), 0.9).double(), min_p=torch.full((3,), 0.01).double())
+    heat = dict(temperature=torch.tensor([0.0, 1.0, 1.0]), noise=torch.full((3, 2), 0.4))
+    finished = torch.tensor([False, False, True])
+    if tokenwise:
+        one = state_of(**filters, **heat, finished=finished)
+        args, op, like = (normal(3, 8300), normal(3, 8300, seed=1), k), emulated.tokenwise_step, ops.tokenwise_step_reference
+    else:
+        sums = dict(so_far=torch.ones(3), total=torch.zeros(3))
+        one = state_of(**filters, **heat, **sums, finished=finished)
+        logprobs = normal(3, k, seed=2).sort(descending=True).values
+        args = normal(3, k, 300), normal(3, 300, seed=1), torch.arange(3), logprobs, torch.arange(3 * k).view(3, k)
+        op, like = emulated.score_step, ops.score_step_reference
+    other = copied(one)
+    op(*args, one)
+    like(*args, other)
+    same_state(one, other)
 
 
 @pytest.mark.parametrize("wide", [True, False])

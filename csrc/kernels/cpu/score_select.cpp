@@ -95,11 +95,14 @@ void rewards(const ScoreRows& rows, int64_t row, int count, float* out) {
 }
 
 void select_row(const ScoreRows& rows, int64_t row) {
-  float* reward = rows.reward + row * rows.k;
-  const int64_t* ids = rows.ids + row * rows.k;
+  const int64_t* ids = rows.ids + row * rows.ids_stride;
+  const float* logprobs = rows.logprobs + row * rows.logprobs_stride;
   if (rows.finished[row]) return pad_row(rows, row);
+  float own[kMaxTopK];  // where rows have a state, k is at most so large
+  double chance[kMaxTopK];
+  float* reward = rows.reward ? rows.reward + row * rows.k : own;
   const int64_t users = rows.weight_rows > rows.bias_rows ? rows.weight_rows : rows.bias_rows;
-  const int count = candidates_of(rows, row);
+  const int count = count_of(rows, row, logprobs, chance);
   for (int64_t j = count; j < rows.k; ++j) reward[j] = 0.0f;
   int slot = -1;
   if (users > 1 && (rows.user[row] < 0 || rows.user[row] >= users)) {
@@ -124,10 +127,9 @@ void select_row(const ScoreRows& rows, int64_t row) {
         if (is_stop(rows, row, ids[j])) reward[j] = rows.stop_reward[row];
       }
     }
-    const float* logprobs = rows.logprobs + row * rows.k;
-    slot = choose(rows, row, logprobs, reward, leader_of(rows, row, logprobs, reward));
+    slot = choose(rows, row, count, logprobs, reward, leader_of(rows, row, count, logprobs, reward));
   }
-  write_choice(rows, row, slot, ids);
+  write_choice(rows, row, slot, ids, count, reward);
 }
 
 }  // namespace

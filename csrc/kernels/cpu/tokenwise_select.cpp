@@ -16,16 +16,21 @@ void select_row(const TokenwiseScan& scan, int64_t row, const Best& best) {
   const LogSumExp policy = merge_chunks(scan.policy, row), rewards = merge_chunks(scan.rewards, row);
   float logprobs[kMaxTopK];
   int64_t ids[kMaxTopK];
-  float* reward = rows.reward + row * rows.k;
-  const int count = candidates_of(rows, row);
+  float own[kMaxTopK];
+  double chance[kMaxTopK];
+  float* reward = rows.reward ? rows.reward + row * rows.k : own;
   for (int j = 0; j < best.k; ++j) {
     ids[j] = key_index(best.key[j]);
     logprobs[j] = policy(float_from_bits(key_bits(best.key[j])));
+  }
+  const int count = count_of(rows, row, logprobs, chance);
+  for (int j = 0; j < best.k; ++j) {
     float buffer;
     const int64_t at = row * rows.rewards.row_stride + ids[j];
     reward[j] = j < count ? rewards(*as_floats(rows.rewards.dtype, rows.rewards.logits, at, 1, &buffer)) : 0.0f;
   }
-  write_choice(rows, row, choose(rows, row, logprobs, reward, leader_of(rows, row, logprobs, reward)), ids);
+  const Leader leader = leader_of(rows, row, count, logprobs, reward);
+  write_choice(rows, row, choose(rows, row, count, logprobs, reward, leader), ids, count, reward);
 }
 
 }  // namespace

@@ -17,6 +17,8 @@ constexpr int kScoreSteps = 8;  // of H in shared memory at a time, each kWarpEl
 struct ScoreShared {
   float weight[kScoreSteps * kWarpElements], bias[kScoreSteps * kWarpElements];
   float reward[kMaxTopK];
+  double chance[kMaxTopK];
+  int count;
 };
 
 template <Activation activation>
@@ -42,7 +44,13 @@ __global__ void __launch_bounds__(1024, 1) score_select_kernel(ScoreRows a) {
   const int64_t weight_row = a.weight_rows > 1 && !unknown ? a.user[row] : 0;
   const int64_t bias_row = a.bias_rows > 1 && !unknown ? a.user[row] : 0;
 
-  const int count = candidates_of(a, row);
+  int count = candidates_of(a, row);
+  if (a.state.own_k) {
+    if (warp == 0) count = count_by_warp(a, row, a.logprobs + row * a.logprobs_stride, shared.chance);
+    if (threadIdx.x == 0) shared.count = count;
+    __syncthreads();
+    count = shared.count;
+  }
   float sums[2] = {0.0f, 0.0f};  // of candidates warp and warp + warps
   constexpr int kTile = kScoreSteps * kWarpElements;
   constexpr int kAhead = 4 / Elements<dtype>::kVectors;  // steps: as many as 4 loads, all on their way at once
@@ -93,16 +101,16 @@ __global__ void __launch_bounds__(1024, 1) score_select_kernel(ScoreRows a) {
     sum = unknown ? NAN : sum * a.scale;
     if (j >= count) {
       sum = 0.0f;
-    } else if (a.stop_reward && !unknown && is_stop(a, row, a.ids[row * a.k + j])) {
+    } else if (a.stop_reward && !unknown && is_stop(a, row, a.ids[row * a.ids_stride + j])) {
       sum = a.stop_reward[row];
     }
     shared.reward[j] = sum;
-    a.reward[row * a.k + j] = sum;
+    if (a.reward) a.reward[row * a.k + j] = sum;
   }
   __syncthreads();
   if (warp != 0) return;
-  const int slot = unknown ? -1 : choose_by_warp(a, row, a.logprobs + row * a.k, shared.reward);
-  if (lane == 0) write_choice(a, row, slot, a.ids + row * a.k);
+  const int slot = unknown ? -1 : choose_by_warp(a, row, count, a.logprobs + row * a.logprobs_stride, shared.reward);
+  if (lane == 0) write_choice(a, row, slot, a.ids + row * a.ids_stride, count, shared.reward);
 }
 
 }  // namespace pyargs::cuda

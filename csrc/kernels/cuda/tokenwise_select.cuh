@@ -16,6 +16,7 @@ struct TokenwiseShared {
   TopkShared topk;
   float logprobs[kMaxTopK], reward[kMaxTopK];
   int64_t ids[kMaxTopK];
+  double chance[kMaxTopK];
 };
 
 template <Dtype dtype>
@@ -51,12 +52,13 @@ __device__ __forceinline__ void select_row(TokenwiseShared& shared, const Tokenw
     shared.ids[best.rank] = id;
     shared.logprobs[best.rank] = (float_of(key_bits(best.key)) - max[0]) - logf(sum[0]);
     shared.reward[best.rank] = reward;
-    a.reward[row * k + best.rank] = reward;
+    if (a.reward) a.reward[row * k + best.rank] = reward;
   }
   __syncthreads();
   if (warp != 0) return;
-  const int slot = choose_by_warp(a, row, shared.logprobs, shared.reward);
-  if (threadIdx.x == 0) write_choice(a, row, slot, shared.ids);
+  const int count = count_by_warp(a, row, shared.logprobs, shared.chance);
+  const int slot = choose_by_warp(a, row, count, shared.logprobs, shared.reward);
+  if (threadIdx.x == 0) write_choice(a, row, slot, shared.ids, count, shared.reward);
 }
 
 __global__ void __launch_bounds__(kTopkThreads, 3)

@@ -21,6 +21,27 @@ std::vector<unsigned> in_order(unsigned count) {
 
 }  // namespace pyargs::emulate
 
+// The fields of pyargs/ops/row_state.py in their order, and sizes.
+static void set_state(pyargs::ChoiceRows& rows, const float* reward_weight, bool* finished, int64_t* step,
+                      const int64_t* limit, int64_t* token, int64_t* slot, double* chosen, const int64_t* stop,
+                      float* so_far, float* total, const float* temperature, const float* noise, const int64_t* own_k,
+                      const double* top_p, const double* min_p, const int64_t* count, int64_t stops,
+                      int64_t stop_stride, int64_t noises, int64_t pad_id) {
+  rows.reward_weight = reward_weight, rows.finished = finished, rows.stop = stop, rows.count = count;
+  rows.stops = stops, rows.stop_stride = stop_stride, rows.pad_id = pad_id, rows.row_temperature = temperature;
+  pyargs::RowState& state = rows.state;
+  state.step = step, state.limit = limit, state.token = token, state.slot = slot, state.chosen = chosen;
+  state.finished = finished, state.so_far = so_far, state.total = total;
+  state.noise = noise, state.noises = noises, state.own_k = own_k, state.top_p = top_p, state.min_p = min_p;
+}
+
+// With a workspace of garbage, as a device would give one.
+static const char* run(const pyargs::TokenwiseRows& rows, int64_t batch) {
+  const size_t bytes = pyargs::cuda::topk_workspace_bytes(2 * batch, rows.policy.vocab);
+  std::vector<uint64_t> workspace(bytes / 8 + 1, 0xdeadbeefdeadbeefull);
+  return pyargs::cuda::tokenwise_select(rows, batch, workspace.data(), 0, nullptr);
+}
+
 extern "C" {
 
 // 0: threads and blocks in order; else shuffled by this seed.
@@ -56,6 +77,7 @@ const char* pyargs_emulate_score_select(
   rows.weight_stride = weight_stride, rows.bias_stride = bias_stride;
   rows.k = k, rows.hidden = hidden, rows.weight_rows = weight_rows, rows.bias_rows = bias_rows;
   rows.user = user, rows.ids = ids, rows.stop = stop, rows.stops = stops;
+  rows.ids_stride = rows.logprobs_stride = k;
   rows.reward_weight = reward_weight, rows.logprobs = logprobs, rows.stop_reward = stop_reward, rows.uniform = uniform;
   rows.stop_stride = stop_stride, rows.count = count, rows.row_temperature = row_temperature;
   rows.finished = finished, rows.pad_id = pad_id;
@@ -79,8 +101,50 @@ const char* pyargs_emulate_tokenwise_select(const void* policy, const void* rewa
   rows.stop_stride = stop_stride, rows.count = count, rows.row_temperature = row_temperature;
   rows.pad_id = pad_id, rows.uniform = uniform, rows.temperature = temperature;
   rows.token = token, rows.slot = slot, rows.reward = reward, rows.finished_out = finished_out;
-  std::vector<uint64_t> workspace(pyargs::cuda::topk_workspace_bytes(2 * batch, vocab) / 8 + 1, 0xdeadbeefdeadbeefull);
-  return pyargs::cuda::tokenwise_select(rows, batch, workspace.data(), 0, nullptr);
+  return run(rows, batch);
+}
+
+const char* pyargs_emulate_score_step(
+    const void* features, const void* weight, const void* bias, int64_t features_dtype, int64_t weight_dtype,
+    int64_t bias_dtype, int64_t features_stride_b, int64_t features_stride_k, int64_t weight_stride,
+    int64_t bias_stride, int64_t batch, int64_t k, int64_t hidden, int64_t weight_rows, int64_t bias_rows,
+    const int64_t* user, const int64_t* ids, const float* logprobs, int64_t ids_stride, int64_t logprobs_stride,
+    int64_t activation, double scale, const float* reward_weight, bool* finished, int64_t* step, const int64_t* limit,
+    int64_t* token, int64_t* slot, double* chosen, const int64_t* stop, float* so_far, float* total,
+    const float* temperature, const float* noise, const int64_t* own_k, const double* top_p, const double* min_p,
+    const int64_t* count, int64_t stops, int64_t stop_stride, int64_t noises, int64_t pad_id) {
+  pyargs::ScoreRows rows{};
+  rows.features = features, rows.weight = weight, rows.bias = bias;
+  rows.features_dtype = static_cast<pyargs::Dtype>(features_dtype);
+  rows.weight_dtype = static_cast<pyargs::Dtype>(weight_dtype);
+  rows.bias_dtype = static_cast<pyargs::Dtype>(bias_dtype);
+  rows.features_stride_b = features_stride_b, rows.features_stride_k = features_stride_k;
+  rows.weight_stride = weight_stride, rows.bias_stride = bias_stride;
+  rows.k = k, rows.hidden = hidden, rows.weight_rows = weight_rows, rows.bias_rows = bias_rows;
+  rows.user = user, rows.ids = ids, rows.logprobs = logprobs, rows.stop_reward = so_far;
+  rows.ids_stride = ids_stride, rows.logprobs_stride = logprobs_stride;
+  rows.activation = static_cast<pyargs::Activation>(activation), rows.scale = static_cast<float>(scale);
+  set_state(rows, reward_weight, finished, step, limit, token, slot, chosen, stop, so_far, total, temperature, noise,
+            own_k, top_p, min_p, count, stops, stop_stride, noises, pad_id);
+  return pyargs::cuda::score_select(rows, batch, 0, nullptr);
+}
+
+const char* pyargs_emulate_tokenwise_step(const void* policy, const void* rewards, int64_t policy_dtype,
+                                          int64_t rewards_dtype, int64_t policy_stride, int64_t rewards_stride,
+                                          int64_t batch, int64_t vocab, int64_t k, const float* reward_weight,
+                                          bool* finished, int64_t* step, const int64_t* limit, int64_t* token,
+                                          int64_t* slot, double* chosen, const int64_t* stop, float* so_far,
+                                          float* total, const float* temperature, const float* noise,
+                                          const int64_t* own_k, const double* top_p, const double* min_p,
+                                          const int64_t* count, int64_t stops, int64_t stop_stride, int64_t noises,
+                                          int64_t pad_id) {
+  pyargs::TokenwiseRows rows{};
+  rows.policy = {policy, static_cast<pyargs::Dtype>(policy_dtype), vocab, policy_stride};
+  rows.rewards = {rewards, static_cast<pyargs::Dtype>(rewards_dtype), vocab, rewards_stride};
+  rows.k = k;
+  set_state(rows, reward_weight, finished, step, limit, token, slot, chosen, stop, so_far, total, temperature, noise,
+            own_k, top_p, min_p, count, stops, stop_stride, noises, pad_id);
+  return run(rows, batch);
 }
 
 const char* pyargs_emulate_user_mlp(const void* hidden, const void* bank, int64_t hidden_dtype, int64_t bank_dtype,
