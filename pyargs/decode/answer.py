@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from pyargs.decode.request import Request
+from pyargs.decode.request import Request, no_choice
 from pyargs.errors import PyargsError
 
 
@@ -63,3 +63,29 @@ class Ticket:
     error: PyargsError | None = None
     events: deque[Event] | None = None  # for whoever streams it
     left: bool = False  # nobody listens any more
+
+    def note(
+        self, position: int, token: int, slot: int, reward: float, spread: float, finished: bool, tokenizer, backend: str
+    ) -> Event:
+        """One step, in which the request stood at this position."""
+        if slot < 0:
+            self.error = no_choice(f"row(s) [{position}], request {self.number}")
+            return Event(self.number, None, reward, slot, None, self.error)
+        stopped = token in self.request.stop
+        if not stopped:
+            self.tokens.append(token)
+            self.rewards.append(reward)
+            self.slots.append(slot)
+            self.spreads.append(spread)
+        if finished:
+            self.finish("stop" if stopped else "length", tokenizer, backend)
+        return Event(self.number, token, reward, slot, self.answer, None)
+
+    def finish(self, reason: str, tokenizer, backend: str) -> None:
+        """Makes the answer of what there is so far."""
+        request = self.request
+        text = None if tokenizer is None else tokenizer.decode(self.tokens, skip_special_tokens=True).strip()
+        self.answer = Answer(
+            self.number, request.user, list(request.prompt), self.tokens, text, self.rewards, self.slots, self.spreads, reason,
+            request.reward_weight, backend, request.seed,
+        )  # fmt: skip

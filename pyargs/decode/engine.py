@@ -19,7 +19,6 @@ from pyargs.decode.pair import check_pair, known_wishes, load_pair
 from pyargs.decode.request import (
     Request,
     integer,
-    no_choice,
     numbered,
     seeds,
     weights,
@@ -198,7 +197,7 @@ class Engine:
                 if self._done(number):
                     return
             self._leave([number])
-            self._finish(ticket, "cancelled")
+            ticket.finish("cancelled", self.pair.tokenizer, self.backend)
             if ticket.left:
                 del self._tickets[number]
                 return
@@ -363,10 +362,10 @@ class Engine:
     def _note_all(self, choices: list[Choice]) -> None:
         events = []
         for choice in choices:
-            chosen = zip(self._scheduler.here, *(part.tolist() for part in choice), strict=True)
-            for position, (number, token, slot, reward, spread, finished) in enumerate(chosen):
+            chosen = zip(*(part.tolist() for part in choice), strict=True)
+            for position, (number, one) in enumerate(zip(self._scheduler.here, chosen, strict=True)):
                 if not self._done(number):
-                    events.append(self._note(self._tickets[number], position, token, slot, reward, spread, finished))
+                    events.append(self._tickets[number].note(position, *one, self.pair.tokenizer, self.backend))
         self._tell(events)
 
     def _tell(self, events: list[Event]) -> None:
@@ -375,31 +374,6 @@ class Engine:
             if (own := self._tickets[event.number].events) is not None:
                 own.append(event)
         self._events += [event for event in self._of_callers(events) if event.number in self._told]
-
-    def _note(
-        self, ticket: Ticket, position: int, token: int, slot: int, reward: float, spread: float, finished: bool
-    ) -> Event:
-        """One step of one request."""
-        if slot < 0:
-            ticket.error = no_choice(f"row(s) [{position}], request {ticket.number}")
-            return Event(ticket.number, None, reward, slot, None, ticket.error)
-        stopped = token in ticket.request.stop
-        if not stopped:
-            ticket.tokens.append(token)
-            ticket.rewards.append(reward)
-            ticket.slots.append(slot)
-            ticket.spreads.append(spread)
-        if finished:
-            self._finish(ticket, "stop" if stopped else "length")
-        return Event(ticket.number, token, reward, slot, ticket.answer, None)
-
-    def _finish(self, ticket: Ticket, reason: str) -> None:
-        request, tokenizer = ticket.request, self.pair.tokenizer
-        text = None if tokenizer is None else tokenizer.decode(ticket.tokens, skip_special_tokens=True).strip()
-        ticket.answer = Answer(
-            ticket.number, request.user, list(request.prompt), ticket.tokens, text, ticket.rewards, ticket.slots,
-            ticket.spreads, reason, request.reward_weight, self.backend, request.seed,
-        )  # fmt: skip
 
     def _of_callers(self, events: list[Event]) -> list[Event]:
         """The events of requests that somebody asked for; those of a group's samples are the group's, once all have ended."""
