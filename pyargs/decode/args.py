@@ -36,6 +36,12 @@ class Passes(Protocol):
         """Adds rows behind the others; returns the policy's logits [m, V] and the reward model's states [m, D] of their
         prompts' last tokens. capacity: places that the longest of them needs, its answer and candidates included."""
 
+    def read(self, prompt: Sequence[int], end: int, capacity: int) -> int:
+        """Reads a prompt up to `end`; returns how many of its tokens are read. `join` has it first and reads the rest."""
+
+    def unread(self) -> None:
+        """The prompt of which a part was read does not come."""
+
     def branch(self, candidates: Tensor, wanted: Tensor | None) -> Tensor:
         """The reward model's states [n, k, D] of candidates [n, k]; those outside `wanted` bool [n, k] may be anything."""
 
@@ -58,6 +64,13 @@ class Two:
 
     def join(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[Tensor, Tensor]:
         return self.policy.join(prompts, capacity), self.scorer.join(prompts, capacity)
+
+    def read(self, prompt: Sequence[int], end: int, capacity: int) -> int:
+        return min(half.read(prompt, end, capacity) for half in (self.policy, self.scorer))
+
+    def unread(self) -> None:
+        self.policy.unread()
+        self.scorer.unread()
 
     def branch(self, candidates: Tensor, wanted: Tensor | None = None) -> Tensor:
         return self.scorer.branch(candidates, wanted)
@@ -115,6 +128,14 @@ class Guided:
             **of_requests(requests, self.device),
         )  # fmt: skip
         self.folded = folded
+
+    def read(self, prompt: Sequence[int], end: int, capacity: int) -> int:
+        """Reads a prompt up to `end`; returns how many of its tokens are read. `join` has it first and reads the rest."""
+        return self.passes.read(prompt, end, capacity)
+
+    def unread(self) -> None:
+        """The prompt of which a part was read does not come."""
+        self.passes.unread()
 
     def choose(self) -> Choice:
         """Chooses the next token of each row that is here."""

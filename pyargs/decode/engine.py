@@ -50,6 +50,9 @@ class Engine:
     eos_reward: what a stop token earns under a RewardModel that guides; "before" (the default): the reward of the text so far,
     since a head is never trained on the state after a stop token; "state": the reward of that state.
     tokenizer: the policy's, where the policy is given as a model and pyargs has not loaded it.
+    prefill_tokens: the most tokens of prompts that a step reads, so that a long prompt does not hold up the others: its parts
+    end at multiples of it. None reads prompts whole. So are those of models whose candidates cannot share a prefix, and those
+    behind a soft prompt.
 
     A request's answer does not depend on the others, whenever they come and go. Threads may share an engine. With "cuda-graph"
     events come some steps late, so that nothing waits for the GPU.
@@ -67,6 +70,7 @@ class Engine:
         best_of: int = 0,
         eos_reward: str | None = None,
         tokenizer=None,
+        prefill_tokens: int | None = None,
     ):
         if eos_reward not in (None, "before", "state"):
             raise PyargsError(f"eos_reward is 'before' or 'state', not {eos_reward!r}")
@@ -77,6 +81,7 @@ class Engine:
         self.pair.unit = self._unit
         self.max_rows, self.eos_reward = integer("max_rows", max_rows, 1), eos_reward or "before"
         self._asked, self._lock, self._count = backend, threading.RLock(), 0
+        self.prefill_tokens = None if prefill_tokens is None else integer("prefill_tokens", prefill_tokens, 1)
         self._tickets: dict[int, Ticket] = {}
         self._groups: dict[int, best_of_n.Group] = {}
         self._scheduler = Scheduler(self.max_rows)
@@ -192,7 +197,7 @@ class Engine:
                 return
             if self._stepping:  # by a collected stream or a signal, in the middle of things
                 return self._late.append(number)
-            if number in self._scheduler.here:
+            if number in self._scheduler.inside:
                 self._read(self._rows.flush())
                 if self._done(number):
                     return
@@ -229,12 +234,12 @@ class Engine:
     def busy(self) -> bool:
         """Whether any request waits, is being answered, or has events that no `step` has returned."""
         with self._lock:
-            return bool(self._scheduler.here or self._scheduler.waiting or self._events)
+            return bool(self._scheduler.inside or self._scheduler.waiting or self._events)
 
     def refresh(self) -> None:
         """Takes the models as they are now and chooses the backend again. Requests that are being answered are cancelled."""
         with self._lock:
-            for number in list(self._scheduler.here):
+            for number in self._scheduler.inside:
                 self.cancel(number)
             self._rows, self._borders = self._made(), [at for lm in self.pair.language_models() if (at := border(lm))]
             self._watch = Watch(*self.pair.modules(), but=getattr(self.pair.model, "users", None))
@@ -254,7 +259,7 @@ class Engine:
 
     def _check_unchanged(self) -> None:
         """Raises PyargsError when a model is no longer what the backend was made for."""
-        idle = not self._scheduler.here and self._scheduler.waiting  # then there is time to read the weights
+        idle = not self._scheduler.inside and self._scheduler.waiting  # then there is time to read the weights
         if self._watch.changed() or idle and not self._rows.current():
             raise PyargsError(
                 "a model has changed since the engine was made (weights, modules or hooks): call engine.refresh()"
@@ -287,17 +292,29 @@ class Engine:
                 self.cancel(self._late.popleft())
 
     def _compute(self) -> None:
-        if self._scheduler.waiting and len(self._scheduler.here) < self.max_rows:
+        if self._scheduler.reading is not None or self._scheduler.next is not None:
             self._read(self._rows.flush())
-            before = len(self._scheduler.here)
-            come = [] if self._closed and before else self._scheduler.admit(self._fit)
+            scheduler, before = self._scheduler, len(self._scheduler.here)
+            begun = scheduler.reading
+            come = [] if self._closed and before else scheduler.admit(self._fit, self._size, self._most_tokens())
             if unknown := self._unknown(come):
-                self._scheduler.leave(unknown)  # behind the rows that are here, which keep their places
-                come = self._scheduler.here[before:]
+                scheduler.leave(unknown)  # behind the rows that are here, which keep their places
+                come = scheduler.here[before:]
+                if begun in unknown:
+                    self._rows.unread()
             if come:
                 self._rows.join([self._tickets[number].request for number in come], self._places())
+            if (long := scheduler.reading) is not None:
+                scheduler.read = self._rows.read(self._tickets[long].request.prompt, scheduler.end, self._places())
         if self._scheduler.here:
             self._read(self._next())
+
+    def _size(self, number: int) -> int:
+        return len(self._tickets[number].request.prompt)
+
+    def _most_tokens(self) -> int | None:
+        """The most tokens of prompts in a step: a copied cache and a soft prompt are made of whole prompts."""
+        return None if self._closed or self.pair.soft else self.prefill_tokens
 
     def _unknown(self, numbers: list[int]) -> list[int]:
         """Which of these admitted requests have a user who was removed while they waited; they end with the error."""
@@ -313,30 +330,32 @@ class Engine:
 
     def _lose(self, error: BaseException) -> None:
         """After an error in the middle of a step the rows' states are unknown, so all of them end with that error."""
-        for number in self._scheduler.here:
+        for number in self._scheduler.inside:
             ticket = self._tickets[number]
             if ticket.answer is None:
                 ticket.error = PyargsError(f"a step failed, with this request in it: {error}")
                 ticket.error.__cause__ = error
                 self._tell([Event(number, None, 0.0, 0, None, ticket.error)])
-        self._scheduler.leave(list(self._scheduler.here))
+        self._scheduler.leave(self._scheduler.inside)
         if not self._rows.recover(error):
             self._rows = self._made()
 
     def _has_room(self, mine: dict) -> bool:
         """Whether a call of `generate` may add one more request. It keeps one waiting, so that others' come between."""
-        here = set(self._scheduler.here)
+        here = set(self._scheduler.inside)
         full = len(here) + self._scheduler.waiting >= self.max_rows
         return not full or not any(number not in here for number in mine if number in self._tickets)
 
-    def _fit(self, *numbers: int) -> bool:
-        """Whether requests may share a pass: with longrope, the longest row sets the rotary embeddings of all."""
-        lengths = [len(self._tickets[number].request.prompt) + self.pair.soft for number in numbers]
+    def _fit(self, number: int) -> bool:
+        """Whether a request may share passes with those inside: with longrope, the longest row sets the rotary embeddings of
+        all."""
+        several = [*self._scheduler.inside, number]
+        lengths = [len(self._tickets[one].request.prompt) + self.pair.soft for one in several]
         return all(len({length > at for length in lengths}) == 1 for at in self._borders)
 
     def _places(self) -> int:
         """Places that a row of the cache needs: the longest prompt and answer, and the most candidates of a step."""
-        here = [self._tickets[number].request for number in self._scheduler.here]
+        here = [self._tickets[number].request for number in self._scheduler.inside]
         longest = max(len(one.prompt) + self.pair.soft + one.max_new_tokens for one in here)
         return longest + max(one.num_candidates or 1 for one in here)
 
@@ -397,6 +416,8 @@ class Engine:
 
     def _leave(self, numbers: list[int]) -> None:
         before = list(self._scheduler.here)
+        if self._scheduler.reading in numbers:
+            self._rows.unread()
         order = self._scheduler.leave(numbers)
         if len(order) < len(before):
             self._rows.keep(order)

@@ -31,6 +31,15 @@ class Tokenwise:
         logits, rewards = (as_float(one)[:, : self.vocabulary].to(self.device) for one in logits)
         self.rows.join(logits=logits, rewards=rewards, **of_requests(requests, self.device))
 
+    def read(self, prompt: Sequence[int], end: int, capacity: int) -> int:
+        """Reads a prompt up to `end`; returns how many of its tokens are read. `join` has it first and reads the rest."""
+        return min(half.read(prompt, end, capacity) for half in (self.policy, self.reward))
+
+    def unread(self) -> None:
+        """The prompt of which a part was read does not come."""
+        self.policy.unread()
+        self.reward.unread()
+
     def choose(self) -> Choice:
         """Chooses the next token of each row that is here. A stop token has its own reward, since a TokenReward learns to
         stop."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 
@@ -16,6 +17,8 @@ class Scheduler:
     def __init__(self, room: int):
         self.room = room
         self.here: list[int] = []  # the requests that are being answered, by position
+        self.reading: int | None = None  # the one that has a place already, while its prompt is read in parts
+        self.read = self.end = 0  # how many of its tokens are read, and up to where they are to be read next
         self.queues: dict[str, deque[int]] = {}  # by user, the next one first
 
     @property
@@ -26,24 +29,59 @@ class Scheduler:
         """Adds a request."""
         self.queues.setdefault(user, deque()).append(number)
 
-    def admit(self, fits: Callable[[int, int], bool] = lambda new, other: True) -> list[int]:
+    @property
+    def inside(self) -> list[int]:
+        """The requests that have a place."""
+        return [*self.here, *([] if self.reading is None else [self.reading])]
+
+    @property
+    def next(self) -> int | None:
+        """The request whose turn it is; None where no request waits, or no place is free."""
+        if not self.queues or len(self.inside) >= self.room:
+            return None
+        return next(iter(self.queues.values()))[0]
+
+    def admit(
+        self,
+        fits: Callable[[int], bool] = lambda number: True,
+        size: Callable[[int], int] = lambda number: 0,
+        most: int | None = None,
+    ) -> list[int]:
         """Fills free places; returns the requests that come in, which stand behind those that are here. If the next one does
-        not fit beside one that is here, it and all behind it wait until that one has left."""
-        come = []
-        while self.queues and len(self.here) < self.room:
-            user = next(iter(self.queues))
-            if not all(fits(self.queues[user][0], other) for other in self.here):
-                break
-            queue = self.queues.pop(user)
-            self.here.append(queue.popleft())
-            come.append(self.here[-1])
-            if queue:
-                self.queues[user] = queue  # behind the others
+        not fit, it and all behind it wait.
+
+        size: the tokens of a request's prompt; most: of these in all. The turn of a longer prompt makes it the one that is
+        `reading`: it comes in when its last part can be read, and is the first of those that do.
+        """
+        come, left = [], math.inf if most is None else most
+        if self.reading is not None:
+            if size(self.reading) - self.read > left:
+                self.end = self.read - self.read % most + most
+                return []
+            left -= size(self.reading) - self.read
+            come.append(self.reading)
+            self.here.append(self.reading)
+            self.reading = None
+        while (number := self.next) is not None and fits(number) and size(number) <= left:
+            left -= size(number)
+            self.here.append(self._take())
+            come.append(number)
+        if left == most and number is not None and fits(number):
+            self.reading, self.read, self.end = self._take(), 0, most
         return come
+
+    def _take(self) -> int:
+        user = next(iter(self.queues))
+        queue = self.queues.pop(user)
+        if len(queue) > 1:
+            self.queues[user] = queue  # behind the others
+        return queue.popleft()
 
     def leave(self, numbers) -> list[int]:
         """Removes requests, waiting or not. Returns the old positions of those that stay; the last ones fill the gaps."""
         gone = set(numbers)
+        if self.reading in gone:
+            self.reading = None
         for user, queue in list(self.queues.items()):
             if gone & set(queue):
                 self.queues[user] = queue = deque(number for number in queue if number not in gone)

@@ -20,6 +20,16 @@ class Steps:
         self._follow()
         self.rows.join(requests, capacity)
 
+    def read(self, prompt: Sequence[int], end: int, capacity: int) -> int:
+        """Reads a prompt up to `end`, behind what was read of it before; returns how many of its tokens are read by now. The
+        next `join` has it first and reads the rest. Call `flush` first."""
+        self._follow()
+        return self.rows.read(prompt, end, capacity)
+
+    def unread(self) -> None:
+        """The prompt of which a part was read does not come."""
+        self.rows.unread()
+
     def step(self) -> list[Choice]:
         """Computes the next token of each row that is here. Returns, in order, the choices that are known by now, of this
         step or of earlier ones. What they say of a row after its end is padding."""

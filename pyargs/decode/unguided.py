@@ -29,6 +29,14 @@ class Alone:
         logits = self.policy.join([one.prompt for one in requests], capacity, **more)
         self.rows.join(logits=as_float(logits)[:, : self.vocabulary], **of_requests(requests, self.device))
 
+    def read(self, prompt: Sequence[int], end: int, capacity: int) -> int:
+        """Reads a prompt up to `end`; returns how many of its tokens are read. `join` has it first and reads the rest."""
+        return self.policy.read(prompt, end, capacity)
+
+    def unread(self) -> None:
+        """The prompt of which a part was read does not come."""
+        self.policy.unread()
+
     def choose(self) -> Choice:
         """Chooses the next token of each row that is here. Rewards and slots are 0."""
         rows, logits = self.rows, self.rows["logits"].float()

@@ -220,6 +220,31 @@ class RowCache(Cache):
             return (places <= self.position)[:, None, None]
         return (places < self.position)[:, None, None] | (places == place.unsqueeze(2)).unsqueeze(1)
 
+    def follow(self, count: int) -> Tensor:
+        """Attention mask [n, 1, count, places] for the next pass, whose tokens follow each other behind each row's prefix, and
+        belong to it afterwards."""
+        place = self.position + self._place[:count]
+        end = max(self.lengths) + count
+        for layer in self.layers:
+            layer.writes = Branches(self._row[: self.width], place, end, end - count)
+        self.length[: self.width] += count
+        self.lengths = [length + count for length in self.lengths]
+        return (self._place[:end] <= place.unsqueeze(2)).unsqueeze(1)
+
+    def take(self, other: RowCache) -> None:
+        """The rows of another cache of the same model come in behind those that are here, and leave that one."""
+        first, count = len(self.lengths), len(other.lengths)
+        self.lengths += other.lengths
+        self.length[first : first + count] = other.length[:count]
+        longest = max(other.lengths)
+        for layer, source in zip(self.layers, other.layers, strict=True):
+            if not layer.is_initialized:
+                layer.lazy_initialization(source.keys, source.values)
+            for kept, new in ((layer.keys, source.keys), (layer.values, source.values)):
+                kept[first : first + count, :, :longest] = new[:count, :, :longest]
+                kept[first : first + count, :, longest:].zero_()  # as `Prompts.write`
+        other.keep([])
+
     def advance(self, going: Tensor | None = None) -> None:
         """Adds the token written behind each row's prefix to the prefix where going bool [n], by default everywhere."""
         self.length[: self.width].add_(1 if going is None else going)

@@ -36,15 +36,36 @@ class _Rows:
         self.stack, self.room, self.halves, self.delta = stack, room, halves, delta
         self.cache, self.capacity = stack.cache(room * halves, 0), 0
         self.rows: list[int] = []
+        self.reading: int | None = None  # the row of the cache into which a prompt is being read
         self.texts: list[list[int]] = [[] for _ in range(room)]  # what each row of the cache holds, also when it has left
 
     def join(self, prompts: Sequence[Sequence[int]], capacity: int) -> Tensor:
         """The states [halves, m, D] of the prompts' last tokens. If half of a prompt or more is the beginning of a row in the
-        cache, that part is not computed again: a user's demonstrations, say."""
+        cache, that part is not computed again: a user's demonstrations, say. The first prompt is the one that was being read,
+        if there is one."""
+        rows, states = self._enter(prompts, capacity)
+        self.rows += rows
+        self.reading = None
+        return states
+
+    def read(self, prompt: Sequence[int], end: int, capacity: int) -> int:
+        """Reads a prompt up to `end`; returns how many of its tokens are in the cache."""
+        ((self.reading,), _) = self._enter([prompt], capacity, end)
+        return len(self.texts[self.reading])
+
+    def unread(self) -> None:
+        self.reading = None
+
+    def _enter(self, prompts: Sequence[Sequence[int]], capacity: int, end: int | None = None) -> tuple[list[int], Tensor]:
+        """Rows of the cache into which prompts were read, up to `end`, and the states [halves, m, D] of the last tokens."""
         self.reserve(capacity)
         known, joined = [], []
-        free = [row for row in range(self.room) if row not in self.rows]
+        free = [row for row in range(self.room) if row not in self.rows and row != self.reading]
         for prompt in prompts:
+            if self.reading is not None and not joined:
+                joined.append(self.reading)
+                known.append((len(self.texts[self.reading]), None))
+                continue
             sharing = [run.shared(self.texts[row], prompt) for row in free]
             place = max(range(len(free)), key=sharing.__getitem__)
             row, most, source = free.pop(place), sharing[place], None
@@ -67,12 +88,13 @@ class _Rows:
                     else:
                         self.cache.copy(joined[i] + half, source + half, length)
             if some:
-                ids, mask = left_pad([list(prompts[i])[known[i][0] :] for i in some], 0)
-                states[:, some] = self.run(ids, mask, rows=[joined[i] for i in some])[..., -1, :]
-        for row, prompt in zip(joined, prompts, strict=True):
-            self.texts[row] = list(prompt)
-        self.rows += joined
-        return states
+                new = [list(prompts[i])[known[i][0] : end] for i in some]
+                if any(new):
+                    ids, mask = left_pad(new, 0)
+                    states[:, some] = self.run(ids, mask, rows=[joined[i] for i in some])[..., -1, :]
+        for i, (row, prompt) in enumerate(zip(joined, prompts, strict=True)):
+            self.texts[row] = list(prompt[: None if end is None else max(end, known[i][0])])
+        return joined, states
 
     def run(self, ids: Tensor, mask: Tensor | None = None, *, rows: list[int] | None = None, branches: bool = False) -> Tensor:
         """States [halves, n, T, D] of ids [n, T] behind the rows at all positions, or of these rows of the cache."""
@@ -131,6 +153,14 @@ class Half:
     def reserve(self, capacity: int) -> None:
         """Room for so many tokens of each row."""
         self.held.reserve(capacity)
+
+    def read(self, prompt: Sequence[int], end: int, capacity: int) -> int:
+        """Reads a prompt up to `end`; returns how many of its tokens are read. `join` has it first and reads the rest."""
+        return self.held.read(prompt, end, capacity)
+
+    def unread(self) -> None:
+        """The prompt of which a part was read does not come."""
+        self.held.unread()
 
     def current(self) -> bool:
         """Whether the packed weights are still the model's; reads all weights."""
@@ -205,6 +235,12 @@ class Shared:
         states = self.held.join(prompts, capacity)
         self.states = run.zeros(len(self.held.rows), 0, self.stack.dim)
         return self._logits(states[0]), states[-1]
+
+    def read(self, prompt: Sequence[int], end: int, capacity: int) -> int:
+        return self.held.read(prompt, end, capacity)
+
+    def unread(self) -> None:
+        self.held.unread()
 
     def branch(self, candidates: Tensor, wanted: Tensor | None = None) -> Tensor:
         if not self.adapted:

@@ -83,6 +83,12 @@ class Captured:
         self._taken += [0] * len(requests)
         self._now = None
 
+    def read(self, prompt: Sequence[int], end: int, capacity: int) -> int:
+        return self.rows.read(prompt, end, -(-capacity // PLACES) * PLACES)
+
+    def unread(self) -> None:
+        self.rows.unread()
+
     def step(self) -> list[Choice]:
         """Raises Refused where the step cannot be captured."""
         if self._now is None:
@@ -115,6 +121,7 @@ class Captured:
         try:
             self._flying.clear()
             self.keep([])
+            self.unread()
         except Exception:  # what was to be made is not there, or the device does not go on
             return False
         return True

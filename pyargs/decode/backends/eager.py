@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 
+import torch
 from torch import Tensor
 
 from pyargs.lm import lora
@@ -36,9 +37,19 @@ PLACES = 64
 
 
 class Half:
-    """What both halves do with the rows of their caches. Weights are not copied, so they are always the models' own."""
+    """What both halves do with the rows of their caches. Weights are not copied, so they are always the models' own.
 
-    cache: RowCache
+    reader: the cache of the one prompt that is being read in parts. A captured step may write to any row of `cache`.
+    """
+
+    def __init__(self, model, room: int):
+        self.cache, self.reader = (
+            RowCache(model.config.get_text_config(decoder=True), rows, 0, model.device) for rows in (room, 1)
+        )
+
+    def unread(self) -> None:
+        """The prompt of which a part was read does not come."""
+        self.reader.keep([])
 
     def reserve(self, capacity: int) -> None:
         """Room for so many tokens of each row."""
@@ -63,14 +74,19 @@ class Policy(Half):
     top = 0  # all logits are exact
 
     def __init__(self, lm, room: int):
-        self.lm, self.cache = lm, RowCache(lm.config.get_text_config(decoder=True), room, 0, lm.device)
+        super().__init__(lm, room)
+        self.lm = lm
+
+    def read(self, prompt: Sequence[int], end: int, capacity: int) -> int:
+        """Reads a prompt up to `end`; returns how many of its tokens are read. `join` has it first and reads the rest."""
+        return _read(self.lm, self.reader, [prompt], end, capacity, logits_to_keep=1)
 
     def join(self, prompts: Sequence[Sequence[int]], capacity: int, soft: Tensor | None = None) -> Tensor:
         """Adds rows behind those that are here and reads their prompts; returns logits [m, V] of their first tokens.
 
         capacity: places that the longest of them needs. soft [m, L, D]: embeddings that stand before the prompts.
         """
-        return _join(self.lm, self.cache, prompts, capacity, soft=soft, logits_to_keep=1).logits[:, -1]
+        return _join(self.lm, self, prompts, capacity, "logits", soft=soft, logits_to_keep=1)
 
     def advance(self, token: Tensor, going: Tensor | None = None) -> Tensor:
         """Appends token [n] to each row where going [n] (all by default); returns the next token's logits [n, V]."""
@@ -83,12 +99,16 @@ class Scorer(Half):
     """The reward model's half: states of candidates behind the tokens of the rows."""
 
     def __init__(self, backbone, room: int):
+        super().__init__(backbone, room)
         self.backbone = backbone
-        self.cache = RowCache(backbone.config.get_text_config(decoder=True), room, 0, backbone.device)
+
+    def read(self, prompt: Sequence[int], end: int, capacity: int) -> int:
+        """As `Policy.read`."""
+        return _read(self.backbone, self.reader, [prompt], end, capacity)
 
     def join(self, prompts: Sequence[Sequence[int]], capacity: int) -> Tensor:
         """As `Policy.join`: the states [m, D] of the prompts' last tokens."""
-        return _join(self.backbone, self.cache, prompts, capacity).last_hidden_state[:, -1]
+        return _join(self.backbone, self, prompts, capacity, "last_hidden_state")
 
     def branch(self, candidates: Tensor, wanted: Tensor | None = None) -> Tensor:
         """States [n, k, D] of candidates [n, k], each behind its row's tokens. Those outside `wanted` may be any."""
@@ -114,13 +134,21 @@ class Shared:
     def __init__(self, policy, backbone, room: int):
         self.policy, self.output, self.backbone = policy, policy.get_output_embeddings(), backbone
         self.times = 2 if lora.active(backbone) else 1
-        self.cache = RowCache(backbone.config.get_text_config(decoder=True), room * self.times, 0, backbone.device)
+        config = backbone.config.get_text_config(decoder=True)
+        self.cache, self.reader = (RowCache(config, rows * self.times, 0, backbone.device) for rows in (room, 1))
+
+    def read(self, prompt: Sequence[int], end: int, capacity: int) -> int:
+        with self._lora():
+            return _read(self.backbone, self.reader, [prompt] * self.times, end, capacity)
+
+    def unread(self) -> None:
+        self.reader.keep([])
 
     def join(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[Tensor, Tensor]:
         """Logits [m, V] of the first tokens, and the reward model's states [m, D] of the prompts' last ones."""
         twice = [prompt for prompt in prompts for _ in range(self.times)]
         with self._lora():
-            state = _join(self.backbone, self.cache, twice, capacity).last_hidden_state[:, -1]
+            state = _join(self.backbone, self, twice, capacity, "last_hidden_state")
         self.states = state.new_zeros(
             self.cache.width // self.times, 0, state.shape[-1]
         )  # of candidates, as the policy sees them
@@ -171,8 +199,29 @@ def _reserve(cache: RowCache, capacity: int) -> None:
     cache.reserve(-(-capacity // PLACES) * PLACES)
 
 
-def _join(model, cache: RowCache, prompts, capacity: int, *, soft: Tensor | None = None, **more):
-    _reserve(cache, capacity)
+def _join(model, held, prompts, capacity: int, field: str, *, soft: Tensor | None = None, **more) -> Tensor:
+    """What passes over prompts give of each one's last token; the first are those that `held.reader` has a part of."""
+    _reserve(held.cache, capacity)
+    found, first = [], len(held.reader.lengths)
+    if first:
+        rest = [prompt[held.reader.lengths[0] :] for prompt in prompts[:first]]
+        found.append(_follow(model, rest, held.reader, more)[field][:, -1])
+        held.cache.take(held.reader)
+    if prompts[first:]:
+        found.append(_begin(model, prompts[first:], held.cache, soft, more)[field][:, -1])
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _read(model, reader: RowCache, prompts, end: int, capacity: int, **more) -> int:
+    """Reads equal prompts up to `end`."""
+    _reserve(reader, capacity)
+    start = reader.lengths[0] if reader.lengths else 0
+    part = [prompt[start:end] for prompt in prompts]
+    _follow(model, part, reader, more) if start else _begin(model, part, reader, None, more)
+    return end
+
+
+def _begin(model, prompts, cache: RowCache, soft: Tensor | None, more: dict):
     ids, mask = (x.to(model.device) for x in left_pad([list(prompt) for prompt in prompts], 0))
     inputs = {"input_ids": ids}
     if soft is not None:
@@ -180,6 +229,12 @@ def _join(model, cache: RowCache, prompts, capacity: int, *, soft: Tensor | None
         inputs = {"inputs_embeds": embeds}
     seen = cache.join(mask)
     return _call(model, cache, seen, positions(mask), inputs, more)
+
+
+def _follow(model, parts, cache: RowCache, more: dict):
+    ids = torch.tensor([list(part) for part in parts], device=model.device)
+    position = cache.position + torch.arange(ids.shape[1], device=model.device)
+    return _call(model, cache, cache.follow(ids.shape[1]), position, {"input_ids": ids}, more)
 
 
 def _pass(model, ids: Tensor, cache: RowCache, **more):

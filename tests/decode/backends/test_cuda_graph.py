@@ -86,15 +86,16 @@ def plain(policy, model, **more) -> list[tuple]:
     st.sampled_from(WEIGHTS),
     st.integers(0, 9),
     st.integers(1, 6),
+    st.sampled_from([None, None, 1, 4]),
 )
-def test_rows_in_any_company_are_those_of_eager_passes(requests, head, weights, seed, room):
-    """They come and go, are cancelled, and differ in all that a request can ask; caches and buffers grow."""
+def test_rows_in_any_company_are_those_of_eager_passes(requests, head, weights, seed, room, part):
+    """They come and go, are cancelled, are read in parts, and differ in all that one can ask; caches and buffers grow."""
     policy, model = shared_pair(weights, head, seed)
     with pytest.MonkeyPatch.context() as patch:
         for module in (cuda_graph, eager):
             patch.setattr(module, "PLACES", 4)
         check_company(
-            lambda room: captured(policy, model, room),
+            lambda room: captured(policy, model, room, prefill_tokens=part),
             requests,
             room,
             alone=lambda room: Engine(policy, model, max_rows=room, backend="eager"),
