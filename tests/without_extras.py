@@ -15,7 +15,10 @@ import os
 import sys
 from pathlib import Path
 
-OPTIONAL = ("bert_score", "bm25s", "matplotlib", "requests", "rich", "sentence_transformers", "sklearn")
+OPTIONAL = (
+    *("bert_score", "bm25s", "fastapi", "matplotlib", "prometheus_client", "pydantic", "requests", "rich"),
+    *("sentence_transformers", "sklearn", "uvicorn"),
+)
 
 
 def pairs() -> list[dict]:
@@ -67,6 +70,7 @@ def verbs(model: str) -> list[tuple[str, str | None]]:
         (f"adapt near {data} --out near-cid", None),
         (f"decode near-cid {few} --out near.jsonl", "evaluate"),
         ("demo --out demo", "demo"),
+        (f"serve lore --policy {model}", "serve"),
     ]
 
 

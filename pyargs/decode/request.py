@@ -145,10 +145,15 @@ def no_choice(where: str) -> PyargsError:
     )
 
 
+def positions(lm) -> int | None:
+    """How many tokens a model has positions for, prompt and answer together; None where it has no limit."""
+    config = lm.config.get_text_config(decoder=True)
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+
+
 def check_room(lm, shortest: int, longest: int, new: int) -> None:
     """Raises PyargsError where prompts of these lengths and new tokens exceed the model's positions; calls `check_lengths`."""
-    config = lm.config.get_text_config(decoder=True)
-    room = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+    room = positions(lm)
     if room and longest + new > room:
         raise PyargsError(
             f"{longest} prompt + {new} new tokens exceed the {room} positions of {type(lm).__name__}: shorten the "

@@ -85,6 +85,14 @@ def as_messages(prompt: str | list[dict]) -> list[dict]:
     return list(messages)
 
 
+def raw_ids(tokenizer, text: str) -> list[int]:
+    """Ids of a text that a model goes on with, without a chat template: the tokenizer adds its own start token if it has one.
+
+    The text of a special token is text here, too.
+    """
+    return _ids(tokenizer, [text], "".join, add_special_tokens=True)
+
+
 def text_ids(tokenizer, text: str) -> list[int]:
     """Ids of a text alone, without special tokens, even if it has their texts."""
     return _ids(tokenizer, [text], "".join)

@@ -1,0 +1,130 @@
+"""From the body of a call to what the engine is asked: prompts as ids, the user, and each request's arguments."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from pyargs.decode.pair import Pair
+from pyargs.decode.request import check_room, numbered, positions
+from pyargs.errors import FEW, PyargsError, UnknownUser, did_you_mean
+from pyargs.lm.tokenize import encode_prompt, raw_ids
+from pyargs.serve.wire import Chat, Completion, WireError, unknown_user
+
+TOKENS = 256
+"""An answer's length where the call names none, if the model has room for so many."""
+
+
+class Plan(NamedTuple):
+    """prompts: ids, one for each choice. user: "" where nobody is named. wishes: arguments of `Engine.submit`.
+    reward_weight: w of eq. 1, None where no reward is asked for."""
+
+    prompts: list[list[int]]
+    user: str
+    wishes: list[dict]
+    reward_weight: float | None
+
+
+def plan(pair: Pair, body: Chat | Completion, key=None) -> Plan:
+    """What a call asks of an engine. Takes as long as reading the prompts takes: not for the event loop.
+
+    key: who asks; None may ask for everyone. Raises WireError, before anything is computed.
+    """
+    user = body.user or ""
+    if user:
+        check_user(pair, user, key)
+    try:
+        wish, rewarded = _wish(pair, body, user)
+        weight = None
+        if rewarded:
+            weight = wish["reward_weight"] = pair.raw_weight(wish.pop("strength", None), wish.get("reward_weight"))
+        texts = [[message.plain() for message in body.messages]] if isinstance(body, Chat) else body.prompts
+        prompts = [_ids(pair, text, user) for text in texts]
+        most = [_most(pair, len(ids), body.limit) for ids in prompts]
+    except PyargsError as error:
+        raise refused(error) from error
+    each = [(ids, length) for ids, length in zip(prompts, most, strict=True) for _ in range(body.n or 1)]
+    seeds = [{} if body.seed is None else {"seed": numbered(body.seed, i)} for i in range(len(each))]
+    wishes = [{**wish, **seed, "max_new_tokens": length} for seed, (_, length) in zip(seeds, each, strict=True)]
+    return Plan([ids for ids, _ in each], user, wishes, weight)
+
+
+def refused(error: PyargsError) -> WireError:
+    """The error of a request that the engine does not take. It names nobody."""
+    if isinstance(error, UnknownUser):  # removed since
+        return unknown_user()
+    return WireError(422, str(error), code="invalid_value")
+
+
+def personal(pair: Pair) -> bool:
+    """Whether the model is another one for each user. Where it is not, the name of a user is a label."""
+    model = pair.model
+    return model is not None and (model.users.personal or getattr(model, "demonstrations", None) is not None)
+
+
+def check_user(pair: Pair, user: str, key=None) -> None:
+    """Raises WireError for a user who is unknown or not the key's, with near names among those that the key may see."""
+    known = {} if pair.model is None else pair.model.known_users
+    if (not personal(pair) or user in known) and (key is None or key.may(user)):
+        return
+    seen = known if key is None else key.among(known)
+    if len(seen) <= FEW:
+        seen = [one for one in seen if one]
+    raise unknown_user(did_you_mean(user, seen) if len(user) > 1 or len(seen) <= FEW else "")
+
+
+def _wish(pair: Pair, body: Chat | Completion, user: str) -> tuple[dict, bool]:
+    """Arguments of `Engine.submit` that all requests of a call have, and whether a reward is asked for."""
+    names = ("top_p", "min_p", "num_candidates", "strength", "reward_weight")
+    wish = {name: value for name in names if (value := getattr(body, name)) is not None}
+    wish["temperature"] = 1.0 if body.temperature is None else body.temperature
+    if pair.soft and not user:
+        raise WireError(422, "this model has a prompt of each user: name the user", param="user")
+    if not pair.guided or user:
+        return wish, pair.guided
+    asked = body.strength or body.reward_weight
+    if asked and personal(pair):
+        name = "strength" if body.strength else "reward_weight"
+        raise WireError(422, f"{name} is the weight of a user's reward: name the user, or leave it out", param=name)
+    if not asked:
+        wish.pop("strength", None)
+        wish["reward_weight"] = 0.0
+        if not wish["temperature"]:
+            wish.setdefault("num_candidates", 1)  # the first one is the choice
+    return wish, bool(asked)
+
+
+def _ids(pair: Pair, prompt, user: str) -> list[int]:
+    """Ids of messages, of a text as it is, or ids as they are. What is longer than the model was made for is refused, and
+    not shortened."""
+    if isinstance(prompt, list) and isinstance(prompt[0], int):
+        ids, chat = prompt, False
+    else:
+        chat = isinstance(prompt, list)
+        ids = encode_prompt(pair.tokenizer, prompt) if chat else raw_ids(pair.tokenizer, prompt)
+    demonstrated = getattr(pair.model, "demonstrations", None) is not None
+    if demonstrated and user and not chat:
+        raise WireError(422, "this model knows a user by messages: ask /v1/chat/completions", param="prompt")
+    most = None if pair.model is None else pair.model.about.get("max_length")
+    if chat and most is not None and len(ids) > most:
+        raise too_long(f"the messages have {len(ids)} tokens, and the reward was trained with {most}: shorten them")
+    return pair.encode(prompt, user) if demonstrated and user else ids
+
+
+def _most(pair: Pair, length: int, asked: int | None) -> int:
+    """How many tokens an answer to a prompt of this length may have."""
+    if not length:
+        raise WireError(422, "a prompt without a token has nothing to go on with", param="prompt")
+    length += pair.soft
+    if asked is None:
+        room = min((most for lm in pair.language_models() if (most := positions(lm))), default=length + TOKENS) - length
+        asked = max(1, min(TOKENS, room))
+    for lm in pair.language_models():
+        try:
+            check_room(lm, length, length, asked)
+        except PyargsError as error:
+            raise too_long(str(error)) from error
+    return asked
+
+
+def too_long(message: str) -> WireError:
+    return WireError(400, message, param="messages", code="context_length_exceeded")

@@ -1,0 +1,59 @@
+"""`pyargs serve`: a process that answers, and ends what it has begun when it is told to end."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import threading
+
+import openai
+import pytest
+import serving
+from verbs import run
+
+from pyargs.decode.engine import Engine
+from pyargs.decode.request import numbered
+
+
+@pytest.fixture(scope="module")
+def model(lm_folder, tmp_path_factory):
+    """The folder of a reward model."""
+    policy, model = serving.pair(lm_folder)
+    model.about |= {"method": "lore", "fields": {}, "backbone": lm_folder, "dtype": "float32"}
+    folder = tmp_path_factory.mktemp("served") / "lore"
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def process(model, lm_folder):
+    """(the process, its address)"""
+    words = [sys.executable, "-m", "pyargs.cli", "serve", model, "--policy", lm_folder, "--port", "0", "--max-rows", "2"]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if found := re.search(r"serving lore \(\w+\) at (http\S+)", line):
+            break
+    threading.Thread(target=process.stderr.read, daemon=True).start()
+    yield process, found[1]
+    process.kill()
+    process.wait()
+
+
+def test_it_answers_and_ends_what_it_has_begun(process, model, lm_folder):
+    process, address = process
+    with openai.OpenAI(base_url=address, api_key="none", max_retries=0) as client:
+        wish = dict(model="lore", messages=serving.messages("Hello you"), user="ann", seed=3, max_tokens=150)
+        stream = client.chat.completions.create(**wish, stream=True)
+        text = next(iter(stream)).choices[0].delta.content
+        process.send_signal(signal.SIGTERM)
+        text += "".join(part.choices[0].delta.content or "" for part in stream)
+    assert process.wait(60) == 0
+    engine = Engine(lm_folder, model)
+    asked = dict(seed=[numbered(3, 0)], temperature=1.0, max_new_tokens=150)
+    assert text == engine.generate([serving.messages("Hello you")], ["ann"], **asked)[0].text
+
+
+def test_without_keys_it_is_for_this_machine_alone(model, lm_folder):
+    assert "for this machine alone" in run("serve", model, "--policy", lm_folder, "--host", "0.0.0.0", expect=1).stderr
