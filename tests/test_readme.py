@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -36,17 +37,36 @@ def run_command(words: list[str]) -> int:
     return experiments(words[3:])
 
 
+@contextmanager
+def serving(words: list[str]):
+    """The address of what `pyargs serve` serves."""
+    from serving import served
+
+    from pyargs.cli import parse
+    from pyargs.commands.serve import application
+
+    app = application(parse(words[0], words[1:])[1])
+    with served(app) as address:
+        yield address
+    app.state.worker.stop()
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
 def test_the_blocks_of_a_page_run_one_after_the_other(page, stand_ins, capsys):
-    """With tiny models in place of the embedded ones, and few pairs. The Python of a page is one program."""
-    names = {"__name__": page}
-    for language, code in blocks(page):
-        if language == "python":
-            exec(compile(code, page, "exec"), names)
-            continue
-        for line in code.replace("\\\n", " ").splitlines():
-            if words := shlex.split(line, comments=True):
-                assert run_command(words) == 0, f"{line}\n{capsys.readouterr().err}"
+    """With tiny models in place of the embedded ones, and few pairs. The Python of a page is one program. A service runs until
+    the page ends, at a free port."""
+    names, address = {"__name__": page}, "http://127.0.0.1:8000"
+    with ExitStack() as services:
+        for language, code in blocks(page):
+            if language == "python":
+                exec(compile(code.replace("http://127.0.0.1:8000", address), page, "exec"), names)
+                continue
+            for line in code.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if words[:2] == ["pyargs", "serve"]:
+                    address = services.enter_context(serving(words[1:]))
+                elif words:
+                    assert run_command(words) == 0, f"{line}\n{capsys.readouterr().err}"
 
 
 def anchors(page: Path) -> set[str]:

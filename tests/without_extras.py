@@ -70,6 +70,7 @@ def verbs(model: str) -> list[tuple[str, str | None]]:
         (f"adapt near {data} --out near-cid", None),
         (f"decode near-cid {few} --out near.jsonl", "evaluate"),
         ("demo --out demo", "demo"),
+        ("key keys.json ops --admin", None),
         (f"serve lore --policy {model}", "serve"),
     ]
 

@@ -16,9 +16,13 @@ def add_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     parser.add_argument("--host", default=LOOPBACK[0], help="address to listen at (default %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen at, 0 takes a free one (default %(default)s)")
     parser.add_argument("--name", help="what calls say as `model` (default: the name of the model's folder)")
+    parser.add_argument("--api-keys", metavar="FILE", help="who may ask, and for whom: a file of `pyargs key`")
     parser.add_argument("--max-rows", type=positive, default=8, help="requests that are answered at a time (default 8)")
     parser.add_argument(
         "--max-waiting", type=positive, default=64, help="requests that may wait; more are refused (default 64)"
+    )
+    parser.add_argument(
+        "--prefill-tokens", type=positive, default=64, help="the most tokens of prompts that a step reads (default 64)"
     )
     parser.add_argument(
         "--shutdown-seconds", type=positive, default=30, help="how long running answers may go on after SIGTERM (default 30)"
@@ -26,48 +30,52 @@ def add_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from pyargs.errors import PyargsError, extra
+    from pyargs.errors import extra
 
-    if args.host not in LOOPBACK:
-        raise PyargsError(f"without keys a service is for this machine alone: --host {' or '.join(LOOPBACK)}")
     with extra("serve", "the service"):
         import uvicorn
-    import logging
     import signal
     import socket
     import sys
+
+    app = application(args)
+    state = app.state
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,  # it would name users
+        lifespan="off",
+        timeout_graceful_shutdown=args.shutdown_seconds,
+    )
+    # uvicorn raises the signal once more when it has ended, for whoever was there before: nobody, so that this goes on.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        with socket.create_server((args.host, args.port)) as listening:
+            host, port = listening.getsockname()
+            address = f"http://{host}:{port}/v1"
+            print(f"serving {state.model} ({state.worker.engine.backend}) at {address}", file=sys.stderr, flush=True)
+            uvicorn.Server(config).run(sockets=[listening])
+    finally:
+        state.worker.stop()
+
+
+def application(args: argparse.Namespace):
+    """The application of a command line, whose worker runs."""
     from pathlib import Path
 
     from pyargs.decode.engine import Engine
     from pyargs.decode.pair import load_pair
+    from pyargs.errors import PyargsError
     from pyargs.serve.app import make_app
+    from pyargs.serve.keys import Keys
+    from pyargs.serve.metrics import log_to_stderr
     from pyargs.serve.worker import Worker
 
+    if args.api_keys is None and args.host not in LOOPBACK:
+        raise PyargsError(f"without --api-keys a service is for this machine alone: --host {' or '.join(LOOPBACK)}")
+    keys = None if args.api_keys is None else Keys(args.api_keys)
+    log_to_stderr()
     policy, model = load_pair(args.policy, args.model, dtype=args.dtype, backbone=args.backbone)
-    engine = Engine(policy, model, backend=args.backend, max_rows=args.max_rows)
-    name = args.name or Path(args.model).resolve().name
-    lines = logging.StreamHandler(sys.stderr)
-    lines.setFormatter(logging.Formatter("%(message)s"))
-    log = logging.getLogger("pyargs.serve")
-    log.addHandler(lines)
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    with socket.create_server((args.host, args.port)) as listening:
-        worker = Worker(engine, max_waiting=args.max_waiting)
-        server = uvicorn.Server(
-            uvicorn.Config(
-                make_app(worker, model=name),
-                log_config=None,
-                access_log=False,  # it would name users
-                lifespan="off",
-                timeout_graceful_shutdown=args.shutdown_seconds,
-            )
-        )
-        # uvicorn raises the signal once more when it has ended, for whoever was there before: nobody, so that this goes on.
-        signal.signal(signal.SIGTERM, lambda *_: None)
-        host, port = listening.getsockname()[:2]
-        print(f"serving {name} ({engine.backend}) at http://{host}:{port}/v1", file=sys.stderr, flush=True)
-        try:
-            server.run(sockets=[listening])
-        finally:
-            worker.stop()
+    engine = Engine(policy, model, backend=args.backend, max_rows=args.max_rows, prefill_tokens=args.prefill_tokens)
+    worker = Worker(engine, max_waiting=args.max_waiting)
+    return make_app(worker, model=args.name or Path(args.model).resolve().name, keys=keys)

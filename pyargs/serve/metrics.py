@@ -73,6 +73,16 @@ class Noted:
             log.info(json.dumps({"time": _now(), **line, "seconds": round(time.perf_counter() - started, 4)}))
 
 
+def log_to_stderr() -> None:
+    """Writes the lines of requests to stderr, each as it is."""
+    if not log.handlers:
+        lines = logging.StreamHandler()
+        lines.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(lines)
+        log.propagate = False
+    log.setLevel(logging.INFO)
+
+
 def outcome_of(status: int) -> str:
     if status == 429:
         return "full"

@@ -62,14 +62,19 @@ def personal(pair: Pair) -> bool:
 
 
 def check_user(pair: Pair, user: str, key=None) -> None:
-    """Raises WireError for a user who is unknown or not the key's, with near names among those that the key may see."""
+    """Raises WireError for a user who is unknown or not the key's."""
+    there = not personal(pair) or user in pair.model.known_users
+    if not there or (key is not None and not key.may(user)):
+        raise unknown(pair, user, key)
+
+
+def unknown(pair: Pair, user: str, key=None) -> WireError:
+    """The error of a user who is not there, or not for this key, with near names among those that the key may see."""
     known = {} if pair.model is None else pair.model.known_users
-    if (not personal(pair) or user in known) and (key is None or key.may(user)):
-        return
     seen = known if key is None else key.among(known)
     if len(seen) <= FEW:
-        seen = [one for one in seen if one]
-    raise unknown_user(did_you_mean(user, seen) if len(user) > 1 or len(seen) <= FEW else "")
+        seen = [one for one in seen if one]  # nobody's vectors have the name ""
+    return unknown_user(did_you_mean(user, seen) if len(user) > 1 or len(seen) <= FEW else "")
 
 
 def _wish(pair: Pair, body: Chat | Completion, user: str) -> tuple[dict, bool]:

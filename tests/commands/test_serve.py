@@ -11,7 +11,7 @@ import threading
 import openai
 import pytest
 import serving
-from verbs import run
+from verbs import call
 
 from pyargs.decode.engine import Engine
 from pyargs.decode.request import numbered
@@ -55,5 +55,5 @@ def test_it_answers_and_ends_what_it_has_begun(process, model, lm_folder):
     assert text == engine.generate([serving.messages("Hello you")], ["ann"], **asked)[0].text
 
 
-def test_without_keys_it_is_for_this_machine_alone(model, lm_folder):
-    assert "for this machine alone" in run("serve", model, "--policy", lm_folder, "--host", "0.0.0.0", expect=1).stderr
+def test_without_keys_it_is_for_this_machine_alone(model, lm_folder, capsys):
+    assert "for this machine alone" in call(capsys, ["serve", model, "--policy", lm_folder, "--host", "0.0.0.0"], expect=1)
