@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from pyargs.ops import commit, score_select, tokenwise_select, topk_logprobs, user_mlp
+from pyargs.ops import RowState, commit, score_select, score_step, tokenwise_select, tokenwise_step, topk_logprobs, user_mlp
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -18,6 +18,19 @@ def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     """Its rows end one element before the next one starts, and its first lies at an odd address."""
     wide = torch.randn(*shape[:-1], shape[-1] + 1, device=DEVICE).to(dtype)
     return wide[..., 1:]
+
+
+def state(sums: bool) -> RowState:
+    """Three rows, of which the second has finished, with all that a row may ask for."""
+    one = lambda values, dtype=torch.int64: torch.tensor(values, dtype=dtype, device=DEVICE)  # noqa: E731
+    more = dict(so_far=one([0.5] * 3, torch.float32), total=one([1.0] * 3, torch.float32)) if sums else {}
+    return RowState(
+        reward_weight=one([1.0] * 3, torch.float32), finished=one([False, True, False], torch.bool), step=one([0, 1, 2]),
+        limit=one([9, 9, 3]), token=one([0] * 3), slot=one([0] * 3), chosen=one([[0.0] * 5] * 3, torch.float64),
+        stop=one([[5, -1], [6, 7], [8, 9]]), temperature=one([0.0, 1.0, 0.7], torch.float32),
+        noise=one([[0.5, 0.9]] * 3, torch.float32), own_k=one([64, 1, 33]), top_p=one([1.0, 1.0, 0.9], torch.float64),
+        min_p=one([0.0, 0.0, 0.1], torch.float64), **more,
+    )  # fmt: skip
 
 
 def main() -> None:
@@ -51,6 +64,11 @@ def main() -> None:
                     stop_reward=weight,
                     **own,
                 )
+        for hidden in (7, 2100):
+            score_step(
+                random(3, 64, hidden, dtype=dtype), random(5, hidden, dtype=dtype), user % 5, logprobs, ids, state(sums=True)
+            )
+        tokenwise_step(logits, random(3, 17001, dtype=dtype), 64, state(sums=False))
         user_mlp(random(3, 13, 577, dtype=dtype), random(5, 37, 577, dtype=dtype), user)
         for choice in ({"stop": stop}, own):
             tokenwise_select(logits, random(3, 17001, dtype=dtype), weight, finished, 64, **choice)

@@ -13,6 +13,7 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ from pyargs.decode.pair import Pair
 from pyargs.decode.request import Request
 from pyargs.lm import lora, structure
 from pyargs.models.reward_model import RewardModel
+from pyargs.models.token_reward import TokenReward
 
 WEIGHTS = ("own", "shared", "shared lora")
 WAYS = {
@@ -196,6 +198,28 @@ def steps_of(weights="own", way="greedy", head="linear", *, layers=2, family="qw
     return steps
 
 
+TOKENWISE = {"k = 5": dict(num_candidates=5), "all": dict(num_candidates=None), "both": dict(num_candidates=5)}
+"""Candidates of rows that a TokenReward guides; of both kinds in one batch."""
+
+
+def tokenwise(way="greedy", candidates="k = 5", *, layers=2) -> cuda_graph.Captured:
+    """As `steps_of`, guided by a TokenReward."""
+    pair = Pair(fake_lm("qwen2", layers), TokenReward(fake_lm("qwen2", layers), None), None, vocabulary=60, best_of=0)
+    steps = backends.steps(backends.Backend("cuda-graph", ""), pair, 4, "before")
+    wish = dict(reward_weight=1.0, max_new_tokens=4, stop=(1, 2)) | TOKENWISE[candidates] | WAYS[way]
+    requests = [Request(tuple(ids), "", **wish) for ids in prompts([4, 6, 3])]
+    if candidates == "both":
+        requests[1] = replace(requests[1], num_candidates=None)
+    steps.join(requests, 30)
+    return steps
+
+
+def beside_tokenwise(way="greedy", candidates="k = 5") -> int:
+    """Operators of a step that are in no layer, guided by a TokenReward."""
+    two, three = (operators(tokenwise(way, candidates, layers=layers)) for layers in (2, 3))
+    return two - 2 * (three - two)
+
+
 def operators(steps) -> int:
     """Of a step, recorded as on a GPU."""
     return steps._record(4).replay().count.total()
@@ -229,6 +253,9 @@ def main() -> None:
             )
         print(f"\n| {' | '.join(HEADS)} |\n{'|---' * len(HEADS)}|")
         print(*(f"| {beside_layers('shared', head=head)}" for head in HEADS), "|")
+        print(f"\n| candidates of a TokenReward | {' | '.join(WAYS)} |\n{'|---' * (len(WAYS) + 1)}|")
+        for candidates in TOKENWISE:
+            print("|", candidates, *(f"| {beside_tokenwise(way, candidates)}" for way in WAYS), "|")
 
 
 if __name__ == "__main__":

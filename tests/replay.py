@@ -52,14 +52,13 @@ def capture(step, device: torch.device):
 
 
 def freed(step, device: torch.device, found: list):
-    """In the same place: notes the memory that the step reads. What of it is gone later, a graph would read all the same."""
+    """Notes the memory that the step reads. What of it is gone later, a graph would read all the same."""
     step()
     recorder = Recorder()
     with recorder:
         step()
     recorder.calls.clear()
     found.append(recorder)
-    return lambda: None
 
 
 def dead(recorder: Recorder) -> list[tuple]:

@@ -14,12 +14,15 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pyargs.decode.request import Request, as_float
-from pyargs.decode.rows import Choice, Rows, chosen, considered, counts, note, of_requests, uniform
+from pyargs.decode.rows import Rows, considered, of_requests, state_of
 from pyargs.heads import Folded
 from pyargs.lm.structure import as_written
-from pyargs.ops import score_select, topk_logprobs
+from pyargs.ops import score_select, score_step, topk_logprobs
+from pyargs.ops.row_state import counts
+from pyargs.ops.topk_logprobs import MAX_K
 from pyargs.types import Users
 
 
@@ -103,6 +106,10 @@ class Two:
         return *self.policy.caches, *self.scorer.caches
 
 
+CANDIDATES = "logprobs", "candidates"
+"""Buffers of the policy's candidates."""
+
+
 class Guided:
     """The rows that a RewardModel guides.
 
@@ -115,19 +122,26 @@ class Guided:
         self.passes, self.head, self.users = passes, model.head, model.users
         self.device, self.prefix_mean = model.device, model.step_reward == "prefix_mean"
         self.vocabulary, self.before = vocabulary, eos_reward == "before"
-        self.rows = Rows(room)
+        self.rows, self.k = Rows(room), 1
 
     def join(self, requests: Sequence[Request], capacity: int) -> None:
+        before = self._kept()
         self.rows.requests += requests
         self.passes.top = self.rows.most
         folded = folded_of(self.head, self.users, [one.user for one in requests], self.device)
         logits, states = self.passes.join([one.prompt for one in requests], capacity)
         so_far = rewards_of(folded, states.unsqueeze(1).to(self.device)).squeeze(1)
+        room = torch.zeros(len(requests), MAX_K, dtype=torch.float32, device=self.device)
         self.rows.join(
-            logits=as_float(logits), so_far=so_far, total=torch.zeros_like(so_far), **by_row(folded, len(requests)),
-            **of_requests(requests, self.device),
+            logprobs=room, candidates=room.long(), so_far=so_far, total=torch.zeros_like(so_far),
+            **by_row(folded, len(requests)), **of_requests(requests, self.device),
         )  # fmt: skip
         self.folded = folded
+        new = self._proposed(logits)
+        if before:  # the others may have fewer; what stands behind a row's own is not looked at
+            both = zip(before, new, strict=True)
+            new = [torch.cat([F.pad(old, (0, one.shape[1] - old.shape[1])), one]) for old, one in both]
+        self._keep(new)
 
     def read(self, prompt: Sequence[int], end: int, capacity: int) -> int:
         """Reads a prompt up to `end`; returns how many of its tokens are read. `join` has it first and reads the rest."""
@@ -137,55 +151,73 @@ class Guided:
         """The prompt of which a part was read does not come."""
         self.passes.unread()
 
-    def choose(self) -> Choice:
-        """Chooses the next token of each row that is here."""
+    def choose(self) -> None:
+        """Chooses the next token of each row that is here, and leaves it in the rows."""
         rows, k = self.rows, self.rows.most
-        logits = rows["logits"][:, : self.vocabulary]
-        logprobs, candidates, _ = topk_logprobs(logits, k)
-        if self.passes.screened:  # all but the candidates' logits are estimates, and so is their sum: leave it out
-            logprobs = logits.float().gather(1, candidates)
-            logprobs = logprobs - logprobs[:, :1]
-        logprobs, candidates = logprobs.to(self.device), candidates.to(self.device)
-        count = counts(rows, logprobs) if rows.filtered else None
-        wanted = None if count is None else considered(rows, count, k)
+        logprobs, candidates = self._kept()
+        count = wanted = None
+        if rows.filtered and self.passes.screened:  # these passes leave out what is not wanted
+            count = counts(logprobs, rows["own_k"], rows["top_p"], rows["min_p"])
+            wanted = considered(rows, count, k)
         hidden = as_float(self.passes.branch(candidates, wanted))
         folded = of_rows(self.folded, rows)
-        step = rows["step"] + 1 if self.prefix_mean else None
-        token, slot, reward, finished = score_select(
+        sums = ["so_far"] * self.before + ["total"] * self.prefix_mean
+        score_step(
             folded.features(hidden, folded.own),
             folded.weight,
             rows.place[: rows.width],
-            # The mean over the response so far differs between candidates only in their own share of it.
-            rows["reward_weight"] / step if self.prefix_mean else rows["reward_weight"],
             logprobs,
             candidates,
-            rows["finished"],
+            state_of(rows, *sums, count=count),
             bias=folded.bias,
             activation=folded.activation,
-            count=count,
-            stop=rows["stop"],
-            stop_reward=rows["so_far"] if self.before else None,
-            temperature=rows["temperature"] if rows.sampled else None,
-            uniform=uniform(rows) if rows.sampled else None,
         )
-        choice = note(rows, token, slot, *chosen(rows, slot, reward, count), finished)
-        if self.prefix_mean and self.before:
-            rows["total"].add_(choice.reward)
-            rows["so_far"] = rows["total"] / step
-        elif self.before:
-            rows["so_far"] = choice.reward
-        return choice
 
-    def follow(self, choice: Choice, stay: bool = False) -> None:
-        """Appends the chosen tokens to the rows. stay: not to those that have finished."""
-        slot = choice.slot.masked_fill(choice.finished, -1) if stay else choice.slot
-        self.rows["logits"] = as_float(self.passes.follow(choice.token, slot, stay))
+    def follow(self, stay: bool = False) -> None:
+        """Appends the chosen tokens to the rows, and finds the candidates of the next step. stay: not to those that have
+        finished."""
+        self._keep(self._proposed(self.passes.follow(self.rows["token"], self.rows["slot"], stay)))
 
     def keep(self, order: Sequence[int]) -> None:
         """The rows at these positions stay, in this order."""
+        kept = [one[list(order)] for one in self._kept()]
         self.rows.keep(order)
         self.passes.keep(order)
         self.passes.top = self.rows.most
+        if kept:
+            self._keep([one[:, : self.rows.most] for one in kept])
+
+    def _proposed(self, logits: Tensor) -> list[Tensor]:
+        """The policy's candidates of rows with these logits [n, V]: log-probs, sorted, up to a constant of each row, and ids
+        [n, k]."""
+        logits = as_float(logits)[:, : self.vocabulary]
+        logprobs, candidates, _ = topk_logprobs(logits, self.rows.most)
+        if self.passes.screened:  # all but the candidates' logits are estimates, and so is their sum: leave it out
+            logprobs = logits.float().gather(1, candidates)
+            logprobs = logprobs - logprobs[:, :1]
+        return [logprobs.to(self.device), candidates.to(self.device)]
+
+    def _kept(self) -> list[Tensor]:
+        """The candidates of the rows that are here: as `_proposed`. They stand side by side, k of them for each row, in front
+        of a buffer that has room for more, so that its place never changes."""
+        return [] if "logprobs" not in self.rows else [self._front(name, self.rows.width, self.k) for name in CANDIDATES]
+
+    def _keep(self, candidates: Sequence[Tensor]) -> None:
+        for name, one in zip(CANDIDATES, candidates, strict=True):
+            self._front(name, *one.shape).copy_(one)
+            self.k = one.shape[1]
+
+    def _front(self, name: str, rows: int, k: int) -> Tensor:
+        return self.rows.buffers[name].view(-1)[: rows * k].view(rows, k)
+
+    @property
+    def caches(self) -> tuple:
+        return self.passes.caches
+
+    @property
+    def kind(self) -> tuple:
+        """What operators a step has."""
+        return self.rows.most, self.rows.filtered, self.rows.sampled
 
     def current(self) -> bool:
         """Whether the weights are still those that the passes were made for. If they were copied, this reads all of them."""

@@ -251,8 +251,7 @@ class Engine:
         pair, models = self.pair, self.pair.language_models()
         # The other backends read ids, and a soft prompt has none.
         asked = "eager" if pair.soft and self._asked == "auto" else self._asked
-        headed = pair.model if pair.guided and isinstance(pair.model, RewardModel) else None
-        chosen = backends.resolve(asked, *models, reward_model=headed)
+        chosen = backends.resolve(asked, *models, guide=pair.model if pair.guided else None)
         self.backend, self.reason, self._closed = chosen.name, chosen.reason, not chosen.shared
         log.info("backend %s: %s", chosen.name, chosen.reason)
         return backends.steps(chosen, pair, self.max_rows, self.eos_reward)

@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 
 from pyargs.decode.request import Request, as_float
-from pyargs.decode.rows import Choice, Rows, chosen, counts, filtered, note, of_requests, uniform
-from pyargs.ops import tokenwise_select, topk_logprobs
+from pyargs.decode.rows import Rows, filtered, of_requests, state_of
+from pyargs.ops import tokenwise_select, tokenwise_step, topk_logprobs
 from pyargs.ops.choice import choose
+from pyargs.ops.row_state import RowState, choice_arguments, note, reward_at, spread_of
 
 
 class Tokenwise:
     """The rows that a TokenReward guides. policy, reward: passes of the two language models, each a policy's half."""
+
+    head = folded = None  # of a RewardModel
 
     def __init__(self, policy, reward, *, vocabulary: int, room: int, device):
         self.policy, self.reward, self.vocabulary, self.device = policy, reward, vocabulary, device
@@ -40,33 +43,26 @@ class Tokenwise:
         self.policy.unread()
         self.reward.unread()
 
-    def choose(self) -> Choice:
-        """Chooses the next token of each row that is here. A stop token has its own reward, since a TokenReward learns to
-        stop."""
-        rows = self.rows
-        sampling = dict(
-            stop=rows["stop"],
-            temperature=rows["temperature"] if rows.sampled else None,
-            uniform=uniform(rows) if rows.sampled else None,
-        )
-        unlimited = [one.num_candidates is None for one in rows.requests]
-        if any(unlimited):
-            among_all = self._among_all(sampling)
-            if all(unlimited):
-                return note(rows, *among_all)
-        count = counts(rows, topk_logprobs(rows["logits"], rows.most)[0]) if rows.filtered else None
-        token, slot, reward, finished = tokenwise_select(
-            rows["logits"], rows["rewards"], rows["reward_weight"], rows["finished"], rows.most, count=count, **sampling
-        )
-        found = token, slot, *chosen(rows, slot, reward, count), finished
-        if any(unlimited):
-            found = (torch.where(rows["k"] == 0, one, other) for one, other in zip(among_all, found, strict=True))
-        return note(rows, *found)
+    def choose(self) -> None:
+        """Chooses the next token of each row that is here, and leaves it in the rows. A stop token has its own reward, since a
+        TokenReward learns to stop."""
+        rows, most, unlimited = self.rows, self.rows.most, self.rows.unlimited
+        logits, rewards, state = rows["logits"], rows["rewards"], state_of(rows)
+        if unlimited == "none":
+            return tokenwise_step(logits, rewards, most, state)
+        among_all = self._among_all(state)
+        if unlimited == "all":
+            return note(state, *among_all)
+        choice = choice_arguments(state, topk_logprobs(logits, most)[0])
+        token, slot, reward, finished = tokenwise_select(logits, rewards, k=most, **choice)
+        among_k = token, slot, reward_at(slot, reward), spread_of(reward, choice["count"]), finished
+        note(state, *(torch.where(rows["own_k"] == 0, one, other) for one, other in zip(among_all, among_k, strict=True)))
 
-    def follow(self, choice: Choice) -> None:
-        """Appends the chosen tokens to the rows."""
+    def follow(self, stay: bool = False) -> None:
+        """Appends the chosen tokens to the rows. stay: not to those that have finished."""
+        token, going = self.rows["token"], ~self.rows["finished"] if stay else None
         for name, half in (("logits", self.policy), ("rewards", self.reward)):
-            self.rows[name] = as_float(half.advance(choice.token))[:, : self.vocabulary].to(self.device)
+            self.rows[name] = as_float(half.advance(token, going))[:, : self.vocabulary].to(self.device)
 
     def keep(self, order: Sequence[int]) -> None:
         """The rows at these positions stay, in this order."""
@@ -77,14 +73,25 @@ class Tokenwise:
         """Whether the weights are still those that the passes were made for. If they were copied, this reads all of them."""
         return self.policy.current() and self.reward.current()
 
-    def _among_all(self, sampling: dict) -> tuple[Tensor, ...]:
+    @property
+    def caches(self) -> tuple:
+        return *self.policy.caches, *self.reward.caches
+
+    @property
+    def kind(self) -> tuple:
+        """What operators a step has."""
+        rows = self.rows
+        return rows.most, rows.filtered, rows.narrowed, rows.sampled, rows.unlimited
+
+    def _among_all(self, state: RowState) -> tuple[Tensor, ...]:
         """The choice among all tokens: the token, its rank under the policy (-1: not a number), its reward, no spread, and
         which rows are finished."""
         rows = self.rows
         logprobs, rewards = (rows[name].float().log_softmax(1) for name in ("logits", "rewards"))
         allowed = filtered(rows, logprobs) if rows.narrowed else logprobs
         ids = torch.arange(logprobs.shape[1], device=logprobs.device).expand_as(logprobs)
-        token, slot, rewards, after = choose(allowed, rewards, rows["reward_weight"], ids, rows["finished"], **sampling)
+        choice = choice_arguments(state._replace(own_k=None), logprobs)
+        token, slot, rewards, after = choose(allowed, rewards, ids=ids, **choice)
         place = slot.clamp(min=0).unsqueeze(1)  # the candidates stand in order of their ids
         rank = (logprobs > logprobs.gather(1, place)).sum(1).masked_fill(rows["finished"], 0).masked_fill(slot < 0, -1)
         reward = rewards.gather(1, place).squeeze(1)

@@ -10,10 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyargs.decode.request import Request, noise
+from pyargs.ops.row_state import CHOSEN, RowState, likely
 from pyargs.ops.topk_logprobs import MAX_K
 
-FILL = {"stop": -1, "finished": True}
+FILL = {"stop": -1, "slot": -1, "finished": True}
 """What stands where a row's own numbers end, and beyond the rows that are here, if it is not 0."""
+OWN = "reward_weight", "finished", "step", "limit", "token", "slot", "chosen", "stop"
+"""Fields of a RowState that rows of every kind have."""
 WIDTH = 64
 """The noise is as wide as a multiple of it, so that its buffer seldom grows."""
 
@@ -44,6 +47,12 @@ class Rows:
     def most(self) -> int:
         """The most candidates of a row; 1 where all rows choose among the whole vocabulary."""
         return max((one.num_candidates for one in self.requests if one.num_candidates is not None), default=1)
+
+    @property
+    def unlimited(self) -> str:
+        """Which rows choose among the whole vocabulary: "none", "some" or "all"."""
+        several = {one.num_candidates is None for one in self.requests}
+        return "some" if len(several) > 1 else "all" if True in several else "none"
 
     @property
     def filtered(self) -> bool:
@@ -99,7 +108,7 @@ def of_requests(requests: Sequence[Request], device) -> dict[str, Tensor]:
     sampled = any(one.temperature for one in requests)
     return {
         "reward_weight": put([one.reward_weight for one in requests], torch.float32),
-        "k": put([one.num_candidates or 0 for one in requests], torch.long),
+        "own_k": put([one.num_candidates or 0 for one in requests], torch.long),
         "top_p": put([one.top_p for one in requests], torch.float32).double(),
         "min_p": put([one.min_p for one in requests], torch.float32).double(),
         "temperature": put([one.temperature for one in requests], torch.float32),
@@ -110,26 +119,21 @@ def of_requests(requests: Sequence[Request], device) -> dict[str, Tensor]:
         else put([[0.0]] * len(requests), torch.float32),
         "step": put([0] * len(requests), torch.long),
         "finished": put([False] * len(requests), torch.bool),
+        "token": put([0] * len(requests), torch.long),
+        "slot": put([-1] * len(requests), torch.long),
+        "chosen": put([[0.0] * CHOSEN] * len(requests), torch.float64),
     }
 
 
-def uniform(rows: Rows) -> Tensor:
-    """The noise [n] of each row's own step."""
-    place = rows["step"].clamp(max=rows.buffers["noise"].shape[1] - 1)
-    return rows["noise"].gather(1, place.unsqueeze(1)).squeeze(1)
-
-
-def counts(rows: Rows, logprobs: Tensor) -> Tensor:
-    """How many candidates each row has, int64 [n]: of its first k the likeliest that hold top_p of their probability, and of
-    these the ones at least min_p times as likely as the first.
-
-    logprobs [n, K], sorted, up to a constant of each row. top_p applies after top-k, as in transformers and vLLM.
-    """
-    own = considered(rows, rows["k"], logprobs.shape[1])
-    chance = (logprobs - logprobs[:, :1]).double().exp().masked_fill(~own, 0.0)
-    kept = own & _likely(rows, chance)
-    kept[:, 0].fill_(True)
-    return kept.int().cummin(1).values.sum(1)
+def state_of(rows: Rows, *more: str, count: Tensor | None = None) -> RowState:
+    """What a step reads and writes of the rows that are here; more: fields that not every decoder has. count int64 [n]: how
+    many candidates each row considers, where that is known."""
+    names = [*OWN, *more]
+    if rows.sampled:
+        names += ["temperature", "noise"]
+    if rows.filtered and count is None:
+        names += ["own_k", "top_p", "min_p"]
+    return RowState(**{name: rows[name] for name in names}, count=count)
 
 
 def considered(rows: Rows, count: Tensor, k: int) -> Tensor:
@@ -137,18 +141,10 @@ def considered(rows: Rows, count: Tensor, k: int) -> Tensor:
     return rows.place[:k] < count.unsqueeze(1)
 
 
-def _likely(rows: Rows, chance: Tensor) -> Tensor:
-    """Which of tokens with these chances float64 [n, K], sorted, pass the rows' top_p and min_p. A row without them keeps all,
-    however unlikely."""
-    top_p, min_p = (rows[name].unsqueeze(1) for name in ("top_p", "min_p"))
-    total = chance.cumsum(1)  # one after the other: a row's own do not depend on how many candidates others have
-    return ((total - chance < top_p * total[:, -1:]) | (top_p >= 1)) & (chance >= min_p * chance[:, :1])
-
-
 def filtered(rows: Rows, logprobs: Tensor) -> Tensor:
     """Log-probs [n, V] of all tokens, -inf where the row's top_p and min_p leave one out."""
     order = logprobs.sort(dim=1, descending=True, stable=True)
-    kept = _likely(rows, order.values.double().exp())
+    kept = likely(order.values.double().exp(), rows["top_p"], rows["min_p"])
     kept[:, 0].fill_(True)
     return logprobs.masked_fill(~kept.scatter(1, order.indices, kept), -torch.inf)
 
@@ -163,24 +159,8 @@ class Choice(NamedTuple):
     spread: Tensor
     finished: Tensor
 
-    def take(self, order: Sequence[int]) -> Choice:
-        return Choice(*(part[list(order)] for part in self))
-
-
-def chosen(rows: Rows, slot: Tensor, reward: Tensor, count: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The rewards [n] at the slots [n], and the standard deviation of each row's first `count` rewards; reward [n, k]."""
-    several = reward.shape[1] if count is None else count.unsqueeze(1)
-    # Sums one after the other: torch's own depend on how wide the row is.
-    square = (reward - reward.cumsum(1)[:, -1:] / several).square()
-    if count is not None:
-        square = square.masked_fill(rows.place[: reward.shape[1]] >= count.unsqueeze(1), 0.0)
-    spread = (square.cumsum(1)[:, -1:] / several).sqrt()
-    return reward.gather(1, slot.clamp(min=0).unsqueeze(1)).squeeze(1), spread.squeeze(1)
-
-
-def note(rows: Rows, token: Tensor, slot: Tensor, reward: Tensor, spread: Tensor, finished: Tensor) -> Choice:
-    """Counts the step and ends rows that have reached their limit."""
-    rows["step"].add_(1)
-    finished = finished | (rows["step"] >= rows["limit"])
-    rows["finished"] = finished
-    return Choice(token, slot, reward, spread, finished)
+    @classmethod
+    def read(cls, chosen: Tensor) -> Choice:
+        """Of what a step has left in the rows, float64 [n, 5], on the host."""
+        token, slot, reward, spread, finished = chosen.T
+        return cls(token.long(), slot.long(), reward.float(), spread.float(), finished.bool())

@@ -12,7 +12,7 @@ class Steps:
     """The steps of `rows` (a Guided, Tokenwise or Alone). `backends.cuda_graph.Captured` has the same functions."""
 
     def __init__(self, rows):
-        self.rows, self.last = rows, None
+        self.rows, self.chosen = rows, False  # whether a choice is there that no row has followed
 
     def join(self, requests: Sequence[Request], capacity: int) -> None:
         """Adds rows behind those that are here. capacity: places that the longest row needs, its answer and the most
@@ -34,8 +34,9 @@ class Steps:
         """Computes the next token of each row that is here. Returns, in order, the choices that are known by now, of this
         step or of earlier ones. What they say of a row after its end is padding."""
         self._follow()
-        self.last = self.rows.choose()
-        return [self.last]
+        self.rows.choose()
+        self.chosen = True
+        return [Choice.read(self.rows.rows["chosen"].cpu())]
 
     def flush(self) -> list[Choice]:
         """Waits for the choices that have not been read."""
@@ -44,7 +45,7 @@ class Steps:
     def keep(self, order: Sequence[int]) -> None:
         """The rows at these positions stay, in this order. Call `flush` first."""
         self.rows.keep(order)
-        self.last = None if self.last is None or not order else self.last.take(order)
+        self.chosen = self.chosen and len(order) > 0
 
     def current(self) -> bool:
         """Whether the models are those that the steps were made for. May read all weights."""
@@ -56,6 +57,6 @@ class Steps:
         return False
 
     def _follow(self) -> None:
-        last, self.last = self.last, None
-        if last is not None:
-            self.rows.follow(last)
+        chosen, self.chosen = self.chosen, False
+        if chosen:
+            self.rows.follow()

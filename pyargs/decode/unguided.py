@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from pyargs.decode.request import Request, as_float
-from pyargs.decode.rows import Choice, Rows, filtered, note, of_requests, uniform
+from pyargs.decode.rows import Rows, filtered, of_requests, state_of
 from pyargs.ops.choice import choose
+from pyargs.ops.row_state import note, uniform
 
 
 class Alone:
@@ -37,8 +38,8 @@ class Alone:
         """The prompt of which a part was read does not come."""
         self.policy.unread()
 
-    def choose(self) -> Choice:
-        """Chooses the next token of each row that is here. Rewards and slots are 0."""
+    def choose(self) -> None:
+        """Chooses the next token of each row that is here, and leaves it in the rows. Rewards and slots are 0."""
         rows, logits = self.rows, self.rows["logits"].float()
         zero = torch.zeros(len(logits), 1, dtype=torch.float32, device=self.device)
         score, greedy = logits.max(1)
@@ -48,7 +49,7 @@ class Alone:
             ids = torch.arange(logits.shape[1], device=self.device).expand_as(logits)
             token, slot, _, _ = choose(
                 logprobs, zero.expand_as(logits), zero[:, 0], ids, rows["finished"], stop=rows["stop"],
-                temperature=rows["temperature"], uniform=uniform(rows),
+                temperature=rows["temperature"], uniform=uniform(rows["noise"], rows["step"]),
             )  # fmt: skip
             # A greedy row takes the largest logit beside sampled rows, too: log_softmax may round two logits to one.
             token = torch.where((rows["temperature"] == 0) & (slot >= 0), greedy, token)
@@ -56,11 +57,11 @@ class Alone:
         else:
             token, slot = greedy, torch.where(score.isnan(), -1, 0)
         finished = rows["finished"] | (slot < 0) | (token.unsqueeze(1) == rows["stop"]).any(1)
-        return note(rows, token, slot, zero[:, 0], zero[:, 0], finished)
+        note(state_of(rows), token, slot, zero[:, 0], zero[:, 0], finished)
 
-    def follow(self, choice: Choice) -> None:
+    def follow(self) -> None:
         """Appends the chosen tokens to the rows."""
-        self.rows["logits"] = as_float(self.policy.advance(choice.token))[:, : self.vocabulary]
+        self.rows["logits"] = as_float(self.policy.advance(self.rows["token"]))[:, : self.vocabulary]
 
     def keep(self, order: Sequence[int]) -> None:
         """The rows at these positions stay, in this order."""

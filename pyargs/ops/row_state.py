@@ -89,6 +89,11 @@ def choice_arguments(state: RowState, logprobs: Tensor) -> dict[str, Tensor | No
     }
 
 
+def reward_at(slot: Tensor, reward: Tensor) -> Tensor:
+    """The rewards [B] at these slots, of rewards [B, k]; the first one where nothing could be chosen."""
+    return reward.gather(1, slot.clamp(min=0).unsqueeze(1)).squeeze(1)
+
+
 def spread_of(reward: Tensor, count: Tensor | None = None) -> Tensor:
     """The standard deviation [B] of each row's first `count` rewards; reward [B, k], 0 behind them."""
     several = reward.shape[1] if count is None else count.clamp(min=1).unsqueeze(1)
@@ -96,7 +101,8 @@ def spread_of(reward: Tensor, count: Tensor | None = None) -> Tensor:
     square = (reward - _sum(reward) / several).square()
     if count is not None:
         square = square.masked_fill(torch.arange(reward.shape[1], device=reward.device) >= count.unsqueeze(1), 0.0)
-    return (_sum(square) / several).sqrt().squeeze(1)
+    # By a float64 root, since torch's of float32 is off by a last bit on some processors.
+    return (_sum(square) / several).double().sqrt().float().squeeze(1)
 
 
 def _sum(values: Tensor) -> Tensor:
@@ -129,8 +135,7 @@ def note_choice(state: RowState, token: Tensor, slot: Tensor, reward: Tensor, sp
 def note_choice_of(state: RowState, choice: tuple[Tensor, ...], count: Tensor | None) -> None:
     """`note` of what an op that chooses returned: token, slot, reward [B, k] and finished."""
     token, slot, reward, finished = choice
-    own = reward.gather(1, slot.clamp(min=0).unsqueeze(1)).squeeze(1)
-    note(state, token, slot, own, spread_of(reward, count), finished)
+    note(state, token, slot, reward_at(slot, reward), spread_of(reward, count), finished)
 
 
 def check_state(state: RowState, batch: int, k: int) -> None:

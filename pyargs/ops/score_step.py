@@ -116,9 +116,10 @@ def _default(
     )  # fmt: skip
 
 
-def _fake(features, weight, user, logprobs, ids, *rest) -> None:
-    state, (bias, activation, *_) = RowState(*rest[: len(RowState._fields)]), rest[len(RowState._fields) :]
-    check_inputs(features, weight, user, logprobs, ids, state, bias, name_of(activation))
+def _fake(features, weight, user, logprobs, ids, *rest) -> None:  # without those at the end that are the defaults
+    given = dict(zip((*RowState._fields, "bias", "activation"), rest, strict=False))
+    bias, activation = given.pop("bias", None), given.pop("activation", 0)
+    check_inputs(features, weight, user, logprobs, ids, RowState(**given), bias, name_of(activation))
 
 
 _op, _direct = define("score_step", _default, _fake, mutates=WRITTEN)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from pyargs.decode.request import Request
-from pyargs.decode.rows import Rows, counts, filtered, of_requests
+from pyargs.decode.rows import Rows, filtered, of_requests
+from pyargs.ops.row_state import counts
 
 
 def rows_of(*requests: Request) -> Rows:
@@ -15,11 +16,15 @@ def rows_of(*requests: Request) -> Rows:
     return rows
 
 
+def counted(rows: Rows, logprobs: torch.Tensor) -> torch.Tensor:
+    return counts(logprobs, rows["own_k"], rows["top_p"], rows["min_p"])
+
+
 def test_a_row_without_a_filter_keeps_all_its_candidates_beside_one_that_has_one():
     """However unlikely the last ones are: a reward may still choose them."""
     logprobs = torch.tensor([[0.0, -40.0, -60.0, -800.0]] * 2)
     free, narrow = Request((1,), num_candidates=4), Request((1,), num_candidates=4, top_p=0.9)
-    assert counts(rows_of(free, narrow), logprobs).tolist() == [4, 1]
+    assert counted(rows_of(free, narrow), logprobs).tolist() == [4, 1]
     kept = filtered(rows_of(free, narrow), logprobs)
     assert kept[0].tolist() == logprobs[0].tolist()
     assert kept[1].tolist() == [0.0, -torch.inf, -torch.inf, -torch.inf]
@@ -34,7 +39,7 @@ def test_filters_count_within_a_rows_own_candidates():
         Request((1,), num_candidates=4, min_p=0.25),
     ]
     rows = rows_of(*asked)
-    assert counts(rows, logprobs).tolist() == [3, 2, 2, 3]
+    assert counted(rows, logprobs).tolist() == [3, 2, 2, 3]
     assert (rows.most, rows.filtered, rows.narrowed, rows.sampled) == (4, True, True, False)
     rows.keep([0])
     assert (rows.most, rows.filtered, rows.narrowed) == (3, False, False)

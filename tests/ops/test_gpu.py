@@ -6,25 +6,37 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ops import test_commit, test_score_select, test_tokenwise_select, test_topk_logprobs, test_user_mlp
+from ops import (
+    test_commit,
+    test_score_select,
+    test_score_step,
+    test_tokenwise_select,
+    test_tokenwise_step,
+    test_topk_logprobs,
+    test_user_mlp,
+)
 from torch import Tensor
 
-from pyargs.ops import commit, score_select, tokenwise_select, topk_logprobs, user_mlp
+from pyargs.ops import RowState, commit, score_select, score_step, tokenwise_select, tokenwise_step, topk_logprobs, user_mlp
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 OPS = {
     topk_logprobs: test_topk_logprobs.drawn,
     score_select: test_score_select.drawn,
+    score_step: test_score_step.drawn,
     tokenwise_select: test_tokenwise_select.drawn,
+    tokenwise_step: test_tokenwise_step.drawn,
     user_mlp: test_user_mlp.drawn,
     commit: test_commit.drawn,
 }
 
 
 def there(value):
-    """A tensor, or a list of them, on the GPU: the same strides and the same place within the same memory."""
+    """A tensor, a list of them, or a state, on the GPU: the same strides and the same place within the same memory."""
     if isinstance(value, list):
         return [there(one) for one in value]
+    if isinstance(value, RowState):
+        return RowState(*map(there, value))
     if not isinstance(value, Tensor):
         return value
     empty = torch.empty(0, dtype=value.dtype, device="cuda")
@@ -36,7 +48,11 @@ def moved(op):
 
     def call(*args, **kwargs):
         args, moved_args = list(args), [there(value) for value in args]
-        result = op(*moved_args, **{name: there(value) for name, value in kwargs.items()})
+        named = {name: there(value) for name, value in kwargs.items()}
+        result = op(*moved_args, **named)
+        for one, other in zip(kwargs.get("state", ()), named.get("state", ()), strict=True):
+            if one is not None:
+                one.copy_(other)
         for value, other in zip(args, moved_args, strict=True):
             if isinstance(value, list):
                 for one, two in zip(value, other, strict=True):

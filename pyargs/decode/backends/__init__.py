@@ -27,10 +27,10 @@ class Backend(NamedTuple):
     shared: bool = True
 
 
-def resolve(asked: str, *models, reward_model=None) -> Backend:
+def resolve(asked: str, *models, guide=None) -> Backend:
     """The backend for language models (of policy and reward model). PYARGS_BACKEND overrides `asked`.
 
-    reward_model: the RewardModel that guides, where one does.
+    guide: the RewardModel or TokenReward that guides, where one does.
 
     Raises PyargsError for an unknown name, and for one that cannot compute these models, with the reason.
     """
@@ -50,7 +50,7 @@ def resolve(asked: str, *models, reward_model=None) -> Backend:
     else:
         why = "PYARGS_BACKEND asks for it" if asked_backend() else "it was asked for"
     if asked in ("auto", "cuda-graph"):
-        refused = cuda_graph.refusal(reward_model, *models)
+        refused = cuda_graph.refusal(guide, *models)
         if refused is None:
             return Backend("cuda-graph", "policy and reward model are on one GPU: a step is captured and replayed")
         if asked == "cuda-graph":
@@ -100,6 +100,8 @@ def steps(backend: Backend, pair, room: int, eos_reward: str):
         return Steps(Alone(passes, device=pair.policy.device, soft=getattr(pair.model, "soft", None), **sizes))
     if isinstance(pair.model, TokenReward):
         halves = (policy(backend, lm, room, pair.vocabulary) for lm in models)
-        return Steps(Tokenwise(*halves, device=pair.model.device, **sizes))
-    rows = Guided(passes_of(backend, *models, room, pair.vocabulary, 10), pair.model, eos_reward=eos_reward, **sizes)
+        rows = Tokenwise(*halves, device=pair.model.device, **sizes)
+    else:
+        passes = passes_of(backend, *models, room, pair.vocabulary, 10)
+        rows = Guided(passes, pair.model, eos_reward=eos_reward, **sizes)
     return cuda_graph.Captured(rows, *models) if backend.name == "cuda-graph" else Steps(rows)

@@ -1,4 +1,4 @@
-"""ARGS on a GPU: a whole step as one CUDA graph, replayed without a word from the host.
+"""A guided step on a GPU as one CUDA graph, replayed without a word from the host.
 
 A graph has fixed shapes and addresses. So it is captured for a number of rows (1, 2, 4, ... up to the room), of which those
 beyond the rows that are here have finished. It looks at all places of the caches. What a row brings lies in buffers that stay
@@ -17,14 +17,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyargs.decode.args import Guided
+from pyargs.decode.args import CANDIDATES, Guided
 from pyargs.decode.backends.capture import capture
+from pyargs.decode.genarm import Tokenwise
 from pyargs.decode.request import Request
 from pyargs.decode.rows import Choice
 from pyargs.errors import PyargsError
+from pyargs.heads import Folded
 from pyargs.lm.cache import can_branch
 from pyargs.lm.fused_modules import few_launches
 from pyargs.lm.structure import as_written, contents, structure
+from pyargs.models.reward_model import RewardModel
+from pyargs.ops import row_state
 
 CHUNK = 4
 """Steps until a choice is read: by then it has arrived, and the host has launched the next ones."""
@@ -32,7 +36,7 @@ PLACES = 256
 """The caches' capacity is a multiple of it, so that they seldom grow: a graph knows where they lie."""
 KEPT = 6
 """Recordings of an engine; the one that was not used for longest makes room."""
-WRITTEN = ("logits", "so_far", "total", "step", "finished")
+WRITTEN = "logits", "rewards", *CANDIDATES, *row_state.WRITTEN
 """The buffers that a step writes."""
 
 _capturing = threading.Lock()
@@ -43,22 +47,21 @@ class Refused(PyargsError):
 
 
 class Recording(NamedTuple):
-    """replay: computes the step. chosen float64 [5, bucket]: where it writes its Choice. features: of the head when it was
-    captured; here so that their memory stays."""
+    """replay: computes the step. folded: the head when it was captured, if there is one; here so that its memory stays."""
 
     replay: Callable[[], object]
-    chosen: Tensor
-    features: Callable
+    folded: Folded | None
 
 
-def refusal(reward_model, *models) -> str | None:
-    """Why steps of these language models are not captured; None where it is tried. reward_model: what guides them, if any."""
-    devices = {part.device for part in (*models, reward_model) if part is not None}
+def refusal(guide, *models) -> str | None:
+    """Why steps of these language models are not captured; None where it is tried. guide: the RewardModel or TokenReward that
+    guides them, if any."""
+    devices = {part.device for part in (*models, guide) if part is not None}
     if len(devices) > 1 or devices.pop().type != "cuda":
         return "policy and reward model are not on one GPU"
-    if reward_model is None:
-        return "only a step that a RewardModel guides is captured so far"
-    if not as_written(*models, reward_model.head):
+    if guide is None:
+        return "only a step that a reward guides is captured so far"
+    if not as_written(*models, *([guide.head] if isinstance(guide, RewardModel) else [])):
         return "hooks or replaced modules"
     if not all(map(can_branch, models)):
         return "candidates cannot share a prefix"
@@ -69,7 +72,7 @@ class Captured:
     """The steps of `rows`, which have eager passes, as replays of captured ones, with the functions of `decode.steps.Steps`.
     Choices are read CHUNK steps later. models: the language models of policy and reward model."""
 
-    def __init__(self, rows: Guided, *models):
+    def __init__(self, rows: Guided | Tokenwise, *models):
         self.rows, self.models = rows, models
         self.recordings: dict[tuple, Recording] = {}
         self._now: Recording | None = None  # the one for the rows that are here
@@ -94,7 +97,7 @@ class Captured:
         if self._now is None:
             self._now = self._recording()
         self._now.replay()
-        self._flying.append(_on_its_way(self._now.chosen))
+        self._flying.append(_on_its_way(self.rows.rows["chosen"]))
         self._taken = [steps + 1 for steps in self._taken]
         ended = any(steps >= one.max_new_tokens for steps, one in zip(self._taken, self.rows.rows.requests, strict=True))
         return self._read(0 if ended else CHUNK)
@@ -130,10 +133,9 @@ class Captured:
         """The choices that are on their way, but for the last `left`; waits for them."""
         found, count = [], len(self._taken)
         while len(self._flying) > left:
-            token, slot, reward, spread, finished = self._flying.popleft()()[:, :count]
-            choice = Choice(token.long(), slot.long(), reward.float(), spread.float(), finished.bool())
+            choice = Choice.read(self._flying.popleft()())
             found.append(choice)
-            for cache in self.rows.passes.caches:  # what was followed on the device
+            for cache in self.rows.caches:  # what was followed on the device
                 times = len(cache.lengths) // count
                 going = (~choice.finished).repeat_interleave(times).tolist()
                 cache.lengths = [length + more for length, more in zip(cache.lengths, going, strict=True)]
@@ -146,7 +148,7 @@ class Captured:
             self.recordings.clear()
             self._memory = memory
         bucket = min(1 << (len(self._taken) - 1).bit_length(), rows.rows.room)
-        key = bucket, rows.rows.most, rows.rows.filtered, rows.rows.sampled
+        key = bucket, *rows.kind
         found = self.recordings.get(key) or self._record(bucket)
         self.recordings.pop(key, None)
         self.recordings[key] = found  # the one used last stands last
@@ -156,7 +158,7 @@ class Captured:
 
     def _places(self) -> list:
         """Where a step reads what is no weight. Users are in the buffers: their table may move."""
-        caches = self.rows.passes.caches
+        caches = self.rows.caches
         states = [states for cache in caches for layer in cache.layers for states in (layer.keys, layer.values)]
         memory = [*self.rows.rows.buffers.values(), *states, *(cache.length for cache in caches)]
         return [(one.data_ptr(), one.shape) for one in memory]
@@ -164,10 +166,12 @@ class Captured:
     def _structures(self) -> tuple:
         """What a recording keeps of the models besides the place of their weights. Of the head also their numbers: folding may
         make others of them."""
-        head = self.rows.head
+        models, head = [structure(model) for model in self.models], self.rows.head
+        if head is None:
+            return models, {}, []
         shape = {name: described for name, described in structure(head).items() if not name.startswith(".users")}
         weights = [one for name, one in head.state_dict(keep_vars=True).items() if not name.startswith("users.")]
-        return [structure(model) for model in self.models], shape, contents(weights)
+        return models, shape, contents(weights)
 
     def _record(self, bucket: int) -> Recording:
         """Captures the step for so many rows. All have finished meanwhile, so that those in the middle of an answer stay as
@@ -182,30 +186,27 @@ class Captured:
             return self._try_to_record(bucket)
 
     def _try_to_record(self, bucket: int) -> Recording:
-        guided, rows, caches = self.rows, self.rows.rows, self.rows.passes.caches
-        chosen = torch.zeros(len(Choice._fields), bucket, dtype=torch.float64, device=guided.device)
-        policy, backbone = self.models
+        decoder, rows, caches = self.rows, self.rows.rows, self.rows.caches
+        policy, reward = self.models
 
         def step() -> None:
-            choice = guided.choose()
-            guided.follow(choice, stay=True)
-            for kept, part in zip(chosen, choice, strict=True):
-                kept.copy_(part)
+            decoder.choose()
+            decoder.follow(stay=True)
 
-        before = {name: rows.buffers[name].clone() for name in WRITTEN}
+        before = {name: rows.buffers[name].clone() for name in WRITTEN if name in rows}
         try:
             rows.width = bucket
             rows.buffers["finished"].fill_(True)
             for cache in caches:
                 cache.captured = bucket * (cache.room // rows.room)
-            on_device = torch.cuda.device(guided.device) if guided.device.type == "cuda" else nullcontext()
-            with on_device, _capturing, few_launches(policy.get_decoder(), backbone):
-                return Recording(capture(step, guided.device), chosen, guided.folded.features)
+            on_device = torch.cuda.device(decoder.device) if decoder.device.type == "cuda" else nullcontext()
+            with on_device, _capturing, few_launches(*map(_decoder, self.models)):
+                return Recording(capture(step, decoder.device), decoder.folded)
         except torch.cuda.OutOfMemoryError:
             raise
         except RuntimeError as error:  # what CUDA says of a call that a capture forbids, such as a read by the host
             raise Refused(
-                f"a decoding step of {type(policy).__name__} and {type(backbone).__name__} cannot be captured as a CUDA graph "
+                f"a decoding step of {type(policy).__name__} and {type(reward).__name__} cannot be captured as a CUDA graph "
                 f"({error}): take backend='eager', or 'auto'"
             ) from error
         finally:
@@ -214,6 +215,11 @@ class Captured:
                 cache.captured = 0
             for name, value in before.items():
                 rows.buffers[name].copy_(value)
+
+
+def _decoder(model):
+    """A language model without its output layer, if it has one."""
+    return model if model.get_output_embeddings() is None else model.get_decoder()
 
 
 def _on_its_way(values: Tensor) -> Callable[[], Tensor]:

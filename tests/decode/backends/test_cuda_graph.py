@@ -44,8 +44,8 @@ HEADS = {
 cuda = pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
 
 
-def refusal_on_a_cpu(reward_model, *models) -> str | None:
-    return None if reward_model is not None and as_written(*models) else "hooks, or no RewardModel"
+def refusal_on_a_cpu(guide, *models) -> str | None:
+    return None if guide is not None and as_written(*models) else "hooks, or no reward"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -100,6 +100,22 @@ def test_rows_in_any_company_are_those_of_eager_passes(requests, head, weights, 
             room,
             alone=lambda room: Engine(policy, model, max_rows=room, backend="eager"),
         )
+
+
+@settings(max_examples=15, deadline=None)
+@given(wishes(), st.data(), st.integers(1, 6))
+def test_rows_that_a_token_reward_guides_in_any_company(requests, data, room):
+    """Some of them choose among all tokens."""
+    for _, _, more, *_ in requests:
+        if data.draw(st.booleans(), "among all tokens"):
+            more["num_candidates"] = "all"
+    policy, model = tiny_lm(), TokenReward(tiny_lm(seed=3), None)
+    check_company(
+        lambda room: captured(policy, model, room),
+        requests,
+        room,
+        alone=lambda room: Engine(policy, model, max_rows=room, backend="eager"),
+    )
 
 
 @pytest.mark.parametrize("family", FULL_ATTENTION)
@@ -186,7 +202,7 @@ def test_buffers_and_caches_that_grew_are_recorded_anew(monkeypatch):
     engine, seen = captured(policy, model), []
     for more in (dict(), dict(lengths=[20, 3, 4]), dict(stop=[3, 4, 5, 6]), dict(temperature=1.0, seed=1), dict()):
         assert ask(engine, **more) == plain(policy, model, **more)
-        seen.append(recordings(engine)[-1].chosen)  # kept, so that no other takes its place in memory
+        seen.append(recordings(engine)[-1])  # kept, so that no other takes its place in memory
     assert len({id(one) for one in seen}) == 5
 
 
@@ -238,18 +254,21 @@ def test_a_hook_is_called_after_refresh():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("weights", [*WEIGHTS, "token reward", "token reward, all tokens"])
 def test_a_capture_leaves_running_rows_as_they_are(weights):
-    policy, model = shared_pair(weights, "linear", 1)
+    tokenwise, everything = weights.startswith("token"), weights.endswith("all tokens")
+    policy, model = shared_pair("own" if tokenwise else weights, "linear", 1)
+    model = TokenReward(tiny_lm(seed=3), None) if tokenwise else model
     engine = captured(policy, model)
     for prompt in prompts([4, 6]):
-        engine.submit(prompt, "ann", reward_weight=1.0, max_new_tokens=20, stop=[])
+        k = "all" if everything else 10
+        engine.submit(prompt, "ann", reward_weight=1.0, num_candidates=k, max_new_tokens=20, stop=[])
     for _ in range(3):
         engine.step()
     steps = engine._rows
     choices = steps.flush()
     assert len(choices) == 3
-    guided, caches = steps.rows, steps.rows.passes.caches
+    guided, caches = steps.rows, steps.rows.caches
 
     def state():
         kept = [buffer.clone() for buffer in guided.rows.buffers.values()]
@@ -399,7 +418,12 @@ def test_a_graph_reads_no_memory_that_was_freed(head, weights, monkeypatch):
     policy, model = shared_pair(weights, "linear", 1)
     model.head = HEADS[head]().to(DEVICE)
     engine, found = captured(policy, model), []
-    monkeypatch.setattr(cuda_graph, "capture", lambda step, device: replay.freed(step, device, found))
+
+    def capture(step, device):
+        replay.freed(step, device, found)
+        return lambda: engine._rows.rows.rows["chosen"][:, -1].fill_(1.0)  # it computes nothing, and all rows end
+
+    monkeypatch.setattr(cuda_graph, "capture", capture)
     ask(engine)
     ask(engine, lengths=[5, 1, 2], users=["cid", "bob", "bob"])
     assert len(found) == len(recordings(engine))
@@ -413,7 +437,7 @@ def test_what_is_not_captured_is_said(monkeypatch):
     monkeypatch.undo()
     refusal = REFUSAL
     assert "one GPU" in refusal(None, on_cpu) and "one GPU" in refusal(on_cpu, on_gpu, on_gpu)
-    assert "RewardModel" in refusal(None, on_gpu)
+    assert "a reward guides" in refusal(None, on_gpu)
     monkeypatch.setattr(cuda_graph, "refusal", lambda *models: "of some reason")
     policy = tiny_lm()
     for model in (None, TokenReward(tiny_lm(seed=3), None), reward_model(tiny_lm(seed=3))):

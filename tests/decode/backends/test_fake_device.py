@@ -106,7 +106,7 @@ def steps():
 
 def plant(monkeypatch, fault) -> None:
     choose = cuda_graph.Guided.choose
-    monkeypatch.setattr(cuda_graph.Guided, "choose", lambda self: (fault(self.rows["logits"]), choose(self))[1])
+    monkeypatch.setattr(cuda_graph.Guided, "choose", lambda self: (fault(self._kept()[0]), choose(self))[1])
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -144,7 +144,7 @@ def test_a_planted_operator_is_counted(steps, monkeypatch):
 
 def test_what_is_not_captured_is_refused_by_name():
     lm = fake_device.fake_lm("qwen2", 1)
-    assert "RewardModel" in cuda_graph.refusal(None, lm, lm)  # a TokenReward's steps, and those of nobody's reward
+    assert "a reward guides" in cuda_graph.refusal(None, lm, lm)
     from pyargs.heads import cosine
     from pyargs.types import Users
 
