@@ -122,12 +122,12 @@ PYARGS_HD int choose(const ChoiceRows& rows, int64_t row, int count, const float
   return last;
 }
 
-// Notes a choice in the row's state. A row that ends has no slot that follows.
+// Notes a choice in the row's state, but for `finished`, which other threads of the row may be reading. A row that ends
+// has no slot that follows.
 PYARGS_HD void note_choice(const RowState& state, int64_t row, int64_t token, int slot, float reward, float spread,
                            bool finished) {
   state.token[row] = token;
   state.slot[row] = finished ? -1 : slot;
-  state.finished[row] = finished;
   double* chosen = state.chosen + row * kChosen;
   chosen[0] = static_cast<double>(token);
   chosen[1] = slot;
@@ -159,7 +159,9 @@ PYARGS_HD void note_step(const ChoiceRows& rows, int64_t row, int slot, int64_t 
     so_far = total / static_cast<float>(step);
   }
   if (state.so_far) state.so_far[row] = so_far;
-  note_choice(state, row, token, slot, reward, spread, finished || step >= state.limit[row]);
+  finished = finished || step >= state.limit[row];
+  state.finished[row] = finished;
+  note_choice(state, row, token, slot, reward, spread, finished);
 }
 
 // What becomes of a choice; by one thread of the row, behind everything that reads the row's state. rewards: of its

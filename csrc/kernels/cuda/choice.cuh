@@ -29,7 +29,10 @@ __device__ __forceinline__ int choose_by_warp(const ChoiceRows& a, int64_t row, 
     const uint64_t other = __shfl_xor_sync(0xffffffffu, best, distance);
     best = other > best ? other : best;
   }
-  return choose(a, row, count, logprobs, reward, {static_cast<int>(key_index(best)), float_of(key_bits(best)), broken});
+  const int slot =
+      choose(a, row, count, logprobs, reward, {static_cast<int>(key_index(best)), float_of(key_bits(best)), broken});
+  __syncwarp();  // all have read the row's state, which one of them will write
+  return slot;
 }
 
 }  // namespace pyargs::cuda
