@@ -19,25 +19,28 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from pyargs.lm.rotary_table import tabulate
 from pyargs.lm.structure import GROUPED
 
 
 @contextmanager
-def few_launches(*decoders: nn.Module):
+def few_launches(*decoders: nn.Module, places: int = 0):
     """Within it passes of few tokens behind a long prefix, with a mask [B, 1, n, places], take fewer launches.
 
-    decoders: models without output layer. By one thread at a time: modules of transformers are changed; what other threads
+    decoders: models without output layer; places: of their caches, 0 where that is not known. What it yields, tensors, has to
+    live as long as what was captured. By one thread at a time: modules of transformers are changed; what other threads
     compute meanwhile is right, too.
     """
+    tables: list[Tensor] = []
     with ExitStack() as undo:
         for number, decoder in enumerate({id(one): one for one in decoders}.values()):
             expected = _probe(decoder)
-            for change in (partial(_group_heads, number), _fuse_norms, _fuse_rotary):
+            for change in (partial(_group_heads, number), _fuse_norms, _fuse_rotary, partial(tabulate, places, tables)):
                 with ExitStack() as tried:
                     change(decoder, tried.callback)
                     if _same(decoder, expected):
                         undo.push(tried.pop_all())
-        yield
+        yield tables
 
 
 def _probe(decoder: nn.Module) -> Tensor:
@@ -137,7 +140,8 @@ class _Rotary:
         half = sin.shape[-1] // 2
         given, sine = self.last
         if given is not sin:
-            sine = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1).unsqueeze(unsqueeze_dim)
+            turned = sin if hasattr(sin, "turned") else torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+            sine = turned.unsqueeze(unsqueeze_dim)
             self.last = sin, sine
         both = torch.cat([q, k], dim=1)
         turned = torch.addcmul(both * cos.unsqueeze(unsqueeze_dim), both.roll(half, -1), sine).to(q.dtype)

@@ -23,7 +23,6 @@ from pyargs.decode.genarm import Tokenwise
 from pyargs.decode.request import Request
 from pyargs.decode.rows import Choice
 from pyargs.errors import PyargsError
-from pyargs.heads import Folded
 from pyargs.lm.cache import can_branch
 from pyargs.lm.fused_modules import few_launches
 from pyargs.lm.structure import as_written, contents, structure
@@ -47,10 +46,10 @@ class Refused(PyargsError):
 
 
 class Recording(NamedTuple):
-    """replay: computes the step. folded: the head when it was captured, if there is one; here so that its memory stays."""
+    """replay: computes the step. kept: what it reads and nobody else may keep, the folded head and tables of angles."""
 
     replay: Callable[[], object]
-    folded: Folded | None
+    kept: object
 
 
 def refusal(guide, *models) -> str | None:
@@ -188,6 +187,7 @@ class Captured:
     def _try_to_record(self, bucket: int) -> Recording:
         decoder, rows, caches = self.rows, self.rows.rows, self.rows.caches
         policy, reward = self.models
+        places = max(cache.capacity for cache in caches)
 
         def step() -> None:
             decoder.choose()
@@ -200,8 +200,8 @@ class Captured:
             for cache in caches:
                 cache.captured = bucket * (cache.room // rows.room)
             on_device = torch.cuda.device(decoder.device) if decoder.device.type == "cuda" else nullcontext()
-            with on_device, _capturing, few_launches(*map(_decoder, self.models)):
-                return Recording(capture(step, decoder.device), decoder.folded)
+            with on_device, _capturing, few_launches(*map(_decoder, self.models), places=places) as tables:
+                return Recording(capture(step, decoder.device), (decoder.folded, tables))
         except torch.cuda.OutOfMemoryError:
             raise
         except RuntimeError as error:  # what CUDA says of a call that a capture forbids, such as a read by the host
