@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyargs.decode.request import Request, as_float
-from pyargs.decode.rows import Rows, considered, of_requests, state_of
+from pyargs.decode.rows import Rows, considered, of_requests, room_to_tell, state_of, tell
 from pyargs.heads import Folded
 from pyargs.lm.structure import as_written
 from pyargs.ops import score_select, score_step, topk_logprobs
-from pyargs.ops.row_state import counts
+from pyargs.ops.row_state import RowState, choice_arguments, counts
 from pyargs.ops.topk_logprobs import MAX_K
 from pyargs.types import Users
 
@@ -127,14 +127,15 @@ class Guided:
     def join(self, requests: Sequence[Request], capacity: int) -> None:
         before = self._kept()
         self.rows.requests += requests
-        self.passes.top = self.rows.most
+        self._ask()
         folded = folded_of(self.head, self.users, [one.user for one in requests], self.device)
         logits, states = self.passes.join([one.prompt for one in requests], capacity)
         so_far = rewards_of(folded, states.unsqueeze(1).to(self.device)).squeeze(1)
         room = torch.zeros(len(requests), MAX_K, dtype=torch.float32, device=self.device)
         self.rows.join(
-            logprobs=room, candidates=room.long(), so_far=so_far, total=torch.zeros_like(so_far),
+            logprobs=room, candidates=room.long(), so_far=so_far, total=torch.zeros_like(so_far), above=room[:, 0],
             **by_row(folded, len(requests)), **of_requests(requests, self.device),
+            **room_to_tell(self.rows, len(requests), self.device),
         )  # fmt: skip
         self.folded = folded
         new = self._proposed(logits)
@@ -162,16 +163,23 @@ class Guided:
         hidden = as_float(self.passes.branch(candidates, wanted))
         folded = of_rows(self.folded, rows)
         sums = ["so_far"] * self.before + ["total"] * self.prefix_mean
-        score_step(
-            folded.features(hidden, folded.own),
-            folded.weight,
-            rows.place[: rows.width],
-            logprobs,
-            candidates,
-            state_of(rows, *sums, count=count),
-            bias=folded.bias,
-            activation=folded.activation,
-        )
+        state = state_of(rows, *sums, count=count)
+        scored = folded.features(hidden, folded.own), folded.weight, rows.place[: rows.width]
+        how = dict(bias=folded.bias, activation=folded.activation)
+        rewards = self._rewards(scored, logprobs, candidates, state, how) if rows.telling else None
+        score_step(*scored, logprobs, candidates, state, **how)
+        if rows.telling:
+            logprobs = logprobs + rows["above"].unsqueeze(1)
+            slot = rows["chosen"][:, 1:2].long().clamp(min=0)
+            tell(rows, logprobs.gather(1, slot).squeeze(1), candidates, logprobs, rewards)
+
+    def _rewards(self, scored: tuple, logprobs: Tensor, candidates: Tensor, state: RowState, how: dict) -> Tensor:
+        """The rewards [n, k] that the step is about to choose by, NaN behind a row's own candidates."""
+        choice = choice_arguments(state, logprobs)
+        rewards = score_select(*scored, logprobs=logprobs, ids=candidates, stop_reward=state.so_far, **how, **choice)[2]
+        if choice["count"] is None:
+            return rewards
+        return rewards.masked_fill(~considered(self.rows, choice["count"], rewards.shape[1]), torch.nan)
 
     def follow(self, stay: bool = False) -> None:
         """Appends the chosen tokens to the rows, and finds the candidates of the next step. stay: not to those that have
@@ -183,7 +191,7 @@ class Guided:
         kept = [one[list(order)] for one in self._kept()]
         self.rows.keep(order)
         self.passes.keep(order)
-        self.passes.top = self.rows.most
+        self._ask()
         if kept:
             self._keep([one[:, : self.rows.most] for one in kept])
 
@@ -191,10 +199,13 @@ class Guided:
         """The policy's candidates of rows with these logits [n, V]: log-probs, sorted, up to a constant of each row, and ids
         [n, k]."""
         logits = as_float(logits)[:, : self.vocabulary]
-        logprobs, candidates, _ = topk_logprobs(logits, self.rows.most)
+        logprobs, candidates, total = topk_logprobs(logits, self.rows.most)
         if self.passes.screened:  # all but the candidates' logits are estimates, and so is their sum: leave it out
             logprobs = logits.float().gather(1, candidates)
-            logprobs = logprobs - logprobs[:, :1]
+            first = logprobs[:, :1]
+            logprobs = logprobs - first
+            if self.rows.telling:  # then all are exact: the log-prob of the first one
+                self.rows.buffers["above"][self.rows.width - len(logits) : self.rows.width] = first.squeeze(1) - total
         return [logprobs.to(self.device), candidates.to(self.device)]
 
     def _kept(self) -> list[Tensor]:
@@ -210,6 +221,10 @@ class Guided:
     def _front(self, name: str, rows: int, k: int) -> Tensor:
         return self.rows.buffers[name].view(-1)[: rows * k].view(rows, k)
 
+    def _ask(self) -> None:
+        """All logits must be exact where log-probs are told."""
+        self.passes.top = 0 if self.rows.telling else self.rows.most
+
     @property
     def caches(self) -> tuple:
         return self.passes.caches
@@ -217,7 +232,7 @@ class Guided:
     @property
     def kind(self) -> tuple:
         """What operators a step has."""
-        return self.rows.most, self.rows.filtered, self.rows.sampled
+        return self.rows.most, self.rows.filtered, self.rows.sampled, self.rows.telling
 
     def current(self) -> bool:
         """Whether the weights are still those that the passes were made for. If they were copied, this reads all of them."""

@@ -162,6 +162,7 @@ class Engine:
         top_p, min_p: filters on the policy's k candidates, before rewards and temperature.
         stop: token ids that end the answer, the policy's own by default.
         seed: of the sampling; drawn from torch's generator by default.
+        logprobs: how many of the policy's likeliest tokens `told` of events and answers has beside each token; 0 by default.
 
         Raises PyargsError on wrong input (UnknownUser for a user without parameters).
         """
@@ -356,7 +357,7 @@ class Engine:
         """Places that a row of the cache needs: the longest prompt and answer, and the most candidates of a step."""
         here = [self._tickets[number].request for number in self._scheduler.inside]
         longest = max(len(one.prompt) + self.pair.soft + one.max_new_tokens for one in here)
-        return longest + max(one.num_candidates or 1 for one in here)
+        return longest + max(max(one.num_candidates or 1, one.logprobs) for one in here)
 
     def _next(self) -> list[Choice]:
         """One step of the rows that are here. If its capture fails, the eager backend continues."""
@@ -380,10 +381,11 @@ class Engine:
     def _note_all(self, choices: list[Choice]) -> None:
         events = []
         for choice in choices:
-            chosen = zip(*(part.tolist() for part in choice), strict=True)
+            chosen = zip(*choice.lists(), strict=True)
             for position, (number, one) in enumerate(zip(self._scheduler.here, chosen, strict=True)):
                 if not self._done(number):
-                    events.append(self._tickets[number].note(position, *one, self.pair.tokenizer, self.backend))
+                    ticket = self._tickets[number]
+                    events.append(ticket.note(position, *one, tokenizer=self.pair.tokenizer, backend=self.backend))
         self._tell(events)
 
     def _tell(self, events: list[Event]) -> None:

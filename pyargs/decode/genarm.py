@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyargs.decode.request import Request, as_float
-from pyargs.decode.rows import Rows, filtered, of_requests, state_of
+from pyargs.decode.rows import Rows, filtered, of_requests, room_to_tell, state_of, tell
 from pyargs.ops import tokenwise_select, tokenwise_step, topk_logprobs
 from pyargs.ops.choice import choose
 from pyargs.ops.row_state import RowState, choice_arguments, note, reward_at, spread_of
@@ -32,7 +32,8 @@ class Tokenwise:
         self.rows.requests += requests
         logits = (half.join([one.prompt for one in requests], capacity) for half in (self.policy, self.reward))
         logits, rewards = (as_float(one)[:, : self.vocabulary].to(self.device) for one in logits)
-        self.rows.join(logits=logits, rewards=rewards, **of_requests(requests, self.device))
+        told = room_to_tell(self.rows, len(requests), self.device)
+        self.rows.join(logits=logits, rewards=rewards, **of_requests(requests, self.device), **told)
 
     def read(self, prompt: Sequence[int], end: int, capacity: int) -> int:
         """Reads a prompt up to `end`; returns how many of its tokens are read. `join` has it first and reads the rest."""
@@ -46,6 +47,15 @@ class Tokenwise:
     def choose(self) -> None:
         """Chooses the next token of each row that is here, and leaves it in the rows. A stop token has its own reward, since a
         TokenReward learns to stop."""
+        self._choose()
+        rows = self.rows
+        if rows.telling:
+            logprobs, candidates, total = topk_logprobs(rows["logits"], rows.most)
+            token = rows["token"].unsqueeze(1)
+            rewards = rows["rewards"].float().log_softmax(1).gather(1, candidates)
+            tell(rows, rows["logits"].float().gather(1, token).squeeze(1) - total, candidates, logprobs, rewards)
+
+    def _choose(self) -> None:
         rows, most, unlimited = self.rows, self.rows.most, self.rows.unlimited
         logits, rewards, state = rows["logits"], rows["rewards"], state_of(rows)
         if unlimited == "none":
@@ -81,7 +91,7 @@ class Tokenwise:
     def kind(self) -> tuple:
         """What operators a step has."""
         rows = self.rows
-        return rows.most, rows.filtered, rows.narrowed, rows.sampled, rows.unlimited
+        return rows.most, rows.filtered, rows.narrowed, rows.sampled, rows.unlimited, rows.telling
 
     def _among_all(self, state: RowState) -> tuple[Tensor, ...]:
         """The choice among all tokens: the token, its rank under the policy (-1: not a number), its reward, no spread, and

@@ -21,6 +21,7 @@ from pyargs.models.folder import locate, read_config
 from pyargs.models.reward_model import RewardModel
 from pyargs.models.token_reward import TokenReward
 from pyargs.models.user_policy import UserPolicy
+from pyargs.ops.topk_logprobs import MAX_K
 
 
 def load_pair(policy, model, *, dtype="float32", backbone: str | None = None):
@@ -149,6 +150,7 @@ class Pair:
         min_p: float = 0.0,
         stop: int | Sequence[int] | None = None,
         seed: int | None = None,
+        logprobs: int = 0,
     ) -> Request:
         ids = self.encode(prompt, user)
         if not ids:
@@ -161,6 +163,8 @@ class Pair:
             check_room(lm, len(ids) + self.soft, len(ids) + self.soft, max_new_tokens)
         if self.best_of and not temperature:
             temperature = 1.0
+        if self.best_of and logprobs:
+            raise PyargsError("best_of keeps one of several whole answers, and tells no logprobs: leave them out")
         return Request(
             prompt=tuple(ids),
             user=user,
@@ -172,6 +176,7 @@ class Pair:
             min_p=number("min_p", min_p, 0.0, 1.0),
             stop=stop_tokens(self.policy, stop),
             seed=integer("seed", _drawn() if seed is None else seed, *SEEDS),
+            logprobs=integer("logprobs", logprobs, 0, min(MAX_K, self.vocabulary)),
         )
 
     def _candidates(self, asked: int | str | None) -> int | None:
@@ -185,7 +190,7 @@ class Pair:
                     "only a TokenReward (GenARM) has rewards for the whole vocabulary: name how many a head is to score"
                 )
             return None
-        most = min(64, self.vocabulary)
+        most = min(MAX_K, self.vocabulary)
         return integer("num_candidates", min(10, most) if asked is None else asked, 1, most)
 
     def raw_weight(self, strength, reward_weight) -> float:

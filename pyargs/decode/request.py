@@ -23,7 +23,7 @@ class Request:
     prompt: token ids. user: whose reward guides; "" where the model is the same for everyone. reward_weight: w of eq. 1, in
     raw units. num_candidates: k, or None for the whole vocabulary. temperature: 0 takes the best score, above it the choice is
     sampled from softmax(score / temperature). top_p, min_p: filters on the policy's candidates (1 and 0: none). stop: ids that
-    end the answer. seed: of the sampling.
+    end the answer. seed: of the sampling. logprobs: how many of the policy's likeliest tokens are told at each step.
     """
 
     prompt: tuple[int, ...]
@@ -36,6 +36,7 @@ class Request:
     min_p: float = 0.0
     stop: tuple[int, ...] = ()
     seed: int = 0
+    logprobs: int = 0
 
 
 def noise(request: Request, steps: int) -> Tensor:

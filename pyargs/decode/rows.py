@@ -45,8 +45,13 @@ class Rows:
 
     @property
     def most(self) -> int:
-        """The most candidates of a row; 1 where all rows choose among the whole vocabulary."""
-        return max((one.num_candidates for one in self.requests if one.num_candidates is not None), default=1)
+        """The most candidates of a row, those that are only told included; 1 where there are none."""
+        return max((max(one.num_candidates or 1, one.logprobs) for one in self.requests), default=1)
+
+    @property
+    def telling(self) -> bool:
+        """Whether any row has `logprobs`."""
+        return any(one.logprobs for one in self.requests)
 
     @property
     def unlimited(self) -> str:
@@ -151,16 +156,39 @@ def filtered(rows: Rows, logprobs: Tensor) -> Tensor:
 
 class Choice(NamedTuple):
     """What a step chose: token and slot int64 [n] (slot -1: nothing could be chosen), the token's reward and the spread of the
-    candidates' rewards float32 [n], and which rows have finished."""
+    candidates' rewards float32 [n], and which rows have finished. told float64 [n, 1 + k, 3]: the chosen token, then the
+    likeliest ones, each with its log-probability and its reward, NaN where there is none; None where no row has `logprobs`."""
 
     token: Tensor
     slot: Tensor
     reward: Tensor
     spread: Tensor
     finished: Tensor
+    told: Tensor | None = None
 
     @classmethod
-    def read(cls, chosen: Tensor) -> Choice:
-        """Of what a step has left in the rows, float64 [n, 5], on the host."""
+    def read(cls, chosen: Tensor, told: Tensor | None = None) -> Choice:
+        """Of what a step has left in the rows, float64 [n, 5] and [n, 1 + k, 3], on the host."""
         token, slot, reward, spread, finished = chosen.T
-        return cls(token.long(), slot.long(), reward.float(), spread.float(), finished.bool())
+        return cls(token.long(), slot.long(), reward.float(), spread.float(), finished.bool(), told)
+
+    def lists(self) -> list[list]:
+        """The parts as lists of n things."""
+        *parts, told = self
+        return [*(part.tolist() for part in parts), [None] * len(self.token) if told is None else told.tolist()]
+
+
+def room_to_tell(rows: Rows, count: int, device) -> dict[str, Tensor | None]:
+    """What so many rows that come in bring with them, if any row has `logprobs`."""
+    shape = count, 1 + MAX_K, 3
+    return {"told": torch.zeros(shape, dtype=torch.float64, device=device) if rows.telling else None}
+
+
+def tell(rows: Rows, logprob: Tensor, candidates: Tensor, logprobs: Tensor, rewards: Tensor) -> None:
+    """Leaves in the rows what is told of a step: the chosen tokens' log-probs [n], and candidates [n, k] with theirs."""
+    told = rows["told"][:, : 1 + candidates.shape[1]]
+    chosen = rows["chosen"]
+    for place, (one, several) in enumerate(
+        ((rows["token"], candidates), (logprob, logprobs), (chosen[:, 2], rewards)),
+    ):
+        told[:, 0, place], told[:, 1:, place] = one, several

@@ -36,7 +36,9 @@ class Steps:
         self._follow()
         self.rows.choose()
         self.chosen = True
-        return [Choice.read(self.rows.rows["chosen"].cpu())]
+        rows = self.rows.rows
+        told = rows["told"][:, : 1 + rows.most].cpu() if rows.telling else None
+        return [Choice.read(rows["chosen"].cpu(), told)]
 
     def flush(self) -> list[Choice]:
         """Waits for the choices that have not been read."""

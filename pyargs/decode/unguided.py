@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from pyargs.decode.request import Request, as_float
-from pyargs.decode.rows import Rows, filtered, of_requests, state_of
+from pyargs.decode.rows import Rows, filtered, of_requests, room_to_tell, state_of, tell
+from pyargs.ops import topk_logprobs
 from pyargs.ops.choice import choose
 from pyargs.ops.row_state import note, uniform
 
@@ -28,7 +29,8 @@ class Alone:
             with self.soft.users.lock:
                 more["soft"] = self.soft(self.soft.users.rows([one.user for one in requests]).to(self.device))
         logits = self.policy.join([one.prompt for one in requests], capacity, **more)
-        self.rows.join(logits=as_float(logits)[:, : self.vocabulary], **of_requests(requests, self.device))
+        told = room_to_tell(self.rows, len(requests), self.device)
+        self.rows.join(logits=as_float(logits)[:, : self.vocabulary], **of_requests(requests, self.device), **told)
 
     def read(self, prompt: Sequence[int], end: int, capacity: int) -> int:
         """Reads a prompt up to `end`; returns how many of its tokens are read. `join` has it first and reads the rest."""
@@ -58,6 +60,10 @@ class Alone:
             token, slot = greedy, torch.where(score.isnan(), -1, 0)
         finished = rows["finished"] | (slot < 0) | (token.unsqueeze(1) == rows["stop"]).any(1)
         note(state_of(rows), token, slot, zero[:, 0], zero[:, 0], finished)
+        if rows.telling:
+            logprobs, candidates, total = topk_logprobs(logits, rows.most)
+            own = logits.gather(1, token.clamp(min=0).unsqueeze(1)).squeeze(1) - total
+            tell(rows, own, candidates, logprobs, torch.full_like(logprobs, torch.nan))
 
     def follow(self) -> None:
         """Appends the chosen tokens to the rows."""
@@ -74,5 +80,5 @@ class Alone:
         return self.policy.current()
 
     def _ask(self) -> None:
-        """All logits must be exact where a row draws from them."""
-        self.policy.top = 0 if self.rows.sampled else 1
+        """All logits must be exact where a row draws from them, or log-probs are told."""
+        self.policy.top = 0 if self.rows.sampled or self.rows.telling else 1

@@ -35,7 +35,7 @@ PLACES = 256
 """The caches' capacity is a multiple of it, so that they seldom grow: a graph knows where they lie."""
 KEPT = 6
 """Recordings of an engine; the one that was not used for longest makes room."""
-WRITTEN = "logits", "rewards", *CANDIDATES, *row_state.WRITTEN
+WRITTEN = "logits", "rewards", "above", "told", *CANDIDATES, *row_state.WRITTEN
 """The buffers that a step writes."""
 
 _capturing = threading.Lock()
@@ -76,7 +76,7 @@ class Captured:
         self.recordings: dict[tuple, Recording] = {}
         self._now: Recording | None = None  # the one for the rows that are here
         self._memory: list | None = None
-        self._flying: deque[Callable[[], Tensor]] = deque()
+        self._flying: deque[list[Callable[[], Tensor]]] = deque()
         self._taken: list[int] = []  # steps of each row that is here
         self._made_for = self._structures()
 
@@ -96,7 +96,9 @@ class Captured:
         if self._now is None:
             self._now = self._recording()
         self._now.replay()
-        self._flying.append(_on_its_way(self.rows.rows["chosen"]))
+        rows = self.rows.rows
+        parts = [rows["chosen"], *([rows["told"][:, : 1 + rows.most]] if rows.telling else [])]
+        self._flying.append([_on_its_way(part) for part in parts])
         self._taken = [steps + 1 for steps in self._taken]
         ended = any(steps >= one.max_new_tokens for steps, one in zip(self._taken, self.rows.rows.requests, strict=True))
         return self._read(0 if ended else CHUNK)
@@ -132,7 +134,7 @@ class Captured:
         """The choices that are on their way, but for the last `left`; waits for them."""
         found, count = [], len(self._taken)
         while len(self._flying) > left:
-            choice = Choice.read(self._flying.popleft()())
+            choice = Choice.read(*(read() for read in self._flying.popleft()))
             found.append(choice)
             for cache in self.rows.caches:  # what was followed on the device
                 times = len(cache.lengths) // count

@@ -90,6 +90,7 @@ def plain(policy, model, **more) -> list[tuple]:
 )
 def test_rows_in_any_company_are_those_of_eager_passes(requests, head, weights, seed, room, part):
     """They come and go, are cancelled, are read in parts, and differ in all that one can ask; caches and buffers grow."""
+    requests = [(*one[:2], one[2] | {"logprobs": 3 * (i % 2)}, *one[3:]) for i, one in enumerate(requests)]
     policy, model = shared_pair(weights, head, seed)
     with pytest.MonkeyPatch.context() as patch:
         for module in (cuda_graph, eager):
