@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from inspect import Parameter, Signature
+
 import pytest
 import torch
 from conftest import reward_model, tiny_lm
@@ -9,6 +11,7 @@ from decoding import USERS, chosen, engine_of, prompts, steps_of, tokens
 from families import random_lm
 
 from pyargs.errors import PyargsError
+from pyargs.lm.cache import cache_name
 from pyargs.lm.forward import packed_states, spans
 from pyargs.lm.tokenize import pack
 from pyargs.models.token_reward import TokenReward
@@ -29,9 +32,11 @@ def test_a_model_that_padding_changes_is_refused_where_there_is_padding():
     from transformers import LlamaForCausalLM
 
     class Blind(LlamaForCausalLM):
-        def forward(self, input_ids, cache=None, use_cache=None):
-            return super().forward(input_ids=input_ids, cache=cache, use_cache=use_cache)
+        def forward(self, **given):
+            return super().forward(**given)
 
+    taken = ("self", "input_ids", "use_cache", cache_name(random_lm("llama", 0)))  # transformers has changed its name
+    Blind.forward.__signature__ = Signature([Parameter(name, Parameter.KEYWORD_ONLY) for name in taken])
     config = random_lm("llama", 0).config
     torch.manual_seed(0)
     lm = Blind(config).double().eval()  # in float64, which the CPU stack leaves alone

@@ -68,7 +68,8 @@ def test_an_index_names_safetensors_of_its_folder(lm, trap, name):
 
 def test_a_tokenizer_that_is_none_is_refused(lm):
     change(lm / "tokenizer_config.json", tokenizer_class="RagTokenizer")
-    with pytest.raises(PyargsError, match="no tokenizer of a language model"):
+    # Or transformers itself refuses: 5.17 finds no two configs for RAG's two.
+    with pytest.raises(PyargsError, match="no tokenizer of a language model|type rag cannot be instantiated"):
         load_lm(str(lm))
 
 
