@@ -25,6 +25,7 @@ from types import BuiltinFunctionType, FunctionType, MethodType
 import torch
 import xxhash
 from torch import Tensor, nn
+from torch.jit._state import _try_get_jit_cached_function
 from torch.nn import functional as F
 from torch.nn.modules import module as nn_module
 from torch.overrides import _get_current_function_mode_stack
@@ -281,7 +282,8 @@ LAYERS = (
 )
 """Where classes are written of which every function counts."""
 
-CACHED = type(once(bool))
+WITHOUT_CODE = (type(once(bool)), torch.jit.ScriptFunction)
+"""What takes the place of a function that it was given, and has no code of its own in Python."""
 
 
 def _foreign(value) -> bool:
@@ -296,12 +298,22 @@ def _foreign(value) -> bool:
 
 def _known(function) -> bool:
     """Whether a function and all that it wraps come from a library's files."""
-    while function is not None:
-        code = getattr(function, "__code__", None)
-        if type(function) is not CACHED and (code is None or not code.co_filename.startswith(FOLDERS)):
+    while True:
+        within, code = _within(function), getattr(function, "__code__", None)
+        if type(function) not in WITHOUT_CODE and (code is None or not code.co_filename.startswith(FOLDERS)):
             return False
-        function = getattr(function, "__wrapped__", None)
-    return True
+        if within is None:
+            return code is not None
+        function = within
+
+
+def _within(function):
+    """What a decorator or `torch.jit.script` was given; None of what was traced, which is right for one example's shapes."""
+    if type(function) is not torch.jit.ScriptFunction:
+        return getattr(function, "__wrapped__", None)
+    given = getattr(function, "_torchdynamo_inline", None)
+    scripted = None if given is None else _try_get_jit_cached_function(given)
+    return None if scripted is None or scripted.qualified_name != function.qualified_name else given
 
 
 @once
@@ -347,6 +359,8 @@ def _described(value, name: str, key: str):
         return _hash(value)
     if type(value) is partial:
         return _described(value.func, name, key), repr(value.args), repr(value.keywords)
+    if type(value) in WITHOUT_CODE and _known(value):
+        return _described(_within(value), name, key)
     if type(value) is not BuiltinFunctionType and not type(value).__module__.startswith(LIBRARIES) and _foreign(value):
         raise PyargsError(f"{key} of {_place(name)} is a function of another's")
     if type(value) in (FunctionType, BuiltinFunctionType, MethodType):

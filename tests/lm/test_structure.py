@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 import peft
@@ -19,7 +20,7 @@ from pyargs.decode.engine import Engine
 from pyargs.errors import PyargsError
 from pyargs.lm.stack import pack
 from pyargs.lm.stack import run as stacks
-from pyargs.lm.structure import Watch, as_written, may_replace
+from pyargs.lm.structure import Watch, as_written, may_replace, structure
 from pyargs.models.reward_model import RewardModel
 from pyargs.scoring import response_logprobs, response_states
 
@@ -144,6 +145,41 @@ def test_what_hides_functions_and_parts_is_seen(monkeypatch):
             assert not as_written(policy), name
     del mlp.act_fn
     mlp.act_fn = Callable()
+    assert not as_written(policy)
+
+
+def twice(x: torch.Tensor) -> torch.Tensor:
+    return x + x
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_scripted_function_is_whose_what_it_was_made_of_is(monkeypatch):
+    """transformers 5.17 has some in GPTBigCode's file, 5.24 has none."""
+    policy = tiny_lm()
+    ours = [torch.jit.script(modeling_llama.rotate_half), functools.cache(torch.jit.script(modeling_llama.rotate_half))]
+    others = [
+        torch.jit.script(twice),
+        functools.cache(torch.jit.script(twice)),
+        torch.jit.trace(modeling_llama.rotate_half, torch.ones(2, 2)),  # right for this shape
+    ]
+    for function in ours + others:
+        with monkeypatch.context() as patch:
+            patch.setattr(modeling_llama, "rotate_half", function)
+            assert as_written(policy) == any(function is one for one in ours)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("made", [functools.cache, torch.jit.script])
+def test_functions_are_told_apart_by_what_they_were_made_of(made):
+    policy = tiny_lm()
+    mlp = policy.model.layers[0].mlp
+    del mlp.act_fn
+    found = []
+    for function in (nn.functional.relu, nn.functional.selu, nn.functional.relu):
+        mlp.act_fn = made(function)
+        found.append(structure(policy))
+    assert found[0] == found[2] != found[1]
+    mlp.act_fn = made(twice)
     assert not as_written(policy)
 
 
