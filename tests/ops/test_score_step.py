@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ops.test_score_select import DTYPES, problem
+from scored import DTYPES, problem
 from states import WRONG_STATES, copied, drawn_state, refused, same_state, state_of
 
 from pyargs.ops import RowState, score_select, score_step, score_step_reference
