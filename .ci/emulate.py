@@ -4,10 +4,10 @@ python .ci/emulate.py [PART ...]     default: all
 
 cases      tests/ops/test_emulated.py: under AddressSanitizer and UndefinedBehaviorSanitizer, which see reads beyond a
            tensor or beyond shared memory and wide loads from addresses that do not allow them; and with an OS thread for
-           each CUDA thread under ThreadSanitizer, which sees what no barrier and no fence orders
+           each CUDA thread under ThreadSanitizer, which sees what no barrier and no ticket orders
 ops        every test of an emulated kernel under the first two
-ticket     the barriers and fences of the last block's ticket, each removed in turn: the cases must find it
-mutants    every barrier and fence, every test of an alignment and every start of a counter, likewise
+ticket     the barriers of the last block's ticket and what it orders, each removed in turn: the cases must find it
+mutants    every barrier, every test of an alignment and every start of a counter, likewise
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ LIBRARIES = {"address": ("libasan.so", "libstdc++.so"), "thread": ("libtsan.so",
 SETTINGS = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1", "OMP_NUM_THREADS": "1"}
 # What is broken: with which build it must be found, what is looked for, what it becomes.
 BREAKS = [
-    ("thread", r"__(?:syncthreads|syncwarp|threadfence)\([^()]*\);", "{}"),
+    ("thread", r"__(?:syncthreads|syncwarp)\([^()]*\);", "{}"),
+    ("thread", r"take_ticket(?=\()", "take_ticket_release"),
+    ("thread", r"take_ticket(?=\()", "take_ticket_acquire"),
     ("address", r"% 16 == 0", "% 2 == 0"),
     ("address", r"shared\.count = 0;", "{}"),
 ]

@@ -8,6 +8,8 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -58,6 +60,24 @@ def library() -> ctypes.CDLL:
 def order(seed: int) -> None:
     """0: threads and blocks in order; else shuffled by this seed."""
     library().pyargs_emulate_order(ctypes.c_uint64(seed))
+
+
+@contextmanager
+def stream(number: int = 0, recording: bool = False, device: int = 0, memory: bool = True) -> Iterator[None]:
+    """Calls within are queued on the stream of this number, which may be recorded as a graph, on a device that has memory."""
+    choose = library().pyargs_emulate_stream
+    try:
+        choose(ctypes.c_uint64(number), recording, device, memory)
+        yield
+    finally:
+        choose(ctypes.c_uint64(0), False, 0, True)
+
+
+def tickets(rows: int) -> int | None:
+    """The address of tickets for a kernel that is queued now, of 32 bits each, if the device has any left."""
+    give = library().pyargs_emulate_tickets
+    give.restype = ctypes.c_void_p
+    return give(ctypes.c_int64(rows))
 
 
 def call(name: str, *arguments) -> None:

@@ -44,6 +44,14 @@ def test_topk_logprobs(name):
     agree(emulated.topk_logprobs(LOGITS[name], 64), ops.topk_logprobs_reference(LOGITS[name], 64))
 
 
+@pytest.mark.parametrize("recording", [False, True])
+def test_tickets_are_left_as_they_were_found(recording):
+    """Two launches of other shapes, of which the second is right only if the first left its tickets at 0."""
+    for logits, k in ((LOGITS["two rows"], 3), (LOGITS["three chunks"], 20)):
+        with emulated.stream(5, recording):
+            agree(emulated.topk_logprobs(logits, k), ops.topk_logprobs_reference(logits, k))
+
+
 @pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tokenwise_select(dtype, sampled):

@@ -129,6 +129,54 @@ def special(op, dtype, row, at) -> None:
     agree(logits.masked_fill(logits.isfinite(), -INF), 10, op=op)
 
 
+@emulated.needed
+@settings(max_examples=60, deadline=None)
+@given(
+    dtype=st.sampled_from(DTYPES),
+    vocab=st.sampled_from([50, 8192, 9001]),
+    value=st.sampled_from([NAN, -NAN, INF, 0.0, -0.0, 7.0]),
+    places=st.lists(st.integers(0, 9000), min_size=1, max_size=80),
+    others=st.sampled_from([-INF, -1.0, -0.0, 0.0]),
+    offset=st.integers(0, 1),
+)
+def test_one_value_anywhere_emulated(dtype, vocab, value, places, others, offset):
+    """In either half of a register, or in both; aligned or not; alone, or as often as makes ties."""
+    wide = torch.full((1, vocab + 1), others, dtype=dtype)
+    wide[0, [place % vocab + offset for place in places]] = value
+    emulated.order(1)
+    agree(wide[:, offset : offset + vocab], 40, op=emulated.topk_logprobs)
+
+
+@emulated.needed
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [1, 10, 64])
+@pytest.mark.parametrize("values", [1, 3, 40, 3000])
+def test_ties_across_chunks_emulated(dtype, k, values):
+    """Of so many values, which are far more often there than a block keeps."""
+    logits = torch.randint(values, (2, 3 * 8192 + 77), generator=torch.Generator().manual_seed(values)).to(dtype)
+    agree(logits / 16, k, op=emulated.topk_logprobs, atol=2e-5 if values < 3000 else 2e-4)
+
+
+@emulated.needed
+def test_more_chunks_than_a_block_holds_the_survivors_of_emulated():
+    logits = random_logits(1, 22 * 8192 + 5, torch.bfloat16)
+    for k in (10, 64):
+        agree(logits, k, op=emulated.topk_logprobs)
+    agree(logits.round(), 64, op=emulated.topk_logprobs)
+    agree(logits.sort(-1).values, 64, op=emulated.topk_logprobs)
+
+
+@emulated.needed
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_all_values_of_16_bits_emulated(dtype):
+    """Each is at some time the bound that others are compared with."""
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+    every = bits.view(torch.float16 if dtype == torch.float16 else torch.bfloat16).to(dtype)
+    every = every[every.isfinite() & (every.abs() < 3e4)].sort(descending=True).values
+    for start in range(0, len(every) - 300, 977):
+        agree(every[None, start : start + 300], 7, op=emulated.topk_logprobs)
+
+
 LARGE = [-3.4e38, -1e30, -1e10, -9.1e9, -8.7e9, -6.5e9, -1e9, -1e4, 1e9, 1e10, 1e30, 3.4e38]
 
 

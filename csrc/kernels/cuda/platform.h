@@ -1,6 +1,6 @@
 // The few things in which nvcc and a host emulation of the kernels differ. A kernel uses nothing of CUDA beyond these,
-// __syncthreads, __syncwarp, __shfl_down_sync, __shfl_xor_sync, __shfl_sync, __reduce_add_sync, atomicAdd,
-// __threadfence.
+// __syncthreads, __syncwarp, __shfl_down_sync, __shfl_xor_sync, __shfl_sync, __reduce_{add,min,max}_sync, atomicAdd,
+// __popc, __ffs, __clz.
 #pragma once
 
 #include <cuda_runtime.h>  // CUDA's, or the one in tests/ops/emulate, which brings its own macros
@@ -10,6 +10,19 @@
 #ifndef PYARGS_LAUNCH
 #define PYARGS_LAUNCH(kernel, blocks, threads, stream, ...) kernel<<<blocks, threads, 0, stream>>>(__VA_ARGS__)
 #define PYARGS_SHARED(type, name) __shared__ type name  // all that a kernel has, once
+
+// What lay at an address of the device's memory; `last` becomes 0, anything below it one more. Orders as release and
+// acquire for all blocks: who takes a later one sees what this thread's block left before a barrier, and so does
+// everybody behind a barrier of this thread's block what earlier ones left.
+__device__ __forceinline__ uint32_t take_ticket(uint32_t* at, uint32_t last) {
+#ifdef __CUDA_ARCH__
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(at), "r"(last) : "memory");
+  return before;
+#else
+  return *at == last ? (*at = 0, last) : (*at)++;  // never called
+#endif
+}
 #endif
 
 namespace pyargs::cuda {
@@ -45,7 +58,7 @@ __device__ __forceinline__ uint32_t bits_of(float value) {
 #endif
 }
 
-// A read that other blocks' writes before a __threadfence are seen by (past the first-level cache).
+// A read that other blocks' writes before a ticket are seen by (past the first-level cache).
 template <class T>
 __device__ __forceinline__ T load_fresh(const T* address) {
 #ifdef __CUDA_ARCH__

@@ -1,5 +1,6 @@
 // Launch of the kernel that goes from two rows of logits to the token. Free of torch.
 #include "launch.h"
+#include "tickets.h"
 #include "tokenwise_select.cuh"
 
 namespace pyargs::cuda {
@@ -9,12 +10,12 @@ const char* tokenwise_select(const TokenwiseRows& rows, int64_t batch, void* wor
   if (blocks > INT32_MAX) return "too many rows for one launch";
   const OnDevice current(device);
   if (current.error() != cudaSuccess) return text_of(current.error());
-  const TopkWorkspace work = topk_workspace(workspace, 2 * batch, rows.policy.vocab);
+  TopkWorkspace work = topk_workspace(workspace, 2 * batch, rows.policy.vocab);
   const cudaStream_t queue = static_cast<cudaStream_t>(stream);
-  // As for topk_logprobs: the workspace is this call's own, and a CUDA graph replays this node too.
-  cudaError_t error = cudaMemsetAsync(work.tickets, 0, batch * sizeof(uint32_t), queue);
+  cudaError_t error = set_tickets(work.tickets, batch, device, queue);
   if (error == cudaSuccess) {
-    PYARGS_LAUNCH(tokenwise_select_kernel, static_cast<unsigned>(blocks), kTopkThreads, queue, rows, chunks, work);
+    PYARGS_LAUNCH(tokenwise_select_kernel, static_cast<unsigned>(blocks), kTopkThreads, queue, rows,
+                  static_cast<uint32_t>(chunks), work);
     error = cudaGetLastError();
   }
   return text_of(error);

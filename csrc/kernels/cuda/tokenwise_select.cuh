@@ -20,27 +20,20 @@ struct TokenwiseShared {
 };
 
 template <Dtype dtype>
-__device__ __forceinline__ void tokenwise_chunk(TopkShared& shared, const LogitRows& logits, int64_t row, int64_t chunk,
-                                                bool policy, int k, const TopkWorkspace& work) {
-  const int64_t first = chunk * kTopkChunk;
+__device__ __forceinline__ void tokenwise_chunk(TopkShared& shared, const LogitRows& logits, int64_t row,
+                                                uint32_t chunk, bool policy, int k, const TopkWorkspace& work) {
+  const int64_t first = static_cast<int64_t>(chunk) * kTopkChunk;
   const int n = static_cast<int>(logits.vocab - first < kTopkChunk ? logits.vocab - first : kTopkChunk);
   const char* data =
-      static_cast<const char*>(logits.logits) + (row * logits.row_stride + first) * TopkLoad<dtype>::kSize;
-  TopkElements<dtype> elements(data, n);
-  if (policy) {
-    survivors_of_chunk(shared, elements, data, first, n, k);
-    leave_survivors(shared, work, blockIdx.x);
-  }
-  leave_sum(shared, work, blockIdx.x, elements.max, elements.sum);
+      static_cast<const char*>(logits.logits) + (row * logits.row_stride + first) * TopkElements<dtype>::kSize;
+  scan_chunk<dtype>(shared, work, blockIdx.x, data, first, n, k, policy);
 }
 
 // The last block of a row: its candidates, their log-probs and rewards, and the choice.
-__device__ __forceinline__ void select_row(TokenwiseShared& shared, const TokenwiseRows& a, int64_t row, int64_t chunks,
+__device__ __forceinline__ void select_row(TokenwiseShared& shared, const TokenwiseRows& a, int64_t row, int chunks,
                                            const TopkWorkspace& work) {
   const int k = static_cast<int>(a.k), warp = static_cast<int>(threadIdx.x) / 32;
-  survivors_of_row(shared.topk, work, 2 * row, chunks, k);
-  if (warp < 2) sum_of_row(shared.topk, work, 2 * row + warp, chunks, warp);
-  __syncthreads();
+  survivors_of_row(shared.topk, work, 2 * row, chunks, k, 2);
   const Ranked best = ranked(shared.topk, k);
   if (best.rank < k) {
     const float* max = shared.topk.warp_max;
@@ -61,10 +54,10 @@ __device__ __forceinline__ void select_row(TokenwiseShared& shared, const Tokenw
   if (threadIdx.x == 0) write_choice(a, row, slot, shared.ids, count, shared.reward);
 }
 
-__global__ void __launch_bounds__(kTopkThreads, 3)
-    tokenwise_select_kernel(TokenwiseRows a, int64_t chunks, TopkWorkspace work) {
+__global__ void __launch_bounds__(kTopkThreads, 4)
+    tokenwise_select_kernel(TokenwiseRows a, uint32_t chunks, TopkWorkspace work) {
   PYARGS_SHARED(TokenwiseShared, shared);
-  const int64_t row = blockIdx.x / (2 * chunks), chunk = blockIdx.x % chunks;
+  const uint32_t row = blockIdx.x / (2 * chunks), chunk = blockIdx.x % chunks;
   const bool policy = blockIdx.x / chunks % 2 == 0;
   if (a.finished[row]) {
     if (policy && chunk == 0) pad_row(a, row, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x));
@@ -83,7 +76,9 @@ __global__ void __launch_bounds__(kTopkThreads, 3)
       tokenwise_chunk<Dtype::kFloat16>(shared.topk, logits, row, chunk, policy, k, work);
       break;
   }
-  if (is_last(shared.topk, work.tickets + row, 2 * chunks)) select_row(shared, a, row, chunks, work);
+  if (is_last(shared.topk, work.tickets + row, 2 * chunks)) {
+    select_row(shared, a, row, static_cast<int>(chunks), work);
+  }
 }
 
 }  // namespace pyargs::cuda

@@ -1,5 +1,6 @@
 // Launch of the top-k kernel. Free of torch, so that nvcc needs none of its headers.
 #include "launch.h"
+#include "tickets.h"
 #include "topk_logprobs.cuh"
 
 namespace pyargs::cuda {
@@ -8,8 +9,8 @@ namespace {
 template <Dtype dtype>
 void launch(const void* logits, int64_t batch, int64_t vocab, int64_t row_stride, int k, float* logprobs, int64_t* ids,
             float* logsumexp, const TopkWorkspace& work, cudaStream_t stream) {
-  const int64_t chunks = topk_chunks(vocab);
-  PYARGS_LAUNCH(topk_logprobs_kernel<dtype>, static_cast<unsigned>(batch * chunks), kTopkThreads, stream, logits, vocab,
+  const uint32_t chunks = static_cast<uint32_t>(topk_chunks(vocab));
+  PYARGS_LAUNCH(topk_logprobs_kernel<dtype>, static_cast<uint32_t>(batch) * chunks, kTopkThreads, stream, logits, vocab,
                 row_stride, chunks, k, logprobs, ids, logsumexp, work);
 }
 
@@ -17,7 +18,7 @@ void launch(const void* logits, int64_t batch, int64_t vocab, int64_t row_stride
 
 size_t topk_workspace_bytes(int64_t batch, int64_t vocab) {
   const size_t parts = static_cast<size_t>(batch * topk_chunks(vocab));
-  return parts * (kTopkKept * sizeof(uint64_t) + 2 * sizeof(float) + sizeof(int)) + batch * sizeof(uint32_t);
+  return parts * (kTopkKept * sizeof(uint64_t) + 2 * sizeof(float)) + batch * sizeof(uint32_t);
 }
 
 const char* topk_logprobs(const void* logits, Dtype dtype, int64_t batch, int64_t vocab, int64_t row_stride, int k,
@@ -27,10 +28,9 @@ const char* topk_logprobs(const void* logits, Dtype dtype, int64_t batch, int64_
   const OnDevice current(device);
   if (current.error() != cudaSuccess) return text_of(current.error());
 
-  const TopkWorkspace work = topk_workspace(workspace, batch, vocab);
   const cudaStream_t queue = static_cast<cudaStream_t>(stream);
-  // A call owns its workspace, so that streams cannot meet in it; a CUDA graph replays this node too.
-  cudaError_t error = cudaMemsetAsync(work.tickets, 0, batch * sizeof(uint32_t), queue);
+  TopkWorkspace work = topk_workspace(workspace, batch, vocab);
+  cudaError_t error = set_tickets(work.tickets, batch, device, queue);
   if (error == cudaSuccess) {
     switch (dtype) {
       case Dtype::kFloat32:

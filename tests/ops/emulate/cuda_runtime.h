@@ -8,7 +8,9 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <new>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels/common.h"
@@ -44,7 +46,18 @@ inline cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream
   return cudaSuccess;
 }
 
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+
 namespace pyargs::emulate {
+
+// The one that is used, whether it is recorded, and whether its device has memory.
+struct Stream {
+  unsigned long long number = 0;
+  bool recording = false;
+  int device = 0;
+  bool memory = true;
+};
+inline Stream stream;
 
 // Runs all threads of all blocks. An error is kept for cudaGetLastError.
 void launch(dim3 blocks, dim3 threads, const std::function<void()>& kernel);
@@ -62,8 +75,9 @@ void wait_for_block();
 void wait_for_warp(uint32_t mask);
 // What the lanes of the warp give; orders nothing but these values.
 std::array<uint64_t, 32> exchange(uint32_t mask, uint64_t own);
-void fence();
 uint32_t atomic_add(uint32_t* at, uint32_t value);
+// One more, or 0 after `last`. As a release it tells who acquires later what this thread knew.
+uint32_t atomic_inc(uint32_t* at, uint32_t last, bool release, bool acquire);
 
 template <class T>
 uint64_t pack(T value) {
@@ -129,6 +143,28 @@ inline void multiply_16_8_16(float (&sums)[4], const uint32_t (&rows)[4], const 
 
 }  // namespace pyargs::emulate
 
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeRelaxed };
+inline cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  std::swap(*mode, capture_mode);
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = pyargs::emulate::stream.recording ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamGetId(cudaStream_t, unsigned long long* number) {
+  *number = pyargs::emulate::stream.number;
+  return cudaSuccess;
+}
+// Of garbage, and not while somebody may be recording.
+inline cudaError_t cudaMalloc(void** at, size_t bytes) {
+  if (capture_mode != cudaStreamCaptureModeRelaxed || !pyargs::emulate::stream.memory) return 1;
+  std::memset(*at = ::operator new(bytes), 0xdd, bytes);
+  return cudaSuccess;
+}
+
 inline cudaError_t cudaGetLastError() { return pyargs::emulate::error.empty() ? cudaSuccess : 1; }
 inline const char* cudaGetErrorString(cudaError_t) {
   static std::string text;
@@ -139,7 +175,6 @@ inline const char* cudaGetErrorString(cudaError_t) {
 
 inline void __syncthreads() { pyargs::emulate::wait_for_block(); }
 inline void __syncwarp(uint32_t mask = 0xffffffffu) { pyargs::emulate::wait_for_warp(mask); }
-inline void __threadfence() { pyargs::emulate::fence(); }
 
 template <class T>
 T __shfl_sync(uint32_t mask, T value, int lane) {
@@ -156,9 +191,28 @@ T __shfl_xor_sync(uint32_t mask, T value, int other) {
 inline uint32_t __reduce_add_sync(uint32_t mask, uint32_t value) {
   return pyargs::emulate::over_lanes(mask, value, [](uint32_t a, uint32_t b) { return a + b; });
 }
+inline uint32_t __reduce_min_sync(uint32_t mask, uint32_t value) {
+  return pyargs::emulate::over_lanes(mask, value, [](uint32_t a, uint32_t b) { return a < b ? a : b; });
+}
+inline uint32_t __reduce_max_sync(uint32_t mask, uint32_t value) {
+  return pyargs::emulate::over_lanes(mask, value, [](uint32_t a, uint32_t b) { return a > b ? a : b; });
+}
+
+inline int __popc(uint32_t value) { return __builtin_popcount(value); }
+inline int __clz(int value) { return value == 0 ? 32 : __builtin_clz(static_cast<unsigned>(value)); }
+inline int __ffs(int value) { return __builtin_ffs(value); }
 
 template <class T>
 T atomicAdd(T* at, T value) {
   static_assert(sizeof(T) == 4);
   return static_cast<T>(pyargs::emulate::atomic_add(reinterpret_cast<uint32_t*>(at), static_cast<uint32_t>(value)));
 }
+
+namespace pyargs::cuda {
+
+// A kernel uses the first. With the others, which order less, it must be found to be wrong (.ci/emulate.py).
+inline uint32_t take_ticket(uint32_t* at, uint32_t last) { return emulate::atomic_inc(at, last, true, true); }
+inline uint32_t take_ticket_release(uint32_t* at, uint32_t last) { return emulate::atomic_inc(at, last, true, false); }
+inline uint32_t take_ticket_acquire(uint32_t* at, uint32_t last) { return emulate::atomic_inc(at, last, false, true); }
+
+}  // namespace pyargs::cuda

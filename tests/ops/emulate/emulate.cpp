@@ -6,6 +6,7 @@
 
 #include "cuda_runtime.h"
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/tickets.h"
 
 namespace pyargs::emulate {
 
@@ -39,7 +40,7 @@ static void set_state(pyargs::ChoiceRows& rows, const float* reward_weight, bool
 static const char* run(const pyargs::TokenwiseRows& rows, int64_t batch) {
   const size_t bytes = pyargs::cuda::topk_workspace_bytes(2 * batch, rows.policy.vocab);
   std::vector<uint64_t> workspace(bytes / 8 + 1, 0xdeadbeefdeadbeefull);
-  return pyargs::cuda::tokenwise_select(rows, batch, workspace.data(), 0, nullptr);
+  return pyargs::cuda::tokenwise_select(rows, batch, workspace.data(), pyargs::emulate::stream.device, nullptr);
 }
 
 extern "C" {
@@ -50,6 +51,15 @@ void pyargs_emulate_order(uint64_t seed) {
   pyargs::emulate::order.seed(seed);
 }
 
+// The stream that calls use from now on.
+void pyargs_emulate_stream(uint64_t number, bool recording, int device, bool memory) {
+  pyargs::emulate::stream = {number, recording, device, memory};
+}
+
+const uint32_t* pyargs_emulate_tickets(int64_t rows) {
+  return pyargs::cuda::standing_tickets(pyargs::emulate::stream.device, nullptr, rows);
+}
+
 // The functions of launch.h, with a workspace of garbage as a device would give one.
 const char* pyargs_emulate_topk_logprobs(const void* logits, int64_t dtype, int64_t batch, int64_t vocab,
                                          int64_t row_stride, int64_t k, float* logprobs, int64_t* ids,
@@ -57,7 +67,8 @@ const char* pyargs_emulate_topk_logprobs(const void* logits, int64_t dtype, int6
   const size_t bytes = pyargs::cuda::topk_workspace_bytes(batch, vocab);
   std::vector<uint64_t> workspace(bytes / 8 + 1, 0xdeadbeefdeadbeefull);
   return pyargs::cuda::topk_logprobs(logits, static_cast<pyargs::Dtype>(dtype), batch, vocab, row_stride,
-                                     static_cast<int>(k), logprobs, ids, logsumexp, workspace.data(), 0, nullptr);
+                                     static_cast<int>(k), logprobs, ids, logsumexp, workspace.data(),
+                                     pyargs::emulate::stream.device, nullptr);
 }
 
 const char* pyargs_emulate_score_select(

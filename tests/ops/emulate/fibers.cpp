@@ -128,11 +128,15 @@ std::array<uint64_t, 32> exchange(uint32_t mask, uint64_t own) {
   return found;
 }
 
-void fence() {}
-
 uint32_t atomic_add(uint32_t* at, uint32_t value) {
   const uint32_t before = *at;
   *at = before + value;
+  return before;
+}
+
+uint32_t atomic_inc(uint32_t* at, uint32_t last, bool, bool) {
+  const uint32_t before = *at;
+  *at = before >= last ? 0 : before + 1;
   return before;
 }
 

@@ -2,10 +2,7 @@
 // device, in whatever order the threads happen to run. It is told of no order but the device's:
 // - __syncthreads and __syncwarp order what their threads did before and do after;
 // - shuffles, reductions over lanes and atomicAdd order nothing but their values;
-// - atomicAdd tells other blocks of what its thread knew at a __threadfence, and of what other threads of its block
-// knew
-//   at one that a __syncthreads followed. Who sees that sum learns of it at a __threadfence, in the thread that added,
-//   or behind a __syncthreads in the others.
+// - take_ticket tells who takes a later one what its thread knew, which is also what a __syncthreads before it told.
 // Written for x86, where relaxed atomics come in the order of the program.
 
 #include <linux/futex.h>
@@ -54,13 +51,12 @@ class Meeting {
 
   uint32_t number() const { return number_.load(relaxed); }
 
-  template <class AtEnd>
-  void wait(AtEnd at_end) {  // which the last to arrive runs
+  void wait() {
     const uint32_t now = number();
     {
       const Lock lock(taken_);
       arrived_.fetch_add(1, relaxed);
-      end_if_complete(at_end);
+      end_if_complete();
     }
     while (number() == now) {
       const long woken = syscall(SYS_futex, &number_, FUTEX_WAIT_PRIVATE, now, &kPatience, nullptr, 0);
@@ -68,17 +64,14 @@ class Meeting {
     }
   }
 
-  template <class AtEnd>
-  void leave(AtEnd at_end) {  // nobody waits for a thread that has ended
+  void leave() {  // nobody waits for a thread that has ended
     const Lock lock(taken_);
-    if (expected_.fetch_sub(1, relaxed) > 1) end_if_complete(at_end);
+    if (expected_.fetch_sub(1, relaxed) > 1) end_if_complete();
   }
 
  private:
-  template <class AtEnd>
-  void end_if_complete(AtEnd at_end) {
+  void end_if_complete() {
     if (arrived_.load(relaxed) < expected_.load(relaxed)) return;
-    at_end();
     arrived_.store(0, relaxed);
     number_.fetch_add(1, relaxed);
     syscall(SYS_futex, &number_, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
@@ -96,31 +89,14 @@ struct Memory {
   void ask() { __tsan_acquire(&address); }
 };
 
-// Knows what it has asked for and nothing of what the thread knows that sends it.
-class Messenger {
- public:
-  ~Messenger() { __tsan_destroy_fiber(fiber_); }
-  void carry(void* from, void* to) {  // either may be null
-    void* sender = __tsan_get_current_fiber();
-    __tsan_switch_to_fiber(fiber_, __tsan_switch_to_fiber_no_sync);
-    if (from) __tsan_acquire(from);
-    if (to) __tsan_release(to);
-    __tsan_switch_to_fiber(sender, __tsan_switch_to_fiber_no_sync);
-  }
-
- private:
-  void* fiber_ = __tsan_create_fiber(0);
-};
-
 // A barrier that orders memory. Two memories in turn: who is quick tells the next one, which no straggler asks.
 class Barrier {
  public:
   explicit Barrier(unsigned expected) : meeting(expected) {}
-  template <class AtEnd>
-  void wait(AtEnd at_end) {
+  void wait() {
     Memory& before = before_[meeting.number() % 2];
     before.tell();
-    meeting.wait(at_end);
+    meeting.wait();
     before.ask();
   }
   Meeting meeting;
@@ -139,22 +115,14 @@ struct Block {
   explicit Block(unsigned threads) : barrier(threads), warps(new Warp[threads / 32]) {
     std::memset(memory, kGarbage, sizeof memory);
   }
-  void pass_on() {  // at a barrier: what its threads knew at fences and what they saw, from each to all
-    outward.carry(&fenced, nullptr);
-    inward.carry(nullptr, &seen);
-  }
 
   Barrier barrier;
   std::unique_ptr<Warp[]> warps;
-  Memory fenced, seen;
-  Messenger outward, inward;
-  std::atomic<bool> adds{false};
   alignas(16) char memory[kMaxShared];
 };
 
 struct Thread {
   Block* block;
-  Memory fenced, seen;
   Warp& warp() const { return block->warps[threadIdx.x / 32]; }
 };
 thread_local Thread self;
@@ -166,40 +134,33 @@ void* shared(size_t bytes) {
   return self.block->memory;
 }
 
-void wait_for_block() {
-  self.block->barrier.wait([] { self.block->pass_on(); });
-}
+void wait_for_block() { self.block->barrier.wait(); }
 
 void wait_for_warp(uint32_t mask) {
   if (mask != 0xffffffffu) stop("only whole warps");
-  self.warp().barrier.wait([] {});
+  self.warp().barrier.wait();
 }
 
 std::array<uint64_t, 32> exchange(uint32_t mask, uint64_t own) {
   if (mask != 0xffffffffu) stop("only whole warps");
   Warp& warp = self.warp();
   warp.values[lane()].store(own, relaxed);
-  warp.meeting.wait([] {});
+  warp.meeting.wait();
   std::array<uint64_t, 32> found;
   for (int i = 0; i < 32; ++i) found[i] = warp.values[i].load(relaxed);
-  warp.meeting.wait([] {});  // before anybody writes the next one
+  warp.meeting.wait();  // before anybody writes the next one
   return found;
 }
 
-void fence() {
-  for (Memory* fenced : {&self.fenced, &self.block->fenced}) fenced->tell();
-  for (Memory* seen : {&self.seen, &self.block->seen}) seen->ask();
-}
+uint32_t atomic_add(uint32_t* at, uint32_t value) { return __atomic_fetch_add(at, value, __ATOMIC_RELAXED); }
 
-uint32_t atomic_add(uint32_t* at, uint32_t value) {
-  Block& block = *self.block;
-  const auto add = [&] { return __atomic_fetch_add(at, value, __ATOMIC_RELAXED); };
-  const size_t offset = reinterpret_cast<uintptr_t>(at) - reinterpret_cast<uintptr_t>(block.memory);
-  if (offset < kMaxShared) return add();
-  const Lock lock(block.adds);
-  block.outward.carry(&self.fenced, at);
-  const uint32_t before = add();
-  block.inward.carry(at, &self.seen);
+uint32_t atomic_inc(uint32_t* at, uint32_t last, bool release, bool acquire) {
+  static std::atomic<bool> taken{false};
+  const Lock lock(taken);  // nobody asks for what is told but not yet there to see
+  if (release) __tsan_release(at);
+  const uint32_t before = __atomic_load_n(at, __ATOMIC_RELAXED);
+  __atomic_store_n(at, before >= last ? 0 : before + 1, __ATOMIC_RELAXED);
+  if (acquire) __tsan_acquire(at);
   return before;
 }
 
@@ -216,7 +177,7 @@ void launch(dim3 blocks, dim3 size, const std::function<void()>& kernel) {
         blockIdx = dim3(b % blocks.x, b / blocks.x % blocks.y, b / (blocks.x * blocks.y)), threadIdx = dim3(t);
         self.block = block;
         kernel();
-        block->barrier.meeting.leave([] { self.block->pass_on(); });
+        block->barrier.meeting.leave();
       });
     }
   }
