@@ -62,6 +62,7 @@ sanitize: $(INSTALLED)
 cuda-check: $(INSTALLED)
 	$(BIN)/python .ci/emulate.py
 	$(BIN)/python .ci/kernels.py
+	$(BIN)/python .ci/executed.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
