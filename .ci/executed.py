@@ -34,14 +34,14 @@ CHUNK, THREADS, KEPT = 8192, 256, 128
 VOCAB = 128_256  # of the row that is counted, bfloat16
 # Instructions of a row by k, at most: a tenth more than with nvcc 13.0.
 LIMIT = {10: 59_300, 64: 68_400}
-# What a function belongs to, of those that an instruction stands in the innermost that is named here.
+# What a function belongs to: of those that an instruction stands in, the outermost that is named here.
 PHASES = {
     "TopkElements": "load",
     "largest": "largest of a thread",
     "topk_key": "largest of a thread",
     "bound_by_first_warp": "bound",
     "sums_of_warps": "exponentials and their sum",
-    "leave_sum": "sum of the chunk",
+    "leave_sum": "exponentials and their sum",
     "keep_survivors": "survivors",
     "keep_exactly": "too many survivors",
     "is_last": "ticket",
@@ -61,7 +61,7 @@ def functions(path: str) -> list[str]:
 
 
 def phase(frames: tuple[tuple[str, int], ...]) -> str:
-    within = [functions(path)[line] for path, line in frames if path.startswith(str(CUDA.parent))]
+    within = [functions(path)[line] for path, line in reversed(frames) if path.startswith(str(CUDA.parent))]
     return next((PHASES[name] for name in within if name in PHASES), "the rest")
 
 

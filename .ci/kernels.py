@@ -33,9 +33,9 @@ class Limit(NamedTuple):
 
 
 LIMIT = {
-    "topk_logprobs_kernel": Limit(80, 5400, 4),
+    "topk_logprobs_kernel": Limit(64, 4000, 8),
     "score_select_kernel": Limit(64, 5400, 14),
-    "tokenwise_select_kernel": Limit(80, 13000, 16),
+    "tokenwise_select_kernel": Limit(64, 9900, 32),
     "user_mlp_kernel": Limit(128, 3200, 11, products=16),
     "commit_kernel": Limit(64, 600, 8),
 }

@@ -2,17 +2,17 @@
 //
 // A kernel finds its tickets at 0 and leaves them so (take_ticket), so that nothing need be queued to clear them. Two
 // launches may share tickets only if one has ended before the other begins. So they are given away for good:
-// - to a stream, whose kernels run one after the other. The key is the stream's number, which is never used again;
-// its
-//   handle is, while the kernels of a stream that was destroyed may still run;
-// - to one call of a recording. Replays of a CUDA graph run one after the other, but two graphs that were recorded on
-// one
-//   stream may run at the same time on others, and a replay beside calls on that stream. The memory is none of torch's,
-//   which would give it to others between the replays.
-// Each device has a fixed number, so that recordings and streams without end take no memory without end. When they are
-// spent, and in a recording before any call outside of one, there are none: then the call clears its own.
 //
-// A kernel that was aborted leaves tickets taken; its CUDA context, in which this memory lies, takes no more work.
+// To a stream, whose kernels run one after the other. The key is the stream's number, which is never used again. Its
+// handle is, while the kernels of a stream that was destroyed may still run.
+//
+// To one call of a recording. Replays of a CUDA graph run one after the other, but two graphs that were recorded on one
+// stream may run at the same time on others, and a replay beside calls on that stream. The memory is none of torch's,
+// which would give that of a recording to others between the replays.
+//
+// Each device has a fixed number, so that recordings and streams without end take no memory without end. When they are
+// spent, and in a recording before any call outside of one, there are none: then the call clears its own. A kernel that
+// was aborted leaves tickets taken, but its CUDA context takes no more work, and this memory lies in it.
 #pragma once
 
 #include <map>
