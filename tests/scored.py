@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from pyargs.ops.topk_logprobs import topk_logprobs_reference
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -28,3 +30,30 @@ def problem(batch=3, k=4, hidden=8, users=5, seed=0, dtype=torch.float32, bias=F
     if stop:
         args["stop"] = torch.tensor(stop)
     return args
+
+
+def random_logits(batch: int, vocab: int, dtype=torch.float32, seed: int = 0) -> torch.Tensor:
+    return (torch.randn(batch, vocab, generator=torch.Generator().manual_seed(seed)) * 5).to(dtype)
+
+
+def decided_by_rounding(args: dict) -> torch.Tensor:
+    """Rows [B] in which another order of the sums may choose another slot: scores, or cumulated probabilities, as good as
+    equal, although the logits are not. Equal logits have equal scores in any order, and must go to the lower slot."""
+    logits, rewards = args["logits"].double(), args["reward_logits"].double()
+    _, ids, _ = topk_logprobs_reference(args["logits"], args["k"])
+    weight = args["reward_weight"].double().unsqueeze(1)
+    values = torch.stack([logits.gather(1, ids), torch.where(weight == 0, 0.0, rewards.gather(1, ids))], -1)
+    weighted = torch.where(weight == 0, 0.0, weight * (values[..., 1] - rewards.logsumexp(1, keepdim=True)))
+    score = values[..., 0] - logits.logsumexp(1, keepdim=True) + weighted
+    if "count" in args:
+        score = score.where(torch.arange(args["k"]) < args["count"].unsqueeze(1), -torch.inf)
+    best = score.argmax(1, keepdim=True)
+    close = (score.gather(1, best) - score).abs() < 1e-4
+    same = (values == values.gather(1, best.unsqueeze(-1).expand(-1, 1, 2))).all(-1)
+    decided = (close & ~same).any(1)
+    if "uniform" not in args:
+        return decided
+    temperature = torch.as_tensor(args["temperature"]).double().view(-1, 1)
+    cumulated = (score / temperature).softmax(1).cumsum(1)
+    by_chance = ((cumulated - args["uniform"].double().unsqueeze(1)).abs() < 1e-4).any(1)
+    return torch.where(temperature.squeeze(1) == 0, decided, by_chance)

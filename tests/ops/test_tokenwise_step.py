@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ops.test_tokenwise_select import decided_by_rounding, random_logits
+from scored import decided_by_rounding, random_logits
 from states import WRONG_STATES, copied, drawn_state, refused, same_state, state_of
 
 from pyargs.ops import RowState, tokenwise_select, tokenwise_step, tokenwise_step_reference, topk_logprobs
