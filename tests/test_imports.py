@@ -65,7 +65,6 @@ TESTED_IN = {
     "pyargs.methods.global_rm": "methods/test_all.py",
     "pyargs.models.token_reward": "methods/test_genarm.py",
     "pyargs.ops.library": "test_packaging.py",
-    "pyargs.ops.row_state": "ops/test_score_step.py",
     "pyargs.prepare.folder": "prepare/test_prism.py",
     "pyargs.prepare.statistics": "prepare/test_prism.py",
     "pyargs.serve.answers": "serve/test_app.py",
