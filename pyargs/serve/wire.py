@@ -232,6 +232,8 @@ def of_validation(errors: list[dict]) -> WireError:
 
 # -- answers -----------------------------------------------------------------------------------------------------------
 
+ENCODE = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
+
 
 class Form:
     """One of the two forms of an answer.
@@ -243,6 +245,7 @@ class Form:
         self.chat, self.model = chat, model
         self.id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
         self.created = int(time.time())
+        self._begin = b"data: " + ENCODE(self._head("chat.completion.chunk" if chat else "text_completion"))[:-1].encode()
 
     def whole(self, choices: list[dict], usage: dict) -> dict:
         """The body of an answer that is not streamed."""
@@ -254,8 +257,7 @@ class Form:
 
     def chunk(self, choices: list[dict], usage: dict | None = None) -> bytes:
         """An event of a stream."""
-        head = self._head("chat.completion.chunk" if self.chat else "text_completion")
-        return event({**head, "choices": choices, "usage": usage})
+        return b'%s,"choices":%s,"usage":%s}\n\n' % (self._begin, ENCODE(choices).encode(), ENCODE(usage).encode())
 
     def delta(
         self, index: int, text: str | None, reason: str | None, logprobs: dict | None, ours: dict | None, *, first=False
@@ -272,7 +274,7 @@ class Form:
 
 
 def event(data: dict) -> bytes:
-    return b"data: " + json.dumps(data, separators=(",", ":"), ensure_ascii=False).encode() + b"\n\n"
+    return b"data: %s\n\n" % ENCODE(data).encode()
 
 
 DONE = b"data: [DONE]\n\n"

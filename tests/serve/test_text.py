@@ -77,7 +77,7 @@ def test_a_token_costs_the_same_however_long_the_answer_is(name, written):
     tokenizer, seen = TOKENIZERS[name], []
 
     class Counted:
-        all_special_ids = tokenizer.all_special_ids
+        is_fast, all_special_ids, added_tokens_decoder = False, tokenizer.all_special_ids, tokenizer.added_tokens_decoder
 
         @staticmethod
         def decode(ids, **how):
