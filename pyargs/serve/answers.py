@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from pyargs.decode.answer import Event
 from pyargs.errors import UnknownUser
+from pyargs.serve.logprobs import Said
 from pyargs.serve.metrics import Metrics
 from pyargs.serve.text import Writer
 from pyargs.serve.wire import DONE, Form, WireError, event, unknown_user, usage
@@ -18,16 +19,18 @@ log = logging.getLogger("pyargs")
 class Choice:
     """One answer as it comes: `take` its events, and tell what is new.
 
-    guided: whether rewards are told. reason: "stop" or "length" once it is complete, "cancelled" where somebody has ended it.
-    count: its tokens, without the stop token.
+    guided: whether rewards are told. logprobs: makes what is told of tokens from a list of `logprobs.Said`.
+    reason: "stop" or "length" once it is complete, "cancelled" where somebody has ended it. count: its tokens, without the
+    stop token.
     """
 
-    def __init__(self, index: int, writer: Writer, *, guided: bool):
+    def __init__(self, index: int, writer: Writer, *, guided: bool, logprobs: Callable[[list[Said]], dict] | None = None):
         self.index, self.reason, self.count, self.when = index, None, 0, None
-        self._writer, self._guided = writer, guided
+        self._writer, self._guided, self._logprobs = writer, guided, logprobs
         self._text: list[str] = []
         self._rewards: list[float] = []
         self._slots: list[int] = []
+        self._said: list[Said] = []
 
     def take(self, event: Event) -> None:
         answer = event.answer
@@ -35,6 +38,8 @@ class Choice:
             self.count += 1
             self._rewards.append(event.reward)
             self._slots.append(event.slot)
+            if self._logprobs is not None:
+                self._said.append(Said(event.token, event.told, self._writer.length))
             self._text.append(self._writer.add(event.token))
         if answer is not None:
             self._text.append(self._writer.rest())
@@ -47,13 +52,14 @@ class Choice:
         """Whether all text that has come has been told."""
         return not any(self._text)
 
-    def news(self) -> tuple[str, dict]:
-        """Text since the last time, and rewards and slots of all tokens since then."""
+    def news(self) -> tuple[str, dict | None, dict]:
+        """Text since the last time, and log-probs, rewards and slots of all tokens since then."""
         text, ours = "".join(self._text), {"rewards": None, "slots": None}
         if self._guided:
             ours = {"rewards": self._rewards, "slots": self._slots}
-        self._text, self._rewards, self._slots = [], [], []
-        return text, ours
+        logprobs = self._logprobs(self._said) if self._said else None
+        self._text, self._rewards, self._slots, self._said = [], [], [], []
+        return text, logprobs, ours
 
 
 class Answers:
@@ -126,8 +132,8 @@ async def whole(answers: Answers, form: Form, prompt_tokens: int, ours: dict) ->
         await answers.come()
     choices = []
     for choice in answers.choices:
-        text, new = choice.news()
-        choices.append(form.choice(choice.index, text, choice.reason, None, {**new, **ours}))
+        text, logprobs, new = choice.news()
+        choices.append(form.choice(choice.index, text, choice.reason, logprobs, {**new, **ours}))
     return form.whole(choices, usage(prompt_tokens, sum(choice.count for choice in answers.choices)))
 
 
@@ -140,11 +146,11 @@ async def chunks(answers: Answers, form: Form, prompt_tokens: int, ours: dict, *
         while not answers.complete:
             for choice in await answers.come():
                 if not choice.told:
-                    text, new = choice.news()
-                    yield form.chunk([form.delta(choice.index, text, None, None, new)])
+                    text, logprobs, new = choice.news()
+                    yield form.chunk([form.delta(choice.index, text, None, logprobs, new)])
                 if choice.reason is not None:
-                    _, new = choice.news()
-                    yield form.chunk([form.delta(choice.index, None, choice.reason, None, {**new, **ours})])
+                    _, logprobs, new = choice.news()
+                    yield form.chunk([form.delta(choice.index, None, choice.reason, logprobs, {**new, **ours})])
     except WireError as error:
         yield event(error.body())
         return

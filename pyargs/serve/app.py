@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from functools import partial
 from typing import Annotated
 
 from pyargs.errors import PyargsError, extra
+from pyargs.serve import logprobs
 from pyargs.serve.answers import Answers, Choice, chunks, whole
 from pyargs.serve.metrics import Metrics, Noted
 from pyargs.serve.plan import plan, refused
@@ -167,7 +169,12 @@ async def _answer(request: Request, body: Chat | Completion, form: Form, key) ->
     except PyargsError as error:
         raise refused(error) from error
     writers = [Writer(pair.tokenizer, body.stops, strip=form.chat) for _ in asked.prompts]
-    choices = [Choice(i, writer, guided=asked.reward_weight is not None) for i, writer in enumerate(writers)]
+    told = None
+    if body.candidates_told is not None:
+        make = logprobs.of_chat if form.chat else logprobs.of_completion
+        told = partial(make, pair.tokenizer, most=body.candidates_told)
+    guided = asked.reward_weight is not None
+    choices = [Choice(i, writer, guided=guided, logprobs=told) for i, writer in enumerate(writers)]
     answers = Answers(worker, call, choices, state.metrics, noted, arrived)
     ours = {"reward_weight": asked.reward_weight, "backend": worker.engine.backend}
     if body.stream:

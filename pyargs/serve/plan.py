@@ -81,6 +81,8 @@ def _wish(pair: Pair, body: Chat | Completion, user: str) -> tuple[dict, bool]:
     """Arguments of `Engine.submit` that all requests of a call have, and whether a reward is asked for."""
     names = ("top_p", "min_p", "num_candidates", "strength", "reward_weight")
     wish = {name: value for name in names if (value := getattr(body, name)) is not None}
+    if body.candidates_told is not None:
+        wish["logprobs"] = max(1, body.candidates_told)
     wish["temperature"] = 1.0 if body.temperature is None else body.temperature
     if pair.soft and not user:
         raise WireError(422, "this model has a prompt of each user: name the user", param="user")

@@ -119,6 +119,7 @@ class Writer:
 
     def __init__(self, tokenizer, stops: Sequence[str] = (), *, strip: bool):
         self._text, self._stops = Text(tokenizer), Stops(stops)
+        self.length = 0  # of the text so far, that in front of a stop string included
         self._strip = Stripped().add if strip else str
 
     @property
@@ -126,7 +127,9 @@ class Writer:
         return self._stops.found
 
     def add(self, token: int) -> str:
-        return self._strip(self._stops.add(self._text.add(token)))
+        text = self._text.add(token)
+        self.length += len(text)
+        return self._strip(self._stops.add(text))
 
     def rest(self) -> str:
         """What follows the last token."""
