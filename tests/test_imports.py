@@ -69,7 +69,6 @@ TESTED_IN = {
     "pyargs.prepare.statistics": "prepare/test_prism.py",
     "pyargs.serve.answers": "serve/test_app.py",
     "pyargs.serve.metrics": "serve/test_app.py",
-    "pyargs.serve.plan": "serve/test_app.py",
     "pyargs.tuned": "commands/test_decode.py",
     "pyargs.training.losses": "methods/test_planted_users.py",
     "experiments.__main__": "experiments/test_figures.py",
