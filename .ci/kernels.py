@@ -29,7 +29,7 @@ class Limit(NamedTuple):
     registers: int  # of a thread, at most: the 65,536 of an SM over the threads that should fit
     instructions: int  # in the kernel's code, at most: a tenth more than nvcc 13.0 made
     wide_loads: int  # 16-byte loads from global memory, at least
-    products: int = 0  # of tensor cores, at least, where the bank has 16 bits
+    products: int = 0  # of tensor cores, at least, where there is no float32
 
 
 LIMIT = {
@@ -38,17 +38,20 @@ LIMIT = {
     "tokenwise_select_kernel": Limit(64, 9900, 32),
     "user_mlp_kernel": Limit(128, 3200, 11, products=16),
     "commit_kernel": Limit(64, 600, 8),
+    "branch_attention_kernel 1": Limit(168, 3750, 38, products=16),  # heads of up to 64 elements, 128 and 256
+    "branch_attention_kernel 2": Limit(255, 5900, 70, products=32),
+    "branch_attention_kernel 4": Limit(255, 5900, 120, products=36),
 }
 ENTRY = re.compile(r"Compiling entry function '(\S+)' for 'sm_(\d+)a?'")
 USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
 SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
-TEMPLATE = re.compile(r"(?:DtypeE|ActivationE)(\d)")
+TEMPLATE = re.compile(r"(?:DtypeE|ActivationE|ELi)(\d)")
 SECTION = re.compile(r"^\.text\.(\S+):$", re.MULTILINE)
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]+)", re.MULTILINE)
 
 
 class Kernel(NamedTuple):
-    name: str  # with the numbers of its dtype and activation
+    name: str  # with the numbers of its dtype, and of its activation or width
     registers: int
     shared: int
     spilled: int
@@ -120,7 +123,8 @@ def main() -> int:
     for source in sorted(CUDA.glob("*.cu")):
         for architecture in ARCHITECTURES:
             for kernel in compiled(source, architecture):
-                name = kernel.name.split()[0]
+                name, *numbers = kernel.name.split()
+                name = wide if (wide := " ".join([name, *numbers[-1:]])) in LIMIT else name
                 seen.add(name)
                 line = f"sm_{architecture:<4}{kernel.name:<28}{kernel.registers:>10}{kernel.shared:>8}{kernel.spilled:>9}"
                 if total := kernel.instructions.total():

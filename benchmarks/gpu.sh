@@ -78,7 +78,7 @@ sanitizer() { # TOOL
 part_A() {
   stage env "$PYTHON" -m pyargs.cli env
   local op
-  for op in topk_logprobs score_select score_step tokenwise_select tokenwise_step user_mlp commit; do
+  for op in topk_logprobs score_select score_step tokenwise_select tokenwise_step user_mlp commit branch_attention; do
     python_tests "$op" tests/ops/test_gpu.py -k "like_the_reference and $op"
   done
   python_tests repeatable tests/ops/test_gpu.py -k "not like_the_reference"

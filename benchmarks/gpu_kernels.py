@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
+import bench_branch_attention
 import torch
 from gpu_results import add
 from timing import hardware, hardware_line, table
@@ -249,6 +250,30 @@ def commits(t: Table) -> None:
         t.compare("commit", f"{layers} layers", commit, theirs, make, size, B=batch, k=10, dtype="bfloat16")
 
 
+def attention(t: Table) -> None:
+    """Against sdpa with a mask over all places, whose making is not counted, and without copies of the keys."""
+    sizes = [(4, 2, 8)] if t.dry else [(14, 2, 64), (28, 4, 128)]  # of Qwen2.5 with 0.5B and 7B
+    for heads, kept, dim in sizes:
+        for batch in (2,) if t.dry else (1, 8, 32):
+            for prefix, places in [(20, 32)] if t.dry else [(100, 256), (300, 512), (2000, 2048)]:
+                for k in (1, 10):
+                    given = dict(batch=batch, k=k, prefix=prefix, places=places, device=t.device)
+                    make = lambda heads=heads, kept=kept, dim=dim, given=given: bench_branch_attention.inputs(  # noqa: E731
+                        heads, kept, dim, **given
+                    )
+                    t.compare(
+                        "branch_attention",
+                        f"{heads}/{kept} heads of {dim}, {prefix} of {places}",
+                        bench_branch_attention.ours,
+                        bench_branch_attention.masked,
+                        make,
+                        2 * batch * kept * (prefix + k) * dim * 2,
+                        B=batch,
+                        k=k,
+                        dtype="bfloat16",
+                    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the numbers go into its gpu.json")
@@ -262,7 +287,7 @@ def main() -> None:
     print(f"{hardware_line(info)}\ncopies at {t.rate:.0f} GB/s", flush=True)
     if options.dry_run:
         print("dry run: shapes too small for the numbers to mean anything", flush=True)
-    for part in (topk, linear_heads, sampled_rows, mlp_heads, tokenwise, commits):
+    for part in (topk, linear_heads, sampled_rows, mlp_heads, tokenwise, commits, attention):
         part(t)
         found = {"hardware": info, "copy_gb_s": round(t.rate, 1), "dry_run": options.dry_run, "rows": t.rows}
         add(options.out, "kernels", found, key=("op", "shape", "B", "k", "dtype"))

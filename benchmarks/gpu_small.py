@@ -9,7 +9,17 @@ from __future__ import annotations
 
 import torch
 
-from pyargs.ops import RowState, commit, score_select, score_step, tokenwise_select, tokenwise_step, topk_logprobs, user_mlp
+from pyargs.ops import (
+    RowState,
+    branch_attention,
+    commit,
+    score_select,
+    score_step,
+    tokenwise_select,
+    tokenwise_step,
+    topk_logprobs,
+    user_mlp,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -72,6 +82,11 @@ def main() -> None:
         user_mlp(random(3, 13, 577, dtype=dtype), random(5, 37, 577, dtype=dtype), user)
         for choice in ({"stop": stop}, own):
             tokenwise_select(logits, random(3, 17001, dtype=dtype), weight, finished, 64, **choice)
+        for dim in (40, 128):
+            query, key, value = (
+                torch.randn(3, *shape, dim, device=DEVICE).to(dtype) for shape in ((4, 9), (2, 139), (2, 139))
+            )
+            branch_attention(query, key, value, torch.tensor([130, 7, 0], device=DEVICE))
         commit([torch.randn(3, 2, 9, 33, device=DEVICE).to(dtype)] * 3, user % 3, 2 + user % 4)
     if DEVICE == "cuda":
         torch.cuda.synchronize()

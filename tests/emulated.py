@@ -52,7 +52,10 @@ def library() -> ctypes.CDLL:
             subprocess.run(command, check=True, env=os.environ | {"LD_PRELOAD": ""})
             Path(f"{target}.part").rename(target)
     found = ctypes.CDLL(str(target))
-    for name in ("topk_logprobs", "score_select", "score_step", "tokenwise_select", "tokenwise_step", "user_mlp", "commit"):
+    for name in (
+        *("topk_logprobs", "score_select", "score_step", "tokenwise_select", "tokenwise_step"),
+        *("user_mlp", "commit", "branch_attention"),
+    ):
         getattr(found, f"pyargs_emulate_{name}").restype = ctypes.c_char_p
     return found
 
@@ -240,3 +243,22 @@ def commit(states: list[Tensor], slot: Tensor, length: Tensor) -> None:
     if batch * heads:
         addresses = torch.tensor([tensor.data_ptr() for tensor in states])
         call("commit", addresses, len(states), batch, heads, capacity, *strides, dim * size, slot, length)
+
+
+def branch_attention(query: Tensor, key: Tensor, value: Tensor, length: Tensor, scale: float | None = None) -> Tensor:
+    query, (batch, heads, places, dim) = aligned(query), key.shape
+    out = torch.full((batch, query.shape[2], query.shape[1], dim), -7.0, dtype=query.dtype)
+    if batch:
+        strides = torch.tensor([tensor.stride(d) for tensor in (query, key, value) for d in range(3)])
+        call(
+            "branch_attention", query, key, value, DTYPES[query.dtype], strides, batch, heads, query.shape[1] // heads,
+            query.shape[2], places, dim, length.contiguous(), dim**-0.5 if scale is None else float(scale), out,
+        )  # fmt: skip
+    return out
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """As it is where its last dimension is dense and all rows start at multiples of 16 bytes; else a dense copy."""
+    size = tensor.element_size()
+    starts = [tensor.data_ptr(), *(size * tensor.stride(d) for d in range(3) if tensor.shape[d] > 1)]
+    return tensor if tensor.stride(-1) == 1 and all(start % 16 == 0 for start in starts) else tensor.contiguous().clone()

@@ -70,9 +70,12 @@ def test_each_part_for_a_gpu_keeps_what_failed(tmp_path):
         "env": 0,
         "topk_logprobs": 0,
         "score_select": 0,
+        "score_step": 0,
         "tokenwise_select": 0,
+        "tokenwise_step": 0,
         "user_mlp": 0,
         "commit": 3,
+        "branch_attention": 0,
         "repeatable": 0,
         "captured": 0,
     }

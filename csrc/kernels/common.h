@@ -47,4 +47,23 @@ PYARGS_HD uint32_t float16_to_float32_bits(uint32_t half) {
   return sign | (exponent + (fraction - (1u << 23)));
 }
 
+// Bits of the bfloat16, and of the float16, that is nearest to a float32, ties to even. NaN stays NaN.
+PYARGS_HD uint32_t bfloat16_bits(uint32_t bits) {
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return bits >> 16 | 0x40u;
+  return (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+}
+
+PYARGS_HD uint32_t float16_bits(uint32_t bits) {
+  const uint32_t sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return sign | 0x7e00u;
+  if (magnitude >= 0x477ff000u) return sign | 0x7c00u;  // 65520 and more are infinite
+  if (magnitude < 0x33000000u) return sign;             // below half of the smallest
+  const uint32_t exponent = magnitude >> 23;
+  const bool normal = exponent >= 113;
+  // What is cut off, at `shift`, decides whether one is added.
+  const uint32_t shift = normal ? 13 : 126 - exponent;
+  const uint32_t number = normal ? magnitude - (112u << 23) : (magnitude & 0x7fffffu) | 0x800000u;
+  return sign | ((number + (1u << (shift - 1)) - 1 + (number >> shift & 1u)) >> shift);
+}
+
 }  // namespace pyargs

@@ -124,7 +124,6 @@ class Array {
     if (sizes_[dim_ - 1] > 1 && strides_[dim_ - 1] != 1) make_contiguous();
   }
 
- private:
   void make_contiguous() {
     AtenTensorHandle copy = nullptr;
     check(aoti_torch_new_tensor_handle(handle_, &copy) == 0, "no memory");
@@ -133,6 +132,7 @@ class Array {
     *this = Array(copy);
   }
 
+ private:
   AtenTensorHandle handle_ = nullptr;
   int64_t dim_ = 0;
   const int64_t *sizes_ = nullptr, *strides_ = nullptr;

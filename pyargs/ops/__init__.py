@@ -3,6 +3,7 @@ the same signature, and its fake kernel. The extension `pyargs._C` makes them fa
 
 from __future__ import annotations
 
+from pyargs.ops.branch_attention import branch_attention, branch_attention_reference
 from pyargs.ops.commit import commit, commit_reference
 from pyargs.ops.library import native
 from pyargs.ops.row_state import RowState
@@ -15,6 +16,8 @@ from pyargs.ops.user_mlp import user_mlp, user_mlp_reference
 
 __all__ = [
     "RowState",
+    "branch_attention",
+    "branch_attention_reference",
     "commit",
     "commit_reference",
     "native",

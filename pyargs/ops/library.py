@@ -53,10 +53,10 @@ def define(name: str, default: Callable, fake: Callable, mutates: tuple[str, ...
     or None.
     """
     qualified = f"pyargs::{name}"
-    if has_extension and torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CPU"):
-        native.add(name)
-    else:
+    if not has_extension:
         torch.library.define(qualified, torch.library.infer_schema(default, mutates_args=mutates))
+    elif torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CPU"):
+        native.add(name)
     torch.library.impl(qualified, "default", default)
     torch.library.register_fake(qualified, fake)
     op = getattr(torch.ops.pyargs, name).default

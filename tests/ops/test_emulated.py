@@ -115,3 +115,19 @@ def test_commit(dim):
     for op, tensors in ((emulated.commit, states), (ops.commit_reference, expected)):
         op(tensors, torch.tensor([3, -1, 1]), torch.tensor([5, 5, 2]))
     agree(states, expected, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "prefix"),
+    [(torch.float32, 40, 66), (torch.bfloat16, 64, 130), (torch.float16, 72, 5), (torch.bfloat16, 136, 20)],
+)
+def test_branch_attention(dtype, dim, prefix):
+    """Several parts with two tiles of queries, a width cut short, values that are not loaded ahead; no prefix in one row."""
+    emulated.order(6)
+    k = 9 if prefix > 20 else 2
+    query = normal(2, 2, k, dim, dtype=dtype)
+    key, value = (normal(2, 1, prefix + k, dim, dtype=dtype, seed=seed) for seed in (1, 2))
+    args = query, key, value, torch.tensor([prefix, 0])
+    agree(
+        [emulated.branch_attention(*args)], [ops.branch_attention_reference(*args)], 1e-5 if dtype == torch.float32 else 0.04
+    )

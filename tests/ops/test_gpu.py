@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops import (
+    test_branch_attention,
     test_commit,
     test_score_select,
     test_score_step,
@@ -17,7 +18,17 @@ from ops import (
 )
 from torch import Tensor
 
-from pyargs.ops import RowState, commit, score_select, score_step, tokenwise_select, tokenwise_step, topk_logprobs, user_mlp
+from pyargs.ops import (
+    RowState,
+    branch_attention,
+    commit,
+    score_select,
+    score_step,
+    tokenwise_select,
+    tokenwise_step,
+    topk_logprobs,
+    user_mlp,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 OPS = {
@@ -28,6 +39,7 @@ OPS = {
     tokenwise_step: test_tokenwise_step.drawn,
     user_mlp: test_user_mlp.drawn,
     commit: test_commit.drawn,
+    branch_attention: test_branch_attention.drawn,
 }
 
 

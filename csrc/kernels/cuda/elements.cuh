@@ -32,11 +32,27 @@ struct Elements {
   static constexpr int kVectors = kLaneElements * kSize / 16;  // 16-byte loads
   uint32_t words[4 * kVectors];
 
+  __device__ __forceinline__ uint32_t bits(int i) const {
+    return dtype == Dtype::kFloat32 ? words[i] : (words[i / 2] >> (16 * (i % 2))) & 0xffffu;
+  }
   __device__ __forceinline__ float operator[](int i) const {
-    if (dtype == Dtype::kFloat32) return float_of(words[i]);
-    return float_of(half_bits(dtype, (words[i / 2] >> (16 * (i % 2))) & 0xffffu));
+    return float_of(dtype == Dtype::kFloat32 ? bits(i) : half_bits(dtype, bits(i)));
   }
 };
+
+// Elements at .. at + 8, which start at a multiple of 16 bytes; zeros if they are not there.
+template <Dtype dtype>
+__device__ __forceinline__ Elements<dtype> load_aligned(const void* source, int64_t at, bool there) {
+  const char* address = static_cast<const char*>(source) + at * Elements<dtype>::kSize;
+  Elements<dtype> found;
+#pragma unroll
+  for (int i = 0; i < Elements<dtype>::kVectors; ++i) {
+    const uint4 vector = there ? reinterpret_cast<const uint4*>(address)[i] : make_uint4(0, 0, 0, 0);
+    found.words[4 * i] = vector.x, found.words[4 * i + 1] = vector.y;
+    found.words[4 * i + 2] = vector.z, found.words[4 * i + 3] = vector.w;
+  }
+  return found;
+}
 
 // Elements at .. at + 8 of which the first n count; the others are not read and are 0. With 16-byte loads where the
 // address allows it: the values are the same either way.

@@ -23,4 +23,9 @@ const char* score_select(const ScoreRows& rows, int64_t batch, int device, void*
 const char* user_mlp(const UserMlpRows& rows, int64_t batch, int device, void* stream);
 const char* commit(const CommitRows& rows, int64_t capacity, int device, void* stream);
 
+// `workspace`: branch_workspace_bytes, at a multiple of 16 bytes. Heads of keys, values and queries start at multiples
+// of 16 bytes, and have at most 256 elements.
+size_t branch_workspace_bytes(const BranchRows& rows);
+const char* branch_attention(const BranchRows& rows, void* workspace, int device, void* stream);
+
 }  // namespace pyargs::cuda

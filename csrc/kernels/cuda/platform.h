@@ -58,6 +58,24 @@ __device__ __forceinline__ uint32_t bits_of(float value) {
 #endif
 }
 
+// Two numbers of bfloat16 or float16 side by side, rounded to nearest, ties to even.
+template <Dtype dtype>
+__device__ __forceinline__ uint32_t rounded_pair(float low, float high) {
+  static_assert(dtype != Dtype::kFloat32);
+#ifdef __CUDA_ARCH__
+  uint32_t pair;
+  if constexpr (dtype == Dtype::kBFloat16) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  }
+  return pair;
+#else
+  if constexpr (dtype == Dtype::kBFloat16) return bfloat16_bits(bits_of(low)) | bfloat16_bits(bits_of(high)) << 16;
+  return float16_bits(bits_of(low)) | float16_bits(bits_of(high)) << 16;
+#endif
+}
+
 // A read that other blocks' writes before a ticket are seen by (past the first-level cache).
 template <class T>
 __device__ __forceinline__ T load_fresh(const T* address) {

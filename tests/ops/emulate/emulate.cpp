@@ -184,4 +184,22 @@ const char* pyargs_emulate_commit(const int64_t* states, int64_t count, int64_t 
   return pyargs::cuda::commit(rows, capacity, 0, nullptr);
 }
 
+// strides: of the query, the keys and the values, three each.
+const char* pyargs_emulate_branch_attention(const void* query, const void* key, const void* value, int64_t dtype,
+                                            const int64_t* strides, int64_t batch, int64_t heads, int64_t groups,
+                                            int64_t k, int64_t places, int64_t dim, const int64_t* length, double scale,
+                                            void* out) {
+  pyargs::BranchRows rows{};
+  rows.query = query, rows.key = key, rows.value = value, rows.dtype = static_cast<pyargs::Dtype>(dtype);
+  rows.query_stride_b = strides[0], rows.query_stride_h = strides[1], rows.query_stride_k = strides[2];
+  rows.key_stride_b = strides[3], rows.key_stride_h = strides[4], rows.key_stride_t = strides[5];
+  rows.value_stride_b = strides[6], rows.value_stride_h = strides[7], rows.value_stride_t = strides[8];
+  rows.batch = batch, rows.heads = static_cast<int>(heads), rows.groups = static_cast<int>(groups);
+  rows.k = static_cast<int>(k), rows.places = static_cast<int>(places), rows.dim = static_cast<int>(dim);
+  rows.length = length, rows.scale = static_cast<float>(scale), rows.out = out;
+  std::vector<std::array<uint64_t, 2>> workspace(pyargs::cuda::branch_workspace_bytes(rows) / 16 + 1,
+                                                 {0xdeadbeefdeadbeefull, 0xdeadbeefdeadbeefull});
+  return pyargs::cuda::branch_attention(rows, workspace.data(), pyargs::emulate::stream.device, nullptr);
+}
+
 }  // extern "C"
