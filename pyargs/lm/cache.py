@@ -204,15 +204,18 @@ class RowCache(Cache):
         """Of each row's next token, int64 [n, 1]."""
         return self.length[: self.width].unsqueeze(1)
 
-    def branches(self, count: int) -> Tensor | None:
+    def branches(self, count: int, by_length: bool = False) -> Tensor | None:
         """Attention mask [n, 1, count, places] for the next pass, in which each token sees its row's prefix and itself. None
-        where a single token sees all places."""
+        where a single token sees all places. by_length: in a captured pass the lengths int64 [n, 1, 1, 1] instead, for an
+        attention that takes these."""
         n = self.width
         place = self.position + self._place[:count]
         longest = 0 if self.captured else max(self.lengths)
         end = self.capacity if self.captured else longest + count
         for layer in self.layers:
             layer.writes = Branches(self._row[:n], place, end, longest)
+        if self.captured and by_length:
+            return self.length[:n].view(n, 1, 1, 1)
         if not self.captured and count == 1 and min(self.lengths) == longest:
             return None
         places = self._place[:end]

@@ -1,8 +1,9 @@
 """Fewer kernels in a decoding step: a small model on a GPU spends its time launching them, even from a CUDA graph.
 
-transformers writes a norm as eight operators, a rotary embedding as ten, and copies the keys for each group of query heads.
-Here are the same formulas in one operator, in four, and without the copy. A model may mean something else by the same name, so
-each of the three is used only if a short pass through the model gives the same states with it.
+transformers writes a norm as eight operators, a rotary embedding as ten, copies the keys for each group of query heads, and
+wants a mask over all places of the cache. Here are the same formulas in one operator, in four, without the copy, and without
+the mask. A model may mean something else by the same name, so each is used only if a short pass through the model gives the
+same states with it.
 """
 
 from __future__ import annotations
@@ -19,8 +20,16 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from pyargs.lm.cache import RowCache, additive, cache_name, positions
 from pyargs.lm.rotary_table import tabulate
 from pyargs.lm.structure import GROUPED
+from pyargs.ops import branch_attention
+
+WRONG = RuntimeError, TypeError, ValueError, AttributeError
+"""What a pass raises if shapes, dtypes or arguments are not as a change expects them."""
+BY_LENGTH = f"{GROUPED}_by_length"
+OTHERWISE = "dropout", "position_bias", "softcap", "s_aux", "sliding_window", "output_attentions"
+"""Arguments of an attention by which it is not the one that `branch_attention` computes."""
 
 
 @contextmanager
@@ -35,11 +44,9 @@ def few_launches(*decoders: nn.Module, places: int = 0):
     with ExitStack() as undo:
         for number, decoder in enumerate({id(one): one for one in decoders}.values()):
             expected = _probe(decoder)
+            _try(decoder, undo, _attend_by_length, _probe_branches)
             for change in (partial(_group_heads, number), _fuse_norms, _fuse_rotary, partial(tabulate, places, tables)):
-                with ExitStack() as tried:
-                    change(decoder, tried.callback)
-                    if _same(decoder, expected):
-                        undo.push(tried.pop_all())
+                _try(decoder, undo, change, _probe, expected)
         yield tables
 
 
@@ -56,12 +63,58 @@ def _probe(decoder: nn.Module) -> Tensor:
         ).last_hidden_state.float()
 
 
-def _same(decoder: nn.Module, expected: Tensor) -> bool:
-    try:
-        difference = (_probe(decoder) - expected).norm() / expected.norm()
-    except (RuntimeError, TypeError, ValueError, AttributeError):  # of other shapes, dtypes or arguments
-        return False
-    return difference.item() < 8 * torch.finfo(decoder.dtype).eps ** 0.75  # another formula is off by some tenths
+def _probe_branches(decoder: nn.Module) -> Tensor:
+    """States of three branches of two rows, behind one token and behind three."""
+    device = next(decoder.parameters()).device
+    config = decoder.config.get_text_config(decoder=True)
+    cache = RowCache(config, 2, 6, device)
+    more = {cache_name(decoder): cache, "use_cache": True}
+    ids = (torch.arange(6, device=device) % decoder.get_input_embeddings().weight.shape[0]).view(2, 3)
+    mask = torch.tensor([[0, 0, 1], [1, 1, 1]], device=device)
+    with torch.no_grad():
+        seen = additive(cache.join(mask), decoder)
+        decoder(input_ids=ids, attention_mask=seen, position_ids=positions(mask), **more)
+        cache.captured = 2
+        seen = additive(cache.branches(3, takes_lengths(decoder)), decoder)
+        place = cache.position.expand(2, 3)
+        return decoder(input_ids=ids.flip(1), attention_mask=seen, position_ids=place, **more).last_hidden_state.float()
+
+
+def _try(decoder: nn.Module, undo: ExitStack, change: Callable, probe: Callable, expected: Tensor | None = None) -> None:
+    """Makes a change that stays until the end of `undo` if the probe gives the same with it."""
+    with ExitStack() as tried:
+        try:
+            expected = probe(decoder) if expected is None else expected
+            change(decoder, tried.callback)
+            difference = (probe(decoder) - expected).norm() / expected.norm()
+        except WRONG:
+            return
+        if difference.item() < 8 * torch.finfo(decoder.dtype).eps ** 0.75:  # another formula is off by some tenths
+            undo.push(tried.pop_all())
+
+
+def _attend_by_length(decoder: nn.Module, undo: Callable) -> None:
+    config = decoder.config.get_text_config(decoder=True)
+    if config._attn_implementation == "sdpa":
+        AttentionInterface.register(BY_LENGTH, _by_length)  # for good: another thread may have yet to look
+        AttentionMaskInterface.register(BY_LENGTH, sdpa_mask)  # for passes of other threads, as below
+        undo(setattr, config, "_attn_implementation", "sdpa")
+        config._attn_implementation = BY_LENGTH
+
+
+def takes_lengths(model: nn.Module) -> bool:
+    """Whether the model's attention now takes the lengths int64 [n, 1, 1, 1] of prefixes in the place of a mask."""
+    return model.config.get_text_config(decoder=True)._attn_implementation == BY_LENGTH
+
+
+def _by_length(module, query, key, value, attention_mask: Tensor | None, scaling: float | None = None, **more):
+    """Attention of branches, which see their prefix and themselves, without a mask."""
+    if attention_mask is None or attention_mask.dtype != torch.int64:  # another thread's pass, or prompts
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **more)
+    for name in OTHERWISE:
+        if (given := more.get(name)) is not None and (isinstance(given, Tensor) or given):
+            raise ValueError(f"attention with {name} needs a mask")
+    return branch_attention(query, key, value, attention_mask.flatten(), scaling), None
 
 
 def _group_heads(number: int, decoder: nn.Module, undo: Callable) -> None:

@@ -7,13 +7,82 @@ import copy
 import pytest
 import torch
 from company import in_threads
-from conftest import tiny_lm
+from conftest import FULL_ATTENTION, tiny_lm
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from pyargs.lm.cache import can_branch
-from pyargs.lm.fused_modules import few_launches
+from pyargs.lm.cache import RowCache, cache_name, can_branch, positions
+from pyargs.lm.fused_modules import OTHERWISE, _by_length, few_launches, takes_lengths
 from pyargs.lm.stack import keep
 from pyargs.lm.structure import Watch, as_written, structure
+
+
+def of_odd_heads(seed=0):
+    """A model whose heads have 12 elements."""
+    config = copy.deepcopy(tiny_lm("qwen2").config)
+    config.head_dim = 12
+    torch.manual_seed(seed)
+    return type(tiny_lm("qwen2"))(config).float().eval()
+
+
+@torch.no_grad()
+def behind(decoder, prompts: list[list[int]], candidates: torch.Tensor, by_length: bool) -> torch.Tensor:
+    """States [n, k, D] of candidates [n, k] in a captured pass: n may be more than there are prompts, which are padded."""
+    n, k = candidates.shape
+    longest = max(map(len, prompts))
+    cache = RowCache(decoder.config, n, longest + k + 3, "cpu")
+    ids = torch.tensor([[0] * (longest - len(one)) + one for one in prompts])
+    mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in prompts])
+    more = {cache_name(decoder): cache, "use_cache": True}
+    decoder(input_ids=ids, attention_mask=cache.join(mask), position_ids=positions(mask), **more)
+    cache.captured = n
+    seen, place = cache.branches(k, by_length), cache.position.expand(n, k)
+    assert (seen.dtype == torch.int64) == by_length
+    return decoder(input_ids=candidates, attention_mask=seen, position_ids=place, **more).last_hidden_state
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    family=st.sampled_from(FULL_ATTENTION),
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=4),
+    empty=st.integers(0, 2),
+    k=st.integers(1, 6),
+    seed=st.integers(0, 99),
+)
+def test_attention_by_length_gives_the_states_of_attention_with_a_mask(family, lengths, empty, k, seed):
+    """Rows of any length, padded on the left, and such as are not here; one next token, or several."""
+    decoder, generator = tiny_lm(family).get_decoder(), torch.Generator().manual_seed(seed)
+    prompts = [torch.randint(61, (length,), generator=generator).tolist() for length in lengths]
+    candidates = torch.randint(61, (len(lengths) + empty, k), generator=generator)
+    with_mask = behind(decoder, prompts, candidates, by_length=False)
+    with few_launches(decoder):
+        assert takes_lengths(decoder)
+        torch.testing.assert_close(behind(decoder, prompts, candidates, by_length=True), with_mask, atol=1e-9, rtol=1e-9)
+    assert not takes_lengths(decoder)
+
+
+def test_attention_that_may_be_another_keeps_its_mask():
+    """Falcon has its own; eager adds a mask; the op has no heads of 12 elements."""
+    for decoder in (tiny_lm("falcon").get_decoder(), tiny_lm(attention="eager").get_decoder(), of_odd_heads().get_decoder()):
+        with few_launches(decoder):
+            assert not takes_lengths(decoder)
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_what_attention_by_length_does_not_compute_is_refused_by_name(name):
+    x, length = torch.zeros(1, 2, 3, 8), torch.zeros(1, 1, 1, 1, dtype=torch.int64)
+    assert _by_length(None, x, x, x, length, **dict.fromkeys(OTHERWISE))[0].shape == (1, 3, 2, 8)
+    for unusual in (torch.zeros(2), 0.5):
+        with pytest.raises(ValueError, match=f"attention with {name} needs a mask"):
+            _by_length(None, x, x, x, length, **{name: unusual})
+
+
+def test_a_decoder_whose_attention_has_a_window_keeps_its_mask(monkeypatch):
+    decoder = tiny_lm("qwen2").get_decoder()
+    monkeypatch.setattr(decoder.layers[1].self_attn, "sliding_window", 4)
+    with few_launches(decoder):
+        assert not takes_lengths(decoder)
 
 
 @pytest.mark.parametrize("family", ["gemma", "glm", "falcon", "gpt_neox", "olmo"])
@@ -28,8 +97,8 @@ def test_other_formulas_of_the_same_name_are_left_alone(family):
 
 
 def test_each_decoder_has_its_own_attention():
-    """What one keeps of a pass, its mask, is not the other's."""
-    models = [tiny_lm(seed=seed, dtype=torch.float32).get_decoder() for seed in (0, 1)]
+    """What one keeps of a pass, its mask, is not the other's. Of heads that `branch_attention` does not take."""
+    models = [of_odd_heads(seed).get_decoder() for seed in (0, 1)]
     ids, seen = torch.tensor([[3, 4, 5]]), torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
     inputs = [dict(input_ids=ids, attention_mask=seen.clone()) for _ in models]
     with few_launches(*models):

@@ -15,6 +15,7 @@ from torch import Tensor
 from pyargs.lm import lora
 from pyargs.lm.cache import RowCache, additive, cache_name, parameters, positions
 from pyargs.lm.forward import embedded, plain_output_layer
+from pyargs.lm.fused_modules import takes_lengths
 from pyargs.lm.structure import may_replace
 from pyargs.lm.tokenize import left_pad
 
@@ -239,7 +240,8 @@ def _follow(model, parts, cache: RowCache, more: dict):
 
 def _pass(model, ids: Tensor, cache: RowCache, **more):
     position = cache.position.expand(ids.shape)
-    return _call(model, cache, cache.branches(ids.shape[1]), position, {"input_ids": ids}, more)
+    seen = cache.branches(ids.shape[1], takes_lengths(model))
+    return _call(model, cache, seen, position, {"input_ids": ids}, more)
 
 
 def _call(model, cache: RowCache, seen: Tensor | None, position: Tensor, inputs: dict, more: dict):
