@@ -1,4 +1,4 @@
-"""The service: OpenAI's calls over a worker, health and metrics."""
+"""The service: OpenAI's calls over a worker, health, metrics and the page."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import partial
 from typing import Annotated
 
 from pyargs.errors import PyargsError, extra
-from pyargs.serve import logprobs
+from pyargs.serve import logprobs, page
 from pyargs.serve.answers import Answers, Choice, chunks, whole
 from pyargs.serve.metrics import Metrics, Noted
 from pyargs.serve.plan import plan, refused
@@ -60,7 +60,7 @@ def make_app(
         app.add_exception_handler(status, _http_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(Exception, _other_error)
-    for one in (calls, *routers):
+    for one in (calls, page.router, *routers):
         app.include_router(one)
     return app
 
