@@ -98,28 +98,47 @@ PYARGS_HD Leader leader_of(const ChoiceRows& rows, int64_t row, int count, const
   return best;
 }
 
-// The slot chosen where `best` leads all candidates: that one, or a sample; -1 if a score or the temperature is broken.
-PYARGS_HD int choose(const ChoiceRows& rows, int64_t row, int count, const float* logprobs, const float* reward,
-                     const Leader& best) {
+// How likely a candidate with this score is beside one with the best score.
+PYARGS_HD double odds_of(float score, float best, double temperature) {
+  return exp((static_cast<double>(score) - best) / temperature);
+}
+
+// The first candidate whose cumulated share exceeds `uniform`, where share_at(j) is that of candidate j; it is asked in
+// order. Where rounding leaves none, the last one with a share.
+template <class ShareAt>
+PYARGS_HD int sample(int count, float uniform, int best, ShareAt share_at) {
+  double cumulated = 0.0;
+  int last = best;
+  for (int j = 0; j < count; ++j) {
+    const double share = share_at(j);
+    if (share > 0.0) last = j;
+    cumulated += share;
+    if (cumulated > uniform) return j;
+  }
+  return last;
+}
+
+// The slot chosen where `best` leads all candidates: that one, or sampled(temperature); -1 if a score or the
+// temperature is broken.
+template <class Sampled>
+PYARGS_HD int choose(const ChoiceRows& rows, int64_t row, const Leader& best, Sampled sampled) {
   if (best.broken) return -1;
   if (!samples(rows)) return best.slot;
   const double temperature = rows.row_temperature ? rows.row_temperature[row] : rows.temperature;
   if (!(temperature >= 0.0 && temperature < INFINITY)) return -1;
-  if (temperature == 0.0 || best.score == -INFINITY) return best.slot;
-  const float weight = weight_of(rows, row), uniform = uniform_of(rows, row);
-  double total = 0.0;
-  for (int j = 0; j < count; ++j) {
-    total += exp((static_cast<double>(score(logprobs[j], weight, reward[j])) - best.score) / temperature);
-  }
-  double cumulated = 0.0;
-  int last = best.slot;  // where rounding leaves none
-  for (int j = 0; j < count; ++j) {
-    const double p = exp((static_cast<double>(score(logprobs[j], weight, reward[j])) - best.score) / temperature);
-    if (p > 0.0) last = j;
-    cumulated += p / total;
-    if (cumulated > uniform) return j;
-  }
-  return last;
+  return temperature == 0.0 || best.score == -INFINITY ? best.slot : sampled(temperature);
+}
+
+// One thread's choice. Sums go one after the other, as in choose_by_warp.
+PYARGS_HD int choose(const ChoiceRows& rows, int64_t row, int count, const float* logprobs, const float* reward,
+                     const Leader& best) {
+  return choose(rows, row, best, [&](double temperature) {
+    const float weight = weight_of(rows, row);
+    const auto odds_at = [&](int j) { return odds_of(score(logprobs[j], weight, reward[j]), best.score, temperature); };
+    double total = 0.0;
+    for (int j = 0; j < count; ++j) total += odds_at(j);
+    return sample(count, uniform_of(rows, row), best.slot, [&](int j) { return odds_at(j) / total; });
+  });
 }
 
 // Notes a choice in the row's state, but for `finished`, which other threads of the row may be reading. A row that ends
