@@ -41,6 +41,30 @@ PYARGS_HD bool by_tensor_cores(const UserMlpRows& a, int64_t candidates) {
   return a.bank_dtype != Dtype::kFloat32 && a.hidden_dtype == a.bank_dtype && candidates > kMlpCandidates;
 }
 
+// Adds each of the sums over the lanes. A lane gives half of what it has to another one and goes on with the other
+// half; 3 are left, of which it returns the place of the first. Two lanes have the same.
+constexpr int kMlpWarpSums = kMlpCandidates * kMlpWarpUnits;
+
+__device__ __forceinline__ int add_over_lanes(float (&sums)[kMlpWarpSums]) {
+  static_assert(kMlpWarpSums % 16 == 0);
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  int first = 0;
+#pragma unroll
+  for (int step = 2; step <= 16; step *= 2) {
+    const int half = kMlpWarpSums / step, distance = 32 / step;
+    const bool upper = (lane & distance) != 0;
+    first += upper ? half : 0;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const float kept = upper ? sums[i + half] : sums[i], given = upper ? sums[i] : sums[i + half];
+      sums[i] = kept + __shfl_xor_sync(0xffffffffu, given, distance);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kMlpWarpSums / 16; ++i) sums[i] += __shfl_xor_sync(0xffffffffu, sums[i], 1);
+  return first;
+}
+
 // A warp has 4 of the units and every second step of 256 elements of D, a lane 8 of them. The candidates go to shared
 // memory as float32, the sums stay in registers.
 template <Dtype dtype>
@@ -48,7 +72,7 @@ __device__ __forceinline__ void multiply(MlpShared& shared, const UserMlpRows& a
   constexpr int kStep = kMlpSlices * kWarpElements;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int slice = warp % kMlpSlices, own = warp / kMlpSlices * kMlpWarpUnits;
-  float sums[kMlpCandidates][kMlpWarpUnits] = {};
+  float sums[kMlpWarpSums] = {};  // [candidate, unit]
   for (int64_t start = 0; start < a.dim; start += kStep) {
     const int64_t at = start + slice * kWarpElements + lane * kLaneElements;
     float w[kMlpWarpUnits][kLaneElements];
@@ -74,20 +98,16 @@ __device__ __forceinline__ void multiply(MlpShared& shared, const UserMlpRows& a
       for (int e = 0; e < kLaneElements; ++e) {
         const float x = shared.candidates[j * kStep + slice * kWarpElements + 32 * e + lane];
 #pragma unroll
-        for (int u = 0; u < kMlpWarpUnits; ++u) sums[j][u] += x * w[u][e];
+        for (int u = 0; u < kMlpWarpUnits; ++u) sums[j * kMlpWarpUnits + u] += x * w[u][e];
       }
     }
   }
   __syncthreads();  // what follows lies where the candidates did
+  const int first = add_over_lanes(sums);
 #pragma unroll
-  for (int j = 0; j < kMlpCandidates; ++j) {
-#pragma unroll
-    for (int u = 0; u < kMlpWarpUnits; ++u) {
-      float sum = sums[j][u];
-#pragma unroll
-      for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
-      if (lane == 0) shared.sums[slice][j][own + u] = sum;
-    }
+  for (int i = 0; i < kMlpWarpSums / 16; ++i) {
+    const int at = first + i;
+    if (lane % 2 == 0) shared.sums[slice][at / kMlpWarpUnits][own + at % kMlpWarpUnits] = sums[i];
   }
 }
 
