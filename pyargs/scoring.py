@@ -6,6 +6,8 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
@@ -139,10 +141,23 @@ def _digest(file: str) -> str:
     return hashlib.blake2b(Path(file).read_bytes(), digest_size=16).hexdigest()
 
 
+_cache: ContextVar[bool] = ContextVar("_cache", default=True)
+
+
+@contextmanager
+def uncached():
+    """Within, nothing is read from the user's cache or kept there: for texts that are to be forgotten."""
+    token = _cache.set(False)
+    try:
+        yield
+    finally:
+        _cache.reset(token)
+
+
 def _cached(kind: str, model, inputs, compute) -> dict[str, Tensor]:
     """compute(), or its earlier result for the same model and inputs. Not cached with LoRA, which belongs to one experiment,
-    nor with hooks, which may do anything."""
-    if lora.present(model) or not as_written(model):
+    nor with hooks, which may do anything, nor within `uncached`."""
+    if lora.present(model) or not as_written(model) or not _cache.get():
         return compute()
     # Weights alone do not make a model, and every product is rounded in its own way.
     made = [repr(sorted(structure(model).items())), *(value.hex() for value in contents(model.buffers()))]

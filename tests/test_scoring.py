@@ -92,6 +92,15 @@ def computed(monkeypatch) -> list:
     return found
 
 
+def test_within_uncached_nothing_is_kept_and_the_numbers_are_the_same(tmp_path, lm_folder, rows):
+    lm, tokenizer = load_lm(lm_folder)
+    with scoring.uncached():
+        without = features(lm.get_decoder(), tokenizer, rows.select(range(3)))
+    assert not list((tmp_path / "cache").rglob("*"))
+    kept = features(lm.get_decoder(), tokenizer, rows.select(range(3)))
+    assert list((tmp_path / "cache").rglob("*.safetensors")) and torch.equal(without.hidden, kept.hidden)
+
+
 def test_what_is_kept_is_of_the_model_as_it_is(computed):
     lm = tiny_lm(dtype=torch.float32)
     ask = lambda: scoring.policy_logprobs(lm, [([1], [[2]])])  # noqa: E731

@@ -31,6 +31,22 @@ def adapt(model, dataset, *, steps: int | None = None, method: str | None = None
     can not reach the result. A method without users needs no adaptation and is left alone. The same model, rows and seed
     give the same result. Raises PyargsError without support rows, and on a known user without `again`.
     """
+    ids, vectors = new_vectors(model, dataset, steps=steps, method=method, again=again)
+    if vectors is not None:
+        model.users.remove([user for user in ids if user in model.users.ids])
+        model.users.append(ids, **vectors)
+        model.to(model.device)
+    return ids
+
+
+def new_vectors(
+    model, dataset, *, steps: int | None = None, method: str | None = None, again: bool = False
+) -> tuple[list[str], dict[str, Tensor] | None]:
+    """What `adapt` adds, without adding it: the users' ids, and rows [n, ...] of each kind of vector.
+
+    None in the place of rows for a method without users. Arguments and errors as for `adapt`. The model stays as it is;
+    demonstrations (ICL), which are no vectors, are added.
+    """
     rows = of_split(with_text_ids(dataset), "support")
     if not len(rows):
         raise PyargsError("no rows with split 'support': there is nothing to adapt to")
@@ -51,7 +67,7 @@ def adapt(model, dataset, *, steps: int | None = None, method: str | None = None
             raise PyargsError(f"{model.about['method']} takes no steps to adapt: leave adapt_steps out")
         config = replace(config, adapt_steps=steps)
     if recipe.adapt is None:
-        return ids
+        return ids, None
     known = [user for user in ids if user in model.known_users]
     if known and not again:
         raise PyargsError(
@@ -65,10 +81,7 @@ def adapt(model, dataset, *, steps: int | None = None, method: str | None = None
             pairs = rows.select(own.tolist())
             support = recipe.support(model, pairs)
             found.append(recipe.adapt(model, support, [user], config))
-    model.users.remove([user for user in known if user in model.users.ids])
-    model.users.append(ids, **{name: torch.cat([one[name] for one in found]) for name in found[0]})
-    model.to(model.device)
-    return ids
+    return ids, {name: torch.cat([one[name] for one in found]) for name in found[0]}
 
 
 def losses_of(model: RewardModel, batch: Batch) -> Callable[[], Tensor]:

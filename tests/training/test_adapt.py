@@ -29,6 +29,21 @@ def test_the_query_set_cannot_reach_adaptation(lm_folder, pairs):
         adapt.adapt(other, pairs)
 
 
+def test_new_vectors_are_those_that_adapt_adds(lm_folder, rows):
+    """Of known users too, and the model stays as it is."""
+    model = trainer.train("lore", rows, config_of("lore", lm_folder))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    ids, vectors = adapt.new_vectors(model, rows)
+    assert list(model.users.ids) == [f"user_{i:02d}" for i in range(4)] and not set(ids) & set(model.users.ids)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert adapt.adapt(model, rows) == ids
+    assert torch.equal(model.users.vectors["mixture"][model.users.rows(ids)], vectors["mixture"])
+    again, same = adapt.new_vectors(model, rows, again=True)
+    assert again == ids and torch.equal(same["mixture"], vectors["mixture"])
+    nobody = trainer.train("global_rm", rows, config_of("global_rm", lm_folder, epochs=0.1))
+    assert adapt.new_vectors(nobody, rows) == (ids, None)
+
+
 def test_known_users_and_useless_steps_raise_before_any_work(lm_folder, rows, monkeypatch):
     for name in ("icl", "vpl", "lore"):
         model = trainer.train(name, rows, config_of(name, lm_folder, **({} if name == "icl" else {"epochs": 0.1})))
