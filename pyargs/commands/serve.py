@@ -17,6 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     parser.add_argument("--port", type=int, default=8000, help="port to listen at, 0 takes a free one (default %(default)s)")
     parser.add_argument("--name", help="what calls say as `model` (default: the name of the model's folder)")
     parser.add_argument("--api-keys", metavar="FILE", help="who may ask, and for whom: a file of `pyargs key`")
+    parser.add_argument(
+        "--users",
+        metavar="FILE",
+        help="calls may add, change and delete users, whom this SQLite file keeps; made when missing",
+    )
     parser.add_argument("--max-rows", type=positive, default=8, help="requests that are answered at a time (default 8)")
     parser.add_argument(
         "--max-waiting", type=positive, default=64, help="requests that may wait; more are refused (default 64)"
@@ -56,6 +61,8 @@ def run(args: argparse.Namespace) -> None:
             print(f"serving {state.model} ({state.worker.engine.backend}) at {address}", file=sys.stderr, flush=True)
             uvicorn.Server(config).run(sockets=[listening])
     finally:
+        if state.adapting is not None:
+            state.adapting.stop()
         state.worker.stop()
 
 
@@ -66,9 +73,11 @@ def application(args: argparse.Namespace):
     from pyargs.decode.engine import Engine
     from pyargs.decode.pair import load_pair
     from pyargs.errors import PyargsError
+    from pyargs.serve.adapting import open_users
     from pyargs.serve.app import make_app
     from pyargs.serve.keys import Keys
     from pyargs.serve.metrics import log_to_stderr
+    from pyargs.serve.users import make_router
     from pyargs.serve.worker import Worker
 
     if args.api_keys is None and args.host not in LOOPBACK:
@@ -78,4 +87,8 @@ def application(args: argparse.Namespace):
     policy, model = load_pair(args.policy, args.model, dtype=args.dtype, backbone=args.backbone)
     engine = Engine(policy, model, backend=args.backend, max_rows=args.max_rows, prefill_tokens=args.prefill_tokens)
     worker = Worker(engine, max_waiting=args.max_waiting)
-    return make_app(worker, model=args.name or Path(args.model).resolve().name, keys=keys)
+    adapting = None if args.users is None else open_users(args.users, worker, args.model, args.backbone)
+    name = args.name or Path(args.model).resolve().name
+    app = make_app(worker, model=name, keys=keys, routers=[make_router(worker, adapting)])
+    app.state.adapting = adapting
+    return app

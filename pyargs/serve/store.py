@@ -45,6 +45,14 @@ CREATE INDEX jobs_open ON jobs (user) WHERE status IN ('queued', 'running');
 """
 
 
+class DiskError(PyargsError):
+    """The file cannot be read or written."""
+
+
+class TooManyPairs(PyargsError):
+    """A user would have more pairs than one may have."""
+
+
 @dataclass(frozen=True)
 class Work:
     """What is to be adapted: all pairs of a user, who has this number for as long as the store knows them."""
@@ -58,7 +66,7 @@ class UserStore:
     """The file is made when it is missing, and belongs to one process at a time. Threads may share a store.
 
     model: what the vectors are for, as text; a file with another model's vectors is refused. Raises PyargsError: a file that
-    is in use, that is another's, of a later version, or that cannot be written; each method too, if the disk refuses.
+    is in use, that is another's, of a later version, or that cannot be written; each method DiskError, if the disk refuses.
     """
 
     def __init__(self, path: str | Path, model: str):
@@ -120,10 +128,14 @@ class UserStore:
     def __contains__(self, user: str) -> bool:
         return user in self._numbers
 
+    def number(self, user: str) -> int | None:
+        """Of a user who is here; nobody else ever has it."""
+        return self._numbers.get(user)
+
     def add(self, user: str, pairs: list[dict], most: int) -> dict:
         """Keeps pairs of a user, who may be new, and a job that adapts to all of theirs; returns the job.
 
-        Raises PyargsError, and keeps nothing, where the user would have more than `most` pairs.
+        Raises TooManyPairs, and keeps nothing, where the user would have more than `most` pairs.
         """
         job, now = secrets.token_hex(16), time.time()
         texts = json.dumps(pairs, ensure_ascii=False)
@@ -132,7 +144,7 @@ class UserStore:
                 number = self._numbers.get(user)
                 before = 0 if number is None else self._count(number)
                 if before + len(pairs) > most:
-                    raise PyargsError(f"a user has at most {most} pairs: {before} are there, {len(pairs)} came")
+                    raise TooManyPairs(f"a user has at most {most} pairs: {before} are there, {len(pairs)} came")
                 if number is None:
                     number = self._database.execute("INSERT INTO users (created, id) VALUES (?, ?)", (now, user)).lastrowid
                 self._ask("INSERT INTO pairs (user, count, texts) VALUES (?, ?, ?)", number, len(pairs), texts)
@@ -217,7 +229,7 @@ class UserStore:
 
     def has(self, work: Work) -> bool:
         """Whether the user is still the one that the work was for: neither deleted, nor deleted and there again."""
-        return self._numbers.get(work.user) == work.number
+        return self.number(work.user) == work.number
 
     def keep(self, work: Work, vector: bytes, made: dict) -> None:
         """Keeps the vector of a user who is there; `made` says how it was made. The jobs run on until `finish`."""
@@ -243,7 +255,8 @@ class UserStore:
         return self._ask("SELECT coalesce(sum(count), 0) FROM pairs WHERE user = ?", number)[0][0]
 
     def _ask(self, statement: str, *values) -> list[tuple]:
-        return self._database.execute(statement, values).fetchall()
+        with self._explained():
+            return self._database.execute(statement, values).fetchall()
 
     @contextmanager
     def _change(self):
@@ -262,7 +275,7 @@ class UserStore:
         """Moves the write-ahead log, which holds pages as they were, into the file, and empties it."""
         ((busy, *_),) = self._ask("PRAGMA wal_checkpoint(TRUNCATE)")
         if busy:
-            raise PyargsError(f"{self.path}: the write-ahead log could not be emptied")
+            raise DiskError(f"{self.path}: the write-ahead log could not be emptied")
 
     @contextmanager
     def _explained(self):
@@ -270,10 +283,10 @@ class UserStore:
             yield
         except sqlite3.Error as error:
             if "locked" in str(error):
-                raise PyargsError(
+                raise DiskError(
                     f"{self.path} is in use by another process, and belongs to one at a time. Fix: end that one, or name "
                     "another file for the users"
                 ) from None
-            raise PyargsError(
+            raise DiskError(
                 f"{self.path} cannot be used ({error}). Fix: make room on its disk, or restore it from a copy if it is damaged"
             ) from None
