@@ -36,7 +36,8 @@ LIMIT = {
     "topk_logprobs_kernel": Limit(64, 4000, 8),
     "score_select_kernel": Limit(64, 5400, 14),
     "tokenwise_select_kernel": Limit(64, 9900, 32),
-    "user_mlp_kernel": Limit(128, 3200, 11, products=16),
+    "user_mlp_kernel": Limit(128, 2950, 11, products=16),
+    "user_mlp_select_kernel": Limit(128, 5300, 11, products=16),
     "commit_kernel": Limit(64, 600, 8),
     "branch_attention_kernel 1": Limit(168, 3750, 38, products=16),  # heads of up to 64 elements, 128 and 256
     "branch_attention_kernel 2": Limit(255, 5900, 70, products=32),

@@ -3,7 +3,8 @@
     python benchmarks/bench_score_select.py [--json FILE] [--quick] [--threads N]
 
 linear: gather the users' rows, bmm, combine, argmax, gather the token. mlp: the part after the shared matrix product:
-gather the users' biases, add, relu, matmul with the last layer, combine, argmax, gather the token. k = 10.
+gather the users' biases, add, relu, matmul with the last layer, combine, argmax, gather the token. user_mlp: gather the
+users' matrices, bmm, and what mlp has, with a last layer of each user's own; states of 576. k = 10.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from timing import against_torch, interleaved, main
 from pyargs.ops import score_select
 
 COLUMNS = ["family", "H", "B", "dtype", "ours us", "torch us", "ratio", "GB/s", "of stream"]
-USERS = 100
+USERS, DIM = 100, 576
 
 
 def measure(quick: bool, rate: float) -> list[dict]:
     rows = []
     shapes = [("linear", 576)] + [("mlp", hidden) for hidden in ((64,) if quick else (64, 128, 256, 512))]
+    shapes += [("user_mlp", hidden) for hidden in ((64,) if quick else (64, 128))]
     for family, hidden in shapes:
         for batch in (8,) if quick else (1, 8, 64):
             for dtype in (torch.float32,) if quick else (torch.float32, torch.bfloat16):
@@ -30,10 +32,10 @@ def measure(quick: bool, rate: float) -> list[dict]:
 def inputs(family: str, hidden: int, batch: int, dtype: torch.dtype, k: int = 10) -> dict:
     generator = torch.Generator().manual_seed(0)
     random = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-    linear = family == "linear"
+    linear, own = family == "linear", family == "user_mlp"
     return {
-        "features": random(batch, k, hidden).to(dtype),
-        "weight": random(USERS if linear else 1, hidden).to(dtype),
+        "features": random(batch, k, DIM if own else hidden).to(dtype),
+        "weight": random(1 if family == "mlp" else USERS, hidden).to(dtype),
         "user": torch.randint(USERS, (batch,), generator=generator),
         "reward_weight": torch.ones(batch),
         "logprobs": random(batch, k).sort(-1, descending=True).values,
@@ -41,6 +43,7 @@ def inputs(family: str, hidden: int, batch: int, dtype: torch.dtype, k: int = 10
         "finished": torch.zeros(batch, dtype=torch.bool),
         "bias": None if linear else random(USERS, hidden).to(dtype),
         "activation": "identity" if linear else "relu",
+        "bank": random(USERS, hidden, DIM).to(dtype) if own else None,
     }
 
 
@@ -56,23 +59,27 @@ def torch_mlp(features, weight, user, reward_weight, logprobs, ids, bias):
     return ids.gather(-1, slot), slot, reward
 
 
+def torch_user_mlp(features, weight, user, reward_weight, logprobs, ids, bias, bank):
+    first = torch.relu(torch.bmm(features, bank[user].transpose(1, 2)) + bias[user].unsqueeze(1))
+    reward = torch.bmm(first, weight[user].unsqueeze(-1)).squeeze(-1).float()
+    slot = (logprobs + reward_weight[:, None] * reward).argmax(-1, keepdim=True)
+    return ids.gather(-1, slot), slot, reward
+
+
 def compare(family: str, hidden: int, batch: int, dtype: torch.dtype, rate: float, repeats: int) -> dict:
     args = inputs(family, hidden, batch, dtype)
-    features, weight, user, reward_weight = (args[n] for n in ("features", "weight", "user", "reward_weight"))
-    logprobs, ids, finished, bias = (args[n] for n in ("logprobs", "ids", "finished", "bias"))
-    ours = {
-        "linear": lambda: score_select(features, weight, user, reward_weight, logprobs, ids, finished),
-        "mlp": lambda: score_select(
-            features, weight, user, reward_weight, logprobs, ids, finished, bias=bias, activation="relu"
-        ),
-    }
+    names = "features", "weight", "user", "reward_weight", "logprobs", "ids"
     theirs = {
-        "linear": lambda: torch_linear(features, weight, user, reward_weight, logprobs, ids),
-        "mlp": lambda: torch_mlp(features, weight, user, reward_weight, logprobs, ids, bias),
+        "linear": (torch_linear, names),
+        "mlp": (torch_mlp, (*names, "bias")),
+        "user_mlp": (torch_user_mlp, (*names, "bias", "bank")),
     }
-    seconds = interleaved({"ours": ours[family], "torch": theirs[family]}, repeats)
+    function, wanted = theirs[family]
+    wanted = [args[name] for name in wanted]
+    read = args["features"] if args["bank"] is None else args["bank"][args["user"].unique()]
+    seconds = interleaved({"ours": lambda: score_select(**args), "torch": lambda: function(*wanted)}, repeats)
     shape = {"family": family, "H": hidden, "B": batch, "dtype": str(dtype).removeprefix("torch.")}
-    return shape | against_torch(seconds, features, rate)
+    return shape | against_torch(seconds, read, rate)
 
 
 def test_score_select_linear(benchmark):
@@ -81,6 +88,10 @@ def test_score_select_linear(benchmark):
 
 def test_score_select_mlp(benchmark):
     benchmark(lambda args: score_select(**args), inputs("mlp", 256, 8, torch.float32))
+
+
+def test_score_select_user_mlp(benchmark):
+    benchmark(lambda args: score_select(**args), inputs("user_mlp", 64, 8, torch.float32))
 
 
 if __name__ == "__main__":

@@ -213,6 +213,38 @@ def mlp_heads(t: Table) -> None:
             t.compare("user_mlp", shape, user_mlp, theirs, make, size, B=batch, k=k, dtype="bfloat16", target=want)
 
 
+def mlp_rewards(t: Table) -> None:
+    """The whole head of each user: both layers and the choice."""
+
+    def ours(hidden, weight, user, reward_weight, logprobs, ids, finished, bias, bank):
+        more = dict(bias=bias, activation="relu", bank=bank)
+        return score_select(hidden, weight, user, reward_weight, logprobs, ids, finished, **more)
+
+    def theirs(hidden, weight, user, reward_weight, logprobs, ids, finished, bias, bank):
+        first = torch.relu(torch.bmm(hidden, bank[user].transpose(1, 2)) + bias[user].unsqueeze(1))
+        reward = torch.bmm(first, weight[user].unsqueeze(-1)).squeeze(-1).float()
+        slot = (logprobs + reward_weight[:, None] * reward).argmax(-1, keepdim=True)
+        return ids.gather(-1, slot), slot, reward
+
+    dim, units = (64, 8) if t.dry else (4096, 64)
+    for batch in (2,) if t.dry else (1, 8, 32, 256):
+        for k in (10, 40):
+            make = lambda batch=batch, k=k: (  # noqa: E731
+                t.random(batch, k, dim),
+                t.random(batch, units),
+                torch.randperm(batch, device=t.device),
+                torch.ones(batch, device=t.device),
+                t.random(batch, k, dtype=torch.float32),
+                torch.randint(1000, (batch, k), device=t.device),
+                torch.zeros(batch, dtype=torch.bool, device=t.device),
+                t.random(batch, units),
+                t.random(batch, units, dim),
+            )
+            size = batch * (k + units) * dim * 2
+            shape = f"D={dim} H={units}, of users"
+            t.compare("score_select", shape, ours, theirs, make, size, B=batch, k=k, dtype="bfloat16")
+
+
 def tokenwise(t: Table) -> None:
     def theirs(policy, reward, weight, finished):
         top = policy.float().log_softmax(-1).topk(10)
@@ -287,7 +319,7 @@ def main() -> None:
     print(f"{hardware_line(info)}\ncopies at {t.rate:.0f} GB/s", flush=True)
     if options.dry_run:
         print("dry run: shapes too small for the numbers to mean anything", flush=True)
-    for part in (topk, linear_heads, sampled_rows, mlp_heads, tokenwise, commits, attention):
+    for part in (topk, linear_heads, sampled_rows, mlp_heads, mlp_rewards, tokenwise, commits, attention):
         part(t)
         found = {"hardware": info, "copy_gb_s": round(t.rate, 1), "dry_run": options.dry_run, "rows": t.rows}
         add(options.out, "kernels", found, key=("op", "shape", "B", "k", "dtype"))

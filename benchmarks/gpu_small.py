@@ -79,7 +79,10 @@ def main() -> None:
                 random(3, 64, hidden, dtype=dtype), random(5, hidden, dtype=dtype), user % 5, logprobs, ids, state(sums=True)
             )
         tokenwise_step(logits, random(3, 17001, dtype=dtype), 64, state(sums=False))
-        user_mlp(random(3, 13, 577, dtype=dtype), random(5, 37, 577, dtype=dtype), user)
+        states, matrices = random(3, 64, 577, dtype=dtype), random(5, 37, 577, dtype=dtype)
+        user_mlp(states, matrices, user)
+        few = random(5, 37, dtype=dtype)
+        score_select(states, few, user, weight, logprobs, ids, finished, bias=few, stop_reward=weight, bank=matrices, **own)
         for choice in ({"stop": stop}, own):
             tokenwise_select(logits, random(3, 17001, dtype=dtype), weight, finished, 64, **choice)
         for dim in (40, 128):

@@ -142,6 +142,7 @@ def score_select(
     temperature=None,
     uniform=None,
     count=None,
+    bank=None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from pyargs.ops.score_select import ACTIVATIONS
 
@@ -159,6 +160,7 @@ def score_select(
             0 if bias is None else bias.stride(0), batch, k, hidden, len(weight), 1 if bias is None else len(bias), user, ids,
             *stops, reward_weight, logprobs, stop_reward, uniform, count, *temperatures, finished.contiguous(), pad_id,
             list(ACTIVATIONS).index(activation), float(scale), token, slot, reward, finished_out,
+            *of_bank(bank),
         )  # fmt: skip
     return token, slot, reward, finished_out
 
@@ -199,7 +201,16 @@ def of_state(state, pad_id: int) -> tuple:
     return *given, number, number if stop.dim() == 2 else 0, 0 if noise is None else noise.shape[1], pad_id
 
 
-def score_step(features, weight, user, logprobs, ids, state, *, bias=None, activation="identity", scale=1.0, pad_id=0) -> None:
+def of_bank(bank: Tensor | None) -> tuple:
+    if bank is None:
+        return None, 0, 0, 0, 0, 0
+    bank = dense(bank)
+    return bank, DTYPES[bank.dtype], bank.stride(0), bank.stride(1), bank.shape[1], bank.shape[0]
+
+
+def score_step(
+    features, weight, user, logprobs, ids, state, *, bias=None, activation="identity", scale=1.0, pad_id=0, bank=None
+) -> None:
     from pyargs.ops.score_select import ACTIVATIONS
 
     features, weight, bias = dense(features), dense(weight), None if bias is None else dense(bias)
@@ -211,7 +222,7 @@ def score_step(features, weight, user, logprobs, ids, state, *, bias=None, activ
             0 if bias is None else DTYPES[bias.dtype], features.stride(0), features.stride(1), weight.stride(0),
             0 if bias is None else bias.stride(0), batch, k, hidden, len(weight), 1 if bias is None else len(bias), user, ids,
             logprobs, ids.stride(0), logprobs.stride(0), list(ACTIVATIONS).index(activation), float(scale),
-            *of_state(state, pad_id),
+            *of_state(state, pad_id), *of_bank(bank),
         )  # fmt: skip
 
 

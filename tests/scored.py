@@ -1,9 +1,11 @@
-"""Inputs of the ops that score candidates."""
+"""Inputs of the ops that score candidates, and what the reference makes of them."""
 
 from __future__ import annotations
 
 import torch
 
+from pyargs.ops import score_select, score_select_reference
+from pyargs.ops.choice import split_temperature
 from pyargs.ops.topk_logprobs import topk_logprobs_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -57,3 +59,20 @@ def decided_by_rounding(args: dict) -> torch.Tensor:
     cumulated = (score / temperature).softmax(1).cumsum(1)
     by_chance = ((cumulated - args["uniform"].double().unsqueeze(1)).abs() < 1e-4).any(1)
     return torch.where(temperature.squeeze(1) == 0, decided, by_chance)
+
+
+def agree(args: dict, atol: float = 2e-5, op=score_select) -> tuple[torch.Tensor, ...]:
+    got, expected = op(**args), score_select_reference(**args)
+    assert [t.dtype for t in got] == [torch.int64, torch.int64, torch.float32, torch.bool]
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[1], expected[1])
+    torch.testing.assert_close(got[2], expected[2], atol=atol, rtol=1e-5, equal_nan=True)
+    assert torch.equal(got[3], expected[3])
+    return got
+
+
+def positional(args: dict) -> tuple:
+    names = ("features", "weight", "user", "reward_weight", "logprobs", "ids", "finished", "bias")
+    number, each = split_temperature(args.get("temperature"))
+    choice = args.get("stop"), args.get("stop_reward"), 0, number, args.get("uniform"), args.get("count"), each
+    return (*map(args.get, names), 1, args.get("scale", 1.0), *choice, args.get("bank"))

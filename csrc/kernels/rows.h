@@ -43,9 +43,9 @@ struct ScoreRows : ChoiceRows {
   const void *features, *weight, *bias;  // [B, k, H], [W, H], [U, H] or null
   Dtype features_dtype, weight_dtype, bias_dtype;
   int64_t features_stride_b, features_stride_k, weight_stride, bias_stride;
-  int64_t hidden, weight_rows, bias_rows;
-  const int64_t *user, *ids;            // [B], [B, k]
-  const float *logprobs, *stop_reward;  // [B, k], [B] or null
+  int64_t hidden, weight_rows, bias_rows, bank_rows;  // users that each of them has; 0 or 1: the same for all
+  const int64_t *user, *ids;                          // [B], [B, k]
+  const float *logprobs, *stop_reward;                // [B, k], [B] or null
   int64_t logprobs_stride, ids_stride;
   Activation activation;
   float scale;

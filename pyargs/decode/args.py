@@ -164,8 +164,9 @@ class Guided:
         folded = of_rows(self.folded, rows)
         sums = ["so_far"] * self.before + ["total"] * self.prefix_mean
         state = state_of(rows, *sums, count=count)
-        scored = folded.features(hidden, folded.own), folded.weight, rows.place[: rows.width]
-        how = dict(bias=folded.bias, activation=folded.activation)
+        features, bank = folded.scored(hidden)
+        scored = features, folded.weight, rows.place[: rows.width]
+        how = dict(bias=folded.bias, activation=folded.activation, bank=bank)
         rewards = self._rewards(scored, logprobs, candidates, state, how) if rows.telling else None
         score_step(*scored, logprobs, candidates, state, **how)
         if rows.telling:
@@ -275,8 +276,9 @@ def rewards_of(folded: Folded, states: Tensor) -> Tensor:
     """Rewards [n, k] of states [n, k, D], as a step computes them."""
     rows, k, _ = states.shape
     zeros = torch.zeros(rows, k, dtype=torch.float32, device=states.device)
+    features, bank = folded.scored(as_float(states))
     return score_select(
-        folded.features(as_float(states), folded.own),
+        features,
         folded.weight,
         torch.arange(rows, device=states.device),
         zeros[:, 0],
@@ -285,4 +287,5 @@ def rewards_of(folded: Folded, states: Tensor) -> Tensor:
         zeros[:, 0].bool(),
         bias=folded.bias,
         activation=folded.activation,
+        bank=bank,
     )[2]

@@ -24,16 +24,21 @@ Linear = partial(nn.Linear, dtype=torch.float32)
 class Folded(NamedTuple):
     """A head for the users of B rows: `features` has its matrix products, the rest is what `score_select` computes.
 
-    features(hidden [B, k, D], own) -> [B, k, H]; own [B, ...] or None: what features needs of each row's user.
+    features(hidden [B, k, D], own) -> [B, k, H]; own [B, ...] or None: what features needs of each row's user. Where features
+    is None, own [B, H, D] is the bank of `score_select`, whose features are then the hidden states.
     weight [B or 1, H], bias [B or 1, H] and activation are as for `score_select`, whose `user` is then arange(B).
     A row's parts are copies: they do not change with the table of users, and depend on no other row.
     """
 
-    features: Callable[[Tensor, Tensor | None], Tensor]
+    features: Callable[[Tensor, Tensor | None], Tensor] | None
     weight: Tensor
     bias: Tensor | None = None
     own: Tensor | None = None
     activation: str = "identity"
+
+    def scored(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The features and the bank of `score_select` for hidden states [B, k, D]."""
+        return (hidden, self.own) if self.features is None else (self.features(hidden, self.own), None)
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:

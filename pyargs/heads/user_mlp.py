@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyargs.heads import Folded
-from pyargs.ops import user_mlp
 from pyargs.types import Users
 
 
@@ -60,8 +59,4 @@ class Head(nn.Module):
     def fold(self, user: Tensor) -> Folded:
         """`own` of a row is its user's matrix [H, D]."""
         first, bias, last = (self.users.vectors[name][user] for name in ("first", "bias", "last"))
-
-        def features(hidden: Tensor, own: Tensor) -> Tensor:
-            return user_mlp(hidden, own, torch.arange(len(own), device=own.device))
-
-        return Folded(features, last, bias, first.view(len(user), self.hidden, self.dim), "relu")
+        return Folded(None, last, bias, first.view(len(user), self.hidden, self.dim), "relu")

@@ -19,6 +19,7 @@ from pyargs.ops.choice import (
     tensors_of_choice,
 )
 from pyargs.ops.library import check_tensors, define
+from pyargs.ops.user_mlp import FLOATS, user_mlp_reference
 
 ACTIVATIONS = {
     "identity": lambda x: x,
@@ -27,7 +28,6 @@ ACTIVATIONS = {
     "gelu": lambda x: torch.where(x.abs() < 100, F.gelu(x), F.relu(x)),
     "leaky_relu": lambda x: F.leaky_relu(x, 0.2),
 }
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def score_select_reference(
@@ -48,6 +48,7 @@ def score_select_reference(
     temperature: float | Tensor | None = None,
     uniform: Tensor | None = None,
     count: Tensor | None = None,
+    bank: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Plain PyTorch form of `score_select`; same arguments, results and errors."""
     check_inputs(
@@ -65,12 +66,13 @@ def score_select_reference(
         temperature,
         uniform,
         count,
+        bank,
     )
-    users = max(weight.shape[0], bias.shape[0] if bias is not None else 1)
+    users = max(part.shape[0] for part in (weight, bias, bank) if part is not None)
     bad_user = (user < 0) | (user >= users) if users > 1 else torch.zeros_like(finished)
     row = user.masked_fill(bad_user | finished, 0)
 
-    hidden = features.float()
+    hidden = features.float() if bank is None else user_mlp_reference(features, bank, row)
     if bias is not None:
         hidden = hidden + bias.float()[row if bias.shape[0] > 1 else row * 0][:, None]
     hidden = ACTIVATIONS[activation](hidden)
@@ -104,6 +106,7 @@ def score_select(
     temperature: float | Tensor | None = None,
     uniform: Tensor | None = None,
     count: Tensor | None = None,
+    bank: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Scores every candidate for its row's user and chooses one: `logprob + w * reward` (ARGS, arXiv 2402.01694).
 
@@ -129,6 +132,8 @@ def score_select(
         uniform: [B] float32 in [0, 1): the slot is the first whose cumulated probability exceeds it.
         count: [B] int64, 1 to k: the row's first candidates, which alone are considered; without it all k are. Nothing is
             read of the others, and their reward is 0.
+        bank: [U, H, D], U = number of users or 1: each user's matrix, through which `features`, then [B, k, D], go first, as
+            in `user_mlp`. On CUDA what comes out of it is never stored.
 
     Returns:
         token: [B] int64. slot: [B] int64, index of the choice; equal scores go to the lower slot.
@@ -137,7 +142,9 @@ def score_select(
     Errors in the data do not raise, for a decoding loop on a device cannot: a user row out of range (reward NaN), or a score
     that is NaN, +inf, or beyond float32 (-inf though neither log-prob nor reward is) gives slot=-1, token=pad_id and
     finished=True; so does a count outside of 1 to k (all rewards 0), and a row's temperature that is negative or not finite.
-    A score of -inf forbids the candidate. A row's result does not depend on the other rows. Not differentiable.
+    A score of -inf forbids the candidate. A row's result does not depend on the other rows. With a bank on CUDA a row is
+    rounded otherwise where more than 12 candidates are considered, of one 16-bit dtype with the bank: by tensor cores.
+    Not differentiable.
 
     Raises:
         TypeError, ValueError: a dtype, shape, device or option that does not fit.
@@ -146,7 +153,7 @@ def score_select(
     try:
         return (_op if is_compiling() else _direct)(
             features, weight, user, reward_weight, logprobs, ids, finished, bias, number, scale, stop, stop_reward,
-            pad_id, heat, uniform, count, row_heat,
+            pad_id, heat, uniform, count, row_heat, bank,
         )  # fmt: skip
     except RuntimeError:
         check_inputs(
@@ -164,6 +171,7 @@ def score_select(
             temperature,
             uniform,
             count,
+            bank,
         )
         raise
 
@@ -183,13 +191,18 @@ def check_inputs(
     temperature,
     uniform,
     count,
+    bank,
 ) -> None:
     """Raises an error that names the fix. The C++ op makes the same checks, with shorter messages."""
     if isinstance(features, Tensor) and features.dim() != 3:
         raise ValueError(f"features must be [B, k, H], got shape {tuple(features.shape)}")
-    batch, k, hidden = features.shape if isinstance(features, Tensor) else (0, 0, 0)
+    batch, k, dim = features.shape if isinstance(features, Tensor) else (0, 0, 0)
+    hidden = dim
+    if bank is not None:
+        check_tensors({"features": (features, FLOATS, (batch, k, dim)), "bank": (bank, FLOATS, (None, None, dim))})
+        hidden = bank.shape[1]
     expected = {
-        "features": (features, FLOATS, (batch, k, hidden)),
+        "features": (features, FLOATS, (batch, k, dim)),
         "weight": (weight, FLOATS, (None, hidden)),
         "bias": (bias, FLOATS, (None, hidden)),
         "user": (user, (torch.int64,), (batch,)),
@@ -198,12 +211,15 @@ def check_inputs(
         "stop_reward": (stop_reward, (torch.float32,), (batch,)),
     } | tensors_of_choice(batch, reward_weight, finished, stop, temperature, uniform, count)
     check_tensors(expected, optional=("bias", "stop_reward", *OPTIONAL))
-    if k < 1 or hidden < 1:
+    if k < 1 or dim < 1:
         raise ValueError(f"features must have k >= 1 and H >= 1, got shape {tuple(features.shape)}")
-    if weight.shape[0] < 1 or (bias is not None and bias.shape[0] < 1):
-        raise ValueError("weight and bias must have at least one row")
-    if bias is not None and weight.shape[0] > 1 and bias.shape[0] > 1 and weight.shape[0] != bias.shape[0]:
-        raise ValueError(f"weight has {weight.shape[0]} users but bias {bias.shape[0]}: give both the same, or one row")
+    users = [(name, part.shape[0]) for name, part in (("weight", weight), ("bias", bias), ("bank", bank)) if part is not None]
+    if hidden < 1 or any(rows < 1 for _, rows in users):
+        raise ValueError("weight, bias and bank must have at least one row, and the matrices of a bank too")
+    several = [(name, rows) for name, rows in users if rows > 1]
+    for name, rows in several[1:]:
+        if rows != several[0][1]:
+            raise ValueError(f"{several[0][0]} has {several[0][1]} users but {name} {rows}: give all the same, or one row")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
     if stop_reward is not None and stop is None:
@@ -234,11 +250,13 @@ def _default(
     uniform: Tensor | None = None,
     count: Tensor | None = None,
     row_temperature: Tensor | None = None,
+    bank: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return score_select_reference(
         features, weight, user, reward_weight, logprobs, ids, finished, bias=bias, activation=name_of(activation),
         scale=scale, stop=stop, stop_reward=stop_reward, pad_id=pad_id,
         temperature=one_temperature(temperature, row_temperature), uniform=uniform, count=count,
+        bank=bank,
     )  # fmt: skip
 
 
@@ -260,6 +278,7 @@ def _fake(
     uniform=None,
     count=None,
     row_temperature=None,
+    bank=None,
 ):
     check_inputs(
         features,
@@ -276,6 +295,7 @@ def _fake(
         one_temperature(temperature, row_temperature),
         uniform,
         count,
+        bank,
     )
     batch, k, _ = features.shape
     token = features.new_empty((batch,), dtype=torch.int64)

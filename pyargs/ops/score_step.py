@@ -23,13 +23,14 @@ def score_step_reference(
     activation: str = "identity",
     scale: float = 1.0,
     pad_id: int = 0,
+    bank: Tensor | None = None,
 ) -> None:
     """Plain PyTorch form of `score_step`; same arguments, results and errors."""
-    check_inputs(features, weight, user, logprobs, ids, state, bias, activation)
+    check_inputs(features, weight, user, logprobs, ids, state, bias, activation, bank)
     arguments = choice_arguments(state, logprobs)
     choice = score_select_reference(
         features, weight, user, logprobs=logprobs, ids=ids, bias=bias, activation=activation, scale=scale, pad_id=pad_id,
-        stop_reward=state.so_far, **arguments,
+        stop_reward=state.so_far, bank=bank, **arguments,
     )  # fmt: skip
     note_choice_of(state, choice, arguments["count"])
 
@@ -46,11 +47,12 @@ def score_step(
     activation: str = "identity",
     scale: float = 1.0,
     pad_id: int = 0,
+    bank: Tensor | None = None,
 ) -> None:
     """`score_select` with what the rows keep: it reads and writes `state`, so that a captured step needs nothing beside it.
 
     Args:
-        features, weight, user, logprobs, ids, bias, activation, scale, pad_id: as for `score_select`. k is at most 64;
+        features, weight, user, logprobs, ids, bias, activation, scale, pad_id, bank: as for `score_select`. k is at most 64;
             logprobs are sorted from high to low where the state has filters.
         state: RowState of the B rows, whose fields marked with * are brought up to date. It stands for `score_select`'s
             reward_weight, finished, stop, stop_reward (so_far), temperature, uniform (noise) and count.
@@ -64,17 +66,17 @@ def score_step(
     number = NUMBER.get(activation, -1)
     try:
         op = _op if is_compiling() else _direct
-        op(features, weight, user, logprobs, ids, *state, bias, number, scale, pad_id)
+        op(features, weight, user, logprobs, ids, *state, bias, number, scale, pad_id, bank)
     except RuntimeError:
-        check_inputs(features, weight, user, logprobs, ids, state, bias, activation)
+        check_inputs(features, weight, user, logprobs, ids, state, bias, activation, bank)
         raise
 
 
-def check_inputs(features, weight, user, logprobs, ids, state, bias, activation) -> None:
+def check_inputs(features, weight, user, logprobs, ids, state, bias, activation, bank) -> None:
     """Raises an error that names the fix. The C++ op makes the same checks, with shorter messages."""
     check_scored(
         features, weight, user, state.reward_weight, logprobs, ids, state.finished, bias, activation, state.stop,
-        state.so_far, None, None, state.count,
+        state.so_far, None, None, state.count, bank,
     )  # fmt: skip
     check_state(state, *features.shape[:2])
 
@@ -105,6 +107,7 @@ def _default(
     activation: int = 0,
     scale: float = 1.0,
     pad_id: int = 0,
+    bank: Tensor | None = None,
 ) -> None:
     state = RowState(
         reward_weight, finished, step, limit, token, slot, chosen, stop, so_far, total, temperature, noise, own_k, top_p,
@@ -112,14 +115,15 @@ def _default(
     )  # fmt: skip
     score_step_reference(
         features, weight, user, logprobs, ids, state, bias=bias, activation=name_of(activation), scale=scale,
-        pad_id=pad_id,
+        pad_id=pad_id, bank=bank,
     )  # fmt: skip
 
 
 def _fake(features, weight, user, logprobs, ids, *rest) -> None:  # without those at the end that are the defaults
-    given = dict(zip((*RowState._fields, "bias", "activation"), rest, strict=False))
-    bias, activation = given.pop("bias", None), given.pop("activation", 0)
-    check_inputs(features, weight, user, logprobs, ids, RowState(**given), bias, name_of(activation))
+    given = dict(zip((*RowState._fields, "bias", "activation", "scale", "pad_id", "bank"), rest, strict=False))
+    bias, activation, bank = given.pop("bias", None), given.pop("activation", 0), given.pop("bank", None)
+    state = RowState(**{name: value for name, value in given.items() if name in RowState._fields})
+    check_inputs(features, weight, user, logprobs, ids, state, bias, name_of(activation), bank)
 
 
 _op, _direct = define("score_step", _default, _fake, mutates=WRITTEN)

@@ -41,8 +41,9 @@ def made(kind: str, count: int):
 
 def rewards(folded, hidden):
     rows, k, _ = hidden.shape
+    features, bank = folded.scored(hidden)
     return score_select(
-        folded.features(hidden, folded.own),
+        features,
         folded.weight,
         torch.arange(rows),
         torch.ones(rows),
@@ -51,6 +52,7 @@ def rewards(folded, hidden):
         torch.zeros(rows, dtype=torch.bool),
         bias=folded.bias,
         activation=folded.activation,
+        bank=bank,
     )[2]
 
 

@@ -140,9 +140,10 @@ def test_a_folded_head_and_a_saved_one_give_the_same_rewards(found):
     torch.manual_seed(0)
     hidden, user = torch.randn(5, 7, planted.DIM), torch.tensor([3, 0, 3, 15, 2])
     folded = model.head.fold(user)
+    features, bank = folded.scored(hidden)
     with torch.no_grad():
         _, _, reward, _ = score_select(
-            folded.features(hidden, folded.own),
+            features,
             folded.weight,
             torch.arange(5),
             torch.ones(5),
@@ -151,5 +152,6 @@ def test_a_folded_head_and_a_saved_one_give_the_same_rewards(found):
             torch.zeros(5, dtype=torch.bool),
             bias=folded.bias,
             activation=folded.activation,
+            bank=bank,
         )
         torch.testing.assert_close(reward, model.head(hidden, user.unsqueeze(1).expand(5, 7)), atol=1e-4, rtol=1e-4)

@@ -107,6 +107,21 @@ def test_user_mlp(k, dtype, wide):
     agree([emulated.user_mlp(hidden, bank, torch.tensor([1]))], [ops.user_mlp_reference(hidden, bank, torch.tensor([1]))])
 
 
+@pytest.mark.parametrize(("k", "dtype"), [(13, torch.float32), (14, torch.bfloat16)])
+def test_score_step_with_a_bank(k, dtype):
+    """Several blocks to a row, and a row that is over."""
+    emulated.order(7)
+    sums = dict(so_far=torch.ones(3), total=torch.zeros(3), finished=torch.tensor([False, False, True]))
+    filters = dict(own_k=torch.tensor([k, 2, k]), top_p=torch.ones(3).double(), min_p=torch.zeros(3).double())
+    one = state_of(**sums, **filters, temperature=torch.ones(3), noise=torch.full((3, 2), 0.4))
+    other, logprobs = copied(one), normal(3, k, seed=2).sort(descending=True).values
+    args = normal(3, k, 40, dtype=dtype), normal(3, 17, seed=1), torch.arange(3), logprobs, torch.arange(3 * k).view(3, k)
+    more = dict(bias=normal(3, 17, seed=3), activation="relu", scale=0.1, bank=normal(3, 17, 40, dtype=dtype, seed=4) / 8)
+    emulated.score_step(*args, one, **more)
+    ops.score_step_reference(*args, other, **more)
+    same_state(one, other)
+
+
 @pytest.mark.parametrize("dim", [8, 7])
 def test_commit(dim):
     emulated.order(5)

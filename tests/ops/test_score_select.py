@@ -8,24 +8,13 @@ import torch
 from choices import WRONG_CHOICES, differing
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scored import DTYPES, problem
+from scored import DTYPES, agree, positional, problem
 
 from pyargs import ops
 from pyargs.ops import score_select, score_select_reference
-from pyargs.ops.choice import split_temperature
 from pyargs.ops.score_select import ACTIVATIONS, _default
 
 INF, NAN = math.inf, math.nan
-
-
-def agree(args: dict, atol: float = 2e-5, op=score_select) -> tuple[torch.Tensor, ...]:
-    got, expected = op(**args), score_select_reference(**args)
-    assert [t.dtype for t in got] == [torch.int64, torch.int64, torch.float32, torch.bool]
-    assert torch.equal(got[0], expected[0])
-    assert torch.equal(got[1], expected[1])
-    torch.testing.assert_close(got[2], expected[2], atol=atol, rtol=1e-5, equal_nan=True)
-    assert torch.equal(got[3], expected[3])
-    return got
 
 
 @settings(max_examples=200, deadline=None)
@@ -336,13 +325,6 @@ WRONG = [
 def test_errors_name_the_fix(function, change, error, says):
     with pytest.raises(error, match=says):
         function(**(problem() | change))
-
-
-def positional(args: dict) -> tuple:
-    names = ("features", "weight", "user", "reward_weight", "logprobs", "ids", "finished", "bias")
-    number, each = split_temperature(args.get("temperature"))
-    choice = args.get("stop"), args.get("stop_reward"), 0, number, args.get("uniform"), args.get("count"), each
-    return (*map(args.get, names), 1, args.get("scale", 1.0), *choice)
 
 
 def rows_apart(args: dict) -> dict:

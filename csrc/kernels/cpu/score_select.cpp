@@ -101,7 +101,8 @@ void select_row(const ScoreRows& rows, int64_t row) {
   float own[kMaxTopK];  // where rows have a state, k is at most so large
   double chance[kMaxTopK];
   float* reward = rows.reward ? rows.reward + row * rows.k : own;
-  const int64_t users = rows.weight_rows > rows.bias_rows ? rows.weight_rows : rows.bias_rows;
+  int64_t users = rows.weight_rows > rows.bias_rows ? rows.weight_rows : rows.bias_rows;
+  users = rows.bank_rows > users ? rows.bank_rows : users;
   const int count = count_of(rows, row, logprobs, chance);
   for (int64_t j = count; j < rows.k; ++j) reward[j] = 0.0f;
   int slot = -1;

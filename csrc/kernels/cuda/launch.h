@@ -18,6 +18,11 @@ const char* topk_logprobs(const void* logits, Dtype dtype, int64_t batch, int64_
 // `workspace`: topk_workspace_bytes(2 * batch, V), for policy and rewards.
 const char* tokenwise_select(const TokenwiseRows& rows, int64_t batch, void* workspace, int device, void* stream);
 
+// Both at once: the features are what comes out of `mlp`, and are not stored. k <= 64.
+size_t user_mlp_select_workspace_bytes(const UserMlpRows& mlp, int64_t batch);
+const char* user_mlp_select(const ScoreRows& rows, const UserMlpRows& mlp, int64_t batch, void* workspace, int device,
+                            void* stream);
+
 // These need no workspace. k <= 64 for score_select.
 const char* score_select(const ScoreRows& rows, int64_t batch, int device, void* stream);
 const char* user_mlp(const UserMlpRows& rows, int64_t batch, int device, void* stream);

@@ -7,8 +7,7 @@
 // and no ticket.
 #pragma once
 
-#include "choice.cuh"
-#include "elements.cuh"
+#include "rewards.cuh"
 
 namespace pyargs::cuda {
 
@@ -16,21 +15,8 @@ constexpr int kScoreSteps = 8;  // of H in shared memory at a time, each kWarpEl
 
 struct ScoreShared {
   float weight[kScoreSteps * kWarpElements], bias[kScoreSteps * kWarpElements];
-  float reward[kMaxTopK];
-  double chance[kMaxTopK];
-  int count;
+  RewardsShared rewards;
 };
-
-template <Activation activation>
-__device__ __forceinline__ float activated(float x) {
-  if (activation == Activation::kRelu) return x < 0.0f ? 0.0f : x;  // NaN stays
-  if (activation == Activation::kLeakyRelu) return x < 0.0f ? 0.2f * x : x;
-  if (activation == Activation::kGelu) {
-    x = x < -100.0f ? -100.0f : x;  // 0 from there on, and -inf * 0 is NaN
-    return 0.5f * x * (1.0f + erff(x * 0.70710678f));
-  }
-  return x;
-}
 
 template <Dtype dtype, Activation activation>
 __global__ void __launch_bounds__(1024, 1) score_select_kernel(ScoreRows a) {
@@ -39,31 +25,21 @@ __global__ void __launch_bounds__(1024, 1) score_select_kernel(ScoreRows a) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int warps = static_cast<int>(blockDim.x) / 32;
   if (a.finished[row]) return pad_row(a, row, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x));
-  const int64_t users = a.weight_rows > a.bias_rows ? a.weight_rows : a.bias_rows;
-  const bool unknown = users > 1 && (a.user[row] < 0 || a.user[row] >= users);
-  const int64_t weight_row = a.weight_rows > 1 && !unknown ? a.user[row] : 0;
-  const int64_t bias_row = a.bias_rows > 1 && !unknown ? a.user[row] : 0;
-
-  int count = candidates_of(a, row);
-  if (a.state.own_k) {
-    if (warp == 0) count = count_by_warp(a, row, a.logprobs + row * a.logprobs_stride, shared.chance);
-    if (threadIdx.x == 0) shared.count = count;
-    __syncthreads();
-    count = shared.count;
-  }
+  const ScoreUser user = user_of(a, row);
+  const int count = count_by_block(shared.rewards, a, row);
   float sums[2] = {0.0f, 0.0f};  // of candidates warp and warp + warps
   constexpr int kTile = kScoreSteps * kWarpElements;
   constexpr int kAhead = 4 / Elements<dtype>::kVectors;  // steps: as many as 4 loads, all on their way at once
-  for (int64_t start = 0; start < a.hidden && !unknown; start += kTile) {
+  for (int64_t start = 0; start < a.hidden && !user.unknown; start += kTile) {
     const int n = static_cast<int>(a.hidden - start < kTile ? a.hidden - start : kTile);
     const int steps = (n + kWarpElements - 1) / kWarpElements;
     __syncthreads();  // everybody is done with the tile before
     for (int i = static_cast<int>(threadIdx.x); i < 32 * steps; i += static_cast<int>(blockDim.x)) {
       // Zeros behind the end: 0 * activation(0 + 0) adds nothing.
       const int first = i * kLaneElements, step = i / 32 * kWarpElements;
-      to_lane(shared.weight + step, i % 32, a.weight_dtype, a.weight, weight_row * a.weight_stride + start + first,
+      to_lane(shared.weight + step, i % 32, a.weight_dtype, a.weight, user.weight_row * a.weight_stride + start + first,
               n - first);
-      to_lane(shared.bias + step, i % 32, a.bias_dtype, a.bias, bias_row * a.bias_stride + start + first,
+      to_lane(shared.bias + step, i % 32, a.bias_dtype, a.bias, user.bias_row * a.bias_stride + start + first,
               a.bias ? n - first : 0);
     }
     __syncthreads();
@@ -97,20 +73,9 @@ __global__ void __launch_bounds__(1024, 1) score_select_kernel(ScoreRows a) {
     float sum = sums[c];
 #pragma unroll
     for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
-    if (lane != 0 || j >= a.k) continue;
-    sum = unknown ? NAN : sum * a.scale;
-    if (j >= count) {
-      sum = 0.0f;
-    } else if (a.stop_reward && !unknown && is_stop(a, row, a.ids[row * a.ids_stride + j])) {
-      sum = a.stop_reward[row];
-    }
-    shared.reward[j] = sum;
-    if (a.reward) a.reward[row * a.k + j] = sum;
+    if (lane == 0 && j < a.k) set_reward(shared.rewards, a, row, j, count, user.unknown, sum);
   }
-  __syncthreads();
-  if (warp != 0) return;
-  const int slot = unknown ? -1 : choose_by_warp(a, row, count, a.logprobs + row * a.logprobs_stride, shared.reward);
-  if (lane == 0) write_choice(a, row, slot, a.ids + row * a.ids_stride, count, shared.reward);
+  choose_of_rewards(shared.rewards, a, row, count, user.unknown);
 }
 
 }  // namespace pyargs::cuda

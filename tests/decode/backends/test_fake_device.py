@@ -38,7 +38,7 @@ HEAD = {
     "linear": 0,
     "mlp": 2,
     "mlp of users": 9,
-    "user_mlp": 2,
+    "user_mlp": 0,
     "distance": 12,
     "distance to the input": 12,
     "latent": 5,

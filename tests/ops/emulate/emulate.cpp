@@ -43,6 +43,21 @@ static const char* run(const pyargs::TokenwiseRows& rows, int64_t batch) {
   return pyargs::cuda::tokenwise_select(rows, batch, workspace.data(), pyargs::emulate::stream.device, nullptr);
 }
 
+// Alone, or behind the matrices of a bank, which then has the features of its own size.
+static const char* run(pyargs::ScoreRows rows, int64_t batch, const void* bank, int64_t dtype, int64_t stride_u,
+                       int64_t stride_h, int64_t units, int64_t users) {
+  if (!bank) return pyargs::cuda::score_select(rows, batch, 0, nullptr);
+  pyargs::UserMlpRows first{};
+  first.hidden = rows.features, first.hidden_dtype = rows.features_dtype;
+  first.hidden_stride_b = rows.features_stride_b, first.hidden_stride_k = rows.features_stride_k;
+  first.bank = bank, first.bank_dtype = static_cast<pyargs::Dtype>(dtype);
+  first.bank_stride_u = stride_u, first.bank_stride_h = stride_h;
+  first.k = rows.k, first.dim = rows.hidden, first.units = units, first.users = users, first.user = rows.user;
+  rows.hidden = units;
+  std::vector<uint32_t> workspace(pyargs::cuda::user_mlp_select_workspace_bytes(first, batch) / 4, 0xdeadbeefu);
+  return pyargs::cuda::user_mlp_select(rows, first, batch, workspace.data(), 0, nullptr);
+}
+
 extern "C" {
 
 // 0: threads and blocks in order; else shuffled by this seed.
@@ -78,7 +93,8 @@ const char* pyargs_emulate_score_select(
     const int64_t* user, const int64_t* ids, const int64_t* stop, int64_t stops, int64_t stop_stride,
     const float* reward_weight, const float* logprobs, const float* stop_reward, const float* uniform,
     const int64_t* count, const float* row_temperature, double temperature, const bool* finished, int64_t pad_id,
-    int64_t activation, double scale, int64_t* token, int64_t* slot, float* reward, bool* finished_out) {
+    int64_t activation, double scale, int64_t* token, int64_t* slot, float* reward, bool* finished_out,
+    const void* bank, int64_t bank_dtype, int64_t bank_stride_u, int64_t bank_stride_h, int64_t units, int64_t users) {
   pyargs::ScoreRows rows{};
   rows.features = features, rows.weight = weight, rows.bias = bias;
   rows.features_dtype = static_cast<pyargs::Dtype>(features_dtype);
@@ -95,7 +111,7 @@ const char* pyargs_emulate_score_select(
   rows.activation = static_cast<pyargs::Activation>(activation);
   rows.scale = static_cast<float>(scale), rows.temperature = temperature;
   rows.token = token, rows.slot = slot, rows.reward = reward, rows.finished_out = finished_out;
-  return pyargs::cuda::score_select(rows, batch, 0, nullptr);
+  return run(rows, batch, bank, bank_dtype, bank_stride_u, bank_stride_h, units, users);
 }
 
 const char* pyargs_emulate_tokenwise_select(const void* policy, const void* rewards, int64_t policy_dtype,
@@ -123,7 +139,8 @@ const char* pyargs_emulate_score_step(
     int64_t activation, double scale, const float* reward_weight, bool* finished, int64_t* step, const int64_t* limit,
     int64_t* token, int64_t* slot, double* chosen, const int64_t* stop, float* so_far, float* total,
     const float* temperature, const float* noise, const int64_t* own_k, const double* top_p, const double* min_p,
-    const int64_t* count, int64_t stops, int64_t stop_stride, int64_t noises, int64_t pad_id) {
+    const int64_t* count, int64_t stops, int64_t stop_stride, int64_t noises, int64_t pad_id, const void* bank,
+    int64_t bank_dtype, int64_t bank_stride_u, int64_t bank_stride_h, int64_t units, int64_t users) {
   pyargs::ScoreRows rows{};
   rows.features = features, rows.weight = weight, rows.bias = bias;
   rows.features_dtype = static_cast<pyargs::Dtype>(features_dtype);
@@ -137,7 +154,7 @@ const char* pyargs_emulate_score_step(
   rows.activation = static_cast<pyargs::Activation>(activation), rows.scale = static_cast<float>(scale);
   set_state(rows, reward_weight, finished, step, limit, token, slot, chosen, stop, so_far, total, temperature, noise,
             own_k, top_p, min_p, count, stops, stop_stride, noises, pad_id);
-  return pyargs::cuda::score_select(rows, batch, 0, nullptr);
+  return run(rows, batch, bank, bank_dtype, bank_stride_u, bank_stride_h, units, users);
 }
 
 const char* pyargs_emulate_tokenwise_step(const void* policy, const void* rewards, int64_t policy_dtype,

@@ -1,0 +1,47 @@
+// The arguments of user_mlp, and its work on a CPU, which score_select begins with where it has a bank.
+#pragma once
+
+#include "../kernels/cpu/launch.h"
+#include "tensor.h"
+
+namespace pyargs {
+namespace {
+
+// Checks the arguments and puts them into `rows`, which they must outlive; returns the number of rows.
+int64_t set_user_mlp(UserMlpRows& rows, Array& hidden, Array& bank, Array& user) {
+  check(hidden.dim() == 3 && hidden.size(1) >= 1 && hidden.size(2) >= 1, "hidden must be [B, k, D], k and D >= 1");
+  const int64_t batch = hidden.size(0);
+  rows.k = hidden.size(1);
+  rows.dim = hidden.size(2);
+  check(bank.dim() == 3 && bank.size(0) >= 1 && bank.size(1) >= 1 && bank.size(2) == rows.dim,
+        "bank must be [U, H, D], U and H >= 1");
+  rows.users = bank.size(0);
+  rows.units = bank.size(1);
+  rows.hidden_dtype = hidden.float_dtype("hidden must be float32, bfloat16 or float16");
+  rows.bank_dtype = bank.float_dtype("bank must be float32, bfloat16 or float16");
+  user.require({batch}, aoti_torch_dtype_int64(), "user must be [B] int64");
+  hidden.require_dense_rows();
+  bank.require_dense_rows();
+  rows.hidden = hidden.data();
+  rows.hidden_stride_b = hidden.stride(0);
+  rows.hidden_stride_k = hidden.stride(1);
+  rows.bank = bank.data();
+  rows.bank_stride_u = bank.stride(0);
+  rows.bank_stride_h = bank.stride(1);
+  rows.user = user.data<int64_t>();
+  return batch;
+}
+
+void user_mlp_on_cpu(const UserMlpRows& rows, int64_t batch) {
+  const int64_t blocks = batch * ((rows.units + kMlpUnits - 1) / kMlpUnits);
+  const int64_t grain = 1 + (1 << 18) / (rows.k * rows.dim * kMlpUnits);  // less is not worth waking a thread
+  if (blocks <= grain) {
+    PYARGS_DISPATCH(user_mlp, rows, 0, blocks);
+  } else {
+    torch::stable::parallel_for(0, blocks, grain,
+                                [&rows](int64_t begin, int64_t end) { PYARGS_DISPATCH(user_mlp, rows, begin, end); });
+  }
+}
+
+}  // namespace
+}  // namespace pyargs
