@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -65,7 +66,8 @@ def emulated(build: str, *arguments: str, **settings: str) -> list[str]:
 
 
 def cases() -> list[str]:
-    return [line for build in LIBRARIES for line in emulated(build, "-n", "0", CASES)]
+    with ThreadPoolExecutor() as pool:
+        return [line for found in pool.map(lambda build: emulated(build, "-n", "0", CASES), LIBRARIES) for line in found]
 
 
 def mutants(of: str = "") -> list[str]:

@@ -10,12 +10,14 @@ without being wrong: nothing else would notice on a machine without a GPU. nvdis
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -121,9 +123,10 @@ def main() -> int:
         print("no nvdisasm: instructions not counted")
     print(f"{'':<36}registers  shared  spilled  instructions  loads  wide  products")
     bad, seen = [], set()
-    for source in sorted(CUDA.glob("*.cu")):
-        for architecture in ARCHITECTURES:
-            for kernel in compiled(source, architecture):
+    each = [(source, architecture) for source in sorted(CUDA.glob("*.cu")) for architecture in ARCHITECTURES]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for (_, architecture), kernels in zip(each, pool.map(compiled, *zip(*each, strict=True)), strict=True):
+            for kernel in kernels:
                 name, *numbers = kernel.name.split()
                 name = wide if (wide := " ".join([name, *numbers[-1:]])) in LIMIT else name
                 seen.add(name)
