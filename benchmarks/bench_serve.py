@@ -74,7 +74,7 @@ class Load:
             for event in events:
                 self._note(event, now)
         seconds = time.perf_counter() - self.start
-        point = lambda values, p: statistics.quantiles(values, n=100)[p - 1] * 1e3  # noqa: E731
+        point = lambda values, p: statistics.quantiles(values, n=100, method="inclusive")[p - 1] * 1e3  # noqa: E731
         return {
             "tokens/s": self.tokens / seconds,
             "first p50": point(self.first, 50), "first p99": point(self.first, 99),

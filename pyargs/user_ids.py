@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from numbers import Integral
 
@@ -43,6 +44,7 @@ class UserRows(Mapping):
     def __init__(self, ids: Iterable[str] = ()):
         self.ids = user_ids(ids)
         self._found: dict[str, int] = {}
+        self._lock = threading.Lock()  # a look-up may not note a row that somebody moves meanwhile
         hashes = np.fromiter(map(hash, self.ids), np.int64, len(self.ids)).view(np.uint64)
         self._sorted = np.sort(hashes << np.uint64(32) | np.arange(len(self.ids), dtype=np.uint64))
         half, seen = self._sorted >> np.uint64(32), set()
@@ -65,7 +67,8 @@ class UserRows(Mapping):
     def __getitem__(self, user: str) -> int:
         row = self._found.get(user)
         if row is None:
-            row = self._found[user] = self._look_up(user)
+            with self._lock:
+                row = self._found[user] = self._look_up(user)
         return row
 
     def _look_up(self, user: str) -> int:
@@ -79,20 +82,23 @@ class UserRows(Mapping):
 
     def append(self, ids: list[str]) -> None:
         """Ids that are not there yet, in the next rows."""
-        self._found.update(zip(ids, range(len(self), len(self) + len(ids)), strict=True))
-        self.ids += ids
+        with self._lock:
+            self._found.update(zip(ids, range(len(self), len(self) + len(ids)), strict=True))
+            self.ids += ids
 
     def move(self, row: int, to: int) -> None:
         """Moves the user of one row to the row of another user, who is gone."""
-        self._forget(to)
-        user = self.ids[to] = self.ids[row]
-        self._found[user] = to
+        with self._lock:
+            self._forget(to)
+            user = self.ids[to] = self.ids[row]
+            self._found[user] = to
 
     def cut(self, count: int) -> None:
         """Removes the rows from `count` on; users who moved from there to another row stay."""
-        for row in range(count, len(self)):
-            self._forget(row)
-        del self.ids[count:]
+        with self._lock:
+            for row in range(count, len(self)):
+                self._forget(row)
+            del self.ids[count:]
 
     def _forget(self, row: int) -> None:
         if self._found.get(self.ids[row]) == row:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 
 import numpy as np
 import pytest
@@ -149,3 +150,28 @@ def test_rows_of_users_are_those_of_a_dict(kind, names, data):
     if rows:
         with pytest.raises(PyargsError, match="is there twice"):
             UserRows([*rows, data.draw(st.sampled_from(list(rows)))])
+
+
+def test_a_look_up_notes_no_row_that_was_moved_meanwhile(monkeypatch):
+    """Else somebody who was removed would be known for good, in the row of another."""
+    rows, looked, go_on = UserRows(["ann", "bob", "cid"]), threading.Event(), threading.Event()
+    inner = UserRows._look_up
+
+    def slowly(self, user):
+        row = inner(self, user)
+        looked.set()
+        go_on.wait(0.2)
+        return row
+
+    def remove() -> None:
+        looked.wait()
+        rows.move(2, 0)
+        rows.cut(2)
+        go_on.set()
+
+    monkeypatch.setattr(UserRows, "_look_up", slowly)
+    other = threading.Thread(target=remove)
+    other.start()
+    rows.get("ann")
+    other.join()
+    assert "ann" not in rows and rows["cid"] == 0

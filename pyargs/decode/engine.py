@@ -51,8 +51,8 @@ class Engine:
     since a head is never trained on the state after a stop token; "state": the reward of that state.
     tokenizer: the policy's, where the policy is given as a model and pyargs has not loaded it.
     prefill_tokens: the most tokens of prompts that a step reads, so that a long prompt does not hold up the others: its parts
-    end at multiples of it. None reads prompts whole. So are those of models whose candidates cannot share a prefix, and those
-    behind a soft prompt.
+    end at multiples of it. None reads prompts whole. So are those of models with longrope, or whose candidates cannot share a
+    prefix, and those behind a soft prompt.
 
     A request's answer does not depend on the others, whenever they come and go. Threads may share an engine. With "cuda-graph"
     events come some steps late, so that nothing waits for the GPU.
@@ -313,8 +313,9 @@ class Engine:
         return len(self._tickets[number].request.prompt)
 
     def _most_tokens(self) -> int | None:
-        """The most tokens of prompts in a step: a copied cache and a soft prompt are made of whole prompts."""
-        return None if self._closed or self.pair.soft else self.prefill_tokens
+        """The most tokens of prompts in a step. A copied cache and a soft prompt are made of whole prompts; with longrope each
+        part would have the angles of its own length."""
+        return None if self._closed or self.pair.soft or self._borders else self.prefill_tokens
 
     def _unknown(self, numbers: list[int]) -> list[int]:
         """Which of these admitted requests have a user who was removed while they waited; they end with the error."""

@@ -87,6 +87,8 @@ def _try(decoder: nn.Module, undo: ExitStack, change: Callable, probe: Callable,
             expected = probe(decoder) if expected is None else expected
             change(decoder, tried.callback)
             difference = (probe(decoder) - expected).norm() / expected.norm()
+        except torch.OutOfMemoryError:
+            raise
         except WRONG:
             return
         if difference.item() < 8 * torch.finfo(decoder.dtype).eps ** 0.75:  # another formula is off by some tenths

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +25,15 @@ def tabulate(places: int, tables: list[Tensor], decoder: nn.Module, undo: Callab
         cos, sin = rotary(like, torch.arange(places, device=like.device).unsqueeze(0))
     half = sin.shape[-1] // 2
     table = torch.cat([cos, -sin[..., :half], sin[..., half:]], -1).squeeze(0)
-    written, here = rotary.forward, threading.get_ident()
-
-    def look_up(x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        if threading.get_ident() != here or x.dtype != like.dtype or x.device != like.device:
-            return written(x, position_ids)
-        cosine, sine = table[position_ids].split(2 * half, -1)
-        sine.turned = True
-        return cosine, sine
-
-    rotary.forward = look_up
+    rotary.forward = partial(_look_up, rotary.forward, threading.get_ident(), table)
     undo(delattr, rotary, "forward")
     tables.append(table)
+
+
+def _look_up(written: Callable, thread: int, table: Tensor, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """In this thread from the table, elsewhere as it is written."""
+    if threading.get_ident() != thread or x.dtype != table.dtype or x.device != table.device:
+        return written(x, position_ids)
+    cosine, sine = table[position_ids].chunk(2, -1)
+    sine.turned = True
+    return cosine, sine

@@ -324,7 +324,8 @@ def _functions(kind: type) -> frozenset[str]:
 
 def _ours(forward) -> bool:
     """Whether it is what pyargs puts there for the time of one pass in one thread: the others' passes are as ever."""
-    return type(forward) is partial and forward.func.__module__ in ("pyargs.lm.lora", "pyargs.lm.fused_modules")
+    ours = "pyargs.lm.lora", "pyargs.lm.fused_modules", "pyargs.lm.rotary_table"
+    return type(forward) is partial and forward.func.__module__ in ours
 
 
 def _check_hooks(module: nn.Module, name: str) -> None:

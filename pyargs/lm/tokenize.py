@@ -157,7 +157,7 @@ def _ids(tokenizer, contents: list[str], render: Callable, add_special_tokens: b
     for part in rest:
         # Behind a line's end, since tokenizers of sentencepiece begin every text with a space of their own.
         more = read("\n" + part)
-        ids = ids + (more[len(line) :] if more[: len(line)] == line else read(part))
+        ids += more[len(line) :] if more[: len(line)] == line else read(part)
     bare = read(harmless)
     start = next((i for i in range(len(frame)) if frame[i : i + len(bare)] == bare), 0)
     ids = frame[:start] + ids + frame[start + len(bare) :]  # what the tokenizer adds around a text

@@ -203,11 +203,13 @@ class Adapting:
         their vector ends with it; what adapts to them is stopped, and what adapts to somebody else begins anew."""
         with self._lock:
             number = self.store.number(user)
-            self.store.delete(user, mark=mark)
-            if self.process is not None and number in self.process.seen:
-                self.process.end()
-                self.process = None
-            self._call(partial(take_away, user=user))
+            try:
+                self.store.delete(user, mark=mark)
+            finally:  # what the disk refuses leaves nobody served
+                if self.process is not None and number in self.process.seen:
+                    self.process.end()
+                    self.process = None
+                self._call(partial(take_away, user=user))
 
     def stop(self) -> None:
         """Ends the process and the thread, and closes the store. Who was being adapted to is so again when it is opened."""

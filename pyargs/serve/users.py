@@ -87,8 +87,10 @@ def make_router(worker: Worker, adapting: Adapting | None = None) -> APIRouter:
 
     def find(user: str, key) -> dict:
         """What is told of a user. Raises WireError 404 for one who is not there, or whom the key may not see."""
+        if key is not None and not key.may(user):  # first, so that nothing takes longer for those who are there
+            raise unknown(pair, user, key)
         found, folder = None if store is None else store.user(user), of_folder(user)
-        if not (found or folder) or (key is not None and not key.may(user)):
+        if not (found or folder):
             raise unknown(pair, user, key)
         found = found or {"id": user, "pairs": None, "created": None, "adapted": None, "made": None, "job": None}
         made = found["made"] and {name: found["made"][name] for name in ("method", "pairs", "pyargs")}

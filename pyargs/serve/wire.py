@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pyargs.errors import extra
 
 with extra("serve", "the service"):
-    from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+    from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 CHOICES = 16
 """The most answers of one call, all its prompts together."""
@@ -70,8 +70,15 @@ class Message(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, data: Any) -> Any:
-        """What an answer's message says of things that are not there."""
-        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
+        """What an answer's message says of things that are not there. Of a content with a wrong part that part alone is left:
+        a body may have a hundred thousand such parts."""
+        if not isinstance(data, dict):
+            return data
+        data = {name: value for name, value in data.items() if value is not None}
+        if isinstance(parts := data.get("content"), list):
+            wrong = [part for part in parts if not isinstance(part, dict) or part.get("type") != "text"]
+            data["content"] = wrong[:1] or parts
+        return data
 
     def plain(self) -> dict:
         """As `pyargs.lm.tokenize` takes it."""
@@ -165,9 +172,21 @@ class Completion(Asked):
     prompt: str | list[int] | list[str] | list[list[int]]
     logprobs: int | None = Field(None, ge=0, le=20)
 
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _first_wrong(cls, value: Any) -> Any:
+        """Of a list with something wrong the beginning that shows it: a body may have a hundred thousand such things."""
+        if not isinstance(value, list):
+            return value
+        for place, one in enumerate(value):
+            several = one if isinstance(one, list) else ()
+            if type(one) not in (int, str, list) or type(one) is not type(value[0]) or set(map(type, several)) - {int}:
+                return value[: place + 1][-2:] if not several else [[inner for inner in several if type(inner) is not int][:1]]
+        return value
+
     @model_validator(mode="after")
     def _few(self):
-        if not self.prompt:
+        if not self.prompt or not all(self.prompts):
             raise WireError(422, "prompt: without a token there is nothing to go on with", param="prompt")
         if len(self.prompts) * (self.n or 1) > CHOICES:
             raise WireError(422, f"prompts times n is at most {CHOICES}", param="n")

@@ -158,6 +158,8 @@ class Worker:
     def _submit(self, call: Call, prompts, user: str, wishes) -> None:
         now = time.perf_counter()
         try:
+            if self.error is not None:  # since `ask` has looked
+                raise Broken(f"the engine fails at every step: {self.error}")
             for which, (prompt, wish) in enumerate(zip(prompts, wishes, strict=True)):
                 number = self.engine.submit(prompt, user, **wish)
                 call.numbers.append(number)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 
 import httpx
 import openai
@@ -329,7 +330,12 @@ def test_lines_and_metrics_tell_no_user_and_no_text(service, client, caplog):
         ask(client, "a very private text", user="ann", seed=1)
         with pytest.raises(openai.NotFoundError):
             ask(client, user="somebody-else")
-    lines = [json.loads(record.getMessage()) for record in caplog.records if record.name == "pyargs.serve"]
+        until = time.monotonic() + 20  # a line is written behind its answer
+        while (
+            len(of_service := [one for one in caplog.records if one.name == "pyargs.serve"]) < 2 and time.monotonic() < until
+        ):
+            time.sleep(0.01)
+    lines = [json.loads(record.getMessage()) for record in of_service]
     assert [line["outcome"] for line in lines] == ["ok", "refused"] and lines[0]["completion_tokens"] == 12
     assert {"time", "method", "path", "status", "seconds", "prompt_tokens", "first_token"} <= set(lines[0])
     metrics = httpx.get(f"{service[1]}/metrics").text

@@ -25,7 +25,7 @@ def refused(kind, **fields) -> WireError:
     return of_validation([{**one, "loc": ("body", *one["loc"])} for one in raised.value.errors()])
 
 
-@pytest.mark.parametrize("name", wire.IGNORED)
+@pytest.mark.parametrize("name", sorted(wire.IGNORED))
 def test_fields_that_change_no_answer_are_taken(name):
     assert Chat.model_validate(CHAT | {name: {"any": "thing"}}) == Chat.model_validate(CHAT)
 
@@ -127,3 +127,18 @@ def test_an_event_of_a_stream_is_one_line(text):
     sent = form.chunk([form.delta(0, text, None, None, None)])
     assert sent.startswith(b"data: ") and sent.endswith(b"\n\n") and sent.count(b"\n") == 2
     assert json.loads(sent[6:])["choices"][0]["delta"]["content"] == text
+
+
+@pytest.mark.parametrize("prompt", [[], "", [[]], [[1], []], ["a", ""]])
+def test_a_prompt_without_a_token_is_refused(prompt):
+    with pytest.raises(WireError, match="without a token"):
+        Completion(model="m", prompt=prompt)
+
+
+def test_the_first_wrong_part_of_a_long_body_is_enough():
+    with pytest.raises(ValidationError) as caught:
+        Completion(model="m", prompt=[0] * 50_000 + ["a"] * 50_000)
+    assert caught.value.error_count() < 10
+    with pytest.raises(ValidationError) as caught:
+        Chat(model="m", messages=[{"role": "user", "content": [{}] * 50_000}])
+    assert caught.value.error_count() < 10

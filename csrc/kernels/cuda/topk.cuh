@@ -34,13 +34,14 @@ struct TopkShared {
   bool last;
 };
 
-// `count` and one more where value is at least `least`. Two instructions; a compiler makes three of the plain form.
-__device__ __forceinline__ uint32_t one_more_if(uint32_t value, uint32_t least, uint32_t count) {
+// `count`, one less where value is below `least`: what the first subtraction borrows, the second takes. Two
+// instructions; a compiler makes three of the plain form.
+__device__ __forceinline__ uint32_t one_less_below(uint32_t value, uint32_t least, uint32_t count) {
 #ifdef __CUDA_ARCH__
-  asm("{ .reg .u32 below; sub.cc.u32 below, %1, %2; addc.u32 %0, %0, 0; }" : "+r"(count) : "r"(value), "r"(least));
+  asm("{ .reg .u32 below; sub.cc.u32 below, %1, %2; subc.u32 %0, %0, 0; }" : "+r"(count) : "r"(value), "r"(least));
   return count;
 #else
-  return value >= least ? count + 1 : count;
+  return value < least ? count - 1 : count;
 #endif
 }
 
@@ -61,11 +62,11 @@ __device__ __forceinline__ uint32_t bound_of_maxima(const TopkShared& shared, in
   const uint32_t wanted = static_cast<uint32_t>(k), enough = wanted + wanted / 8 + 2;
   for (uint32_t count = kTopkThreads; count > enough && shift >= last_bit; shift -= 2) {
     const uint32_t step = 1u << shift;
-    uint32_t reach[3] = {};  // how many each of three thresholds
+    uint32_t reach[3] = {8, 8, 8};  // how many of eight each of three thresholds
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
 #pragma unroll
-      for (uint32_t t = 0; t < 3; ++t) reach[t] = one_more_if(mine[i], threshold + (t + 1) * step, reach[t]);
+      for (uint32_t t = 0; t < 3; ++t) reach[t] = one_less_below(mine[i], threshold + (t + 1) * step, reach[t]);
     }
     const uint32_t counts = __reduce_add_sync(0xffffffffu, reach[0] | reach[1] << 10 | reach[2] << 20);
 #pragma unroll
