@@ -190,10 +190,10 @@ def test_an_engine_that_fails_at_every_step_is_said_to_all(folder):
     async def ask(worker):
         with torch.no_grad():
             engine.pair.policy.lm_head.weight.mul_(1.1)  # the engine refuses to go on
-        calls = [await worker.ask([PROMPTS[0]], "ann", [WISH]) for _ in range(2)]
-        for call in calls:
-            with pytest.raises(Broken, match="refresh"):
-                await tokens(call)
+        call = await worker.ask(PROMPTS[:2], "ann", [WISH] * 2)  # both come before the first step
+        with pytest.raises(Broken, match="refresh"):
+            await tokens(call)
+        await until(lambda: worker.open == 0)
         with pytest.raises(Broken):
             await worker.ask([PROMPTS[0]], "ann", [WISH])
 

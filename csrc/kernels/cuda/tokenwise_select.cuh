@@ -41,9 +41,9 @@ __device__ __forceinline__ void select_row(TokenwiseShared& shared, const Tokenw
     const int64_t id = key_index(best.key);
     const bool there = best.rank < candidates_of(a, row);
     const float logit = there ? element(a.rewards.dtype, a.rewards.logits, row * a.rewards.row_stride + id) : 0.0f;
-    const float reward = there ? (logit - max[1]) - logf(sum[1]) : 0.0f;
+    const float reward = there ? (logit - max[1]) - log_of_sum(sum[1]) : 0.0f;
     shared.ids[best.rank] = id;
-    shared.logprobs[best.rank] = (float_of(key_bits(best.key)) - max[0]) - logf(sum[0]);
+    shared.logprobs[best.rank] = (float_of(key_bits(best.key)) - max[0]) - log_of_sum(sum[0]);
     shared.reward[best.rank] = reward;
     if (a.reward) a.reward[row * k + best.rank] = reward;
   }

@@ -248,6 +248,10 @@ __device__ __forceinline__ void survivors_of_row(TopkShared& shared, const TopkW
   if (shared.count > kTopkKept) keep_exactly(shared, key_at, places, k, kTopkKept);
 }
 
+// The logarithm of a row's sum of 2^((x - max) log2 e). The largest element's own term is 1 but for rounding, which
+// must make no log-prob positive. NaN stays.
+__device__ __forceinline__ float log_of_sum(float sum) { return sum < 1.0f ? 0.0f : logf(sum); }
+
 // The key of this thread's survivor and its rank; a rank of k or more is none of the k best.
 struct Ranked {
   uint64_t key;

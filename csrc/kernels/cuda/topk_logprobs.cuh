@@ -12,7 +12,7 @@ __device__ __noinline__ void finish_row(TopkShared& shared, TopkWorkspace work, 
   survivors_of_row(shared, work, row, chunks, k, 1);
   const Ranked best = ranked(shared, k);
   if (best.rank < k) {
-    const float max = shared.warp_max[0], log_sum = logf(shared.warp_sum[0]);
+    const float max = shared.warp_max[0], log_sum = log_of_sum(shared.warp_sum[0]);
     const float value = float_of(key_bits(best.key));
     ids[row * k + best.rank] = key_index(best.key);
     logprobs[row * k + best.rank] = (value - max) - log_sum;  // NaN where the row holds NaN or +inf, or only -inf
