@@ -7,6 +7,7 @@
 // log-sum-exps in order. Keys are unique and chunks fixed: results are exact, repeatable, and the same for any batch.
 #pragma once
 
+#include "last_block.cuh"
 #include "topk_elements.cuh"
 
 namespace pyargs::cuda {
@@ -335,16 +336,6 @@ __device__ __forceinline__ void scan_chunk(TopkShared& shared, const TopkWorkspa
   if (shared.count > kept) keep_exactly(shared, ChunkKey<dtype>{chunk, static_cast<uint32_t>(first)}, n, k, kept);
   const int at = static_cast<int>(threadIdx.x);
   if (at < kept) work.keys[part * kept + at] = at < shared.count ? shared.keys[at] : 0;
-}
-
-// Whether this block is the last of the `blocks` that share a ticket; then it sees what all of them have left, and the
-// ticket is 0 again.
-template <class Shared>
-__device__ __forceinline__ bool is_last(Shared& shared, uint32_t* ticket, uint32_t blocks) {
-  __syncthreads();
-  if (threadIdx.x == 0) shared.last = take_ticket(ticket, blocks - 1) == blocks - 1;
-  __syncthreads();
-  return shared.last;
 }
 
 // Of the host.

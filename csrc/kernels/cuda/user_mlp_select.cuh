@@ -7,6 +7,7 @@
 // rounding of user_mlp.cuh, of which the row's own count decides.
 #pragma once
 
+#include "last_block.cuh"
 #include "rewards.cuh"
 #include "user_mlp.cuh"
 
@@ -43,14 +44,6 @@ __device__ __forceinline__ void leave_rewards(const MlpShared& shared, int parts
   }
 }
 
-// As that of topk.cuh.
-__device__ __forceinline__ bool is_last(bool& last, uint32_t* ticket, uint32_t blocks) {
-  __syncthreads();
-  if (threadIdx.x == 0) last = take_ticket(ticket, blocks - 1) == blocks - 1;
-  __syncthreads();
-  return last;
-}
-
 template <Dtype bank_dtype>
 __global__ void __launch_bounds__(kMlpThreads, 2)
     user_mlp_select_kernel(ScoreRows a, UserMlpRows mlp, int unit_blocks, int groups, MlpSelectWorkspace work) {
@@ -75,7 +68,7 @@ __global__ void __launch_bounds__(kMlpThreads, 2)
     float* own = work.parts + (part.row * unit_blocks + block % unit_blocks) * a.k;
     leave_rewards(shared.mlp, slices, a, mlp, part, user_of(a, part.row, mlp.users), own);
   }
-  if (!is_last(shared.last, work.tickets + part.row, static_cast<uint32_t>(blocks))) return;
+  if (!is_last(shared, work.tickets + part.row, static_cast<uint32_t>(blocks))) return;
   const float* parts = work.parts + part.row * unit_blocks * a.k;
   for (int j = static_cast<int>(threadIdx.x); j < a.k; j += kMlpThreads) {
     float sum = 0.0f;
