@@ -30,20 +30,16 @@ class Passes(Protocol):
     """The passes of policy and reward model that a backend computes for the rows that are here.
 
     top: how many of a row's largest logits must be exact, 0 is all. screened: the others may be estimates, smaller than these.
+    halves: what reads prompts in parts (`Steps.read`).
     """
 
     top: int
     screened: bool
+    halves: tuple
 
     def join(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[Tensor, Tensor]:
         """Adds rows behind the others; returns the policy's logits [m, V] and the reward model's states [m, D] of their
         prompts' last tokens. capacity: places that the longest of them needs, its answer and candidates included."""
-
-    def read(self, prompt: Sequence[int], end: int, capacity: int) -> int:
-        """Reads a prompt up to `end`; returns how many of its tokens are read. `join` has it first and reads the rest."""
-
-    def unread(self) -> None:
-        """The prompt of which a part was read does not come."""
 
     def branch(self, candidates: Tensor, wanted: Tensor | None) -> Tensor:
         """The reward model's states [n, k, D] of candidates [n, k]; those outside `wanted` bool [n, k] may be anything."""
@@ -63,17 +59,10 @@ class Two:
     """A policy and a reward model, each with passes of its own."""
 
     def __init__(self, policy, scorer):
-        self.policy, self.scorer = policy, scorer
+        self.halves = self.policy, self.scorer = policy, scorer
 
     def join(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[Tensor, Tensor]:
         return self.policy.join(prompts, capacity), self.scorer.join(prompts, capacity)
-
-    def read(self, prompt: Sequence[int], end: int, capacity: int) -> int:
-        return min(half.read(prompt, end, capacity) for half in (self.policy, self.scorer))
-
-    def unread(self) -> None:
-        self.policy.unread()
-        self.scorer.unread()
 
     def branch(self, candidates: Tensor, wanted: Tensor | None = None) -> Tensor:
         return self.scorer.branch(candidates, wanted)
@@ -101,10 +90,6 @@ class Two:
     def top(self, most: int) -> None:
         self.policy.top = most
 
-    @property
-    def caches(self) -> tuple:
-        return *self.policy.caches, *self.scorer.caches
-
 
 CANDIDATES = "logprobs", "candidates"
 """Buffers of the policy's candidates."""
@@ -122,7 +107,7 @@ class Guided:
         self.passes, self.head, self.users = passes, model.head, model.users
         self.device, self.prefix_mean = model.device, model.step_reward == "prefix_mean"
         self.vocabulary, self.before = vocabulary, eos_reward == "before"
-        self.rows, self.k = Rows(room), 1
+        self.rows, self.k, self.halves = Rows(room), 1, passes.halves
 
     def join(self, requests: Sequence[Request], capacity: int) -> None:
         before = self._kept()
@@ -143,14 +128,6 @@ class Guided:
             both = zip(before, new, strict=True)
             new = [torch.cat([F.pad(old, (0, one.shape[1] - old.shape[1])), one]) for old, one in both]
         self._keep(new)
-
-    def read(self, prompt: Sequence[int], end: int, capacity: int) -> int:
-        """Reads a prompt up to `end`; returns how many of its tokens are read. `join` has it first and reads the rest."""
-        return self.passes.read(prompt, end, capacity)
-
-    def unread(self) -> None:
-        """The prompt of which a part was read does not come."""
-        self.passes.unread()
 
     def choose(self) -> None:
         """Chooses the next token of each row that is here, and leaves it in the rows."""
@@ -225,10 +202,6 @@ class Guided:
     def _ask(self) -> None:
         """All logits must be exact where log-probs are told."""
         self.passes.top = 0 if self.rows.telling else self.rows.most
-
-    @property
-    def caches(self) -> tuple:
-        return self.passes.caches
 
     @property
     def kind(self) -> tuple:

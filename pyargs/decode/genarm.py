@@ -24,8 +24,8 @@ class Tokenwise:
     head = folded = None  # of a RewardModel
 
     def __init__(self, policy, reward, *, vocabulary: int, room: int, device):
-        self.policy, self.reward, self.vocabulary, self.device = policy, reward, vocabulary, device
-        self.rows = Rows(room)
+        self.halves = self.policy, self.reward = policy, reward
+        self.rows, self.vocabulary, self.device = Rows(room), vocabulary, device
         policy.top = reward.top = 0  # both are normed over the vocabulary
 
     def join(self, requests: Sequence[Request], capacity: int) -> None:
@@ -34,15 +34,6 @@ class Tokenwise:
         logits, rewards = (as_float(one)[:, : self.vocabulary].to(self.device) for one in logits)
         told = room_to_tell(self.rows, len(requests), self.device)
         self.rows.join(logits=logits, rewards=rewards, **of_requests(requests, self.device), **told)
-
-    def read(self, prompt: Sequence[int], end: int, capacity: int) -> int:
-        """Reads a prompt up to `end`; returns how many of its tokens are read. `join` has it first and reads the rest."""
-        return min(half.read(prompt, end, capacity) for half in (self.policy, self.reward))
-
-    def unread(self) -> None:
-        """The prompt of which a part was read does not come."""
-        self.policy.unread()
-        self.reward.unread()
 
     def choose(self) -> None:
         """Chooses the next token of each row that is here, and leaves it in the rows. A stop token has its own reward, since a
@@ -82,10 +73,6 @@ class Tokenwise:
     def current(self) -> bool:
         """Whether the weights are still those that the passes were made for. If they were copied, this reads all of them."""
         return self.policy.current() and self.reward.current()
-
-    @property
-    def caches(self) -> tuple:
-        return *self.policy.caches, *self.reward.caches
 
     @property
     def kind(self) -> tuple:

@@ -24,11 +24,11 @@ class Steps:
         """Reads a prompt up to `end`, behind what was read of it before; returns how many of its tokens are read by now. The
         next `join` has it first and reads the rest. Call `flush` first."""
         self._follow()
-        return self.rows.read(prompt, end, capacity)
+        return read(self.rows, prompt, end, capacity)
 
     def unread(self) -> None:
         """The prompt of which a part was read does not come."""
-        self.rows.unread()
+        unread(self.rows)
 
     def step(self) -> list[Choice]:
         """Computes the next token of each row that is here. Returns, in order, the choices that are known by now, of this
@@ -62,3 +62,13 @@ class Steps:
         chosen, self.chosen = self.chosen, False
         if chosen:
             self.rows.follow()
+
+
+def read(rows, prompt: Sequence[int], end: int, capacity: int) -> int:
+    """`Steps.read`, in all halves of the rows."""
+    return min(half.read(prompt, end, capacity) for half in rows.halves)
+
+
+def unread(rows) -> None:
+    for half in rows.halves:
+        half.unread()

@@ -19,7 +19,7 @@ class Alone:
 
     def __init__(self, policy, *, vocabulary: int, room: int, device, soft=None):
         self.policy, self.vocabulary, self.device, self.soft = policy, vocabulary, device, soft
-        self.rows = Rows(room)
+        self.rows, self.halves = Rows(room), (policy,)
 
     def join(self, requests: Sequence[Request], capacity: int) -> None:
         self.rows.requests += requests
@@ -31,14 +31,6 @@ class Alone:
         logits = self.policy.join([one.prompt for one in requests], capacity, **more)
         told = room_to_tell(self.rows, len(requests), self.device)
         self.rows.join(logits=as_float(logits)[:, : self.vocabulary], **of_requests(requests, self.device), **told)
-
-    def read(self, prompt: Sequence[int], end: int, capacity: int) -> int:
-        """Reads a prompt up to `end`; returns how many of its tokens are read. `join` has it first and reads the rest."""
-        return self.policy.read(prompt, end, capacity)
-
-    def unread(self) -> None:
-        """The prompt of which a part was read does not come."""
-        self.policy.unread()
 
     def choose(self) -> None:
         """Chooses the next token of each row that is here, and leaves it in the rows. Rewards and slots are 0."""

@@ -242,6 +242,10 @@ class Shared:
     def unread(self) -> None:
         self.held.unread()
 
+    @property
+    def halves(self) -> tuple[Shared]:
+        return (self,)
+
     def branch(self, candidates: Tensor, wanted: Tensor | None = None) -> Tensor:
         if not self.adapted:
             self.states = self.held.run(candidates, wanted, branches=True)[0]

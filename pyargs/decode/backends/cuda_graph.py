@@ -22,8 +22,9 @@ from pyargs.decode.backends.capture import capture
 from pyargs.decode.genarm import Tokenwise
 from pyargs.decode.request import Request
 from pyargs.decode.rows import Choice
+from pyargs.decode.steps import read, unread
 from pyargs.errors import PyargsError
-from pyargs.lm.cache import can_branch
+from pyargs.lm.cache import RowCache, can_branch
 from pyargs.lm.fused_modules import few_launches
 from pyargs.lm.structure import as_written, contents, structure
 from pyargs.models.reward_model import RewardModel
@@ -86,10 +87,10 @@ class Captured:
         self._now = None
 
     def read(self, prompt: Sequence[int], end: int, capacity: int) -> int:
-        return self.rows.read(prompt, end, -(-capacity // PLACES) * PLACES)
+        return read(self.rows, prompt, end, -(-capacity // PLACES) * PLACES)
 
     def unread(self) -> None:
-        self.rows.unread()
+        unread(self.rows)
 
     def step(self) -> list[Choice]:
         """Raises Refused where the step cannot be captured."""
@@ -136,7 +137,7 @@ class Captured:
         while len(self._flying) > left:
             choice = Choice.read(*(read() for read in self._flying.popleft()))
             found.append(choice)
-            for cache in self.rows.caches:  # what was followed on the device
+            for cache in self._caches:  # what was followed on the device
                 times = len(cache.lengths) // count
                 going = (~choice.finished).repeat_interleave(times).tolist()
                 cache.lengths = [length + more for length, more in zip(cache.lengths, going, strict=True)]
@@ -157,9 +158,13 @@ class Captured:
             del self.recordings[next(iter(self.recordings))]
         return found
 
+    @property
+    def _caches(self) -> list[RowCache]:
+        return [half.cache for half in self.rows.halves]
+
     def _places(self) -> list:
         """Where a step reads what is no weight. Users are in the buffers: their table may move."""
-        caches = self.rows.caches
+        caches = self._caches
         states = [states for cache in caches for layer in cache.layers for states in (layer.keys, layer.values)]
         memory = [*self.rows.rows.buffers.values(), *states, *(cache.length for cache in caches)]
         return [(one.data_ptr(), one.shape) for one in memory]
@@ -187,7 +192,7 @@ class Captured:
             return self._try_to_record(bucket)
 
     def _try_to_record(self, bucket: int) -> Recording:
-        decoder, rows, caches = self.rows, self.rows.rows, self.rows.caches
+        decoder, rows, caches = self.rows, self.rows.rows, self._caches
         policy, reward = self.models
         places = max(cache.capacity for cache in caches)
 

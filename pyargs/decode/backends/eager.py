@@ -63,10 +63,6 @@ class Half:
         """The rows at these positions stay, in this order."""
         self.cache.keep(order)
 
-    @property
-    def caches(self) -> tuple[RowCache, ...]:
-        return (self.cache,)
-
 
 class Policy(Half):
     """The policy's half: logits behind the tokens of the rows at the positions 0, 1, ... Its model shares nothing."""
@@ -177,8 +173,8 @@ class Shared:
         self.states = self.states[list(order)]
 
     @property
-    def caches(self) -> tuple[RowCache, ...]:
-        return (self.cache,)
+    def halves(self) -> tuple[Shared]:
+        return (self,)
 
     def _each(self, values: Tensor) -> Tensor:
         """As often as a row stands in the cache."""

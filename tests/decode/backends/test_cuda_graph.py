@@ -269,7 +269,7 @@ def test_a_capture_leaves_running_rows_as_they_are(weights):
     steps = engine._rows
     choices = steps.flush()
     assert len(choices) == 3
-    guided, caches = steps.rows, steps.rows.caches
+    guided, caches = steps.rows, [half.cache for half in steps.rows.halves]
 
     def state():
         kept = [buffer.clone() for buffer in guided.rows.buffers.values()]
