@@ -13,7 +13,7 @@ from pyargs.serve.adapting import Adapting, check_adapts
 from pyargs.serve.app import Asker
 from pyargs.serve.plan import unknown
 from pyargs.serve.store import DiskError, TooManyPairs
-from pyargs.serve.wire import Message, UserId, WireError
+from pyargs.serve.wire import FIRST, Message, UserId, WireError
 from pyargs.serve.worker import Worker
 
 with extra("serve", "the service"):
@@ -34,7 +34,7 @@ Text = Annotated[str, StringConstraints(max_length=TEXT)]
 
 class Pair(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
-    prompt: Text | Annotated[list[Message], Field(min_length=1, max_length=256)]
+    prompt: Text | Annotated[list[Message], FIRST, Field(min_length=1, max_length=256)]
     chosen: Text
     rejected: Text
 
@@ -51,7 +51,7 @@ class Pairs(BaseModel):
     """The body of POST /v1/users/{id}/pairs."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    pairs: list[Pair] = Field(min_length=1, max_length=PAIRS)
+    pairs: Annotated[list[Pair], FIRST] = Field(min_length=1, max_length=PAIRS)
 
 
 def make_router(worker: Worker, adapting: Adapting | None = None) -> APIRouter:

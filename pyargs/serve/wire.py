@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pyargs.errors import extra
 
 with extra("serve", "the service"):
-    from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+    from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, StringConstraints, model_validator
 
 CHOICES = 16
 """The most answers of one call, all its prompts together."""
@@ -56,6 +56,16 @@ Stop = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
+class First(FailFast):
+    """The first wrong part of a list is enough: a body may have a hundred thousand. A union wants a hash of its parts."""
+
+    __hash__ = object.__hash__
+
+
+FIRST = First()
+Ids = Annotated[list[int], FIRST]
+
+
 class TextPart(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     type: Literal["text"]
@@ -65,20 +75,13 @@ class TextPart(BaseModel):
 class Message(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], FIRST]
 
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, data: Any) -> Any:
-        """What an answer's message says of things that are not there. Of a content with a wrong part that part alone is left:
-        a body may have a hundred thousand such parts."""
-        if not isinstance(data, dict):
-            return data
-        data = {name: value for name, value in data.items() if value is not None}
-        if isinstance(parts := data.get("content"), list):
-            wrong = [part for part in parts if not isinstance(part, dict) or part.get("type") != "text"]
-            data["content"] = wrong[:1] or parts
-        return data
+        """What an answer's message says of things that are not there."""
+        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
 
     def plain(self) -> dict:
         """As `pyargs.lm.tokenize` takes it."""
@@ -102,7 +105,7 @@ class Asked(BaseModel):
     temperature: Finite | None = Field(None, ge=0)
     top_p: Finite | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
-    stop: Stop | list[Stop] | None = Field(None)
+    stop: Stop | Annotated[list[Stop], FIRST] | None = Field(None)
     n: int | None = Field(None, ge=1, le=CHOICES)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -143,7 +146,7 @@ class Asked(BaseModel):
 class Chat(Asked):
     """The body of POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1, max_length=2048)
+    messages: Annotated[list[Message], FIRST] = Field(min_length=1, max_length=2048)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -169,20 +172,8 @@ class Chat(Asked):
 class Completion(Asked):
     """The body of POST /v1/completions. A prompt is read as it is, without a chat template."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | Ids | Annotated[list[str], FIRST] | Annotated[list[Ids], FIRST]
     logprobs: int | None = Field(None, ge=0, le=20)
-
-    @field_validator("prompt", mode="before")
-    @classmethod
-    def _first_wrong(cls, value: Any) -> Any:
-        """Of a list with something wrong the beginning that shows it: a body may have a hundred thousand such things."""
-        if not isinstance(value, list):
-            return value
-        for place, one in enumerate(value):
-            several = one if isinstance(one, list) else ()
-            if type(one) not in (int, str, list) or type(one) is not type(value[0]) or set(map(type, several)) - {int}:
-                return value[: place + 1][-2:] if not several else [[inner for inner in several if type(inner) is not int][:1]]
-        return value
 
     @model_validator(mode="after")
     def _few(self):
