@@ -86,20 +86,16 @@ def restore(store: UserStore, users: Users) -> None:
 
 
 @torch.no_grad()
-def put(users: Users, user: str, vectors: dict[str, Tensor]) -> None:
-    """Adds a user to a table, or exchanges the vectors of one who is there."""
+def change(users: Users, user: str, vectors: dict[str, Tensor] | None) -> None:
+    """Adds a user to a table, or exchanges the vectors of one who is there; None removes them, if they are there."""
     with users.lock:
+        if vectors is None:
+            return users.remove([user] if user in users.ids else [])
         if user not in users.ids:
             return users.append([user], **vectors)
         (row,) = users.rows([user]).tolist()
         for name, value in vectors.items():
             users.vectors[name].detach()[row] = value[0]
-
-
-def take_away(users: Users, user: str) -> None:
-    """Removes a user from a table, if they are there."""
-    with users.lock:
-        users.remove([user] if user in users.ids else [])
 
 
 # -- the process that adapts -------------------------------------------------------------------------------------------
@@ -176,16 +172,20 @@ class Process:
 
 
 class Adapting:
-    """A thread that adapts to the users of a store, one after the other, and changes the table of an engine between its steps.
+    """A thread that adapts to the users of a store, one after the other.
 
-    call: runs a function of the table (`Users`) in the engine's thread and returns when it has run. folder: the model's, with
-    its backbone at `backbone` if that was moved. What is queued in the store is done first.
+    tell: gets each user with the new vectors, or None for one who is deleted, and returns when the next request is served so.
+    folder: the model's, with its backbone at `backbone` if that was moved. What is queued in the store is done first.
     """
 
     def __init__(
-        self, store: UserStore, call: Callable[[Callable[[Users], None]], None], folder: Path, backbone: str | None = None
+        self,
+        store: UserStore,
+        tell: Callable[[str, dict[str, Tensor] | None], None],
+        folder: Path,
+        backbone: str | None = None,
     ):
-        self.store, self._call = store, call
+        self.store, self._tell = store, tell
         self._start = partial(Process, folder, backbone, torch.get_num_threads())
         self._lock, self._wake, self._stopping = threading.Lock(), threading.Event(), False
         self.process: Process | None = None
@@ -209,7 +209,7 @@ class Adapting:
                 if self.process is not None and number in self.process.seen:
                     self.process.end()
                     self.process = None
-                self._call(partial(take_away, user=user))
+                self._tell(user, None)
 
     def stop(self) -> None:
         """Ends the process and the thread, and closes the store. Who was being adapted to is so again when it is opened."""
@@ -262,7 +262,7 @@ class Adapting:
         if "error" in answer:
             return self.store.finish(work, answer["error"])
         self.store.keep(work, vectors, answer)
-        self._call(partial(put, user=work.user, vectors=load(vectors)))
+        self._tell(work.user, load(vectors))
         self.store.finish(work)
 
 
@@ -272,18 +272,18 @@ def open_users(file: str | Path, worker, folder: str | Path, backbone: str | Non
     folder: the model's. Raises PyargsError for a model without users' vectors, and for a file that is not this model's.
     """
     check_adapts(worker.engine.pair.model)
-    folder = locate(folder)
+    folder, table = locate(folder), worker.engine.pair.model.users
     store = UserStore(file, identity(folder))
 
-    def call(function: Callable[[Users], None]) -> None:
-        worker.call(lambda engine: function(engine.pair.model.users)).result()
+    def tell(user: str, vectors: dict[str, Tensor] | None) -> None:
+        worker.call(lambda engine: change(table, user, vectors)).result()
 
     try:
-        call(partial(restore, store))
+        worker.call(lambda engine: restore(store, table)).result()
     except BaseException:
         store.close()
         raise
-    return Adapting(store, call, folder, backbone)
+    return Adapting(store, tell, folder, backbone)
 
 
 RETRY = 10.0

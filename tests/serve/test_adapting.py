@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from small import config_of, edit, saved
 
 from pyargs.errors import PyargsError
 from pyargs.models import forget, load_model
-from pyargs.serve.adapting import Adapting, check_adapts, identity, put, restore, take_away
+from pyargs.serve.adapting import Adapting, change, check_adapts, identity, restore
 from pyargs.serve.store import UserStore
 from pyargs.training.adapt import adapt
 from pyargs.training.hooks import method
@@ -58,7 +59,7 @@ def table() -> Users:
 
 @pytest.fixture
 def running(store, table, folder):
-    made = Adapting(store, lambda function: function(table), folder)
+    made = Adapting(store, partial(change, table), folder)
     yield made
     made.stop()
 
@@ -144,14 +145,14 @@ def test_a_process_that_dies_fails_its_job_alone(running, store, table):
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 
-def test_put_adds_and_exchanges_one_row(table):
+def test_a_change_adds_exchanges_or_removes_one_row(table):
     before = table.vectors["mixture"].clone()
-    put(table, "cid", {"mixture": torch.ones(1, 3)})
-    put(table, "ann", {"mixture": torch.full((1, 3), 2.0)})
+    change(table, "cid", {"mixture": torch.ones(1, 3)})
+    change(table, "ann", {"mixture": torch.full((1, 3), 2.0)})
     assert list(table.ids) == ["ann", "bob", "cid"]
     assert table.vectors["mixture"].tolist() == [[2.0] * 3, before[1].tolist(), [1.0] * 3]
-    take_away(table, "ann")
-    take_away(table, "ann")
+    change(table, "ann", None)
+    change(table, "ann", None)
     assert sorted(table.ids) == ["bob", "cid"]
 
 
