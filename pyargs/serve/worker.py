@@ -80,7 +80,7 @@ class Worker:
     def __init__(self, engine: Engine, *, max_waiting: int = 64):
         self.engine, self.most = engine, engine.max_rows + max_waiting
         self.on_step: Callable[[float], None] = lambda seconds: None  # is called in the thread behind each step
-        self.open = 0  # requests that have not ended; the event loop counts them
+        self._asked_for = self._ended = 0  # requests; the event loop counts the first, the thread the second
         self.error: Exception | None = None  # why every step fails
         self._seconds = 1.0  # that an answer takes, roughly
         self._calls: queue.SimpleQueue = queue.SimpleQueue()
@@ -91,6 +91,11 @@ class Worker:
             add_nobody(engine.pair.model.users)
         self._thread = threading.Thread(target=self._run, name="pyargs-serve", daemon=True)
         self._thread.start()
+
+    @property
+    def open(self) -> int:
+        """Requests that have not ended."""
+        return self._asked_for - self._ended
 
     @property
     def waiting(self) -> int:
@@ -115,7 +120,7 @@ class Worker:
         if self.open + len(prompts) > self.most:
             raise Full(self.waiting, self.retry_after())
         call = Call(len(prompts))
-        self.open += call.left
+        self._asked_for += call.left
         future = self.call(lambda engine: self._submit(call, prompts, user, wishes))
         try:
             await asyncio.shield(asyncio.wrap_future(future))  # it is submitted in any case, and cancelled behind that
@@ -143,15 +148,11 @@ class Worker:
         for call, which, event in events:
             if event.answer is not None or event.error is not None:
                 call.left -= 1
-                self.open -= 1
             if len(call._events) < UNREAD:
                 call.put(which, event, when)
             elif not call.slow:
                 call.slow = True
                 self.cancel(call)
-
-    def _lose(self, count: int) -> None:
-        self.open -= count
 
     # -- in the thread -------------------------------------------------------------------------------------------------
 
@@ -165,7 +166,7 @@ class Worker:
                 call.numbers.append(number)
                 self._asked[number] = (call, which, now)
         except BaseException:
-            call.loop.call_soon_threadsafe(self._lose, len(prompts) - len(call.numbers))
+            self._ended += len(prompts) - len(call.numbers)
             raise
 
     def _cancel(self, engine: Engine, call: Call, which: int | None) -> None:
@@ -219,6 +220,7 @@ class Worker:
             call, which, asked = self._asked[event.number]
             if event.answer is not None or event.error is not None:
                 del self._asked[event.number]
+                self._ended += 1
                 self._forget(event.number)
                 self._seconds += 0.1 * (when - asked - self._seconds)
             loops.setdefault(call.loop, []).append((call, which, event))
