@@ -36,9 +36,9 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_model(parser: argparse.ArgumentParser, help: str) -> None:
-    """The arguments that say which trained model is meant."""
-    parser.add_argument("model", help=help)
+def add_model(parser: argparse.ArgumentParser, help: str, **more) -> None:
+    """The arguments that say which trained model is meant. more: of the model's `add_argument`."""
+    parser.add_argument("model", help=help, **more)
     parser.add_argument("--backbone", metavar="PATH", help="where the model's backbone lies now, if it was moved")
 
 

@@ -10,7 +10,7 @@ LOOPBACK = ("127.0.0.1", "localhost")
 def add_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     from pyargs.commands import add_backend, add_model, add_policy, positive
 
-    add_model(parser, "folder of `pyargs train` or `pyargs adapt`")
+    add_model(parser, "folder of `pyargs train` or `pyargs adapt`; without one the policy answers alone", nargs="?")
     add_policy(parser)
     add_backend(parser)
     parser.add_argument("--host", default=LOOPBACK[0], help="address to listen at (default %(default)s)")
@@ -91,7 +91,7 @@ def application(args: argparse.Namespace):
     engine = Engine(policy, model, backend=args.backend, max_rows=args.max_rows, prefill_tokens=part)
     worker = Worker(engine, max_waiting=args.max_waiting)
     adapting = None if args.users is None else open_users(args.users, worker, args.model, args.backbone)
-    name = args.name or Path(args.model).resolve().name
+    name = args.name or Path(args.policy if args.model is None else args.model).resolve().name
     app = make_app(worker, model=name, keys=keys, routers=[make_router(worker, adapting)])
     app.state.adapting = adapting
     return app

@@ -51,10 +51,13 @@ def identity(folder: Path) -> str:
 def check_adapts(model) -> None:
     """Raises PyargsError for a model that new users cannot be added to by a vector."""
     if not isinstance(model, RewardModel) or not model.users.personal:
-        kind = "answers without rewards" if not hasattr(model, "pair_scores") else "is the same for everyone"
-        raise PyargsError(
-            f"this model {kind}: it has no users' vectors to adapt. Fix: serve one of lore, pref, pal, vpl or mpu"
+        kind = (
+            "this model answers without rewards"
+            if not hasattr(model, "pair_scores")
+            else "this model is the same for everyone"
         )
+        kind = "a policy alone has no model" if model is None else kind
+        raise PyargsError(f"{kind}: there are no users' vectors to adapt. Fix: serve one of lore, pref, pal, vpl or mpu")
     method_of(model, None)
 
 

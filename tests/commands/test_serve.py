@@ -7,12 +7,15 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import openai
 import pytest
 import serving
 from verbs import call
 
+from pyargs.cli import parse
+from pyargs.commands.serve import application
 from pyargs.decode.engine import Engine
 from pyargs.decode.request import numbered
 
@@ -53,6 +56,25 @@ def test_it_answers_and_ends_what_it_has_begun(process, model, lm_folder):
     engine = Engine(lm_folder, model)
     asked = dict(seed=[numbered(3, 0)], temperature=1.0, max_new_tokens=150)
     assert text == engine.generate([serving.messages("Hello you")], ["ann"], **asked)[0].text
+
+
+def test_without_a_model_the_policy_answers_alone(lm_folder):
+    app = application(parse("serve", ["--policy", lm_folder])[1])
+    try:
+        with serving.served(app) as address, serving.client(address) as client:
+            name = client.models.list().data[0].id
+            wish = dict(model=name, messages=serving.messages("Hello you"), temperature=0, max_tokens=12)
+            answer = client.chat.completions.create(**wish).choices[0]
+    finally:
+        app.state.worker.stop()
+    assert name == Path(lm_folder).name and answer.pyargs["rewards"] is None
+    want = Engine(lm_folder, None).generate([serving.messages("Hello you")], temperature=0, max_new_tokens=12)
+    assert answer.message.content == want[0].text
+
+
+def test_users_who_come_need_a_model(lm_folder, tmp_path, capsys):
+    said = call(capsys, ["serve", "--policy", lm_folder, "--users", str(tmp_path / "users.sqlite")], expect=1)
+    assert "a policy alone" in said and not (tmp_path / "users.sqlite").exists()
 
 
 def test_without_keys_it_is_for_this_machine_alone(model, lm_folder, capsys):

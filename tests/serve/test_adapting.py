@@ -199,7 +199,7 @@ def test_the_identity_is_the_model_s_whoever_is_in_its_folder(folder, tmp_path, 
 @pytest.mark.parametrize("name", ["global_rm", "genarm", "pdpo", "icl"])
 def test_a_model_without_users_vectors_is_refused(name, lm_folder, tmp_path):
     model = saved(method(name), config_of(name, lm_folder), tmp_path / name, lm_folder)
-    with pytest.raises(PyargsError, match="this model .*: it has no users' vectors to adapt. Fix: serve"):
+    with pytest.raises(PyargsError, match="this model .*: there are no users' vectors to adapt. Fix: serve"):
         check_adapts(model)
 
 
