@@ -2,12 +2,14 @@
 
     python benchmarks/soak_serve.py [--minutes M] [--clients N] [--policy NAME] [--json FILE] [--quick]
 
-`pyargs serve` runs as a process of its own, with a LoRE model trained on the demo pairs and a file of users. The clients ask
-with and without a stream, for users of the model, for nobody, and for users of their own, whom they add, adapt to, ask for
-and delete. Some streams are closed in the middle, and a tenth of the requests is wrong on purpose and must be refused.
-Afterwards each different request is asked of an engine that has nothing else to do: all texts must be equal, and those that
-were closed its beginning. `growth` is the median of the service's memory in the last minute beside that of the second one
-(--quick says nothing of it). Ends with 1 where anything is not as it should be.
+`pyargs serve` runs as a process of its own, with a LoRE model trained on the demo pairs, a file of users, and a key for each
+client. The clients ask both calls, with and without a stream, for one and for two answers, with log-probs and stop strings:
+for users of the model, for nobody, and for users of their own, whom they add, adapt to, ask for and delete, also while an
+answer of theirs comes. Some streams are closed in the middle, and a tenth of the requests is wrong on purpose, or for another
+client's user, and must be refused. Afterwards each different request is asked of an engine that has nothing else to do: all
+texts must be equal, and those that were closed its beginning. `growth` is the median of the memory of the service and the
+process that adapts in the last minute beside that of the second one (--quick says nothing of it). Ends with 1 where anything
+is not as it should be.
 """
 
 from __future__ import annotations
@@ -15,29 +17,28 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx
 import psutil
 from datasets import Dataset
+from service import pairs_of, serving, trained
 from timing import hardware, hardware_line, options, table
 
 import pyargs
 from pyargs.decode.engine import Engine
 from pyargs.decode.request import numbered
 from pyargs.files import write_json
-from pyargs.methods import lore
+from pyargs.serve import keys
 from pyargs.serve.worker import add_nobody
 
-GROWTH, VISITORS = 0.02, 8
+GROWTH, VISITORS, TOKENS = 0.02, 8, 32
 PROMPTS = [
     "How do I keep herbs alive in a small kitchen?",
     "Tell me about the sea.",
@@ -46,22 +47,46 @@ PROMPTS = [
     "I want to learn the piano at forty. Where do I begin?",
     "Hi",
 ]
+STOPS = [None, None, "the ", "."]
+HELLO = [{"role": "user", "content": "x"}]
 WRONG = [
-    (404, "/v1/chat/completions", {"model": "lore", "messages": [{"role": "user", "content": "x"}], "user": "nobody-at-all"}),
-    (404, "/v1/chat/completions", {"model": "other", "messages": [{"role": "user", "content": "x"}]}),
-    (422, "/v1/chat/completions", {"model": "lore", "messages": [{"role": "user", "content": "x"}], "temperature": -1}),
-    (422, "/v1/chat/completions", {"model": "lore", "messages": [{"role": "user", "content": "x"}], "tools": [{}]}),
+    (404, "/v1/chat/completions", {"model": "lore", "messages": HELLO, "user": "nobody-at-all"}),
+    (404, "/v1/chat/completions", {"model": "other", "messages": HELLO}),
+    (422, "/v1/chat/completions", {"model": "lore", "messages": HELLO, "temperature": -1}),
+    (422, "/v1/chat/completions", {"model": "lore", "messages": HELLO, "tools": [{}]}),
     (422, "/v1/chat/completions", {"model": "lore", "messages": []}),
     (422, "/v1/completions", {"model": "lore", "prompt": [1, 2, 10**9]}),
-    (422, "/v1/users/someone/pairs", {"pairs": []}),
     (404, "/v1/nothing", {}),
 ]
 
 
-class Client:
-    """One who asks until the time is over. seen: every answer, as ((user, prompt, seed, strength), text, whether complete)."""
+class Request(NamedTuple):
+    """What decides an answer. which: of the answers of its call."""
 
-    def __init__(self, number: int, http: httpx.AsyncClient, users: list[str], seen: list, counts: Counter):
+    chat: bool
+    user: str
+    prompt: str
+    seed: int
+    which: int
+    stop: str | None
+
+    def body(self, answers: int) -> dict:
+        asked = {"messages": [{"role": "user", "content": self.prompt}]} if self.chat else {"prompt": self.prompt}
+        own = {"user": self.user, "strength": 1.0} if self.user else {}
+        stop = {"stop": self.stop} if self.stop else {}
+        return {"model": "lore", **asked, "seed": self.seed, "max_tokens": TOKENS, "n": answers, **own, **stop}
+
+
+class Seen(NamedTuple):
+    request: Request
+    text: str
+    complete: bool
+
+
+class Client:
+    """One who asks until the time is over. seen: every answer."""
+
+    def __init__(self, number: int, http: httpx.AsyncClient, users: list[str], seen: list[Seen], counts: Counter):
         self.draw, self.number, self.http, self.users = random.Random(number), number, http, users
         self.seen, self.counts = seen, counts
 
@@ -73,33 +98,47 @@ class Client:
             elif dice < 0.16:
                 await self.visitor()
             else:
-                await self.ask(self.draw.choice([*self.users, ""]))
+                await self.ask(self.draw.choice([*self.users, ""]), stream=self.draw.random() < 0.6)
 
-    async def ask(self, user: str) -> None:
-        request = user, self.draw.choice(PROMPTS), self.draw.randrange(3), 1.0 if user else None
-        stream, leaves = self.draw.random() < 0.6, self.draw.random() < 0.15
-        body = {"model": "lore", "messages": [{"role": "user", "content": request[1]}], "seed": request[2], "max_tokens": 32}
-        body |= {"user": user, "strength": 1.0} if user else {}
+    async def ask(self, user: str, *, stream: bool, gone: bool = False) -> None:
+        """gone: the user is deleted while the answer comes."""
+        draw = self.draw
+        request = Request(draw.random() < 0.7, user, draw.choice(PROMPTS), draw.randrange(3), 0, draw.choice(STOPS))
+        answers, leaves = draw.choice([1, 1, 1, 2]), draw.random() < 0.15 and not gone
+        path = "/v1/chat/completions" if request.chat else "/v1/completions"
+        body = request.body(answers)
+        if draw.random() < 0.3:
+            body |= {"logprobs": True, "top_logprobs": 3} if request.chat else {"logprobs": 3}
         if not stream:
-            answer = self.check(await self.http.post("/v1/chat/completions", json=body), 200)
-            self.note(request, answer["choices"][0]["message"]["content"], True)
+            answer = self.check(await self.http.post(path, json=body), 200)
+            texts = [one["message"]["content"] if request.chat else one["text"] for one in answer["choices"]]
+            self.note(request, texts, [True] * answers)
             return
-        text, chunks = "", 0
-        async with self.http.stream("POST", "/v1/chat/completions", json=body | {"stream": True}) as response:
+        texts, ended, chunks = [""] * answers, [False] * answers, 0
+        async with self.http.stream("POST", path, json=body | {"stream": True}) as response:
             assert response.status_code == 200, await response.aread()
             async for line in response.aiter_lines():
                 if not line.startswith("data: {"):
                     continue
                 chunk = json.loads(line.removeprefix("data: "))
                 assert "error" not in chunk, chunk
-                text += "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
+                for one in chunk["choices"]:
+                    texts[one["index"]] += (one["delta"].get("content") if request.chat else one["text"]) or ""
+                    ended[one["index"]] |= one["finish_reason"] is not None
                 chunks += 1
+                if gone and chunks == 4:
+                    self.check(await self.http.delete(f"/v1/users/{user}"), 200)
+                    self.counts["deleted in an answer"] += 1
                 if leaves and chunks > 4:
                     break
-        self.note(request, text, not leaves or chunks <= 4)
+        assert leaves or all(ended), "a stream ended by itself"
+        if gone and chunks < 4:
+            self.check(await self.http.delete(f"/v1/users/{user}"), 200)
+        self.note(request, texts, ended)
 
     async def wrong(self) -> None:
-        status, path, body = self.draw.choice(WRONG)
+        other = {"model": "lore", "messages": HELLO, "user": f"client-{self.number + 1}-visitor-0"}
+        status, path, body = self.draw.choice([*WRONG, (404, "/v1/chat/completions", other)])
         response = await self.http.post(path, json=body)
         assert response.status_code == status and response.json()["error"]["message"], (response.status_code, response.text)
         self.counts["refused"] += 1
@@ -107,71 +146,80 @@ class Client:
     async def visitor(self) -> None:
         """A user of this client's own comes, is adapted to, asks, and goes."""
         which = self.draw.randrange(VISITORS)
-        user = f"visitor-{which}-of-{self.number}"
+        user = f"client-{self.number}-visitor-{which}"
         job = self.check(await self.http.post(f"/v1/users/{user}/pairs", json={"pairs": pairs_of(which)}), 202)
         while job["status"] in ("queued", "running"):
             await asyncio.sleep(0.2)
             job = self.check(await self.http.get(f"/v1/jobs/{job['id']}"), 200)
         assert job["status"] == "done", job
-        await self.ask(user)
-        self.check(await self.http.delete(f"/v1/users/{user}"), 200)
+        if self.draw.random() < 0.5:
+            await self.ask(user, stream=True, gone=True)
+        else:
+            await self.ask(user, stream=False)
+            self.check(await self.http.delete(f"/v1/users/{user}"), 200)
         assert (await self.http.get(f"/v1/users/{user}")).status_code == 404
         self.counts["users added and deleted"] += 1
 
-    def note(self, request: tuple, text: str, complete: bool) -> None:
-        self.seen.append((request, text, complete))
-        self.counts["answers" if complete else "closed in the middle"] += 1
+    def note(self, request: Request, texts: list[str], complete: list[bool]) -> None:
+        for which, (text, whole) in enumerate(zip(texts, complete, strict=True)):
+            self.seen.append(Seen(request._replace(which=which), text, whole))
+            self.counts["answers" if whole else "closed in the middle"] += 1
 
     def check(self, response: httpx.Response, status: int) -> dict:
         assert response.status_code == status, (response.status_code, response.text)
         return response.json()
 
 
-@cache
-def pairs_of(which: int) -> list[dict]:
-    """Three pairs of a user of the demo set."""
-    rows = list(pyargs.load_pairs("demo"))
-    users = sorted({row["user_id"] for row in rows})
-    own = [row for row in rows if row["user_id"] == users[which % len(users)]]
-    return [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in own[which : which + 3]]
-
-
-def trained(policy: str, folder: Path) -> list[str]:
-    """Saves a LoRE model; returns its users."""
-    rows = pyargs.load_pairs("demo")
-    model = pyargs.train("lore", rows, lore.Config(backbone=policy, freeze_backbone=True, rank=4, epochs=3))
-    model.save_pretrained(folder)
-    return list(model.known_users)
-
-
-def alone(policy: str, folder: Path, requests: set[tuple]) -> dict[tuple, str]:
+def alone(policy: str, folder: Path, requests: set[Request]) -> dict[Request, str]:
     """The text that each request gets of an engine that has nothing else to do."""
     engine = Engine(policy, str(folder), max_rows=1)
     model, found = engine.pair.model, {}
     add_nobody(model.users)
     for request in sorted(requests, key=str):
-        user, prompt, seed, strength = request
-        if user.startswith("visitor-") and user not in model.known_users:
-            rows = [{**pair, "user_id": user, "split": "support"} for pair in pairs_of(int(user.split("-")[1]))]
-            pyargs.adapt(model, Dataset.from_list(rows))
-        wish = dict(strength=strength) if user else dict(reward_weight=0.0)
-        messages = [{"role": "user", "content": prompt}]
-        own = dict(seed=[numbered(seed, 0)], temperature=1.0, max_new_tokens=32)
-        found[request] = engine.generate([messages], [user], **own, **wish)[0].text
+        if "-visitor-" in request.user and request.user not in model.known_users:
+            pairs = pairs_of(int(request.user.rpartition("-")[2]))
+            pyargs.adapt(model, Dataset.from_list([{**pair, "user_id": request.user, "split": "support"} for pair in pairs]))
+        wish = dict(strength=1.0) if request.user else dict(reward_weight=0.0)
+        prompt = [{"role": "user", "content": request.prompt}]
+        if not request.chat:
+            prompt = engine.pair.tokenizer(request.prompt)["input_ids"]
+        own = dict(seed=[numbered(request.seed, request.which)], temperature=1.0, max_new_tokens=TOKENS)
+        found[request] = engine.generate([prompt], [request.user], **own, **wish)[0].text
     return found
 
 
-async def load(address: str, users: list[str], seconds: float, clients: int, service: psutil.Process) -> tuple:
+def as_alone(one: Seen, text: str) -> bool:
+    """Whether an answer is what it is alone, whose text knows no stop string; or its beginning, where it was closed."""
+    own = one.text.strip()
+    if one.request.stop is not None and one.complete:
+        text = text.partition(one.request.stop)[0].strip()
+    return own == text if one.complete else text.startswith(own)
+
+
+async def load(address: str, users: list[str], tokens: list[str], seconds: float, service: psutil.Process) -> tuple:
+    """tokens: the clients' keys. Returns what they saw, counts, and (seconds, bytes) of the service's memory."""
     seen, counts, memory = [], Counter(), []
-    limits = httpx.Limits(max_connections=clients * 2)
-    async with httpx.AsyncClient(base_url=address, timeout=600, limits=limits) as http:
-        until = time.monotonic() + seconds
-        asking = asyncio.gather(*(Client(i, http, users, seen, counts).run(until) for i in range(clients)))
-        while not asking.done():
-            memory.append((time.monotonic() - until + seconds, service.memory_info().rss))
-            await asyncio.wait([asking], timeout=1)
-        await asking
+    each = [httpx.AsyncClient(base_url=address, timeout=600, headers={"Authorization": f"Bearer {token}"}) for token in tokens]
+    until = time.monotonic() + seconds
+    asking = asyncio.gather(*(Client(i, http, users, seen, counts).run(until) for i, http in enumerate(each)))
+    while not asking.done():
+        memory.append((time.monotonic() - until + seconds, resident(service)))
+        await asyncio.wait([asking], timeout=1)
+    await asking
+    for http in each:
+        await http.aclose()
     return seen, counts, memory
+
+
+def resident(service: psutil.Process) -> int:
+    """Bytes of a process and of those that it has started."""
+    total = 0
+    for process in (service, *service.children(recursive=True)):
+        try:
+            total += process.memory_info().rss
+        except psutil.NoSuchProcess:
+            pass
+    return total
 
 
 def growth(memory: list[tuple[float, int]], seconds: float) -> float:
@@ -193,25 +241,14 @@ def main() -> int:
     info = hardware()
     print(hardware_line(info), flush=True)
     with tempfile.TemporaryDirectory() as place:
-        folder = Path(place) / "lore"
+        folder, of_keys = Path(place) / "lore", f"{place}/keys.json"
         users = trained(policy, folder)
-        words = ["serve", str(folder), "--policy", policy, "--port", "0", "--users", f"{place}/users.sqlite"]
-        process = subprocess.Popen([sys.executable, "-m", "pyargs.cli", *words], stderr=subprocess.PIPE, text=True)
-        try:
-            address = next(found[1] for line in process.stderr if (found := re.search(r"at (http\S+)/v1", line)))
-            drain = subprocess.Popen(["cat"], stdin=process.stderr, stdout=subprocess.DEVNULL)
-            found = asyncio.run(load(address, users, seconds, clients, psutil.Process(process.pid)))
-        finally:
-            process.terminate()
-            process.wait(60)
-        drain.wait(10)
-        seen, counts, memory = found
-        want = alone(policy, folder, {request for request, *_ in seen})
-    wrong = [
-        (request, text, want[request])
-        for request, text, complete in seen
-        if text.strip() != want[request] and (complete or not want[request].startswith(text.strip()))
-    ]
+        tokens = [keys.new(of_keys, f"client-{i}", users=[*users, f"client-{i}-*"]) for i in range(clients)]
+        more = ["--users", f"{place}/users.sqlite", "--api-keys", of_keys]
+        with serving([str(folder), "--policy", policy, *more]) as (address, process):
+            seen, counts, memory = asyncio.run(load(address, users, tokens, seconds, process))
+        want = alone(policy, folder, {one.request for one in seen})
+    wrong = [one for one in seen if not as_alone(one, want[one.request])]
     grown = None if given.quick else growth(memory, seconds)
     row = {
         **{"seconds": seconds, "clients": clients, "policy": policy},
@@ -221,7 +258,7 @@ def main() -> int:
     }
     print(table([row], list(row)))
     for one in wrong[:3]:
-        print("other than alone:", one)
+        print("other than alone:", one, repr(want[one.request]))
     if given.json:
         write_json(given.json, {"hardware": info, "rows": [row]})
     return int(bool(wrong) or (grown is not None and grown > GROWTH) or not seen)
