@@ -100,14 +100,14 @@ class Guided:
 
     passes: of policy and reward model; vocabulary: the tokens that can be chosen; room: the most rows. eos_reward: what a stop
     token earns; "before": the reward of the text so far, since a head is never trained on the state after a stop token;
-    "state": the reward of that state.
+    "state": the reward of that state. adjust: as of `Rows`.
     """
 
-    def __init__(self, passes: Passes, model, *, vocabulary: int, room: int, eos_reward: str):
+    def __init__(self, passes: Passes, model, *, vocabulary: int, room: int, eos_reward: str, adjust=None):
         self.passes, self.head, self.users = passes, model.head, model.users
         self.device, self.prefix_mean = model.device, model.step_reward == "prefix_mean"
         self.vocabulary, self.before = vocabulary, eos_reward == "before"
-        self.rows, self.k, self.halves = Rows(room), 1, passes.halves
+        self.rows, self.k, self.halves = Rows(room, adjust), 1, passes.halves
 
     def join(self, requests: Sequence[Request], capacity: int) -> None:
         before = self._kept()
@@ -176,7 +176,7 @@ class Guided:
     def _proposed(self, logits: Tensor) -> list[Tensor]:
         """The policy's candidates of rows with these logits [n, V]: log-probs, sorted, up to a constant of each row, and ids
         [n, k]."""
-        logits = as_float(logits)[:, : self.vocabulary]
+        logits = self.rows.logits(logits, self.vocabulary)
         logprobs, candidates, total = topk_logprobs(logits, self.rows.most)
         if self.passes.screened:  # all but the candidates' logits are estimates, and so is their sum: leave it out
             logprobs = logits.float().gather(1, candidates)
@@ -200,8 +200,8 @@ class Guided:
         return self.rows.buffers[name].view(-1)[: rows * k].view(rows, k)
 
     def _ask(self) -> None:
-        """All logits must be exact where log-probs are told."""
-        self.passes.top = 0 if self.rows.telling else self.rows.most
+        """All logits must be exact where log-probs are told, or a request changes them."""
+        self.passes.top = 0 if self.rows.telling or self.rows.adjusting else self.rows.most
 
     @property
     def kind(self) -> tuple:

@@ -13,16 +13,11 @@ import torch
 from torch import Tensor
 
 from pyargs.decode import backends, best_of_n, strength
+from pyargs.decode.adjust import adjusted
 from pyargs.decode.answer import Answer, Event, Ticket
 from pyargs.decode.backends import cuda_graph
 from pyargs.decode.pair import check_pair, known_wishes, load_pair
-from pyargs.decode.request import (
-    Request,
-    integer,
-    numbered,
-    seeds,
-    weights,
-)
+from pyargs.decode.request import Request, integer, numbered, seeds, weights
 from pyargs.decode.rows import Choice
 from pyargs.decode.scheduler import Scheduler
 from pyargs.decode.steps import Steps
@@ -163,6 +158,8 @@ class Engine:
         stop: token ids that end the answer, the policy's own by default.
         seed: of the sampling; drawn from torch's generator by default.
         logprobs: how many of the policy's likeliest tokens `told` of events and answers has beside each token; 0 by default.
+        adjust: changes the policy's logits before the candidates are taken (`pyargs.decode.adjust.Adjust`); log-probabilities
+        are then those of the changed ones. A captured step refuses it.
 
         Raises PyargsError on wrong input (UnknownUser for a user without parameters).
         """
@@ -255,7 +252,11 @@ class Engine:
         chosen = backends.resolve(asked, *models, guide=pair.model if pair.guided else None)
         self.backend, self.reason, self._closed = chosen.name, chosen.reason, not chosen.shared
         log.info("backend %s: %s", chosen.name, chosen.reason)
-        return backends.steps(chosen, pair, self.max_rows, self.eos_reward)
+        return backends.steps(chosen, pair, self.max_rows, self.eos_reward, self._adjusted)
+
+    def _adjusted(self, logits: Tensor) -> Tensor:
+        here = self._scheduler.here
+        return adjusted([self._tickets[number] for number in here[len(here) - len(logits) :]], logits)
 
     def _check_unchanged(self) -> None:
         """Raises PyargsError when a model is no longer what the backend was made for."""
@@ -427,6 +428,8 @@ class Engine:
     # -- requests ------------------------------------------------------------------------------------------------------
 
     def _add(self, request: Request) -> int:
+        if self.backend == "cuda-graph":
+            cuda_graph.check_adjust([request])
         if self.pair.best_of:
             return self._add_group(request)
         number, self._count = self._count, self._count + 1

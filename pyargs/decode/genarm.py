@@ -23,15 +23,15 @@ class Tokenwise:
 
     head = folded = None  # of a RewardModel
 
-    def __init__(self, policy, reward, *, vocabulary: int, room: int, device):
+    def __init__(self, policy, reward, *, vocabulary: int, room: int, device, adjust=None):
         self.halves = self.policy, self.reward = policy, reward
-        self.rows, self.vocabulary, self.device = Rows(room), vocabulary, device
+        self.rows, self.vocabulary, self.device = Rows(room, adjust), vocabulary, device
         policy.top = reward.top = 0  # both are normed over the vocabulary
 
     def join(self, requests: Sequence[Request], capacity: int) -> None:
         self.rows.requests += requests
-        logits = (half.join([one.prompt for one in requests], capacity) for half in (self.policy, self.reward))
-        logits, rewards = (as_float(one)[:, : self.vocabulary].to(self.device) for one in logits)
+        logits, rewards = (half.join([one.prompt for one in requests], capacity) for half in (self.policy, self.reward))
+        logits, rewards = self._both(logits, rewards)
         told = room_to_tell(self.rows, len(requests), self.device)
         self.rows.join(logits=logits, rewards=rewards, **of_requests(requests, self.device), **told)
 
@@ -62,8 +62,13 @@ class Tokenwise:
     def follow(self, stay: bool = False) -> None:
         """Appends the chosen tokens to the rows. stay: not to those that have finished."""
         token, going = self.rows["token"], ~self.rows["finished"] if stay else None
-        for name, half in (("logits", self.policy), ("rewards", self.reward)):
-            self.rows[name] = as_float(half.advance(token, going))[:, : self.vocabulary].to(self.device)
+        both = self._both(self.policy.advance(token, going), self.reward.advance(token, going))
+        self.rows["logits"], self.rows["rewards"] = both
+
+    def _both(self, logits: Tensor, rewards: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the policy and of the reward model, as the rows keep them."""
+        rewards = as_float(rewards)[:, : self.vocabulary]
+        return self.rows.logits(logits, self.vocabulary).to(self.device), rewards.to(self.device)
 
     def keep(self, order: Sequence[int]) -> None:
         """The rows at these positions stay, in this order."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from pyargs.decode.adjust import Adjust
 from pyargs.decode.request import SEEDS, Request, check_room, ids_of, integer, number, stop_tokens, weights
 from pyargs.errors import PyargsError, UnknownUser, did_you_mean
 from pyargs.lm.loading import load_lm, same_tokenizer
@@ -151,6 +152,7 @@ class Pair:
         stop: int | Sequence[int] | None = None,
         seed: int | None = None,
         logprobs: int = 0,
+        adjust: Adjust | None = None,
     ) -> Request:
         ids = self.encode(prompt, user)
         if not ids:
@@ -161,6 +163,8 @@ class Pair:
             raise PyargsError(f"max_new_tokens is at most {LONGEST}, got {max_new_tokens}")
         for lm in self.language_models():
             check_room(lm, len(ids) + self.soft, len(ids) + self.soft, max_new_tokens)
+        if adjust is not None and not callable(adjust):
+            raise PyargsError(f"adjust is a function of the rows' tokens and logits, got {adjust!r:.60}")
         if self.best_of and not temperature:
             temperature = 1.0
         if self.best_of and logprobs:
@@ -177,6 +181,7 @@ class Pair:
             stop=stop_tokens(self.policy, stop),
             seed=integer("seed", _drawn() if seed is None else seed, *SEEDS),
             logprobs=integer("logprobs", logprobs, 0, min(MAX_K, self.vocabulary)),
+            adjust=adjust,
         )
 
     def _candidates(self, asked: int | str | None) -> int | None:

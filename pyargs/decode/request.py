@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 
@@ -23,7 +23,8 @@ class Request:
     prompt: token ids. user: whose reward guides; "" where the model is the same for everyone. reward_weight: w of eq. 1, in
     raw units. num_candidates: k, or None for the whole vocabulary. temperature: 0 takes the best score, above it the choice is
     sampled from softmax(score / temperature). top_p, min_p: filters on the policy's candidates (1 and 0: none). stop: ids that
-    end the answer. seed: of the sampling. logprobs: how many of the policy's likeliest tokens are told at each step.
+    end the answer. seed: of the sampling. logprobs: how many of the policy's likeliest tokens are told at each step. adjust:
+    changes the policy's logits, see `decode.adjust`.
     """
 
     prompt: tuple[int, ...]
@@ -37,6 +38,7 @@ class Request:
     stop: tuple[int, ...] = ()
     seed: int = 0
     logprobs: int = 0
+    adjust: Callable | None = None
 
 
 def noise(request: Request, steps: int) -> Tensor:
@@ -141,8 +143,8 @@ def check_numbers(bad: Tensor) -> None:
 
 def no_choice(where: str) -> PyargsError:
     return PyargsError(
-        f"the policy's logits or the rewards are not numbers in {where}, or reward_weight times a reward is beyond float32: "
-        "check the models' weights, or lower reward_weight"
+        f"the policy's logits or the rewards are not numbers in {where}, reward_weight times a reward is beyond float32, or "
+        "no token is left after adjust: check the models' weights, lower reward_weight, or forbid less"
     )
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyargs.decode.request import Request, noise
+from pyargs.decode.request import Request, as_float, noise
 from pyargs.ops.row_state import CHOSEN, RowState, likely
 from pyargs.ops.topk_logprobs import MAX_K
 
@@ -25,10 +25,11 @@ class Rows:
     """Buffers [room, ...] by name. `rows["weight"]` is the first `width` places of one: the rows that are here, at positions
     0, 1, ... without a gap. A captured step sets `width` to the rows that it was captured with; those beyond the rows that are
     here count as finished. requests: of the rows that are here, if they have any; the properties below are derived from them.
+    adjust: the logits [m, V] of the last m rows, as their requests want them.
     """
 
-    def __init__(self, room: int):
-        self.room, self.count, self.width = room, 0, 0
+    def __init__(self, room: int, adjust: Callable[[Tensor], Tensor] | None = None):
+        self.room, self.adjust, self.count, self.width = room, adjust, 0, 0
         self.buffers: dict[str, Tensor] = {}
         self.place: Tensor | None = None  # 0, 1, ...: as many as there may be rows or candidates
         self.requests: list[Request] = []
@@ -52,6 +53,16 @@ class Rows:
     def telling(self) -> bool:
         """Whether any row has `logprobs`."""
         return any(one.logprobs for one in self.requests)
+
+    @property
+    def adjusting(self) -> bool:
+        """Whether any row has `adjust`: then all logits must be exact."""
+        return any(one.adjust is not None for one in self.requests)
+
+    def logits(self, logits: Tensor, vocabulary: int) -> Tensor:
+        """The policy's logits of the last rows, of the tokens that can be chosen, as the requests want them."""
+        logits = as_float(logits)[:, :vocabulary]
+        return self.adjust(logits.float()) if self.adjusting else logits
 
     @property
     def unlimited(self) -> str:

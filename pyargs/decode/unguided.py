@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pyargs.decode.request import Request, as_float
+from pyargs.decode.request import Request
 from pyargs.decode.rows import Rows, filtered, of_requests, room_to_tell, state_of, tell
 from pyargs.ops import topk_logprobs
 from pyargs.ops.choice import choose
@@ -17,9 +17,9 @@ class Alone:
     """Rows that no reward guides. policy: the passes of the language model; soft: a `SoftPrompt`, whose embeddings stand
     before the prompts."""
 
-    def __init__(self, policy, *, vocabulary: int, room: int, device, soft=None):
+    def __init__(self, policy, *, vocabulary: int, room: int, device, soft=None, adjust=None):
         self.policy, self.vocabulary, self.device, self.soft = policy, vocabulary, device, soft
-        self.rows, self.halves = Rows(room), (policy,)
+        self.rows, self.halves = Rows(room, adjust), (policy,)
 
     def join(self, requests: Sequence[Request], capacity: int) -> None:
         self.rows.requests += requests
@@ -30,7 +30,7 @@ class Alone:
                 more["soft"] = self.soft(self.soft.users.rows([one.user for one in requests]).to(self.device))
         logits = self.policy.join([one.prompt for one in requests], capacity, **more)
         told = room_to_tell(self.rows, len(requests), self.device)
-        self.rows.join(logits=as_float(logits)[:, : self.vocabulary], **of_requests(requests, self.device), **told)
+        self.rows.join(logits=self.rows.logits(logits, self.vocabulary), **of_requests(requests, self.device), **told)
 
     def choose(self) -> None:
         """Chooses the next token of each row that is here, and leaves it in the rows. Rewards and slots are 0."""
@@ -59,7 +59,7 @@ class Alone:
 
     def follow(self) -> None:
         """Appends the chosen tokens to the rows."""
-        self.rows["logits"] = as_float(self.policy.advance(self.rows["token"]))[:, : self.vocabulary]
+        self.rows["logits"] = self.rows.logits(self.policy.advance(self.rows["token"]), self.vocabulary)
 
     def keep(self, order: Sequence[int]) -> None:
         """The rows at these positions stay, in this order."""
@@ -72,5 +72,5 @@ class Alone:
         return self.policy.current()
 
     def _ask(self) -> None:
-        """All logits must be exact where a row draws from them, or log-probs are told."""
-        self.policy.top = 0 if self.rows.sampled or self.rows.telling else 1
+        """All logits must be exact where a row draws from them, log-probs are told, or a request changes them."""
+        self.policy.top = 0 if self.rows.sampled or self.rows.telling or self.rows.adjusting else 1

@@ -92,9 +92,9 @@ def passes_of(backend: Backend, lm, backbone, room: int, vocabulary: int, k: int
     return Two(policy(backend, lm, room, vocabulary), scorer(backend, backbone, room))
 
 
-def steps(backend: Backend, pair, room: int, eos_reward: str):
-    """The steps of a `Pair`, for `room` rows."""
-    models, sizes = pair.language_models(), dict(vocabulary=pair.vocabulary, room=room)
+def steps(backend: Backend, pair, room: int, eos_reward: str, adjust=None):
+    """The steps of a `Pair`, for `room` rows. adjust: as of `Rows`."""
+    models, sizes = pair.language_models(), dict(vocabulary=pair.vocabulary, room=room, adjust=adjust)
     if not pair.guided:
         passes = policy(backend, pair.policy, room, pair.vocabulary)
         return Steps(Alone(passes, device=pair.policy.device, soft=getattr(pair.model, "soft", None), **sizes))

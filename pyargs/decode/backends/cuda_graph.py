@@ -68,6 +68,12 @@ def refusal(guide, *models) -> str | None:
     return None
 
 
+def check_adjust(requests: Sequence[Request]) -> None:
+    """Raises PyargsError for a request whose logits the host is to change in the middle of a step."""
+    if any(one.adjust is not None for one in requests):
+        raise PyargsError("a captured step has no place for adjust: make the engine with backend='eager'")
+
+
 class Captured:
     """The steps of `rows`, which have eager passes, as replays of captured ones, with the functions of `decode.steps.Steps`.
     Choices are read CHUNK steps later. models: the language models of policy and reward model."""
@@ -82,6 +88,7 @@ class Captured:
         self._made_for = self._structures()
 
     def join(self, requests: Sequence[Request], capacity: int) -> None:
+        check_adjust(requests)
         self.rows.join(requests, -(-capacity // PLACES) * PLACES)
         self._taken += [0] * len(requests)
         self._now = None

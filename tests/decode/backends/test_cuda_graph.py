@@ -447,6 +447,16 @@ def test_what_is_not_captured_is_said(monkeypatch):
             Engine(policy, model, backend="cuda-graph")
 
 
+def test_logits_that_the_host_is_to_change_are_refused_before_anything_is_computed():
+    engine = captured(tiny_lm(), reward_model(tiny_lm(seed=3)))
+    first = engine.submit([5, 6], "ann", reward_weight=1.0, num_candidates=3, max_new_tokens=3, stop=[])
+    with pytest.raises(PyargsError, match="no place for adjust: make the engine with backend='eager'"):
+        engine.submit([5, 6], "ann", reward_weight=1.0, adjust=lambda rows, logits: logits)
+    while engine.busy:
+        engine.step()
+    assert len(engine.answer(first).tokens) == 3
+
+
 REFUSAL = cuda_graph.refusal  # that of the module, not the fixture's
 
 
