@@ -16,7 +16,11 @@ class PyargsError(RuntimeError):
 
 
 class UnknownUser(PyargsError, KeyError):
-    """A user id that the table does not hold."""
+    """A user id that the table does not hold. user: the id, where it was looked up there."""
+
+    def __init__(self, message: str, user: str | None = None):
+        super().__init__(message)
+        self.user = user
 
     __str__ = RuntimeError.__str__  # KeyError would print the message quoted
 

@@ -55,7 +55,8 @@ class Users(nn.Module):
         if missing:
             raise UnknownUser(
                 f"unknown user '{missing[0]}' ({len(self)} are known): adapt the model to this user first."
-                + did_you_mean(missing[0], self.ids)
+                + did_you_mean(missing[0], self.ids),
+                missing[0],
             )
         return torch.tensor([self.ids[user] for user in users], dtype=torch.long, device="cpu")
 

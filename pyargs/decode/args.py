@@ -110,10 +110,10 @@ class Guided:
         self.rows, self.k, self.halves = Rows(room, adjust), 1, passes.halves
 
     def join(self, requests: Sequence[Request], capacity: int) -> None:
+        folded = folded_of(self.head, self.users, [one.user for one in requests], self.device)
         before = self._kept()
         self.rows.requests += requests
         self._ask()
-        folded = folded_of(self.head, self.users, [one.user for one in requests], self.device)
         logits, states = self.passes.join([one.prompt for one in requests], capacity)
         so_far = rewards_of(folded, states.unsqueeze(1).to(self.device)).squeeze(1)
         room = torch.zeros(len(requests), MAX_K, dtype=torch.float32, device=self.device)

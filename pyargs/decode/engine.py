@@ -21,7 +21,7 @@ from pyargs.decode.request import Request, integer, numbered, seeds, weights
 from pyargs.decode.rows import Choice
 from pyargs.decode.scheduler import Scheduler
 from pyargs.decode.steps import Steps
-from pyargs.errors import PyargsError
+from pyargs.errors import PyargsError, UnknownUser
 from pyargs.lm.forward import border
 from pyargs.lm.structure import Watch, asked_backend, unwrapped
 from pyargs.models.reward_model import RewardModel
@@ -298,13 +298,11 @@ class Engine:
             scheduler, before = self._scheduler, len(self._scheduler.here)
             begun = scheduler.reading
             come = [] if self._closed and before else scheduler.admit(self._fit, self._size, self._most_tokens())
-            if unknown := self._unknown(come):
-                scheduler.leave(unknown)  # behind the rows that are here, which keep their places
-                come = scheduler.here[before:]
+            while come and not self._joined(come):
+                scheduler.leave(unknown := [number for number in come if self._done(number)])
+                come = scheduler.here[before:]  # they stood behind the rows that are here, which keep their places
                 if begun in unknown:
                     self._rows.unread()
-            if come:
-                self._rows.join([self._tickets[number].request for number in come], self._places())
             if (long := scheduler.reading) is not None:
                 scheduler.read = self._rows.read(self._tickets[long].request.prompt, scheduler.end, self._places())
         if self._scheduler.here:
@@ -318,17 +316,20 @@ class Engine:
         part would have the angles of its own length."""
         return None if self._closed or self.pair.soft or self._borders else self.prefill_tokens
 
-    def _unknown(self, numbers: list[int]) -> list[int]:
-        """Which of these admitted requests have a user who was removed while they waited; they end with the error."""
-        gone = []
-        for ticket in () if self.pair.best_of else [self._tickets[number] for number in numbers]:
-            try:
-                self.pair.check_user(ticket.request.user)
-            except PyargsError as error:
-                ticket.error = error
-                gone.append(ticket.number)
-                self._tell([Event(ticket.number, None, 0.0, 0, None, error)])
-        return gone
+    def _joined(self, numbers: list[int]) -> bool:
+        """Whether these admitted requests have come in. None has where a user was removed since the request was made: those of
+        that user end with the error. Another thread may remove users at any time, so that who looks them up finds out."""
+        try:
+            self._rows.join([self._tickets[number].request for number in numbers], self._places())
+            return True
+        except UnknownUser as error:
+            gone = [number for number in numbers if self._tickets[number].request.user == error.user]
+            if not gone:
+                raise
+            for number in gone:
+                self._tickets[number].error = error
+            self._tell([Event(number, None, 0.0, 0, None, error) for number in gone])
+            return False
 
     def _lose(self, error: BaseException) -> None:
         """After an error in the middle of a step the rows' states are unknown, so all of them end with that error."""

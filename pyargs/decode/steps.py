@@ -16,7 +16,7 @@ class Steps:
 
     def join(self, requests: Sequence[Request], capacity: int) -> None:
         """Adds rows behind those that are here. capacity: places that the longest row needs, its answer and the most
-        candidates of a step included. Call `flush` first."""
+        candidates of a step included. Call `flush` first. Raises UnknownUser, and then adds nobody."""
         self._follow()
         self.rows.join(requests, capacity)
 

@@ -22,12 +22,12 @@ class Alone:
         self.rows, self.halves = Rows(room, adjust), (policy,)
 
     def join(self, requests: Sequence[Request], capacity: int) -> None:
-        self.rows.requests += requests
-        self._ask()
         more = {}
         if self.soft is not None:
             with self.soft.users.lock:
                 more["soft"] = self.soft(self.soft.users.rows([one.user for one in requests]).to(self.device))
+        self.rows.requests += requests
+        self._ask()
         logits = self.policy.join([one.prompt for one in requests], capacity, **more)
         told = room_to_tell(self.rows, len(requests), self.device)
         self.rows.join(logits=self.rows.logits(logits, self.vocabulary), **of_requests(requests, self.device), **told)

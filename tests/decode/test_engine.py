@@ -20,7 +20,8 @@ from pyargs.decode.backends import eager
 from pyargs.decode.engine import Engine
 from pyargs.errors import PyargsError, UnknownUser
 from pyargs.models.token_reward import TokenReward
-from pyargs.models.user_policy import UserPolicy
+from pyargs.models.user_policy import SoftPrompt, UserPolicy
+from pyargs.types import Users
 
 
 @settings(max_examples=25, deadline=None)
@@ -199,6 +200,37 @@ def test_a_user_who_goes_ends_the_requests_that_wait_and_those_alone():
     model.users.remove(["bob", "cid"])
     events = [event for _ in range(9) for event in engine.step()]
     assert engine.answer(running).tokens == engine.answer(other).tokens == ann and engine.answer(leaves).tokens == cid
+    assert [event.number for event in events if event.error is not None] == [gone]
+    with pytest.raises(UnknownUser, match="bob"):
+        engine.answer(gone)
+
+
+@pytest.mark.parametrize("prefill", [None, 2])
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_user_who_goes_while_requests_come_in_ends_their_own_alone(soft, prefill, monkeypatch):
+    """Another thread removes the user when the rows are about to come in, behind every earlier look at the table."""
+    policy, model = pair_in_float32("own")
+    rows, wish = prompts([3, 4, 6]), dict(max_new_tokens=5, stop=[]) | ({} if soft else dict(reward_weight=5.0))
+    if soft:
+        vectors = torch.randn(3, 2, 32, generator=torch.Generator().manual_seed(0))
+        policy, model = None, UserPolicy(policy, None, soft=SoftPrompt(torch.zeros(1, 2, 32), Users(USERS, offset=vectors)))
+    (want,) = Engine(policy, model).generate(rows[:1], ["ann"], **wish)
+    engine = Engine(policy, model, max_rows=4, prefill_tokens=prefill)
+    running = engine.submit(rows[0], "ann", **wish)
+    engine.step()
+    gone, other = engine.submit(rows[2], "bob", **wish), engine.submit(rows[0], "ann", **wish)
+    join = engine._rows.join
+
+    def too_late(*given) -> None:
+        if "bob" in model.users.ids and any(request.user == "bob" for request in given[0]):
+            in_threads(lambda _: model.users.remove(["bob"]), 1)
+        join(*given)
+
+    monkeypatch.setattr(engine._rows, "join", too_late)
+    events = []
+    while engine.busy:
+        events += engine.step()
+    assert engine.answer(running).tokens == engine.answer(other).tokens == want.tokens
     assert [event.number for event in events if event.error is not None] == [gone]
     with pytest.raises(UnknownUser, match="bob"):
         engine.answer(gone)
