@@ -39,6 +39,7 @@ class Wanted(NamedTuple):
     prompt: list[int]
     user: str
     length: int
+    stop: list[int] | None = []  # none, so that each answer has its length
 
 
 def workload(count: int, vocabulary: int, users: list[str]) -> list[Wanted]:
@@ -87,7 +88,7 @@ class Load:
         while self.waiting and len(self.asked) < (self.most if self.closed else len(self.waiting) + len(self.asked)):
             one, asked = self.waiting.popleft()
             more = {"reward_weight": 1.0} if self.engine.pair.guided else {}
-            number = self.engine.submit(one.prompt, one.user, max_new_tokens=one.length, stop=[], **more)
+            number = self.engine.submit(one.prompt, one.user, max_new_tokens=one.length, stop=one.stop, **more)
             self.asked[number] = asked
 
     def _note(self, event, now: float) -> None:

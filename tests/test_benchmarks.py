@@ -14,8 +14,15 @@ from pyargs.ops.library import has_extension
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
+LONG = {"bench_http", "bench_scoring", "bench_users"}  # over ten seconds each
+SCRIPTS = [
+    pytest.param(path, id=path.stem, marks=[pytest.mark.nightly] if path.stem in LONG else [])
+    for path in sorted(BENCHMARKS.glob("bench_*.py"))
+]
+
+
 @pytest.mark.skipif(not has_extension, reason="no extension to measure")
-@pytest.mark.parametrize("script", sorted(BENCHMARKS.glob("bench_*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_a_benchmark_runs(script, tmp_path):
     command = [sys.executable, script, "--quick", "--threads", "1", "--json", tmp_path / "numbers.json"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=900)
