@@ -177,6 +177,11 @@ class Engine:
         """
         with self._lock:
             self._step()
+            return self.events()
+
+    def events(self) -> list[Event]:
+        """The events that no `step` has returned yet: behind one that failed, of those that it has ended."""
+        with self._lock:
             events, self._events = self._events, []
             return events
 

@@ -23,7 +23,7 @@ log = logging.getLogger("pyargs")
 UNREAD = 4096
 """Events of one call that wait for its client; at more the call ends, so that a client that does not read holds no more."""
 FAILURES = 3
-"""So many steps in a row that fail and end no request are the end of the service."""
+"""So many steps in a row that fail and end no request are the end of the service: none of them is why."""
 
 
 class Full(PyargsError):
@@ -179,14 +179,14 @@ class Worker:
         while self._between_steps():
             started = time.perf_counter()
             try:
-                events = self.engine.step()
+                events, failures = self.engine.step(), 0
             except Exception as error:
-                # Those that were in it have ended, and the next step tells them. Where none ends, no step will help.
                 log.exception("a step failed")
-                failures += 1
-                events = self._give_up(error) if failures == FAILURES else []
-            else:
-                failures = 0
+                # Those that were in it have ended with it, and may have been why. Where none ends, the next step is the same.
+                events = self.engine.events()
+                failures = 0 if any(event.error is not None for event in events) else failures + 1
+                if failures == FAILURES or isinstance(error, torch.AcceleratorError):  # whose device computes nothing any more
+                    events += self._give_up(error)
             when = time.perf_counter()
             self.on_step(when - started)
             self._tell(events, when)

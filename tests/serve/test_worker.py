@@ -184,6 +184,75 @@ def test_a_step_that_fails_ends_those_in_it_alone(folder, monkeypatch):
         assert worker.error is None and worker.open == 0
 
 
+def test_steps_that_fail_with_somebody_in_them_never_end_the_service(folder, monkeypatch):
+    """Each of them ends its own, at once, and the next one has its answer."""
+    engine = serving.engine(folder, max_rows=1)
+    real, left = engine._next, [workers.FAILURES + 2]
+
+    def often():
+        if left[0]:
+            left[0] -= 1
+            raise RuntimeError("out of something")
+        return real()
+
+    monkeypatch.setattr(engine, "_next", often)
+
+    async def many(worker):
+        calls = [await worker.ask([PROMPTS[0]], "bob", [WISH]) for _ in range(left[0])]  # of one user: in this order
+        last = await worker.ask([PROMPTS[1]], "bob", [WISH])
+        for call in calls:
+            with pytest.raises(PyargsError, match="a step failed"):
+                await tokens(call)
+        return (await tokens(last))[0]
+
+    with serving.worker(engine) as worker:
+        assert asyncio.run(many(worker)) == alone(folder, PROMPTS[1], "bob").tokens
+        assert worker.error is None and worker.open == 0
+
+
+def test_a_step_that_fails_tells_those_whom_it_ends_at_once(folder, monkeypatch):
+    """Also where no later step goes well."""
+    engine = serving.engine(folder, max_rows=1)
+    monkeypatch.setattr(workers, "FAILURES", 10**9)
+
+    def broken():
+        with torch.no_grad():
+            engine.pair.policy.lm_head.weight.mul_(1.1)  # the engine refuses to go on
+        raise RuntimeError("out of something")
+
+    monkeypatch.setattr(engine, "_next", broken)
+
+    async def first(worker):
+        call = await worker.ask([PROMPTS[0]], "ann", [WISH])
+        waits = await worker.ask([PROMPTS[0]], "ann", [WISH])
+        with pytest.raises(PyargsError, match="a step failed"):
+            await asyncio.wait_for(tokens(call), 60)
+        worker.cancel(waits)
+
+    with serving.worker(engine) as worker:
+        asyncio.run(first(worker))
+
+
+def test_a_device_that_is_lost_ends_the_service_at_once(folder, monkeypatch):
+    engine = serving.engine(folder, max_rows=1)
+
+    def lost():
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(engine, "_next", lost)
+
+    async def ask(worker):
+        call, errors = await worker.ask(PROMPTS[:2], "ann", [WISH] * 2), {}
+        while call.left:
+            errors |= {which: event.error for which, event, _ in await call.events()}
+        assert "a step failed" in str(errors[0]) and isinstance(errors[1], Broken)
+        with pytest.raises(Broken):
+            await worker.ask([PROMPTS[0]], "ann", [WISH])
+
+    with serving.worker(engine) as worker:
+        asyncio.run(ask(worker))
+
+
 def test_an_engine_that_fails_at_every_step_is_said_to_all(folder):
     engine = serving.engine(folder, max_rows=1)
 
