@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -64,8 +64,9 @@ def check_adapts(model) -> None:
 # -- the table of the engine -------------------------------------------------------------------------------------------
 
 
-def restore(store: UserStore, users: Users) -> None:
-    """Brings the table of a model that was loaded from its folder to where the store left it.
+def restore(store: UserStore, users: Users) -> set[str]:
+    """Brings the table of a model that was loaded from its folder to where the store left it. Returns the folder's users who
+    are still there.
 
     Raises PyargsError for a vector that does not fit, and for a user whom both have.
     """
@@ -74,6 +75,7 @@ def restore(store: UserStore, users: Users) -> None:
         raise PyargsError(
             f"user '{twins[0]}' is in {store.path} and in the model's folder. Fix: take them out of the folder, pyargs forget"
         )
+    of_model = {*users.ids} - {""}
     kept = [(user, load(vector)) for user, vector in store.vectors()]
     for user, vectors in kept:
         shapes = {name: list(value.shape) for name, value in vectors.items()}
@@ -86,6 +88,7 @@ def restore(store: UserStore, users: Users) -> None:
     if kept:
         names = list(users.vectors)
         users.append([user for user, _ in kept], **{name: torch.cat([one[name] for _, one in kept]) for name in names})
+    return of_model
 
 
 @torch.no_grad()
@@ -116,23 +119,38 @@ def vectors_for(model, user: str, pairs: list[dict]) -> dict[str, Tensor]:
         return new_vectors(model, to_dataset(rows), again=True)[1]
 
 
-def compute(connection: Connection, folder: Path, backbone: str | None, threads: int) -> None:
-    """The process: (user, pairs) in; how the vectors were made, and the vectors, out; or why there are none."""
+def load_same(folder: Path, model: str, backbone: str | None):
+    """The model of a folder. Raises PyargsError where it is not the one with this `identity`."""
+    same = identity(folder) == model
+    loaded = load_model(folder, backbone=backbone) if same else None
+    if not same or identity(folder) != model:  # somebody may write it meanwhile
+        raise PyargsError(
+            f"{folder} holds another model than the one that is served: no vector is made by it. Fix: bring that one back, or "
+            "restart the service with another file of users"
+        )
+    return loaded
+
+
+def compute(connection: Connection, folder: Path, model: str, backbone: str | None, threads: int) -> None:
+    """The process: (user, pairs) in; how the vectors were made, and the vectors, out; or why there are none.
+
+    model: the `identity` of what is served; vectors of another model are never made.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the service, which ends this one
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.nice(10)
     quiet_others()
     torch.set_num_threads(threads)
-    model = None
+    loaded = None
     while True:
         try:
             user, pairs = json.loads(connection.recv_bytes())
         except EOFError:
             return
         try:
-            model = model or load_model(folder, backbone=backbone)
-            vectors = save({name: value.cpu().contiguous() for name, value in vectors_for(model, user, pairs).items()})
-            about = {name: model.about.get(name) for name in ("method", "fields")}
+            loaded = loaded or load_same(folder, model, backbone)
+            vectors = save({name: value.cpu().contiguous() for name, value in vectors_for(loaded, user, pairs).items()})
+            about = {name: loaded.about.get(name) for name in ("method", "fields")}
             answer = {**about, "pairs": len(pairs), "pyargs": __version__, "rounding": rounding(), "threads": threads}
         except Exception as error:
             known = str(error) if isinstance(error, PyargsError) else refusal(error)
@@ -148,25 +166,33 @@ def _end_with_parent() -> None:
 
 
 class Process:
-    """The process that adapts. seen: numbers of the users whose pairs it was given."""
+    """The process that adapts. seen: numbers of the users whose pairs it was given. late: it was ended after SECONDS."""
 
-    def __init__(self, folder: Path, backbone: str | None, threads: int):
+    def __init__(self, folder: Path, model: str, backbone: str | None, threads: int):
         context = multiprocessing.get_context("spawn")
         self._ours, theirs = context.Pipe()
         self._process = context.Process(
-            target=compute, args=(theirs, folder, backbone, threads), name="pyargs-adapt", daemon=True
+            target=compute, args=(theirs, folder, model, backbone, threads), name="pyargs-adapt", daemon=True
         )
         self._process.start()
         theirs.close()
-        self.pid, self.seen = self._process.pid, set[int]()
+        self.pid, self.seen, self.late = self._process.pid, set[int](), False
 
     def ask(self, work: Work) -> tuple[dict, bytes] | None:
         """How the vectors were made, or {"error": why they were not}, and the vectors; None where the process has ended."""
+        self.late, timer = False, threading.Timer(SECONDS, self._end_late)
+        timer.start()
         try:
             self._ours.send_bytes(json.dumps([work.user, work.pairs]).encode())
             return json.loads(self._ours.recv_bytes()), self._ours.recv_bytes()
         except (EOFError, OSError):
             return None
+        finally:
+            timer.cancel()
+
+    def _end_late(self) -> None:
+        self.late = True
+        self._process.kill()
 
     def end(self) -> int:
         self._process.kill()
@@ -178,7 +204,8 @@ class Adapting:
     """A thread that adapts to the users of a store, one after the other.
 
     tell: gets each user with the new vectors, or None for one who is deleted, and returns when the next request is served so.
-    folder: the model's, with its backbone at `backbone` if that was moved. What is queued in the store is done first.
+    folder: the model's, with its backbone at `backbone` if that was moved. of_model: the folder's users; who is deleted leaves
+    them. What is queued in the store is done first.
     """
 
     def __init__(
@@ -187,9 +214,11 @@ class Adapting:
         tell: Callable[[str, dict[str, Tensor] | None], None],
         folder: Path,
         backbone: str | None = None,
+        *,
+        of_model: Iterable[str] = (),
     ):
-        self.store, self._tell = store, tell
-        self._start = partial(Process, folder, backbone, torch.get_num_threads())
+        self.store, self._tell, self.of_model = store, tell, set(of_model)
+        self._start = partial(Process, folder, store.model, backbone, torch.get_num_threads())
         self._lock, self._wake, self._stopping = threading.Lock(), threading.Event(), False
         self.process: Process | None = None
         self._thread = threading.Thread(target=self._run, name="pyargs-adapting", daemon=True)
@@ -201,13 +230,16 @@ class Adapting:
         self._wake.set()
         return job
 
-    def delete(self, user: str, *, mark: bool = False) -> None:
+    def delete(self, user: str) -> None:
         """Removes a user from the store (`UserStore.delete`), the process and the table. An answer that is being given with
         their vector ends with it; what adapts to them is stopped, and what adapts to somebody else begins anew."""
         with self._lock:
             number = self.store.number(user)
             try:
-                self.store.delete(user, mark=mark)
+                self.store.delete(user, mark=user in self.of_model)
+                self.of_model.discard(
+                    user
+                )  # not where the disk refuses: they are back after a restart, and can be deleted yet
             finally:  # what the disk refuses leaves nobody served
                 if self.process is not None and number in self.process.seen:
                     self.process.end()
@@ -226,8 +258,10 @@ class Adapting:
 
     def _run(self) -> None:
         work = None
-        while not self._stopping:
-            self._wake.clear()
+        while True:
+            self._wake.clear()  # before it is read whether to stop: who says so wakes afterwards
+            if self._stopping:
+                return
             try:
                 if work is not None:
                     self.store.put_back(work)
@@ -242,23 +276,30 @@ class Adapting:
                 self._wake.wait(RETRY)
 
     def _adapt(self, work: Work) -> None:
-        with self._lock:
-            if self._stopping or not self.store.has(work):
-                return
-            self.process = process = self.process or self._start()
-            process.seen.add(work.number)
-        answer = process.ask(work)
-        with self._lock:
-            if self._stopping or not self.store.has(work):
-                return
-            if answer is not None:
-                return self._land(work, *answer)
-            if process is not self.process:  # somebody was deleted
-                return self.store.put_back(work)
-            self.process = None
-            self.store.finish(
-                work, f"the process that adapts has ended ({process.end()}): was there memory for a second model?"
-            )
+        """Where the process has ended, as one that was idle may have long ago, a new one tries once more."""
+        for last in (False, True):
+            with self._lock:
+                if self._stopping or not self.store.has(work):
+                    return
+                self.process = process = self.process or self._start()
+                process.seen.add(work.number)
+            answer = process.ask(work)
+            with self._lock:
+                if self._stopping or not self.store.has(work):
+                    return
+                if answer is not None:
+                    return self._land(work, *answer)
+                if process is not self.process:  # somebody was deleted
+                    return self.store.put_back(work)
+                self.process, code = None, process.end()
+                if process.late:
+                    return self.store.finish(
+                        work, f"it took more than {SECONDS:g} s and was ended: begin anew with fewer pairs"
+                    )
+                if last:
+                    self.store.finish(
+                        work, f"the process that adapts has ended twice ({code}): was there memory for a second model?"
+                    )
 
     def _land(self, work: Work, answer: dict, vectors: bytes) -> None:
         """The vector is kept, then served, then the job is done."""
@@ -282,12 +323,14 @@ def open_users(file: str | Path, worker, folder: str | Path, backbone: str | Non
         worker.call(lambda engine: change(table, user, vectors)).result()
 
     try:
-        worker.call(lambda engine: restore(store, table)).result()
+        of_model = worker.call(lambda engine: restore(store, table)).result()
     except BaseException:
         store.close()
         raise
-    return Adapting(store, tell, folder, backbone)
+    return Adapting(store, tell, folder, backbone, of_model=of_model)
 
 
 RETRY = 10.0
 """Seconds between two tries to write to a disk that refuses."""
+SECONDS = 3600.0
+"""The most that one adaptation may take."""

@@ -70,7 +70,7 @@ class UserStore:
     """
 
     def __init__(self, path: str | Path, model: str):
-        self.path, self._lock = Path(path), threading.RLock()
+        self.path, self.model, self._lock = Path(path), model, threading.RLock()
         with explained(f"{self.path} cannot be opened"):
             os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))  # texts of users: nobody else reads them
         try:
@@ -199,10 +199,11 @@ class UserStore:
     # -- jobs ----------------------------------------------------------------------------------------------------------
 
     @property
-    def waiting(self) -> int:
-        """How many users are to be adapted to, or are being."""
+    def waiting(self) -> list[str]:
+        """The users who are to be adapted to, or are being."""
         with self._lock:
-            return self._ask("SELECT count(DISTINCT user) FROM jobs WHERE status IN ('queued', 'running')")[0][0]
+            chosen = "number IN (SELECT user FROM jobs WHERE status IN ('queued', 'running'))"
+            return [user for (user,) in self._ask(f"SELECT id FROM users WHERE {chosen} ORDER BY number")]
 
     def job(self, job: str) -> dict | None:
         with self._lock, self._explained():

@@ -11,7 +11,7 @@ from pyargs.data.schema import check_row
 from pyargs.errors import PyargsError, extra
 from pyargs.serve.adapting import Adapting, check_adapts
 from pyargs.serve.app import Asker
-from pyargs.serve.plan import unknown
+from pyargs.serve.plan import personal, unknown
 from pyargs.serve.store import DiskError, TooManyPairs
 from pyargs.serve.wire import FIRST, Message, UserId, WireError
 from pyargs.serve.worker import Worker
@@ -27,7 +27,7 @@ PAIRS, ALL_PAIRS = 256, 4096
 TEXT = 2**15
 """The most characters of a text of a pair."""
 WAITING = 1000
-"""The most users who wait to be adapted to."""
+"""The most users who wait to be adapted to. A key may have as many of them as places are free, so that none takes all."""
 
 Text = Annotated[str, StringConstraints(max_length=TEXT)]
 
@@ -55,54 +55,59 @@ class Pairs(BaseModel):
 
 
 def make_router(worker: Worker, adapting: Adapting | None = None) -> APIRouter:
-    """The calls about users. Without `adapting` they only tell who is in the model's folder.
+    """The calls about users. Without `adapting` they only tell whom the model's folder knows.
 
     What a key may not see looks as if it were not there, whether it is or not.
     """
     router, pair = APIRouter(), worker.engine.pair
     store = None if adapting is None else adapting.store
+    if adapting is not None:
+        of_model = adapting.of_model
+    else:
+        of_model = {*pair.model.known_users} - {""} if personal(pair) else set()
+    brought: dict[str, object] = {}  # users who wait, and the key that has asked for it
 
-    def check() -> None:
-        """Raises WireError where users have no vectors."""
+    def keeping() -> Adapting:
+        """Raises WireError where users have no vectors, and where none are kept."""
         try:
             check_adapts(pair.model)
         except PyargsError as error:
             raise WireError(409, str(error), code="no_user_vectors") from error
-
-    def keeping() -> Adapting:
-        check()
         if adapting is None:
             raise WireError(409, "this service keeps no users: it was started without --users FILE", code="no_users_file")
         return adapting
 
     def everyone() -> set[str]:
-        table = pair.model.users
-        with table.lock:
-            known = set(table.ids.ids)
-        return (known if store is None else known.union(store.users)) - {""}
+        return of_model.union(() if store is None else store.users)
 
-    def of_folder(user: str) -> bool:
-        """Whether the vector of this user came with the model."""
-        return user in pair.model.users.ids and (store is None or user not in store)
-
-    def find(user: str, key) -> dict:
-        """What is told of a user. Raises WireError 404 for one who is not there, or whom the key may not see."""
+    def check_key(user: str, key) -> None:
         if key is not None and not key.may(user):  # first, so that nothing takes longer for those who are there
             raise unknown(pair, user, key)
-        found, folder = None if store is None else store.user(user), of_folder(user)
+
+    def told(user: str) -> dict | None:
+        """What is told of a user; None for one who is not there."""
+        found, folder = None if store is None else store.user(user), user in of_model
         if not (found or folder):
-            raise unknown(pair, user, key)
+            return None
         found = found or {"id": user, "pairs": None, "created": None, "adapted": None, "made": None, "job": None}
         made = found["made"] and {name: found["made"][name] for name in ("method", "pairs", "pyargs")}
         return {**found, "object": "user", "source": "model" if folder else "pairs", "made": made}
+
+    def check_place(key) -> None:
+        """Raises WireError where too many users wait, or too many whom this key has brought."""
+        waiting = set(store.waiting)
+        for user in [user for user in list(brought) if user not in waiting]:
+            brought.pop(user, None)
+        mine = 0 if key is None else sum(one is key for one in list(brought.values()))
+        if WAITING - len(waiting) <= mine:
+            raise WireError(429, "too many users wait to be adapted to", code="queue_full", headers={"Retry-After": "60"})
 
     @router.post("/v1/users/{user:path}/pairs", status_code=202)
     def add(user: UserId, body: Pairs, key: Asker) -> dict:
         """Keeps pairs and adapts to all pairs of this user, who may be new. What is answered with 202 is on the disk."""
         here = keeping()
-        if key is not None and not key.may(user):
-            raise unknown(pair, user, key)
-        if of_folder(user):
+        check_key(user, key)
+        if user in of_model:
             raise WireError(
                 409,
                 "this user came with the model, and the pairs that the vector was made of are not here: it would be lost. "
@@ -112,9 +117,10 @@ def make_router(worker: Worker, adapting: Adapting | None = None) -> APIRouter:
             )
         pairs = [one.plain(f"pairs[{number}]") for number, one in enumerate(body.pairs)]
         with on_disk():
-            if here.store.waiting >= WAITING:
-                raise WireError(429, "too many users wait to be adapted to", code="queue_full", headers={"Retry-After": "60"})
-            return {**here.add(user, pairs, ALL_PAIRS), "object": "job"}
+            check_place(key)
+            made = here.add(user, pairs, ALL_PAIRS)
+        brought[user] = key
+        return {**made, "object": "job"}
 
     @router.get("/v1/jobs/{job}")
     def job(job: str, key: Asker) -> dict:
@@ -126,26 +132,34 @@ def make_router(worker: Worker, adapting: Adapting | None = None) -> APIRouter:
 
     @router.get("/v1/users")
     def users(key: Asker, limit: Annotated[int, Query(ge=1, le=1000)] = 100, after: str = "") -> dict:
-        """The users whom the key may see, in the order of their ids, from the first one behind `after` on."""
-        check()
-        seen = everyone() if key is None else key.among(everyone())
-        page = heapq.nsmallest(limit + 1, (user for user in seen if user > after))
-        with on_disk():
-            return {"object": "list", "data": [find(user, key) for user in page[:limit]], "has_more": len(page) > limit}
+        """The users whom the key may see, in the order of their ids, from the first one behind `after` on; whether calls may
+        change them (`keeps`)."""
+        while True:
+            seen = everyone() if key is None else key.among(everyone())
+            page = heapq.nsmallest(limit + 1, (user for user in seen if user > after))
+            with on_disk():
+                found = [told(user) for user in page[:limit]]
+            if None not in found:  # else somebody has gone meanwhile
+                return {"object": "list", "data": found, "has_more": len(page) > limit, "keeps": adapting is not None}
 
     @router.get("/v1/users/{user:path}")
     def user(user: UserId, key: Asker) -> dict:
-        check()
+        check_key(user, key)
         with on_disk():
-            return find(user, key)
+            found = told(user)
+        if found is None:
+            raise unknown(pair, user, key)
+        return found
 
     @router.delete("/v1/users/{user:path}")
     def delete(user: UserId, key: Asker) -> dict:
         """Removes all that is here of a user; answers that are being given end with the vector that they began with."""
         here = keeping()
+        check_key(user, key)
+        if user not in of_model and user not in here.store:
+            raise unknown(pair, user, key)
         with on_disk():
-            find(user, key)
-            here.delete(user, mark=of_folder(user))
+            here.delete(user)
         return {"id": user, "object": "user", "deleted": True}
 
     return router

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -18,7 +20,8 @@ from small import config_of, edit, saved
 
 from pyargs.errors import PyargsError
 from pyargs.models import forget, load_model
-from pyargs.serve.adapting import Adapting, change, check_adapts, identity, restore
+from pyargs.serve import adapting
+from pyargs.serve.adapting import Adapting, change, check_adapts, identity, load_same, restore
 from pyargs.serve.store import UserStore
 from pyargs.training.adapt import adapt
 from pyargs.training.hooks import method
@@ -130,16 +133,79 @@ def test_who_is_deleted_does_not_come_back_and_others_begin_anew(running, store,
     assert list(table.ids) == ["ann", "bob", "stays"]
 
 
-def test_a_process_that_dies_fails_its_job_alone(running, store, table):
-    lost = running.add("lost", pairs(1), 99)
-    until(lambda: running.process)
-    os.kill(running.process.pid, signal.SIGKILL)
+def test_a_process_that_dies_twice_fails_its_job_alone(running, store, table):
+    lost, pids = running.add("lost", pairs(1), 99), []
+    for _ in range(2):
+        until(lambda: running.process and running.process.pid not in pids)
+        pids.append(running.process.pid)
+        os.kill(pids[-1], signal.SIGKILL)
     found = ended(store, lost)
-    assert found["status"] == "failed" and "the process that adapts has ended (-9)" in found["error"]
+    assert found["status"] == "failed" and "the process that adapts has ended twice (-9)" in found["error"]
     bad = running.add("bad", [{"prompt": "", "chosen": 3, "rejected": "x"}], 99)
     assert ended(store, bad)["status"] == "failed" and SECRET not in ended(store, bad)["error"]
     assert ended(store, running.add("lost", pairs(1), 99))["status"] == "done"
     assert list(table.ids) == ["ann", "bob", "lost"] and len(list(store.vectors())) == 1
+
+
+def test_a_process_that_died_while_it_was_idle_fails_nobody(running, store):
+    assert ended(store, running.add("one", pairs(1), 99))["status"] == "done"
+    os.kill(running.process.pid, signal.SIGKILL)
+    assert ended(store, running.add("two", pairs(1), 99))["status"] == "done"
+
+
+def test_an_adaptation_that_takes_too_long_is_ended_and_says_so(running, store, monkeypatch):
+    monkeypatch.setattr(adapting, "SECONDS", 0.05)
+    found = ended(store, running.add("slow", pairs(1), 99))
+    assert found["status"] == "failed" and "it took more than 0.05 s and was ended" in found["error"]
+    assert running.process is None
+    monkeypatch.undo()
+    assert ended(store, running.add("slow", pairs(1), 99))["status"] == "done", (
+        "the next one has a process and a time of its own"
+    )
+
+
+def test_no_vector_is_of_another_model_than_the_one_that_is_served(store, table, folder, tmp_path):
+    """The folder is written again, as by a training, before the process first loads it."""
+    shutil.copytree(folder, tmp_path / "model")
+    model = load_model(tmp_path / "model")
+    model.head.directions.data += 1
+    model.save_pretrained(tmp_path / "model")
+    running = Adapting(store, partial(change, table), tmp_path / "model")
+    try:
+        found = ended(store, running.add("new", pairs(1), 99))
+        assert found["status"] == "failed" and "holds another model than the one that is served" in found["error"]
+        assert not list(store.vectors()) and "new" not in table.ids
+        shutil.rmtree(tmp_path / "model")
+        shutil.copytree(folder, tmp_path / "model")
+        assert ended(store, running.add("new", pairs(1), 99))["status"] == "done", "the folder was brought back"
+    finally:
+        running.stop()
+
+
+def test_a_folder_that_is_written_while_it_is_loaded_is_not_taken(folder, tmp_path, monkeypatch):
+    before, real = identity(folder), adapting.load_model
+    monkeypatch.setattr(adapting, "load_model", lambda *given, **more: (real(*given, **more), written.append(1))[0])
+    written = []
+    monkeypatch.setattr(adapting, "identity", lambda folder: f"{before}{written or ''}")
+    with pytest.raises(PyargsError, match="holds another model"):
+        load_same(folder, before, None)
+
+
+def test_stop_is_heard_also_where_the_thread_is_about_to_sleep(store, table, folder, monkeypatch):
+    class Wake(threading.Event):
+        def clear(self):
+            running._stopping = True  # as `stop` does, which then waits for the thread
+            self.set()
+            super().clear()
+
+    running = Adapting(store, partial(change, table), folder)
+    running.stop()
+    running._stopping, running._wake = False, Wake()
+    monkeypatch.setattr(store, "take", lambda: None)
+    thread = threading.Thread(target=running._run, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------
@@ -164,7 +230,7 @@ def test_a_restart_has_the_users_of_before(store, table):
             store.keep(work, save({"mixture": torch.full((1, 3), float(work.number))}), {})
     store.delete("dan")
     store.delete("ann", mark=True)
-    restore(store, table)
+    assert restore(store, table) == {"bob"}, "of the folder"
     assert sorted(table.ids) == ["bob", "cid"]
     assert table.vectors["mixture"][table.ids["cid"]].tolist() == [1.0] * 3
     with pytest.raises(PyargsError, match="'cid' is in .* and in the model's folder. Fix"):

@@ -63,9 +63,9 @@ def test_a_user_has_all_pairs_that_came_in_their_order(store, path):
 def test_users_are_adapted_to_in_the_order_of_their_oldest_job(store):
     for user in ("ann", "bob", "ann", "cid"):
         store.add(user, [pair(user)], MOST)
-    assert store.waiting == 3
+    assert store.waiting == ["ann", "bob", "cid"]
     assert [store.take().user for _ in range(3)] == ["ann", "bob", "cid"]
-    assert store.take() is None and store.waiting == 3
+    assert store.take() is None and len(store.waiting) == 3
 
 
 def test_a_failed_job_says_why_and_one_that_was_put_back_waits(store):
@@ -74,7 +74,7 @@ def test_a_failed_job_says_why_and_one_that_was_put_back_waits(store):
     assert statuses(store, job) == ["queued"] and store.job(job["id"])["started"] is None
     store.finish(store.take(), "the loss is not finite")
     assert store.job(job["id"]) | {"status": "failed", "error": "the loss is not finite"} == store.job(job["id"])
-    assert store.waiting == 0 and list(store.vectors()) == []
+    assert store.waiting == [] and list(store.vectors()) == []
 
 
 def test_more_pairs_than_a_user_may_have_are_refused_and_leave_nothing(store):

@@ -21,6 +21,7 @@ from pyargs.decode.engine import Engine
 from pyargs.models import load_model
 from pyargs.serve import keys, users
 from pyargs.serve.adapting import open_users, vectors_for
+from pyargs.serve.store import DiskError
 from pyargs.serve.users import make_router
 from pyargs.training.hooks import method
 
@@ -100,6 +101,7 @@ def test_a_user_comes_is_served_changes_and_goes(lm_folder, folder, tmp_path):
         assert (found["source"], found["pairs"], found["job"]["status"]) == ("pairs", 5, "done")
         assert found["made"]["method"] == "lore" and lm_folder not in str(found)
         assert [user["id"] for user in client.get("/v1/users").json()["data"]] == ["a", "b", "c", "d", "né w/1"]
+        assert client.get("/v1/users").json()["keeps"] is True
     with service(lm_folder, folder, file) as (client, adapting):
         assert rewards(ask(client, "né w/1")) == expected[1]
         gone = client.delete("/v1/users/né w%2F1")
@@ -126,11 +128,11 @@ def still(lm_folder, folder, tmp_path_factory):
     ):
         patch.setattr(adapting, "_adapt", lambda work: None)
         as_ = lambda token: httpx.Client(base_url=client.base_url, headers={"Authorization": f"Bearer {token}"})  # noqa: E731
-        yield as_(admin), as_(shop)
+        yield as_(admin), as_(shop), adapting
 
 
 def test_what_is_not_for_a_key_is_as_if_it_were_not_there(still):
-    admin, shop = still
+    admin, shop, _ = still
     job = admin.post("/v1/users/y-1/pairs", json=pairs(1)).json()["id"]
     assert admin.get(f"/v1/jobs/{job}").status_code == 200
     said = [
@@ -149,7 +151,7 @@ def test_what_is_not_for_a_key_is_as_if_it_were_not_there(still):
 
 
 def test_the_list_has_pages(still):
-    admin, _ = still
+    admin, *_ = still
     seen, after = [], ""
     while True:
         page = admin.get("/v1/users", params={"limit": 2, "after": after}).json()
@@ -171,7 +173,7 @@ def refused(response: httpx.Response, status: int, *words: str) -> None:
 
 
 def test_what_is_wrong_is_refused_by_name_and_leaves_nothing(still, monkeypatch):
-    admin, _ = still
+    admin, *_ = still
     before = admin.get("/v1/users").json()
     one = pairs(1)["pairs"][0]
     for change, word in (
@@ -199,21 +201,94 @@ def test_what_is_wrong_is_refused_by_name_and_leaves_nothing(still, monkeypatch)
     assert int(full.headers["retry-after"]) > 0 and admin.get("/v1/users").json() == before
 
 
-@pytest.mark.parametrize("name", ["global_rm", "zero_shot"])
+def test_one_who_is_deleted_while_the_list_is_told_is_not_in_it(still, monkeypatch):
+    admin, _, adapting = still
+    for user in ("x-goes", "x-stays"):
+        admin.post(f"/v1/users/{user}/pairs", json=pairs(1))
+    real = adapting.store.user
+
+    def user(name):
+        if name == "x-goes" and name in adapting.store:
+            adapting.store.delete(name)
+        return real(name)
+
+    monkeypatch.setattr(adapting.store, "user", user)
+    told = admin.get("/v1/users", params={"after": "x", "limit": 2}).json()
+    assert [one["id"] for one in told["data"]][-1] == "x-stays" and "x-goes" not in str(told)
+
+
+def test_a_deletion_that_the_disk_refuses_can_be_asked_for_again(still, monkeypatch):
+    """Of a user of the folder: nobody serves them, they are not marked, and the vector is still the folder's."""
+    admin, _, adapting = still
+    with monkeypatch.context() as full:
+
+        def refuse(user, *, mark):
+            raise DiskError("no room")
+
+        full.setattr(adapting.store, "delete", refuse)
+        refused(admin.delete("/v1/users/c"), 503, "disk")
+    assert ask(admin, "c").status_code == 404 and admin.get("/v1/users/c").json()["source"] == "model"
+    refused(admin.post("/v1/users/c/pairs", json=pairs(1)), 409, "user_of_the_model")
+    assert admin.delete("/v1/users/c").status_code == 200 and admin.get("/v1/users/c").status_code == 404
+    assert adapting.store.marked(["c"]) == ["c"]
+
+
+@pytest.mark.parametrize("user", ["d", "y-2"])
+def test_pairs_that_come_while_their_user_is_deleted_are_a_new_user_s(still, monkeypatch, user):
+    """Behind the store's deletion, and before the table's."""
+    admin, _, adapting = still
+    if user != "d":
+        admin.post(f"/v1/users/{user}/pairs", json=pairs(3))
+    said, real = [], adapting._tell
+
+    def meanwhile(*change):
+        said.append((admin.get(f"/v1/users/{user}").status_code, admin.post(f"/v1/users/{user}/pairs", json=pairs(1))))
+        return real(*change)
+
+    monkeypatch.setattr(adapting, "_tell", meanwhile)
+    assert admin.delete(f"/v1/users/{user}").status_code == 200
+    ((status, posted),) = said
+    assert (status, posted.status_code, posted.json()["pairs"]) == (404, 202, 1)
+    assert admin.get(f"/v1/users/{user}").json()["source"] == "pairs"
+    assert adapting.store.marked([user]) == ([user] if user == "d" else [])
+
+
+def test_a_key_that_floods_leaves_places_to_the_others(still, monkeypatch):
+    admin, shop, adapting = still
+    for user in list(adapting.store.users):
+        adapting.store.delete(user)
+    monkeypatch.setattr(users, "WAITING", 8)
+    flood = [shop.post(f"/v1/users/x-{number}/pairs", json=pairs(1)).status_code for number in range(9)]
+    assert flood == [202] * 4 + [429] * 5
+    others = [admin.post(f"/v1/users/y-{number}/pairs", json=pairs(1)).status_code for number in range(9)]
+    assert others[0] == 202 and 429 in others and len(adapting.store.waiting) <= 8
+
+
+@pytest.mark.parametrize("name", ["global_rm", "zero_shot", "icl"])
 def test_a_model_without_users_vectors_says_so(name, lm_folder, tmp_path):
-    if name == "global_rm":
+    """It tells whom it knows, by demonstrations here, and keeps nobody."""
+    if name != "zero_shot":
         saved(method(name), config_of(name, lm_folder), tmp_path / name, lm_folder)
-    engine = Engine(lm_folder, str(tmp_path / name) if name == "global_rm" else None, backend="cpu")
+    own = str(tmp_path / name)
+    engine = Engine(None, own) if name == "icl" else Engine(lm_folder, own if name == "global_rm" else None, backend="cpu")
+    if name == "icl":
+        engine.pair.model.demonstrations.of_user["ann"] = pairs(1)["pairs"]
     with serving.worker(engine) as worker:
         app = serving.make_app(worker, model="tiny", routers=[make_router(worker)])
         with serving.served(app) as address, httpx.Client(base_url=address) as client:
-            for r in (client.get("/v1/users"), client.post("/v1/users/x/pairs", json=pairs(1)), client.delete("/v1/users/x")):
+            for r in (client.post("/v1/users/x/pairs", json=pairs(1)), client.delete("/v1/users/x")):
                 refused(r, 409, "no_user_vectors", "no users' vectors to adapt")
+            told = client.get("/v1/users").json()
+            known = ["ann"] if name == "icl" else []
+            assert [(user["id"], user["source"]) for user in told["data"]] == [(user, "model") for user in known]
+            assert told["keeps"] is False and client.get("/v1/users/ann").status_code == (200 if known else 404)
+            refused(client.get("/v1/users/nobody"), 404, "user_not_found")
 
 
 def test_without_a_file_the_model_s_users_are_told_and_none_comes(lm_folder, folder):
     with service(lm_folder, folder, None) as (client, _):
-        assert client.get("/v1/users/a").json()["source"] == "model" and len(client.get("/v1/users").json()["data"]) == 4
+        told = client.get("/v1/users").json()
+        assert client.get("/v1/users/a").json()["source"] == "model" and len(told["data"]) == 4 and told["keeps"] is False
         refused(client.post("/v1/users/x/pairs", json=pairs(1)), 409, "no_users_file", "--users FILE")
         refused(client.delete("/v1/users/a"), 409, "--users FILE")
 
