@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 
@@ -81,6 +81,7 @@ class Worker:
         self.engine, self.most = engine, engine.max_rows + max_waiting
         self.on_step: Callable[[float], None] = lambda seconds: None  # is called in the thread behind each step
         self._asked_for = self._ended = 0  # requests; the event loop counts the first, the thread the second
+        self._calls_of: dict[Hashable, list[Call]] = {}  # that have not ended, by who has asked; the event loop's
         self.error: Exception | None = None  # why every step fails
         self._seconds = 1.0  # that an answer takes, roughly
         self._calls: queue.SimpleQueue = queue.SimpleQueue()
@@ -110,21 +111,26 @@ class Worker:
         self._calls.put((function, future))
         return future
 
-    async def ask(self, prompts: Sequence[Sequence[int]], user: str, wishes: Sequence[dict]) -> Call:
+    async def ask(self, prompts: Sequence[Sequence[int]], user: str, wishes: Sequence[dict], *, of: Hashable = None) -> Call:
         """Submits one request for each prompt (ids), with its arguments of `Engine.submit`; they wait or run from now on.
 
-        Raises Full where not all of them have room, Broken, and what `submit` refuses; then none of them is computed.
+        of: who asks, of several; each may have as many requests waiting as places are free, so that nobody takes all. Raises
+        Full where not all of them have room, Broken, and what `submit` refuses; then none of them is computed.
         """
         if self.error is not None:
             raise Broken(f"the engine fails at every step: {self.error}")
-        if self.open + len(prompts) > self.most:
+        room, count = self.most - self.open, len(prompts)
+        theirs = self._calls_of[of] = [call for call in self._calls_of.get(of, ()) if call.left]
+        share = room if of is None else self.engine.max_rows + room - sum(call.left for call in theirs)
+        if count > min(room, share):
             raise Full(self.waiting, self.retry_after())
-        call = Call(len(prompts))
+        theirs.append(call := Call(count))
         self._asked_for += call.left
         future = self.call(lambda engine: self._submit(call, prompts, user, wishes))
         try:
             await asyncio.shield(asyncio.wrap_future(future))  # it is submitted in any case, and cancelled behind that
         except BaseException:
+            self._calls_of[of] = [one for one in self._calls_of[of] if one is not call]
             self.cancel(call)
             raise
         return call

@@ -89,6 +89,30 @@ def test_a_full_queue_refuses_and_has_room_again(folder):
         assert worker.open == 0
 
 
+def test_one_who_floods_leaves_places_to_the_others(folder):
+    async def flood(worker):
+        gate, calls = threading.Event(), []
+        worker.call(lambda engine: gate.wait())  # nothing ends meanwhile
+        with pytest.raises(Full):
+            while True:
+                calls.append(asyncio.ensure_future(worker.ask([PROMPTS[0]], "ann", [WISH], of="one")))
+                await asyncio.sleep(0)
+                if calls[-1].done():
+                    calls.pop().result()
+        before = len(calls)
+        calls.append(asyncio.ensure_future(worker.ask([PROMPTS[1]], "ann", [WISH], of="other")))
+        gate.set()
+        for task in calls:
+            await tokens(await task)
+        assert await tokens(await worker.ask([PROMPTS[0]] * 8, "ann", [WISH] * 8, of="one")), (
+            "who has nothing open has all places"
+        )
+        return before
+
+    with serving.worker(serving.engine(folder, max_rows=2), max_waiting=6) as worker:
+        assert asyncio.run(flood(worker)) == 5, "both rows, and half of what waits"
+
+
 def test_what_the_engine_refuses_leaves_nothing_behind(folder):
     async def refused(worker):
         good = await worker.ask([PROMPTS[0]], "ann", [WISH])
