@@ -20,8 +20,8 @@ from pyargs.serve.worker import Broken, Full, Worker
 with extra("serve", "the service"):
     from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
     from fastapi.exceptions import RequestValidationError
-    from fastapi.middleware.trustedhost import TrustedHostMiddleware
     from fastapi.responses import JSONResponse, StreamingResponse
+    from fastapi.routing import APIRoute
     from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 BODY = 2**20
@@ -51,7 +51,7 @@ def make_app(
     metrics.watch(worker)
     app.state.worker, app.state.model, app.state.metrics, app.state.keys = worker, model, metrics, keys
     if keys is None:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK)
+        app.add_middleware(Loopback)
     app.add_middleware(Bounded)
     app.add_middleware(Noted, metrics=metrics)
     app.add_exception_handler(WireError, _wire_error)
@@ -61,8 +61,28 @@ def make_app(
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(Exception, _other_error)
     for one in (calls, page.router, *routers):
+        for route in one.routes:
+            if isinstance(route, APIRoute) and "GET" in route.methods:
+                route.methods.add("HEAD")  # whose answer has no body: the server leaves it out
         app.include_router(one)
     return app
+
+
+class Loopback:
+    """ASGI: 400 where a request names another host than LOOPBACK."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send) -> None:
+        named = dict(scope["headers"]).get(b"host", b"").decode("latin-1") if scope["type"] == "http" else ""
+        app = self.app
+        if scope["type"] == "http" and named.partition(":")[0] not in LOOPBACK:
+            error = WireError(
+                400, f"without keys this service is asked by the names {' and '.join(LOOPBACK)} alone", code="host"
+            )
+            app = _wire_error(None, error)
+        await app(scope, receive, send)
 
 
 class Bounded:
@@ -160,8 +180,10 @@ async def _answer(request: Request, body: Chat | Completion, form: Form, key) ->
     prompt_tokens = sum(map(len, asked.prompts[:: body.n or 1]))
     state.metrics.tokens.labels("prompt").inc(prompt_tokens)
     noted.update(prompt_tokens=prompt_tokens, choices=len(asked.prompts), stream=bool(body.stream))
+    if len(asked.prompts) > worker.most:
+        raise WireError(422, f"this service has room for {worker.most} answers at a time: ask for fewer", param="n")
     try:
-        call = await worker.ask(asked.prompts, asked.user, asked.wishes)
+        call = await worker.ask(asked.prompts, asked.user, asked.wishes, of=key)
     except Full as error:
         raise WireError(429, str(error), code="queue_full", headers={"Retry-After": str(error.seconds)}) from error
     except Broken as error:
@@ -190,7 +212,9 @@ class Stream(StreamingResponse):
     """Server-sent events. `leave` is called behind the last one, and where the client has gone."""
 
     def __init__(self, events: AsyncIterator[bytes], leave: Callable[[], None]):
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        # A proxy sends each event on as it comes, and keeps none.
+        headers = {"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
         self._leave = leave
 
     async def __call__(self, scope, receive, send) -> None:

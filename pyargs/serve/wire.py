@@ -76,12 +76,18 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], FIRST]
+    name: str | None = None  # of who speaks: no chat template here writes it
 
     @model_validator(mode="before")
     @classmethod
-    def _without_nulls(cls, data: Any) -> Any:
-        """What an answer's message says of things that are not there."""
-        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
+    def _without_nothing(cls, data: Any) -> Any:
+        """Without what an answer's message says of things that are not there: null, or none in a list."""
+        own = cls.model_fields
+        return (
+            {name: value for name, value in data.items() if value is not None and (name in own or value != [])}
+            if isinstance(data, dict)
+            else data
+        )
 
     def plain(self) -> dict:
         """As `pyargs.lm.tokenize` takes it."""

@@ -238,7 +238,40 @@ def test_bodies_that_are_no_bodies(service):
     assert post(b" " * (2**20 + 1)) == 413
     assert httpx.get(f"{service[1]}/nope").json()["error"]["message"] == "there is no such path here"
     assert httpx.get(f"{service[1]}/v1/completions").status_code == 405
-    assert httpx.get(f"{service[1]}/health", headers={"host": "other.example"}).status_code == 400
+    assert httpx.head(f"{service[1]}/v1/completions").status_code == 405
+    other = httpx.get(f"{service[1]}/health", headers={"host": "other.example"})
+    assert other.status_code == 400 and set(other.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_head_is_get_without_a_body(service):
+    for path in ("/", "/health", "/metrics", "/v1/models", f"/v1/models/{MODEL}"):
+        got, head = httpx.get(service[1] + path), httpx.head(service[1] + path)
+        assert (got.status_code, head.status_code, head.content) == (200, 200, b"") and got.content
+        assert head.headers["content-type"] == got.headers["content-type"]
+    assert httpx.head(f"{service[1]}/nope").status_code == 404
+
+
+def test_an_answer_s_message_comes_back_and_the_talk_goes_on(client, alone):
+    first = ask(client, user="ann", seed=1).choices[0].message
+    said = [*messages(HELLO), first, {"role": "user", "content": "One two", "name": "Ann"}]
+    plain = [*messages(HELLO), {"role": "assistant", "content": first.content}, *messages("One two")]
+    want = alone(plain, "ann", seed=numbered(2, 0)).text
+    assert ask(client, messages=said, user="ann", seed=2).choices[0].message.content == want
+
+
+def test_a_stream_is_for_no_cache_and_no_proxy_s_buffer(service):
+    body = {"model": MODEL, "messages": messages(HELLO), "max_tokens": 2, "stream": True}
+    told = httpx.post(f"{service[1]}/v1/chat/completions", json=body).headers
+    assert "no-cache" in told["cache-control"] and told["x-accel-buffering"] == "no"
+
+
+def test_more_answers_than_there_is_room_for_are_refused_for_good(lm_folder):
+    """429 would have a client come back for ever."""
+    with serving.service(serving.engine(lm_folder, max_rows=1), max_waiting=1) as (_, address):
+        with pytest.raises(openai.UnprocessableEntityError, match="room for 2 answers") as raised:
+            ask(serving.client(address), n=3)
+        assert raised.value.body["param"] == "n"
+        assert len(ask(serving.client(address), n=2).choices) == 2
 
 
 def test_models_and_health(client, service):

@@ -7,6 +7,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from openai.types.chat import ChatCompletionMessage
 from pydantic import ValidationError
 
 from pyargs.serve import wire
@@ -45,6 +46,9 @@ def test_what_is_not_done_is_refused_by_name_unless_it_asks_for_nothing(name):
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "user", "content": "x", "annotations": [{}]}]}, "messages[0].annotations"),
+        ({"messages": [{"role": "user", "content": []}, {"role": "user", "content": 5}]}, "messages[1].content"),
+        ({"messages": [{"role": "user", "content": "x", "name": 5}]}, "messages[0].name"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "text": "x"}]}]}, "messages[0].content"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": True}, "max_tokens"),
@@ -95,9 +99,12 @@ def test_a_wrong_field_of_a_completion_is_named(fields, param):
 
 
 def test_an_answer_s_message_may_come_back():
-    back = {"role": "assistant", "content": "Hi", "refusal": None, "tool_calls": None, "audio": None}
-    body = Chat.model_validate(CHAT | {"messages": [*CHAT["messages"], back]})
-    assert body.messages[1].plain() == {"role": "assistant", "content": "Hi"}
+    back = {"role": "assistant", "content": "Hi", "refusal": None, "audio": None, "function_call": None, "name": "Bo"}
+    for more in ({"tool_calls": None, "annotations": None}, {"tool_calls": [], "annotations": []}):
+        body = Chat.model_validate(CHAT | {"messages": [*CHAT["messages"], back | more]})
+        assert body.messages[1].plain() == {"role": "assistant", "content": "Hi"}
+    dumped = ChatCompletionMessage(role="assistant", content="Hi", annotations=[], tool_calls=[]).model_dump()
+    assert Chat.model_validate(CHAT | {"messages": [dumped]}).messages[0].plain() == {"role": "assistant", "content": "Hi"}
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert (
         Chat.model_validate(CHAT | {"messages": [{"role": "user", "content": parts}]}).messages[0].plain()["content"] == "ab"
