@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -139,6 +139,12 @@ def _ids(tokenizer, contents: list[str], render: Callable, add_special_tokens: b
     def read(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
+    def read_all(texts: Iterable[str]) -> dict[str, list[int]]:
+        """In one call: there may be a hundred thousand, and many alike."""
+        different = list(dict.fromkeys(texts))
+        found = tokenizer(different, add_special_tokens=False)["input_ids"] if different else []
+        return dict(zip(different, found, strict=True))
+
     whole = render(contents)
     ids = tokenizer(whole, add_special_tokens=add_special_tokens)["input_ids"]
     harmless = render(["a" if content.strip() else content for content in contents])
@@ -153,11 +159,11 @@ def _ids(tokenizer, contents: list[str], render: Callable, add_special_tokens: b
             "a text holds what the model's chat template takes for a special token and writes otherwise: take it out of the "
             "text"
         )
-    ids, line = read(first), read("\n")
+    # Behind a line's end, since tokenizers of sentencepiece begin every text with a space of their own.
+    ids, line, behind = read(first), read("\n"), read_all("\n" + part for part in rest)
+    alone = read_all(part for part in rest if behind["\n" + part][: len(line)] != line)
     for part in rest:
-        # Behind a line's end, since tokenizers of sentencepiece begin every text with a space of their own.
-        more = read("\n" + part)
-        ids += more[len(line) :] if more[: len(line)] == line else read(part)
+        ids += alone[part] if part in alone else behind["\n" + part][len(line) :]
     bare = read(harmless)
     start = next((i for i in range(len(frame)) if frame[i : i + len(bare)] == bare), 0)
     ids = frame[:start] + ids + frame[start + len(bare) :]  # what the tokenizer adds around a text

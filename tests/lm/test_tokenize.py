@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pyargs.data.synthetic import tiny_tokenizer
 from pyargs.errors import PyargsError
-from pyargs.lm.tokenize import encode_prompt, encode_response
+from pyargs.lm.tokenize import encode_prompt, encode_response, text_ids
 from pyargs.models.demonstrations import Demonstrations
 
 TRIMMING = (
@@ -135,6 +135,27 @@ def test_a_special_tokens_text_stays_the_text_that_it_is():
     # An added token that the tokenizer does not call special is no control token.
     tokenizer = TOKENIZERS["byte level"]
     assert encode_response(tokenizer, "<think>") == [tokenizer.convert_tokens_to_ids("<think>")]
+
+
+def test_a_text_of_a_special_token_that_comes_often_is_read_in_a_few_calls():
+    """One call each would be seconds for a megabyte."""
+
+    class Counted:
+        def __init__(self):
+            self.inner, self.calls = tiny_tokenizer(), 0
+
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
+
+        def __call__(self, *given, **more):
+            self.calls += 1
+            return self.inner(*given, **more)
+
+    for text in ("{}" * 2000, "a {} b" * 2000, "".join(f"{{}}{number}" for number in range(2000))):
+        counted, written = Counted(), text.replace("{}", tiny_tokenizer().eos_token)
+        ids = text_ids(counted, written)
+        assert counted.calls < 10 and tiny_tokenizer().decode(ids) == written
+        assert tiny_tokenizer().eos_token_id not in ids
 
 
 def test_what_can_not_be_told_from_a_special_token_is_refused():
