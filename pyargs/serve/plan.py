@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from pyargs.decode.pair import Pair
@@ -12,6 +13,10 @@ from pyargs.serve.wire import Chat, Completion, WireError, unknown_user
 
 TOKENS = 256
 """An answer's length where the call names none, if the model has room for so many."""
+
+
+CHARACTERS = 16
+"""Of a text, for each token that the model has room for; more are refused unread. English has four or five a token."""
 
 
 class Plan(NamedTuple):
@@ -107,6 +112,7 @@ def _ids(pair: Pair, prompt, user: str) -> list[int]:
         ids, chat = prompt, False
     else:
         chat = isinstance(prompt, list)
+        _check_characters(pair, [message["content"] for message in prompt] if chat else [prompt])
         ids = encode_prompt(pair.tokenizer, prompt) if chat else raw_ids(pair.tokenizer, prompt)
     demonstrated = getattr(pair.model, "demonstrations", None) is not None
     if demonstrated and user and not chat:
@@ -117,14 +123,25 @@ def _ids(pair: Pair, prompt, user: str) -> list[int]:
     return pair.encode(prompt, user) if demonstrated and user else ids
 
 
+def _room(pair: Pair) -> float:
+    """Tokens of prompt and answer that the models have positions for; inf where they have no limit."""
+    return min((most for lm in pair.language_models() if (most := positions(lm))), default=math.inf)
+
+
+def _check_characters(pair: Pair, texts: list[str]) -> None:
+    """Raises WireError for texts that have no chance to fit: a megabyte takes seconds to read."""
+    room, length = _room(pair), sum(map(len, texts))
+    if length > CHARACTERS * room:
+        raise too_long(f"the prompt has {length} characters, and the model has room for {room} tokens: shorten it")
+
+
 def _most(pair: Pair, length: int, asked: int | None) -> int:
     """How many tokens an answer to a prompt of this length may have."""
     if not length:
         raise WireError(422, "a prompt without a token has nothing to go on with", param="prompt")
     length += pair.soft
     if asked is None:
-        room = min((most for lm in pair.language_models() if (most := positions(lm))), default=length + TOKENS) - length
-        asked = max(1, min(TOKENS, room))
+        asked = max(1, min(TOKENS, _room(pair) - length))
     for lm in pair.language_models():
         try:
             check_room(lm, length, length, asked)

@@ -15,6 +15,7 @@ from pyargs.lm.tokenize import encode_prompt
 from pyargs.models.demonstrations import Demonstrations
 from pyargs.models.token_reward import TokenReward
 from pyargs.models.user_policy import UserPolicy
+from pyargs.serve import plan as plans
 from pyargs.serve.keys import Key
 from pyargs.serve.plan import TOKENS, plan
 from pyargs.serve.wire import Chat, Completion, WireError
@@ -98,6 +99,19 @@ def test_an_answer_s_length(pairs):
     assert plan(pair, completion(prompt=[5] * (most - 3))).wishes[0]["max_new_tokens"] == 3
     for body in (completion(prompt=[5] * most), completion(prompt=[5] * (most - 3), max_tokens=4)):
         with pytest.raises(WireError) as raised:
+            plan(pair, body)
+        assert (raised.value.status, raised.value.code) == (400, "context_length_exceeded")
+
+
+@pytest.mark.parametrize("name", ["personal", "none", "demonstrations"])
+def test_what_has_no_chance_to_fit_is_refused_unread(pairs, name, monkeypatch):
+    """A megabyte takes seconds to read, most of all where it holds the text of a special token again and again."""
+    pair = pairs[name]
+    text = (pair.tokenizer.eos_token * 2**20)[: 2**20]
+    monkeypatch.setattr(plans, "raw_ids", None)
+    monkeypatch.setattr(plans, "encode_prompt", None)
+    for body in (completion(prompt=text), chat(messages=messages(text)), chat(messages=messages("a" * 2**10) * 2**10)):
+        with pytest.raises(WireError, match="characters") as raised:
             plan(pair, body)
         assert (raised.value.status, raised.value.code) == (400, "context_length_exceeded")
 
