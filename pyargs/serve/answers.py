@@ -90,6 +90,7 @@ class Answers:
             if choice.reason is not None and told.answer is None:
                 self._worker.cancel(self._call, which)
             if choice.reason == "cancelled":
+                self._noted["outcome"] = "failed"
                 raise WireError(503, "the service has ended this answer: ask again", code="cancelled")
             moved[which] = choice
         return list(moved.values())

@@ -14,6 +14,7 @@ import serving
 from serving import MODEL, messages
 
 from pyargs.decode.request import numbered
+from pyargs.serve.metrics import Metrics
 from pyargs.serve.wire import CHOICES
 
 HELLO = "Hello you"
@@ -259,6 +260,19 @@ def test_an_answer_s_message_comes_back_and_the_talk_goes_on(client, alone):
     assert ask(client, messages=said, user="ann", seed=2).choices[0].message.content == want
 
 
+def test_an_answer_that_has_begun_goes_on_exactly(client, alone, service):
+    """With the white space that the model writes: what was begun and the answer are one text."""
+    tokenizer, found = service[0].engine.pair.tokenizer, []
+    for seed in range(12):
+        begun = [*messages(HELLO), {"role": "assistant", "content": "One two"}]
+        want = alone(begun, "ann", seed=numbered(seed, 0), max_new_tokens=4).tokens
+        wish = dict(messages=begun, user="ann", seed=seed, max_tokens=4)
+        found.append(ask(client, **wish).choices[0].message.content)
+        streamed = "".join(part.choices[0].delta.content or "" for part in ask(client, stream=True, **wish))
+        assert streamed == found[-1] == tokenizer.decode(want, skip_special_tokens=True)
+    assert any(text != text.lstrip() for text in found)
+
+
 def test_a_stream_is_for_no_cache_and_no_proxy_s_buffer(service):
     body = {"model": MODEL, "messages": messages(HELLO), "max_tokens": 2, "stream": True}
     told = httpx.post(f"{service[1]}/v1/chat/completions", json=body).headers
@@ -356,6 +370,35 @@ def test_a_key_sees_its_users_alone(lm_folder):
         }
         assert found == {"of-ann": 403, "of-all": 200, "none": 401}
         assert httpx.get(f"{address}/health", headers={"host": "other.example"}).status_code == 200
+
+
+def test_a_stream_that_somebody_ends_is_not_counted_as_answered(lm_folder):
+    """Whether the client closes it, or the service by refreshing its engine. The status was 200 before."""
+    counted = Metrics()
+
+    def outcomes() -> dict[str, float]:
+        (family,) = [one for one in counted.registry.collect() if one.name == "pyargs_requests"]
+        return {one.labels["outcome"]: one.value for one in family.samples if one.name.endswith("_total")}
+
+    def until(want: dict[str, float]) -> None:
+        end = time.monotonic() + 20
+        while outcomes() != want:
+            assert time.monotonic() < end, outcomes()
+            time.sleep(0.01)
+
+    with serving.service(serving.engine(lm_folder), metrics=counted) as (worker, address):
+        client = serving.client(address)
+        stream = ask(client, stream=True, max_tokens=1900)
+        next(iter(stream))
+        stream.close()
+        until({"gone": 1})
+        with pytest.raises(openai.APIError, match="ended this answer"):
+            for number, _ in enumerate(ask(client, stream=True, max_tokens=1900)):
+                if number == 3:
+                    worker.call(lambda engine: engine.refresh()).result()
+        until({"gone": 1, "failed": 1})
+        ask(client)
+        until({"gone": 1, "failed": 1, "ok": 1})
 
 
 def test_lines_and_metrics_tell_no_user_and_no_text(service, client, caplog):
