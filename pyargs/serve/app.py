@@ -190,7 +190,8 @@ async def _answer(request: Request, body: Chat | Completion, form: Form, key) ->
         raise WireError(503, "the service can compute no step: its log says why", code="engine_failed") from error
     except PyargsError as error:
         raise refused(error) from error
-    writers = [Writer(pair.tokenizer, body.stops, strip=form.chat) for _ in asked.prompts]
+    begins = form.chat and body.messages[-1].role != "assistant"  # else it goes on with a text, exactly
+    writers = [Writer(pair.tokenizer, body.stops, strip=begins, behind=() if begins else ids) for ids in asked.prompts]
     told = None
     if body.candidates_told is not None:
         make = logprobs.of_chat if form.chat else logprobs.of_completion

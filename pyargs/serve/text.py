@@ -24,16 +24,21 @@ class Text:
     cleaning spaces up. An incomplete character is held back: three tokens at most, as many as it may lack. (A tokenizer with
     byte tokens writes all of a run of them as U+FFFD where one is wrong; what was a character before that stays told.)
     A token costs the same however long the answer is: only the tokens behind the last certain text are decoded again, with
-    those of the piece before, whose end may decide how they are written.
+    those of the piece before, whose end may decide how they are written. behind: ids of a text that they go on with, if there
+    is one: some tokenizers write the first token of a text without its space.
     """
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer, behind: Sequence[int] = ()):
         self._decode = decoder(tokenizer)
         added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._special = frozenset(added.union(tokenizer.all_special_ids))
         self._ids: list[int] = []  # the last certain piece's, and those behind it
         self._told = 0  # characters of their text that have been told
         self._whole = 0  # so many of the ids end with a whole character
+        for count in range(1, 5 if behind and behind[-1] not in self._special else 1):  # until they are whole characters
+            if HALF not in (text := self._decode([*behind[-count:]])):
+                self._ids, self._told, self._whole = [*behind[-count:]], len(text), len(behind[-count:])
+                break
 
     def add(self, token: int) -> str:
         if token in self._special:
@@ -114,11 +119,11 @@ class Stripped:
 
 
 class Writer:
-    """From tokens to what a client gets of their text. strip: without white space around it, as `Answer.text`. stopped: a stop
-    string has come."""
+    """From tokens to what a client gets of their text. strip: without white space around it, as `Answer.text`. behind: ids of
+    the text that it goes on with. stopped: a stop string has come."""
 
-    def __init__(self, tokenizer, stops: Sequence[str] = (), *, strip: bool):
-        self._text, self._stops = Text(tokenizer), Stops(stops)
+    def __init__(self, tokenizer, stops: Sequence[str] = (), *, strip: bool, behind: Sequence[int] = ()):
+        self._text, self._stops = Text(tokenizer, behind), Stops(stops)
         self.length = 0  # of the text so far, that in front of a stop string included
         self._strip = Stripped().add if strip else str
 

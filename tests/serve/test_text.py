@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
@@ -62,6 +62,18 @@ def test_the_tokens_of_a_text_with_special_ones_between(name, written, data):
 def test_any_tokens_of_sentencepiece_that_are_no_bytes(ids):
     """Of bytes that are no characters all of a run change when one more comes; see `Text`."""
     assert "".join(pieces(SENTENCEPIECE, ids)) == whole(SENTENCEPIECE, ids)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(sorted(TOKENIZERS)), st.text(st.sampled_from("the cats é.\n😀日 ñ"), max_size=40), st.data())
+def test_what_goes_on_with_a_text_is_the_rest_of_it(name, written, data):
+    tokenizer = TOKENIZERS[name]
+    ids = tokenizer(written, add_special_tokens=False)["input_ids"]
+    at = data.draw(st.integers(0, len(ids)))
+    begun = whole(tokenizer, ids[:at])
+    assume(not begun.endswith("\ufffd"))
+    text = Text(tokenizer, ids[:at])
+    assert begun + "".join([*(text.add(token) for token in ids[at:]), text.rest()]) == whole(tokenizer, ids)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
