@@ -66,14 +66,20 @@ def order(seed: int) -> None:
 
 
 @contextmanager
-def stream(number: int = 0, recording: bool = False, device: int = 0, memory: bool = True) -> Iterator[None]:
-    """Calls within are queued on the stream of this number, which may be recorded as a graph, on a device that has memory."""
+def stream(number: int = 0, recording: int = 0, device: int = 0, memory: bool = True) -> Iterator[None]:
+    """Calls within are queued on the stream of this number, on a device that has memory. recording: of which they become a
+    part, by number; 0 is none."""
     choose = library().pyargs_emulate_stream
     try:
-        choose(ctypes.c_uint64(number), recording, device, memory)
+        choose(ctypes.c_uint64(number), ctypes.c_uint64(recording), device, memory)
         yield
     finally:
-        choose(ctypes.c_uint64(0), False, 0, True)
+        choose(ctypes.c_uint64(0), ctypes.c_uint64(0), 0, True)
+
+
+def destroy(recording: int) -> None:
+    """The graphs that were made of a recording are gone."""
+    library().pyargs_emulate_destroy(ctypes.c_uint64(recording))
 
 
 def tickets(rows: int) -> int | None:

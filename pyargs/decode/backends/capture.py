@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -58,22 +59,32 @@ class NoHostReads(TorchDispatchMode):
 
 def capture(step: Callable[[], None], device: torch.device) -> Callable[[], object]:
     """The step as a graph, to be replayed by a call. Raises RuntimeError where it cannot be captured; `try_out` finds most of
-    the reasons before the capture, which can leave its stream unusable when it fails midway."""
-    graph, apart, now = torch.cuda.CUDAGraph(), torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    the reasons before the capture, which can leave its stream unusable when it fails midway. By one thread at a time."""
+    graph, apart, now = torch.cuda.CUDAGraph(), _apart(device), torch.cuda.current_stream(device)
     apart.wait_stream(now)
-    with torch.cuda.stream(apart):
-        try:
-            try_out(step, device)
-        finally:
-            _forget_workspaces()
-            now.wait_stream(apart)
-        try:
-            with torch.cuda.graph(graph, stream=apart, capture_error_mode="thread_local"):
-                step()
-        finally:
-            _forget_workspaces()
+    try:
+        with torch.cuda.stream(apart):
+            try:
+                try_out(step, device)
+            finally:
+                _forget_workspaces()
+                now.wait_stream(apart)
+            try:
+                with torch.cuda.graph(graph, stream=apart, capture_error_mode="thread_local"):
+                    step()
+            finally:
+                _forget_workspaces()
+    except BaseException:
+        _apart.cache_clear()
+        raise
     now.wait_stream(apart)
     return graph.replay
+
+
+@cache
+def _apart(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all captures: each on which kernels were launched has tickets for good (csrc/kernels/cuda/tickets.h)."""
+    return torch.cuda.Stream(device)
 
 
 def _forget_workspaces() -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pyargs.decode.backends.capture import NoHostReads, capture
+from pyargs.decode.backends.capture import NoHostReads, _apart, capture
 
 aten = torch.ops.aten
 HOST = [
@@ -73,12 +74,19 @@ class Gpu:
     which cuBLAS keeps a workspace for each stream; `used` has those of each graph."""
 
     def __init__(self, patch):
-        for name in ("CUDAGraph", "Stream", "current_stream"):
+        for name in ("CUDAGraph", "current_stream"):
             patch.setattr(torch.cuda, name, lambda *a, **k: self)
+        self.streams = 0
+        patch.setattr(torch.cuda, "Stream", self.new_stream)
+        _apart.cache_clear()
         patch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
         patch.setattr(torch.cuda, "graph", self.graph)
         patch.setattr(torch._C, "_cuda_clearCublasWorkspaces", self.clear, raising=False)
         self.capturing, self.workspace, self.used = False, None, []
+
+    def new_stream(self, device) -> Gpu:
+        self.streams += 1
+        return self
 
     def wait_stream(self, other) -> None:
         assert not self.capturing
@@ -106,8 +114,9 @@ class Gpu:
 
 
 @pytest.fixture
-def gpu(monkeypatch) -> Gpu:
-    return Gpu(monkeypatch)
+def gpu(monkeypatch) -> Iterator[Gpu]:
+    yield Gpu(monkeypatch)
+    _apart.cache_clear()
 
 
 @pytest.mark.parametrize("read", [lambda x: x.item(), lambda x: bool(x > 0), lambda x: torch.unique(x), lambda x: x[x > 0]])
@@ -144,6 +153,16 @@ def test_no_graph_shares_its_workspace_and_none_stays_with_a_stream(gpu):
         capture(gpu.multiply, torch.device("cpu"))
         assert gpu.workspace is None
     assert [len(each) for each in gpu.used] == [1, 1, 1] and len(set.union({before}, *gpu.used)) == 4
+
+
+def test_captures_share_a_stream_until_one_fails(gpu):
+    for _ in range(3):
+        capture(gpu.multiply, torch.device("cpu"))
+    assert gpu.streams == 1
+    with pytest.raises(ZeroDivisionError):
+        capture(lambda: 1 / 0, torch.device("cpu"))
+    capture(gpu.multiply, torch.device("cpu"))
+    assert gpu.streams == 2
 
 
 @pytest.mark.parametrize("last", [1, 2, 3])

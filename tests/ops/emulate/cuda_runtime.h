@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <new>
 #include <string>
 #include <utility>
@@ -50,10 +51,10 @@ inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 
 namespace pyargs::emulate {
 
-// The one that is used, whether it is recorded, and whether its device has memory.
+// The one that is used, the recording that it belongs to if any, and whether its device has memory.
 struct Stream {
   unsigned long long number = 0;
-  bool recording = false;
+  unsigned long long recording = 0;
   int device = 0;
   bool memory = true;
 };
@@ -150,8 +151,13 @@ inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mo
   std::swap(*mode, capture_mode);
   return cudaSuccess;
 }
-inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  *status = pyargs::emulate::stream.recording ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+// A graph is known by the number of its recording.
+using cudaGraph_t = struct Graph*;
+inline cudaError_t cudaStreamGetCaptureInfo(cudaStream_t, cudaStreamCaptureStatus* status, unsigned long long* number,
+                                            cudaGraph_t* graph) {
+  *number = pyargs::emulate::stream.recording;
+  *graph = reinterpret_cast<cudaGraph_t>(*number);
+  *status = *number ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
 inline cudaError_t cudaStreamGetId(cudaStream_t, unsigned long long* number) {
@@ -162,6 +168,30 @@ inline cudaError_t cudaStreamGetId(cudaStream_t, unsigned long long* number) {
 inline cudaError_t cudaMalloc(void** at, size_t bytes) {
   if (capture_mode != cudaStreamCaptureModeRelaxed || !pyargs::emulate::stream.memory) return 1;
   std::memset(*at = ::operator new(bytes), 0xdd, bytes);
+  return cudaSuccess;
+}
+
+// What is called when the graphs that hold it are gone: pyargs_emulate_destroy.
+struct UserObject {
+  void* given;
+  void (*destroy)(void*);
+};
+using cudaUserObject_t = UserObject;
+using cudaHostFn_t = void (*)(void*);
+inline std::multimap<cudaGraph_t, UserObject> user_objects;
+constexpr unsigned cudaUserObjectNoDestructorSync = 1, cudaGraphUserObjectMove = 1;
+inline cudaError_t cudaUserObjectCreate(cudaUserObject_t* object, void* given, cudaHostFn_t destroy, unsigned,
+                                        unsigned) {
+  *object = {given, destroy};
+  return cudaSuccess;
+}
+inline cudaError_t cudaGraphRetainUserObject(cudaGraph_t graph, cudaUserObject_t object, unsigned, unsigned) {
+  if (!pyargs::emulate::stream.memory) return 1;
+  user_objects.emplace(graph, object);
+  return cudaSuccess;
+}
+inline cudaError_t cudaUserObjectRelease(cudaUserObject_t object, unsigned) {
+  object.destroy(object.given);
   return cudaSuccess;
 }
 

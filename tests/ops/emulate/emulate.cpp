@@ -67,12 +67,20 @@ void pyargs_emulate_order(uint64_t seed) {
 }
 
 // The stream that calls use from now on.
-void pyargs_emulate_stream(uint64_t number, bool recording, int device, bool memory) {
+void pyargs_emulate_stream(uint64_t number, uint64_t recording, int device, bool memory) {
   pyargs::emulate::stream = {number, recording, device, memory};
 }
 
 const uint32_t* pyargs_emulate_tickets(int64_t rows) {
-  return pyargs::cuda::standing_tickets(pyargs::emulate::stream.device, nullptr, rows);
+  const auto handle = reinterpret_cast<cudaStream_t>(pyargs::emulate::stream.number);
+  return pyargs::cuda::standing_tickets(pyargs::emulate::stream.device, handle, rows);
+}
+
+// The graphs of a recording are gone.
+void pyargs_emulate_destroy(uint64_t recording) {
+  const auto [first, last] = user_objects.equal_range(reinterpret_cast<cudaGraph_t>(recording));
+  for (auto one = first; one != last; ++one) one->second.destroy(one->second.given);
+  user_objects.erase(first, last);
 }
 
 // The functions of launch.h, with a workspace of garbage as a device would give one.
