@@ -6,7 +6,7 @@ import logging
 import threading
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -17,7 +17,7 @@ from pyargs.decode.adjust import adjusted
 from pyargs.decode.answer import Answer, Event, Ticket
 from pyargs.decode.backends import cuda_graph
 from pyargs.decode.pair import check_pair, known_wishes, load_pair
-from pyargs.decode.request import Request, integer, numbered, seeds, weights
+from pyargs.decode.request import Request, integer
 from pyargs.decode.rows import Choice
 from pyargs.decode.scheduler import Scheduler
 from pyargs.decode.steps import Steps
@@ -26,7 +26,7 @@ from pyargs.lm.forward import border
 from pyargs.lm.structure import Watch, asked_backend, unwrapped
 from pyargs.models.reward_model import RewardModel
 from pyargs.progress import progress_bar
-from pyargs.user_ids import user_id, user_ids
+from pyargs.user_ids import user_id
 
 log = logging.getLogger("pyargs")
 
@@ -105,24 +105,7 @@ class Engine:
         its number. progress: the name of a progress bar. wish: the other arguments of `submit`.
         Raises PyargsError for what `submit` refuses, before anything is computed, and where nothing could be chosen.
         """
-        if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
-            raise PyargsError(f"prompts is a list with one prompt for each answer, got {prompts!r:.60}: write [prompt]")
-        prompts, wish = list(prompts), known_wishes(wish)
-        users = [""] * len(prompts) if users is None else user_ids(users)
-        if len(prompts) != len(users):
-            raise PyargsError(f"{len(prompts)} prompts but {len(users)} users: name one user for each prompt")
-        raw, strong = (
-            None if one is None else weights(one, len(prompts), name).expand(len(prompts)).tolist()
-            for name, one in (("reward_weight", reward_weight), ("strength", strength))
-        )
-        given = seeds(seed, len(prompts))
-        own = (
-            given if isinstance(given, list) else [given if given is None else numbered(given, i) for i in range(len(prompts))]
-        )
-        requests = [
-            self.pair.request(prompt, user, reward_weight=raw and raw[i], strength=strong and strong[i], seed=own[i], **wish)
-            for i, (prompt, user) in enumerate(zip(prompts, users, strict=True))
-        ]
+        requests = self.pair.requests(prompts, users, strength=strength, reward_weight=reward_weight, seed=seed, **wish)
         # Prompts that begin alike, as with one user's demonstrations, are neighbours: the CPU stack reads that part once.
         left, mine = deque(sorted(enumerate(requests), key=lambda one: one[1].prompt)), {}
         found: list[Answer | None] = [None] * len(requests)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pyargs.decode.adjust import Adjust
-from pyargs.decode.request import SEEDS, Request, check_room, ids_of, integer, number, stop_tokens, weights
+from pyargs.decode.request import SEEDS, Request, check_room, ids_of, integer, number, numbered, seeds, stop_tokens, weights
 from pyargs.errors import PyargsError, UnknownUser, did_you_mean
 from pyargs.lm.loading import load_lm, same_tokenizer
 from pyargs.lm.structure import unwrapped
@@ -23,6 +23,7 @@ from pyargs.models.reward_model import RewardModel
 from pyargs.models.token_reward import TokenReward
 from pyargs.models.user_policy import UserPolicy
 from pyargs.ops.topk_logprobs import MAX_K
+from pyargs.user_ids import user_ids
 
 
 def load_pair(policy, model, *, dtype="float32", backbone: str | None = None):
@@ -183,6 +184,27 @@ class Pair:
             logprobs=integer("logprobs", logprobs, 0, min(MAX_K, self.vocabulary)),
             adjust=adjust,
         )
+
+    def requests(self, prompts, users=None, *, strength=None, reward_weight=None, seed=None, **wish) -> list[Request]:
+        """A request for each prompt, from the arguments of `Engine.generate`."""
+        if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
+            raise PyargsError(f"prompts is a list with one prompt for each answer, got {prompts!r:.60}: write [prompt]")
+        prompts, wish = list(prompts), known_wishes(wish)
+        users = [""] * len(prompts) if users is None else user_ids(users)
+        if len(prompts) != len(users):
+            raise PyargsError(f"{len(prompts)} prompts but {len(users)} users: name one user for each prompt")
+        raw, strong = (
+            None if one is None else weights(one, len(prompts), name).expand(len(prompts)).tolist()
+            for name, one in (("reward_weight", reward_weight), ("strength", strength))
+        )
+        given = seeds(seed, len(prompts))
+        own = (
+            given if isinstance(given, list) else [given if given is None else numbered(given, i) for i in range(len(prompts))]
+        )
+        return [
+            self.request(prompt, user, reward_weight=raw and raw[i], strength=strong and strong[i], seed=own[i], **wish)
+            for i, (prompt, user) in enumerate(zip(prompts, users, strict=True))
+        ]
 
     def _candidates(self, asked: int | str | None) -> int | None:
         if not self.guided:
