@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 OPTIONAL = (
-    *("bert_score", "bm25s", "fastapi", "matplotlib", "prometheus_client", "pydantic", "requests", "rich"),
+    *("bert_score", "bm25s", "fastapi", "lm_eval", "matplotlib", "prometheus_client", "pydantic", "requests", "rich"),
     *("sentence_transformers", "sklearn", "uvicorn"),
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,19 +140,26 @@ class RewardModel(nn.Module):
     @torch.no_grad()
     def score(self, groups, users) -> list[Tensor]:
         """Rewards of responses given as ids: groups [(prompt ids, [response ids])], one user each -> [responses] for each."""
+        return [torch.stack([self.rewards(one)[0, 0].cpu() for one in several]) for several in self._responses(groups, users)]
+
+    @torch.no_grad()
+    def step_sums(self, groups, users) -> list[Tensor]:
+        """Sums of what a decoder would add at each token of responses, float64, for groups and users as of `score`."""
+        sums = lambda batch: self.step_rewards(batch)[0, 0].double().sum().cpu()  # noqa: E731
+        return [torch.stack([sums(one) for one in several]) for several in self._responses(groups, users)]
+
+    def _responses(self, groups, users) -> Iterator[list[Batch]]:
+        """Each response of each group as a pair of one response."""
         if self.separate_prompt:
             groups = [([], [prompt, *several]) for prompt, several in groups]
-        found = []
         for row, states in zip(self.users.rows(users).tolist(), response_states(self.backbone, groups), strict=True):
             prompt = states.pop(0)[-1:].to(self.device) if self.separate_prompt else None
-            rewards = []
-            for state in states:  # each as a pair of one response
+            user, batches = torch.tensor([row], device=self.device), []
+            for state in states:
                 hidden = state.to(self.device)[None, None]
                 mask = torch.ones(hidden.shape[:3], dtype=torch.bool, device=self.device)
-                batch = Batch(hidden, mask, torch.tensor([row], device=self.device), prompt=prompt)
-                rewards.append(self.rewards(batch)[0, 0].cpu())
-            found.append(torch.stack(rewards))
-        return found
+                batches.append(Batch(hidden, mask, user, prompt=prompt))
+            yield batches
 
     def merge(self) -> RewardModel:
         """Adds LoRA to the weights for decoding (`lora.merge`); returns self."""

@@ -63,6 +63,10 @@ class TokenReward(nn.Module):
         """Rewards of responses given as ids: groups [(prompt ids, [response ids])] -> [responses] for each. No user counts."""
         return [torch.stack([one.sum() for one in several]) for several in response_logprobs(self.lm, groups)]
 
+    def step_sums(self, groups, users) -> list[Tensor]:
+        """Sums of what a decoder would add at each token of responses, float64, for groups and users as of `score`."""
+        return [torch.stack([one.double().sum() for one in several]) for several in response_logprobs(self.lm, groups)]
+
     def merge(self) -> TokenReward:
         """Adds LoRA to the weights for decoding (`lora.merge`); returns self."""
         lora.merge(self.backbone)
