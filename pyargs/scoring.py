@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from os.path import commonprefix
 from pathlib import Path
 
 import torch
@@ -22,21 +23,26 @@ from pyargs.lm.forward import Sequences, batches, packed_states, plain_output_la
 from pyargs.lm.loading import fingerprint
 from pyargs.lm.stack import keep, run
 from pyargs.lm.structure import as_written, contents, may_replace, structure, unwrapped
-from pyargs.lm.tokenize import encode_prompt, encode_response
+from pyargs.lm.tokenize import encode_closed, encode_prompt, encode_response, shorten
 from pyargs.ops import topk_logprobs
 from pyargs.ops.library import has_extension
 from pyargs.progress import progress_bar
 from pyargs.types import Features
 
 
-def encode_pairs(tokenizer, dataset, max_length: int | None, *, stop=False, separate_prompt=False, render=None):
+def encode_pairs(
+    tokenizer, dataset, max_length: int | None, *, stop=False, separate_prompt=False, closed=False, pad=None, render=None
+):
     """The dataset's pairs as (prompt ids, [response ids]) with every distinct prompt and response once.
 
     stop: responses end with the tokenizer's end token, for models that learn to stop. separate_prompt: the prompt is no prefix
-    but the first of the responses, each of which then sees only itself. render(prompt, user, max_tokens): prompt ids
-    that depend on the user (demonstrations); without it `encode_prompt`.
+    but the first of the responses, each of which then sees only itself. closed: whole conversations (`encode_closed`) up to
+    their last token that is not `pad`; what those of a prompt begin with alike is their group's prompt. render(prompt, user,
+    max_tokens): prompt ids that depend on the user (demonstrations); without it `encode_prompt`.
     Returns groups and, for each pair, the numbers (group, chosen, rejected) of its responses within the group.
     """
+    if closed:
+        return _closed_pairs(tokenizer, dataset, max_length, pad)
     texts: dict[str, list[int]] = {}
     full: dict[tuple, list[int]] = {}
     numbers: dict[tuple, int] = {}
@@ -75,18 +81,47 @@ def encode_pairs(tokenizer, dataset, max_length: int | None, *, stop=False, sepa
     return encoded, pairs
 
 
-def features(
-    decoder, tokenizer, dataset, *, max_length: int | None = 512, last=False, separate_prompt=False, cache=True
-) -> Features:
+def _closed_pairs(tokenizer, dataset, max_length: int | None, pad: int | None):
+    groups: dict[str, dict[tuple[int, ...], int]] = {}  # by the prompt as it is read: its conversations and their numbers
+    pairs = []
+    for row in dataset:
+        messages, alone = shorten(tokenizer, row["prompt"])
+        sides = [encode_closed(tokenizer, messages, row[side]) for side in ("chosen", "rejected")]
+        if max_length is not None and (longest := max(map(len, sides))) > max_length:
+            messages, _ = shorten(tokenizer, row["prompt"], max_length - longest + len(alone))
+            sides = [encode_closed(tokenizer, messages, row[side]) for side in ("chosen", "rejected")]
+        key = json.dumps(messages)
+        several = groups.setdefault(key, {})
+        pairs.append((key, *(several.setdefault(tuple(before_pad(ids, pad)), len(several)) for ids in sides)))
+    number = {key: place for place, key in enumerate(groups)}
+    encoded = []
+    for several in groups.values():
+        shared = commonprefix([ids[:-1] for ids in several])
+        encoded.append((list(shared), [list(ids[len(shared) :]) for ids in several]))
+    return encoded, [(number[key], *sides) for key, *sides in pairs]
+
+
+def before_pad(ids: Sequence[int], pad: int | None) -> Sequence[int]:
+    """A text up to its last token that is not `pad`, where transformers' classifiers read their score. Raises PyargsError for
+    a text of padding alone."""
+    end = len(ids)
+    while pad is not None and end and ids[end - 1] == pad:
+        end -= 1
+    if not end:
+        raise PyargsError("a conversation has no token but padding: there is nothing to score")
+    return ids[:end]
+
+
+def features(decoder, tokenizer, dataset, *, max_length: int | None = 512, last=False, cache=True, **form) -> Features:
     """Hidden states of all responses of a dataset under a frozen backbone.
 
     They are kept in the user's cache under a hash of the weights and of the token ids, so the same pairs are computed
-    once. last: only the last token of each response; separate_prompt: as in `encode_pairs`. Nothing is cached for a backbone
-    with LoRA, which belongs to one experiment.
+    once. last: only the last token of each response; form (separate_prompt; closed, pad): as for `encode_pairs`. Nothing is
+    cached for a backbone with LoRA, which belongs to one experiment.
     """
     if not len(dataset):
         raise PyargsError("no pairs to compute features of: the split is empty")
-    encoded, pairs = encode_pairs(tokenizer, dataset, max_length, separate_prompt=separate_prompt)
+    encoded, pairs = encode_pairs(tokenizer, dataset, max_length, **form)
 
     def compute() -> dict[str, Tensor]:
         states = [state[-1:] if last else state for several in response_states(decoder, encoded) for state in several]
@@ -94,7 +129,7 @@ def features(
 
     stored = _cached("features", decoder, [encoded, last], compute) if cache else compute()
     first, chosen, rejected = _numbered(encoded, pairs)
-    prompt = torch.tensor([first[group] for group, *_ in pairs], device="cpu") if separate_prompt else None
+    prompt = torch.tensor([first[group] for group, *_ in pairs], device="cpu") if form.get("separate_prompt") else None
     return Features(stored["hidden"], stored["offsets"], chosen, rejected, list(dataset["user_id"]), prompt)
 
 

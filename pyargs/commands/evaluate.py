@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> dict:
             # What a method made of the policy must not judge its own fluency.
             judge = policy if args.policy else load_lm(args.backbone or config["backbone"], dtype=config["dtype"])[0]
             values |= _generations(args, model, judge, rows, tuned)
-    result = Result("evaluate", values, key["config"], inputs, files.provenance(model.about["fields"]["seed"])).json()
+    result = Result("evaluate", values, key["config"], inputs, files.provenance(model.about["fields"].get("seed"))).json()
     files.write_json(args.out, result)
     files.record(args.out, key)
     return result

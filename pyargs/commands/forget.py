@@ -24,5 +24,9 @@ def run(args: argparse.Namespace) -> dict:
     forget(model, args.users)
     model.save_pretrained(args.out)
     return files.record(
-        args.out, key, out=args.out, users=len(model.known_users), provenance=files.provenance(model.about["fields"]["seed"])
+        args.out,
+        key,
+        out=args.out,
+        users=len(model.known_users),
+        provenance=files.provenance(model.about["fields"].get("seed")),
     )

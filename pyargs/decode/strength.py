@@ -38,7 +38,7 @@ def known(policy: nn.Module, model) -> float | None:
     Raises PyargsError for a model that carries no reward_std at all.
     """
     carried = model.about.get("reward_std")
-    if not carried:
+    if carried is None:
         raise PyargsError(
             "this model carries no reward_std, the unit of strength: give reward_weight (of `pyargs tune`, say), or train it "
             "with `pyargs train`"

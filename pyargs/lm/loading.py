@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -22,24 +23,46 @@ def load_lm(name: str, *, dtype: torch.dtype | str = torch.float32, device: str 
     local folder, or a hub name.
     dtype: float32 by default, since on CPUs it is the exact and often the faster choice; pass "bfloat16" on GPUs.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+    from transformers import AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kinds = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
+    return _loaded(
+        name,
+        AutoModelForCausalLM,
+        lambda kind: kind in kinds or kind.endswith(("ForCausalLM", "LMHeadModel", "Model")),
+        "whose head would be dropped without a word. Fix: give a causal language model",
+        dtype,
+        device,
+    )
+
+
+def load_classifier(name: str, *, dtype: torch.dtype | str = torch.float32, device: str | torch.device | None = None):
+    """A sequence classifier (AutoModelForSequenceClassification), in eval mode, and its tokenizer; as `load_lm`."""
+    from transformers import AutoModelForSequenceClassification
+
+    fits = lambda kind: kind.endswith("ForSequenceClassification")  # noqa: E731
+    why = "which is no sequence classifier, so that its score layer would be random. Fix: give a reward model of that kind"
+    return _loaded(name, AutoModelForSequenceClassification, fits, why, dtype, device)
+
+
+def _loaded(name: str, auto, fits: Callable[[str], bool], why: str, dtype, device):
+    """A model by one of transformers' Auto classes, and its tokenizer. fits: whether it may be of a kind that its config
+    names; why: what is wrong with others."""
+    from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
     path, dtype = resolve(name), torch_dtype(dtype)
     if not isinstance(path, Path) and (str(path).count("/") > 1 or str(path)[:1] in ("/", ".", "~", "")):
         raise PyargsError(f"cannot load the model '{name}': there is no such folder")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
         for kind in getattr(config, "architectures", None) or []:
-            if kind not in causal and not kind.endswith(("ForCausalLM", "LMHeadModel", "Model")):
-                raise PyargsError(
-                    f"its weights are a {kind}, whose head would be dropped without a word. Fix: give a causal language model"
-                )
+            if not fits(kind):
+                raise PyargsError(f"its weights are a {kind}, {why}")
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if not isinstance(tokenizer, PreTrainedTokenizerBase):  # RAG's two, say
             raise PyargsError(f"its {type(tokenizer).__name__} is no tokenizer of a language model")
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = auto.from_pretrained(
             path, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:  # a damaged folder fails anywhere within transformers

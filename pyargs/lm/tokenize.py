@@ -66,6 +66,37 @@ def encode_response(tokenizer, text: str) -> list[int]:
     return ids
 
 
+def encode_closed(tokenizer, prompt: str | list[dict], response: str) -> list[int]:
+    """Ids of a whole conversation as the chat template closes it behind the response, without a generation prompt: what a
+    sequence classifier was trained on. Without a template the response stands behind the prompt as it is.
+
+    An assistant's last turn is what the response goes on with. Control tokens come from the template alone, as in
+    `encode_prompt`.
+    """
+    messages = as_messages(prompt)
+    if not tokenizer.chat_template:
+        return [*_template(tokenizer, messages), *encode_response(tokenizer, response)]
+    encode_response(tokenizer, response)  # refuses what is none
+    begun = messages.pop()["content"] if messages[-1]["role"] == "assistant" else ""
+    return _template(tokenizer, [*messages, {"role": "assistant", "content": begun + response}], closed=True)
+
+
+def closing(tokenizer) -> list[int]:
+    """Ids that the chat template writes behind a response. Raises PyargsError for a template that also writes something in
+    front of it, which no generation prompt has."""
+    if not tokenizer.chat_template:
+        return []
+    turns = [{"role": "user", "content": "a"}]
+    begun = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    whole = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": "a"}], tokenize=False)
+    if not whole.startswith(f"{begun}a"):
+        raise PyargsError(
+            "this model's chat template writes a response otherwise than behind its generation prompt, so that ids of a "
+            "prompt and a response make no conversation: rank texts (pair_scores), or give its tokenizer another chat_template"
+        )
+    return tokenizer(whole[len(begun) + 1 :], add_special_tokens=False)["input_ids"]
+
+
 def as_messages(prompt: str | list[dict]) -> list[dict]:
     """The prompt as messages. Raises PyargsError for none, an unknown role, a content that is not a str, another field."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -98,20 +129,21 @@ def text_ids(tokenizer, text: str) -> list[int]:
     return _ids(tokenizer, [text], "".join)
 
 
-def _template(tokenizer, messages: list[dict]) -> list[int]:
+def _template(tokenizer, messages: list[dict], closed: bool = False) -> list[int]:
+    """closed: without a generation prompt, the last turn is complete."""
     if not tokenizer.chat_template:
         # A base model: the turns as they are. The tokenizer adds its own start token if it has one.
         ids = _ids(tokenizer, [message["content"] for message in messages], "\n".join, add_special_tokens=True)
         if not ids:
             raise PyargsError("the prompt has no tokens: a model without a chat template needs a text to go on with")
         return ids
-    goes_on = messages[-1]["role"] == "assistant"
+    goes_on = messages[-1]["role"] == "assistant" and not closed
 
     def render(contents: list[str]) -> str:
         filled = [message | {"content": content} for message, content in zip(messages, contents, strict=True)]
         try:
             return tokenizer.apply_chat_template(
-                filled, add_generation_prompt=not goes_on, continue_final_message=goes_on, tokenize=False
+                filled, add_generation_prompt=not (goes_on or closed), continue_final_message=goes_on, tokenize=False
             )
         except Exception as error:  # whatever the template raises, as most do for an order of roles that they do not know
             turns = ", ".join(message["role"] for message in messages)

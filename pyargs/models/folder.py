@@ -14,7 +14,7 @@ from pyargs.errors import PyargsError
 from pyargs.files import read_json, read_tensors, settle, write_json, writing
 from pyargs.lm import lora
 from pyargs.lm.inert import PICKLED
-from pyargs.lm.loading import default_device, fingerprint, load_lm, torch_dtype
+from pyargs.lm.loading import default_device, fingerprint, load_classifier, load_lm, torch_dtype
 from pyargs.types import Users
 
 KINDS = {
@@ -31,6 +31,8 @@ ABOUT = {
     "method": str,
     "fields": dict,
     "max_length": int | None,
+    "closed": bool,  # of a reward_model; folders of before lack it
+    "labels": list[str],
     "trained": int,
     "adapted": list[str],
     "reward_std": dict[str, float],  # by fingerprint of a policy's decoder
@@ -148,7 +150,8 @@ def load_backbone(
             config["backbone"] = str(backbone)
         check_kinds(config, {"backbone": str, "dtype": str}, f"{folder}/config.json")
         try:
-            lm, tokenizer = load_lm(config["backbone"], dtype=config["dtype"], device=device)
+            load = load_classifier if config.get("closed") else load_lm
+            lm, tokenizer = load(config["backbone"], dtype=config["dtype"], device=device)
         except PyargsError as error:
             raise PyargsError(
                 f"the backbone of {folder}: {error}. If it was moved, say where it is: backbone=PATH of load_model, or "

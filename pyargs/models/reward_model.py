@@ -15,12 +15,14 @@ from pyargs.errors import PyargsError, described
 from pyargs.files import read_tensors
 from pyargs.lm import lora
 from pyargs.lm.forward import packed_states, spans
-from pyargs.lm.tokenize import Packed
+from pyargs.lm.tokenize import Packed, closing
 from pyargs.models import folder as folders
-from pyargs.scoring import encode_pairs, features, response_states
+from pyargs.scoring import before_pad, encode_pairs, features, response_states
 from pyargs.types import Batch, Features, Users
 
-SAVED = {"pool": "pool", "step_reward": "step_reward", "whole": "needs_all_tokens", "apart": "separate_prompt"}
+SAVED = {
+    "pool": "pool", "step_reward": "step_reward", "whole": "needs_all_tokens", "apart": "separate_prompt", "closed": "closed",
+}  # fmt: skip
 """Names in config.json, and the fields that they are."""
 
 
@@ -34,6 +36,9 @@ class RewardModel(nn.Module):
     "prefix_mean" (the mean over the response so far).
     needs_all_tokens: training reads the states of all tokens even though the reward is the last one's (PAL).
     separate_prompt: the prompt and each response are read alone, and the head is given the prompt's last state (PAL-B).
+    closed: sequence rewards are read off the whole conversation, which the chat template closes behind the response, at its
+    last token that is no padding, as transformers' sequence classifiers do. A decoder reads candidates behind the generation
+    prompt.
     about: JSON of how it was made (method, its fields, max_length, reward_std ...); saved with the model.
     """
 
@@ -47,6 +52,7 @@ class RewardModel(nn.Module):
         step_reward: str = "token",
         needs_all_tokens: bool = False,
         separate_prompt: bool = False,
+        closed: bool = False,
         about: dict | None = None,
     ):
         super().__init__()
@@ -54,8 +60,10 @@ class RewardModel(nn.Module):
             raise PyargsError(f"pool is 'last', 'mean' or 'hidden', not '{pool}'")
         if step_reward not in ("token", "prefix_mean") or (step_reward == "prefix_mean" and pool != "mean"):
             raise PyargsError(f"step_reward='{step_reward}' with pool='{pool}': only 'mean' knows 'prefix_mean'")
+        if closed and (pool != "last" or separate_prompt):
+            raise PyargsError("a closed conversation has one reward, its last token's: closed goes with pool='last' alone")
         self.backbone, self.tokenizer, self.head = backbone, tokenizer, head
-        self.pool, self.step_reward, self.separate_prompt = pool, step_reward, separate_prompt
+        self.pool, self.step_reward, self.separate_prompt, self.closed = pool, step_reward, separate_prompt, closed
         self.needs_all_tokens = needs_all_tokens or pool != "last"
         self.about = dict(about or {})
 
@@ -74,13 +82,20 @@ class RewardModel(nn.Module):
 
     def read(self, rows) -> Features:
         """Hidden states of a dataset's pairs under the backbone as it is now."""
-        length = self.about.get("max_length")
-        form = dict(last=not self.needs_all_tokens, separate_prompt=self.separate_prompt)
-        return features(self.backbone, self.tokenizer, rows, max_length=length, **form)
+        form = dict(last=not self.needs_all_tokens, **self._form(self.closed))
+        return features(self.backbone, self.tokenizer, rows, max_length=self.about.get("max_length"), **form)
 
     def encode(self, rows):
         """A dataset's pairs as token ids: `scoring.encode_pairs` in the form that this model reads."""
-        return encode_pairs(self.tokenizer, rows, self.about.get("max_length"), separate_prompt=self.separate_prompt)
+        return encode_pairs(self.tokenizer, rows, self.about.get("max_length"), **self._form(self.closed))
+
+    def _form(self, closed: bool) -> dict:
+        return dict(closed=True, pad=self._pad) if closed else dict(separate_prompt=self.separate_prompt)
+
+    @property
+    def _pad(self) -> int | None:
+        """What transformers' classifiers leave out behind a conversation."""
+        return self.backbone.config.get_text_config(decoder=True).pad_token_id
 
     def forward(self, chosen: Tensor, rejected: Tensor, user: Tensor, pair: Tensor | None = None, **packed) -> Batch:
         """Hidden states of pairs: `packed` are the fields of a Packed, chosen and rejected int64 [N] number its responses."""
@@ -127,8 +142,12 @@ class RewardModel(nn.Module):
     @torch.no_grad()
     def pair_scores(self, rows) -> tuple[Tensor, Tensor]:
         """For each pair: sums of what a decoder would add at each token, float64 [N, 2], and sequence rewards [N, 2]."""
-        length = self.about.get("max_length")
-        states = features(self.backbone, self.tokenizer, rows, max_length=length, separate_prompt=self.separate_prompt)
+        steps, rewards = self._scored(rows, closed=False)
+        return steps, self._scored(rows, closed=True)[1] if self.closed else rewards
+
+    def _scored(self, rows, closed: bool) -> tuple[Tensor, Tensor]:
+        form = dict(last=closed, **self._form(closed))
+        states = features(self.backbone, self.tokenizer, rows, max_length=self.about.get("max_length"), **form)
         user = self.users.rows(states.users)
         reward, steps = [], []
         for part in torch.arange(len(states), device="cpu").split(256):
@@ -140,6 +159,9 @@ class RewardModel(nn.Module):
     @torch.no_grad()
     def score(self, groups, users) -> list[Tensor]:
         """Rewards of responses given as ids: groups [(prompt ids, [response ids])], one user each -> [responses] for each."""
+        if self.closed:
+            end = closing(self.tokenizer)
+            groups = [(prompt, [before_pad([*one, *end], self._pad) for one in several]) for prompt, several in groups]
         return [torch.stack([self.rewards(one)[0, 0].cpu() for one in several]) for several in self._responses(groups, users)]
 
     @torch.no_grad()
@@ -196,13 +218,39 @@ class RewardModel(nn.Module):
             folder, config, backbone=backbone, tokenizer=tokenizer, dtype=dtype, device=device
         )
         head = _load_head(folder, config)
-        fields = {field: config[name] for name, field in SAVED.items()}
+        fields = {field: config.get(name, False) for name, field in SAVED.items()}  # older folders do not have all
         model = cls(backbone, tokenizer, head, **fields, about=folders.about(config, "head", *SAVED))
         head.load_state_dict({**head.state_dict(), **folders.load_shared(folder, model._shared())})
         model.to(folders.device_or_default(device)).eval()
         with described(f"{folder}: head, users and backbone do not fit each other"):
             model._try()
         return model
+
+    @classmethod
+    def from_sequence_classifier(
+        cls,
+        name_or_model: str | Path | nn.Module,
+        tokenizer=None,
+        *,
+        users: Mapping[str, Mapping[str, float]] | None = None,
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
+    ):
+        """A reward model that exists: an `AutoModelForSequenceClassification` of a decoder family, with its own score layer.
+
+        name_or_model: a local folder, a hub name (safetensors alone, no code of theirs), or the classifier itself, which then
+        needs its tokenizer and keeps its dtype and device. With one label it is a reward for everyone.
+        users: by user id the weights of the labels by their names, 0 for those that are left out, negative for those that the
+        user dislikes; by default each of several labels is a user of its own name. More users may come later, with
+        `model.users.append(ids, mixture=[[a weight for each of model.about["labels"]]])`.
+        Sequence rewards, as for RM accuracy, are the classifier's own outputs for whole conversations in its chat template.
+        Raises PyargsError for encoders, score layers that are more than one matrix, labels that are not there, and labels that
+        mean something only beside each other (single_label_classification) where a user's weights do not sum to 0.
+        """
+        from pyargs.models import sequence_classifier
+
+        parts = sequence_classifier.parts(name_or_model, tokenizer, users, dtype=dtype, device=device)
+        return cls(*parts[:3], closed=True, about=parts[3]).eval()
 
     @torch.no_grad()
     def _try(self) -> None:

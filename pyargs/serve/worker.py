@@ -87,7 +87,7 @@ class Worker:
         self._calls: queue.SimpleQueue = queue.SimpleQueue()
         self._asked: dict[int, tuple[Call, int, float]] = {}  # by the engine's number; only the thread reads it
         if engine.pair.guided:
-            if engine.pair.model.about.get("reward_std"):
+            if engine.pair.model.about.get("reward_std") is not None:
                 engine.raw_weight(1.0)  # measures it where it is not known for this policy
             add_nobody(engine.pair.model.users)
         self._thread = threading.Thread(target=self._run, name="pyargs-serve", daemon=True)

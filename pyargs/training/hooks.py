@@ -84,6 +84,11 @@ def method_of(model, given: str | None):
     if given is not None:
         return method(given)
     name = model.about.get("method")
+    if "labels" in model.about:
+        raise PyargsError(
+            "a sequence classifier learns no users from pairs: name a user's weights of its labels "
+            f"({', '.join(model.about['labels'])}), as RewardModel.from_sequence_classifier says, or name a method=PATH"
+        )
     if not isinstance(name, str) or name.endswith(".py"):
         raise PyargsError(
             f"this model was made by the file {name}, and a file that a model names is not run. Fix: if you trust that file, "
