@@ -72,7 +72,7 @@ class UserStore:
     def __init__(self, path: str | Path, model: str):
         self.path, self.model, self._lock = Path(path), model, threading.RLock()
         with explained(f"{self.path} cannot be opened"):
-            os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))  # texts of users: nobody else reads them
+            os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
         try:
             with self._explained():
                 self._database = sqlite3.connect(self.path, timeout=0, isolation_level=None, check_same_thread=False)
@@ -89,6 +89,10 @@ class UserStore:
         if (owner, version) != (APPLICATION, VERSION) and (owner or tables):
             what = f"of version {version}, this pyargs reads {VERSION}" if owner == APPLICATION else "of another program"
             raise PyargsError(f"{self.path} is a database {what}. Fix: name another file for the users")
+        with explained(f"{self.path} cannot be kept from others"):  # it holds texts of users
+            for end in ("", "-wal", "-shm"):
+                if (file := Path(f"{self.path}{end}")).exists():
+                    file.chmod(0o600)  # what SQLite makes later has the mode of the first
         self._ask(f"PRAGMA page_size = {PAGE}")
         if self._ask("PRAGMA journal_mode = WAL") != [("wal",)]:
             raise PyargsError(f"{self.path}: this file system has no write-ahead log. Fix: put the file on a local disk")

@@ -171,16 +171,37 @@ def test_what_is_no_store_is_refused_and_left_alone(tmp_path):
     database.close()
     for file, why in ((text, "cannot be used"), (other, "of another program"), (later, "of version 7, this pyargs reads 1")):
         before = file.read_bytes()
+        file.chmod(0o640)
         with pytest.raises(PyargsError, match=f"{file}.*{why}.*Fix:"):
             UserStore(file, "a model")
-        assert file.read_bytes() == before
+        assert file.read_bytes() == before and file.stat().st_mode & 0o777 == 0o640
     with pytest.raises(PyargsError, match="cannot be opened"):
         UserStore(tmp_path / "no" / "folder", "a model")
 
 
-def test_only_the_owner_reads_the_file(store, path):
+def test_only_the_owner_reads_the_files(store, path):
+    """Also of a store that came with a looser mode, as from a copy, or was killed with its log beside it."""
+
+    def modes() -> set[int]:
+        return {file.stat().st_mode & 0o777 for file in path.parent.glob("users.sqlite*")}
+
     store.add("ann", [pair("a")], MOST)
-    assert {file.stat().st_mode & 0o777 for file in path.parent.glob("users.sqlite*")} == {0o600}
+    assert modes() == {0o600}
+    store.close()
+    code = """
+import os, sys
+from pyargs.serve.store import UserStore
+UserStore(sys.argv[1], "a model").add("bob", [{"chosen": "b"}], 10)
+os._exit(9)
+"""
+    assert run(code, path).wait() == 9
+    Path(f"{path}-shm").touch()
+    for file in path.parent.glob("users.sqlite*"):
+        file.chmod(0o644)
+    again = UserStore(path, "a model")
+    again.add("ann", [pair("a")], MOST)
+    assert modes() == {0o600} and Path(f"{path}-wal").exists()
+    again.close()
 
 
 # -- killed ------------------------------------------------------------------------------------------------------------
