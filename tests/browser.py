@@ -33,6 +33,7 @@ class Service:
 
     def __init__(self):
         self.users = ["ann", "bob", "cid"]
+        self.fields, self.needs_user, self.keeps = ["strength", "reward_weight", "num_candidates", "min_p"], False, True
         self.asked: list[dict] = []
         self.pairs: dict[str, list[dict]] = {}
         self.adapted: set[str] = set()
@@ -65,13 +66,13 @@ class Service:
 
         @app.get("/v1/models")
         def models():
-            return {"data": [{"id": "tiny"}]}
+            return {"data": [{"id": "tiny", "pyargs": {"fields": self.fields, "needs_user": self.needs_user}}]}
 
         @app.get("/v1/users")
         def users():
             told = [{"id": user, "source": "model", "adapted": None} for user in self.users]
             told += [{"id": user, "source": "pairs", "adapted": 1.0 if user in self.adapted else None} for user in self.pairs]
-            return {"data": told, "has_more": False}
+            return {"data": told, "has_more": False, "keeps": self.keeps}
 
         @app.post("/v1/users/{user:path}/pairs", status_code=202)
         async def pairs(user: str, request: Request):

@@ -12,7 +12,7 @@ from pyargs.errors import PyargsError, extra
 from pyargs.serve import logprobs, page
 from pyargs.serve.answers import Answers, Choice, chunks, whole
 from pyargs.serve.metrics import Metrics, Noted
-from pyargs.serve.plan import plan, refused
+from pyargs.serve.plan import plan, refused, takes
 from pyargs.serve.text import Writer
 from pyargs.serve.wire import Chat, Completion, Form, WireError, of_validation
 from pyargs.serve.worker import Broken, Full, Worker
@@ -160,7 +160,8 @@ async def metrics(request: Request, key: Asker) -> Response:
 
 
 def _model(app: FastAPI) -> dict:
-    return {"id": app.state.model, "object": "model", "created": 0, "owned_by": "pyargs"}
+    ours = takes(app.state.worker.engine.pair)
+    return {"id": app.state.model, "object": "model", "created": 0, "owned_by": "pyargs", "pyargs": ours}
 
 
 def _check_model(app: FastAPI, name: str) -> None:

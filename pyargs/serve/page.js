@@ -62,13 +62,19 @@ async function stream(body, signal, take) {
 // -- users ------------------------------------------------------------------------------------------------------------
 
 let model, users = [];
+let ours = { fields: [], needs_user: false };  // what a call may say beside OpenAI's fields
 const picked = new Set([""]);  // "" is "unguided"
+const weight = () => ["strength", "reward_weight"].find((field) => ours.fields.includes(field));
 
 async function load() {
   at("error").textContent = "";
   try {
-    model = (await (await call("/v1/models")).json()).data[0].id;
+    ({ id: model, pyargs: ours } = (await (await call("/v1/models")).json()).data[0]);
     at("model").textContent = `Served here: ${model}`;
+    at("weight").hidden = at("legend-moved").hidden = !weight();
+    at("weight-name").textContent = weight() === "reward_weight" ? "Weight of the reward" : "Strength of the reward";
+    at("nobody-note").hidden = ours.needs_user;
+    if (ours.needs_user) picked.delete("");
     await loadUsers();
   } catch (error) {
     at("error").textContent = error.message;
@@ -76,17 +82,20 @@ async function load() {
 }
 
 async function loadUsers() {
-  const found = (await (await call("/v1/users?limit=1000")).json()).data;
-  users = found.filter((user) => user.source === "model" || user.adapted !== null).map((user) => user.id);
+  const { data, keeps } = await (await call("/v1/users?limit=1000")).json();
+  at("new-user").hidden = !keeps;
+  users = data.filter((user) => user.source === "model" || user.adapted !== null).map((user) => user.id);
   for (const id of pickedUsers()) if (!users.includes(id)) users.push(id);
-  if (picked.size === 1 && picked.has("")) users.slice(0, 2).forEach((id) => picked.add(id));
+  if (!pickedUsers().length) users.slice(0, 2).forEach((id) => picked.add(id));
   showUsers();
 }
 
 function showUsers() {
   const wanted = at("find").value.trim().toLowerCase();
   const found = users.filter((id) => !picked.has(id) && id.toLowerCase().includes(wanted)).slice(0, SHOWN_USERS);
-  at("users").replaceChildren(...["", ...users.filter((id) => picked.has(id) || found.includes(id))].map(userBox));
+  const nobody = ours.needs_user ? [] : [""];
+  const boxes = [...nobody, ...users.filter((id) => picked.has(id) || found.includes(id))];
+  at("users").replaceChildren(...boxes.map(userBox));
   limitUsers();
 }
 
@@ -156,7 +165,7 @@ async function write(card, body, signal) {
   const seconds = ((performance.now() - began) / 1000).toFixed(1);
   const parts = [`${tokens === null ? "" : `${count(tokens, "token")} in `}${seconds} s`];
   if (end === "length") parts.push("cut at the limit");
-  if (card.seen && card.greedy && body.user) parts.push(`${card.moved} changed by the reward`);
+  if (card.seen && card.greedy && weight() in body) parts.push(`${card.moved} changed by the reward`);
   card.foot.textContent = parts.join(" · ");
   return card.text.textContent;
 }
@@ -168,12 +177,12 @@ function add(card, choice) {
   for (const [part, tokens] of apart ? told.map((one) => [one.token, [one]]) : [[text, told]]) {
     if (!part) continue;
     if (!tokens.length) { card.text.append(part); continue; }
-    const moved = card.greedy && tokens.some((one) => one.token !== likeliest(one)?.token);
+    const moved = card.greedy && weight() && tokens.some((one) => one.token !== likeliest(one)?.token);
     const span = make("span", { className: moved ? "token moved" : "token", tabIndex: card.seen ? -1 : 0 }, part);
     spans.set(span, { card, tokens });
     card.text.append(span);
     card.seen = true;
-    card.moved += moved;
+    card.moved += Boolean(moved);
   }
 }
 
@@ -191,18 +200,20 @@ at("ask").addEventListener("submit", async (event) => {
   const seed = number("seed"), candidates = number("num-candidates"), greedy = number("temperature") === 0;
   const body = {
     messages: [{ role: "user", content: at("prompt").value }],
-    max_tokens: number("max-tokens"), temperature: number("temperature"), num_candidates: candidates,
+    max_tokens: number("max-tokens"), temperature: number("temperature"),
+    ...(ours.fields.includes("num_candidates") ? { num_candidates: candidates } : {}),
     logprobs: true, top_logprobs: candidates, ...(Number.isNaN(seed) ? {} : { seed }),
   };
-  const who = ["", ...users].filter((id) => picked.has(id));
-  const cards = who.map((id) => card(id ? `${id}, strength ${number("strength").toFixed(1)}` : "unguided", greedy));
+  const who = ["", ...users].filter((id) => picked.has(id)), rewarded = weight() ? { [weight()]: number("strength") } : {};
+  const title = (id) => (weight() ? `${id}, ${weight().replace("reward_", "")} ${number("strength").toFixed(1)}` : id);
+  const cards = who.map((id) => card(id ? title(id) : "unguided", greedy));
   hide();
   at("answers").replaceChildren(...cards.map((one) => one.node));
   at("legend").hidden = true;
   at("status").textContent = `${count(who.length, "answer")} on the way.`;
   allow(at("stop"), true);
   await Promise.all(who.map((id, i) =>
-    write(cards[i], { ...body, ...(id && { user: id, strength: number("strength") }) }, mine.signal)));
+    write(cards[i], { ...body, ...(id && { user: id, ...rewarded }) }, mine.signal)));
   if (running !== mine) return;  // asked again since
   allow(at("stop"), false);
   at("legend").hidden = !cards.some((one) => one.seen);

@@ -66,6 +66,14 @@ def personal(pair: Pair) -> bool:
     return model is not None and (model.users.personal or getattr(model, "demonstrations", None) is not None)
 
 
+def takes(pair: Pair) -> dict:
+    """What a call may say beside OpenAI's fields, and whether it has to name a user."""
+    rewarded = ["reward_weight", "num_candidates"] if pair.guided else []
+    if pair.guided and pair.model.about.get("reward_std"):  # the unit of strength
+        rewarded.insert(0, "strength")
+    return {"fields": [*rewarded, "min_p"], "needs_user": pair.soft > 0}
+
+
 def check_user(pair: Pair, user: str, key=None) -> None:
     """Raises WireError for a user who is unknown or not the key's."""
     there = not personal(pair) or user in pair.model.known_users

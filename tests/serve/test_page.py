@@ -11,6 +11,11 @@ import serving
 from browser import Page, Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
+from small import config_of, saved
+
+from pyargs.decode.engine import Engine
+from pyargs.serve.users import make_router
+from pyargs.training.hooks import method
 
 pytestmark = pytest.mark.skipif(
     not (browser.BROWSER and browser.DRIVER),
@@ -70,6 +75,45 @@ def test_the_service_itself_answers_its_page(chromium, lm_folder):
         assert all("token" in note for note in opened.texts("#answers .note"))
 
 
+def test_a_model_without_rewards_is_asked_with_what_it_takes(opened, service):
+    """As P-DPO, which has a prompt of each user, and where nobody can come."""
+    service.fields, service.needs_user, service.keeps = ["min_p"], True, False
+    opened = Page(opened.driver, service.address).loaded()
+    assert [box.get_attribute("value") for box in opened.all("#users input")] == ["ann", "bob", "cid"], "nobody is no choice"
+    assert not opened.one("#strength").is_displayed() and not opened.one("#new-user").is_displayed()
+    opened.ask()
+    opened.wait(opened.ended)
+    assert [body["user"] for body in service.asked] == ["ann", "bob"]
+    for body in service.asked:
+        assert not {"strength", "reward_weight", "num_candidates"} & body.keys() and body["top_logprobs"] == 10
+    assert opened.texts("#answers h3") == ["ann", "bob"] and not opened.all("#answers .moved")
+    assert opened.one("#legend").is_displayed() and "without the reward" not in opened.one("#legend").text
+
+
+@pytest.mark.parametrize("name", ["pdpo", "icl", "global_rm", "zero_shot"])
+def test_the_page_of_every_kind_of_model_gets_answers(chromium, lm_folder, tmp_path, name):
+    if name != "zero_shot":
+        model = saved(method(name), config_of(name, lm_folder), tmp_path / name, lm_folder)
+    if name == "icl":
+        model.demonstrations.of_user["a"] = [{"prompt": "cat", "chosen": "dog", "rejected": "axe"}]
+        model.save_pretrained(tmp_path / name)
+    own = None if name == "zero_shot" else str(tmp_path / name)
+    engine = Engine(None if name in ("pdpo", "icl") else lm_folder, own)
+    with serving.worker(engine) as worker:
+        app = serving.make_app(worker, model=serving.MODEL, routers=[make_router(worker)])
+        with serving.served(app) as address:
+            opened = Page(chromium, address)
+            opened.wait(lambda: opened.texts("#model") == [f"Served here: {serving.MODEL}"])
+            opened.one("#find").send_keys("a", Keys.ENTER)  # where a model is the same for everyone, a label
+            opened.one("#ask details summary").click()
+            opened.one("#max-tokens").clear()
+            opened.one("#max-tokens").send_keys("3")
+            opened.ask()
+            opened.wait(opened.ended)
+            assert opened.all("#answers article") and opened.texts("#error") == [""]
+            assert not opened.all("#answers [role=alert]"), opened.texts("#answers")
+
+
 def test_at_most_four_users_are_picked(opened, service):
     service.users = list("abcdef")
     opened = Page(opened.driver, service.address).loaded()
@@ -107,6 +151,18 @@ def test_the_slider_is_the_strength_that_is_asked_for(opened, service):
         opened.ask()
         opened.wait(opened.ended)
     assert [body["strength"] for body in service.asked if "user" in body] == [1.0, 2.3, 0.0]
+
+
+def test_where_the_unit_of_strength_is_not_known_the_slider_is_the_weight(opened, service):
+    service.fields.remove("strength")
+    opened = Page(opened.driver, service.address).loaded()
+    assert opened.one("#strength").accessible_name == "Weight of the reward"
+    opened.pick("ann")
+    opened.slide(2.3)
+    opened.ask()
+    opened.wait(opened.ended)
+    assert [(body["reward_weight"], "strength" in body) for body in service.asked] == [(2.3, False)]
+    assert opened.texts("#answers h3") == ["ann, weight 2.3"] and "4 changed by the reward" in opened.one("#answers").text
 
 
 def test_what_is_set_is_sent(opened, service):

@@ -10,6 +10,7 @@ from serving import messages
 
 from pyargs.decode.engine import Engine
 from pyargs.decode.request import numbered
+from pyargs.errors import PyargsError
 from pyargs.lm.loading import load_lm
 from pyargs.lm.tokenize import encode_prompt
 from pyargs.models.demonstrations import Demonstrations
@@ -17,7 +18,7 @@ from pyargs.models.token_reward import TokenReward
 from pyargs.models.user_policy import UserPolicy
 from pyargs.serve import plan as plans
 from pyargs.serve.keys import Key
-from pyargs.serve.plan import TOKENS, plan
+from pyargs.serve.plan import TOKENS, plan, takes
 from pyargs.serve.wire import Chat, Completion, WireError
 from pyargs.serve.worker import add_nobody
 
@@ -54,6 +55,21 @@ def chat(**fields):
 
 def completion(**fields):
     return Completion.model_validate({"model": "m", "prompt": "Hello you", **fields})
+
+
+@pytest.mark.parametrize("name", ["personal", "for everyone", "none", "demonstrations"])
+def test_what_a_model_is_said_to_take_is_what_it_takes(pairs, name):
+    pair, said = pairs[name], takes(pairs[name])
+    unit = {"reward_weight": 1.0} if pair.guided and "strength" not in said["fields"] else {}  # what is asked for by default
+    assert not said["needs_user"]
+    for field, value in {"strength": 1.0, "reward_weight": 1.0, "num_candidates": 3, "min_p": 0.1}.items():
+        try:
+            found = plan(pair, chat(user="ann", **({} if field == "strength" else unit) | {field: value}))
+            pair.request(found.prompts[0], found.user, **found.wishes[0])
+            taken = True
+        except (WireError, PyargsError):
+            taken = False
+        assert taken == (field in said["fields"]), field
 
 
 def test_seeds_and_prompts_of_several_answers(pairs):
