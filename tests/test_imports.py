@@ -62,7 +62,6 @@ TESTED_IN = {
     "pyargs.heads.linear": "heads/test_all.py",
     "pyargs.heads.mlp": "heads/test_all.py",
     "pyargs.heads.user_mlp": "heads/test_all.py",
-    "pyargs.learn": "decode/test_strength.py",
     "pyargs.methods.global_rm": "methods/test_all.py",
     "pyargs.models.token_reward": "methods/test_genarm.py",
     "pyargs.ops.library": "test_packaging.py",

@@ -30,6 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     parser.add_argument(
         "--tiny", action="store_true", help="a trial: planted users, a tiny random model and few steps, in output/tiny"
     )
+    parser.add_argument(
+        "--report-to",
+        nargs="+",
+        metavar="TRACKER",
+        default=(),
+        help="tell losses and held-out accuracy as it goes: tensorboard (files in OUT.reports), trackio, wandb ...",
+    )
     add_data(parser, required=not preset)
     if name:
         config = hooks.method(name).Config
@@ -78,7 +85,8 @@ def run(args: argparse.Namespace) -> dict:
         return {**done, "already_done": True}
     # Its name holds the stage's key: a checkpoint of other settings or data is never continued.
     with files.resumable(args.out, "checkpoints", key) as checkpoints:
-        model = learn.train(args.method, data, config, checkpoints=checkpoints)
+        report = dict(report_to=args.report_to, report_folder=f"{args.out}.reports")
+        model = learn.train(args.method, data, config, checkpoints=checkpoints, **report)
         model.save_pretrained(args.out)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         return files.record(
@@ -86,26 +94,6 @@ def run(args: argparse.Namespace) -> dict:
             key,
             **plan,
             trained_parameters=trained,
-            held_out=held_out(model, data),
+            held_out=learn.held_out(model, data),
             provenance=files.provenance(config.seed),
         )
-
-
-def held_out(model, data, most: int = 500) -> dict | str:
-    """How many of the trained users' held-out pairs the model ranks right, in percent; or why there is no such number."""
-    from pyargs.data import of_split
-    from pyargs.metrics.rm_accuracy import rm_accuracy
-
-    if "train_test" not in data["split"]:
-        return "no pairs of split train_test: nothing tells how well the training went"
-    if getattr(model, "demonstrations", None) is not None:
-        return "nothing was trained: measure it after `pyargs adapt`"
-    rows = of_split(data, "train_test")
-    rows = rows.select(range(0, len(rows), -(-len(rows) // most)))  # over all users, in whatever order they stand
-    if hasattr(model, "pair_scores"):
-        scores = model.pair_scores(rows)[1]
-    else:
-        logprob, length = model.pair_logprobs(rows)
-        scores = logprob / length
-    found = rm_accuracy(scores, rows["user_id"])
-    return {"split": "train_test", "pairs": len(rows), "accuracy": round(found["accuracy"], 1)}

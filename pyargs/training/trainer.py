@@ -7,6 +7,7 @@ import math
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -30,11 +31,12 @@ from pyargs.training.losses import check_finite
 from pyargs.types import Features
 
 
-def train(name: str, dataset, config=None, *, checkpoints: str | Path | None = None):
+def train(name: str, dataset, config=None, *, checkpoints: str | Path | None = None, note: Callable | None = None):
     """Trains method `name` on the rows of `dataset` with split "train"; returns the model in eval mode.
 
     dataset: columns user_id, prompt, chosen, rejected, split. config: the method's Config (its defaults without).
     checkpoints: a folder from which a killed training with LoRA continues; the caller removes it when the model is saved.
+    note(model, step, steps, loss): is called behind each step.
     Returns a RewardModel, TokenReward or UserPolicy. Raises PyargsError on an unknown method, without train rows, and on a
     loss that is not finite.
     """
@@ -66,7 +68,7 @@ def train(name: str, dataset, config=None, *, checkpoints: str | Path | None = N
     recipe.warm_start(model, rows, config)
     set_seed(config.seed)  # what a warm start draws depends on the data
     if getattr(config, "freeze_backbone", False):
-        train_head(recipe, model, model.read(rows), config)
+        train_head(recipe, model, model.read(rows), config, note)
     else:
         lora.add(
             decoder,
@@ -76,12 +78,12 @@ def train(name: str, dataset, config=None, *, checkpoints: str | Path | None = N
             target_modules=config.target_modules,
             dropout=config.lora_dropout,
         )
-        _train_all(recipe, model, rows, config, checkpoints)
+        _train_all(recipe, model, rows, config, checkpoints, note)
     recipe.finish(model, config)
     return model.eval()
 
 
-def train_head(recipe, model: RewardModel, data: Features, config) -> None:
+def train_head(recipe, model: RewardModel, data: Features, config, note: Callable | None = None) -> None:
     """Trains head and users on features of a frozen backbone: AdamW on the recipe's loss, warm-up and cosine."""
     from transformers import get_cosine_schedule_with_warmup
 
@@ -107,6 +109,8 @@ def train_head(recipe, model: RewardModel, data: Features, config) -> None:
                 _drop_others(model, active)
                 optimizer.step()
             schedule.step()
+            if note is not None:
+                note(model, step, steps, loss.item())
             if step % 20 == 0:
                 bar.set_postfix(loss=f"{loss.item():.4f}")
     model.head.eval()
@@ -121,9 +125,9 @@ def _collate(examples: list[dict], share: bool) -> dict[str, Tensor]:
     return {**vars(packed), "chosen": rejected - 1, "rejected": rejected, **number}
 
 
-def _train_all(recipe, model, rows, config, checkpoints: str | Path | None) -> None:
+def _train_all(recipe, model, rows, config, checkpoints: str | Path | None, note: Callable | None) -> None:
     """LoRA and head together through transformers.Trainer, so that accelerate and its settings work."""
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer, TrainerCallback, TrainingArguments
 
     encoded, pairs = model.encode(rows)
     user = model.users.rows(rows["user_id"]).tolist()
@@ -139,6 +143,15 @@ def _train_all(recipe, model, rows, config, checkpoints: str | Path | None) -> N
     ]
     share = can_share(model.backbone)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    losses: list[float] = []  # of the parts of a step
+
+    class Noting(TrainerCallback):
+        def on_step_end(self, _, state, *__, **___):
+            total = sum(losses)
+            losses.clear()
+            if note is not None:
+                note(model, state.global_step - 1, state.max_steps, total)
 
     class PairTrainer(Trainer):
         def compute_loss(self, wrapped, inputs, return_outputs=False, **_):
@@ -162,6 +175,7 @@ def _train_all(recipe, model, rows, config, checkpoints: str | Path | None) -> N
                 self.optimizer.zero_grad()
             loss = super().training_step(wrapped, inputs, num_items_in_batch)
             _drop_others(model, last)
+            losses.append(loss.item() if note is not None else 0.0)
             return loss
 
         def _get_grad_norm(self, *_, **__):
@@ -224,6 +238,7 @@ def _train_all(recipe, model, rows, config, checkpoints: str | Path | None) -> N
         last = _last_checkpoint(Path(checkpoints)) if checkpoints else None
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # the Trainer prints its log; stdout is for results
         trainer = PairTrainer(model, arguments, data_collator=lambda some: _collate(some, share), train_dataset=examples)
+        trainer.add_callback(Noting)
         trainer.train(resume_from_checkpoint=last)
     if config.gradient_checkpointing:
         model.backbone.gradient_checkpointing_disable()

@@ -9,8 +9,8 @@ import pytest
 from verbs import call, run
 
 from pyargs import cli, load_model, methods
-from pyargs.commands.train import held_out
 from pyargs.data import of_split, synthetic
+from pyargs.learn import held_out
 
 METHODS = [module.name for module in pkgutil.iter_modules(methods.__path__)]
 
