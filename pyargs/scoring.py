@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pyargs.errors import ELSEWHERE, PyargsError, explained
 from pyargs.files import cache_dir, read_tensors, writing
 from pyargs.lm import lora
+from pyargs.lm.called import Called
 from pyargs.lm.forward import Sequences, batches, packed_states, plain_output_layer, spans, token_logprobs
 from pyargs.lm.loading import fingerprint
 from pyargs.lm.stack import keep, run
@@ -191,8 +192,8 @@ def uncached():
 
 def _cached(kind: str, model, inputs, compute) -> dict[str, Tensor]:
     """compute(), or its earlier result for the same model and inputs. Not cached with LoRA, which belongs to one experiment,
-    nor with hooks, which may do anything, nor within `uncached`."""
-    if lora.present(model) or not as_written(model) or not _cache.get():
+    nor with hooks or a function, which may do anything, nor within `uncached`."""
+    if isinstance(model, Called) or lora.present(model) or not as_written(model) or not _cache.get():
         return compute()
     # Weights alone do not make a model, and every product is rounded in its own way.
     made = [repr(sorted(structure(model).items())), *(value.hex() for value in contents(model.buffers()))]
@@ -220,6 +221,8 @@ def _cached(kind: str, model, inputs, compute) -> dict[str, Tensor]:
 def response_states(decoder: nn.Module, groups: Sequences, *, max_tokens: int = 4096, progress: str = "features"):
     """Hidden states of every response: for each group a list of float32 tensors [T, D], one for each of its responses."""
     decoder = unwrapped(decoder)
+    if isinstance(decoder, Called):
+        return [[decoder.states(prompt, response) for response in several] for prompt, several in groups]
     if not may_replace(decoder):
         return list(_one_by_one(decoder, groups, progress, _of_states))
     if keep.can_pack(decoder):

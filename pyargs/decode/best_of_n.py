@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -10,6 +11,7 @@ import torch
 from pyargs.decode.answer import Answer
 from pyargs.decode.request import Request, numbered
 from pyargs.errors import PyargsError
+from pyargs.lm.called import Called
 
 
 @dataclass
@@ -34,7 +36,8 @@ def pick(model, number: int, request: Request, answers: Sequence[Answer]) -> Ans
     The answer's rewards are those of all samples, -inf for empty ones; its slots and spreads say nothing.
     """
     kept = [i for i, answer in enumerate(answers) if answer.tokens]
-    known = len(model.backbone.get_input_embeddings().weight)
+    called = isinstance(model.backbone, Called)
+    known = math.inf if called else len(model.backbone.get_input_embeddings().weight)
     if any(max(answers[i].tokens) >= known for i in kept):
         raise PyargsError(f"the policy chose a token beyond the {known} that the reward model knows: they do not fit")
     rewards = torch.full((len(answers),), -torch.inf, dtype=torch.float32, device="cpu")

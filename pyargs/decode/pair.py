@@ -14,6 +14,7 @@ from torch import nn
 from pyargs.decode.adjust import Adjust
 from pyargs.decode.request import SEEDS, Request, check_room, ids_of, integer, number, numbered, seeds, stop_tokens, weights
 from pyargs.errors import PyargsError, UnknownUser, did_you_mean
+from pyargs.lm.called import Called
 from pyargs.lm.loading import load_lm, same_tokenizer
 from pyargs.lm.structure import unwrapped
 from pyargs.lm.tokenize import as_messages, shorten
@@ -101,7 +102,7 @@ class Pair:
 
     def language_models(self) -> list[nn.Module]:
         """The models that a step runs, the policy first."""
-        if not self.guided:
+        if not self.guided or isinstance(self.model.backbone, Called):
             return [self.policy]
         return [self.policy, unwrapped(self.model.lm) if isinstance(self.model, TokenReward) else self.model.backbone]
 
@@ -267,7 +268,7 @@ def check_pair(policy, model, tokenizer, best_of: int) -> Pair:
     tokenizer = tokenizer if tokenizer is not None else theirs
     rows = policy.config.get_text_config(decoder=True).vocab_size  # of the logits; the last may be no token
     vocabulary = rows if tokenizer is None else min(rows, len(tokenizer))
-    if guided:
+    if guided and not isinstance(model.backbone, Called):
         known = min(len(lm.get_input_embeddings().weight) for lm in (policy, model.backbone))
         if vocabulary > known:
             raise PyargsError(

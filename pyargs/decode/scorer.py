@@ -14,6 +14,7 @@ from pyargs.decode.policy import Here
 from pyargs.decode.request import check_room
 from pyargs.decode.rows import Rows
 from pyargs.errors import PyargsError
+from pyargs.lm.called import Called
 from pyargs.lm.structure import Watch
 from pyargs.models.reward_model import RewardModel
 from pyargs.user_ids import user_ids
@@ -37,6 +38,8 @@ class Scorer:
         if not isinstance(model, RewardModel):
             raise PyargsError(f"a scorer has the head of a RewardModel, got a {type(model).__name__}")
         check_guides(model)
+        if isinstance(model.backbone, Called):
+            raise PyargsError(f"the reward is your function {model.backbone.name_or_path}: call it in your loop")
         self.model = model
         chosen = backends.resolve(backend, model.backbone)
         self.backend, self.reason = chosen.name, chosen.reason

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from pyargs.errors import PyargsError, described
 from pyargs.files import read_tensors
+from pyargs.heads import linear
 from pyargs.lm import lora
+from pyargs.lm.called import Called
 from pyargs.lm.forward import packed_states, spans
 from pyargs.lm.tokenize import Packed, closing
 from pyargs.models import folder as folders
@@ -190,6 +192,8 @@ class RewardModel(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes a folder (`models/folder.py`); the backbone is not copied, its name and the hash of its weights are."""
+        if isinstance(self.backbone, Called):
+            raise PyargsError(f"the reward is your function {self.backbone.name_or_path}: there is nothing to save")
         kind = type(self.head).__module__.rpartition(".")[2]
         folders.save(
             folder,
@@ -251,6 +255,22 @@ class RewardModel(nn.Module):
 
         parts = sequence_classifier.parts(name_or_model, tokenizer, users, dtype=dtype, device=device)
         return cls(*parts[:3], closed=True, about=parts[3]).eval()
+
+    @classmethod
+    def from_function(
+        cls, function: Callable[[Tensor, Tensor], Tensor], tokenizer, *, device: str | torch.device | None = None
+    ):
+        """Any function of whole texts as a reward for everyone: function(ids int64 [B, T], mask int64 [B, T]) -> float [B].
+
+        It is called once a step, with all candidates of all rows, each behind its row's whole text: no cache, so this is
+        the slow way. Texts are ids of `tokenizer` on this device, with the tokenizer's padding behind them. Rewards of pairs
+        and of best-of-N are the function's, too. There is nothing to train or to save. Raises PyargsError with the function's
+        name where it returns another shape, or what is not finite.
+        """
+        pad = getattr(tokenizer, "pad_token_id", None)
+        model = cls(Called(function, 0 if pad is None else pad), tokenizer, linear.Head(1, 1, Users()))
+        model.head.directions.data.fill_(1.0)
+        return model.requires_grad_(False).to(folders.device_or_default(device)).eval()
 
     @torch.no_grad()
     def _try(self) -> None:

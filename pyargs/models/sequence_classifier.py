@@ -64,7 +64,7 @@ def score_layer(model: nn.Module) -> nn.Linear:
     if not decoder or not isinstance(score, nn.Linear) or not _causal(model.get_decoder()):
         raise PyargsError(
             f"a {kind} is no decoder with one linear layer 'score' behind it: what was read of a text that goes on can not "
-            "be kept, as with an encoder. Take a classifier of a decoder family"
+            "be kept, as with an encoder. Take a classifier of a decoder family, or RewardModel.from_function, which is slower"
         )
     if score.bias is not None and score.bias.any():
         raise PyargsError(f"the score layer of this {kind} has a bias, which changes no choice but every reward: set it to 0")

@@ -7,12 +7,13 @@ import warnings
 from typing import NamedTuple
 
 from pyargs.decode.args import Guided, Two
-from pyargs.decode.backends import copies, cpu, cuda_graph, eager
+from pyargs.decode.backends import copies, cpu, cuda_graph, eager, texts
 from pyargs.decode.genarm import Tokenwise
 from pyargs.decode.steps import Steps
 from pyargs.decode.unguided import Alone
 from pyargs.errors import PyargsError
 from pyargs.lm.cache import can_branch
+from pyargs.lm.called import Called
 from pyargs.lm.forward import plain_output_layer
 from pyargs.lm.stack import keep
 from pyargs.lm.structure import BACKENDS, as_written, asked_backend, dropping
@@ -102,6 +103,11 @@ def steps(backend: Backend, pair, room: int, eos_reward: str, adjust=None):
         halves = (policy(backend, lm, room, pair.vocabulary) for lm in models)
         rows = Tokenwise(*halves, device=pair.model.device, **sizes)
     else:
-        passes = passes_of(backend, *models, room, pair.vocabulary, 10)
+        called = isinstance(pair.model.backbone, Called)
+        passes = (
+            Two(policy(backend, pair.policy, room, pair.vocabulary), texts.Scorer(pair.model.backbone))
+            if called
+            else passes_of(backend, *models, room, pair.vocabulary, 10)
+        )
         rows = Guided(passes, pair.model, eos_reward=eos_reward, **sizes)
     return cuda_graph.Captured(rows, *models) if backend.name == "cuda-graph" else Steps(rows)

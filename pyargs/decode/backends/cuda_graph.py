@@ -25,6 +25,7 @@ from pyargs.decode.rows import Choice
 from pyargs.decode.steps import read, unread
 from pyargs.errors import PyargsError
 from pyargs.lm.cache import RowCache, can_branch
+from pyargs.lm.called import Called
 from pyargs.lm.fused_modules import few_launches
 from pyargs.lm.structure import as_written, contents, structure
 from pyargs.models.reward_model import RewardModel
@@ -59,6 +60,8 @@ def refusal(guide, *models) -> str | None:
     devices = {part.device for part in (*models, guide) if part is not None}
     if len(devices) > 1 or devices.pop().type != "cuda":
         return "policy and reward model are not on one GPU"
+    if isinstance(getattr(guide, "backbone", None), Called):
+        return "a function of texts is called by the host"
     if guide is None:
         return "only a step that a reward guides is captured so far"
     if not as_written(*models, *([guide.head] if isinstance(guide, RewardModel) else [])):
