@@ -75,7 +75,8 @@ def application(args: argparse.Namespace):
     from pyargs.decode.engine import Engine
     from pyargs.decode.pair import load_pair
     from pyargs.errors import PyargsError
-    from pyargs.serve.adapting import open_users
+    from pyargs.models.folder import locate
+    from pyargs.serve.adapting import identity, open_users
     from pyargs.serve.app import make_app
     from pyargs.serve.keys import Keys
     from pyargs.serve.metrics import log_to_stderr
@@ -86,11 +87,12 @@ def application(args: argparse.Namespace):
         raise PyargsError(f"without --api-keys a service is for this machine alone: --host {' or '.join(LOOPBACK)}")
     keys = None if args.api_keys is None else Keys(args.api_keys)
     log_to_stderr()
+    before = None if None in (args.users, args.model) else identity(locate(args.model))
     policy, model = load_pair(args.policy, args.model, dtype=args.dtype, backbone=args.backbone)
     part = args.prefill_tokens or (32 if policy.device.type == "cpu" else 512)
     engine = Engine(policy, model, backend=args.backend, max_rows=args.max_rows, prefill_tokens=part)
     worker = Worker(engine, max_waiting=args.max_waiting)
-    adapting = None if args.users is None else open_users(args.users, worker, args.model, args.backbone)
+    adapting = None if args.users is None else open_users(args.users, worker, args.model, args.backbone, before)
     name = args.name or Path(args.policy if args.model is None else args.model).resolve().name
     app = make_app(worker, model=name, keys=keys, routers=[make_router(worker, adapting)])
     app.state.adapting = adapting

@@ -215,7 +215,7 @@ class Adapting:
         folder: Path,
         backbone: str | None = None,
         *,
-        of_model: Iterable[str] = (),
+        of_model: Iterable[str],
     ):
         self.store, self._tell, self.of_model = store, tell, set(of_model)
         self._start = partial(Process, folder, store.model, backbone, torch.get_num_threads())
@@ -310,14 +310,20 @@ class Adapting:
         self.store.finish(work)
 
 
-def open_users(file: str | Path, worker, folder: str | Path, backbone: str | None = None) -> Adapting:
+def open_users(
+    file: str | Path, worker, folder: str | Path, backbone: str | None = None, model: str | None = None
+) -> Adapting:
     """The store of a service's users, restored into the table of the worker's engine, and what adapts to them.
 
-    folder: the model's. Raises PyargsError for a model without users' vectors, and for a file that is not this model's.
+    folder: the model's. model: its `identity` before the engine's was loaded from it. Raises PyargsError for a model without
+    users' vectors, for a file that is not this model's, and for a folder that is another by now.
     """
     check_adapts(worker.engine.pair.model)
     folder, table = locate(folder), worker.engine.pair.model.users
-    store = UserStore(file, identity(folder))
+    here = identity(folder)
+    if model not in (None, here):
+        raise PyargsError(f"{folder} was written while the model was loaded from it. Fix: start again")
+    store = UserStore(file, here)
 
     def tell(user: str, vectors: dict[str, Tensor] | None) -> None:
         worker.call(lambda engine: change(table, user, vectors)).result()

@@ -18,9 +18,10 @@ import serving
 from small import config_of, saved
 
 from pyargs.decode.engine import Engine
+from pyargs.errors import PyargsError
 from pyargs.models import load_model
 from pyargs.serve import keys, users
-from pyargs.serve.adapting import open_users, vectors_for
+from pyargs.serve.adapting import identity, open_users, vectors_for
 from pyargs.serve.store import DiskError
 from pyargs.serve.users import make_router
 from pyargs.training.hooks import method
@@ -291,6 +292,15 @@ def test_without_a_file_the_model_s_users_are_told_and_none_comes(lm_folder, fol
         assert client.get("/v1/users/a").json()["source"] == "model" and len(told["data"]) == 4 and told["keeps"] is False
         refused(client.post("/v1/users/x/pairs", json=pairs(1)), 409, "no_users_file", "--users FILE")
         refused(client.delete("/v1/users/a"), 409, "--users FILE")
+
+
+def test_a_folder_that_was_written_while_it_was_loaded_is_refused(lm_folder, folder, tmp_path):
+    """Else vectors would be another model's than the engine's."""
+    with serving.worker(Engine(lm_folder, folder, backend="cpu")) as worker:
+        with pytest.raises(PyargsError, match="was written while the model was loaded from it. Fix: start again"):
+            open_users(tmp_path / "users.sqlite", worker, folder, model="another")
+        assert not (tmp_path / "users.sqlite").exists()
+        open_users(tmp_path / "users.sqlite", worker, folder, model=identity(Path(folder))).stop()
 
 
 # -- the process -------------------------------------------------------------------------------------------------------
