@@ -165,3 +165,29 @@ def test_a_capability_that_is_unknown_or_lacking_is_one_message(capability):
     twice = "import torch\nfor _ in range(2):\n  try: import pyargs.ops\n  except Exception as e: print(type(e).__name__, e)"
     done = subprocess.run([sys.executable, "-c", twice], capture_output=True, text=True, env=env)
     assert done.returncode == 0 and done.stderr == "" and done.stdout.count("PyargsError PYARGS_CPU_CAPABILITY") == 2
+
+
+@pytest.mark.parametrize(
+    "older, says",
+    [
+        ("", "it has no op pyargs::branch_attention"),
+        ("(Tensor query) -> Tensor", "it has another op pyargs::branch_attention"),
+    ],
+)
+def test_an_extension_that_was_built_from_other_sources_is_named(older, says):
+    """As after `git pull` without a build: an op has come since, or has other arguments."""
+    code = f"""
+import sys, types, torch
+sys.modules["pyargs._C"] = types.ModuleType("pyargs._C")
+if {older!r}:
+    torch.library.define("pyargs::branch_attention", {older!r})
+from pyargs.errors import PyargsError
+try:
+    import pyargs.ops
+except PyargsError as error:
+    print(error)
+"""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYARGS_")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    assert "pyargs._C was built from other sources" in done.stdout and says in done.stdout
+    assert "Build it again: pip install" in done.stdout

@@ -55,14 +55,36 @@ def define(name: str, default: Callable, fake: Callable, mutates: tuple[str, ...
     qualified = f"pyargs::{name}"
     if not has_extension:
         torch.library.define(qualified, torch.library.infer_schema(default, mutates_args=mutates))
-    elif torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CPU"):
-        native.add(name)
+    else:
+        _check_built_from_these(qualified, torch.library.infer_schema(default, mutates_args=mutates))
+        if torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CPU"):
+            native.add(name)
     torch.library.impl(qualified, "default", default)
     torch.library.register_fake(qualified, fake)
     op = getattr(torch.ops.pyargs, name).default
     if mutates:
         _written_in_place(op, [argument.name in mutates for argument in op._schema.arguments])
     return op, op._op
+
+
+def _check_built_from_these(qualified: str, schema: str) -> None:
+    """Raises PyargsError where the extension has no such op, or one with other arguments."""
+    wanted = torch._C.parse_schema(qualified + schema)
+    try:
+        built = torch._C._get_schema(qualified, "")
+    except RuntimeError:
+        built = None
+    if built is None or _described(built) != _described(wanted):
+        has = "it has no" if built is None else "it has another"
+        raise PyargsError(
+            f"pyargs._C was built from other sources than these Python files: {has} op {qualified}. Build it again: pip install . "
+            "(or pip install -e .), or set PYARGS_NO_EXT=1 to do without"
+        )
+
+
+def _described(schema) -> list:
+    arguments = [(one.name, str(one.type), one.has_default_value(), one.is_write) for one in schema.arguments]
+    return [*arguments, *(str(one.type) for one in schema.returns)]
 
 
 _library = torch.library.Library("pyargs", "FRAGMENT")  # it must live as long as what it registered
