@@ -77,8 +77,8 @@ def _check_built_from_these(qualified: str, schema: str) -> None:
     if built is None or _described(built) != _described(wanted):
         has = "it has no" if built is None else "it has another"
         raise PyargsError(
-            f"pyargs._C was built from other sources than these Python files: {has} op {qualified}. Build it again: pip install . "
-            "(or pip install -e .), or set PYARGS_NO_EXT=1 to do without"
+            f"pyargs._C was built from other sources than these Python files: {has} op {qualified}. Build it again: "
+            "pip install . (or pip install -e .), or set PYARGS_NO_EXT=1 to do without"
         )
 
 
