@@ -61,8 +61,9 @@ class Two:
     def __init__(self, policy, scorer):
         self.halves = self.policy, self.scorer = policy, scorer
 
-    def join(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[Tensor, Tensor]:
-        return self.policy.join(prompts, capacity), self.scorer.join(prompts, capacity)
+    def join(self, prompts: Sequence[Sequence[int]], capacity: int, theirs=None) -> tuple[Tensor, Tensor]:
+        """theirs: the prompts as ids of the reward model, where it has a tokenizer of its own."""
+        return self.policy.join(prompts, capacity), self.scorer.join(theirs or prompts, capacity)
 
     def branch(self, candidates: Tensor, wanted: Tensor | None = None) -> Tensor:
         return self.scorer.branch(candidates, wanted)
@@ -114,7 +115,8 @@ class Guided:
         before = self._kept()
         self.rows.requests += requests
         self._ask()
-        logits, states = self.passes.join([one.prompt for one in requests], capacity)
+        theirs = {} if requests[0].theirs is None else {"theirs": [one.theirs for one in requests]}
+        logits, states = self.passes.join([one.prompt for one in requests], capacity, **theirs)
         so_far = rewards_of(folded, states.unsqueeze(1).to(self.device)).squeeze(1)
         room = torch.zeros(len(requests), MAX_K, dtype=torch.float32, device=self.device)
         self.rows.join(

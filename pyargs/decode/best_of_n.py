@@ -30,20 +30,24 @@ def samples(request: Request, n: int) -> list[Request]:
 
 
 @torch.no_grad()
-def pick(model, number: int, request: Request, answers: Sequence[Answer]) -> Answer:
+def pick(pair, number: int, request: Request, answers: Sequence[Answer]) -> Answer:
     """argmax of R_u(x, y) over N samples y ~ pi(. | x). An empty sample has no reward, and wins only if all are empty.
 
     The answer's rewards are those of all samples, -inf for empty ones; its slots and spreads say nothing.
     """
-    kept = [i for i, answer in enumerate(answers) if answer.tokens]
+    model, prompt = pair.model, list(request.prompt)
+    responses = [answer.tokens for answer in answers]
+    if pair.bridge is not None:
+        prompt = list(request.theirs)
+        responses = [ids or [] for ids in pair.bridge.ids([pair.bridge.whole(one) for one in responses])]
+    kept = [i for i, response in enumerate(responses) if response]
     called = isinstance(model.backbone, Called)
     known = math.inf if called else len(model.backbone.get_input_embeddings().weight)
-    if any(max(answers[i].tokens) >= known for i in kept):
+    if any(max(responses[i]) >= known for i in kept):
         raise PyargsError(f"the policy chose a token beyond the {known} that the reward model knows: they do not fit")
     rewards = torch.full((len(answers),), -torch.inf, dtype=torch.float32, device="cpu")
     if kept:
-        prompt = list(request.prompt)
-        rewards[kept] = model.score([(prompt, [answers[i].tokens for i in kept])], [request.user])[0].float()
+        rewards[kept] = model.score([(prompt, [responses[i] for i in kept])], [request.user])[0].float()
     if not rewards[kept].isfinite().all():
         raise PyargsError(f"the rewards of request {number} are not finite numbers: check the model's weights")
     best = answers[int(rewards.argmax())]

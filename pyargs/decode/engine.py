@@ -143,6 +143,8 @@ class Engine:
         logprobs: how many of the policy's likeliest tokens `told` of events and answers has beside each token; 0 by default.
         adjust: changes the policy's logits before the candidates are taken (`pyargs.decode.adjust.Adjust`); log-probabilities
         are then those of the changed ones. A captured step refuses it.
+        guide_prompt: what a reward model with another tokenizer reads in the place of the prompt: a str, messages, or its own
+        ids. By default it reads the same text or messages in its own chat template, and of ids the text, without a template.
 
         Raises PyargsError on wrong input (UnknownUser for a user without parameters).
         """
@@ -237,7 +239,7 @@ class Engine:
         pair, models = self.pair, self.pair.language_models()
         # The other backends read ids, and a soft prompt has none.
         asked = "eager" if pair.soft and self._asked == "auto" else self._asked
-        chosen = backends.resolve(asked, *models, guide=pair.model if pair.guided else None)
+        chosen = backends.resolve(asked, *models, guide=pair.model if pair.guided else None, by_text=pair.by_text)
         self.backend, self.reason, self._closed = chosen.name, chosen.reason, not chosen.shared
         log.info("backend %s: %s", chosen.name, chosen.reason)
         return backends.steps(chosen, pair, self.max_rows, self.eos_reward, self._adjusted)
@@ -401,7 +403,7 @@ class Engine:
         group = self._groups[number]
         if group.answer is None and group.error is None:
             try:
-                group.answer = best_of_n.pick(self.pair.model, number, group.request, list(map(self._answer, group.parts)))
+                group.answer = best_of_n.pick(self.pair, number, group.request, list(map(self._answer, group.parts)))
             except PyargsError as error:
                 group.error = error
         return group.answer, group.error

@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from pyargs.decode.adjust import Adjust
+from pyargs.decode.bridge import Bridge
 from pyargs.decode.request import SEEDS, Request, check_room, ids_of, integer, number, numbered, seeds, stop_tokens, weights
 from pyargs.errors import PyargsError, UnknownUser, did_you_mean
 from pyargs.lm.called import Called
 from pyargs.lm.loading import load_lm, same_tokenizer
 from pyargs.lm.structure import unwrapped
-from pyargs.lm.tokenize import as_messages, shorten
+from pyargs.lm.tokenize import as_messages, encode_prompt, shorten
 from pyargs.models import load_model
 from pyargs.models.folder import locate, read_config
 from pyargs.models.reward_model import RewardModel
@@ -80,7 +81,8 @@ LONGEST = 2**20
 @dataclass
 class Pair:
     """A policy and what guides it. tokenizer: the policy's, None where none is known; vocabulary: how many tokens can be
-    chosen; best_of: see `Engine`; unit: gives the model's reward_std under the policy."""
+    chosen; best_of: see `Engine`; unit: gives the model's reward_std under the policy; bridge: to a reward model with another
+    tokenizer."""
 
     policy: nn.Module
     model: RewardModel | TokenReward | UserPolicy | None
@@ -88,6 +90,7 @@ class Pair:
     vocabulary: int
     best_of: int
     unit: Callable[[], float] | None = None
+    bridge: Bridge | None = None
 
     @property
     def guided(self) -> bool:
@@ -100,36 +103,62 @@ class Pair:
         soft = getattr(self.model, "soft", None)
         return 0 if soft is None else soft.centres.shape[1]
 
+    @property
+    def by_text(self) -> bool:
+        """Whether the reward model reads texts of its own: a function, or one with another tokenizer."""
+        return self.bridge is not None or isinstance(getattr(self.model, "backbone", None), Called)
+
     def language_models(self) -> list[nn.Module]:
-        """The models that a step runs, the policy first."""
-        if not self.guided or isinstance(self.model.backbone, Called):
+        """The models that a step runs on the policy's tokens, the policy first."""
+        if not self.guided or self.by_text:
             return [self.policy]
         return [self.policy, unwrapped(self.model.lm) if isinstance(self.model, TokenReward) else self.model.backbone]
 
     def modules(self) -> list[nn.Module]:
         """All modules that a step computes with."""
         head = [self.model.head] if self.guided and isinstance(self.model, RewardModel) else []
-        return self.language_models() + head
+        bridged = [self.model.backbone] if self.guided and self.bridge and not isinstance(self.model.backbone, Called) else []
+        return self.language_models() + bridged + head
 
     def encode(self, prompt, user: str) -> list[int]:
         """Ids of a prompt; ids stay as they are."""
+        return self._encoded(prompt, user)[0]
+
+    def _encoded(self, prompt, user: str, theirs=None) -> tuple[list[int], list[int] | None]:
+        """Ids of a prompt, and those of a reward model with another tokenizer, of the same messages. theirs: what it reads
+        instead. Of ids alone it reads the text, without their special tokens."""
+        if theirs is not None and self.bridge is None:
+            raise PyargsError("guide_prompt is for a reward model with another tokenizer than the policy's: leave it out")
         messages = isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], dict)
         if not isinstance(prompt, str) and not messages:
             (ids,) = ids_of([prompt], min(len(lm.get_input_embeddings().weight) for lm in self.language_models()))
-            return ids
+            return ids, self._theirs(theirs, ids)
         if self.tokenizer is None:
             raise PyargsError("without a tokenizer a prompt is a list of token ids: give Engine the tokenizer")
         most = None if self.model is None else self.model.about.get("max_length")
         if isinstance(self.model, UserPolicy):
-            return self.model.prompt_ids(prompt, user, most)
-        kept, ids = shorten(self.tokenizer, prompt, most)
+            return self.model.prompt_ids(prompt, user, most), None
+        kept, ids = shorten(self.tokenizer if self.bridge is None else self.bridge.theirs, prompt, most)
         if kept != as_messages(prompt):
             warnings.warn(
                 f"prompts of more than {most} tokens, the model's max_length, are shortened: the oldest turns go first, "
                 "then the end of the last one",
-                stacklevel=4,
+                stacklevel=5,
             )
-        return ids
+        if self.bridge is None:
+            return ids, None
+        return encode_prompt(self.tokenizer, kept), ids if theirs is None else self._theirs(theirs, ids)
+
+    def _theirs(self, given, ids: list[int]) -> list[int] | None:
+        """The reward model's ids of a prompt with these ids: of what was given for it, else of their text."""
+        if self.bridge is None or given is None:
+            return None if self.bridge is None else self.bridge.prompt(ids)
+        if isinstance(given, str) or given and isinstance(given[0], dict):
+            return encode_prompt(self.bridge.theirs, given, self.model.about.get("max_length"))
+        called = isinstance(self.model.backbone, Called)
+        known = len(self.bridge.theirs) if called else len(self.model.backbone.get_input_embeddings().weight)
+        (theirs,) = ids_of([given], known)
+        return theirs
 
     def check_user(self, user: str) -> None:
         """Raises UnknownUser for a user without parameters, where the model is not the same for everyone."""
@@ -155,9 +184,10 @@ class Pair:
         seed: int | None = None,
         logprobs: int = 0,
         adjust: Adjust | None = None,
+        guide_prompt=None,
     ) -> Request:
-        ids = self.encode(prompt, user)
-        if not ids:
+        ids, theirs = self._encoded(prompt, user, guide_prompt)
+        if not ids or theirs is not None and not theirs:
             raise PyargsError("a prompt without a token has nothing to answer: give each at least one")
         self.check_user(user)
         max_new_tokens = integer("max_new_tokens", max_new_tokens, 1)
@@ -165,6 +195,8 @@ class Pair:
             raise PyargsError(f"max_new_tokens is at most {LONGEST}, got {max_new_tokens}")
         for lm in self.language_models():
             check_room(lm, len(ids) + self.soft, len(ids) + self.soft, max_new_tokens)
+        if theirs is not None and not isinstance(self.model.backbone, Called):
+            check_room(self.model.backbone, len(theirs), len(theirs), max_new_tokens)
         if adjust is not None and not callable(adjust):
             raise PyargsError(f"adjust is a function of the rows' tokens and logits, got {adjust!r:.60}")
         if self.best_of and not temperature:
@@ -184,6 +216,7 @@ class Pair:
             seed=integer("seed", _drawn() if seed is None else seed, *SEEDS),
             logprobs=integer("logprobs", logprobs, 0, min(MAX_K, self.vocabulary)),
             adjust=adjust,
+            theirs=None if theirs is None else tuple(theirs),
         )
 
     def requests(self, prompts, users=None, *, strength=None, reward_weight=None, seed=None, **wish) -> list[Request]:
@@ -247,7 +280,7 @@ def check_guides(model: RewardModel) -> None:
 
 
 def check_pair(policy, model, tokenizer, best_of: int) -> Pair:
-    """The two as a Pair. Raises PyargsError where candidates cannot go from policy to reward model as ids."""
+    """The two as a Pair. Raises PyargsError where candidates can go from policy to reward model neither as ids nor as text."""
     theirs = getattr(model, "tokenizer", None)
     tokenizer = tokenizer if tokenizer is not None else getattr(policy, "tokenizer", None)  # `load_lm` leaves it there
     guided = isinstance(model, (RewardModel, TokenReward))
@@ -260,15 +293,23 @@ def check_pair(policy, model, tokenizer, best_of: int) -> Pair:
             "whether policy and reward model have the same tokenizer is not known: pass tokenizer= (the policy's) to check it",
             stacklevel=4,
         )
+    bridge = None
     if guided and tokenizer is not None and theirs is not None and not same_tokenizer(tokenizer, theirs):
-        raise PyargsError(
-            "policy and reward model have different tokenizers, so candidates can not go from one to the other as ids: "
-            "train the reward model on a backbone of the policy's family"
+        if isinstance(model, TokenReward):
+            raise PyargsError(
+                "policy and token reward have different tokenizers, and a token's reward is one of the same token: train it "
+                "on a language model of the policy's family"
+            )
+        warnings.warn(
+            "policy and reward model have different tokenizers: the reward model reads each candidate's text in its own "
+            "tokens, which is slower",
+            stacklevel=4,
         )
+        bridge = Bridge(tokenizer, theirs)
     tokenizer = tokenizer if tokenizer is not None else theirs
     rows = policy.config.get_text_config(decoder=True).vocab_size  # of the logits; the last may be no token
     vocabulary = rows if tokenizer is None else min(rows, len(tokenizer))
-    if guided and not isinstance(model.backbone, Called):
+    if guided and bridge is None and not isinstance(model.backbone, Called):
         known = min(len(lm.get_input_embeddings().weight) for lm in (policy, model.backbone))
         if vocabulary > known:
             raise PyargsError(
@@ -277,7 +318,7 @@ def check_pair(policy, model, tokenizer, best_of: int) -> Pair:
             )
     if isinstance(model, TokenReward) and model.lm.get_output_embeddings().weight.shape[0] < vocabulary:
         raise PyargsError("the token reward's output layer has fewer rows than the tokenizer has tokens")
-    return Pair(policy, model, tokenizer, vocabulary, best_of)
+    return Pair(policy, model, tokenizer, vocabulary, best_of, bridge=bridge)
 
 
 def _nothing(*weights) -> float:

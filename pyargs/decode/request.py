@@ -24,7 +24,7 @@ class Request:
     raw units. num_candidates: k, or None for the whole vocabulary. temperature: 0 takes the best score, above it the choice is
     sampled from softmax(score / temperature). top_p, min_p: filters on the policy's candidates (1 and 0: none). stop: ids that
     end the answer. seed: of the sampling. logprobs: how many of the policy's likeliest tokens are told at each step. adjust:
-    changes the policy's logits, see `decode.adjust`.
+    changes the policy's logits, see `decode.adjust`. theirs: the prompt as ids of a reward model with another tokenizer.
     """
 
     prompt: tuple[int, ...]
@@ -39,6 +39,7 @@ class Request:
     seed: int = 0
     logprobs: int = 0
     adjust: Callable | None = None
+    theirs: tuple[int, ...] | None = None
 
 
 def noise(request: Request, steps: int) -> Tensor:

@@ -53,6 +53,10 @@ class GuidedLM(TemplateLM):
         pair = self.engine.pair
         if isinstance(pair.model, UserPolicy):
             raise PyargsError("a UserPolicy writes prompts of its own for each user: evaluate its answers (pyargs evaluate)")
+        if pair.bridge is not None:
+            raise PyargsError(
+                "policy and reward model have different tokenizers, so that continuations have no rewards by token"
+            )
         if pair.tokenizer is None:
             raise PyargsError("tasks are texts: give the tokenizer of the policy")
         asked = {"strength": strength, "reward_weight": reward_weight, "num_candidates": num_candidates}

@@ -234,6 +234,35 @@ class RowCache(Cache):
         self.lengths = [length + count for length in self.lengths]
         return (self._place[:end] <= place.unsqueeze(2)).unsqueeze(1)
 
+    def tree(self, seen: Tensor) -> Tensor:
+        """Attention mask [n, 1, count, places] for the next pass, whose tokens see their row's prefix, and those of each other
+        that seen bool [n, count, count] says."""
+        rows, count, _ = seen.shape
+        place = self.position + self._place[:count]
+        longest = max(self.lengths)
+        for layer in self.layers:
+            layer.writes = Branches(self._row[:rows], place, longest + count, longest)
+        prefix = self._place[: longest + count] < self.position
+        mask = prefix.unsqueeze(1).repeat(1, count, 1)
+        return mask.scatter_(2, place.unsqueeze(1).expand(rows, count, count), seen).unsqueeze(1)
+
+    def graft(self, start: Sequence[int], count: Sequence[int]) -> None:
+        """Adds to each row's prefix `count` of the tokens that the last pass wrote behind it, from number `start` on."""
+        first, new = (torch.tensor(one, device=self.length.device).unsqueeze(1) for one in (start, count))
+        offset = self._place[: max(count)]
+        to = self.position + offset
+        source = to + first * (offset < new)
+        for layer in self.layers:
+            for states in (layer.keys, layer.values):
+                rows = states[: self.width].transpose(1, 2)
+                rows[self._row[: self.width], to] = rows[self._row[: self.width], source]
+        self.cut([length + more for length, more in zip(self.lengths, count, strict=True)])
+
+    def cut(self, lengths: Sequence[int]) -> None:
+        """So much of each row is its prefix."""
+        self.lengths = list(lengths)
+        self.length[: len(lengths)] = torch.tensor(self.lengths, device=self.length.device)
+
     def take(self, other: RowCache) -> None:
         """The rows of another cache of the same model come in behind those that are here, and leave that one."""
         first, count = len(self.lengths), len(other.lengths)

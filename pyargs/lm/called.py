@@ -43,6 +43,10 @@ class Called(nn.Module):
             raise PyargsError(f"the reward function {self.name_or_path} returned rewards that are no finite numbers")
         return found.float().to(device)
 
+    def states_of(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        """The same as states [B, 1]."""
+        return self.rewards(texts).unsqueeze(1)
+
     def states(self, prompt: Sequence[int], response: Sequence[int]) -> Tensor:
         """The reward of each beginning of the response behind the prompt, float32 [T, 1]."""
         texts = [[*prompt, *response[: end + 1]] for end in range(len(response))]

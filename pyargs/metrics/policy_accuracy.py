@@ -48,12 +48,17 @@ def policy_accuracy(scores: PairScores, weight: float, *, centre: float = 0.0) -
 
 
 def pair_scores(model, policy, dataset) -> PairScores:
-    """PairScores of a dataset's rows under a RewardModel or TokenReward and a policy of the same tokenizer.
+    """PairScores of a dataset's rows under a RewardModel or TokenReward and a policy.
 
+    Where the policy has a tokenizer of its own (`load_lm` leaves it there), each model reads the responses in its own tokens.
     Log-probs of the policy are computed once for the same weights and texts and kept in the user's cache.
     """
+    from pyargs.lm.loading import same_tokenizer
     from pyargs.scoring import encode_pairs, pair_logprobs
 
-    logprob, length = pair_logprobs(policy, *encode_pairs(model.tokenizer, dataset, model.about.get("max_length")))
+    own, tokenizer = getattr(policy, "tokenizer", None), model.tokenizer
+    if own is not None and not same_tokenizer(own, tokenizer):
+        tokenizer = own
+    logprob, length = pair_logprobs(policy, *encode_pairs(tokenizer, dataset, model.about.get("max_length")))
     step_reward, reward = model.pair_scores(dataset)
     return PairScores(logprob, step_reward, length, reward, list(dataset["user_id"]))

@@ -45,12 +45,13 @@ def plan(pair: Pair, body: Chat | Completion, key=None) -> Plan:
         texts = [[message.plain() for message in body.messages]] if isinstance(body, Chat) else body.prompts
         prompts = [_ids(pair, text, user) for text in texts]
         most = [_most(pair, len(ids), body.limit) for ids in prompts]
+        theirs = [_theirs(pair, text) for text in texts]
     except PyargsError as error:
         raise refused(error) from error
-    each = [(ids, length) for ids, length in zip(prompts, most, strict=True) for _ in range(body.n or 1)]
+    each = [one for one in zip(prompts, most, theirs, strict=True) for _ in range(body.n or 1)]
     seeds = [{} if body.seed is None else {"seed": numbered(body.seed, i)} for i in range(len(each))]
-    wishes = [{**wish, **seed, "max_new_tokens": length} for seed, (_, length) in zip(seeds, each, strict=True)]
-    return Plan([ids for ids, _ in each], user, wishes, weight)
+    wishes = [{**wish, **seed, **more, "max_new_tokens": length} for seed, (_, length, more) in zip(seeds, each, strict=True)]
+    return Plan([ids for ids, *_ in each], user, wishes, weight)
 
 
 def refused(error: PyargsError) -> WireError:
@@ -69,7 +70,7 @@ def personal(pair: Pair) -> bool:
 def takes(pair: Pair) -> dict:
     """What a call may say beside OpenAI's fields, and whether it has to name a user."""
     rewarded = ["reward_weight", "num_candidates"] if pair.guided else []
-    if pair.guided and pair.model.about.get("reward_std"):  # the unit of strength
+    if pair.guided and pair.model.about.get("reward_std") is not None:  # the unit of strength
         rewarded.insert(0, "strength")
     return {"fields": [*rewarded, "min_p"], "needs_user": pair.soft > 0}
 
@@ -125,10 +126,25 @@ def _ids(pair: Pair, prompt, user: str) -> list[int]:
     demonstrated = getattr(pair.model, "demonstrations", None) is not None
     if demonstrated and user and not chat:
         raise WireError(422, "this model knows a user by messages: ask /v1/chat/completions", param="prompt")
-    most = None if pair.model is None else pair.model.about.get("max_length")
+    most = None if pair.model is None or pair.bridge is not None else pair.model.about.get("max_length")
     if chat and most is not None and len(ids) > most:
-        raise too_long(f"the messages have {len(ids)} tokens, and the reward was trained with {most}: shorten them")
+        raise _too_long_to_reward(len(ids), most)
     return pair.encode(prompt, user) if demonstrated and user else ids
+
+
+def _theirs(pair: Pair, prompt) -> dict:
+    """What a reward model with another tokenizer reads: the same messages, or the same text as it is; of ids their text."""
+    if pair.bridge is None or isinstance(prompt, list) and isinstance(prompt[0], int):
+        return {}
+    chat, most = isinstance(prompt, list), pair.model.about.get("max_length")
+    ids = (encode_prompt if chat else raw_ids)(pair.bridge.theirs, prompt)
+    if chat and most is not None and len(ids) > most:
+        raise _too_long_to_reward(len(ids), most)
+    return {"guide_prompt": ids}
+
+
+def _too_long_to_reward(length: int, most: int) -> WireError:
+    return too_long(f"the messages have {length} tokens, and the reward was trained with {most}: shorten them")
 
 
 def _room(pair: Pair) -> float:

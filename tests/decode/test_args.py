@@ -120,7 +120,7 @@ def test_a_weight_that_overflows_is_an_error(weight, backend):
     model.head.directions.data *= 1e4
     if backend == "cpu" and not has_extension:
         pytest.skip("no extension")
-    with pytest.raises(PyargsError, match=r"beyond float32: .* lower reward_weight"):
+    with pytest.raises(PyargsError, match=r"beyond float32, .* lower reward_weight"):
         asked = dict(rows=prompts([3, 2]), users=USERS[:2], reward_weight=weight)
         by_reference(policy, model, **asked) if backend == "reference" else chosen(policy, model, **asked, backend=backend)
 

@@ -6,13 +6,16 @@ import warnings
 
 import pytest
 import serving
+from conftest import reward_model, tiny_lm
+from decoding import engine_of
 from serving import messages
+from tokens import byte_level, sentencepiece
 
 from pyargs.decode.engine import Engine
 from pyargs.decode.request import numbered
 from pyargs.errors import PyargsError
 from pyargs.lm.loading import load_lm
-from pyargs.lm.tokenize import encode_prompt
+from pyargs.lm.tokenize import encode_prompt, raw_ids
 from pyargs.models.demonstrations import Demonstrations
 from pyargs.models.token_reward import TokenReward
 from pyargs.models.user_policy import UserPolicy
@@ -173,3 +176,22 @@ def test_near_names_are_those_that_the_key_may_see(pairs):
     assert "ann" not in raised.value.message
     with pytest.raises(WireError, match="bob"):
         plan(pairs["personal"], chat(user="bobb"), KEY)
+
+
+def test_a_reward_model_with_another_tokenizer_reads_the_same_messages():
+    """In its own template; a text as it is; and ids by their text. What is too long is counted in its tokens."""
+    policy, model = tiny_lm(vocab=len(byte_level())), reward_model(tiny_lm(vocab=len(sentencepiece()), seed=1))
+    policy.tokenizer, model.tokenizer = byte_level(), sentencepiece()
+    pair = engine_of(policy, model, backend="eager").pair
+    more = dict(user="ann", reward_weight=1.0, max_tokens=5)
+    asked = plan(pair, chat(**more, n=2))
+    assert asked.prompts == [encode_prompt(byte_level(), HELLO)] * 2
+    assert [wish["guide_prompt"] for wish in asked.wishes] == [encode_prompt(sentencepiece(), HELLO)] * 2
+    (wish,) = plan(pair, completion(**more)).wishes
+    assert wish["guide_prompt"] == raw_ids(sentencepiece(), "Hello you")
+    assert "guide_prompt" not in plan(pair, completion(**more | {"prompt": [5, 6]})).wishes[0]
+    request = pair.request(asked.prompts[0], asked.user, **asked.wishes[0])
+    assert list(request.theirs) == encode_prompt(sentencepiece(), HELLO)
+    model.about["max_length"] = len(request.theirs) - 1
+    with pytest.raises(WireError, match=f"have {len(request.theirs)} tokens, and the reward was trained with"):
+        plan(pair, chat(**more))

@@ -9,12 +9,13 @@ from typing import NamedTuple
 from pyargs.decode.args import Guided, Two
 from pyargs.decode.backends import copies, cpu, cuda_graph, eager, texts
 from pyargs.decode.genarm import Tokenwise
+from pyargs.decode.request import positions
 from pyargs.decode.steps import Steps
 from pyargs.decode.unguided import Alone
 from pyargs.errors import PyargsError
 from pyargs.lm.cache import can_branch
 from pyargs.lm.called import Called
-from pyargs.lm.forward import plain_output_layer
+from pyargs.lm.forward import border, plain_output_layer
 from pyargs.lm.stack import keep
 from pyargs.lm.structure import BACKENDS, as_written, asked_backend, dropping
 from pyargs.models.token_reward import TokenReward
@@ -28,10 +29,10 @@ class Backend(NamedTuple):
     shared: bool = True
 
 
-def resolve(asked: str, *models, guide=None) -> Backend:
+def resolve(asked: str, *models, guide=None, by_text: bool = False) -> Backend:
     """The backend for language models (of policy and reward model). PYARGS_BACKEND overrides `asked`.
 
-    guide: the RewardModel or TokenReward that guides, where one does.
+    guide: the RewardModel or TokenReward that guides, where one does. by_text: it reads texts that the host makes.
 
     Raises PyargsError for an unknown name, and for one that cannot compute these models, with the reason.
     """
@@ -51,7 +52,7 @@ def resolve(asked: str, *models, guide=None) -> Backend:
     else:
         why = "PYARGS_BACKEND asks for it" if asked_backend() else "it was asked for"
     if asked in ("auto", "cuda-graph"):
-        refused = cuda_graph.refusal(guide, *models)
+        refused = cuda_graph.refusal(guide, *models, by_text=by_text)
         if refused is None:
             return Backend("cuda-graph", "policy and reward model are on one GPU: a step is captured and replayed")
         if asked == "cuda-graph":
@@ -84,6 +85,23 @@ def scorer(backend: Backend, backbone, room: int):
     return (eager if backend.shared else copies).Scorer(backbone, room)
 
 
+def reader(backbone, bridge, room: int) -> texts.Scorer:
+    """The reward model's half where it reads texts of its own."""
+    if isinstance(backbone, Called):
+        return texts.Scorer(backbone.states_of, bridge)
+    if place := dropping(backbone):
+        raise PyargsError(f"{place} drops numbers at random, as in training: call eval() on the model first")
+    most = positions(backbone)
+    if as_written(backbone) and can_branch(backbone) and border(backbone) is None:
+        return texts.Kept(backbone, room, bridge, most)
+    warnings.warn(
+        "the reward model keeps nothing of a text that its tokenizer may cut otherwise at the next token (sliding window, "
+        "state space, longrope, hooks): each candidate's whole text is read at each step, which is slow",
+        stacklevel=4,
+    )
+    return texts.Scorer(texts.one_by_one(backbone), bridge, most)
+
+
 def passes_of(backend: Backend, lm, backbone, room: int, vocabulary: int, k: int):
     """Passes of a policy and a reward model, in one where they rest on the same weights and that is faster."""
     if backend.name == "cpu" and cpu.shares(lm, backbone):
@@ -103,11 +121,9 @@ def steps(backend: Backend, pair, room: int, eos_reward: str, adjust=None):
         halves = (policy(backend, lm, room, pair.vocabulary) for lm in models)
         rows = Tokenwise(*halves, device=pair.model.device, **sizes)
     else:
-        called = isinstance(pair.model.backbone, Called)
-        passes = (
-            Two(policy(backend, pair.policy, room, pair.vocabulary), texts.Scorer(pair.model.backbone))
-            if called
-            else passes_of(backend, *models, room, pair.vocabulary, 10)
-        )
+        if pair.by_text:
+            passes = Two(policy(backend, pair.policy, room, pair.vocabulary), reader(pair.model.backbone, pair.bridge, room))
+        else:
+            passes = passes_of(backend, *models, room, pair.vocabulary, 10)
         rows = Guided(passes, pair.model, eos_reward=eos_reward, **sizes)
     return cuda_graph.Captured(rows, *models) if backend.name == "cuda-graph" else Steps(rows)

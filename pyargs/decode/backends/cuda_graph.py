@@ -25,7 +25,6 @@ from pyargs.decode.rows import Choice
 from pyargs.decode.steps import read, unread
 from pyargs.errors import PyargsError
 from pyargs.lm.cache import RowCache, can_branch
-from pyargs.lm.called import Called
 from pyargs.lm.fused_modules import few_launches
 from pyargs.lm.structure import as_written, contents, structure
 from pyargs.models.reward_model import RewardModel
@@ -54,14 +53,14 @@ class Recording(NamedTuple):
     kept: object
 
 
-def refusal(guide, *models) -> str | None:
+def refusal(guide, *models, by_text: bool = False) -> str | None:
     """Why steps of these language models are not captured; None where it is tried. guide: the RewardModel or TokenReward that
-    guides them, if any."""
+    guides them, if any; by_text: it reads texts."""
     devices = {part.device for part in (*models, guide) if part is not None}
     if len(devices) > 1 or devices.pop().type != "cuda":
         return "policy and reward model are not on one GPU"
-    if isinstance(getattr(guide, "backbone", None), Called):
-        return "a function of texts is called by the host"
+    if by_text:
+        return "the reward model reads texts, which the host makes"
     if guide is None:
         return "only a step that a reward guides is captured so far"
     if not as_written(*models, *([guide.head] if isinstance(guide, RewardModel) else [])):

@@ -111,6 +111,12 @@ class Scorer(Half):
         """States [n, k, D] of candidates [n, k], each behind its row's tokens. Those outside `wanted` may be any."""
         return _pass(self.backbone, candidates, self.cache).last_hidden_state
 
+    def tree(self, ids: Tensor, place: Tensor, seen: Tensor) -> Tensor:
+        """States [n, S, D] of tokens ids [n, S] that stand at `place` int64 [n, S] behind their row's tokens, and see these
+        and each other where seen bool [n, S, S] says so. `cache.graft` appends some of them."""
+        position, mask = self.cache.position + place, self.cache.tree(seen)
+        return _call(self.backbone, self.cache, mask, position, {"input_ids": ids}, {}).last_hidden_state
+
     def commit(self, token: Tensor, slot: Tensor) -> None:
         """Appends token [n], the candidate at slot [n], to each row; a slot of -1 leaves its row."""
         self.cache.commit(slot)
