@@ -45,6 +45,11 @@ def requirements() -> tuple[set[str], dict[str, set[str]]]:
     return {distribution(one) for one in project["dependencies"]}, extras
 
 
+def owners(package: str) -> list[str]:
+    """The distributions that a package is from; one that is not installed here is named as it is."""
+    return [distribution(one) for one in importlib.metadata.packages_distributions().get(package, [package])]
+
+
 def imports(tree: ast.AST, inside: str | None = None):
     """(package, extra or None) of each import; the extra is the first argument of the `with extra(...)` around it."""
     for node in ast.iter_child_nodes(tree):
@@ -71,10 +76,9 @@ def foreign() -> list[tuple[str, str, str | None]]:
 
 def test_every_import_is_of_the_core_or_names_its_extra():
     core, extras = requirements()
-    of_package = importlib.metadata.packages_distributions()
     wrong, optional = [], set()
     for file, package, name in foreign():
-        (owner,) = {distribution(one) for one in of_package[package]}
+        (owner,) = set(owners(package))
         if owner not in core:
             optional.add(package)
         if (owner in core) != (name is None) or (name is not None and owner not in extras[name]):
@@ -85,8 +89,7 @@ def test_every_import_is_of_the_core_or_names_its_extra():
 
 def test_no_extra_asks_for_more_than_is_imported():
     core, extras = requirements()
-    of_package = importlib.metadata.packages_distributions()
-    used = {distribution(one) for _, package, _ in foreign() for one in of_package[package]}
+    used = {one for _, package, _ in foreign() for one in owners(package)}
     assert not set().union(*(extras[name] for name in extras if name not in ("dev", "docs"))) - used
     assert extras["all"] == set().union(*(extras[name] for name in extras if name not in ("all", "dev", "docs")))
     assert not core & extras["all"]

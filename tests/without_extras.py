@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 OPTIONAL = (
-    *("bert_score", "bm25s", "fastapi", "lm_eval", "matplotlib", "prometheus_client", "pydantic", "requests", "rich"),
+    *("bert_score", "bm25s", "fastapi", "lm_eval", "matplotlib", "prometheus_client", "pydantic", "ray", "requests", "rich"),
     *("sentence_transformers", "sklearn", "uvicorn"),
 )
 
@@ -72,6 +72,7 @@ def verbs(model: str) -> list[tuple[str, str | None]]:
         ("demo --out demo", "demo"),
         ("key keys.json ops --admin", None),
         (f"serve lore --policy {model}", "serve"),
+        (f"serve lore --policy {model} --on ray", "ray"),
     ]
 
 

@@ -34,11 +34,17 @@ def add_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     parser.add_argument(
         "--shutdown-seconds", type=positive, default=30, help="how long running answers may go on after SIGTERM (default 30)"
     )
+    parser.add_argument("--on", choices=["ray"], help="replicas on a Ray cluster, in place of this process alone")
+    parser.add_argument("--replicas", type=positive, help="engines that share the requests, on Ray (default 1)")
 
 
 def run(args: argparse.Namespace) -> None:
-    from pyargs.errors import extra
+    from pyargs.errors import PyargsError, extra
 
+    if args.on == "ray":
+        return run_on_ray(args)
+    if args.replicas is not None:
+        raise PyargsError("--replicas are on a cluster: add --on ray")
     with extra("serve", "the service"):
         import uvicorn
     import signal
@@ -68,32 +74,78 @@ def run(args: argparse.Namespace) -> None:
         state.worker.stop()
 
 
-def application(args: argparse.Namespace):
-    """The application of a command line, whose worker runs."""
+def run_on_ray(args: argparse.Namespace) -> None:
+    import os
+    from functools import partial
     from pathlib import Path
 
+    from pyargs.errors import extra
+
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # before ray is imported: each request has its line in the log
+    with extra("ray", "the service on Ray"):
+        import ray  # noqa: F401
+    from pyargs.serve.ray import ELSE, deploy
+
+    keys_of(args)
+    for name in ("model", "policy", "backbone", "api_keys", "users"):  # replicas have another working folder
+        value = getattr(args, name)
+        if value is not None and (name == "users" or Path(value).exists()):
+            setattr(args, name, str(Path(value).resolve()))
+    deploy(
+        partial(application, args),
+        model=name_of(args),
+        host=args.host,
+        port=args.port,
+        replicas=args.replicas or 1,
+        most=args.max_rows + args.max_waiting + ELSE,
+        seconds=args.shutdown_seconds,
+        users=args.users and args.model and (args.users, args.model, args.backbone),
+    )
+
+
+def application(args: argparse.Namespace, *, metrics=None, shared=None):
+    """The application of a command line, whose worker runs. shared: opens the users of a worker where others own them."""
     from pyargs.decode.engine import Engine
     from pyargs.decode.pair import load_pair
-    from pyargs.errors import PyargsError
     from pyargs.models.folder import locate
     from pyargs.serve.adapting import identity, open_users
     from pyargs.serve.app import make_app
-    from pyargs.serve.keys import Keys
     from pyargs.serve.metrics import log_to_stderr
     from pyargs.serve.users import make_router
     from pyargs.serve.worker import Worker
 
-    if args.api_keys is None and args.host not in LOOPBACK:
-        raise PyargsError(f"without --api-keys a service is for this machine alone: --host {' or '.join(LOOPBACK)}")
-    keys = None if args.api_keys is None else Keys(args.api_keys)
+    keys = keys_of(args)
     log_to_stderr()
     before = None if None in (args.users, args.model) else identity(locate(args.model))
     policy, model = load_pair(args.policy, args.model, dtype=args.dtype, backbone=args.backbone)
     part = args.prefill_tokens or (32 if policy.device.type == "cpu" else 512)
     engine = Engine(policy, model, backend=args.backend, max_rows=args.max_rows, prefill_tokens=part)
     worker = Worker(engine, max_waiting=args.max_waiting)
-    adapting = None if args.users is None else open_users(args.users, worker, args.model, args.backbone, before)
-    name = args.name or Path(args.policy if args.model is None else args.model).resolve().name
-    app = make_app(worker, model=name, keys=keys, routers=[make_router(worker, adapting)])
+    adapting = None
+    if args.users is not None:
+        if shared is not None:
+            adapting = shared(worker, args.model, before)
+        else:
+            adapting = open_users(args.users, worker, args.model, args.backbone, before)
+    first = [] if adapting is None else [adapting.current]
+    routers = [make_router(worker, adapting)]
+    app = make_app(worker, model=name_of(args), metrics=metrics, keys=keys, routers=routers, first=first)
     app.state.adapting = adapting
     return app
+
+
+def name_of(args: argparse.Namespace) -> str:
+    """What calls say as `model`."""
+    from pathlib import Path
+
+    return args.name or Path(args.policy if args.model is None else args.model).resolve().name
+
+
+def keys_of(args: argparse.Namespace):
+    """Who may ask; None where only this machine may."""
+    from pyargs.errors import PyargsError
+    from pyargs.serve.keys import Keys
+
+    if args.api_keys is None and args.host not in LOOPBACK:
+        raise PyargsError(f"without --api-keys a service is for this machine alone: --host {' or '.join(LOOPBACK)}")
+    return None if args.api_keys is None else Keys(args.api_keys)

@@ -246,6 +246,9 @@ class Adapting:
                     self.process = None
                 self._tell(user, None)
 
+    async def current(self) -> None:
+        """Returns when the table has what earlier calls have changed. It always has: they changed it themselves."""
+
     def stop(self) -> None:
         """Ends the process and the thread, and closes the store. Who was being adapted to is so again when it is opened."""
         self._stopping = True

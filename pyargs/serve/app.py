@@ -22,7 +22,7 @@ with extra("serve", "the service"):
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse, StreamingResponse
     from fastapi.routing import APIRoute
-    from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+    from prometheus_client import CONTENT_TYPE_LATEST
 
 BODY = 2**20
 """Bytes that the body of a request may have."""
@@ -31,16 +31,24 @@ LOOPBACK = ["localhost", "127.0.0.1"]
 
 
 def make_app(
-    worker: Worker, *, model: str, metrics: Metrics | None = None, keys=None, routers: Sequence[APIRouter] = ()
+    worker: Worker,
+    *,
+    model: str,
+    metrics: Metrics | None = None,
+    keys=None,
+    routers: Sequence[APIRouter] = (),
+    first: Sequence[Callable] = (),
 ) -> FastAPI:
     """The application. `app.state` has worker, model, metrics and keys.
 
     model: the name that calls have to give. keys: who may ask: `keys.find(token)` gives the key of a bearer token, or None; a
     key has `admin`, `may(user)`, and `among(users)`, those that it may see. Without keys everybody is an admin, and the
-    service answers to its loopback names only. routers: more calls; `Asker` gives a handler of theirs the key.
+    service answers to its loopback names only. routers: more calls; `Asker` gives a handler of theirs the key. first: what
+    each call waits for (`Adapting.current`).
     """
     app = FastAPI(
         title="pyargs",
+        dependencies=[Depends(one) for one in first],
         docs_url=None,  # these pages come from elsewhere
         redoc_url=None,
         telemetry={"tracing": False, "metrics": False, "logs": False},
@@ -156,7 +164,7 @@ async def health(request: Request) -> Response:
 async def metrics(request: Request, key: Asker) -> Response:
     if key is not None and not key.admin:
         raise WireError(403, "metrics are for a key of an admin")
-    return Response(generate_latest(request.app.state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+    return Response(await request.app.state.metrics.scrape(), media_type=CONTENT_TYPE_LATEST)
 
 
 def _model(app: FastAPI) -> dict:

@@ -6,11 +6,12 @@ import asyncio
 import json
 import logging
 import time
+from collections.abc import Awaitable, Callable
 
 from pyargs.errors import extra
 
 with extra("serve", "the service"):
-    from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+    from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 log = logging.getLogger("pyargs.serve")
 
@@ -31,12 +32,16 @@ class Metrics:
         self.step = Histogram("pyargs_step_seconds", "Time of a step of all rows", buckets=FAST, **own)
         self.first = Histogram("pyargs_first_token_seconds", "Time from a request to its first token", buckets=SLOW, **own)
         self.between = Histogram("pyargs_between_tokens_seconds", "Time between two tokens of an answer", buckets=FAST, **own)
+        self.scrape: Callable[[], Awaitable[bytes]] = self._scrape  # what /metrics tells; of several engines it is more
 
     def watch(self, worker) -> None:
         """Takes the time of a worker's steps, and reads its rows and waiting requests whenever somebody asks."""
         worker.on_step = self.step.observe
         self.rows.set_function(lambda: worker.open - worker.waiting)
         self.waiting.set_function(lambda: worker.waiting)
+
+    async def _scrape(self) -> bytes:
+        return generate_latest(self.registry)
 
 
 class Noted:

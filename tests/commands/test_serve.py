@@ -79,3 +79,8 @@ def test_users_who_come_need_a_model(lm_folder, tmp_path, capsys):
 
 def test_without_keys_it_is_for_this_machine_alone(model, lm_folder, capsys):
     assert "for this machine alone" in call(capsys, ["serve", model, "--policy", lm_folder, "--host", "0.0.0.0"], expect=1)
+
+
+def test_replicas_are_on_a_cluster(model, lm_folder, capsys):
+    words = ["serve", model, "--policy", lm_folder, "--replicas", "2"]
+    assert "add --on ray" in call(capsys, words, expect=1)
