@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from pyargs.lm.cache import RowCache, additive, cache_name, positions
+from pyargs.lm.exact import HALVES, InFloat32
 from pyargs.lm.rotary_table import tabulate
 from pyargs.lm.structure import GROUPED
 from pyargs.ops import branch_attention
@@ -43,7 +44,7 @@ def few_launches(*decoders: nn.Module, places: int = 0):
     tables: list[Tensor] = []
     with ExitStack() as undo:
         for number, decoder in enumerate({id(one): one for one in decoders}.values()):
-            expected = _probe(decoder)
+            expected = _passes(_probe, decoder)
             _try(decoder, undo, _attend_by_length, _probe_branches)
             for change in (partial(_group_heads, number), _fuse_norms, _fuse_rotary, partial(tabulate, places, tables)):
                 _try(decoder, undo, change, _probe, expected)
@@ -80,19 +81,34 @@ def _probe_branches(decoder: nn.Module) -> Tensor:
         return decoder(input_ids=ids.flip(1), attention_mask=seen, position_ids=place, **more).last_hidden_state.float()
 
 
-def _try(decoder: nn.Module, undo: ExitStack, change: Callable, probe: Callable, expected: Tensor | None = None) -> None:
+def _passes(probe: Callable, decoder: nn.Module) -> list[Tensor]:
+    """The states of a pass as it is, and one in float32 where the decoder's dtype is so coarse that it hides a formula."""
+    found = [probe(decoder)]
+    if decoder.dtype in HALVES:
+        with InFloat32():
+            found.append(probe(decoder))
+    return found
+
+
+def _try(decoder: nn.Module, undo: ExitStack, change: Callable, probe: Callable, expected: list | None = None) -> None:
     """Makes a change that stays until the end of `undo` if the probe gives the same with it."""
     with ExitStack() as tried:
         try:
-            expected = probe(decoder) if expected is None else expected
+            expected = _passes(probe, decoder) if expected is None else expected
             change(decoder, tried.callback)
-            difference = (probe(decoder) - expected).norm() / expected.norm()
+            found = _passes(probe, decoder)
         except torch.OutOfMemoryError:
             raise
         except WRONG:
             return
-        if difference.item() < 8 * torch.finfo(decoder.dtype).eps ** 0.75:  # another formula is off by some tenths
+        dtypes = decoder.dtype, torch.float32
+        if all(_alike(*both) for both in zip(found, expected, dtypes, strict=False)):
             undo.push(tried.pop_all())
+
+
+def _alike(states: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """Whether they differ by rounding in this dtype alone."""
+    return ((states - expected).norm() / expected.norm()).item() < 8 * torch.finfo(dtype).eps ** 0.75
 
 
 def _attend_by_length(decoder: nn.Module, undo: Callable) -> None:
@@ -169,7 +185,8 @@ def _fuse_norms(decoder: nn.Module, undo: Callable) -> None:
 
 
 def _rms_norm(norm: nn.Module, epsilon: float, x: Tensor) -> Tensor:
-    return F.rms_norm(x, norm.weight.shape, norm.weight, epsilon)
+    weight = norm.weight.to(torch.promote_types(norm.weight.dtype, x.dtype))  # mostly as it is
+    return F.rms_norm(x, weight.shape, weight, epsilon)
 
 
 def _fuse_rotary(decoder: nn.Module, undo: Callable) -> None:
@@ -195,7 +212,8 @@ class _Rotary:
         half = sin.shape[-1] // 2
         given, sine = self.last
         if given is not sin:
-            turned = sin if hasattr(sin, "turned") else torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+            turned = getattr(sin, "turned", None)
+            turned = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1) if turned is None else turned
             sine = turned.unsqueeze(unsqueeze_dim)
             self.last = sin, sine
         both = torch.cat([q, k], dim=1)

@@ -14,9 +14,10 @@ STEADY = "default", "linear", "llama3", "yarn"
 
 
 def tabulate(places: int, tables: list[Tensor], decoder: nn.Module, undo: Callable) -> None:
-    """In this thread the decoder's `rotary_emb` looks positions below `places` up, if its frequencies are steady. The first
-    half of a sine has its sign turned, as the rotation of halves takes it; its attribute `turned` says so. A table
-    [places, 2 width] is added to `tables`, and has to live as long as what was captured."""
+    """In this thread the decoder's `rotary_emb` looks positions below `places` up, if its frequencies are steady. What it
+    gives is what it computes otherwise. The sine's attribute `turned` is the same with the sign of the first half turned, as
+    the rotation of halves takes it: who does not know it, or gets a copy of the sine without it, is right too. A table
+    [places, 3 width] is added to `tables`, and has to live as long as what was captured."""
     rotary = getattr(decoder, "rotary_emb", None)
     if not places or rotary is None or "forward" in vars(rotary) or getattr(rotary, "rope_type", None) not in STEADY:
         return
@@ -24,7 +25,7 @@ def tabulate(places: int, tables: list[Tensor], decoder: nn.Module, undo: Callab
     with torch.no_grad():
         cos, sin = rotary(like, torch.arange(places, device=like.device).unsqueeze(0))
     half = sin.shape[-1] // 2
-    table = torch.cat([cos, -sin[..., :half], sin[..., half:]], -1).squeeze(0)
+    table = torch.cat([cos, sin, -sin[..., :half], sin[..., half:]], -1).squeeze(0)
     rotary.forward = partial(_look_up, rotary.forward, threading.get_ident(), table)
     undo(delattr, rotary, "forward")
     tables.append(table)
@@ -34,6 +35,5 @@ def _look_up(written: Callable, thread: int, table: Tensor, x: Tensor, position_
     """In this thread from the table, elsewhere as it is written."""
     if threading.get_ident() != thread or x.dtype != table.dtype or x.device != table.device:
         return written(x, position_ids)
-    cosine, sine = table[position_ids].chunk(2, -1)
-    sine.turned = True
+    cosine, sine, sine.turned = table[position_ids].chunk(3, -1)
     return cosine, sine

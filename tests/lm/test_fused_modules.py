@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -11,11 +12,14 @@ from conftest import FULL_ATTENTION, tiny_lm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama import modeling_llama
 
+from pyargs.lm import fused_modules
 from pyargs.lm.cache import RowCache, cache_name, can_branch, positions
-from pyargs.lm.fused_modules import OTHERWISE, _by_length, few_launches, takes_lengths
+from pyargs.lm.fused_modules import OTHERWISE, _by_length, _Rotary, few_launches, takes_lengths
 from pyargs.lm.stack import keep
 from pyargs.lm.structure import Watch, as_written, structure
+from pyargs.ops import branch_attention
 
 
 def of_odd_heads(seed=0):
@@ -94,6 +98,55 @@ def test_other_formulas_of_the_same_name_are_left_alone(family):
     before = policy(**x).logits
     with few_launches(policy.get_decoder()):
         torch.testing.assert_close(policy(**x).logits, before, atol=2e-5, rtol=2e-5)
+
+
+def replaced(decoder, places: int = 50) -> set[str]:
+    """What `few_launches` changes."""
+    with few_launches(decoder, places=places):
+        source = sys.modules[type(decoder).__module__]
+        found = {name for name, part in decoder.named_modules() if "forward" in vars(part)}
+        found |= {"rotary"} if isinstance(getattr(source, "apply_rotary_pos_emb", None), _Rotary) else set()
+        return found | {decoder.config._attn_implementation}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "family", [*FULL_ATTENTION, "gemma", "glm", "falcon", "gpt_neox", "olmo2", "ernie4_5", "cohere", "phi3"]
+)
+def test_what_is_replaced_does_not_depend_on_the_rounding(family, dtype):
+    """ERNIE turns neighbours, which a tiny model of bfloat16 hides by its rounding."""
+    assert replaced(tiny_lm(family, dtype=dtype).get_decoder()) == replaced(tiny_lm(family, dtype=torch.float32).get_decoder())
+
+
+ROTATE = modeling_llama.apply_rotary_pos_emb
+ROTATIONS = {
+    "backwards": lambda q, k, cos, sin, **more: ROTATE(q, k, cos, -sin, **more),
+    "a half backwards": lambda q, k, cos, sin, **more: ROTATE(q, k, cos, torch.cat([-sin[..., :4], sin[..., 4:]], -1), **more),
+    "a tenth faster": lambda q, k, cos, sin, **more: ROTATE(q, k, cos, sin * 1.1, **more),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ROTATIONS)
+def test_another_rotation_stays_in_every_dtype(name, dtype, monkeypatch):
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", ROTATIONS[name])
+    assert "rotary" not in replaced(tiny_lm("llama", dtype=dtype).get_decoder())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_norm_of_another_size_stays_in_every_dtype(dtype, monkeypatch):
+    before = modeling_llama.LlamaRMSNorm.forward
+    decoder = tiny_lm("llama", dtype=dtype).get_decoder()
+    assert "norm" in replaced(decoder)
+    monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", lambda self, x: before(self, x) * 0.98)
+    assert not any("norm" in name for name in replaced(decoder))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_attention_of_another_scale_stays_in_every_dtype(dtype, monkeypatch):
+    decoder = tiny_lm("llama", dtype=dtype).get_decoder()
+    monkeypatch.setattr(fused_modules, "branch_attention", lambda *given: branch_attention(*given[:-1], given[-1] * 1.05))
+    assert fused_modules.BY_LENGTH not in replaced(decoder)
 
 
 def test_each_decoder_has_its_own_attention():

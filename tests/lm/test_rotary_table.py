@@ -38,11 +38,25 @@ def test_angles_are_looked_up_bit_for_bit():
         assert len(tables) == 1 and "forward" in vars(decoder.rotary_emb)
         cosine, sine = decoder.rotary_emb(x, position_ids=position)
         half = sin.shape[-1] // 2
-        assert torch.equal(cosine, cos) and torch.equal(sine, torch.cat([-sin[..., :half], sin[..., half:]], -1))
+        assert torch.equal(cosine, cos) and torch.equal(sine, sin)
+        assert torch.equal(sine.turned, torch.cat([-sin[..., :half], sin[..., half:]], -1))
         found = []
         in_threads(lambda i: found.append(decoder.rotary_emb(x, position_ids=position + 100)[0]), 1)  # beyond the table
         assert torch.equal(found[0], rotary(x, position + 100)[0])
     assert "forward" not in vars(decoder.rotary_emb)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", [*FULL_ATTENTION[:2], "glm", "ernie4_5", "gpt_neox", "phi", "phi3", "cohere"])
+def test_whoever_asks_gets_the_angles_that_are_computed_otherwise(family, dtype):
+    """Neighbours or halves, of the whole head or a part of it: nobody gets a sine that is turned already."""
+    decoder, x = tiny_lm(family, dtype=dtype).get_decoder(), torch.zeros(1, 1, dtype=dtype)
+    position = torch.tensor([[0, 7, 49]])
+    want = decoder.rotary_emb(x, position)
+    with few_launches(decoder, places=50):
+        assert "forward" in vars(decoder.rotary_emb)
+        for one, other in zip(decoder.rotary_emb(x, position), want, strict=True):
+            assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", {"full_attention": "default"}])
