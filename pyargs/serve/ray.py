@@ -367,5 +367,6 @@ def said_by_replicas():
     try:
         yield
     except RuntimeError as error:
-        said = re.findall(r"^pyargs\.\S+: (.+)$", str(error), re.MULTILINE)
+        told = [one.message for app in serve.status().applications.values() for one in app.deployments.values()]
+        said = re.findall(r"\bpyargs\.[\w.]+: (.+)$", "\n".join(told), re.MULTILINE)
         raise PyargsError(said[-1] if said else f"the replicas do not start: {error}") from error

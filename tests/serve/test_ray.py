@@ -215,14 +215,13 @@ def test_another_machine_than_the_head_is_refused(on_ray, monkeypatch):
         on_ray.check_head()
 
 
-def test_what_a_replica_refuses_is_one_line(on_ray):
-    traceback = (
-        'Deploying application pyargs failed: ...\n  File "x.py"\npyargs.errors.PyargsError: no such folder. Fix: name one\n'
-    )
-    with pytest.raises(PyargsError, match="^no such folder. Fix: name one$"), on_ray.said_by_replicas():
-        raise RuntimeError(traceback)
-    with pytest.raises(PyargsError, match="^the replicas do not start: killed$"), on_ray.said_by_replicas():
-        raise RuntimeError("killed")
+def test_what_a_replica_refuses_is_one_line(on_ray, monkeypatch):
+    told = 'It failed to start. Error:\n  File "x.py", line 3\npyargs.errors.PyargsError: no such folder. Fix: name one\n'
+    for message, line in ((told, "no such folder. Fix: name one"), ("no memory", "the replicas do not start: it failed")):
+        app = SimpleNamespace(deployments={on_ray.NAME: SimpleNamespace(message=message)})
+        monkeypatch.setattr(on_ray.serve, "status", lambda app=app: SimpleNamespace(applications={on_ray.NAME: app}))
+        with pytest.raises(PyargsError, match=f"^{line}$"), on_ray.said_by_replicas():
+            raise RuntimeError("it failed")
 
 
 def test_the_owner_is_asked_for_what_its_store_has(on_ray, folder, tmp_path):
