@@ -44,8 +44,8 @@ HEADS = {
 cuda = pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
 
 
-def refusal_on_a_cpu(guide, *models) -> str | None:
-    return None if guide is not None and as_written(*models) else "hooks, or no reward"
+def refusal_on_a_cpu(guide, *models, by_text: bool = False) -> str | None:
+    return None if guide is not None and not by_text and as_written(*models) else "hooks, no reward, or one of texts"
 
 
 @pytest.fixture(autouse=True, scope="module")
