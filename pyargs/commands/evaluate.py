@@ -94,11 +94,17 @@ def _generations(args: argparse.Namespace, model, policy, rows, tuned: dict | No
     from pyargs import files
     from pyargs.config import check_kinds
     from pyargs.errors import PyargsError
+    from pyargs.lm.loading import same_tokenizer
     from pyargs.lm.tokenize import encode_prompt
     from pyargs.metrics.overlap import bertscore, copied, quotes, rouge
     from pyargs.metrics.perplexity import perplexity
     from pyargs.metrics.win_rate import win_rate
 
+    if hasattr(model, "pair_scores") and not same_tokenizer(policy.tokenizer, model.tokenizer):
+        raise PyargsError(
+            "--generations are measured in the tokens of policy and model, and these have different tokenizers: leave it out, "
+            "and compare the texts"
+        )
     written = {(row["user_id"], row["pair_id"]): row for row in rows}
 
     def read(file: str) -> dict:

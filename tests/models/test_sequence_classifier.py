@@ -10,8 +10,10 @@ from conftest import tiny_lm
 from datasets import Dataset
 from decoding import by_reference, chosen, engine_of, prompts, tokens
 from safetensors.torch import save_file
+from tokens import byte_level
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from pyargs.cli import main
 from pyargs.data.synthetic import tiny_tokenizer
 from pyargs.decode.engine import Engine
 from pyargs.errors import PyargsError, UnknownUser
@@ -285,3 +287,28 @@ def test_what_is_wrong_is_refused_by_name(on_disk, tmp_path):
     torch.save(own.state_dict(), on_disk[1] / "pytorch_model.bin")
     with pytest.raises(PyargsError, match="pickled"):
         make(str(on_disk[1]))
+
+
+def test_the_command_line_takes_its_folder(on_disk, tmp_path, capsys):
+    """RM accuracy of its pairs, answers of a policy with another tokenizer, and no measures of these in mixed tokens."""
+    own, folder = on_disk
+    model = RewardModel.from_sequence_classifier(str(folder))
+    model.save_pretrained(tmp_path / "rm")
+    data = [{**row, "split": "query", "pair_id": f"p{i}"} for i, row in enumerate(rows(["kind"], PLAIN[:2]))]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, data)))
+    run = lambda *words: main([*words, "--data", str(tmp_path / "pairs.jsonl")])  # noqa: E731
+    assert run("evaluate", str(tmp_path / "rm"), "--out", str(tmp_path / "r.json")) == 0
+    found = json.loads((tmp_path / "r.json").read_text())["values"]["rm_accuracy"]
+    want = rm_accuracy(model.pair_scores(rows(["kind"], PLAIN[:2]))[1], ["kind"] * 2)
+    assert found["n"] == 2 and found["accuracy"] == want["accuracy"]
+    lm = tiny_lm(vocab=len(byte_level()), dtype=torch.float32)
+    lm.save_pretrained(tmp_path / "lm")
+    byte_level().save_pretrained(tmp_path / "lm")
+    how = ["--policy", str(tmp_path / "lm"), "--reward-weight", "2"]
+    answers = str(tmp_path / "a.jsonl")
+    with pytest.warns(UserWarning, match="different tokenizers"):
+        assert run("decode", str(tmp_path / "rm"), *how, "--max-new-tokens", "4", "--out", answers) == 0
+    more = ["--generations", answers, "--out", str(tmp_path / "e.json")]
+    capsys.readouterr()
+    assert run("evaluate", str(tmp_path / "rm"), *how, *more) == 1
+    assert "different tokenizers" in capsys.readouterr().err
