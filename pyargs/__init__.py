@@ -21,6 +21,7 @@ _HOME = {
     "train": "pyargs.learn",
     "adapt": "pyargs.training.adapt",
     "forget": "pyargs.models",
+    "push_to_hub": "pyargs.publish.pushing",
     "topk_logprobs": "pyargs.ops",
     "score_select": "pyargs.ops",
     "tokenwise_select": "pyargs.ops",

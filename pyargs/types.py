@@ -16,13 +16,17 @@ from pyargs.errors import PyargsError, UnknownUser, described, did_you_mean
 from pyargs.files import read_json, read_tensors, write_text
 from pyargs.user_ids import UserRows, user_ids
 
+START = "start.safetensors"
+"""In a model's folder: `Users.start`."""
+
 
 class Users(nn.Module):
     """Ids and, for each named kind of vector, one row per user.
 
     vectors: name -> float tensor [users, ...], not copied. ids: user -> row. trained: how many users the model was trained
     on; theirs are the first rows, and adapted users follow. A model without vectors is the same for everyone: it knows no
-    users, and `rows` gives 0 for any id.
+    users, and `rows` gives 0 for any id. start: the mean [1, ...] of trained users who are not in the table, where new ones
+    begin; empty as long as they are.
 
     Adding or removing a user costs its own rows only. Afterwards `vectors` holds new Parameters, in the same memory as long as
     there is room. Removing users changes the order of rows: whoever asks for rows and then reads them holds `lock` meanwhile.
@@ -34,6 +38,7 @@ class Users(nn.Module):
         self.ids = UserRows(ids)
         self.trained = len(self.ids)
         self.vectors = nn.ParameterDict({name: nn.Parameter(value) for name, value in vectors.items()})
+        self.start: dict[str, Tensor] = {}
         self._room: dict[str, Tensor] = {}  # of each kind of vector the memory with places for more users, once some came
         for name, value in self.vectors.items():
             if len(value) != len(self.ids):
@@ -146,11 +151,13 @@ class Users(nn.Module):
         self.lock = threading.RLock()
 
     def save(self, folder: str | Path) -> None:
-        """Writes users.safetensors and users.json, the ids by row, one on a line."""
+        """Writes users.safetensors, users.json, the ids by row, one on a line, and start.safetensors if there is a `start`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: value.detach().contiguous() for name, value in self.vectors.items()}, folder / "users.safetensors")
         write_text(folder / "users.json", json.dumps(self.ids.ids, ensure_ascii=False, separators=(",\n", ":")) + "\n")
+        if self.start:
+            save_file({name: value.detach().cpu().contiguous() for name, value in self.start.items()}, folder / START)
 
     @classmethod
     def load(cls, folder: str | Path) -> Users:

@@ -23,7 +23,7 @@ FLOORS = (
     ("methods",),
     ("metrics",),
     ("decode",),
-    ("tune", "prepare", "learn"),  # prepare asks a policy for titles
+    ("tune", "prepare", "learn", "publish"),  # prepare asks a policy for titles
     ("integrations", "demo", "serve"),
     ("commands",),
     ("cli",),
@@ -47,6 +47,7 @@ TESTED_IN = {
     "pyargs.commands.evaluate": "test_cli.py",
     "pyargs.commands.forget": "models/test_models.py",
     "pyargs.commands.key": "serve/test_keys.py",
+    "pyargs.commands.push": "publish/test_pushing.py",
     "pyargs.commands.tune": "test_cli.py",
     "pyargs.config": "training/test_config.py",
     "pyargs.decode.backends": "decode/test_engine.py",

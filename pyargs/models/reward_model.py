@@ -207,10 +207,18 @@ class RewardModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, backbone: nn.Module | str | Path | None = None, tokenizer=None, dtype=None, device=None
+        cls,
+        folder: str | Path,
+        *,
+        users: str | Path | None = None,
+        backbone: nn.Module | str | Path | None = None,
+        tokenizer=None,
+        dtype=None,
+        device=None,
     ):
         """Loads what `save_pretrained` wrote, from a local folder or the hub.
 
+        users: the folder or hub name of its users, where they were pushed apart.
         backbone, tokenizer: a decoder in memory, such as `policy.get_decoder()` of the same base model; it is not changed.
         Policy and reward model then share weights, and decoding needs one pass for both. backbone may also be the place that
         it was moved to. dtype: what the backbone is cast to after its weights were checked.
@@ -221,7 +229,7 @@ class RewardModel(nn.Module):
         _, backbone, tokenizer = folders.load_backbone(
             folder, config, backbone=backbone, tokenizer=tokenizer, dtype=dtype, device=device
         )
-        head = _load_head(folder, config)
+        head = _load_head(folder, config, users)
         fields = {field: config.get(name, False) for name, field in SAVED.items()}  # older folders do not have all
         model = cls(backbone, tokenizer, head, **fields, about=folders.about(config, "head", *SAVED))
         head.load_state_dict({**head.state_dict(), **folders.load_shared(folder, model._shared())})
@@ -290,7 +298,7 @@ class RewardModel(nn.Module):
         return {name: value for name, value in self.head.state_dict().items() if not name.startswith("users.")}
 
 
-def _load_head(folder: Path, config: dict) -> nn.Module:
+def _load_head(folder: Path, config: dict, users: str | Path | None) -> nn.Module:
     """The head that config.json describes, with the folder's users; its shared tensors are still to be loaded."""
     from pyargs import heads
 
@@ -298,7 +306,7 @@ def _load_head(folder: Path, config: dict) -> nn.Module:
     kind, known = fields.pop("kind", None), [module.name for module in pkgutil.iter_modules(heads.__path__)]
     if kind not in known:
         raise PyargsError(f"{file}: the 'kind' of the head is one of {', '.join(known)}, not {kind!r}")
-    users, shared = folders.load_users(folder, config), read_tensors(folder / "shared.safetensors")
+    users, shared = folders.load_users(folder, config, users), read_tensors(folder / "shared.safetensors")
     tensors = [*shared.values(), *users.vectors.values()]
     largest = max([len(tensors), *(size for value in tensors for size in value.shape)])
     for name, value in fields.items():  # before memory is asked for

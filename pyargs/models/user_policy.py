@@ -201,6 +201,7 @@ class UserPolicy(nn.Module):
         cls,
         folder: str | Path,
         *,
+        users: str | Path | None = None,
         lm: nn.Module | None = None,
         tokenizer=None,
         backbone: str | Path | None = None,
@@ -209,23 +210,24 @@ class UserPolicy(nn.Module):
     ) -> UserPolicy:
         """Loads what `save_pretrained` wrote. lm, tokenizer: a model in memory already, to save loading it twice.
 
-        backbone: the place that it was moved to; dtype: what it is cast to after its weights were checked.
+        users: the folder or hub name of its users, where they were pushed apart. backbone: the place that it was moved to;
+        dtype: what it is cast to after its weights were checked.
         """
         folder = folders.locate(folder)
         config = folders.read_config(folder, "user_policy")
         lm, _, tokenizer = folders.load_backbone(
             folder, config, lm=lm, tokenizer=tokenizer, backbone=backbone, dtype=dtype, device=device
         )
-        soft = _load_soft(folder, config, lm) if config["soft"] else None
+        soft = _load_soft(folder, config, lm, users) if config["soft"] else None
         shown = config["demonstrations"]
         if shown is not None:
-            shown = Demonstrations.load(shown, folder)
+            shown = Demonstrations.load(shown, folders.users_folder(folder, config, users))
         about = folders.about(config, "soft", "generic", "demonstrations")
         model = cls(lm, tokenizer, soft=soft, demonstrations=shown, about=about)
         return model.to(folders.device_or_default(device)).eval()
 
 
-def _load_soft(folder: Path, config: dict, lm: nn.Module) -> SoftPrompt:
+def _load_soft(folder: Path, config: dict, lm: nn.Module, users: str | Path | None) -> SoftPrompt:
     file, shared = folder / "shared.safetensors", read_tensors(folder / "shared.safetensors")
     width = lm.get_input_embeddings().weight.shape[1]
     names = ["centres", *(["generic"] if config.get("generic", False) else [])]
@@ -233,7 +235,7 @@ def _load_soft(folder: Path, config: dict, lm: nn.Module) -> SoftPrompt:
         found = {name: list(value.shape) for name, value in shared.items()}
         raise PyargsError(f"{file} does not fit: missing or unexpected {found}, not {names}, centres [C, tokens, {width}]")
     with described(f"{folder}: the soft prompts' parts do not fit each other"):
-        soft = SoftPrompt(users=folders.load_users(folder, config), **shared)
+        soft = SoftPrompt(users=folders.load_users(folder, config, users), **shared)
         soft(torch.tensor([GENERIC, *range(len(soft.users))][:2]))
     return soft
 
