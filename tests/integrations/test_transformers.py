@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
 import warnings
 
@@ -11,21 +10,14 @@ import pytest
 import torch
 from conftest import reward_model, tiny_lm
 from decoding import USERS, prompts
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import (
-    EosTokenCriteria,
-    MaxLengthCriteria,
-    MaxTimeCriteria,
-    MinLengthLogitsProcessor,
-    MinPLogitsWarper,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
-)
+from generating import guided, usual
+from transformers import TextIteratorStreamer
 from transformers.generation.streamers import BaseStreamer
 
 import pyargs
+from pyargs.data.synthetic import tiny_tokenizer
 from pyargs.errors import PyargsError
-from pyargs.integrations import transformers as ours
+from pyargs.integrations.transformers import FOLDER
 from pyargs.lm.loading import fingerprint
 from pyargs.lm.tokenize import left_pad
 from pyargs.models.token_reward import TokenReward
@@ -48,82 +40,9 @@ def answer(models, *, ids=PROMPT, guide=None, **asked):
     return policy.generate(input_ids=ids, **({"max_new_tokens": 4} | asked), custom_generate=guide)
 
 
-ASKED = {
-    "num_beams": 2, "top_k": 1, "typical_p": 0.3, "epsilon_cutoff": 0.1, "eta_cutoff": 0.1,
-    "top_h": 0.4, "bad_words_ids": [[7]], "suppress_tokens": [7], "begin_suppress_tokens": [7], "forced_eos_token_id": 0,
-    "forced_bos_token_id": 0, "repetition_penalty": 1.05, "encoder_repetition_penalty": 1.3, "no_repeat_ngram_size": 2,
-    "min_length": 9, "min_new_tokens": 3, "sequence_bias": [[[7], 9.0]], "guidance_scale": 1.5, "max_time": 9.0,
-    "output_scores": True, "output_logits": True, "output_attentions": True, "output_hidden_states": True,
-    "exponential_decay_length_penalty": (2, 1.5), "remove_invalid_values": True, "prompt_lookup_num_tokens": 2,
-    "cache_implementation": "static", "encoder_no_repeat_ngram_size": 2,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ASKED)
-def test_an_argument_that_would_be_dropped_is_refused_by_name(models, name):
-    sampled = {"do_sample": True, "top_k": 0} if name in ours.SAMPLING else {}
-    with pytest.raises(PyargsError, match=rf"does not apply {name}=.*: pass {name}="):
-        answer(models, **(sampled | {name: ASKED[name], "return_dict_in_generate": True}))
-
-
-@pytest.mark.parametrize("name", [name for name in vars(GenerationConfig()) if not name.startswith("_")])
-def test_every_field_of_a_generation_config_is_followed_harmless_or_refused(name):
-    """A field that a later transformers adds falls among the refused, until it is listed."""
-    config = GenerationConfig(do_sample=True)
-    setattr(config, name, "something")
-    if name in ours.TAKEN | ours.WITHOUT_EFFECT:
-        ours.check_config(config, GenerationConfig(), 10)
-        return
-    if name == "top_k":
-        config.top_k = 9
-    with pytest.raises(PyargsError, match=f"{name}={ours.NEUTRAL.get(name)}"):
-        ours.check_config(config, GenerationConfig(), 10)
-    setattr(config, name, ours.NEUTRAL.get(name))
-    ours.check_config(config, GenerationConfig(), 10)
-
-
-PARAMETERS = {
-    "prompt": {"inputs"},
-    "config": {"generation_config", "kwargs"},
-    "refused": {"logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn"},
-    "only with guidance_scale, which is refused": {"negative_prompt_ids", "negative_prompt_attention_mask"},
-    "hidden from a custom loop": {"synced_gpus", "assistant_model", "streamer"},
-    "this loop": {"self", "custom_generate"},
-}
-
-
-def test_every_parameter_of_generate_is_known():
-    found = set(inspect.signature(GenerationMixin.generate).parameters)
-    assert found <= set().union(*PARAMETERS.values())
-    for name in PARAMETERS["hidden from a custom loop"]:
-        assert name in ours.guide.__doc__
-
-
-def test_lists_do_not_overlap():
-    assert not ours.TAKEN & ours.WITHOUT_EFFECT and not (ours.TAKEN | ours.WITHOUT_EFFECT) & (
-        ours.NEUTRAL.keys() | ours.SAMPLING
-    )
-
-
-@pytest.mark.parametrize(
-    "asked",
-    [
-        {"logits_processor": LogitsProcessorList([MinLengthLogitsProcessor(3, 1)])},
-        {"logits_processor": LogitsProcessorList([TopPLogitsWarper(0.5)]), "do_sample": True},
-        {"logits_processor": LogitsProcessorList([TopPLogitsWarper(0.5)]), "do_sample": True, "top_p": 0.5},
-        {"logits_processor": LogitsProcessorList([MinPLogitsWarper(0.5)])},
-        {"logits_processor": LogitsProcessorList([TemperatureLogitsWarper(0.5)]), "do_sample": True},
-        {"logits_processor": LogitsProcessorList([TemperatureLogitsWarper(0.5)]), "do_sample": True, "temperature": 0.5},
-        {"prefix_allowed_tokens_fn": lambda row, ids: [7]},
-        {"stopping_criteria": StoppingCriteriaList([MaxTimeCriteria(9.0)])},
-        {"stopping_criteria": StoppingCriteriaList([MaxLengthCriteria(5)])},
-        {"stopping_criteria": StoppingCriteriaList([EosTokenCriteria(9)])},
-        {"position_ids": torch.tensor([[3, 4, 5, 6]])},
-    ],
-)
-def test_own_processors_criteria_and_positions_are_refused(models, asked):
-    with pytest.raises(PyargsError, match="no logits processor|is not supported|position_ids"):
-        answer(models, **asked)
+def test_own_positions_are_refused(models):
+    with pytest.raises(PyargsError, match="leave position_ids out"):
+        answer(models, position_ids=torch.tensor([[3, 4, 5, 6]]))
 
 
 def test_another_models_cache_and_embeddings_are_refused(models):
@@ -139,20 +58,16 @@ def test_another_models_cache_and_embeddings_are_refused(models):
         )
 
 
-def test_a_checkpoints_own_settings_are_refused_with_the_way_out():
+def test_a_checkpoints_own_settings_are_followed_or_refused_with_the_way_out():
     """As Qwen's: nothing says whether the caller wants them, so they are never dropped."""
     models = tiny_lm(), reward_model(tiny_lm(seed=3))
-    models[0].generation_config.update(do_sample=True, temperature=0.7, top_k=20, top_p=0.8, repetition_penalty=1.05)
-    models[0].generation_config.typical_p = 0.9
-    with pytest.raises(
-        PyargsError, match="as in the checkpoint's generation_config.*pass repetition_penalty=1.0, typical_p=1.0"
-    ):
+    free = answer(models)
+    models[0].generation_config.update(do_sample=True, temperature=0.7, top_k=20, top_p=0.8, repetition_penalty=9.0)
+    assert not set(PROMPT[0].tolist()) & set(answer(models, do_sample=False)[0, 4:].tolist())
+    assert torch.equal(answer(models, do_sample=False, repetition_penalty=1.0), free)
+    models[0].generation_config.num_beams = 2
+    with pytest.raises(PyargsError, match="num_beams=2 .*as in the checkpoint's generation_config.*pass num_beams=1"):
         answer(models)
-    with pytest.raises(PyargsError, match="typical_p=0.9 .*or do_sample=False"):
-        answer(models, repetition_penalty=1.0)
-    assert answer(models, repetition_penalty=1.0, typical_p=1.0).shape[0] == 1
-    greedy = answer(models, repetition_penalty=1.0, do_sample=False)
-    assert torch.equal(greedy, answer((tiny_lm(), models[1])))
 
 
 def test_what_the_loop_follows(models):
@@ -177,7 +92,7 @@ class Kept(BaseStreamer):
         self.ended += 1
 
 
-@pytest.mark.parametrize("asked", [{"top_p": 1e-6}, {"min_p": 1.0}])
+@pytest.mark.parametrize("asked", [{"top_p": 1e-6}, {"min_p": 1.0}, {"top_k": 1}, {"typical_p": 1e-6, "temperature": 1e-3}])
 def test_filters_act_on_the_policys_candidates_before_rewards(models, asked):
     """They leave the policy's favourite alone, whatever the rewards say; a greedy choice has no filter."""
     strong = guide_of(models[1], ["ann"], reward_weight=50.0)
@@ -246,10 +161,9 @@ def test_padding_elsewhere_than_on_the_left_is_refused(models, mask, message):
 
 
 @pytest.mark.parametrize("wrong", [None, "5", [5], 2.5])
-def test_the_number_of_candidates_is_checked_before_top_k(models, wrong):
-    guide = guide_of(models[1], ["ann"], num_candidates=wrong)
+def test_the_number_of_candidates_is_checked_before_anything_is_computed(models, wrong):
     with pytest.raises(PyargsError, match="num_candidates must be a whole number"):
-        answer(models, guide=guide, do_sample=True)
+        guide_of(models[1], ["ann"], num_candidates=wrong)
 
 
 def test_a_streamer_is_fed_as_generate_feeds_it(models):
@@ -306,9 +220,6 @@ def test_tokens_that_are_known_late_are_fed_step_by_step(models, monkeypatch):
 
 def test_a_streamers_reader_never_waits_for_ever(models):
     """Whatever goes wrong in decoding: an unknown user, a refused argument, a batch, a callback that raises."""
-    from transformers import TextIteratorStreamer
-
-    from pyargs.data.synthetic import tiny_tokenizer
 
     def fail(_):
         raise ValueError("the reader went away")
@@ -343,14 +254,14 @@ def test_generate_of_transformers_gives_the_same_tokens(sample):
     ids, mask = left_pad(rows, pad_id=1)
     asked = dict(reward_weight=[1.0, 2.0, 0.0], num_candidates=5, seed=0)
     own = pyargs.Engine(policy, model).generate(
-        rows, USERS, max_new_tokens=12, **asked, **({"temperature": 0.7, "top_p": 0.9, "min_p": 0.05} if sample else {})
+        rows, USERS, max_new_tokens=12, **asked, **({"temperature": 0.7} if sample else {})
     )
     got = policy.generate(
         input_ids=ids,
         attention_mask=mask,
         max_new_tokens=12,
         do_sample=sample,
-        **({"temperature": 0.7, "top_p": 0.9, "min_p": 0.05} if sample else {}),
+        **({"temperature": 0.7, "top_k": 5} if sample else {}),
         custom_generate=pyargs.guide(model, users=USERS, **asked),
     )
     assert got[:, : ids.shape[1]].tolist() == ids.tolist()
@@ -373,3 +284,137 @@ def test_weights_of_many_prompts_and_inside_generate_are_checked_alike(models):
         for weight in (True, "strong", float("nan"), [1.0, 2.0, 3.0]):
             with pytest.raises(PyargsError, match="reward_weight"):
                 inside(weight)
+
+
+# -- the string form of custom_generate, to which transformers hands all arguments ------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def modules_cache(tmp_path, monkeypatch):
+    """Where transformers copies the folder's code."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+
+
+def by_folder(models, asked, **how):
+    policy, model = models
+    how = {"users": ["ann", "bob"][: len(asked["input_ids"])], "reward_weight": 0.0, "num_candidates": 3} | how
+    return policy.generate(**asked, custom_generate=FOLDER, trust_remote_code=True, reward_model=model, **how)
+
+
+def test_the_folder_streams_to_the_streamer_of_generate(models):
+    ours, theirs = Kept(), Kept()
+    asked = usual([[5, 9, 7, 11]])
+    want = models[0].generate(**asked, streamer=theirs)
+    assert torch.equal(by_folder(models, asked | {"streamer": ours}), want)
+    assert ours.put_ == theirs.put_ and ours.ended == theirs.ended == 1
+    batch = Kept()
+    assert by_folder(models, usual() | {"streamer": batch}).shape[0] == 2 and len(batch.put_) > 2
+
+
+def test_the_folder_is_the_loop(models):
+    asked = usual(repetition_penalty=1.3, do_sample=True, top_k=0)
+    how = dict(reward_weight=[1.0, 2.0], num_candidates=5, seed=3)
+    seen = []
+    found = by_folder(models, asked, token_callback=seen.append, **how)
+    assert torch.equal(found, guided(models, asked, **how)) and torch.equal(torch.stack(seen, 1), found[:, 5:])
+
+
+@pytest.mark.parametrize("where", ["argument", "config", "checkpoint"])
+def test_stop_strings_end_rows_as_in_generate(where):
+    models, tokenizer = (tiny_lm(), reward_model(tiny_lm(seed=3))), tiny_tokenizer()
+    strings = [tokenizer.decode([0]), tokenizer.decode([19])]
+    plain = models[0].generate(**usual())
+    asked = usual(tokenizer=tokenizer)
+    if where == "argument":
+        asked["stop_strings"] = strings
+    elif where == "checkpoint":
+        models[0].generation_config.stop_strings = strings
+    else:
+        names = "max_new_tokens", "do_sample", "pad_token_id", "eos_token_id"
+        config = {name: asked.pop(name) for name in names}
+        asked["generation_config"] = type(models[0].generation_config)(**config, stop_strings=strings)
+    want = models[0].generate(**asked)
+    assert torch.equal(by_folder(models, asked), want) and not torch.equal(want, plain)
+
+
+def test_the_folder_refuses_what_a_callable_is_not_told_of(models):
+    for name, value in {"assistant_model": models[0], "synced_gpus": True, "token_healing": True}.items():
+        kept = Kept()
+        with pytest.raises(PyargsError, match=name):
+            by_folder(models, usual([[5, 9]]) | {name: value, "streamer": kept})
+        assert kept.ended == 1
+    with pytest.raises(PyargsError, match="pass tokenizer=, the policy's"):
+        by_folder(models, usual(stop_strings=["a"]))
+
+
+# -- policies as people have them -------------------------------------------------------------------------------------
+
+
+def in_bfloat16():
+    return tiny_lm(dtype=torch.bfloat16)
+
+
+def in_train_mode():
+    return tiny_lm().train()
+
+
+def with_gradient_checkpointing():
+    policy = tiny_lm().train()
+    policy.gradient_checkpointing_enable()
+    return policy
+
+
+def of_peft():
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    policy = get_peft_model(tiny_lm(), LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.3)
+    return policy.eval()
+
+
+def compiled_around():
+    return torch.compile(tiny_lm(), backend="eager", dynamic=True)
+
+
+def compiled_forward():
+    policy = tiny_lm()
+    policy.forward = torch.compile(policy.forward, backend="eager", dynamic=True)
+    return policy
+
+
+def with_a_device_map():
+    from accelerate import dispatch_model
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    policy = dispatch_model(tiny_lm(), {"": "cpu"})
+    for layer in policy.model.layers:  # what a map over several devices puts there
+        add_hook_to_module(layer, AlignDevicesHook("cpu", io_same_device=True))
+    return policy
+
+
+POLICIES = {
+    one.__name__: one
+    for one in (
+        in_bfloat16, in_train_mode, with_gradient_checkpointing, of_peft, compiled_around, compiled_forward, with_a_device_map,
+    )
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.filterwarnings("ignore")
+def test_without_a_weight_a_policy_of_any_kind_is_generate(name):
+    """Each answers as `generate` has it answer, with a processor and without."""
+    policy, model = POLICIES[name](), reward_model(tiny_lm(seed=3))
+    plain = tiny_lm() if name.startswith("compiled") else policy  # compiling for both loops takes long
+    for asked in (usual(max_new_tokens=4), usual(max_new_tokens=4, no_repeat_ngram_size=1)):
+        assert torch.equal(guided((policy, model), asked), plain.generate(**asked))
+    assert not torch.equal(guided((policy, model), asked, reward_weight=9.0), plain.generate(**asked))
+
+
+def test_a_policy_that_drops_at_random_is_refused():
+    policy = tiny_lm("gpt2").train()
+    with pytest.raises(PyargsError, match="drops numbers at random, as in training: call eval"):
+        guided((policy, reward_model(tiny_lm("gpt2", seed=3))), usual())
