@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 _HOME = {
     "RewardModel": "pyargs.models.reward_model",
     "guide": "pyargs.integrations.transformers",
+    "RewardLogitsProcessor": "pyargs.integrations.logits_processor",
     "Engine": "pyargs.decode.engine",
     "Policy": "pyargs.decode.policy",
     "Scorer": "pyargs.decode.scorer",

@@ -23,7 +23,8 @@ from pyargs.user_ids import user_ids
 class Scorer:
     """Rewards of candidates for the next token of rows that come and go, each row for its user.
 
-    model: a RewardModel. backend: as for `Engine`. max_rows: rows that are here at a time.
+    model: a RewardModel. backend: as for `Engine`. max_rows: rows that are here at a time. `shared` says whether candidates
+    share their row's prefix; where not, rows come in and go on together.
 
         scorer.prefill(["a", "b"], [ids, others], users=["ann", "bob"])
         rewards = scorer.score(candidates)          # int64 [2, k] -> float32 [2, k], in the order of scorer.rows
@@ -42,12 +43,21 @@ class Scorer:
             raise PyargsError(f"the reward is your function {model.backbone.name_or_path}: call it in your loop")
         self.model = model
         chosen = backends.resolve(backend, model.backbone)
-        self.backend, self.reason = chosen.name, chosen.reason
+        self.backend, self.reason, self.shared = chosen.name, chosen.reason, chosen.shared
         self._here = Here(model.backbone, max_rows)
         self._half = backends.scorer(chosen, model.backbone, self._here.max_rows)
         self._parts = Rows(self._here.max_rows)
         self._here.watch = Watch(model.backbone, model.head, but=model.users)
         self._tried: Tensor | None = None  # candidates [n, k] by position since the last token, where there are any
+
+    @property
+    def max_rows(self) -> int:
+        return self._here.max_rows
+
+    @property
+    def known(self) -> int:
+        """How many tokens the model knows."""
+        return self._here.known
 
     @property
     def rows(self) -> list[Hashable]:
