@@ -6,6 +6,8 @@ from __future__ import annotations
 import warnings
 from typing import NamedTuple
 
+from transformers.modeling_layers import GradientCheckpointingLayer
+
 from pyargs.decode.args import Guided, Two
 from pyargs.decode.backends import copies, cpu, cuda_graph, eager, texts
 from pyargs.decode.genarm import Tokenwise
@@ -51,6 +53,8 @@ def resolve(asked: str, *models, guide=None, by_text: bool = False) -> Backend:
             raise PyargsError(f"backend='cpu' cannot compute this: {why}. Take backend='eager', or 'auto'")
     else:
         why = "PYARGS_BACKEND asks for it" if asked_backend() else "it was asked for"
+    if any(map(without_cache, models)):
+        raise PyargsError("gradient checkpointing drops the cache of a model in training mode: call eval() on the model first")
     if asked in ("auto", "cuda-graph"):
         refused = cuda_graph.refusal(guide, *models, by_text=by_text)
         if refused is None:
@@ -69,6 +73,14 @@ def resolve(asked: str, *models, guide=None, by_text: bool = False) -> Backend:
         )
         return Backend("eager", f"{why}; candidates cannot share a prefix: each behind a copy of the cache", False)
     return Backend("eager", why)
+
+
+def without_cache(model) -> bool:
+    """Whether its layers leave the cache out: an older transformers does so for any pass in training mode."""
+    later = "__call__" not in vars(GradientCheckpointingLayer)
+    return not later and any(
+        module.training and getattr(module, "gradient_checkpointing", False) for module in model.modules()
+    )
 
 
 def policy(backend: Backend, lm, room: int, vocabulary: int):
