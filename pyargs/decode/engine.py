@@ -244,9 +244,10 @@ class Engine:
         log.info("backend %s: %s", chosen.name, chosen.reason)
         return backends.steps(chosen, pair, self.max_rows, self.eos_reward, self._adjusted)
 
-    def _adjusted(self, logits: Tensor) -> Tensor:
-        here = self._scheduler.here
-        return adjusted([self._tickets[number] for number in here[len(here) - len(logits) :]], logits)
+    def _adjusted(self, requests: Sequence[Request], logits: Tensor) -> Tensor:
+        # By the requests themselves: those who are coming in count as here already, while the others' logits are computed.
+        tickets = {id(self._tickets[number].request): self._tickets[number] for number in self._scheduler.here}
+        return adjusted([tickets[id(one)] for one in requests], logits)
 
     def _check_unchanged(self) -> None:
         """Raises PyargsError when a model is no longer what the backend was made for."""

@@ -25,10 +25,10 @@ class Rows:
     """Buffers [room, ...] by name. `rows["weight"]` is the first `width` places of one: the rows that are here, at positions
     0, 1, ... without a gap. A captured step sets `width` to the rows that it was captured with; those beyond the rows that are
     here count as finished. requests: of the rows that are here, if they have any; the properties below are derived from them.
-    adjust: the logits [m, V] of the last m rows, as their requests want them.
+    adjust(requests, logits): logits [m, V] of the rows of these m requests, as these want them.
     """
 
-    def __init__(self, room: int, adjust: Callable[[Tensor], Tensor] | None = None):
+    def __init__(self, room: int, adjust: Callable[[Sequence[Request], Tensor], Tensor] | None = None):
         self.room, self.adjust, self.count, self.width = room, adjust, 0, 0
         self.buffers: dict[str, Tensor] = {}
         self.place: Tensor | None = None  # 0, 1, ...: as many as there may be rows or candidates
@@ -62,7 +62,7 @@ class Rows:
     def logits(self, logits: Tensor, vocabulary: int) -> Tensor:
         """The policy's logits of the last rows, of the tokens that can be chosen, as the requests want them."""
         logits = as_float(logits)[:, :vocabulary]
-        return self.adjust(logits.float()) if self.adjusting else logits
+        return self.adjust(self.requests[len(self.requests) - len(logits) :], logits.float()) if self.adjusting else logits
 
     @property
     def unlimited(self) -> str:

@@ -69,6 +69,26 @@ def test_log_probabilities_that_are_told_are_those_of_the_adjusted_logits(backen
     assert [one.logprob for one in told] == pytest.approx(want.values.tolist(), abs=1e-4)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_who_comes_in_does_not_change_what_the_others_want(backend):
+    """The logits of those who are here are computed when another one is about to come in."""
+    policy, model = pair_of("reward", backend)
+    wish = dict(reward_weight=1.0, num_candidates=3, max_new_tokens=6, stop=[])
+    forbid = [without([5, 6, 7]), without([8, 9, 10]), without([11, 12, 13])]
+    rows = prompts([3, 4, 5])
+    want = []
+    for row, adjust in zip(rows, forbid, strict=True):
+        want += engine_of(policy, model, backend=backend).generate([row], ["ann"], **wish, adjust=adjust)
+    engine, numbers = engine_of(policy, model, backend=backend, max_rows=3), []
+    for row, adjust in zip(rows, forbid, strict=True):
+        numbers.append(engine.submit(row, "ann", **wish, adjust=adjust))
+        engine.step()
+        engine.step()
+    while engine.busy:
+        engine.step()
+    assert [engine.answer(number).tokens for number in numbers] == [answer.tokens for answer in want]
+
+
 @settings(max_examples=15, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 6), min_size=1, max_size=5),
