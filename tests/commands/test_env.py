@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import subprocess
 import sys
 
-import torch
-
 
 def test_env_command():
     done = subprocess.run([sys.executable, "-m", "pyargs.cli", "env"], capture_output=True, text=True, check=True)
     report = json.loads(done.stdout)
-    assert report["packages"]["torch"] == torch.__version__
+    assert report["packages"]["torch"] == importlib.metadata.version("torch")  # without +cu130, where a wheel says so
     assert {"native_ops", "cpu_capability", "cuda", "threads", "extension"} <= set(report)
 
 
