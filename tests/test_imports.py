@@ -63,6 +63,8 @@ TESTED_IN = {
     "pyargs.heads.linear": "heads/test_all.py",
     "pyargs.heads.mlp": "heads/test_all.py",
     "pyargs.heads.user_mlp": "heads/test_all.py",
+    "pyargs.integrations.vllm.v1": "integrations/vllm/test_rows.py",
+    "pyargs.integrations.vllm.v2": "integrations/vllm/test_rows.py",
     "pyargs.methods.global_rm": "methods/test_all.py",
     "pyargs.models.token_reward": "methods/test_genarm.py",
     "pyargs.ops.library": "test_packaging.py",

@@ -17,7 +17,7 @@ from pathlib import Path
 
 OPTIONAL = (
     *("bert_score", "bm25s", "fastapi", "lm_eval", "matplotlib", "prometheus_client", "pydantic", "ray", "requests", "rich"),
-    *("sentence_transformers", "sklearn", "uvicorn"),
+    *("sentence_transformers", "sklearn", "uvicorn", "vllm"),
 )
 
 
