@@ -439,7 +439,8 @@ def test_what_is_not_captured_is_said(monkeypatch):
     refusal = REFUSAL
     assert "one GPU" in refusal(None, on_cpu) and "one GPU" in refusal(on_cpu, on_gpu, on_gpu)
     assert "a reward guides" in refusal(None, on_gpu)
-    monkeypatch.setattr(cuda_graph, "refusal", lambda *models: "of some reason")
+    assert "texts, which the host makes" in refusal(on_gpu, on_gpu, by_text=True)
+    monkeypatch.setattr(cuda_graph, "refusal", lambda *models, by_text: "of some reason")
     policy = tiny_lm()
     for model in (None, TokenReward(tiny_lm(seed=3), None), reward_model(tiny_lm(seed=3))):
         assert Engine(policy, model).backend == "eager"
