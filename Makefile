@@ -1,5 +1,5 @@
 # Every target sets itself up from nothing: a virtual environment with torch, then pyargs with its extension.
-#   make demo | test | docs | reproduce | bench | sanitize | cuda-check | lint | clean     e.g. make test TORCH=torch==2.12.0 VENV=/tmp/venv
+#   make demo | test | docs | reproduce | artefacts | bench | sanitize | cuda-check | lint | clean     e.g. make test TORCH=torch==2.12.0 VENV=/tmp/venv
 PYTHON ?= python3
 VENV ?= .venv
 # torch comes first and by itself: what depends on it (peft, accelerate ...) would otherwise choose another one, gigabytes large.
@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.pyargs-installed
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/* csrc/*/*/*)
 BENCHMARKS := $(wildcard benchmarks/bench_*.py)
 
-.PHONY: help setup demo reproduce test docs bench sanitize cuda-check lint clean
+.PHONY: help setup demo reproduce artefacts test docs bench sanitize cuda-check lint clean
 help:
 	@sed -n '1,2p' Makefile
 
@@ -35,6 +35,10 @@ demo: $(INSTALLED)
 PROFILE ?= cpu
 reproduce: $(INSTALLED)
 	$(BIN)/python -m experiments reproduce $(PROFILE)
+
+# Heads, users and answers of the committed cells as folders for the hub, in build/artefacts. It trains nothing.
+artefacts: $(INSTALLED)
+	$(BIN)/python -m experiments artefacts
 
 # One thread per worker: two workers that each start a thread per core only wait for each other.
 test: $(INSTALLED)

@@ -77,6 +77,10 @@ CPU_TITLES = few_pairs(
     {"GenARM": LANGUAGE_MODELS["GenARM"], "P-DPO": ("pdpo", {"adapt_steps": 2}), **named(HEADS, "LoRA", "Global RM", "LoRE")},
     200 / 768,
 )
+# For what is released (`experiments/artefacts.py`): the licence of a set, and whether its users may be named, hashed, or
+# neither. Authors are real people; the users of HH-RLHF's replies are constructed.
+TITLES_ARE = {"licence": "CC-BY-4.0 (ACL Anthology), CC0-1.0 (arXiv metadata)", "ids": "hashed"}
+REPLIES_ARE = {"licence": "MIT (texts of HH-RLHF)", "ids": "named"}
 CPU_SETS = {
     "pref_lamp": {
         **CPU, "stands_for": "Pref-LaMP", "needs": "{shared}/pref_lamp_like/ci",
@@ -84,6 +88,7 @@ CPU_SETS = {
         "build": ["pref_lamp", "--source", "{shared}/pref_lamp_like/ci", "--embedder", "minilm"],
         "counted": "pref_lamp, 40 users",
         "about": "pref_lamp_like/ci: titles of papers of 30 + 10 authors (ACL, arXiv), neighbours by MiniLM",
+        **TITLES_ARE,
         "rows": {**ZERO_SHOT, **FROZEN, **UNGUIDED, **BLIND, **CPU_TITLES, **fields({**ICL, **SHOTS}, **TITLES)},
         "once": [*CPU_TITLES, *SHOTS, "ICL-RAG"],
         "tune": [*WEIGHT_BY_TITLES, "--grid", "0", "0.1", "0.3", "1", "3", "--prompts", "24", "--max-new-tokens", "24"],
@@ -93,6 +98,7 @@ CPU_SETS = {
         **CPU, "stands_for": "TLDR", "data": ["--data", "hh_rlhf_users", "--source", "{shared}/hh_rlhf_users"],
         "needs": "{shared}/hh_rlhf_users",
         "about": "hh_rlhf_users/length_prefs: replies of HH-RLHF, 10 + 31 users who want longer or shorter ones",
+        **REPLIES_ARE,
         "rows": {
             **ZERO_SHOT, **two_tastes(FROZEN), **UNGUIDED, **BLIND,
             **few_pairs({"GenARM": LANGUAGE_MODELS["GenARM"], **named(two_tastes(HEADS), "LoRA", "LoRE")}, 200 / 2400),
@@ -103,6 +109,7 @@ CPU_SETS = {
         **CPU, "stands_for": "PRISM", "needs": "{shared}/hh_rlhf_users",
         "data": ["--data", "hh_rlhf_users", "--source", "{shared}/hh_rlhf_users/two_types_prefs.jsonl.gz"],
         "about": "hh_rlhf_users/two_types_prefs: dialogues of HH-RLHF, 40 + 20 constructed users who want helpful or harmless",
+        **REPLIES_ARE,
         "rows": {**ZERO_SHOT, **FROZEN, **UNGUIDED, **BLIND}, "once": [],
         "tune": ["--prompts", "24", "--max-new-tokens", "24"], "decode": None,
     },
@@ -111,7 +118,7 @@ CPU_SETS = {
         "build": ["pref_lamp", "--source", "{shared}/pref_lamp_like/ci", "--negatives", "policy", "--dtype", "bfloat16",
                   "--embedder", "minilm"],
         "counted": "pref_lamp, 40 users, policy's titles",
-        "about": "pref_lamp_like/ci, rejected: SmolLM2-135M's own title of the same abstract",
+        "about": "pref_lamp_like/ci, rejected: SmolLM2-135M's own title of the same abstract", **TITLES_ARE,
         "rows": {**ZERO_SHOT, **FROZEN, **BLIND}, "once": [],
         "tune": ["--prompts", "24", "--max-new-tokens", "24"], "decode": None,
     },
@@ -161,17 +168,20 @@ FULL = {
 LORE_ON_PRISM = {row: (method, {**own, "adapt_lr": 0.5}) for row, (method, own) in FULL.items() if method == "lore"}
 PAPER_SETS = {
     "tldr": {
+        "licence": "Modified MIT (OpenAI's comparisons), CC-BY-4.0 (posts)", "ids": "hashed",
         "stands_for": "TLDR", "about": "TL;DR, ten workers and 31 new ones", "backbone": SMOLLM2[0], "policies": SMOLLM2,
         "data": ["--data", "{work}/data/tldr"], "build": ["tldr", "--source", "hub"], "needs": None,
         "rows": {**ZERO_SHOT, **two_tastes(FULL), **UNGUIDED, **BLIND}, "once": [], "tune": [], "decode": None,
     },
     "prism": {
+        "licence": "CC-BY-4.0 (what people wrote), CC-BY-NC-4.0 (what models wrote)", "ids": "none",
         "stands_for": "PRISM", "about": "PRISM", "backbone": QWEN[0], "policies": QWEN,
         "data": ["--data", "{work}/data/prism"], "build": ["prism", "--source", "hub"], "needs": None,
         "rows": {**fields({**ZERO_SHOT, **FULL, **LORE_ON_PRISM}, max_length=1024), **UNGUIDED, **BLIND}, "once": [],
         "tune": [], "decode": None,
     },
     "pref_lamp": {
+        "licence": "CC-BY-NC-SA-4.0", "ids": "hashed",
         "stands_for": "Pref-LaMP", "about": "Pref-LaMP, 611 authors of LaMP-5", "backbone": QWEN[0], "policies": QWEN,
         "data": ["--data", "{work}/data/pref_lamp"], "needs": None,
         "build": ["pref_lamp", "--source", "hub", "--users", "611"],
@@ -186,6 +196,8 @@ SMOKE_SETS = {
     "synthetic": {
         "stands_for": "Pref-LaMP",
         "about": "planted users who disagree as often as they agree",
+        "licence": "Apache-2.0, made by pyargs",
+        "ids": "named",
         "backbone": "tiny-random",
         "policies": ["tiny-random"],
         "data": ["--data", "synthetic"],

@@ -79,6 +79,7 @@ TESTED_IN = {
     "experiments.claims.answers": "experiments/claims/test_claims.py",
     "experiments.claims.common": "experiments/claims/test_claims.py",
     "experiments.commands": "experiments/test_figures.py",
+    "experiments.commands.artefacts": "experiments/test_artefacts.py",
     "experiments.commands.figure": "experiments/test_figures.py",
     "experiments.commands.report": "experiments/test_report.py",
     "experiments.commands.reproduce": "experiments/test_reproduce.py",
