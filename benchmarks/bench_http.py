@@ -130,7 +130,7 @@ def share(lm, policy: str, folder: Path, users: list[str], quick: bool) -> list[
     rows = []
     for name, model in (("alone", None), ("guided", pyargs.load_model(folder))):
         engine = Engine(lm, model, max_rows=ROWS, prefill_tokens=PART)
-        wanted = workload(8 if quick else 48, len(lm.tokenizer), users if model else [""])
+        wanted = workload(8 if quick else 24, len(lm.tokenizer), users if model else [""])
         more = {"reward_weight": 1.0} if model else {}
         bodies = [
             {"model": "lore" if model else Path(policy).name, "prompt": one.prompt, "user": one.user, "max_tokens": one.length}
@@ -158,7 +158,7 @@ def gaps(lm, policy: str, folder: Path, users: list[str], quick: bool) -> list[d
         with serving(words) as (address, _):
             for who in ("nobody", "prompts of 512 tokens", "new users", "both"):
                 joins, adapts = who in ("prompts of 512 tokens", "both"), who in ("new users", "both")
-                found = asyncio.run(beside(address, len(lm.tokenizer), users, joins, adapts, 4 if quick else 24))
+                found = asyncio.run(beside(address, len(lm.tokenizer), users, joins, adapts, 4 if quick else 16))
                 rows.append({"what": "gaps", "": f"beside {who}", "clients": 4, **found})
                 rows[-1]["of step"] = rows[-1]["gap p99"] / rows[0]["gap p50"]
                 print(table(rows[-1:], COLUMNS), flush=True)
@@ -170,7 +170,7 @@ async def beside(address: str, vocabulary: int, users: list[str], joins: bool, a
     draw = random.Random(1)
     prompt = lambda length: [draw.randrange(vocabulary) for _ in range(length)]  # noqa: E731
     asked = dict(model="lore", temperature=0, reward_weight=1.0)
-    bodies = [dict(**asked, prompt=prompt(32), user=draw.choice(users), max_tokens=96) for _ in range(count)]
+    bodies = [dict(**asked, prompt=prompt(32), user=draw.choice(users), max_tokens=64) for _ in range(count)]
 
     async def others() -> None:
         async with session(address) as http:
@@ -204,7 +204,7 @@ async def beside(address: str, vocabulary: int, users: list[str], joins: bool, a
 
 def peers(lm, policy: str, quick: bool) -> list[dict]:
     rows, draw = [], random.Random(2)
-    lengths = [(draw.randint(16, 256), draw.randint(8, 128)) for _ in range(4 if quick else 32)]
+    lengths = [(draw.randint(16, 256), draw.randint(8, 128)) for _ in range(4 if quick else 12)]
     chats = [([{"role": "user", "content": " ".join(draw.choices(WORDS, k=size))}], most) for size, most in lengths]
     with tempfile.TemporaryDirectory() as place:
         lm.save_pretrained(place)
