@@ -139,7 +139,9 @@ def test_scores_and_logits_of_each_step(models, rows, stops, penalty, weight, st
                 continue
             own = policy(torch.tensor([text])).logits[0, -1].float()
             torch.testing.assert_close(logits[row], own)
-            seen = torch.tensor(sorted(set(text)))
+            # Older transformers count the padding among what is repeated.
+            padding = [1] * bool(plain.scores[0][row, 1] != plain.logits[0][row, 1])
+            seen = torch.tensor(sorted({*text, *padding}))
             own[seen] = torch.where(own[seen] < 0, own[seen] * penalty, own[seen] / penalty)
             want = torch.full_like(own, -torch.inf)
             rewards = {}
