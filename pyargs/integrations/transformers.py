@@ -29,7 +29,7 @@ FOLDER = str(Path(__file__).parent / "guided")
 
 def guide(
     model,
-    users: Sequence[str],
+    users: Sequence[str] | None = None,
     *,
     strength: float | Sequence[float] | None = None,
     reward_weight: float | Sequence[float] | Tensor | None = None,
@@ -43,10 +43,10 @@ def guide(
 ):
     """A decoding loop for the `custom_generate` argument of `generate`; the language model is the policy.
 
-    model: a RewardModel or TokenReward. users: one id for each prompt of the batch. strength, reward_weight, seed: one for all
-    prompts, or one each. num_candidates, eos_reward, tokenizer, backend: as for `pyargs.Engine`. token_callback: called after
-    each step with the tokens int64 [B], padding where a row has ended. streamer: a streamer of transformers, for one prompt,
-    fed as by `generate`; it is ended also when decoding fails.
+    model: a RewardModel or TokenReward. users: one id for each prompt of the batch; may be left out where the model is the
+    same for everyone. strength, reward_weight, seed: one for all prompts, or one each. num_candidates, eos_reward, tokenizer,
+    backend: as for `pyargs.Engine`. token_callback: called after each step with the tokens int64 [B], padding where a row has
+    ended. streamer: a streamer of transformers, for one prompt, fed as by `generate`; it is ended also when decoding fails.
     Returns ids [B, T + N], or with return_dict_in_generate a GenerateDecoderOnlyOutput.
 
     The logits processors of `generate`, those of its config and the caller's, change the policy's logits before the candidates
@@ -58,7 +58,7 @@ def guide(
     beams, drafts, attentions to return. `streamer=`, `assistant_model=` and `synced_gpus=` of `generate` do nothing here, as
     transformers does not hand them to a custom loop, and `stop_strings=` finds no tokenizer there: `generate` has them.
     """
-    users = user_ids(users)
+    users = None if users is None else user_ids(users)
     most = num_candidates if num_candidates == "all" else integer("num_candidates", num_candidates, 1)
 
     def custom_generate(lm, input_ids, logits_processor=None, stopping_criteria=None, generation_config=None, **model_inputs):
@@ -84,7 +84,9 @@ def guide(
             engine = Engine(lm, model, backend=backend, **how)
             if adjusts and engine.backend == "cuda-graph" and backend == "auto":
                 engine = Engine(lm, model, backend="eager", **how)  # a captured step does not wait for the host
-            wishes = _wishes(config, users, strength, reward_weight, seed)
+            copies = config.num_return_sequences or 1
+            names = [""] * (len(prompts) // copies) if users is None else users
+            wishes = _wishes(copies, names, strength, reward_weight, seed)
             if len(wishes) != len(prompts):
                 raise PyargsError(f"{len(prompts)} prompts but {len(wishes)} users: name one user for each row")
             temperature = sampling_temperature(temperature_of(config))
@@ -154,9 +156,8 @@ def first_of(name: str, asked: dict, lm):
     return next((value for one in configs if (value := getattr(one, name, None)) is not None), None)
 
 
-def _wishes(config, users: list[str], strength, reward_weight, seed) -> list[dict]:
-    """Arguments of `Engine.submit` for each row: user, weight and seed, with num_return_sequences rows for each user."""
-    copies = config.num_return_sequences or 1
+def _wishes(copies: int, users: list[str], strength, reward_weight, seed) -> list[dict]:
+    """Arguments of `Engine.submit` for each row: user, weight and seed, with so many rows for each user."""
     names = [user for user in users for _ in range(copies)]
     found = [{"user": user} for user in names]
     for name, asked in (("strength", strength), ("reward_weight", reward_weight)):

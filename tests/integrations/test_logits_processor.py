@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LogitsProcessorList
 
-from pyargs import Engine, RewardLogitsProcessor
+from pyargs import Engine, RewardLogitsProcessor, RewardModel
 from pyargs.errors import PyargsError, UnknownUser
 from pyargs.models.token_reward import TokenReward
 from pyargs.ops.library import has_extension
@@ -181,6 +181,12 @@ def test_a_loop_without_gradients_or_in_inference_mode(models):
     with torch.inference_mode():
         check(models[1], processor, PROMPTS_OF_TWO := [[5, 6], [7, 8]], USERS, WEIGHTS)
     check(models[1], processor, [[*text, 9] for text in PROMPTS_OF_TWO], USERS, WEIGHTS)
+
+
+def test_a_function_of_whole_texts_is_for_guide():
+    model = RewardModel.from_function(lambda ids, mask: mask.sum(1).float(), None, device="cpu")
+    with pytest.raises(PyargsError, match="take pyargs.guide"):
+        processor_of(model)
 
 
 def test_what_is_refused_at_once(models):

@@ -41,6 +41,20 @@ def answer(models, *, ids=PROMPT, guide=None, **asked):
     return policy.generate(input_ids=ids, **({"max_new_tokens": 4} | asked), custom_generate=guide)
 
 
+def test_users_may_be_left_out_where_the_model_is_the_same_for_everyone(models):
+    policy, reward = tiny_lm(), TokenReward(tiny_lm(seed=3), None)
+    ids, how = torch.cat([PROMPT, PROMPT.flip(1)]), dict(reward_weight=1.0, num_candidates=5)
+    for several in (1, 2):
+        asked = dict(input_ids=ids, max_new_tokens=4, num_return_sequences=several, do_sample=several > 1)
+        named, nobody = (
+            policy.generate(**asked, custom_generate=pyargs.guide(reward, **users, **how, seed=3))
+            for users in ({"users": ["x", "y"]}, {})
+        )
+        assert torch.equal(named, nobody)
+    with pytest.raises(PyargsError, match="another one for each user: name the user"):
+        answer(models, guide=pyargs.guide(models[1], **how))
+
+
 def test_own_positions_are_refused(models):
     with pytest.raises(PyargsError, match="leave position_ids out"):
         answer(models, position_ids=torch.tensor([[3, 4, 5, 6]]))
