@@ -11,7 +11,7 @@ from pathlib import Path
 from pyargs.data import of_split, with_text_ids
 from pyargs.decode.engine import Engine
 from pyargs.decode.strength import PROMPTS, TOKENS, reward_std
-from pyargs.errors import PyargsError, first_line
+from pyargs.errors import PyargsError
 from pyargs.lm.loading import load_lm
 from pyargs.metrics.rm_accuracy import rm_accuracy
 from pyargs.training import trainer
@@ -122,7 +122,7 @@ def _tracker(name: str, run: str, folder: str | Path):
         tracker = made(run, logging_dir=str(folder)) if made.requires_logging_directory else made(run)
         tracker.start()
     except ImportError as error:
-        raise PyargsError(f"the tracker '{name}' is not installed: pip install {name} ({first_line(error)})") from error
+        raise PyargsError(f"the tracker '{name}' is not installed. Fix: pip install {name}") from error
     return tracker
 
 

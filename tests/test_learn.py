@@ -79,7 +79,7 @@ def test_a_tracker_that_is_unknown_or_missing_is_refused_before_anything_is_load
 
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "kept", Tracker)
     monkeypatch.setattr(Tracker, "start", missing)
-    with pytest.raises(PyargsError, match="not installed: pip install kept"):
+    with pytest.raises(PyargsError, match="not installed. Fix: pip install kept"):
         pyargs.train("lore", pairs, nowhere, report_to=["kept"])
     words = ["train", "lore", "--tiny", "--report-to", "nothing", "--out", str(tmp_path / "out")]
     assert "no tracker 'nothing'" in call(capsys, words, expect=1) and not (tmp_path / "out").exists()

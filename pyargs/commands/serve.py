@@ -41,6 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> None:
 def run(args: argparse.Namespace) -> None:
     from pyargs.errors import PyargsError, extra
 
+    if args.model is None and args.policy is None:  # before what takes seconds
+        raise PyargsError("name the folder of a model and the --policy that it guides, or --policy alone")
     if args.on == "ray":
         return run_on_ray(args)
     if args.replicas is not None:

@@ -68,7 +68,10 @@ def _loaded(name: str, auto, fits: Callable[[str], bool], why: str, dtype, devic
     except Exception as error:  # a damaged folder fails anywhere within transformers
         why = refusal(error) or first_line(error)
         if "Fix:" not in why:
-            why += ". Fix: give a local folder, the embedded 'smollm2-135m', or a hub name with the hub within reach"
+            why = (
+                why.rstrip(".")
+                + ". Fix: give a local folder, 'smollm2-135m' (embedded), or a hub name with the hub within reach"
+            )
         raise PyargsError(f"cannot load the model '{name}': {why}") from error
     if missing := sorted(found["missing_keys"]):
         raise PyargsError(f"the model '{name}' has no weights for {', '.join(missing[:3])}: they would be random")

@@ -185,7 +185,13 @@ async def _answer(request: Request, body: Chat | Completion, form: Form, key) ->
     arrived, state, noted = time.perf_counter(), request.app.state, request.scope["noted"]
     worker, pair = state.worker, state.worker.engine.pair
     _check_model(request.app, body.model)
-    asked = await asyncio.to_thread(plan, pair, body, key)
+    try:
+        asked = await asyncio.to_thread(plan, pair, body, key)
+    except WireError as error:
+        if error.code == "user_not_found" and await asyncio.to_thread(_comes, state, body.user, key):
+            said = "this user has pairs and no vector yet: GET /v1/users/ID says how the adaptation goes"
+            raise WireError(409, said, param="user", code="user_not_ready") from error
+        raise
     prompt_tokens = sum(map(len, asked.prompts[:: body.n or 1]))
     state.metrics.tokens.labels("prompt").inc(prompt_tokens)
     noted.update(prompt_tokens=prompt_tokens, choices=len(asked.prompts), stream=bool(body.stream))
@@ -216,6 +222,12 @@ async def _answer(request: Request, body: Chat | Completion, form: Form, key) ->
     finally:
         answers.leave()
     return Response(status_code=499) if found is None else JSONResponse(found)
+
+
+def _comes(state, user: str, key) -> bool:
+    """Whether a user whom the key may see is being adapted to for the first time."""
+    adapting = getattr(state, "adapting", None)
+    return adapting is not None and (key is None or key.may(user)) and user in adapting.store
 
 
 class Stream(StreamingResponse):

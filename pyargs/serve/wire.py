@@ -235,6 +235,8 @@ def of_validation(errors: list[dict]) -> WireError:
     error = max(of_field, key=lambda one: len(one["loc"]))
     if error["type"] == "json_invalid":
         return WireError(400, "the body is not JSON", code="invalid_json")
+    if error["type"] == "model_attributes_type" and error["loc"] == ("body",):
+        return WireError(422, "the body is a JSON object, sent with Content-Type: application/json", code="invalid_json")
     name = ""
     for part in error["loc"][1:]:  # the first one is "body", "path" or "query"
         if isinstance(part, int):

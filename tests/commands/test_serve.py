@@ -72,6 +72,10 @@ def test_without_a_model_the_policy_answers_alone(lm_folder):
     assert answer.message.content == want[0].text
 
 
+def test_without_anything_to_serve_it_says_so_at_once(capsys):
+    assert "--policy" in call(capsys, ["serve"], expect=1)
+
+
 def test_users_who_come_need_a_model(lm_folder, tmp_path, capsys):
     said = call(capsys, ["serve", "--policy", lm_folder, "--users", str(tmp_path / "users.sqlite")], expect=1)
     assert "a policy alone" in said and not (tmp_path / "users.sqlite").exists()

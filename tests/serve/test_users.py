@@ -52,6 +52,7 @@ def service(policy: str, folder: str, file: Path | None, key_file: Path | None =
         app = serving.make_app(
             worker, model="tiny", keys=key_file and keys.Keys(key_file), routers=[make_router(worker, adapting)]
         )
+        app.state.adapting = adapting
         try:
             with serving.served(app) as address, httpx.Client(base_url=address, timeout=1200) as client:
                 yield client, adapting
@@ -149,6 +150,15 @@ def test_what_is_not_for_a_key_is_as_if_it_were_not_there(still):
     assert shop.post("/v1/users/x-1/pairs", json=pairs(1)).status_code == 202
     assert [user["id"] for user in shop.get("/v1/users").json()["data"]] == ["a", "x-1"]
     assert httpx.get(f"{shop.base_url}/v1/users").status_code == 401
+
+
+def test_a_user_who_is_being_adapted_to_is_told_apart_from_one_who_is_not_there(still):
+    admin, shop, _ = still
+    assert admin.post("/v1/users/y-2/pairs", json=pairs(1)).status_code == 202
+    told = ask(admin, "y-2")
+    assert told.status_code == 409 and told.json()["error"]["code"] == "user_not_ready"
+    assert "GET /v1/users/ID" in told.json()["error"]["message"]
+    assert ask(shop, "y-2").json() == ask(shop, "y-3").json()  # not this key's
 
 
 def test_the_list_has_pages(still):
