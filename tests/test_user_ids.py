@@ -43,7 +43,7 @@ CALLS = {
 }
 
 
-NOBODY = {"generate", "token reward", "best of n"}
+NOBODY = {"generate", "token reward", "best of n", "custom_generate"}
 """Calls in which None says that the model is the same for everyone."""
 
 

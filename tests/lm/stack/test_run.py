@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import tiny_lm
 from decoding import alike, chosen
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from stacks import AVAILABLE, VOCABULARY, batches, close, hf_states, identical, models, random_lm, using, with_lora
 
@@ -145,6 +145,7 @@ def test_long_prompts(family):
 @settings(max_examples=15, deadline=None)
 @given(model=models(), batch=batches(), capability=st.sampled_from(AVAILABLE))
 def test_bfloat16_is_as_near_to_the_truth_as_that_of_transformers(model, batch, capability):
+    assume(model.config.hidden_size >= 8)  # a norm over one or two numbers makes a sign of a rounding
     ids, mask, _ = batch
     half = copy.deepcopy(model).bfloat16()
     exact = copy.deepcopy(half).float()
