@@ -12,6 +12,7 @@ from pyargs.data import of_split, with_text_ids
 from pyargs.decode.engine import Engine
 from pyargs.decode.strength import PROMPTS, TOKENS, reward_std
 from pyargs.errors import PyargsError
+from pyargs.lm.cache import evaluating
 from pyargs.lm.loading import load_lm
 from pyargs.metrics.rm_accuracy import rm_accuracy
 from pyargs.training import trainer
@@ -101,7 +102,8 @@ def reporting(names: Sequence[str], folder: str | Path, run: str, config, datase
             if step % LOSSES == 0 or last:
                 values["train/loss"] = float(loss)
             if (step + 1) % max(1, steps // ACCURACIES) == 0 or last:
-                found = _in_eval_mode(model, lambda: held_out(model, dataset, PAIRS))
+                with evaluating(model):
+                    found = held_out(model, dataset, PAIRS)
                 if isinstance(found, dict):
                     values["held_out/accuracy"] = found["accuracy"]
             for tracker in trackers if values else ():
@@ -124,13 +126,3 @@ def _tracker(name: str, run: str, folder: str | Path):
     except ImportError as error:
         raise PyargsError(f"the tracker '{name}' is not installed. Fix: pip install {name}") from error
     return tracker
-
-
-def _in_eval_mode(model, function: Callable):
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        return function()
-    finally:
-        for module, training in modes:
-            module.training = training
