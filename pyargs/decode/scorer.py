@@ -40,7 +40,9 @@ class Scorer:
             raise PyargsError(f"a scorer has the head of a RewardModel, got a {type(model).__name__}")
         check_guides(model)
         if isinstance(model.backbone, Called):
-            raise PyargsError(f"the reward is your function {model.backbone.name_or_path}: call it in your loop")
+            raise PyargsError(
+                f"the reward is your function {model.backbone.name_or_path}: call it in your loop, or take pyargs.guide"
+            )
         self.model = model
         chosen = backends.resolve(backend, model.backbone)
         self.backend, self.reason, self.shared = chosen.name, chosen.reason, chosen.shared

@@ -14,7 +14,6 @@ from pyargs.decode.request import as_float, integer, no_choice, stop_tokens, wei
 from pyargs.decode.scorer import Scorer
 from pyargs.errors import PyargsError
 from pyargs.integrations.generation_config import padding_of
-from pyargs.lm.called import Called
 from pyargs.ops import topk_logprobs
 from pyargs.ops.choice import broken
 from pyargs.ops.topk_logprobs import MAX_K
@@ -72,8 +71,6 @@ class RewardLogitsProcessor(LogitsProcessor):
         self.model, self.users, self.backend = model, user_ids(users), backend
         if not self.users:
             raise PyargsError("name one user for each prompt")
-        if isinstance(getattr(model, "backbone", None), Called):
-            raise PyargsError("the reward is a function of whole texts, of which no cache is kept: take pyargs.guide")
         self._scorer = Scorer(model, backend=backend, max_rows=len(self.users))
         if model.step_reward == "prefix_mean":
             raise PyargsError(
