@@ -20,7 +20,6 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,7 +30,7 @@ from typing import NamedTuple
 
 import httpx
 import psutil
-from bench_serve import PART, ROWS, Load, Wanted, workload
+from bench_serve import PART, ROWS, Load, Wanted, points, workload
 from service import pairs_of, serving, trained
 from timing import hardware, hardware_line, options, streaming_rate, table
 
@@ -99,7 +98,11 @@ def load(address: str, path: str, bodies: list[dict], clients: int, service: psu
     before = loop_seconds(service)
     seen = asyncio.run(answers(address, path, bodies, clients))
     seconds, tokens = time.perf_counter() - start, sum(one.tokens for one in seen)
-    numbers = {"clients": clients, "tokens/s": tokens / seconds, **points(seen)}
+    numbers = {
+        "clients": clients,
+        "tokens/s": tokens / seconds,
+        **points([one.first for one in seen], [gap for one in seen for gap in one.gaps]),
+    }
     if service is not None:
         used = loop_seconds(service) - before
         numbers |= {"loop": used / seconds, "us/token": used / tokens * 1e6}
@@ -112,15 +115,6 @@ def loop_seconds(service: psutil.Process | None) -> float:
         return 0.0
     main = next(thread for thread in service.threads() if thread.id == service.pid)
     return main.user_time + main.system_time
-
-
-def points(seen: list[Seen]) -> dict:
-    first, gaps = [one.first for one in seen], [gap for one in seen for gap in one.gaps]
-    point = lambda values, p: statistics.quantiles(values, n=100, method="inclusive")[p - 1] * 1e3  # noqa: E731
-    return {
-        "first p50": point(first, 50), "first p99": point(first, 99),
-        "gap p50": point(gaps, 50), "gap p99": point(gaps, 99),
-    }  # fmt: skip
 
 
 # -- share -------------------------------------------------------------------------------------------------------------
@@ -196,7 +190,10 @@ async def beside(address: str, vocabulary: int, users: list[str], joins: bool, a
             task.result()  # it goes on for ever, unless it fails
         task.cancel()
     seen = await main
-    return {"tokens/s": sum(one.tokens for one in seen) / (time.perf_counter() - start), **points(seen)}
+    return {
+        "tokens/s": sum(one.tokens for one in seen) / (time.perf_counter() - start),
+        **points([one.first for one in seen], [gap for one in seen for gap in one.gaps]),
+    }
 
 
 # -- peers -------------------------------------------------------------------------------------------------------------

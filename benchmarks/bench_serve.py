@@ -76,12 +76,7 @@ class Load:
             for event in events:
                 self._note(event, now)
         seconds = time.perf_counter() - self.start
-        point = lambda values, p: statistics.quantiles(values, n=100, method="inclusive")[p - 1] * 1e3  # noqa: E731
-        return {
-            "tokens/s": self.tokens / seconds,
-            "first p50": point(self.first, 50), "first p99": point(self.first, 99),
-            "gap p50": point(self.gaps, 50), "gap p99": point(self.gaps, 99),
-        }  # fmt: skip
+        return {"tokens/s": self.tokens / seconds, **points(self.first, self.gaps)}
 
     def _submit(self) -> None:
         if self.closed and self.engine.busy:
@@ -106,6 +101,12 @@ class Load:
             del self.asked[event.number], self.last[event.number]
             if self.left:
                 self.waiting.append((self.left.popleft(), now))
+
+
+def points(first: list[float], gaps: list[float]) -> dict:
+    """p50 and p99 in ms of seconds to the first token, and between two tokens."""
+    point = lambda values, p: statistics.quantiles(values, n=100, method="inclusive")[p - 1] * 1e3  # noqa: E731
+    return {f"{name} p{p}": point(values, p) for name, values in (("first", first), ("gap", gaps)) for p in (50, 99)}
 
 
 WAYS = {"joining": dict(most=ROWS, closed=False), "closed": dict(most=ROWS, closed=True), "one": dict(most=1, closed=True)}
