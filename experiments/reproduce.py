@@ -10,19 +10,12 @@ prints the cells with their sizes and an estimate of the hours, and begins nothi
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import sys
 import time
-import warnings
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
-from threading import Thread
 from typing import NamedTuple
 
 from filelock import FileLock
@@ -32,14 +25,12 @@ from experiments.profiles import PROFILES, Cell, cells
 from experiments.results import name as name_of
 from experiments.results import slug
 from pyargs import cli, data, files
-from pyargs.errors import PyargsError, did_you_mean
+from pyargs.errors import PyargsError
 from pyargs.lm import hub
-from pyargs.progress import progress_bar
 from pyargs.training import hooks
 
 HERE = Path(__file__).parent
 NO_POLICY = {"word overlap", "MiniLM cosine"}  # rows that score texts
-KILLED = 3  # times that workers may be killed before the cells in hand count as failed
 QUOTED = 8  # words in a row from the data that make an answer the authors' text rather than ours
 
 
@@ -329,58 +320,7 @@ def blind(cell: Cell, places: Places) -> dict:
     return rm_accuracy(torch.tensor(scores).T, rows["user_id"])
 
 
-# -- the run ---------------------------------------------------------------------------------------------------------------
-
-
-def worker(cell: Cell, places: Places) -> None:
-    """Runs one cell in a process of the pool; output of the stages goes to a log of the process."""
-    log = places.work / "logs" / f"{os.getpid()}.txt"
-    with log.open("a") as stream, contextlib.redirect_stderr(stream), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        run(cell, places)
-
-
-def begin_worker(threads: int, parent: int) -> None:
-    """Sets the process's share of the cores, and that it ends when its parent ends, in whatever way."""
-    import torch
-
-    torch.set_num_threads(threads)
-
-    def leave() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    Thread(target=leave, daemon=True).start()
-
-
-def run_all(todo: list[Cell], places: Places, workers: int, bar) -> dict[Cell, BaseException]:
-    """Runs the cells, several at a time; returns those that failed. If a worker is killed, new ones continue with the rest."""
-    threads, failed, broken = max(1, (os.cpu_count() or 1) // workers), {}, 0
-    while todo:
-        left, running = [], {}
-        with ProcessPoolExecutor(
-            workers, mp_context=get_context("spawn"), initializer=begin_worker, initargs=(threads, os.getpid())
-        ) as pool:
-            for cell in todo:
-                try:
-                    running[pool.submit(worker, cell, places)] = cell
-                except BrokenProcessPool:
-                    left.append(cell)
-            for finished in as_completed(running):
-                cell, error = running[finished], finished.exception()
-                if isinstance(error, BrokenProcessPool) and broken < KILLED:
-                    left.append(cell)
-                    continue
-                if error is not None:
-                    failed[cell] = error
-                    bar.write(f"failed: {cell.name()}: {type(error).__name__}: {error}", file=sys.stderr)
-                bar.update()
-        broken += bool(left)
-        todo = left
-        if todo:
-            bar.write(f"a worker was killed (out of memory?): {len(todo)} cells are tried again", file=sys.stderr)
-    return failed
+# -- the plan ---------------------------------------------------------------------------------------------------------------
 
 
 def size(cell: Cell, places: Places) -> dict:
@@ -428,36 +368,3 @@ def plan(asked: list[Cell], places: Places, workers: int) -> dict:
             of = settings["rows"][row]
             measured.append((estimate.trains(of), estimate.tokens(of, settings, sizes[name]), sum(seconds) / len(seconds)))
     return {"done": finished, "sets": sizes, **estimate.plan(left, measured, workers)}
-
-
-def chosen(profile: str, only: list[str] | None, sets: list[str] | None, seeds: list[int] | None) -> list[Cell]:
-    """The profile's cells of these rows, sets and seeds; None: of all. Raises PyargsError if there is no such cell."""
-    everything = cells(profile)
-    for named, known in ((only, {c.row for c in everything}), (sets, {c.set for c in everything})):
-        for name in named or ():
-            if name not in known:
-                raise PyargsError(f"profile {profile} has no '{name}'.{did_you_mean(name, known)}")
-    asked = [c for c in everything if all(not some or one in some for some, one in ((only, c.row), (sets, c.set)))]
-    asked = [c for c in asked if seeds is None or c.seed in seeds]
-    if not asked:
-        has = "; ".join(f"{name}: {', '.join(of['rows'])}" for name, of in PROFILES[profile]["sets"].items())
-        seeds_there = PROFILES[profile]["seeds"]
-        raise PyargsError(f"no cell of profile {profile} is all of that: its seeds are {seeds_there}, its rows {has}")
-    return asked
-
-
-def run_grid(asked: list[Cell], places: Places, workers: int) -> dict:
-    """Runs the missing cells of one profile; returns how many there are, how many ran now, and the names of failed ones."""
-    profile = asked[0].profile
-    there = {name: prepare(name, profile, places) for name in dict.fromkeys(cell.set for cell in asked)}
-    asked = [cell for cell in asked if there[cell.set]]
-    todo = [cell for cell in asked if not done(cell, places)]
-    (places.work / "logs").mkdir(parents=True, exist_ok=True)
-    failed = {}
-    with progress_bar(total=len(asked), initial=len(asked) - len(todo), desc=profile, unit="cell") as bar:
-        # What the others wait for comes first, and alone.
-        for some in ([c for c in todo if c.row == "Zero-Shot"], [c for c in todo if c.row != "Zero-Shot"]):
-            failed |= run_all(some, places, workers, bar)
-    for cell, error in failed.items():
-        print(f"failed: {cell.name()}: {error}", file=sys.stderr)
-    return {"cells": len(asked), "run_now": len(todo) - len(failed), "failed": [c.name() for c in failed]}

@@ -33,15 +33,15 @@ def run(args: argparse.Namespace) -> dict | None:
     import json
     import os
 
-    from experiments import reproduce
+    from experiments import grid, reproduce
     from experiments.profiles import PROFILES
 
-    asked = reproduce.chosen(args.profile, args.only, args.sets, args.seeds)
+    asked = grid.chosen(args.profile, args.only, args.sets, args.seeds)
     places = reproduce.Places(args.shared, args.work, args.results)
     workers = args.workers or PROFILES[args.profile]["workers"]
     if args.dry_run:
         return reproduce.plan(asked, places, min(workers, os.cpu_count() or 1))
-    found = reproduce.run_grid(asked, places, workers)
+    found = grid.run_grid(asked, places, workers)
     if not found["failed"]:
         return found
     print(json.dumps(found, indent=1), flush=True)
