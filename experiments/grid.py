@@ -53,6 +53,17 @@ def run_grid(asked: list[Cell], places: Places, workers: int) -> dict:
     return {"cells": len(asked), "run_now": len(todo) - len(failed), "failed": [c.name() for c in failed]}
 
 
+def shard(asked: list[Cell], number: int, of: int) -> list[Cell]:
+    """Part `number` (from 0) of the cells in `of` parts: the same on every machine, whatever is done already there.
+
+    Cells that read one model stay together. Each part computes what its cells need, so that what several parts need (the
+    unguided answers, Global RM for weight 0, built data, features) is computed by each of them.
+    """
+    models = sorted({(cell.set, cell.row, cell.seed) for cell in asked})  # so that the seeds of a row go to different parts
+    mine = set(models[number::of])
+    return [cell for cell in asked if (cell.set, cell.row, cell.seed) in mine]
+
+
 def run_all(todo: list[Cell], places: Places, workers: int, bar) -> dict[Cell, BaseException]:
     """Runs the cells, several at a time; returns those that failed. If a worker is killed, new ones continue with the rest."""
     threads, failed, broken = max(1, (os.cpu_count() or 1) // workers), {}, 0

@@ -35,6 +35,7 @@ LONGEST = 500
 OF_NO_MODULE = {
     *("test_benchmarks.py", "test_ci.py", "test_examples.py", "test_extension.py", "test_extras.py", "test_imports.py"),
     *("test_packaging.py", "test_readme.py", "experiments/test_smoke.py"),
+    "distributed/test_cells.py",
     *("heads/test_all.py", "methods/test_all.py", "methods/test_planted_users.py", "models/test_first_house.py"),
     *("decode/backends/test_fake_device.py", "ops/test_bank.py", "ops/test_emulated.py", "ops/test_gpu.py"),
     *("ops/test_precision.py", "ops/test_tickets.py"),

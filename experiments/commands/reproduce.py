@@ -22,11 +22,25 @@ def add_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     parser.add_argument("--only", nargs="+", metavar="ROW", help="rows of the tables to run (default: all)")
     parser.add_argument("--sets", nargs="+", metavar="SET", help="data sets to run (default: all of the profile)")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="seeds to run (default: the profile's)")
+    parser.add_argument(
+        "--cells",
+        type=part,
+        metavar="I/N",
+        help="only part I of N, I from 0 to N - 1: what a job of an array runs; the files in --results are merged by name",
+    )
     parser.add_argument("--workers", type=positive, help="processes (default: the profile's)")
     parser.add_argument("--shared", type=Path, default=root.parent / "shared/data", help="where the data lie")
     parser.add_argument("--work", type=Path, default=root / "output/reproduce", help="models and other stages' files")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the cells' files go")
     parser.add_argument("--dry-run", action="store_true", help="print cells, sizes and estimated hours, and stop")
+
+
+def part(word: str) -> tuple[int, int]:
+    """An argparse type: which of how many parts."""
+    number, _, of = word.partition("/")
+    if not (number.isdecimal() and of.isdecimal() and int(number) < int(of)):
+        raise argparse.ArgumentTypeError(f"must be I/N with I from 0 to N - 1, as 0/4 to 3/4, got {word}")
+    return int(number), int(of)
 
 
 def run(args: argparse.Namespace) -> dict | None:
@@ -37,6 +51,10 @@ def run(args: argparse.Namespace) -> dict | None:
     from experiments.profiles import PROFILES
 
     asked = grid.chosen(args.profile, args.only, args.sets, args.seeds)
+    if args.cells:
+        asked = grid.shard(asked, *args.cells)
+    if not asked:
+        return {"cells": 0, "run_now": 0, "failed": []}  # there are more parts than models
     places = reproduce.Places(args.shared, args.work, args.results)
     workers = args.workers or PROFILES[args.profile]["workers"]
     if args.dry_run:
