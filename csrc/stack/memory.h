@@ -6,8 +6,6 @@
 #include <cstdint>
 #include <initializer_list>
 #include <new>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
 #ifdef __SANITIZE_ADDRESS__
@@ -15,11 +13,6 @@
 #endif
 
 namespace pyargs::stack {
-
-inline void check(bool ok, const char* message) {
-  if (!ok) [[unlikely]]
-    throw std::runtime_error(std::string("pyargs: ") + message);
-}
 
 // The product of sizes; std::bad_alloc where it is more than any memory.
 inline int64_t product_of(std::initializer_list<int64_t> sizes) {

@@ -1,0 +1,444 @@
+// A decoder stack: packing its weights, and the threads of a pass. Baseline only. Nothing that Python can pass does
+// more than raise; pyargs/lm/stack/run.py turns the errors into its own.
+#include "../include/pyargs/stack.h"
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "../kernels/cpu/capability.h"
+#include "../kernels/cpu/floats.h"
+#include "../parallel.h"
+#include "cache.h"
+#include "check.h"
+#include "memory.h"
+#include "pass.h"
+
+namespace pyargs {
+
+#define PYARGS_DECLARE(capability)                        \
+  namespace capability {                                  \
+  void run_pass(const stack::Pass&, int64_t);             \
+  void run_projection(const stack::Projection&, int64_t); \
+  }
+PYARGS_DECLARE(baseline)
+PYARGS_DECLARE(avx2)
+PYARGS_DECLARE(avx512)
+PYARGS_DECLARE(avx512_bf16)
+#undef PYARGS_DECLARE
+
+using namespace stack;
+
+namespace {
+
+template <class To, class From>
+To convert(From value) {
+  if constexpr (std::is_same_v<To, From>) {
+    return value;
+  } else if constexpr (std::is_same_v<To, float>) {
+    return float_from_bfloat16(value);
+  } else {
+    return bfloat16_from_float(value);
+  }
+}
+
+constexpr int64_t kMostLayers = 1 << 16;
+
+}  // namespace
+
+struct Stack::State {
+  explicit State(int64_t vocabulary) : vocabulary(vocabulary), weights(std::make_shared<Memory>()) {}
+
+  State(const State& other)
+      : model(other.model),
+        layers(other.layers),
+        head(other.head),
+        screen(other.screen),
+        vocabulary(other.vocabulary),
+        max_rank(other.max_rank),
+        weights(other.weights),
+        kept(other.kept),
+        embedding(other.embedding) {
+    model.layer = layers.data();
+  }
+
+  // Inputs of a packed matrix.
+  int64_t held(int64_t depth) const { return depth + (bfloat16() ? depth % 2 : 0); }
+  bool bfloat16() const { return model.dtype == Dtype::kBFloat16; }
+  int64_t size() const { return bfloat16() ? 2 : 4; }
+
+  Matrix& matrix(int64_t layer, const std::string& name) {
+    if (name == "head") return head;
+    Layer& of = layers.at(layer);
+    if (name == "qkv") return of.qkv;
+    if (name == "o") return of.o;
+    if (name == "gate_up") return of.gate_up;
+    if (name == "down") return of.down;
+    throw std::runtime_error("pyargs: a layer has the matrices qkv, o, gate_up and down, not '" + name + "'");
+  }
+
+  // Where a packed matrix has a column's weight.
+  template <class To>
+  static int64_t place(const Matrix& matrix, int64_t column, int64_t d) {
+    constexpr int64_t kPair = 4 / sizeof(To);
+    return column / kPanel * kPanel * matrix.depth + (d / kPair * kPanel + column % kPanel) * kPair + d % kPair;
+  }
+
+  // Packs one panel of the rows.
+  template <class To, class From>
+  std::function<void(int64_t)> packer(const Matrix& matrix, int64_t offset, bool alternate, const View& weight) {
+    constexpr int64_t kDepth = 64;  // a part of a panel that stays in the first-level cache
+    const From* all = weight.as<const From>();
+    const int64_t rows = weight.size(0), depth = weight.size(1);
+    const auto column = [=](int64_t n) { return offset + n + (alternate ? n / kPanel * kPanel : 0); };
+    To* packed = static_cast<To*>(const_cast<void*>(matrix.weight));
+    return [=, &matrix](int64_t panel) {
+      for (int64_t start = 0; start < depth; start += kDepth) {
+        for (int64_t n = panel * kPanel; n < std::min((panel + 1) * kPanel, rows); ++n) {
+          const From* from = all + n * depth;
+          for (int64_t d = start; d < std::min(start + kDepth, depth); ++d) {
+            packed[place<To>(matrix, column(n), d)] = convert<To>(from[d]);
+          }
+        }
+      }
+    };
+  }
+
+  // A packed panel of the head in eight bits. The error is that of the weights and what the sums of both products lose
+  // by rounding, each at most depth / 2^24 |w| |x|, with as much again to spare.
+  template <class To>
+  void make_screen(int64_t panel) {
+    const int64_t dim = model.dim;
+    const auto* packed = static_cast<const To*>(head.weight);
+    char* group = const_cast<char*>(screen.panels) + panel * (padded(dim) / kGroup) * kGroupBytes;
+    float length[kPanel] = {}, wrong[kPanel] = {};  // squared
+    bool empty[kPanel];
+    std::fill_n(empty, kPanel, true);
+    for (int64_t start = 0; start < dim; start += kGroup, group += kGroupBytes) {
+      float weight[kGroup][kPanel] = {}, largest[kPanel] = {}, scale[kPanel], inverse[kPanel];
+      for (int64_t i = 0; i < std::min(kGroup, dim - start); ++i) {
+        for (int64_t n = 0; n < kPanel; ++n) {
+          weight[i][n] = convert<float>(packed[place<To>(head, panel * kPanel + n, start + i)]);
+          largest[n] = std::max(largest[n], std::abs(weight[i][n]));
+          length[n] += weight[i][n] * weight[i][n];
+        }
+      }
+      for (int64_t n = 0; n < kPanel; ++n) {
+        scale[n] = largest[n] > kShortest * kShortest ? largest[n] / 127.0f : 0.0f;
+        inverse[n] = scale[n] > 0.0f ? 1.0f / scale[n] : 0.0f;
+        empty[n] &= largest[n] == 0.0f;
+      }
+      std::memcpy(group, scale, sizeof scale);
+      for (int64_t i = 0; i < kGroup; ++i) {
+        for (int64_t n = 0; n < kPanel; ++n) {
+          constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+          const float near = (weight[i][n] * inverse[n] + kRound) - kRound;
+          const float held = std::abs(near) <= 127.0f ? near : 0.0f;
+          const float off = weight[i][n] - held * scale[n];
+          wrong[n] += off * off;
+          group[sizeof scale + i / 4 * 4 * kPanel + n * 4 + i % 4] = static_cast<char>(static_cast<int8_t>(held));
+        }
+      }
+    }
+    for (int64_t n = 0; n < kPanel; ++n) {
+      const float all = std::sqrt(length[n]), off = std::sqrt(wrong[n]);
+      const float error = (off + std::ldexp(static_cast<float>(dim + kGroup), -22) * (all + off)) * 1.01f;
+      const bool known = (all >= kShortest && all <= kLongest) || (all == 0.0f && empty[n]);
+      const_cast<float*>(screen.error)[panel * kPanel + n] = known ? error : std::numeric_limits<float>::infinity();
+    }
+  }
+
+  const float* keep(const char* name, const View& values, std::initializer_list<int64_t> shape) {
+    const auto* from = require(name, values, View::kFloat32, shape).as<const float>();
+    return kept.emplace_back(std::make_shared<std::vector<float>>(from, from + values.size()))->data();
+  }
+
+  static Phase* zeroed(char* memory, int64_t count) {
+    std::memset(memory, 0, count * sizeof(Phase));
+    return reinterpret_cast<Phase*>(memory);
+  }
+
+  void run(const Cache::State& cache, const Query* queries, int64_t count, float* states) {
+    Pass pass = model;
+    pass.workers = thread_count();
+    const int64_t share = pass.heads / pass.kv_heads;
+    const int64_t most = std::max<int64_t>(1, kAttentionRows / share);
+    std::vector<Group> groups;
+    for (int64_t begin = 0; begin < count;) {
+      int64_t end = begin + 1;
+      while (end < count && queries[end].row == queries[begin].row) ++end;
+      const int64_t parts = (end - begin + most - 1) / most;
+      for (int64_t p = 0; p < parts; ++p) {
+        groups.push_back({static_cast<int32_t>(begin + (end - begin) * p / parts),
+                          static_cast<int32_t>(begin + (end - begin) * (p + 1) / parts)});
+      }
+      begin = end;
+    }
+    pass.keys = cache.keys;
+    pass.values = cache.values;
+    pass.rows = cache.rows;
+    pass.capacity = cache.capacity;
+    pass.cosine = cache.cosine.data();
+    pass.sine = cache.sine.data();
+    pass.query = queries;
+    pass.queries = count;
+    pass.group = groups.data();
+    pass.groups = groups.size();
+    pass.any_delta = std::any_of(queries, queries + count, [](const Query& query) { return query.delta; });
+    pass.states = states;
+
+    const int64_t rows = most * share, wide = padded(pass.head_dim),
+                  reads = std::max(pass.inner, pass.heads * pass.head_dim);
+    pass.scratch_size =
+        padded(std::max(rows * (pass.head_dim + wide + kAttentionPlaces + 2), std::max(reads, pass.dim) + 1));
+    const int64_t phases = (pass.layers * kPhasesPerLayer + 2) * pass.workers;
+    Layout layout;
+    const int64_t residual = layout.add({count, padded(pass.dim), sizeof(float)}),
+                  qkv = layout.add({count, layers[0].qkv.columns, sizeof(float)}),
+                  low = layout.add({count, max_rank, sizeof(float)}),
+                  scratch = layout.add({pass.workers, pass.scratch_size, sizeof(float)}),
+                  x = layout.add({count, padded(pass.dim), size()}), y = layout.add({count, padded(reads), size()}),
+                  phase = layout.add({phases, sizeof(Phase)});
+    char* data = memory.reserve(layout);
+    pass.residual = reinterpret_cast<float*>(data + residual);
+    pass.qkv = reinterpret_cast<float*>(data + qkv);
+    pass.low = reinterpret_cast<float*>(data + low);
+    pass.scratch = reinterpret_cast<float*>(data + scratch);
+    pass.x = data + x;
+    pass.y = data + y;
+    pass.phase = zeroed(data + phase, phases);
+    in_parallel(pass.workers, [&pass](int64_t worker) {
+#ifdef PYARGS_X86
+      if (cpu_capability() == Capability::kAvx512Bf16) return avx512_bf16::run_pass(pass, worker);
+#endif
+      PYARGS_DISPATCH(run_pass, pass, worker);
+    });
+  }
+
+  Pass model{};
+  std::vector<Layer> layers;
+  Matrix head{};
+  Screen screen{};
+  int64_t vocabulary, max_rank = 0;
+  std::shared_ptr<Memory> weights;
+  std::vector<std::shared_ptr<const std::vector<float>>> kept;  // biases, norms, deltas
+  std::shared_ptr<const void> embedding;
+  Memory memory;
+  std::mutex mutex;
+};
+
+Stack::Stack(const std::string& dtype, int64_t dim, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t inner,
+             int64_t layers, int64_t vocabulary, bool unembedding, float epsilon)
+    : state_(std::make_unique<State>(vocabulary)) {
+  State& s = *state_;
+  check(dtype == "float32" || dtype == "bfloat16", "weights are packed as float32 or bfloat16");
+  for (int64_t size : {dim, heads, kv_heads, head_dim, inner, layers, vocabulary}) {
+    check(size >= 1 && size <= kLargest, "the sizes of a stack must be positive numbers");
+  }
+  check(product_of({heads + 2 * kv_heads, head_dim}) <= kLargest, "the heads of a stack are too large");
+  check(heads % kv_heads == 0, "heads must be a multiple of kv_heads");
+  check(head_dim % 2 == 0, "head_dim must be even");
+  check(layers <= kMostLayers, "a stack has at most 65536 layers");
+  s.layers.resize(layers);
+  s.model.dtype = dtype == "bfloat16" ? Dtype::kBFloat16 : Dtype::kFloat32;
+  s.model.dim = dim;
+  s.model.heads = heads;
+  s.model.kv_heads = kv_heads;
+  s.model.head_dim = head_dim;
+  s.model.inner = inner;
+  s.model.layers = layers;
+  s.model.epsilon = epsilon;
+  s.model.layer = s.layers.data();
+  Layout layout;
+  std::vector<std::pair<Matrix*, int64_t>> places;
+  const auto add = [&](Matrix& matrix, int64_t columns, int64_t depth) {
+    matrix.columns = columns;
+    matrix.depth = s.held(depth);
+    places.emplace_back(&matrix, layout.add({matrix.columns, matrix.depth, s.size()}));
+  };
+  for (Layer& layer : s.layers) {
+    add(layer.qkv, padded((heads + 2 * kv_heads) * head_dim), dim);
+    add(layer.o, padded(dim), heads * head_dim);
+    add(layer.gate_up, 2 * padded(inner), dim);
+    add(layer.down, padded(dim), inner);
+  }
+  add(s.head, unembedding ? padded(vocabulary) : 0, dim);
+  const int64_t panels = layout.add({s.head.columns / kPanel, padded(dim) / kGroup, kGroupBytes});
+  const int64_t error = layout.add({s.head.columns, sizeof(float)});
+  char* data = s.weights->reserve(layout);
+  s.screen = {data + panels, reinterpret_cast<float*>(data + error)};
+  for (auto [matrix, at] : places) matrix->weight = data + at;
+}
+
+Stack::Stack(std::unique_ptr<State> state) : state_(std::move(state)) {}
+
+Stack::~Stack() = default;
+
+std::unique_ptr<Stack> Stack::twin() const {
+  return std::unique_ptr<Stack>(new Stack(std::make_unique<State>(*state_)));
+}
+
+// All parts of a layer at once: a parallel region waits for every thread, and another process may have its core.
+void Stack::pack(int64_t layer, const std::vector<Part>& parts) {
+  State& s = *state_;
+  std::vector<std::function<void(int64_t)>> panels;
+  std::vector<std::tuple<size_t, int64_t, bool>> tasks;
+  for (const auto& [name, offset, alternate, weight] : parts) {
+    const Matrix& to = s.matrix(layer, name);
+    require("weight", weight, View::kWeight, {-1, -1});
+    const int64_t rows = weight.size(0), depth = weight.size(1);
+    const bool head = &to == &s.head;
+    check(rows >= 1 && s.held(depth) == to.depth, "a weight has not as many inputs as its matrix");
+    check(offset >= 0 && offset < to.columns &&
+              offset + rows + (alternate ? (rows - 1) / kPanel * kPanel : 0) <= to.columns,
+          "a weight has more outputs than its matrix");
+    check(!head || (offset == 0 && !alternate && rows == s.vocabulary), "the output layer needs a row for each token");
+    for (int64_t panel = 0; panel * kPanel < rows; ++panel) tasks.emplace_back(panels.size(), panel, head);
+    const bool wide = weight.type == View::kFloat32;
+    panels.push_back(s.bfloat16() ? wide ? s.packer<uint16_t, float>(to, offset, alternate, weight)
+                                         : s.packer<uint16_t, uint16_t>(to, offset, alternate, weight)
+                     : wide       ? s.packer<float, float>(to, offset, alternate, weight)
+                                  : s.packer<float, uint16_t>(to, offset, alternate, weight));
+  }
+  in_parallel(tasks.size(), [&](int64_t i) {
+    const auto [part, panel, head] = tasks[i];
+    panels[part](panel);
+    if (head) s.bfloat16() ? s.make_screen<uint16_t>(panel) : s.make_screen<float>(panel);
+  });
+}
+
+void Stack::bias(int64_t layer, const std::string& name, const View& values) {
+  Matrix& matrix = state_->matrix(layer, name);
+  matrix.bias = state_->keep("bias", values, {matrix.columns});
+}
+
+void Stack::delta(int64_t layer, const std::string& name, const View& a, const View& b) {
+  State& s = *state_;
+  Matrix& matrix = s.matrix(layer, name);
+  check(&matrix != &s.head, "the output layer has no delta");
+  check(matrix.rank == 0, "a stack has one delta");
+  const int64_t rank = require("a", a, View::kFloat32, {-1, matrix.depth}).size(0);
+  const float* first = s.keep("a", a, {rank, matrix.depth});
+  matrix.b = s.keep("b", b, {matrix.columns / kPanel, rank, kPanel});
+  matrix.a = first;
+  matrix.rank = rank;
+  s.max_rank = std::max(s.max_rank, rank);
+}
+
+void Stack::norms(int64_t layer, const View& attention, const View& mlp) {
+  State& s = *state_;
+  s.layers.at(layer).attention_norm = s.keep("attention norm", attention, {s.model.dim});
+  s.layers.at(layer).mlp_norm = s.keep("mlp norm", mlp, {s.model.dim});
+}
+
+void Stack::embedding(const View& embedding, const View& norm, std::shared_ptr<const void> owner) {
+  State& s = *state_;
+  require("embedding", embedding, View::kWeight, {s.vocabulary, s.model.dim});
+  s.model.norm = s.keep("norm", norm, {s.model.dim});
+  s.embedding = std::move(owner);
+  s.model.embedding = embedding.data;
+  s.model.embedding_dtype = embedding.type == View::kBFloat16 ? Dtype::kBFloat16 : Dtype::kFloat32;
+}
+
+void Stack::forward(Cache& cache_given, const View& ids, const std::optional<View>& mask,
+                    const std::optional<View>& rows_given, const std::optional<View>& delta, bool branches,
+                    const View& states) {
+  State& s = *state_;
+  Cache::State& cache = *cache_given.state_;
+  require("ids", ids, View::kInt64, {-1, -1});
+  const int64_t count = ids.size(0), width = ids.size(1);
+  require("states", states, View::kFloat32, {count, width, s.model.dim});
+  if (mask) require("mask", *mask, View::kBool, {count, width});
+  if (delta) require("delta", *delta, View::kBool, {count});
+  check(cache.layers == s.model.layers && cache.kv_heads == s.model.kv_heads && cache.head_dim == s.model.head_dim,
+        "the cache belongs to a stack of other sizes");
+  check(s.model.embedding && std::all_of(s.layers.begin(), s.layers.end(), [](const Layer& l) { return l.mlp_norm; }),
+        "the stack is not packed yet");
+  std::unique_lock noting(cache.mutex);
+  const std::vector<int64_t> rows = cache.checked_rows(rows_given, count);
+  std::vector<Query> queries;
+  queries.reserve(count * width);
+  std::vector<int64_t> length = cache.length;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t row = rows[i], seen = length[row];
+    const bool wants_delta = delta && delta->as<const uint8_t>()[i];
+    for (int64_t j = 0; j < width; ++j) {
+      const int64_t at = i * width + j, token = ids.as<const int64_t>()[at];
+      if (mask && !mask->as<const uint8_t>()[at]) continue;
+      check(token >= 0 && token < s.vocabulary, "a token is not in the vocabulary");
+      const int64_t place = branches ? seen + j : length[row]++;
+      check(place < cache.places, "the cache is full: give it a larger capacity");
+      queries.push_back({token, row, place, branches ? seen : place, at, wants_delta});
+    }
+  }
+  noting.unlock();
+  {
+    const std::lock_guard lock(s.mutex);
+    for (size_t begin = 0; begin < queries.size(); begin += kQueriesPerPass) {
+      s.run(cache, queries.data() + begin, std::min<int64_t>(kQueriesPerPass, queries.size() - begin),
+            states.as<float>());
+    }
+  }
+  noting.lock();
+  for (int64_t row : rows) {
+    cache.length[row] = length[row];
+    cache.branch[row].assign(branches ? width : 0, false);
+  }
+  for (const Query& query : queries) {
+    if (branches) cache.branch[query.row][query.place - query.seen] = true;
+  }
+}
+
+void Stack::logits(const View& states, int64_t top, const View& logits) {
+  State& s = *state_;
+  const int64_t rows = require("states", states, View::kFloat32, {-1, s.model.dim}).size(0);
+  const int64_t vocabulary = require("logits", logits, View::kFloat32, {rows, -1}).size(1);
+  check(s.head.columns > 0, "the stack has no output layer");
+  check(vocabulary >= 1 && vocabulary <= s.vocabulary && top >= 0, "the output layer has not as many tokens");
+  const std::lock_guard lock(s.mutex);
+  if (rows > (s.bfloat16() ? kScreenRows16 : kScreenRows) || top > std::min(kTop, vocabulary) || s.head.bias) top = 0;
+  for (int64_t begin = 0; begin < rows; begin += kQueriesPerPass) {
+    Projection projection{};
+    projection.dtype = s.model.dtype;
+    projection.matrix = s.head;
+    projection.matrix.columns = padded(vocabulary);
+    projection.screen = s.screen;
+    projection.rows = std::min(kQueriesPerPass, rows - begin);
+    projection.dim = s.model.dim;
+    projection.vocabulary = vocabulary;
+    projection.top = top;
+    projection.workers = thread_count();
+    projection.states = states.as<const float>() + begin * s.model.dim;
+    projection.logits = logits.as<float>() + begin * vocabulary;
+    const int64_t wide = padded(s.model.dim), best = projection.workers * projection.rows * top;
+    const int64_t phases = 3 * projection.workers;  // at most
+    Layout layout;
+    const int64_t x = layout.add({projection.rows, wide, s.size()}),
+                  floats = layout.add({top > 0 && s.bfloat16() ? projection.rows : 0, wide, sizeof(float)}),
+                  length = layout.add({projection.rows, sizeof(float)}), bests = layout.add({best, sizeof(float)}),
+                  phase = layout.add({phases, sizeof(Phase)});
+    char* data = s.memory.reserve(layout);
+    projection.x = data + x;
+    projection.floats = reinterpret_cast<float*>(data + floats);
+    projection.length = reinterpret_cast<float*>(data + length);
+    projection.best = reinterpret_cast<float*>(data + bests);
+    std::fill_n(projection.best, best, -std::numeric_limits<float>::infinity());
+    projection.phase = s.zeroed(data + phase, phases);
+    in_parallel(projection.workers, [&projection](int64_t worker) {
+#ifdef PYARGS_X86
+      if (cpu_capability() == Capability::kAvx512Bf16) return avx512_bf16::run_projection(projection, worker);
+#endif
+      PYARGS_DISPATCH(run_projection, projection, worker);
+    });
+  }
+}
+
+}  // namespace pyargs
