@@ -31,7 +31,12 @@ FAMILIES = {
     "gpt_neo": ("gpt_neo", dict(num_layers=2, num_heads=4, window_size=4, attention_types=[[["global", "local"], 1]])),
     "phi3 without window": ("phi3", dict(sliding_window=None)),
     "phi3 longrope": ("phi3", dict(sliding_window=None, original_max_position_embeddings=12, rope_parameters=LONGROPE)),
-    "granite with scales": ("granite", dict(logits_scaling=3.0, embedding_multiplier=2.0, residual_multiplier=0.5)),
+    "granite with scales": (
+        "granite",
+        dict(logits_scaling=3.0, embedding_multiplier=2.0, residual_multiplier=0.5, attention_multiplier=0.2),
+    ),
+    "mistral without window": ("mistral", dict(sliding_window=None)),
+    "smollm3": ("smollm3", dict(no_rope_layers=[1, 0])),
     "cohere2": ("cohere2", dict(num_hidden_layers=4)),
     "olmo3": ("olmo3", {}),
     "gpt_oss": ("gpt_oss", {}),
@@ -45,7 +50,7 @@ NO_BRANCHES = {
     "mistral", "gemma2", "gemma3_text", "phi3", "bloom", "mpt", "mamba", "mamba2", "jamba", "mixtral", "starcoder2",
     "falcon alibi", "gpt_neo", "cohere2", "olmo3", "gpt_oss", "exaone4", "lfm2",
 }  # fmt: skip
-CAPPED = {"gemma2", "cohere", "cohere2", "granite with scales"}
+CAPPED = {"gemma2", "cohere", "cohere2"}
 
 
 @lru_cache(maxsize=4)

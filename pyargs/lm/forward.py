@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pyargs.errors import PyargsError
 from pyargs.lm.cache import additive, alike, cache_name, can_share, check_layers, evaluating, parameters, positions
-from pyargs.lm.structure import PROBING, outline, structure, unwrapped
+from pyargs.lm.structure import PROBING, logits_divisor, outline, structure, unwrapped
 from pyargs.lm.tokenize import Packed, pack
 from pyargs.progress import progress_bar
 
@@ -42,18 +42,19 @@ def packed_states(decoder: nn.Module, packed: Packed, inputs_embeds: Tensor | No
 
     inputs_embeds [R, L, D]: what stands in the place of the ids' embeddings (soft prompts).
     """
+    return _packed_pass(decoder, packed, inputs_embeds).last_hidden_state
+
+
+def _packed_pass(model: nn.Module, packed: Packed, inputs_embeds: Tensor | None):
     inputs = {"input_ids": packed.input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
-    if "longrope" in str(getattr(decoder.config, "rope_parameters", None)):  # asks the device
+    if "longrope" in str(getattr(model.config, "rope_parameters", None)):  # asks the device
         length = packed.prompt_end + packed.end - packed.start
-        check_lengths(decoder, int(length.min()), int(length.max()))
+        check_lengths(model, int(length.min()), int(length.max()))
     if packed.attention_mask is None:  # one response a row, padding on the right: a causal pass never sees the padding
-        return decoder(**inputs, use_cache=False).last_hidden_state
-    return decoder(
-        **inputs,
-        attention_mask=additive(packed.attention_mask, decoder),
-        position_ids=packed.position_ids,
-        use_cache=False,
-    ).last_hidden_state
+        return model(**inputs, use_cache=False)
+    return model(
+        **inputs, attention_mask=additive(packed.attention_mask, model), position_ids=packed.position_ids, use_cache=False
+    )
 
 
 def spans(states: Tensor, packed: Packed, *, predicting: bool = False) -> tuple[Tensor, Tensor]:
@@ -115,33 +116,47 @@ def token_logprobs(model: nn.Module, packed: Packed, inputs_embeds: Tensor | Non
     """log pi(y_t | x, y_<t) of packed responses, float32 [S, T] with 0 where the mask [S, T] is false.
 
     The output layer is applied to the positions that predict a response token only, 512 at a time, and with gradients each
-    such part is computed again in the backward pass: no [T, V] tensor of a whole batch ever exists.
+    such part is computed again in the backward pass: no [T, V] tensor of a whole batch ever exists. Where the logits are more
+    than that layer's (`plain_output_layer`), the whole model is called, and one does.
     """
-    states, mask = spans(packed_states(model.get_decoder(), packed, inputs_embeds), packed, predicting=True)
+    plain = plain_output_layer(model)
+    found = (
+        packed_states(model.get_decoder(), packed, inputs_embeds)
+        if plain
+        else _packed_pass(model, packed, inputs_embeds).logits
+    )
+    found, mask = spans(found, packed, predicting=True)
     tokens, _ = spans(packed.input_ids, packed)
-    output = model.get_output_embeddings()
 
-    def part(states: Tensor, ids: Tensor) -> Tensor:
-        return output(states).float().log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    def part(found: Tensor, ids: Tensor) -> Tensor:
+        logits = logits_of(model, found) if plain else found
+        return logits.float().log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
 
     scores = [
         checkpoint(part, one, ids, use_reentrant=False) if one.requires_grad else part(one, ids)
-        for one, ids in zip(states[mask].split(512), tokens[mask].split(512), strict=True)
+        for one, ids in zip(found[mask].split(512), tokens[mask].split(512), strict=True)
     ]
     return torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_scatter(mask, torch.cat(scores)), mask
+
+
+def logits_of(model: nn.Module, states: Tensor) -> Tensor:
+    """Logits [..., V] of last states [..., D] where `plain_output_layer` says that these are all it takes."""
+    logits, divisor = model.get_output_embeddings()(states), logits_divisor(model)
+    return logits if divisor == 1 else logits / divisor
 
 
 _plain: WeakKeyDictionary[nn.Module, tuple[dict, bool]] = WeakKeyDictionary()
 
 
 def plain_output_layer(model: nn.Module) -> bool:
-    """Whether the model's logits are its output layer times its last state, without soft caps, scales or hooks.
+    """Whether the model's logits are its output layer times its last state, divided by `logits_divisor`, without soft caps,
+    other scales or hooks.
 
     Tried once, and again when the model's config or attributes have changed. In the trial the output layer gives large
     numbers, which any later cap, scale or shift would change.
     """
     try:
-        now = structure(model, below=False)
+        now = structure(model, below=False) | {"divisor": (divisor := logits_divisor(model))}
     except PyargsError:
         return False
     before, plain = _plain.get(model, (None, False))
@@ -163,19 +178,10 @@ def plain_output_layer(model: nn.Module) -> bool:
                     logits, states = model(probe).logits, model.get_decoder()(probe).last_hidden_state
             finally:
                 hook.remove()
-        same = len(said) == 1 and said[0].shape == logits.shape and torch.equal(said[0].float(), logits.float())
+        same = len(said) == 1 and said[0].shape == logits.shape and torch.equal((said[0] / divisor).float(), logits.float())
         plain = same and alike(seen[0], states)
         _plain[model] = now, plain
     return plain
-
-
-def check_output_layer(model: nn.Module) -> None:
-    """Raises PyargsError for models whose logits are more than output layer times last state."""
-    if not plain_output_layer(model):
-        raise PyargsError(
-            f"the logits of this {model.config.model_type} are more than its output layer's (soft cap, scale, or a hook on "
-            "the model itself): not supported with a soft prompt"
-        )
 
 
 def embedded(model, prompts: Sequence[Sequence[int]], soft: Tensor) -> tuple[Tensor, Tensor]:

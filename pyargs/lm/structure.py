@@ -193,6 +193,11 @@ def base(found: dict) -> dict:
     return {name: described for name, described in found.items() if "+" not in name}
 
 
+def logits_divisor(model: nn.Module) -> float:
+    """What the model's config divides the numbers of its output layer by (Granite's `logits_scaling`); 1.0 by default."""
+    return getattr(model.config.get_text_config(decoder=True), "logits_scaling", None) or 1.0
+
+
 def contents(tensors: Iterable[Tensor]) -> list[bytes]:
     """A hash of each tensor's numbers. It reads all of them, which takes about as long as a decode step of one row."""
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:

@@ -12,7 +12,7 @@ from pyargs.errors import PyargsError, described
 from pyargs.files import read_tensors
 from pyargs.lm import lora
 from pyargs.lm.cache import can_share
-from pyargs.lm.forward import check_output_layer, token_logprobs
+from pyargs.lm.forward import token_logprobs
 from pyargs.lm.tokenize import Packed, encode_prompt, pack
 from pyargs.models import folder as folders
 from pyargs.models.demonstrations import Demonstrations
@@ -161,7 +161,6 @@ class UserPolicy(nn.Module):
         encoded, pairs = self.encode(rows, stop=False)
         if self.soft is None:
             return pair_logprobs(self.lm, encoded, pairs)
-        check_output_layer(self.lm)
         users = self.users.rows(rows["user_id"]).to(self.device)
         total, length = torch.empty(len(pairs), 2, dtype=torch.float64), torch.empty(len(pairs), 2, dtype=torch.long)
         for take, packed in self.packed_pairs(encoded, pairs):

@@ -8,11 +8,12 @@ import pytest
 import torch
 from conftest import reward_model
 from decoding import USERS, by_reference, chosen, prompts, tokens
-from families import CAPPED, FAMILIES, QUICK, random_lm
+from families import FAMILIES, QUICK, random_lm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyargs.lm.cache import can_branch
+from pyargs.lm.forward import token_logprobs
 from pyargs.lm.tokenize import pack
 from pyargs.models.token_reward import TokenReward
 from pyargs.models.user_policy import SoftPrompt, UserPolicy
@@ -115,6 +116,12 @@ def test_plain_decoding_and_responses_follow_the_oracle(name):
         for response, logprobs in zip(several, found, strict=True):
             want = [score(prompt + response[:n])[token].item() for n, token in enumerate(response)]
             assert logprobs.tolist() == pytest.approx(want, abs=1e-3)
+    packed = pack(rows, [[[9, 8, 7], [6]]] * 3, share=can_branch(lm))
+    values, mask = token_logprobs(lm, packed)  # as in training
+    responses = [(row, response) for row in rows for response in ([9, 8, 7], [6])]
+    for (row, response), logprobs, seen in zip(responses, values, mask, strict=True):
+        want = [score(row + response[:n])[token].item() for n, token in enumerate(response)]
+        assert logprobs[seen].tolist() == pytest.approx(want, abs=1e-3)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -136,8 +143,6 @@ def test_soft_prompts_of_several_lengths_follow_the_definition(name):
         for n, token in enumerate(answer):
             own = logprobs(user, row + answer[:n])
             assert own[token] >= own.max() - 1e-4
-    if name in CAPPED:
-        return
     packed = pack(rows, [[[9, 8, 7], [6]]] * 3, share=can_branch(lm))
     with torch.no_grad():
         values, mask = policy.logprobs(packed, torch.arange(3).repeat_interleave(2))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyargs.lm import lora
 from pyargs.lm.cache import RowCache, additive, cache_name, parameters, positions
-from pyargs.lm.forward import embedded, plain_output_layer
+from pyargs.lm.forward import embedded, logits_of, plain_output_layer
 from pyargs.lm.fused_modules import takes_lengths
 from pyargs.lm.structure import may_replace
 from pyargs.lm.tokenize import left_pad
@@ -135,7 +135,7 @@ class Shared:
     top = 0  # all logits are exact
 
     def __init__(self, policy, backbone, room: int):
-        self.policy, self.output, self.backbone = policy, policy.get_output_embeddings(), backbone
+        self.policy, self.backbone = policy, backbone
         self.times = 2 if lora.active(backbone) else 1
         config = backbone.config.get_text_config(decoder=True)
         self.cache, self.reader = (RowCache(config, rows * self.times, 0, backbone.device) for rows in (room, 1))
@@ -155,7 +155,7 @@ class Shared:
         self.states = state.new_zeros(
             self.cache.width // self.times, 0, state.shape[-1]
         )  # of candidates, as the policy sees them
-        return self.output(state[:: self.times]), state[self.times - 1 :: self.times]
+        return logits_of(self.policy, state[:: self.times]), state[self.times - 1 :: self.times]
 
     def branch(self, candidates: Tensor, wanted: Tensor | None = None) -> Tensor:
         with self._lora():
@@ -167,7 +167,7 @@ class Shared:
         """Appends token [n], the candidate at slot [n], to each row; returns the next token's logits [n, V]."""
         self.cache.commit(self._each(slot))
         place = slot.clamp(min=0)[:, None, None].expand(-1, 1, self.states.shape[-1])
-        return self.output(self.states.gather(1, place).squeeze(1))
+        return logits_of(self.policy, self.states.gather(1, place).squeeze(1))
 
     def current(self) -> bool:
         """Whether both models still rest on the same weights."""
