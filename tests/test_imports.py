@@ -24,7 +24,7 @@ FLOORS = (
     ("metrics",),
     ("decode",),
     ("tune", "prepare", "learn", "publish"),  # prepare asks a policy for titles
-    ("integrations", "demo", "serve"),
+    ("integrations", "demo", "ray", "serve"),
     ("commands",),
     ("cli",),
 )
@@ -35,7 +35,7 @@ LONGEST = 500
 OF_NO_MODULE = {
     *("test_benchmarks.py", "test_ci.py", "test_examples.py", "test_extension.py", "test_extras.py", "test_imports.py"),
     *("test_packaging.py", "test_readme.py", "experiments/test_smoke.py"),
-    "distributed/test_cells.py",
+    *("distributed/test_cells.py", "distributed/test_ray.py"),
     *("heads/test_all.py", "methods/test_all.py", "methods/test_planted_users.py", "models/test_first_house.py"),
     *("decode/backends/test_fake_device.py", "ops/test_bank.py", "ops/test_emulated.py", "ops/test_gpu.py"),
     *("ops/test_precision.py", "ops/test_tickets.py"),
@@ -71,6 +71,7 @@ TESTED_IN = {
     "pyargs.ops.library": "test_packaging.py",
     "pyargs.prepare.folder": "prepare/test_prism.py",
     "pyargs.prepare.statistics": "prepare/test_prism.py",
+    "pyargs.ray": "distributed/test_ray.py",
     "pyargs.serve.answers": "serve/test_app.py",
     "pyargs.serve.metrics": "serve/test_app.py",
     "pyargs.tuned": "commands/test_decode.py",

@@ -59,6 +59,7 @@ def verbs(model: str) -> list[tuple[str, str | None]]:
         (f"adapt seen {data} --out lore", None),
         (f"tune lore --policy {model} --data pairs.jsonl --prompts 2 --max-new-tokens 4 --out tune.json", None),
         (f"decode lore {guided} {few} --out answers.jsonl", None),
+        (f"decode lore {guided} {few} --on ray --out ray.jsonl", "ray"),
         (f"{answers} --out result.json", None),
         (f"{answers} --bertscore minilm --out scored.json", "evaluate"),
         ("forget lore cid --out forgotten", None),

@@ -39,6 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> None:
         "before)",
     )
     parser.add_argument("--out", required=True, help="JSONL file, one answer a line")
+    parser.add_argument("--on", choices=["ray"], help="workers of a Ray cluster, in place of this process alone")
+    parser.add_argument("--address", help="of the cluster (default: that of RAY_ADDRESS, or one of this machine alone)")
+    parser.add_argument("--num-cpus", type=positive, help="threads of each worker on Ray (default 1)")
+    parser.add_argument("--num-gpus", type=int, help="GPUs of each worker on Ray (default: 1 if the cluster has some)")
     add_data(parser)
 
 
@@ -48,12 +52,12 @@ def run(args: argparse.Namespace) -> dict:
     from pyargs import files, tuned
     from pyargs.commands import load_data
     from pyargs.data import content_hash, of_split
-    from pyargs.decode.engine import Engine
-    from pyargs.decode.pair import load_pair
     from pyargs.errors import PyargsError
     from pyargs.lm import hub
     from pyargs.models.folder import locate
 
+    if not args.on and (args.address, args.num_cpus, args.num_gpus) != (None, None, None):
+        raise PyargsError("--address, --num-cpus and --num-gpus are of a cluster: add --on ray")
     data = load_data(args)
     rows = of_split(data, args.split)
     unique = {(row["user_id"], str(row["prompt"])): row for row in rows}
@@ -72,27 +76,24 @@ def run(args: argparse.Namespace) -> dict:
     elif weight is None and args.strength is None:  # what was tuned for this policy stands beside the model
         found = tuned.noted(locate(args.model), args.policy, args.dtype)
         weight = None if found is None else _follow(args, found, f"{args.model} for {args.policy}")
-    policy, model = load_pair(args.policy, args.model, dtype=args.dtype, backbone=args.backbone)
-    engine = Engine(
-        policy,
-        model,
-        backend=args.backend,
-        max_rows=args.batch_size,
-        best_of=args.best_of or 0,
-        eos_reward=args.eos_reward,
-    )
-    if engine.pair.guided and weight is None:
-        weight = engine.raw_weight(args.strength)
-    candidates = "all" if args.whole_vocabulary else args.num_candidates
-    if candidates is None and weight is not None:
-        args.num_candidates = candidates = 10
-    wish = {"max_new_tokens": args.max_new_tokens, "num_candidates": candidates, "temperature": _temperature(args, engine)}
+    if args.on:
+        from pyargs import ray
+
+        ray.connect(args.address)
+        args.num_gpus = min(ray.gpus(), 1) if args.num_gpus is None else args.num_gpus
+        each = {"num_cpus": args.num_cpus or 1, "num_gpus": args.num_gpus}
+        backend, weight, wish = ray.with_model(settled, args.model, args, weight, **each)
+    else:
+        engine = engine_of(args.model, args)
+        backend, weight, wish = settled_with(engine, args, weight)
+    if not args.whole_vocabulary:
+        args.num_candidates = wish["num_candidates"]
     settings = {name: getattr(args, name) for name in (
         "policy", "dtype", "split", "limit", "num_candidates", "max_new_tokens", "batch_size", "do_sample", "temperature",
         "seed", "whole_vocabulary", "best_of", "eos_reward",
     )}  # fmt: skip
     key = files.stage_key(
-        {"stage": "decode", "reward_weight": weight, **settings, "backend": engine.backend},
+        {"stage": "decode", "reward_weight": weight, **settings, "backend": backend},
         {"data": content_hash(rows), "model": files.sha256(args.model), "policy": hub.identity(args.policy)},
     )
     if done := files.finished(args.out, key):
@@ -100,7 +101,10 @@ def run(args: argparse.Namespace) -> dict:
 
     started = time.perf_counter()
     prompts, users = [row["prompt"] for row in items], [row["user_id"] for row in items]
-    answers = engine.generate(prompts, users, reward_weight=weight, seed=args.seed, progress="decode", **wish)
+    if args.on:
+        answers = _answers_of_workers(args, items, dict(backend=backend, **each), dict(reward_weight=weight, **wish))
+    else:
+        answers = engine.generate(prompts, users, reward_weight=weight, seed=args.seed, progress="decode", **wish)
     seconds = time.perf_counter() - started
     lines = []
     for row, answer in zip(items, answers, strict=True):
@@ -127,6 +131,51 @@ def run(args: argparse.Namespace) -> dict:
         tokens_per_second=round(tokens / seconds, 2),
         provenance=files.provenance(args.seed),
     )
+
+
+def engine_of(model: str, args: argparse.Namespace):
+    """The engine of a command line. model: its folder, wherever it lies now."""
+    from pyargs.decode.engine import Engine
+    from pyargs.decode.pair import load_pair
+
+    pair = load_pair(args.policy, model, dtype=args.dtype, backbone=args.backbone)
+    return Engine(*pair, **_options(args), backend=args.backend)
+
+
+def _options(args: argparse.Namespace) -> dict:
+    return dict(max_rows=args.batch_size, best_of=args.best_of or 0, eos_reward=args.eos_reward)
+
+
+def settled(model: str, args: argparse.Namespace, weight: float | None) -> tuple:
+    """`settled_with` the engine that this process makes."""
+    return settled_with(engine_of(model, args), args, weight)
+
+
+def settled_with(engine, args: argparse.Namespace, weight: float | None) -> tuple[str, float | None, dict]:
+    """What an engine makes of the flags: its backend, the raw weight, and what is wished of each prompt."""
+    if engine.pair.guided and weight is None:
+        weight = engine.raw_weight(args.strength)
+    candidates = "all" if args.whole_vocabulary else args.num_candidates
+    if candidates is None and weight is not None:
+        candidates = 10
+    wish = {"max_new_tokens": args.max_new_tokens, "num_candidates": candidates, "temperature": _temperature(args, engine)}
+    return engine.backend, weight, wish
+
+
+def _answers_of_workers(args: argparse.Namespace, items: list[dict], options: dict, wish: dict) -> list:
+    """As `Engine.generate` gives them, of the workers' engines."""
+    from types import SimpleNamespace
+
+    from pyargs import ray
+    from pyargs.decode.request import numbered
+
+    rows = [
+        {"number": n, "prompt": item["prompt"], "user_id": item["user_id"], "seed": numbered(args.seed, n)}
+        for n, item in enumerate(items)
+    ]
+    options |= dict(policy=args.policy, dtype=args.dtype, backbone=args.backbone, **_options(args))
+    found = ray.all_rows(ray.map_prompts(ray.dataset(rows, args.batch_size), args.model, **options, **wish))
+    return [SimpleNamespace(**row) for row in sorted(found, key=lambda row: row["number"])]
 
 
 def _temperature(args: argparse.Namespace, engine) -> float:
