@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pyarrow
 import torch
 
 from pyargs.decode.engine import Engine
@@ -19,7 +20,6 @@ from pyargs.models.folder import locate
 from pyargs.progress import watched
 
 with extra("ray", "work on Ray"):
-    import pyarrow
     import ray
     import ray.data
     from ray.exceptions import RayTaskError, UserCodeException
