@@ -18,7 +18,7 @@ namespace py = pybind11;
 namespace pyargs {
 namespace {
 
-constexpr const char* kNames[] = {"default", "avx2", "avx512", "avx512_bf16"};
+constexpr const char* kNames[] = {"default", "avx2", "avx512", "avx512_vnni", "avx512_bf16"};
 
 Capability detect() {
 #ifdef PYARGS_X86
@@ -29,7 +29,8 @@ Capability detect() {
 #endif
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
-    return __builtin_cpu_supports("avx512bf16") ? Capability::kAvx512Bf16 : Capability::kAvx512;
+    if (!__builtin_cpu_supports("avx512vnni")) return Capability::kAvx512;
+    return __builtin_cpu_supports("avx512bf16") ? Capability::kAvx512Bf16 : Capability::kAvx512Vnni;
   }
   return Capability::kAvx2;
 #else
@@ -38,10 +39,11 @@ Capability detect() {
 }
 
 Capability parse(const std::string& name) {
-  for (int level = 0; level < 4; ++level) {
+  for (int level = 0; level < 5; ++level) {
     if (name == kNames[level]) return static_cast<Capability>(level);
   }
-  throw std::invalid_argument("CPU capability must be default, avx2, avx512 or avx512_bf16, got '" + name + "'");
+  throw std::invalid_argument("CPU capability must be default, avx2, avx512, avx512_vnni or avx512_bf16, got '" + name +
+                              "'");
 }
 
 Capability available(const std::string& name) {
@@ -84,7 +86,7 @@ PYBIND11_MODULE(_C, m) {
       "torch built against, C++ compiler, and the CUDA architectures compiled in (None: CPU only).");
   m.def(
       "cpu_capability_detected", [] { return kNames[static_cast<int>(detect())]; },
-      "Best capability of this CPU: default, avx2, avx512 or avx512_bf16.");
+      "Best capability of this CPU: default, avx2, avx512, avx512_vnni or avx512_bf16.");
   m.def("cpu_capability", [] { return kNames[static_cast<int>(cpu_capability())]; }, "The capability in use.");
   m.def(
       "set_cpu_capability", [](const std::string& name) { used = available(name); }, py::arg("name"),

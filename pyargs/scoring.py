@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pyargs.errors import ELSEWHERE, PyargsError, explained
 from pyargs.files import cache_dir, read_tensors, writing
 from pyargs.lm import lora
+from pyargs.lm.bits import held
 from pyargs.lm.called import Called
 from pyargs.lm.forward import Sequences, batches, packed_states, plain_output_layer, spans, token_logprobs
 from pyargs.lm.loading import fingerprint
@@ -197,7 +198,8 @@ def _cached(kind: str, model, inputs, compute) -> dict[str, Tensor]:
         return compute()
     # Weights alone do not make a model, and every product is rounded in its own way.
     made = [repr(sorted(structure(model).items())), *(value.hex() for value in contents(model.buffers()))]
-    key = json.dumps([fingerprint(model), made, inputs, keep.can_pack(model), rounding()])
+    few = held(model)
+    key = json.dumps([fingerprint(model), made, inputs, keep.can_pack(model), few and few.dtype, rounding()])
     key = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
     file = cache_dir() / kind / f"{key}.safetensors"
     if file.exists():

@@ -16,7 +16,7 @@ from pyargs.ops.library import has_extension
 
 if not has_extension:
     pytest.skip("no extension", allow_module_level=True)
-LEVELS = (*CAPABILITIES, "avx512_bf16")
+LEVELS = (*CAPABILITIES, "avx512_vnni", "avx512_bf16")
 AVAILABLE = LEVELS[: LEVELS.index(_C.cpu_capability_detected()) + 1]
 VOCABULARY = 67
 

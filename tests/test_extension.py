@@ -18,17 +18,29 @@ LAYERS, DIM, HEADS, KV, HEAD_DIM, INNER, VOCABULARY, ROWS, PLACES, K = 2, 6, 2, 
 MATRICES = {"qkv": (16, DIM), "o": (DIM, 8), "gate_up": (INNER, DIM), "down": (DIM, INNER)}
 
 
+WEIGHTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32}
+
+
 def floats(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape).to(dtype)
 
 
 def parts(dtype: torch.dtype = torch.float32):
-    found = [(name, 0, name == "gate_up", floats(*shape, dtype=dtype)) for name, shape in MATRICES.items()]
-    return [*found, ("gate_up", 32, True, floats(*MATRICES["gate_up"], dtype=dtype))]
+    found = [(name, 0, name == "gate_up", floats(*shape, dtype=dtype), "") for name, shape in MATRICES.items()]
+    return [*found, ("gate_up", 32, True, floats(*MATRICES["gate_up"], dtype=dtype), "")]
 
 
 def new_stack(dtype: str = "float32", layers: int = LAYERS):
-    return _C.Stack(dtype, DIM, HEADS, KV, HEAD_DIM, INNER, layers, VOCABULARY, True, 1e-5)
+    return _C.Stack(dtype, DIM, HEADS, KV, HEAD_DIM, INNER, layers, VOCABULARY, True, 1e-5, [])
+
+
+def new_grouped():
+    """One layer, whose weights come in blocks: Q4_0 or Q4_1, the head in Q8_0."""
+    return _C.Stack("float32", 32, 1, 1, 32, 64, 1, VOCABULARY, True, 1e-5, [*["int4"] * 4, "int8"])
+
+
+def blocks(rows: int, columns: int) -> torch.Tensor:
+    return torch.randint(0, 256, (rows, columns), dtype=torch.uint8)
 
 
 def new_cache(rows: int = ROWS):
@@ -37,11 +49,11 @@ def new_cache(rows: int = ROWS):
 
 
 def packed(dtype: str = "float32"):
-    stack, kind = new_stack(dtype), getattr(torch, dtype)
+    stack, kind = new_stack(dtype), WEIGHTS[dtype]
     for layer in range(LAYERS):
         stack.pack(layer, parts(kind))
         stack.norms(layer, floats(DIM), floats(DIM))
-    stack.pack(0, [("head", 0, False, floats(VOCABULARY, DIM, dtype=kind))])
+    stack.pack(0, [("head", 0, False, floats(VOCABULARY, DIM, dtype=kind), "")])
     stack.embedding(floats(VOCABULARY, DIM, dtype=kind), floats(DIM))
     return stack
 
@@ -49,14 +61,19 @@ def packed(dtype: str = "float32"):
 def right_calls(stack, cache) -> dict:
     """Each function of the extension, and arguments that it takes."""
     ids, flags = torch.randint(0, VOCABULARY, (ROWS, K)), torch.ones(ROWS, K, dtype=torch.bool)
-    rows, new = torch.arange(ROWS), new_stack()
+    rows, new, grouped = torch.arange(ROWS), new_stack(), new_grouped()
     return {
-        "Stack": (_C.Stack, ["float32", DIM, HEADS, KV, HEAD_DIM, INNER, LAYERS, VOCABULARY, True, 1e-5]),
+        "Stack": (
+            _C.Stack,
+            ["float32", DIM, HEADS, KV, HEAD_DIM, INNER, LAYERS, VOCABULARY, True, 1e-5, ["float32"] * (4 * LAYERS + 1)],
+        ),
         "Cache": (_C.Cache, [LAYERS, KV, HEAD_DIM, ROWS, floats(PLACES, 2), floats(PLACES, 2)]),
         "pack": (new.pack, [0, parts()]),
-        "pack head": (lambda *part: new.pack(0, [part]), ["head", 0, False, floats(VOCABULARY, DIM)]),
-        "pack part": (lambda *part: new.pack(1, [part]), ["qkv", 3, False, floats(9, DIM)]),
-        "pack half": (lambda *part: new.pack(1, [part]), ["gate_up", 32, True, floats(INNER, DIM, dtype=torch.bfloat16)]),
+        "pack head": (lambda *part: new.pack(0, [part]), ["head", 0, False, floats(VOCABULARY, DIM), ""]),
+        "pack part": (lambda *part: new.pack(1, [part]), ["qkv", 3, False, floats(9, DIM), ""]),
+        "pack half": (lambda *part: new.pack(1, [part]), ["gate_up", 32, True, floats(INNER, DIM, dtype=torch.bfloat16), ""]),
+        "pack blocks": (lambda *part: grouped.pack(0, [part]), ["gate_up", 32, True, blocks(64, 20), "Q4_1"]),
+        "pack head's blocks": (lambda *part: grouped.pack(0, [part]), ["head", 0, False, blocks(VOCABULARY, 34), "Q8_0"]),
         "bias": (new.bias, [0, "qkv", floats(32)]),
         "delta": (new.twin().delta, [0, "o", floats(2, 8), floats(1, 2, 32)]),
         "norms": (new.norms, [0, floats(DIM), floats(DIM)]),
@@ -132,7 +149,7 @@ hostile = st.one_of(numbers, others, tensors(), st.lists(tensors(), max_size=2),
 
 @given(data=st.data(), name=st.sampled_from(sorted(right_calls(packed(), new_cache()))))
 def fuzz(data, name):
-    stack, cache = STACKS[data.draw(st.integers(0, 1))], new_cache()
+    stack, cache = STACKS[data.draw(st.integers(0, 2))], new_cache()
     before = expected(stack)
     function, arguments = right_calls(stack, cache)[name]
     for _ in range(data.draw(st.integers(0, 2))):  # so that there are branches to commit, and a prefix to copy
@@ -178,14 +195,24 @@ IDS = torch.ones(3, 2, dtype=torch.long)
         (lambda s, c: s.forward(c, IDS, None, None, None, False, floats(3, 2, 6).bfloat16()), "states must be float32"),
         (lambda s, c: s.logits(floats(2, 6), 1, floats(2, 12)), "not as many tokens"),
         (lambda s, c: s.logits(floats(2, 6), 1, floats(3, 11)), r"logits must be float32 \[2, any\]"),
-        (lambda s, c: s.pack(0, [("dwon", 0, False, floats(6, 5))]), "not 'dwon'"),
+        (lambda s, c: s.pack(0, [("dwon", 0, False, floats(6, 5), "")]), "not 'dwon'"),
         (lambda s, c: s.bias(0, "Qkv", floats(32)), "not 'Qkv'"),
-        (lambda s, c: s.pack(0, [("down", 0, False, floats(6, 7))]), "inputs"),
-        (lambda s, c: s.pack(0, [("down", 30, False, floats(6, 5))]), "outputs"),
-        (lambda s, c: s.pack(0, [("head", 0, False, floats(10, 6))]), "row for each token"),
+        (lambda s, c: s.pack(0, [("down", 0, False, floats(6, 7), "")]), "inputs"),
+        (lambda s, c: s.pack(0, [("down", 30, False, floats(6, 5), "")]), "outputs"),
+        (lambda s, c: s.pack(0, [("head", 0, False, floats(10, 6), "")]), "row for each token"),
+        (lambda s, c: s.pack(0, [("down", 0, False, floats(6, 5), "Q4_1")]), "uint8"),
+        (lambda s, c: s.pack(0, [("down", 0, False, blocks(6, 20), "Q4_1")]), "format"),
+        (lambda s, c: s.pack(0, [("down", 0, False, blocks(6, 20), "Q6_K")]), "not 'Q6_K'"),
+        (lambda s, c: new_grouped().pack(0, [("down", 0, False, blocks(6, 20), "Q4_1")]), "inputs"),
+        (lambda s, c: new_grouped().pack(0, [("down", 0, False, blocks(6, 41), "Q4_1")]), "inputs"),
+        (lambda s, c: new_grouped().pack(0, [("down", 0, False, floats(6, 64), "")]), "int4 weights come in blocks"),
+        (lambda s, c: new_grouped().pack(0, [("head", 0, False, floats(VOCABULARY, 32), "")]), "int8"),
+        (lambda s, c: _C.Stack("float32", 6, 1, 1, 4, 5, 1, 11, True, 1e-5, ["int4"] * 5), "blocks of 32"),
+        (lambda s, c: _C.Stack("int8", 6, 1, 1, 4, 5, 1, 11, True, 1e-5, ["int4"] * 5), "not multiplied"),
+        (lambda s, c: _C.Stack("float32", 6, 1, 1, 4, 5, 1, 11, True, 1e-5, ["float32"]), "formats of four"),
         (lambda s, c: s.embedding(floats(10, 6), floats(6)), "embedding must be float32 or bfloat16 .11, 6."),
-        (lambda s, c: new_stack("float16"), "float32 or bfloat16"),
-        (lambda s, c: new_stack("bfloat"), "float32 or bfloat16"),
+        (lambda s, c: new_stack("float16"), "float32, bfloat16, int8 or int4"),
+        (lambda s, c: new_stack("bfloat"), "float32, bfloat16, int8"),
         (lambda s, c: new_stack(layers=0), "positive"),
         (lambda s, c: new_stack().forward(c, IDS, None, None, None, False, floats(3, 2, 6)), "not packed"),
     ],
@@ -195,18 +222,18 @@ def test_errors_name_the_argument(call, message):
         call(packed(), new_cache())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_what_a_stack_reads_lives_as_long_as_it(dtype):
     stack = packed(dtype)  # nobody else holds its weights
     before = expected(stack)
     twin = stack.twin()
     del stack
     gc.collect()
-    junk = [torch.full((VOCABULARY, DIM), 3.0, dtype=getattr(torch, dtype)) for _ in range(200)]
+    junk = [torch.full((VOCABULARY, DIM), 3.0, dtype=WEIGHTS[dtype]) for _ in range(200)]
     assert torch.equal(expected(twin), before) and len(junk) == 200
 
 
 if __name__ == "__main__":
-    STACKS = [packed("float32"), packed("bfloat16")]
+    STACKS = [packed("float32"), packed("bfloat16"), packed("int8")]
     quiet = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
     settings(max_examples=int(sys.argv[1]), **quiet)(fuzz)()

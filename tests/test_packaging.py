@@ -139,7 +139,7 @@ def test_extension_reports():
     info = _C.build_info()
     assert info["torch"].split("+")[0].count(".") == 2
     assert info["cuda_archs"] is None or "90-real" in info["cuda_archs"]
-    levels = ["default", "avx2", "avx512", "avx512_bf16"]
+    levels = ["default", "avx2", "avx512", "avx512_vnni", "avx512_bf16"]
     assert levels.index(_C.cpu_capability()) <= levels.index(_C.cpu_capability_detected())
     with pytest.raises(ValueError, match="avx2"):
         _C.set_cpu_capability("sse9")
@@ -161,7 +161,7 @@ def test_a_capability_that_is_unknown_or_lacking_is_one_message(capability):
         pytest.skip("this CPU has all of them")
     env = {**os.environ, "PYARGS_CPU_CAPABILITY": capability}
     done = subprocess.run([sys.executable, "-m", "pyargs.cli", "env"], capture_output=True, text=True, env=env)
-    says = "this CPU has no avx512_bf16, at most" if capability == "avx512_bf16" else "avx512 or avx512_bf16, got"
+    says = "this CPU has no avx512_bf16, at most" if capability == "avx512_bf16" else "avx512_vnni or avx512_bf16, got"
     assert done.returncode and says in done.stderr and "Traceback" not in done.stderr
     twice = "import torch\nfor _ in range(2):\n  try: import pyargs.ops\n  except Exception as e: print(type(e).__name__, e)"
     done = subprocess.run([sys.executable, "-c", twice], capture_output=True, text=True, env=env)

@@ -27,11 +27,12 @@ void commit(Cache& cache, py::handle slot, py::handle rows) {
   cache.commit(Tensor("slot", slot), optional_tensor("rows", rows));
 }
 
-void pack(Stack& stack, int64_t layer, const std::vector<std::tuple<std::string, int64_t, bool, py::object>>& given) {
+void pack(Stack& stack, int64_t layer,
+          const std::vector<std::tuple<std::string, int64_t, bool, py::object, std::string>>& given) {
   std::vector<Tensor> weights;
   std::vector<Stack::Part> parts;
-  for (const auto& [matrix, offset, alternate, weight] : given) {
-    parts.push_back({matrix, offset, alternate, weights.emplace_back("weight", weight)});
+  for (const auto& [matrix, offset, alternate, weight, block] : given) {
+    parts.push_back({matrix, offset, alternate, weights.emplace_back("weight", weight), block});
   }
   const py::gil_scoped_release unlocked;
   stack.pack(layer, parts);
@@ -80,7 +81,8 @@ void bind(py::module_& m) {
       .def_property_readonly("rows", &Cache::rows)
       .def_property("length", &Cache::length, &Cache::set_length);
   py::class_<Stack>(m, "Stack")
-      .def(py::init<const std::string&, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, float>())
+      .def(py::init<const std::string&, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, float,
+                    const std::vector<std::string>&>())
       .def("twin", &Stack::twin)
       .def("pack", &pack)
       .def("bias", &bias)

@@ -31,8 +31,9 @@ inline const View& require(const char* name, const View& view, int types, std::i
   };
   const auto named = [](int types) {
     std::string text;
-    for (const auto& [type, type_name] : {std::pair(View::kFloat32, "float32"), std::pair(View::kBFloat16, "bfloat16"),
-                                          std::pair(View::kInt64, "int64"), std::pair(View::kBool, "bool")}) {
+    for (const auto& [type, type_name] :
+         {std::pair(View::kFloat32, "float32"), std::pair(View::kBFloat16, "bfloat16"),
+          std::pair(View::kInt64, "int64"), std::pair(View::kBool, "bool"), std::pair(View::kUInt8, "uint8")}) {
       if (types & type) text += (text.empty() ? "" : " or ") + std::string(type_name);
     }
     return text.empty() ? "another type" : text;

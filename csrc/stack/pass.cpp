@@ -58,16 +58,17 @@ struct Worker {
 // side at `column` of x W^T + bias + delta: count is panels * kPanel. low: [rows, rank], x A^T for those of the rows'
 // queries that want the delta; or null.
 template <class T, class Store>
-void strip(const Matrix& matrix, int panels, const typename T::Element* x, int64_t x_stride, int64_t rows,
+void strip(const Matrix& matrix, bool vnni, int panels, const typename T::Element* x, int64_t x_stride, int64_t rows,
            const Query* query, const float* low, int64_t column, const Store& store) {
   const int64_t width = panels * kPanel;
   alignas(64) float sums[kTaskRows * 2 * kPanel];
   for (int64_t i = 0; i < rows * width; ++i) sums[i] = 0.0f;
   for (int64_t panel = 0; panel < panels; ++panel) {
-    const auto* w = static_cast<const typename T::Element*>(matrix.weight) + (column + panel * kPanel) * matrix.depth;
+    const char* w =
+        static_cast<const char*>(matrix.weight) + (column / kPanel + panel) * panel_bytes(matrix.format, matrix.depth);
     for (int64_t d = 0; d < matrix.depth; d += kTaskDepth) {
-      multiply<T>(rows, x + d, x_stride, w + d * kPanel, kPanel * T::kDepth, min(kTaskDepth, matrix.depth - d),
-                  sums + panel * kPanel, width);
+      multiply_panel<T>(matrix.format, vnni, rows, x + d / T::kValues, x_stride, w + panel_bytes(matrix.format, d),
+                        min(kTaskDepth, matrix.depth - d), sums + panel * kPanel, width);
     }
   }
   for (int64_t panel = 0; low && panel < panels; ++panel) {
@@ -88,12 +89,12 @@ void strip(const Matrix& matrix, int panels, const typename T::Element* x, int64
 
 // The same for any number of rows and all panels, shared out among the workers.
 template <class T, class Store>
-void product(Worker& worker, const Matrix& matrix, int panels, const typename T::Element* x, int64_t x_stride,
-             int64_t rows, const Query* query, const float* low, const Store& store) {
+void product(Worker& worker, const Matrix& matrix, bool vnni, int panels, const typename T::Element* x,
+             int64_t x_stride, int64_t rows, const Query* query, const float* low, const Store& store) {
   const int64_t strips = matrix.columns / (panels * kPanel), parts = (rows + kTaskRows - 1) / kTaskRows;
   worker.run(strips * parts, [&](int64_t task) {
     const int64_t part = task / strips, begin = rows * part / parts, count = rows * (part + 1) / parts - begin;
-    strip<T>(matrix, panels, x + begin * x_stride, x_stride, count, query ? query + begin : nullptr,
+    strip<T>(matrix, vnni, panels, x + begin * x_stride, x_stride, count, query ? query + begin : nullptr,
              low ? low + begin * matrix.rank : nullptr, task % strips * panels * kPanel,
              [&](int64_t r, int64_t column, float* sums, int64_t width) { store(begin + r, column, sums, width); });
   });
@@ -106,9 +107,7 @@ const float* low_rank(Worker& worker, const Pass& pass, const Matrix& matrix, co
   if (matrix.rank == 0 || !pass.any_delta) return nullptr;
   worker.run(pass.queries, [&](int64_t q) {
     if (!pass.query[q].delta) return;
-    float* buffer = pass.scratch + worker.id * pass.scratch_size;
-    const float* row = as_floats(T::kDepth == 1 ? Dtype::kFloat32 : Dtype::kBFloat16, x, q * x_stride,
-                                 static_cast<int>(matrix.depth), buffer);
+    const float* row = T::floats(x + q * x_stride, matrix.depth, pass.scratch + worker.id * pass.scratch_size);
     for (int64_t k = 0; k < matrix.rank; ++k) {
       const float* a = matrix.a + k * matrix.depth;
       pass.low[q * matrix.rank + k] = dot(row, a, matrix.depth);
@@ -168,7 +167,8 @@ void write_cache(const Pass& pass, int64_t layer, int64_t q, int64_t stride) {
 // Attention of a group's queries for the heads that share one head of keys and values. Each query starts from itself;
 // then come the places before it, kAttentionPlaces at a time, with the sums scaled to the largest score so far. So
 // places behind `seen` never enter, wherever the query itself stands; a value there may be NaN, and is not multiplied
-// by zero either.
+// by zero either. What a group's queries attend to is written to `out`, or where values stand in groups to the place of
+// the queries themselves.
 template <class T>
 void attend(const Pass& pass, const Worker& worker, int64_t layer, const Group& group, int64_t kv, int64_t stride,
             typename T::Element* out, int64_t out_stride) {
@@ -241,7 +241,12 @@ void attend(const Pass& pass, const Worker& worker, int64_t layer, const Group& 
   for (int64_t r = 0; r < rows; ++r) {
     const float factor = 1.0f / total[r];
     for (int64_t d = 0; d < dim; ++d) sums[r * wide + d] *= factor;
-    T::put(out + (group.begin + r / share) * out_stride + (kv * share + r % share) * dim, sums + r * wide, dim);
+    const int64_t q = group.begin + r / share, at = (kv * share + r % share) * dim;
+    if constexpr (T::kValues == 1) {
+      T::put(out + q * out_stride + at, sums + r * wide, dim);
+    } else {  // heads may share a group: they are put when all are there
+      std::memcpy(pass.qkv + q * stride + at, sums + r * wide, dim * sizeof(float));
+    }
   }
 }
 
@@ -252,14 +257,15 @@ void forward(const Pass& pass, Worker worker) {
   auto* y = static_cast<Element*>(pass.y);
   float* residual = pass.residual;
   const int64_t rows = pass.queries, wide = padded(pass.dim);
-  const int64_t y_stride = padded(max(pass.inner, pass.heads * pass.head_dim));
+  const int64_t x_stride = wide / T::kValues;
+  const int64_t y_stride = padded(max(pass.inner, pass.heads * pass.head_dim)) / T::kValues;
 
   const auto norm = [&](const float* weight) {
     worker.run(rows, [&](int64_t q) {
       float* buffer = pass.scratch + worker.id * pass.scratch_size;
       rms_norm(residual + q * wide, weight, pass.epsilon, pass.dim, buffer);
       buffer[pass.dim] = 0.0f;  // meets a weight of zero, and must be finite
-      T::put(x + q * wide, buffer, pass.dim + pass.dim % T::kDepth);
+      T::put(x + q * x_stride, buffer, pass.dim + pass.dim % T::kDepth);
     });
   };
   const auto add = [&](int64_t q, int64_t column, const float* sums, int64_t count) {
@@ -277,8 +283,8 @@ void forward(const Pass& pass, Worker worker) {
     const Layer& layer = pass.layer[l];
     const int64_t stride = layer.qkv.columns;
     norm(layer.attention_norm);
-    const float* low = low_rank<T>(worker, pass, layer.qkv, x, wide);
-    product<T>(worker, layer.qkv, 1, x, wide, rows, pass.query, low,
+    const float* low = low_rank<T>(worker, pass, layer.qkv, x, x_stride);
+    product<T>(worker, layer.qkv, pass.vnni, 1, x, x_stride, rows, pass.query, low,
                [&](int64_t q, int64_t column, const float* sums, int64_t count) {
                  std::memcpy(pass.qkv + q * stride + column, sums, count * sizeof(float));
                });
@@ -286,19 +292,22 @@ void forward(const Pass& pass, Worker worker) {
     worker.run(pass.groups * pass.kv_heads, [&](int64_t task) {
       attend<T>(pass, worker, l, pass.group[task / pass.kv_heads], task % pass.kv_heads, stride, y, y_stride);
     });
+    if constexpr (T::kValues > 1) {
+      worker.run(rows, [&](int64_t q) { T::put(y + q * y_stride, pass.qkv + q * stride, pass.heads * pass.head_dim); });
+    }
     low = low_rank<T>(worker, pass, layer.o, y, y_stride);
-    product<T>(worker, layer.o, 1, y, y_stride, rows, pass.query, low, add);
+    product<T>(worker, layer.o, pass.vnni, 1, y, y_stride, rows, pass.query, low, add);
 
     norm(layer.mlp_norm);
-    low = low_rank<T>(worker, pass, layer.gate_up, x, wide);
-    product<T>(worker, layer.gate_up, 2, x, wide, rows, pass.query, low,
+    low = low_rank<T>(worker, pass, layer.gate_up, x, x_stride);
+    product<T>(worker, layer.gate_up, pass.vnni, 2, x, x_stride, rows, pass.query, low,
                [&](int64_t q, int64_t column, float* __restrict sums, int64_t) {
 #pragma omp simd
                  for (int i = 0; i < kPanel; ++i) sums[i] = silu(sums[i]) * sums[kPanel + i];
-                 T::put(y + q * y_stride + column / 2, sums, kPanel);
+                 T::put(y + q * y_stride + column / 2 / T::kValues, sums, kPanel);
                });
     low = low_rank<T>(worker, pass, layer.down, y, y_stride);
-    product<T>(worker, layer.down, 1, y, y_stride, rows, pass.query, low, add);
+    product<T>(worker, layer.down, pass.vnni, 1, y, y_stride, rows, pass.query, low, add);
   }
   worker.run(rows, [&](int64_t q) {
     rms_norm(residual + q * wide, pass.norm, pass.epsilon, pass.dim, pass.states + pass.query[q].out * pass.dim);
@@ -320,7 +329,7 @@ void project_largest(const Projection& projection, Worker worker, const typename
   const int64_t rows = projection.rows, top = projection.top, vocabulary = projection.vocabulary;
   const int64_t panels = padded(vocabulary) / kPanel, panel_bytes = wide / kGroup * kGroupBytes;
   const float* floats =
-      projection.dtype == Dtype::kFloat32 ? static_cast<const float*>(projection.x) : projection.floats;
+      projection.inputs == Format::kFloat32 ? static_cast<const float*>(projection.x) : projection.floats;
 
   worker.run(panels, [&](int64_t panel) {
     const int64_t column = panel * kPanel, count = min(kPanel, vocabulary - column);
@@ -370,7 +379,7 @@ void project_largest(const Projection& projection, Worker worker, const typename
       any |= possible;
     }
     if (!any) return;
-    strip<T>(projection.matrix, 1, x, wide, rows, nullptr, nullptr, column,
+    strip<T>(projection.matrix, projection.vnni, 1, x, wide, rows, nullptr, nullptr, column,
              [&](int64_t row, int64_t, const float* sums, int64_t) {
                float* logits = projection.logits + row * vocabulary + column;
                if (wanted[row]) std::memcpy(logits, sums, count * sizeof(float));
@@ -392,17 +401,20 @@ template <class T>
 void project(const Projection& projection, Worker worker) {
   auto* x = static_cast<typename T::Element*>(projection.x);
   const int64_t dim = projection.dim, wide = padded(dim), vocabulary = projection.vocabulary;
+  const int64_t stride = wide / T::kValues;
   worker.run(projection.rows, [&](int64_t row) {
-    T::put(x + row * wide, projection.states + row * dim, dim);
-    for (int64_t i = dim; i < wide; ++i) x[row * wide + i] = 0;
-    if (projection.top > 0) {
-      const int n = static_cast<int>(wide);
-      projection.length[row] =
-          length_of(as_floats(projection.dtype, x, row * wide, n, projection.floats + row * wide), n);
+    typename T::Element* to = x + row * stride;
+    T::put(to, projection.states + row * dim, dim);
+    if constexpr (T::kValues == 1) {
+      for (int64_t i = dim; i < wide; ++i) to[i] = 0;
+      if (projection.top > 0)
+        projection.length[row] = length_of(T::floats(to, wide, projection.floats + row * wide), wide);
     }
   });
-  if (projection.top > 0) return project_largest<T>(projection, worker, x, wide);
-  product<T>(worker, projection.matrix, 1, x, wide, projection.rows, nullptr, nullptr,
+  if constexpr (T::kValues == 1) {
+    if (projection.top > 0) return project_largest<T>(projection, worker, x, wide);
+  }
+  product<T>(worker, projection.matrix, projection.vnni, 1, x, stride, projection.rows, nullptr, nullptr,
              [&](int64_t row, int64_t column, const float* sums, int64_t count) {
                std::memcpy(projection.logits + row * vocabulary + column, sums,
                            min(count, vocabulary - column) * sizeof(float));
@@ -412,19 +424,17 @@ void project(const Projection& projection, Worker worker) {
 }  // namespace
 
 void run_pass(const Pass& pass, int64_t worker) {
-  if (pass.dtype == Dtype::kFloat32) {
-    forward<Float32>(pass, {pass.phase, worker, pass.workers});
-  } else {
-    forward<BFloat16>(pass, {pass.phase, worker, pass.workers});
-  }
+  const Worker with{pass.phase, worker, pass.workers};
+  if (pass.inputs == Format::kInt8) return forward<Int8>(pass, with);
+  if (pass.inputs == Format::kBFloat16) return forward<BFloat16>(pass, with);
+  forward<Float32>(pass, with);
 }
 
 void run_projection(const Projection& projection, int64_t worker) {
-  if (projection.dtype == Dtype::kFloat32) {
-    project<Float32>(projection, {projection.phase, worker, projection.workers});
-  } else {
-    project<BFloat16>(projection, {projection.phase, worker, projection.workers});
-  }
+  const Worker with{projection.phase, worker, projection.workers};
+  if (projection.inputs == Format::kInt8) return project<Int8>(projection, with);
+  if (projection.inputs == Format::kBFloat16) return project<BFloat16>(projection, with);
+  project<Float32>(projection, with);
 }
 
 }  // namespace PYARGS_CPU

@@ -10,10 +10,43 @@ constexpr int kPanel = 32;  // outputs of a matrix side by side in memory, and r
 
 constexpr int64_t padded(int64_t n) { return (n + kPanel - 1) / kPanel * kPanel; }
 
-// y = x W^T + bias (+ x A^T B for the queries that want the delta). The weights stand in panels [depth][kPanel], so
-// that a panel is read from its first byte to its last; bfloat16 ones in pairs of depth [depth / 2][kPanel][2].
+constexpr int64_t kGroup = 32;  // of depths that share a scale
+
+// How numbers stand in memory: weights, and what they are multiplied with. Panels of weights are
+//   kFloat32   float [depth][kPanel]
+//   kBFloat16  in pairs of depth: uint16 [depth / 2][kPanel][2]
+//   kInt8      groups of kGroup depths: float16 scale [kPanel], int8 q [kGroup / 4][kPanel][4]; scale * q
+//   kInt4      groups: float16 scale [kPanel], float16 offset [kPanel], four bits q [kGroup / 8][kPanel][8]; scale * q
+//   +
+//              offset, with the first depth in the lowest bits
+enum class Format : int { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2, kInt4 = 3 };
+
+// Bytes of a panel of weights. depth: a multiple of kGroup for kInt8 and kInt4.
+constexpr int64_t panel_bytes(Format format, int64_t depth) {
+  return format == Format::kFloat32    ? depth * kPanel * 4
+         : format == Format::kBFloat16 ? depth * kPanel * 2
+         : format == Format::kInt8     ? depth / kGroup * kPanel * (2 + kGroup)
+                                       : depth / kGroup * kPanel * (4 + kGroup / 2);
+}
+
+// Of a row that is multiplied with int8 weights: scale * value; sum: that of the values.
+struct Int8Group {
+  float scale;
+  int32_t sum;
+  int8_t value[kGroup];
+};
+
+// Bytes of a row that is multiplied with weights. n: a multiple of kGroup.
+constexpr int64_t row_bytes(Format inputs, int64_t n) {
+  return inputs == Format::kFloat32    ? n * 4
+         : inputs == Format::kBFloat16 ? n * 2
+                                       : n / kGroup * static_cast<int64_t>(sizeof(Int8Group));
+}
+
+// y = x W^T + bias (+ x A^T B for the queries that want the delta). A panel is read from its first byte to its last.
 struct Matrix {
-  int64_t columns, depth, rank;  // columns: a multiple of kPanel; depth: of 2 in bfloat16
+  Format format;
+  int64_t columns, depth, rank;  // columns: a multiple of kPanel; depth: of 2 in kBFloat16, of kGroup in kInt8, kInt4
   const void* weight;
   const float *bias, *a, *b;  // [columns] or null; [rank, depth] and panels [rank][kPanel], or null
 };
@@ -50,7 +83,9 @@ struct alignas(64) Phase {
 };
 
 struct Pass {
-  Dtype dtype;  // of the packed weights
+  Format
+      inputs;  // of rows that are multiplied with weights: kInt8 ones with kInt8 rows or, as kInt4, with kFloat32 ones
+  bool vnni;   // whether this processor multiplies int8 by vpdpbusd
   int64_t dim, heads, kv_heads, head_dim, inner, layers;
   float epsilon;
   const Layer* layer;
@@ -82,7 +117,8 @@ struct Pass {
 // logits [rows, vocabulary] = states W^T. With `top` the largest ones only: the others are those of the screen, and
 // smaller than these.
 struct Projection {
-  Dtype dtype;
+  Format inputs;
+  bool vnni;
   Matrix matrix;
   Screen screen;
   int64_t rows, dim, vocabulary, top, workers;
@@ -94,9 +130,8 @@ struct Projection {
   Phase* phase;
 };
 
-constexpr int64_t kGroup = 32;  // of depths that share a scale, as in many a file of eight-bit weights
-constexpr int64_t kGroupBytes = kPanel * (4 + kGroup);
-constexpr int64_t kTop = 64;          // the most outputs that are looked for with a screen, and
+constexpr int64_t kGroupBytes = kPanel * (4 + kGroup);  // of a screen
+constexpr int64_t kTop = 64;                            // the most outputs that are looked for with a screen, and
 constexpr int64_t kScreenRows = 8;    // the most rows: for more, computing takes as long as reading the whole matrix
 constexpr int64_t kScreenRows16 = 2;  // the same in bfloat16
 constexpr float kShortest = 0x1p-40f, kLongest = 0x1p60f;  // of states and columns: what is lost below normal numbers
@@ -104,7 +139,7 @@ constexpr float kShortest = 0x1p-40f, kLongest = 0x1p60f;  // of states and colu
 
 constexpr int64_t kTaskRows = 48;          // of a matrix product, and
 constexpr int64_t kTaskDepth = 1024;       // of a panel that stays in the second-level cache for all of them
-constexpr int kPhasesPerLayer = 12;        // at most
+constexpr int kPhasesPerLayer = 13;        // at most
 constexpr int64_t kAttentionRows = 24;     // of queries times heads in a group: two blocks of the AVX-512 kernel
 constexpr int64_t kAttentionPlaces = 512;  // of keys at a time
 constexpr int64_t kQueriesPerPass = 512;   // longer prompts go in parts, which bounds the memory to work in

@@ -20,6 +20,7 @@
 #include "cache.h"
 #include "check.h"
 #include "memory.h"
+#include "packing.h"
 #include "pass.h"
 
 namespace pyargs {
@@ -52,6 +53,14 @@ To convert(From value) {
 
 constexpr int64_t kMostLayers = 1 << 16;
 
+std::optional<Block> block_named(const std::string& name) {
+  if (name.empty()) return std::nullopt;
+  if (name == "Q4_0") return Block::kQ4_0;
+  if (name == "Q4_1") return Block::kQ4_1;
+  if (name == "Q8_0") return Block::kQ8_0;
+  throw std::runtime_error("pyargs: blocks are Q4_0, Q4_1 or Q8_0, not '" + name + "'");
+}
+
 }  // namespace
 
 struct Stack::State {
@@ -62,6 +71,7 @@ struct Stack::State {
         layers(other.layers),
         head(other.head),
         screen(other.screen),
+        screened(other.screened),
         vocabulary(other.vocabulary),
         max_rank(other.max_rank),
         weights(other.weights),
@@ -71,9 +81,10 @@ struct Stack::State {
   }
 
   // Inputs of a packed matrix.
-  int64_t held(int64_t depth) const { return depth + (bfloat16() ? depth % 2 : 0); }
-  bool bfloat16() const { return model.dtype == Dtype::kBFloat16; }
-  int64_t size() const { return bfloat16() ? 2 : 4; }
+  static int64_t held(Format format, int64_t depth) {
+    return format == Format::kFloat32 ? depth : format == Format::kBFloat16 ? depth + depth % 2 : padded(depth);
+  }
+  bool bfloat16() const { return model.inputs == Format::kBFloat16; }
 
   Matrix& matrix(int64_t layer, const std::string& name) {
     if (name == "head") return head;
@@ -107,6 +118,26 @@ struct Stack::State {
           for (int64_t d = start; d < std::min(start + kDepth, depth); ++d) {
             packed[place<To>(matrix, column(n), d)] = convert<To>(from[d]);
           }
+        }
+      }
+    };
+  }
+
+  // Packs one panel of the rows, in groups: floats for kInt8, or blocks of a file.
+  std::function<void(int64_t)> group_packer(const Matrix& matrix, int64_t offset, bool alternate, const View& weight,
+                                            const std::optional<Block>& block) {
+    const int64_t rows = weight.size(0), row = weight.size(1);
+    char* packed = static_cast<char*>(const_cast<void*>(matrix.weight));
+    return [=, &matrix](int64_t panel) {
+      for (int64_t n = panel * kPanel; n < std::min((panel + 1) * kPanel, rows); ++n) {
+        const int64_t column = offset + n + (alternate ? n / kPanel * kPanel : 0);
+        char* to = packed + column / kPanel * panel_bytes(matrix.format, matrix.depth);
+        if (block) {
+          pack_blocks(*block, weight.as<const uint8_t>() + n * row, matrix.depth, column % kPanel, to);
+        } else if (weight.type == View::kFloat32) {
+          pack_int8(weight.as<const float>() + n * row, row, column % kPanel, to);
+        } else {
+          pack_int8(weight.as<const uint16_t>() + n * row, row, column % kPanel, to);
         }
       }
     };
@@ -168,6 +199,7 @@ struct Stack::State {
 
   void run(const Cache::State& cache, const Query* queries, int64_t count, float* states) {
     Pass pass = model;
+    pass.vnni = cpu_capability() >= Capability::kAvx512Vnni;
     pass.workers = thread_count();
     const int64_t share = pass.heads / pass.kv_heads;
     const int64_t most = std::max<int64_t>(1, kAttentionRows / share);
@@ -205,7 +237,8 @@ struct Stack::State {
                   qkv = layout.add({count, layers[0].qkv.columns, sizeof(float)}),
                   low = layout.add({count, max_rank, sizeof(float)}),
                   scratch = layout.add({pass.workers, pass.scratch_size, sizeof(float)}),
-                  x = layout.add({count, padded(pass.dim), size()}), y = layout.add({count, padded(reads), size()}),
+                  x = layout.add({count, row_bytes(pass.inputs, padded(pass.dim))}),
+                  y = layout.add({count, row_bytes(pass.inputs, padded(reads))}),
                   phase = layout.add({phases, sizeof(Phase)});
     char* data = memory.reserve(layout);
     pass.residual = reinterpret_cast<float*>(data + residual);
@@ -227,6 +260,7 @@ struct Stack::State {
   std::vector<Layer> layers;
   Matrix head{};
   Screen screen{};
+  bool screened = false;  // the head
   int64_t vocabulary, max_rank = 0;
   std::shared_ptr<Memory> weights;
   std::vector<std::shared_ptr<const std::vector<float>>> kept;  // biases, norms, deltas
@@ -236,10 +270,18 @@ struct Stack::State {
 };
 
 Stack::Stack(const std::string& dtype, int64_t dim, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t inner,
-             int64_t layers, int64_t vocabulary, bool unembedding, float epsilon)
+             int64_t layers, int64_t vocabulary, bool unembedding, float epsilon,
+             const std::vector<std::string>& formats)
     : state_(std::make_unique<State>(vocabulary)) {
   State& s = *state_;
-  check(dtype == "float32" || dtype == "bfloat16", "weights are packed as float32 or bfloat16");
+  constexpr const char* kFormats[] = {"float32", "bfloat16", "int8", "int4"};
+  const auto format_named = [&](const std::string& name) {
+    const auto* found = std::find(std::begin(kFormats), std::end(kFormats), name);
+    check(found != std::end(kFormats), "weights are packed as float32, bfloat16, int8 or int4");
+    return static_cast<Format>(found - kFormats);
+  };
+  s.model.inputs = format_named(dtype);
+  check(s.model.inputs != Format::kInt4, "weights are multiplied with float32, bfloat16 or int8");
   for (int64_t size : {dim, heads, kv_heads, head_dim, inner, layers, vocabulary}) {
     check(size >= 1 && size <= kLargest, "the sizes of a stack must be positive numbers");
   }
@@ -247,8 +289,9 @@ Stack::Stack(const std::string& dtype, int64_t dim, int64_t heads, int64_t kv_he
   check(heads % kv_heads == 0, "heads must be a multiple of kv_heads");
   check(head_dim % 2 == 0, "head_dim must be even");
   check(layers <= kMostLayers, "a stack has at most 65536 layers");
+  check(formats.empty() || static_cast<int64_t>(formats.size()) == 4 * layers + 1,
+        "a stack has the formats of four matrices for each layer, and of the head");
   s.layers.resize(layers);
-  s.model.dtype = dtype == "bfloat16" ? Dtype::kBFloat16 : Dtype::kFloat32;
   s.model.dim = dim;
   s.model.heads = heads;
   s.model.kv_heads = kv_heads;
@@ -260,9 +303,15 @@ Stack::Stack(const std::string& dtype, int64_t dim, int64_t heads, int64_t kv_he
   Layout layout;
   std::vector<std::pair<Matrix*, int64_t>> places;
   const auto add = [&](Matrix& matrix, int64_t columns, int64_t depth) {
+    matrix.format = formats.empty() ? s.model.inputs : format_named(formats[places.size()]);
+    const bool grouped = matrix.format == Format::kInt8 || matrix.format == Format::kInt4;
+    check(matrix.format == s.model.inputs || (s.model.inputs == Format::kFloat32 && grouped),
+          "weights of this format are not multiplied with inputs of that dtype");
+    check(s.model.inputs == Format::kInt8 || !grouped || depth % kGroup == 0,
+          "the weights of an output come in blocks of 32");
     matrix.columns = columns;
-    matrix.depth = s.held(depth);
-    places.emplace_back(&matrix, layout.add({matrix.columns, matrix.depth, s.size()}));
+    matrix.depth = s.held(matrix.format, depth);
+    places.emplace_back(&matrix, layout.add({columns / kPanel, panel_bytes(matrix.format, matrix.depth)}));
   };
   for (Layer& layer : s.layers) {
     add(layer.qkv, padded((heads + 2 * kv_heads) * head_dim), dim);
@@ -271,7 +320,8 @@ Stack::Stack(const std::string& dtype, int64_t dim, int64_t heads, int64_t kv_he
     add(layer.down, padded(dim), inner);
   }
   add(s.head, unembedding ? padded(vocabulary) : 0, dim);
-  const int64_t panels = layout.add({s.head.columns / kPanel, padded(dim) / kGroup, kGroupBytes});
+  s.screened = s.head.format == Format::kFloat32 || s.head.format == Format::kBFloat16;
+  const int64_t panels = layout.add({s.screened ? s.head.columns / kPanel : 0, padded(dim) / kGroup, kGroupBytes});
   const int64_t error = layout.add({s.head.columns, sizeof(float)});
   char* data = s.weights->reserve(layout);
   s.screen = {data + panels, reinterpret_cast<float*>(data + error)};
@@ -291,17 +341,29 @@ void Stack::pack(int64_t layer, const std::vector<Part>& parts) {
   State& s = *state_;
   std::vector<std::function<void(int64_t)>> panels;
   std::vector<std::tuple<size_t, int64_t, bool>> tasks;
-  for (const auto& [name, offset, alternate, weight] : parts) {
+  for (const auto& [name, offset, alternate, weight, block_name] : parts) {
     const Matrix& to = s.matrix(layer, name);
-    require("weight", weight, View::kWeight, {-1, -1});
-    const int64_t rows = weight.size(0), depth = weight.size(1);
-    const bool head = &to == &s.head;
-    check(rows >= 1 && s.held(depth) == to.depth, "a weight has not as many inputs as its matrix");
+    const std::optional<Block> block = block_named(block_name);
+    require("weight", weight, block ? View::kUInt8 : View::kWeight, {-1, -1});
+    const int64_t rows = weight.size(0);
+    const int64_t depth = block ? weight.size(1) / block_bytes(*block) * kGroup : weight.size(1);
+    const bool head = &to == &s.head, grouped = block || to.format == Format::kInt8;
+    check(!block || format_of(*block) == to.format, "these blocks are not of the format of their matrix");
+    check(block || to.format != Format::kInt4, "int4 weights come in blocks");
+    check(block || to.format != Format::kInt8 || s.model.inputs == Format::kInt8,
+          "int8 weights for float32 inputs come in blocks");
+    check(rows >= 1 && s.held(to.format, depth) == to.depth &&
+              (!block || weight.size(1) == to.depth / kGroup * block_bytes(*block)),
+          "a weight has not as many inputs as its matrix");
     check(offset >= 0 && offset < to.columns &&
               offset + rows + (alternate ? (rows - 1) / kPanel * kPanel : 0) <= to.columns,
           "a weight has more outputs than its matrix");
     check(!head || (offset == 0 && !alternate && rows == s.vocabulary), "the output layer needs a row for each token");
     for (int64_t panel = 0; panel * kPanel < rows; ++panel) tasks.emplace_back(panels.size(), panel, head);
+    if (grouped) {
+      panels.push_back(s.group_packer(to, offset, alternate, weight, block));
+      continue;
+    }
     const bool wide = weight.type == View::kFloat32;
     panels.push_back(s.bfloat16() ? wide ? s.packer<uint16_t, float>(to, offset, alternate, weight)
                                          : s.packer<uint16_t, uint16_t>(to, offset, alternate, weight)
@@ -311,7 +373,7 @@ void Stack::pack(int64_t layer, const std::vector<Part>& parts) {
   in_parallel(tasks.size(), [&](int64_t i) {
     const auto [part, panel, head] = tasks[i];
     panels[part](panel);
-    if (head) s.bfloat16() ? s.make_screen<uint16_t>(panel) : s.make_screen<float>(panel);
+    if (head && s.screened) s.bfloat16() ? s.make_screen<uint16_t>(panel) : s.make_screen<float>(panel);
   });
 }
 
@@ -404,10 +466,14 @@ void Stack::logits(const View& states, int64_t top, const View& logits) {
   check(s.head.columns > 0, "the stack has no output layer");
   check(vocabulary >= 1 && vocabulary <= s.vocabulary && top >= 0, "the output layer has not as many tokens");
   const std::lock_guard lock(s.mutex);
-  if (rows > (s.bfloat16() ? kScreenRows16 : kScreenRows) || top > std::min(kTop, vocabulary) || s.head.bias) top = 0;
+  if (rows > (s.bfloat16() ? kScreenRows16 : kScreenRows) || top > std::min(kTop, vocabulary) || s.head.bias ||
+      !s.screened) {
+    top = 0;
+  }
   for (int64_t begin = 0; begin < rows; begin += kQueriesPerPass) {
     Projection projection{};
-    projection.dtype = s.model.dtype;
+    projection.inputs = s.model.inputs;
+    projection.vnni = cpu_capability() >= Capability::kAvx512Vnni;
     projection.matrix = s.head;
     projection.matrix.columns = padded(vocabulary);
     projection.screen = s.screen;
@@ -421,7 +487,7 @@ void Stack::logits(const View& states, int64_t top, const View& logits) {
     const int64_t wide = padded(s.model.dim), best = projection.workers * projection.rows * top;
     const int64_t phases = 3 * projection.workers;  // at most
     Layout layout;
-    const int64_t x = layout.add({projection.rows, wide, s.size()}),
+    const int64_t x = layout.add({projection.rows, row_bytes(projection.inputs, wide)}),
                   floats = layout.add({top > 0 && s.bfloat16() ? projection.rows : 0, wide, sizeof(float)}),
                   length = layout.add({projection.rows, sizeof(float)}), bests = layout.add({best, sizeof(float)}),
                   phase = layout.add({phases, sizeof(Phase)});

@@ -36,6 +36,8 @@ inline View::Type type_of(const DlTensor& tensor) {
       return View::kBFloat16;
     case 0 << 8 | 64:
       return View::kInt64;
+    case 1 << 8 | 8:
+      return View::kUInt8;
     case 6 << 8 | 8:
       return View::kBool;
     default:

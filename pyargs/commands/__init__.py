@@ -22,7 +22,12 @@ def add_data(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
 def add_policy(parser: argparse.ArgumentParser) -> None:
     """The flags that say which language model answers."""
     parser.add_argument("--policy", help="embedded name, local folder or hub name; not for models that answer by themselves")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the policy (default float32)")
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=["float32", "bfloat16", "int8", "file"],
+        help="of the policy (default float32); int8 and file, the blocks of a GGUF file as they are, for the CPU stack alone",
+    )
 
 
 def add_backend(parser: argparse.ArgumentParser) -> None:

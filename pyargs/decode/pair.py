@@ -15,6 +15,7 @@ from pyargs.decode.adjust import Adjust
 from pyargs.decode.bridge import Bridge
 from pyargs.decode.request import SEEDS, Request, check_room, ids_of, integer, number, numbered, seeds, stop_tokens, weights
 from pyargs.errors import PyargsError, UnknownUser, did_you_mean
+from pyargs.lm.bits import BITS
 from pyargs.lm.called import Called
 from pyargs.lm.loading import load_lm, same_tokenizer
 from pyargs.lm.structure import unwrapped
@@ -34,6 +35,10 @@ def load_pair(policy, model, *, dtype="float32", backbone: str | None = None):
     backbone: the place that the model's backbone was moved to. A UserPolicy takes no policy: its own language model is
     returned as the policy.
     """
+    if dtype in BITS and not isinstance(policy, (str, Path)):
+        raise PyargsError(
+            f"dtype={dtype!r} is of a policy that is loaded by name: give that, or what load_lm(name, dtype={dtype!r}) returns"
+        )
     if isinstance(policy, (RewardModel, TokenReward)) or not isinstance(policy, (str, Path, nn.Module, type(None))):
         raise PyargsError(
             "the policy comes first: an embedded name, a folder, a hub name, or a model of transformers (the first of the two "
@@ -68,9 +73,10 @@ def _loaded(policy, model: str, dtype, backbone: str | None):
         raise PyargsError(f"{kind}: name the --policy that it guides")
     lm = load_lm(str(policy), dtype=dtype)[0] if not isinstance(policy, nn.Module) else policy
     by_name = not isinstance(policy, nn.Module) and (backbone or config.get("backbone")) == str(policy)
-    if config["kind"] == "reward_model" and by_name and config.get("dtype") == dtype:
+    few = dtype in BITS  # of the stack; the modules are float32
+    if config["kind"] == "reward_model" and by_name and config.get("dtype") == ("float32" if few else dtype):
         own = load_model(model, backbone=lm.get_decoder(), tokenizer=lm.tokenizer, device=lm.device)
-        return lm, own if lm.device.type == "cuda" else own.merge()  # a GPU reads the weights once for both
+        return lm, own if lm.device.type == "cuda" or few else own.merge()  # the weights are read once for both
     return lm, load_model(model, backbone=backbone).merge()
 
 

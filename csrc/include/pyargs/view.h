@@ -12,11 +12,20 @@ namespace pyargs {
 // wants, whether it reads or writes, and how long the memory must be there; it throws std::runtime_error, which names
 // the argument, where the type or a size is another. Any alignment that the type itself asks for will do.
 struct View {
-  enum Type : int { kOther = 0, kFloat32 = 1, kBFloat16 = 2, kInt64 = 4, kBool = 8, kWeight = kFloat32 | kBFloat16 };
+  enum Type : int {
+    kOther = 0,
+    kFloat32 = 1,
+    kBFloat16 = 2,
+    kInt64 = 4,
+    kBool = 8,
+    kUInt8 = 16,
+    kWeight = kFloat32 | kBFloat16
+  };
 
   View(const float* data, std::initializer_list<int64_t> sizes) : View(data, kFloat32, sizes) {}
   View(const int64_t* data, std::initializer_list<int64_t> sizes) : View(data, kInt64, sizes) {}
   View(const bool* data, std::initializer_list<int64_t> sizes) : View(data, kBool, sizes) {}
+  View(const uint8_t* data, std::initializer_list<int64_t> sizes) : View(data, kUInt8, sizes) {}
   // bfloat16 has no type of its own in C++20.
   View(const void* data, Type type, std::vector<int64_t> sizes)
       : data(const_cast<void*>(data)), type(type), sizes(std::move(sizes)) {}

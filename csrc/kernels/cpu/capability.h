@@ -8,10 +8,11 @@
 
 namespace pyargs {
 
-enum class Capability : int { kDefault = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+// kAvx512Vnni runs the code of kAvx512, and csrc/stack multiplies int8 with vpdpbusd.
+enum class Capability : int { kDefault = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Vnni = 3, kAvx512Bf16 = 4 };
 
-// The one in use: the best of this CPU, or what PYARGS_CPU_CAPABILITY=default|avx2|avx512|avx512_bf16 says. See
-// module.cpp.
+// The one in use: the best of this CPU, or what PYARGS_CPU_CAPABILITY=default|avx2|avx512|avx512_vnni|avx512_bf16 says.
+// See module.cpp.
 Capability cpu_capability();
 
 }  // namespace pyargs
@@ -22,6 +23,7 @@ Capability cpu_capability();
   do {                                             \
     switch (::pyargs::cpu_capability()) {          \
       case ::pyargs::Capability::kAvx512Bf16:      \
+      case ::pyargs::Capability::kAvx512Vnni:      \
       case ::pyargs::Capability::kAvx512:          \
         ::pyargs::avx512::function(__VA_ARGS__);   \
         break;                                     \

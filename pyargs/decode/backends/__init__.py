@@ -15,6 +15,7 @@ from pyargs.decode.request import positions
 from pyargs.decode.steps import Steps
 from pyargs.decode.unguided import Alone
 from pyargs.errors import PyargsError
+from pyargs.lm.bits import held
 from pyargs.lm.cache import can_branch
 from pyargs.lm.called import Called
 from pyargs.lm.forward import border, plain_output_layer
@@ -53,6 +54,8 @@ def resolve(asked: str, *models, guide=None, by_text: bool = False) -> Backend:
             raise PyargsError(f"backend='cpu' cannot compute this: {why}. Take backend='eager', or 'auto'")
     else:
         why = "PYARGS_BACKEND asks for it" if asked_backend() else "it was asked for"
+    if few := next(filter(None, map(held, models)), None):
+        raise PyargsError(f"dtype={few.dtype!r} is for the CPU stack alone, and backend={asked!r} cannot have it here: {why}")
     if any(map(without_cache, models)):
         raise PyargsError("gradient checkpointing drops the cache of a model in training mode: call eval() on the model first")
     if asked in ("auto", "cuda-graph"):

@@ -10,6 +10,7 @@ import psutil
 from torch import nn
 
 from pyargs.errors import PyargsError
+from pyargs.lm.bits import held
 from pyargs.lm.stack.pack import check_supported, pack, parts_of, with_delta
 from pyargs.lm.stack.run import Stack
 from pyargs.lm.structure import contents, eager, structure
@@ -17,12 +18,22 @@ from pyargs.ops.library import has_extension
 
 
 def can_pack(model: nn.Module) -> bool:
-    """Whether `pack` takes the model, and there is memory for a second copy of its weights."""
+    """Whether `pack` takes the model, and there is memory for a second copy of its weights. Raises as `refusal`."""
     return refusal(model) is None
 
 
 def refusal(model: nn.Module) -> str | None:
-    """Why the stack cannot compute this model as it is now on this machine; None if it can."""
+    """Why the stack cannot compute this model as it is now on this machine; None if it can.
+
+    Raises PyargsError with the reason for a model that was loaded for the stack alone (`pyargs.lm.bits`).
+    """
+    why, few = _refusal(model), held(model)
+    if why is not None and few is not None:
+        raise PyargsError(f"dtype={few.dtype!r} is for the CPU stack alone, which cannot compute this model: {why}")
+    return why
+
+
+def _refusal(model: nn.Module) -> str | None:
     if eager():
         return "PYARGS_BACKEND=eager asks for transformers' own passes"
     if not has_extension:
@@ -70,7 +81,13 @@ def stack_of(model: nn.Module, adapter: nn.Module | None = None) -> Stack:
     decoder, head = parts_of(model)
     table = decoder.get_input_embeddings().weight  # it and the rotary embedding are what a stack goes on to read
     asked = (
-        (structure(decoder), contents(decoder.parameters()), table.data_ptr(), id(getattr(decoder, "rotary_emb", None))),
+        (
+            held(decoder),
+            structure(decoder),
+            contents(decoder.parameters()),
+            table.data_ptr(),
+            id(getattr(decoder, "rotary_emb", None)),
+        ),
         None if head is None else (structure(head), contents(p for p in head.parameters() if p is not table)),
     )
     kept, stack, twins = _stacks.get(decoder, (asked, None, None))

@@ -10,6 +10,7 @@ from transformers.activations import ACT2CLS
 
 from pyargs.errors import PyargsError
 from pyargs.lm import lora
+from pyargs.lm.bits import BITS, held, read_blocks
 from pyargs.lm.stack.run import Stack, zeros
 from pyargs.lm.structure import DROPPING, attention_of, structure
 from pyargs.ops.library import has_extension
@@ -24,18 +25,26 @@ MATRICES = {
 
 PANEL = 32  # kPanel of csrc/stack/pass.h
 FLOATS = torch.float32, torch.bfloat16
+DEPTHS = {torch.bfloat16: 2, "int8": 32}
+"""The inputs of a packed weight are filled up with zeros to a multiple of these."""
 SILU = ACT2CLS["silu"]
 ROPE = ("default", "linear", "llama3", "yarn")  # those whose frequencies do not change with the length of a text
 
 
 @torch.no_grad()
-def pack(model: nn.Module, adapter: nn.Module | None = None, *, dtype: torch.dtype | None = None) -> Stack:
+def pack(model: nn.Module, adapter: nn.Module | None = None, *, dtype: torch.dtype | str | None = None) -> Stack:
     """A Stack with the weights of a LlamaForCausalLM or Qwen2ForCausalLM, or of the decoder in one.
 
     adapter: a decoder with the same weights and LoRA of pyargs.lm.lora; its LoRA becomes the delta, which each row of a pass
     has or not. LoRA in `model` itself is added to the weights.
-    dtype: of the packed weights, float32 or bfloat16; the model's by default. All else is float32, except that inputs of
-    bfloat16 weights are rounded to bfloat16.
+    dtype: of the packed weights; the model's by default, or what it was loaded for (`pyargs.lm.bits`).
+      float32
+      bfloat16  inputs of the weights are rounded to bfloat16, too
+      "int8"    eight bits, and a float16 scale for each 32 of an output's weights, by the largest of them (the grid of Q8_0 in
+                GGUF files); inputs are rounded in the same way, with float32 scales. Sums of 32 products are exact.
+      "file"    the blocks of the model's GGUF file, dequantised in registers: the same bits as float32. Where the layers of
+                one product are of different types, float32.
+    All else is float32.
 
     The model is not changed, and only its embedding stays in use. Raises PyargsError that names the part of the model that the
     stack cannot compute.
@@ -47,8 +56,10 @@ def pack(model: nn.Module, adapter: nn.Module | None = None, *, dtype: torch.dty
     decoder, head = parts_of(model)
     config = decoder.config
     embedding = decoder.get_input_embeddings().weight.detach()
-    dtype = dtype or embedding.dtype
+    few = held(decoder)
+    dtype = dtype or (few.dtype if few else embedding.dtype)
     check_supported(decoder, head, dtype, structure(model))
+    blocks = read_blocks(few.file, decoder, head) if dtype == "file" else {}
 
     heads, kv_heads, inner = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
     sizes = dict(
@@ -60,7 +71,10 @@ def pack(model: nn.Module, adapter: nn.Module | None = None, *, dtype: torch.dty
         layers=len(decoder.layers),
         vocabulary=len(embedding),
     )
-    native = Native(str(dtype).removeprefix("torch."), *sizes.values(), head is not None, config.rms_norm_eps)
+    inputs = "float32" if dtype == "file" else str(dtype).removeprefix("torch.")
+    products = [[layer.get_submodule(name) for name in names] for layer in decoder.layers for names in MATRICES.values()]
+    formats = [_format(linears, blocks) for linears in (*products, [head])] if dtype == "file" else []
+    native = Native(inputs, *sizes.values(), head is not None, config.rms_norm_eps, formats)
 
     def put(layer: int, matrices: dict[str, list[nn.Module]]) -> None:
         parts = []
@@ -68,7 +82,8 @@ def pack(model: nn.Module, adapter: nn.Module | None = None, *, dtype: torch.dty
             places, columns = _places(linears, matrix)
             bias = zeros(columns)
             for linear, place in zip(linears, places, strict=True):
-                parts.append((matrix, int(place[0]), matrix == "gate_up", _weight(linear)))
+                block, weight = blocks.get(linear) or ("", _weight(linear))
+                parts.append((matrix, int(place[0]), matrix == "gate_up", weight, block))
                 if linear.bias is not None:
                     bias[place] = linear.bias.float()
             if any(linear.bias is not None for linear in linears):
@@ -100,13 +115,25 @@ def with_delta(stack: Stack, decoder: nn.Module, adapter: nn.Module) -> Stack:
             places, columns = _places(linears, matrix)
             for linear, place in zip(linears, places, strict=True):
                 for down, up in _factors(linear):
-                    low.append(nn.functional.pad(down, (0, down.shape[1] % 2 if stack._dtype == torch.bfloat16 else 0)))
+                    low.append(nn.functional.pad(down, (0, -down.shape[1] % DEPTHS.get(stack._dtype, 1))))
                     high.append(zeros(len(down), columns))
                     high[-1][:, place] = up.T
             if low:
                 a, b = torch.cat(low), torch.cat(high).unflatten(1, (-1, PANEL)).transpose(0, 1).contiguous()
                 twin._native.delta(number, matrix, a, b)
     return twin
+
+
+def _format(linears: list[nn.Module], blocks: dict) -> str:
+    """How the weights of a product are packed with dtype "file". Blocks of different types are left out of `blocks`."""
+    kinds = {blocks[linear][0] if linear in blocks else "" for linear in linears}
+    if kinds == {"Q8_0"}:
+        return "int8"
+    if kinds <= {"Q4_0", "Q4_1"}:
+        return "int4"
+    for linear in linears:
+        blocks.pop(linear, None)
+    return "float32"
 
 
 def _places(linears: list[nn.Module], matrix: str) -> tuple[list[Tensor], int]:
@@ -162,8 +189,8 @@ def check_supported(decoder: nn.Module, head: nn.Module | None, dtype: torch.dty
             refuse(f"weights of {tensor.dtype} ({name}; only float32 or bfloat16, the same in all modules)")
     if head is not None and head.weight.dtype != embedding.weight.dtype:
         refuse(f"an output layer of {head.weight.dtype} behind an embedding of {embedding.weight.dtype}")
-    if dtype not in FLOATS:
-        refuse(f"packed weights of {dtype} (only float32 and bfloat16)")
+    if dtype not in (*FLOATS, *BITS):
+        refuse(f"packed weights of {dtype} (only float32, bfloat16, 'int8' and 'file')")
     family = type(decoder).__module__
     if not family.startswith("transformers.models.") or len(decoder.layers) > config.num_hidden_layers:
         refuse(f"decoders of class {type(decoder).__name__} with {len(decoder.layers)} layers (only transformers' own)")

@@ -1,0 +1,144 @@
+"""Models whose weights the CPU stack holds in fewer bits: "int8", made from the model's weights, or "file", the blocks of the
+GGUF file that it was read from, as they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pyargs.errors import PyargsError, first_line
+
+BITS = ("int8", "file")
+
+FAMILIES = ("llama", "qwen2")
+
+BLOCKS = ("Q4_0", "Q4_1", "Q8_0")
+"""Of a GGUF file: what the stack multiplies with as it is. F32, F16 and BF16 tensors become float32."""
+
+NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+class Held(NamedTuple):
+    """dtype: one of BITS; file: the GGUF file of "file"."""
+
+    dtype: str
+    file: Path | None
+
+
+_held: WeakKeyDictionary[nn.Module, Held] = WeakKeyDictionary()
+
+
+def hold(model: nn.Module, dtype: str, file: Path | None = None) -> None:
+    """From now on the CPU stack holds the model's weights so, and nothing else computes it."""
+    _held[_decoder(model)] = Held(dtype, file)
+
+
+def held(model: nn.Module) -> Held | None:
+    """How the stack holds the weights of this model or decoder, where that is not as they are."""
+    return _held.get(_decoder(model))
+
+
+def _decoder(model: nn.Module) -> nn.Module:
+    return model.get_decoder() if hasattr(model, "get_decoder") else model
+
+
+def find_gguf(place: Path | str) -> Path:
+    """A GGUF file itself, or the one of a folder."""
+    if (path := Path(place)).suffix == ".gguf":
+        return path
+    found = sorted(path.glob("*.gguf"))
+    if len(found) != 1:
+        raise PyargsError(
+            f"dtype='file' keeps the blocks of a GGUF file, and {place} has {len(found) or 'none'}: "
+            "give the file itself (model.gguf), 'smollm2-135m', or dtype='int8'"
+        )
+    return found[0]
+
+
+def check_gguf(file: Path) -> None:
+    """Raises PyargsError for a file that transformers would read as another model than it is."""
+    reader = _reader(file)
+    family = _field(reader, "general.architecture")
+    if family not in FAMILIES:
+        raise PyargsError(f"{file} is of the family '{family}': of GGUF files only {' and '.join(FAMILIES)} are read")
+    scaling = _field(reader, f"{family}.rope.scaling.type") or "none"
+    if scaling != "none" or any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors):
+        raise PyargsError(f"{file} scales its rotary embedding, which is lost on reading: give the model as safetensors")
+    if not (file.parent / "tokenizer.json").exists():
+        raise PyargsError(
+            f"a GGUF file only names how its tokenizer splits words: put the tokenizer.json and tokenizer_config.json of the "
+            f"model beside {file}"
+        )
+
+
+def _reader(file: Path):
+    from gguf import GGUFReader
+
+    try:
+        return GGUFReader(file)
+    except Exception as error:  # a damaged file fails anywhere within gguf
+        raise PyargsError(f"cannot read the GGUF file {file}: {type(error).__name__}: {first_line(error)}") from error
+
+
+def _field(reader, name: str):
+    return None if (field := reader.get_field(name)) is None else field.contents()
+
+
+def read_blocks(file: Path, decoder: nn.Module, head: nn.Linear | None) -> dict[nn.Linear, tuple[str, Tensor]]:
+    """For each linear layer of a Llama or Qwen2 decoder, and its output layer: the type of its blocks ("Q4_1", say), and them,
+    uint8 [outputs, bytes]. Layers that the file has in F32, F16 or BF16 are left out.
+
+    Raises PyargsError for other types, and where the blocks are not the weights that the model has now.
+    """
+    from gguf.quants import dequantize
+
+    reader = _reader(file)
+    tensors, family = {tensor.name: tensor for tensor in reader.tensors}, _field(reader, "general.architecture")
+    config = decoder.config
+    if family not in FAMILIES or family != config.model_type:
+        raise PyargsError(f"{file} is of the family '{family}', and the model of '{config.model_type}'")
+    linears = {
+        f"blk.{number}.{NAMES[name]}.weight": layer.get_submodule(name)
+        for number, layer in enumerate(decoder.layers)
+        for name in NAMES
+    }
+    if head is not None:
+        linears["output.weight" if "output.weight" in tensors else "token_embd.weight"] = head
+    found = {}
+    for name, linear in linears.items():
+        if type(linear) is not nn.Linear:
+            raise PyargsError(f"{name} has an adapter, and dtype='file' keeps the weights of the file: take dtype='int8'")
+        if name not in tensors:
+            raise PyargsError(f"{file} has no tensor {name}: it is another model's")
+        kind = tensors[name].tensor_type.name
+        if kind in ("F32", "F16", "BF16"):
+            continue
+        if kind not in BLOCKS:
+            raise PyargsError(
+                f"{file} holds {name} as {kind}; as they are only {', '.join(BLOCKS)}, F32, F16 and BF16 are taken. "
+                "Fix: dtype='float32' (dequantised), or 'int8'"
+            )
+        data = tensors[name].data
+        if family == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):  # whose halves the file has in turns
+            heads = config.num_attention_heads if "attn_q" in name else config.num_key_value_heads
+            data = data.reshape(heads, len(data) // heads // 2, 2, -1).swapaxes(1, 2).reshape(len(data), -1)
+        data = np.array(data)  # dense, and writable: torch warns of others
+        if not torch.equal(torch.from_numpy(dequantize(data, tensors[name].tensor_type)), linear.weight):
+            raise PyargsError(
+                f"the weights of {name} are no longer those of {file}: load the model again, or take dtype='int8'"
+            )
+        found[linear] = kind, torch.from_numpy(data)
+    return found
