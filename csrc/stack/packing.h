@@ -1,17 +1,38 @@
-// Weights that share a scale in groups of 32: from floats, and from the blocks of a GGUF file. Baseline only. The
-// formats are those of pass.h.
+// Packing: weights, from floats or from the blocks of a GGUF file, into the panels of pass.h. Baseline only.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <optional>
 #include <stdexcept>
+#include <type_traits>
 
+#include "../include/pyargs/view.h"
 #include "../kernels/common.h"
 #include "../kernels/cpu/floats.h"
 #include "pass.h"
 
 namespace pyargs::stack {
+
+template <class To, class From>
+To convert(From value) {
+  if constexpr (std::is_same_v<To, From>) {
+    return value;
+  } else if constexpr (std::is_same_v<To, float>) {
+    return float_from_bfloat16(value);
+  } else {
+    return bfloat16_from_float(value);
+  }
+}
+
+// Where a matrix of kFloat32 or kBFloat16 has a column's weight.
+template <class To>
+int64_t place(const Matrix& matrix, int64_t column, int64_t d) {
+  constexpr int64_t kPair = 4 / sizeof(To);
+  return column / kPanel * kPanel * matrix.depth + (d / kPair * kPanel + column % kPanel) * kPair + d % kPair;
+}
 
 // A row of `depth` weights as column `column` of a panel of kInt8: its largest weight becomes 127. Behind `depth`, up
 // to a whole group, come zeros. A group that float16 cannot scale, or with NaN, gives NaN.
@@ -22,11 +43,7 @@ void pack_int8(const From* from, int64_t depth, int64_t column, char* panel) {
     float weight[kGroup] = {}, largest = 0.0f;
     bool finite = true;
     for (int64_t i = 0; i < count; ++i) {
-      if constexpr (std::is_same_v<From, float>) {
-        weight[i] = from[i];
-      } else {
-        weight[i] = float_from_bfloat16(from[i]);
-      }
+      weight[i] = convert<float>(from[i]);
       largest = std::max(largest, std::abs(weight[i]));
       finite &= std::isfinite(weight[i]);
     }
@@ -81,6 +98,104 @@ inline void pack_blocks(Block block, const uint8_t* from, int64_t depth, int64_t
       std::memcpy(panel + kPanel * 4 + (i / 8 * kPanel + column) * sizeof held, &held, sizeof held);
     }
   }
+}
+
+// The rows [panel * kPanel, ...) of a weight [rows, depth], as columns of a matrix behind `offset`; `alternate`: with
+// every second panel left out.
+template <class From>
+void pack_panel(const Matrix& matrix, int64_t offset, bool alternate, const From* weight, int64_t rows, int64_t depth,
+                std::optional<Block> block, int64_t panel) {
+  constexpr int64_t kPart = 64;  // of a panel: stays in the first-level cache
+  char* packed = static_cast<char*>(const_cast<void*>(matrix.weight));
+  const int64_t first = panel * kPanel, last = std::min(first + kPanel, rows);
+  const auto column = [&](int64_t n) { return offset + n + (alternate ? n / kPanel * kPanel : 0); };
+  if (matrix.format == Format::kInt8 || matrix.format == Format::kInt4) {
+    for (int64_t n = first; n < last; ++n) {
+      char* to = packed + column(n) / kPanel * panel_bytes(matrix.format, matrix.depth);
+      if constexpr (std::is_same_v<From, uint8_t>) {
+        pack_blocks(*block, weight + n * depth, matrix.depth, column(n) % kPanel, to);
+      } else {
+        pack_int8(weight + n * depth, depth, column(n) % kPanel, to);
+      }
+    }
+    return;
+  }
+  if constexpr (!std::is_same_v<From, uint8_t>) {
+    const auto put = [&](auto* to) {
+      using To = std::remove_pointer_t<decltype(to)>;
+      for (int64_t start = 0; start < depth; start += kPart) {
+        for (int64_t n = first; n < last; ++n) {
+          const From* from = weight + n * depth;
+          for (int64_t d = start; d < std::min(start + kPart, depth); ++d) {
+            to[place<To>(matrix, column(n), d)] = convert<To>(from[d]);
+          }
+        }
+      }
+    };
+    if (matrix.format == Format::kFloat32) {
+      put(reinterpret_cast<float*>(packed));
+    } else {
+      put(reinterpret_cast<uint16_t*>(packed));
+    }
+  }
+}
+
+inline void pack_panel(const Matrix& matrix, int64_t offset, bool alternate, const View& weight,
+                       std::optional<Block> block, int64_t panel) {
+  const auto pack = [&](const auto* from) {
+    pack_panel(matrix, offset, alternate, from, weight.size(0), weight.size(1), block, panel);
+  };
+  if (block) return pack(weight.as<const uint8_t>());
+  if (weight.type == View::kFloat32) return pack(weight.as<const float>());
+  pack(weight.as<const uint16_t>());
+}
+
+// A packed panel of the head in eight bits. The error is that of the weights and what the sums of both products lose by
+// rounding, each at most depth / 2^24 |w| |x|, with as much again to spare.
+template <class To>
+void make_screen(const Matrix& head, const To* packed, const Screen& screen, int64_t dim, int64_t panel) {
+  char* group = const_cast<char*>(screen.panels) + panel * (padded(dim) / kGroup) * kGroupBytes;
+  float length[kPanel] = {}, wrong[kPanel] = {};  // squared
+  bool empty[kPanel];
+  std::fill_n(empty, kPanel, true);
+  for (int64_t start = 0; start < dim; start += kGroup, group += kGroupBytes) {
+    float weight[kGroup][kPanel] = {}, largest[kPanel] = {}, scale[kPanel], inverse[kPanel];
+    for (int64_t i = 0; i < std::min(kGroup, dim - start); ++i) {
+      for (int64_t n = 0; n < kPanel; ++n) {
+        weight[i][n] = convert<float>(packed[place<To>(head, panel * kPanel + n, start + i)]);
+        largest[n] = std::max(largest[n], std::abs(weight[i][n]));
+        length[n] += weight[i][n] * weight[i][n];
+      }
+    }
+    for (int64_t n = 0; n < kPanel; ++n) {
+      scale[n] = largest[n] > kShortest * kShortest ? largest[n] / 127.0f : 0.0f;
+      inverse[n] = scale[n] > 0.0f ? 1.0f / scale[n] : 0.0f;
+      empty[n] &= largest[n] == 0.0f;
+    }
+    std::memcpy(group, scale, sizeof scale);
+    for (int64_t i = 0; i < kGroup; ++i) {
+      for (int64_t n = 0; n < kPanel; ++n) {
+        constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+        const float near = (weight[i][n] * inverse[n] + kRound) - kRound;
+        const float held = std::abs(near) <= 127.0f ? near : 0.0f;
+        const float off = weight[i][n] - held * scale[n];
+        wrong[n] += off * off;
+        group[sizeof scale + i / 4 * 4 * kPanel + n * 4 + i % 4] = static_cast<char>(static_cast<int8_t>(held));
+      }
+    }
+  }
+  for (int64_t n = 0; n < kPanel; ++n) {
+    const float all = std::sqrt(length[n]), off = std::sqrt(wrong[n]);
+    const float error = (off + std::ldexp(static_cast<float>(dim + kGroup), -22) * (all + off)) * 1.01f;
+    const bool known = (all >= kShortest && all <= kLongest) || (all == 0.0f && empty[n]);
+    const_cast<float*>(screen.error)[panel * kPanel + n] = known ? error : std::numeric_limits<float>::infinity();
+  }
+}
+
+inline void make_screen(const Matrix& head, const Screen& screen, int64_t dim, int64_t panel) {
+  if (head.format == Format::kFloat32)
+    return make_screen(head, static_cast<const float*>(head.weight), screen, dim, panel);
+  make_screen(head, static_cast<const uint16_t*>(head.weight), screen, dim, panel);
 }
 
 }  // namespace pyargs::stack

@@ -8,6 +8,7 @@
 
 #include "../kernels/cpu/capability.h"
 #include "gemm.h"
+#include "grouped.h"
 
 namespace pyargs {
 

@@ -40,17 +40,6 @@ using namespace stack;
 
 namespace {
 
-template <class To, class From>
-To convert(From value) {
-  if constexpr (std::is_same_v<To, From>) {
-    return value;
-  } else if constexpr (std::is_same_v<To, float>) {
-    return float_from_bfloat16(value);
-  } else {
-    return bfloat16_from_float(value);
-  }
-}
-
 constexpr int64_t kMostLayers = 1 << 16;
 
 std::optional<Block> block_named(const std::string& name) {
@@ -94,97 +83,6 @@ struct Stack::State {
     if (name == "gate_up") return of.gate_up;
     if (name == "down") return of.down;
     throw std::runtime_error("pyargs: a layer has the matrices qkv, o, gate_up and down, not '" + name + "'");
-  }
-
-  // Where a packed matrix has a column's weight.
-  template <class To>
-  static int64_t place(const Matrix& matrix, int64_t column, int64_t d) {
-    constexpr int64_t kPair = 4 / sizeof(To);
-    return column / kPanel * kPanel * matrix.depth + (d / kPair * kPanel + column % kPanel) * kPair + d % kPair;
-  }
-
-  // Packs one panel of the rows.
-  template <class To, class From>
-  std::function<void(int64_t)> packer(const Matrix& matrix, int64_t offset, bool alternate, const View& weight) {
-    constexpr int64_t kDepth = 64;  // a part of a panel that stays in the first-level cache
-    const From* all = weight.as<const From>();
-    const int64_t rows = weight.size(0), depth = weight.size(1);
-    const auto column = [=](int64_t n) { return offset + n + (alternate ? n / kPanel * kPanel : 0); };
-    To* packed = static_cast<To*>(const_cast<void*>(matrix.weight));
-    return [=, &matrix](int64_t panel) {
-      for (int64_t start = 0; start < depth; start += kDepth) {
-        for (int64_t n = panel * kPanel; n < std::min((panel + 1) * kPanel, rows); ++n) {
-          const From* from = all + n * depth;
-          for (int64_t d = start; d < std::min(start + kDepth, depth); ++d) {
-            packed[place<To>(matrix, column(n), d)] = convert<To>(from[d]);
-          }
-        }
-      }
-    };
-  }
-
-  // Packs one panel of the rows, in groups: floats for kInt8, or blocks of a file.
-  std::function<void(int64_t)> group_packer(const Matrix& matrix, int64_t offset, bool alternate, const View& weight,
-                                            const std::optional<Block>& block) {
-    const int64_t rows = weight.size(0), row = weight.size(1);
-    char* packed = static_cast<char*>(const_cast<void*>(matrix.weight));
-    return [=, &matrix](int64_t panel) {
-      for (int64_t n = panel * kPanel; n < std::min((panel + 1) * kPanel, rows); ++n) {
-        const int64_t column = offset + n + (alternate ? n / kPanel * kPanel : 0);
-        char* to = packed + column / kPanel * panel_bytes(matrix.format, matrix.depth);
-        if (block) {
-          pack_blocks(*block, weight.as<const uint8_t>() + n * row, matrix.depth, column % kPanel, to);
-        } else if (weight.type == View::kFloat32) {
-          pack_int8(weight.as<const float>() + n * row, row, column % kPanel, to);
-        } else {
-          pack_int8(weight.as<const uint16_t>() + n * row, row, column % kPanel, to);
-        }
-      }
-    };
-  }
-
-  // A packed panel of the head in eight bits. The error is that of the weights and what the sums of both products lose
-  // by rounding, each at most depth / 2^24 |w| |x|, with as much again to spare.
-  template <class To>
-  void make_screen(int64_t panel) {
-    const int64_t dim = model.dim;
-    const auto* packed = static_cast<const To*>(head.weight);
-    char* group = const_cast<char*>(screen.panels) + panel * (padded(dim) / kGroup) * kGroupBytes;
-    float length[kPanel] = {}, wrong[kPanel] = {};  // squared
-    bool empty[kPanel];
-    std::fill_n(empty, kPanel, true);
-    for (int64_t start = 0; start < dim; start += kGroup, group += kGroupBytes) {
-      float weight[kGroup][kPanel] = {}, largest[kPanel] = {}, scale[kPanel], inverse[kPanel];
-      for (int64_t i = 0; i < std::min(kGroup, dim - start); ++i) {
-        for (int64_t n = 0; n < kPanel; ++n) {
-          weight[i][n] = convert<float>(packed[place<To>(head, panel * kPanel + n, start + i)]);
-          largest[n] = std::max(largest[n], std::abs(weight[i][n]));
-          length[n] += weight[i][n] * weight[i][n];
-        }
-      }
-      for (int64_t n = 0; n < kPanel; ++n) {
-        scale[n] = largest[n] > kShortest * kShortest ? largest[n] / 127.0f : 0.0f;
-        inverse[n] = scale[n] > 0.0f ? 1.0f / scale[n] : 0.0f;
-        empty[n] &= largest[n] == 0.0f;
-      }
-      std::memcpy(group, scale, sizeof scale);
-      for (int64_t i = 0; i < kGroup; ++i) {
-        for (int64_t n = 0; n < kPanel; ++n) {
-          constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-          const float near = (weight[i][n] * inverse[n] + kRound) - kRound;
-          const float held = std::abs(near) <= 127.0f ? near : 0.0f;
-          const float off = weight[i][n] - held * scale[n];
-          wrong[n] += off * off;
-          group[sizeof scale + i / 4 * 4 * kPanel + n * 4 + i % 4] = static_cast<char>(static_cast<int8_t>(held));
-        }
-      }
-    }
-    for (int64_t n = 0; n < kPanel; ++n) {
-      const float all = std::sqrt(length[n]), off = std::sqrt(wrong[n]);
-      const float error = (off + std::ldexp(static_cast<float>(dim + kGroup), -22) * (all + off)) * 1.01f;
-      const bool known = (all >= kShortest && all <= kLongest) || (all == 0.0f && empty[n]);
-      const_cast<float*>(screen.error)[panel * kPanel + n] = known ? error : std::numeric_limits<float>::infinity();
-    }
   }
 
   const float* keep(const char* name, const View& values, std::initializer_list<int64_t> shape) {
@@ -339,15 +237,20 @@ std::unique_ptr<Stack> Stack::twin() const {
 // All parts of a layer at once: a parallel region waits for every thread, and another process may have its core.
 void Stack::pack(int64_t layer, const std::vector<Part>& parts) {
   State& s = *state_;
-  std::vector<std::function<void(int64_t)>> panels;
-  std::vector<std::tuple<size_t, int64_t, bool>> tasks;
-  for (const auto& [name, offset, alternate, weight, block_name] : parts) {
-    const Matrix& to = s.matrix(layer, name);
-    const std::optional<Block> block = block_named(block_name);
+  struct Task {
+    const Part& part;
+    const Matrix& to;
+    std::optional<Block> block;
+    int64_t panel;
+  };
+  std::vector<Task> tasks;
+  for (const Part& part : parts) {
+    const View& weight = part.weight;
+    const Matrix& to = s.matrix(layer, part.matrix);
+    const std::optional<Block> block = block_named(part.block);
     require("weight", weight, block ? View::kUInt8 : View::kWeight, {-1, -1});
-    const int64_t rows = weight.size(0);
+    const int64_t rows = weight.size(0), offset = part.offset;
     const int64_t depth = block ? weight.size(1) / block_bytes(*block) * kGroup : weight.size(1);
-    const bool head = &to == &s.head, grouped = block || to.format == Format::kInt8;
     check(!block || format_of(*block) == to.format, "these blocks are not of the format of their matrix");
     check(block || to.format != Format::kInt4, "int4 weights come in blocks");
     check(block || to.format != Format::kInt8 || s.model.inputs == Format::kInt8,
@@ -356,24 +259,16 @@ void Stack::pack(int64_t layer, const std::vector<Part>& parts) {
               (!block || weight.size(1) == to.depth / kGroup * block_bytes(*block)),
           "a weight has not as many inputs as its matrix");
     check(offset >= 0 && offset < to.columns &&
-              offset + rows + (alternate ? (rows - 1) / kPanel * kPanel : 0) <= to.columns,
+              offset + rows + (part.alternate ? (rows - 1) / kPanel * kPanel : 0) <= to.columns,
           "a weight has more outputs than its matrix");
-    check(!head || (offset == 0 && !alternate && rows == s.vocabulary), "the output layer needs a row for each token");
-    for (int64_t panel = 0; panel * kPanel < rows; ++panel) tasks.emplace_back(panels.size(), panel, head);
-    if (grouped) {
-      panels.push_back(s.group_packer(to, offset, alternate, weight, block));
-      continue;
-    }
-    const bool wide = weight.type == View::kFloat32;
-    panels.push_back(s.bfloat16() ? wide ? s.packer<uint16_t, float>(to, offset, alternate, weight)
-                                         : s.packer<uint16_t, uint16_t>(to, offset, alternate, weight)
-                     : wide       ? s.packer<float, float>(to, offset, alternate, weight)
-                                  : s.packer<float, uint16_t>(to, offset, alternate, weight));
+    check(&to != &s.head || (offset == 0 && !part.alternate && rows == s.vocabulary),
+          "the output layer needs a row for each token");
+    for (int64_t panel = 0; panel * kPanel < rows; ++panel) tasks.push_back({part, to, block, panel});
   }
   in_parallel(tasks.size(), [&](int64_t i) {
-    const auto [part, panel, head] = tasks[i];
-    panels[part](panel);
-    if (head && s.screened) s.bfloat16() ? s.make_screen<uint16_t>(panel) : s.make_screen<float>(panel);
+    const auto& [part, to, block, panel] = tasks[i];
+    pack_panel(to, part.offset, part.alternate, part.weight, block, panel);
+    if (&to == &s.head && s.screened) make_screen(s.head, s.screen, s.model.dim, panel);
   });
 }
 
