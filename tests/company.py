@@ -12,8 +12,9 @@ STOPS = [(), (1,), (1, 7, 9, 11, 13, 20, 21, 30, 31, 40, 41, 50, 51)]
 
 
 @st.composite
-def wishes(draw, most: int = 6):
-    """Requests: (prompt, user, more for `submit`, the step in which it comes, that in which it is cancelled or None)."""
+def wishes(draw, most: int = 6, clip: bool = True):
+    """Requests: (prompt, user, more for `submit`, the step in which it comes, that in which it is cancelled or None). clip:
+    some have a reward_clip."""
     seed = draw(st.integers(0, 99))
     lengths = draw(st.lists(st.integers(1, 9), min_size=1, max_size=most))
     found = []
@@ -28,6 +29,8 @@ def wishes(draw, most: int = 6):
             stop=draw(st.sampled_from(STOPS)),
             seed=draw(st.integers(0, 9)),
         )
+        if clip and (bound := draw(st.sampled_from([None, None, 0.05, 0.8]))):
+            more["reward_clip"] = bound
         when = draw(st.integers(0, 5))
         found.append((prompt, USERS[(seed + i) % 3], more, when, draw(st.sampled_from([None, None, when + 1, when + 3]))))
     return found

@@ -158,6 +158,7 @@ def batches(draw, most: int = 4):
         eos_reward=draw(st.sampled_from(["before", "state"])),
         seed=seed,
         reward_weight=each([0.0, 1.5, 0.3, 4.0]),
+        reward_clip=each([None, None, 0.05, 0.8]),
     )
     return *pair, prompts(lengths, seed), [USERS[i % 3] for i in range(len(lengths))], wish
 

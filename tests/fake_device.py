@@ -182,8 +182,8 @@ def on_gpu(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
-def steps_of(weights="own", way="greedy", head="linear", *, layers=2, family="qwen2", eos_reward="before", **more):
-    """The steps of three rows of an engine, where four have room; prompts have come in."""
+def steps_of(weights="own", way="greedy", head="linear", *, layers=2, family="qwen2", eos_reward="before", wish=None, **more):
+    """The steps of three rows of an engine, where four have room; prompts have come in. wish: what else they ask for."""
     policy = fake_lm(family, layers)
     backbone = (fake_lm(family, layers) if weights == "own" else policy).get_decoder()
     if weights == "shared lora":
@@ -193,7 +193,7 @@ def steps_of(weights="own", way="greedy", head="linear", *, layers=2, family="qw
     model = RewardModel(backbone, None, on_gpu(HEADS[head]()), **more).eval()
     pair = Pair(policy, model, None, vocabulary=60, best_of=0)
     steps = backends.steps(backends.Backend("cuda-graph", ""), pair, 4, eos_reward)
-    wish = dict(reward_weight=1.0, num_candidates=5, max_new_tokens=4, stop=(1, 2)) | WAYS[way]
+    wish = dict(reward_weight=1.0, num_candidates=5, max_new_tokens=4, stop=(1, 2)) | WAYS[way] | (wish or {})
     steps.join([Request(tuple(ids), user, **wish) for ids, user in zip(prompts([4, 6, 3]), USERS, strict=True)], 30)
     return steps
 

@@ -19,6 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     parser.add_argument("--limit", type=positive, help="only the first N prompts")
     parser.add_argument("--num-candidates", type=positive, help="k of ARGS (default: as tuned, else 10)")
     parser.add_argument(
+        "--min-p", type=float, default=0.0, help="no candidate less than so many times as likely as the likeliest (default 0)"
+    )
+    parser.add_argument("--reward-clip", type=float, metavar="C", help="clip rewards so that |w r| <= C (default: do not)")
+    parser.add_argument(
         "--whole-vocabulary",
         action="store_true",
         help="GenARM: all tokens instead of the k candidates; with --do-sample its own rule",
@@ -92,6 +96,7 @@ def run(args: argparse.Namespace) -> dict:
         "policy", "dtype", "split", "limit", "num_candidates", "max_new_tokens", "batch_size", "do_sample", "temperature",
         "seed", "whole_vocabulary", "best_of", "eos_reward",
     )}  # fmt: skip
+    settings |= {name: value for name in ("min_p", "reward_clip") if (value := getattr(args, name))}
     key = files.stage_key(
         {"stage": "decode", "reward_weight": weight, **settings, "backend": backend},
         {"data": content_hash(rows), "model": files.sha256(args.model), "policy": hub.identity(args.policy)},
@@ -159,7 +164,7 @@ def settled_with(engine, args: argparse.Namespace, weight: float | None) -> tupl
     if candidates is None and weight is not None:
         candidates = 10
     wish = {"max_new_tokens": args.max_new_tokens, "num_candidates": candidates, "temperature": _temperature(args, engine)}
-    return engine.backend, weight, wish
+    return engine.backend, weight, wish | {"min_p": args.min_p, "reward_clip": args.reward_clip}
 
 
 def _answers_of_workers(args: argparse.Namespace, items: list[dict], options: dict, wish: dict) -> list:

@@ -30,11 +30,13 @@ class Passes(Protocol):
     """The passes of policy and reward model that a backend computes for the rows that are here.
 
     top: how many of a row's largest logits must be exact, 0 is all. screened: the others may be estimates, smaller than these.
+    leaves_out: `branch` computes less where fewer candidates are wanted, and reads on the host how many.
     halves: what reads prompts in parts (`Steps.read`).
     """
 
     top: int
     screened: bool
+    leaves_out: bool
     halves: tuple
 
     def join(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[Tensor, Tensor]:
@@ -84,6 +86,10 @@ class Two:
         return self.policy.screened
 
     @property
+    def leaves_out(self) -> bool:
+        return self.scorer.leaves_out
+
+    @property
     def top(self) -> int:
         return self.policy.top
 
@@ -109,6 +115,7 @@ class Guided:
         self.device, self.prefix_mean = model.device, model.step_reward == "prefix_mean"
         self.vocabulary, self.before = vocabulary, eos_reward == "before"
         self.rows, self.k, self.halves = Rows(room, adjust), 1, passes.halves
+        self.one = torch.ones(1, 1, dtype=torch.float32, device=self.device)
 
     def join(self, requests: Sequence[Request], capacity: int) -> None:
         folded = folded_of(self.head, self.users, [one.user for one in requests], self.device)
@@ -117,12 +124,12 @@ class Guided:
         self._ask()
         theirs = {} if requests[0].theirs is None else {"theirs": [one.theirs for one in requests]}
         logits, states = self.passes.join([one.prompt for one in requests], capacity, **theirs)
-        so_far = rewards_of(folded, states.unsqueeze(1).to(self.device)).squeeze(1)
+        own = of_requests(requests, self.device)
+        so_far = clipped(rewards_of(folded, states.unsqueeze(1).to(self.device)), own["clip"]).squeeze(1)
         room = torch.zeros(len(requests), MAX_K, dtype=torch.float32, device=self.device)
         self.rows.join(
             logprobs=room, candidates=room.long(), so_far=so_far, total=torch.zeros_like(so_far), above=room[:, 0],
-            **by_row(folded, len(requests)), **of_requests(requests, self.device),
-            **room_to_tell(self.rows, len(requests), self.device),
+            **by_row(folded, len(requests)), **own, **room_to_tell(self.rows, len(requests), self.device),
         )  # fmt: skip
         self.folded = folded
         new = self._proposed(logits)
@@ -136,9 +143,9 @@ class Guided:
         rows, k = self.rows, self.rows.most
         logprobs, candidates = self._kept()
         count = wanted = None
-        if rows.filtered and self.passes.screened:  # these passes leave out what is not wanted
-            count = counts(logprobs, rows["own_k"], rows["top_p"], rows["min_p"])
-            wanted = considered(rows, count, k)
+        if rows.clipped or rows.filtered and self.passes.leaves_out:
+            count = counts(logprobs, rows["own_k"], rows["top_p"], rows["min_p"], rows["gap"] if rows.clipped else None)
+            wanted = considered(rows, count, k) if self.passes.leaves_out else None
         hidden = as_float(self.passes.branch(candidates, wanted))
         folded = of_rows(self.folded, rows)
         sums = ["so_far"] * self.before + ["total"] * self.prefix_mean
@@ -146,7 +153,10 @@ class Guided:
         features, bank = folded.scored(hidden)
         scored = features, folded.weight, rows.place[: rows.width]
         how = dict(bias=folded.bias, activation=folded.activation, bank=bank)
-        rewards = self._rewards(scored, logprobs, candidates, state, how) if rows.telling else None
+        rewards = self._rewards(scored, logprobs, candidates, state, how) if rows.telling or rows.clipped else None
+        if rows.clipped:
+            rewards = clipped(rewards, rows["clip"])
+            scored, how = (rewards.unsqueeze(-1), self.one, scored[2]), {}
         score_step(*scored, logprobs, candidates, state, **how)
         if rows.telling:
             logprobs = logprobs + rows["above"].unsqueeze(1)
@@ -208,7 +218,7 @@ class Guided:
     @property
     def kind(self) -> tuple:
         """What operators a step has."""
-        return self.rows.most, self.rows.filtered, self.rows.sampled, self.rows.telling
+        return self.rows.most, self.rows.filtered, self.rows.sampled, self.rows.telling, self.rows.clipped
 
     def current(self) -> bool:
         """Whether the weights are still those that the passes were made for. If they were copied, this reads all of them."""
@@ -245,6 +255,11 @@ def by_row(folded: Folded, count: int) -> dict[str, Tensor | None]:
 def of_rows(folded: Folded, rows: Rows) -> Folded:
     """The head with the parts of all rows that are here."""
     return folded._replace(**{name: rows[name] if name in rows else None for name in PARTS})
+
+
+def clipped(rewards: Tensor, limit: Tensor) -> Tensor:
+    """Rewards [n, k], of each row within -limit [n] and limit."""
+    return rewards.clamp(-limit.unsqueeze(1), limit.unsqueeze(1))
 
 
 def rewards_of(folded: Folded, states: Tensor) -> Tensor:

@@ -134,10 +134,13 @@ class Engine:
         prompt: a str, messages, or a list of token ids. user: whose reward guides.
         strength: w in units of 1 / reward_std, which the model carries; 1 by default.
         reward_weight: w itself, the raw weight of eq. 1. Give one of the two; 0 is exactly the policy's own choice.
+        reward_clip: c > 0: rewards are clipped so that |w r| <= c. A greedy choice then skips the candidates whose log-prob is
+        more than 2 c behind the best one, since none of them can win; a sample tries all. For a RewardModel; none by default.
         num_candidates: k, 10 by default (the example value of ARGS; the paper is silent), or "all" for a TokenReward.
         max_new_tokens: 64 by default.
         temperature: 0 takes the best score; above it the token is a sample of softmax(score / temperature).
-        top_p, min_p: filters on the policy's k candidates, before rewards and temperature.
+        top_p, min_p: filters on the policy's k candidates, before rewards and temperature. What they leave out, such as a
+        token less than min_p times as likely as the likeliest, has no reward, and is not computed on a CPU.
         stop: token ids that end the answer, the policy's own by default.
         seed: of the sampling; drawn from torch's generator by default.
         logprobs: how many of the policy's likeliest tokens `told` of events and answers has beside each token; 0 by default.

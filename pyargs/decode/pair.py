@@ -181,6 +181,7 @@ class Pair:
         *,
         strength: float | None = None,
         reward_weight: float | None = None,
+        reward_clip: float | None = None,
         num_candidates: int | str | None = None,
         max_new_tokens: int = 64,
         temperature: float = 0.0,
@@ -213,6 +214,7 @@ class Pair:
             prompt=tuple(ids),
             user=user,
             reward_weight=self.raw_weight(strength, reward_weight) if self.guided else _nothing(strength, reward_weight),
+            reward_clip=self._clip(reward_clip),
             num_candidates=self._candidates(num_candidates),
             max_new_tokens=max_new_tokens,
             temperature=number("temperature", temperature, 0.0),
@@ -245,6 +247,13 @@ class Pair:
             self.request(prompt, user, reward_weight=raw and raw[i], strength=strong and strong[i], seed=own[i], **wish)
             for i, (prompt, user) in enumerate(zip(prompts, users, strict=True))
         ]
+
+    def _clip(self, asked: float | None) -> float | None:
+        if asked is None:
+            return None
+        if not self.guided or isinstance(self.model, TokenReward):
+            raise PyargsError("reward_clip is for a RewardModel that guides: leave it out")
+        return number("reward_clip", asked, 0.0, above=True)
 
     def _candidates(self, asked: int | str | None) -> int | None:
         if not self.guided:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyargs.decode.request import Request, check_numbers, noise
+from pyargs.decode.request import Request, bounds, check_numbers, noise
 from pyargs.lm.cache import copy_rows, follow_copies
 from pyargs.lm.forward import forward_step
 from pyargs.lm.tokenize import left_pad
@@ -54,6 +54,7 @@ def answers(
     )
     limit = put((one.max_new_tokens for one in requests), torch.long)
     stop = put(([*one.stop, *[-1] * (stops - len(one.stop))] for one in requests), torch.long).view(rows, stops)
+    clip = put((bounds(one)[0] for one in requests), torch.float32).unsqueeze(1)
     uniform = torch.stack([noise(one, longest) for one in requests], dim=1).to(device)
     user = reward_model.users.rows([one.user for one in requests]).to(device)
 
@@ -61,7 +62,7 @@ def answers(
     padded = not bool(mask.all())
     policy_out, policy_cache = forward_step(policy, ids, mask, None, padded, logits_to_keep=1)
     reward_out, reward_cache = forward_step(backbone, ids.to(device), mask.to(device), None, padded)
-    so_far = head(reward_out.last_hidden_state[:, -1], user)
+    so_far = head(reward_out.last_hidden_state[:, -1], user).clamp(-clip[:, 0], clip[:, 0])
     total = torch.zeros_like(so_far)
     # Row b * k + j holds candidate j of row b, behind its own copy of the prefix.
     first_row = torch.arange(rows, device=device) * k
@@ -78,7 +79,7 @@ def answers(
             backbone, candidates.reshape(-1, 1), mask.to(device).repeat_interleave(k, dim=0), reward_cache, padded
         )
         hidden = reward_out.last_hidden_state.reshape(rows, k, -1)
-        reward = head(hidden, user.unsqueeze(1).expand(rows, k))
+        reward = head(hidden, user.unsqueeze(1).expand(rows, k)).clamp(-clip, clip)
         if eos_reward == "before":
             reward = torch.where(is_stop(candidates, stop), so_far.unsqueeze(1), reward)
         going = ~finished

@@ -21,15 +21,17 @@ class Request:
     """What one row asks for.
 
     prompt: token ids. user: whose reward guides; "" where the model is the same for everyone. reward_weight: w of eq. 1, in
-    raw units. num_candidates: k, or None for the whole vocabulary. temperature: 0 takes the best score, above it the choice is
-    sampled from softmax(score / temperature). top_p, min_p: filters on the policy's candidates (1 and 0: none). stop: ids that
-    end the answer. seed: of the sampling. logprobs: how many of the policy's likeliest tokens are told at each step. adjust:
-    changes the policy's logits, see `decode.adjust`. theirs: the prompt as ids of a reward model with another tokenizer.
+    raw units. reward_clip: c > 0 clips rewards so that |w r| <= c, None does not. num_candidates: k, or None for the whole
+    vocabulary. temperature: 0 takes the best score, above it the choice is sampled from softmax(score / temperature). top_p,
+    min_p: filters on the policy's candidates (1 and 0: none). stop: ids that end the answer. seed: of the sampling. logprobs:
+    how many of the policy's likeliest tokens are told at each step. adjust: changes the policy's logits, see `decode.adjust`.
+    theirs: the prompt as ids of a reward model with another tokenizer.
     """
 
     prompt: tuple[int, ...]
     user: str = ""
     reward_weight: float = 0.0
+    reward_clip: float | None = None
     num_candidates: int | None = 10
     max_new_tokens: int = 64
     temperature: float = 0.0
@@ -40,6 +42,24 @@ class Request:
     logprobs: int = 0
     adjust: Callable | None = None
     theirs: tuple[int, ...] | None = None
+
+
+def bounds(request: Request) -> tuple[float, float]:
+    """c / |w|, to which a request's rewards are clipped, and how far behind the best log-prob a candidate can still win.
+
+    Of two candidates whose |w r| are at most c, one that is more than 2 c behind has no better score, and of equal scores the
+    first one wins. That holds for float32 scores, too: rounding keeps order, and c is taken a last bit larger. inf without a
+    clip, and of the second where a row samples.
+    """
+    weight, most = abs(numpy.float32(request.reward_weight)), numpy.finfo(numpy.float32).max
+    if request.reward_clip is None:
+        return math.inf, math.inf
+    if not weight:
+        return math.inf, math.inf if request.temperature else 0.0
+    with numpy.errstate(over="ignore"):
+        limit = min(numpy.float32(request.reward_clip) / weight, most)
+        largest = numpy.nextafter(weight * limit, numpy.float32(math.inf))
+    return float(limit), math.inf if request.temperature else 2.0 * float(largest)
 
 
 def noise(request: Request, steps: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyargs.decode.request import Request, as_float, noise
+from pyargs.decode.request import Request, as_float, bounds, noise
 from pyargs.ops.row_state import CHOSEN, RowState, likely
 from pyargs.ops.topk_logprobs import MAX_K
 
@@ -43,6 +43,11 @@ class Rows:
     def narrowed(self) -> bool:
         """Whether any row has top-p or min-p."""
         return any(one.top_p < 1 or one.min_p > 0 for one in self.requests)
+
+    @property
+    def clipped(self) -> bool:
+        """Whether any row has `reward_clip`."""
+        return any(one.reward_clip is not None for one in self.requests)
 
     @property
     def most(self) -> int:
@@ -122,8 +127,11 @@ def of_requests(requests: Sequence[Request], device) -> dict[str, Tensor]:
     put = lambda values, dtype: torch.tensor(values, dtype=dtype, device=device)  # noqa: E731
     stops, steps = max(len(one.stop) for one in requests), max(one.max_new_tokens for one in requests)
     sampled = any(one.temperature for one in requests)
+    clip, gap = zip(*map(bounds, requests), strict=True)
     return {
         "reward_weight": put([one.reward_weight for one in requests], torch.float32),
+        "clip": put(clip, torch.float32),
+        "gap": put(gap, torch.float64),
         "own_k": put([one.num_candidates or 0 for one in requests], torch.long),
         "top_p": put([one.top_p for one in requests], torch.float32).double(),
         "min_p": put([one.min_p for one in requests], torch.float32).double(),

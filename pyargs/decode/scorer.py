@@ -88,7 +88,9 @@ class Scorer:
 
     @torch.no_grad()
     def score(self, candidates: Tensor | Sequence[Sequence[int]], rows: Sequence[Hashable] | None = None) -> Tensor:
-        """Rewards float32 [n, k] of candidate tokens int64 [n, k], each as the next token of its row; all rows by default."""
+        """Rewards float32 [n, k] of candidate tokens int64 [n, k], each as the next token of its row; all rows by default.
+
+        Where a row has fewer candidates, -1 stands behind them, and NaN behind their rewards; a CPU computes nothing there."""
         places = self._here.places(rows)
         given = torch.as_tensor(candidates, device="cpu")
         known = self._here.known
@@ -97,21 +99,22 @@ class Scorer:
             or given.is_floating_point()
             or not given.shape[1]
             or given.numel()
-            and not 0 <= given.min() <= given.max() < known
+            and not -1 <= given.min() <= given.max() < known
         ):
             raise PyargsError(f"candidates are whole numbers [rows, k], tokens of the {known} that the model knows")
         if not places:
             return torch.zeros(given.shape, dtype=torch.float32, device=self.model.device)
-        tokens = self._here.spread(places, given.long())
+        tokens = self._here.spread(places, given.long(), fill=-1)
+        wanted = tokens >= 0
+        if not wanted[places, 0].all() or (wanted[:, 1:] & ~wanted[:, :-1]).any():
+            raise PyargsError("a row has at least one candidate, and -1 stands behind its candidates")
         check_room(self.model.backbone, min(self._here.lengths.values()), self._here.longest, 1)
         self._half.reserve(self._here.longest + given.shape[1])
-        wanted = None
-        if len(places) < len(self._here.names):
-            wanted = self._here.spread(places, torch.ones_like(given)).bool()
-        device = self.model.device
-        states = self._half.branch(tokens.to(device), None if wanted is None else wanted.to(device))
-        self._tried = tokens if wanted is None else tokens.masked_fill(~wanted, -1)
-        return rewards_of(of_rows(self._folded, self._parts), states.to(device))[places]
+        device, self._tried = self.model.device, tokens
+        wanted = None if wanted.all() else wanted.to(device)
+        states = self._half.branch(tokens.clamp(min=0).to(device), wanted)
+        rewards = rewards_of(of_rows(self._folded, self._parts), states.to(device))
+        return (rewards if wanted is None else rewards.masked_fill(~wanted, torch.nan))[places]
 
     @torch.no_grad()
     def advance(self, rows: Sequence[Hashable], tokens: Sequence[int] | Tensor) -> None:

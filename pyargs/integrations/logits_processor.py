@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from pyargs.decode.request import as_float, integer, no_choice, stop_tokens, weights
+from pyargs.decode.args import clipped
+from pyargs.decode.request import Request, as_float, bounds, integer, no_choice, number, stop_tokens, weights
 from pyargs.decode.scorer import Scorer
 from pyargs.errors import PyargsError
 from pyargs.integrations.generation_config import padding_of
@@ -37,7 +39,8 @@ class RewardLogitsProcessor(LogitsProcessor):
     """log pi + w r on the policy's `num_candidates` likeliest tokens, -inf elsewhere.
 
     model: a RewardModel, with the policy's tokenizer. users: one id for each prompt; reward_weight: w, raw, one for all or one
-    each. With several rows for each prompt (beams, samples) a prompt's rows stand together, as in `generate`.
+    each. reward_clip, min_p: as for `Engine.submit`, but that all which min_p leaves are rewarded, since no call says how a
+    token is chosen. With several rows for each prompt (beams, samples) a prompt's rows stand together, as in `generate`.
     eos_token_id: the policy's stop tokens (`lm.generation_config.eos_token_id`), which earn the reward of the text before them
     (eos_reward="before", the default) or their own ("state"). num_beams: as of `generate`. attention_mask: of the prompts,
     int64 [B, T], where they are padded, always on the left; set the attribute anew with each padded batch. backend: as for
@@ -60,7 +63,9 @@ class RewardLogitsProcessor(LogitsProcessor):
         *,
         reward_weight: float | Sequence[float] | Tensor,
         eos_token_id: int | Sequence[int] | None,
+        reward_clip: float | None = None,
         num_candidates: int = 10,
+        min_p: float = 0.0,
         num_beams: int = 1,
         eos_reward: str = "before",
         attention_mask: Tensor | None = None,
@@ -81,6 +86,9 @@ class RewardLogitsProcessor(LogitsProcessor):
         self.stops = [] if eos_token_id is None else list(stop_tokens(None, eos_token_id, "eos_token_id"))
         self.before = eos_reward == "before"
         self.num_candidates = integer("num_candidates", num_candidates, 1, MAX_K)
+        self.min_p = number("min_p", min_p, 0.0, 1.0)
+        clip = None if reward_clip is None else number("reward_clip", reward_clip, 0.0, above=True)
+        self.limits = [bounds(Request((), reward_weight=weight, reward_clip=clip))[0] for weight in self.weights]
         self.num_beams = integer("num_beams", num_beams, 1)
         self._check_beams(self.num_beams)
         self.attention_mask = attention_mask
@@ -179,6 +187,8 @@ class RewardLogitsProcessor(LogitsProcessor):
             raise PyargsError("new prompts, which may be padded: set processor.attention_mask to their mask (of ones, if not)")
 
     def _check_beams(self, beams: int) -> None:
+        if beams > 1 and self.min_p:
+            raise PyargsError("min_p may leave fewer candidates than beams go on from: leave it out")
         needed = max(2, 1 + len(self.stops)) * beams
         if beams > 1 and self.num_candidates < needed:
             raise PyargsError(
@@ -244,14 +254,16 @@ class RewardLogitsProcessor(LogitsProcessor):
         if tokens < self.num_candidates:
             raise PyargsError(f"num_candidates is {self.num_candidates}, but there are only {tokens} tokens: pass fewer")
         logprobs, candidates, _ = topk_logprobs(as_float(scores)[:, :tokens], self.num_candidates)
-        rewards = self._scorer.score(candidates, [row.name for row in self._rows])
+        left = ~((logprobs - logprobs[:, :1]).double().exp() < self.min_p)
+        rewards = self._scorer.score(candidates.masked_fill(~left, -1), [row.name for row in self._rows])
         for row, own, these in zip(self._rows, candidates.tolist(), rewards.tolist(), strict=True):
-            row.rewards = dict(zip(own, these, strict=True))
+            row.rewards = {token: reward for token, reward in zip(own, these, strict=True) if not math.isnan(reward)}
         put = lambda values: torch.tensor(values, dtype=torch.float32, device=scores.device).unsqueeze(1)  # noqa: E731
-        rewards = rewards.to(scores.device)
+        rewards, logprobs = rewards.to(scores.device).where(left, 0.0), logprobs.masked_fill(~left, -torch.inf)
         if self.before and self.stops:
             stops = torch.isin(candidates, torch.tensor(self.stops, device=candidates.device))
             rewards = torch.where(stops, put([row.so_far for row in self._rows]), rewards)
+        rewards = clipped(rewards, put([self.limits[row.owner] for row in self._rows]).squeeze(1))
         weight = put([self.weights[row.owner] for row in self._rows])
         chosen_by = torch.where(weight == 0, logprobs, logprobs + weight * rewards)
         if bad := broken(chosen_by, logprobs, rewards).any(1).nonzero().flatten().tolist():

@@ -33,7 +33,9 @@ def guide(
     *,
     strength: float | Sequence[float] | None = None,
     reward_weight: float | Sequence[float] | Tensor | None = None,
+    reward_clip: float | None = None,
     num_candidates: int | str = 10,
+    candidate_min_p: float = 0.0,
     eos_reward: str | None = None,
     seed: int | Sequence[int] | None = None,
     tokenizer=None,
@@ -44,9 +46,11 @@ def guide(
     """A decoding loop for the `custom_generate` argument of `generate`; the language model is the policy.
 
     model: a RewardModel or TokenReward. users: one id for each prompt of the batch; may be left out where the model is the
-    same for everyone. strength, reward_weight, seed: one for all prompts, or one each. num_candidates, eos_reward, tokenizer,
-    backend: as for `pyargs.Engine`. token_callback: called after each step with the tokens int64 [B], padding where a row has
-    ended. streamer: a streamer of transformers, for one prompt, fed as by `generate`; it is ended also when decoding fails.
+    same for everyone. strength, reward_weight, seed: one for all prompts, or one each. reward_clip, num_candidates,
+    eos_reward, tokenizer, backend: as for `pyargs.Engine`. candidate_min_p: what is `min_p` there, greedy or not: no candidate
+    less than so many times as likely as the likeliest; `min_p` of `generate` is a filter of sampling. token_callback: called
+    after each step with the tokens int64 [B], padding where a row has ended. streamer: a streamer of transformers, for one
+    prompt, fed as by `generate`; it is ended also when decoding fails.
     Returns ids [B, T + N], or with return_dict_in_generate a GenerateDecoderOnlyOutput.
 
     The logits processors of `generate`, those of its config and the caller's, change the policy's logits before the candidates
@@ -76,6 +80,8 @@ def guide(
             ]
             if "scores" in keep and most == "all":
                 raise PyargsError("output_scores needs num_candidates of 64 or less: pass that, or output_scores=False")
+            if "scores" in keep and (candidate_min_p or reward_clip is not None):
+                raise PyargsError("output_scores has scores of all candidates: leave candidate_min_p and reward_clip out")
             adjusts = bool(keep) or changes_logits(processors, config, most)
             length, stop = ends(criteria, config)
             _, pad = stop_and_pad(lm, [] if config.eos_token_id is None else config.eos_token_id, config.pad_token_id)
@@ -93,6 +99,7 @@ def guide(
             columns = lm.config.get_text_config(decoder=True).vocab_size
             batch = Batch(engine, input_ids, pad, processors, criteria, columns=columns, temperature=temperature, keep=keep)
             more = {"num_candidates": most, "max_new_tokens": max(1, length - input_ids.shape[1]), "stop": stop}
+            more |= {"min_p": candidate_min_p, "reward_clip": reward_clip}
             more |= {"temperature": temperature} if config.do_sample else {}
             more |= {"adjust": batch.adjust} if adjusts else {}
             more |= {"logprobs": most} if "scores" in keep else {}

@@ -58,15 +58,18 @@ def likely(chance: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     return ((total - chance < top_p * total[:, -1:]) | (top_p >= 1)) & (chance >= min_p * chance[:, :1])
 
 
-def counts(logprobs: Tensor, own_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+def counts(logprobs: Tensor, own_k: Tensor, top_p: Tensor, min_p: Tensor, gap: Tensor | None = None) -> Tensor:
     """How many candidates each row has, int64 [B]: of its first own_k the likeliest that hold top_p of their probability, and
-    of these the ones at least min_p times as likely as the first.
+    of these the ones at least min_p times as likely as the first, whose log-prob is at most `gap` float64 [B] behind.
 
     logprobs float32 [B, K], sorted, up to a constant of each row. top_p applies after top-k, as in transformers and vLLM.
     """
     own = torch.arange(logprobs.shape[1], device=logprobs.device) < own_k.unsqueeze(1)
     chance = (logprobs - logprobs[:, :1]).double().exp().masked_fill(~own, 0.0)
     kept = own & likely(chance, top_p, min_p)
+    if gap is not None:
+        exact = logprobs.double()
+        kept &= ~(exact[:, :1] - exact > gap.unsqueeze(1))
     kept[:, 0].fill_(True)
     return kept.int().cummin(1).values.sum(1)
 

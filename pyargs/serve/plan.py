@@ -9,6 +9,7 @@ from pyargs.decode.pair import Pair
 from pyargs.decode.request import check_room, numbered, positions
 from pyargs.errors import FEW, PyargsError, UnknownUser, did_you_mean
 from pyargs.lm.tokenize import encode_prompt, raw_ids
+from pyargs.models.reward_model import RewardModel
 from pyargs.serve.wire import Chat, Completion, WireError, unknown_user
 
 TOKENS = 256
@@ -72,6 +73,8 @@ def takes(pair: Pair) -> dict:
     rewarded = ["reward_weight", "num_candidates"] if pair.guided else []
     if pair.guided and pair.model.about.get("reward_std") is not None:  # the unit of strength
         rewarded.insert(0, "strength")
+    if pair.guided and isinstance(pair.model, RewardModel):
+        rewarded.append("reward_clip")
     return {"fields": [*rewarded, "min_p"], "needs_user": pair.soft > 0}
 
 
@@ -93,7 +96,7 @@ def unknown(pair: Pair, user: str, key=None) -> WireError:
 
 def _wish(pair: Pair, body: Chat | Completion, user: str) -> tuple[dict, bool]:
     """Arguments of `Engine.submit` that all requests of a call have, and whether a reward is asked for."""
-    names = ("top_p", "min_p", "num_candidates", "strength", "reward_weight")
+    names = ("top_p", "min_p", "num_candidates", "strength", "reward_weight", "reward_clip")
     wish = {name: value for name in names if (value := getattr(body, name)) is not None}
     if body.candidates_told is not None:
         wish["logprobs"] = max(1, body.candidates_told)

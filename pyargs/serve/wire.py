@@ -102,7 +102,7 @@ class StreamOptions(BaseModel):
 
 
 class Asked(BaseModel):
-    """What both calls have. strength, reward_weight, num_candidates, min_p are ours, as `Engine.submit` has them."""
+    """What both calls have. strength, reward_weight, reward_clip, num_candidates, min_p are ours, as of `Engine.submit`."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     model: str
@@ -117,6 +117,7 @@ class Asked(BaseModel):
     stream_options: StreamOptions | None = None
     strength: Finite | None = None
     reward_weight: Finite | None = None
+    reward_clip: Finite | None = Field(None, gt=0)
     num_candidates: int | Literal["all"] | None = None
     min_p: Finite | None = Field(None, ge=0, le=1)
 

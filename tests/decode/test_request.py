@@ -40,6 +40,7 @@ WRONG = {
     "stop": [2.5, True, "2", [3, None], [3, -1], -1],
     "temperature": [-1, INF, NAN, True, "1", None, 1j],
     "top_p": [0, -0.1, 1.1, INF, NAN, True, "1", None],
+    "reward_clip": [0, -1.0, INF, NAN, True, "1", [1.0]],
     "min_p": [-0.1, 1.1, INF, NAN, True, "0", None],
 }  # fmt: skip
 

@@ -48,6 +48,29 @@ def test_a_loop_by_hand_is_the_engine(backend):
     assert got == [one.tokens for one in want]
 
 
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+def test_rows_may_have_fewer_candidates(backend):
+    """-1 stands behind them; what is tried is what all together get, and what is chosen is followed."""
+    model = reward_model(tiny_lm(seed=3, dtype=torch.float32 if backend == "cpu" else torch.float64))
+    scorer = Scorer(model, backend=backend)
+    scorer.prefill([0, 1, 2], prompts([3, 6, 2]), USERS)
+    several = torch.tensor([[4, 5, 6, 7], [9, 8, 7, 6], [11, 12, 13, 14]])
+    whole = scorer.score(several)
+    for counts in ([2, 3, 1], [4, 1, 1], [2, 2, 2]):
+        left = torch.arange(4) < torch.tensor(counts).unsqueeze(1)
+        found = scorer.score(several.masked_fill(~left, -1))
+        torch.testing.assert_close(found[left], whole[left], atol=1e-5, rtol=1e-5)
+        assert found[~left].isnan().all()
+    scorer.advance([0, 1, 2], several[:, 1])  # of the last row no candidate
+    again = Scorer(model, backend=backend)
+    texts = [[*text, one] for text, one in zip(prompts([3, 6, 2]), several[:, 1].tolist(), strict=True)]
+    again.prefill([0, 1, 2], texts, USERS)
+    torch.testing.assert_close(scorer.score(several), again.score(several), atol=1e-5, rtol=1e-5)
+    for wrong in ([[-1, 4]] * 3, [[4, -1, 5]] * 3):
+        with pytest.raises(PyargsError, match="at least one candidate"):
+            scorer.score(wrong)
+
+
 @settings(max_examples=15, deadline=None)
 @given(st.data(), st.sampled_from(["cpu", "eager"]))
 def test_rewards_are_those_of_the_text_whoever_is_here_and_whatever_came_next(data, backend):

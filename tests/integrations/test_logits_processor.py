@@ -65,6 +65,26 @@ def test_greedy_gives_the_tokens_of_the_engine(backend, family):
         assert row[:n] == answer.tokens and set(row[n:]) <= {50, *STOPS}
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("fewer", [dict(min_p=0.6), dict(reward_clip=0.3), dict(min_p=0.4, reward_clip=0.1)])
+def test_fewer_candidates_and_clipped_rewards_are_those_of_the_engine(backend, fewer):
+    dtype = torch.float32 if backend == "cpu" else torch.float64
+    policy, model = tiny_lm().to(dtype), reward_model(tiny_lm(seed=3).to(dtype))
+    processor = processor_of(model, backend=backend, num_candidates=8, attention_mask=usual()["attention_mask"], **fewer)
+    found = policy.generate(**usual(), logits_processor=LogitsProcessorList([processor]))[:, 5:].tolist()
+    wish = dict(reward_weight=WEIGHTS[:2], num_candidates=8, max_new_tokens=12, stop=STOPS)
+    engine = Engine(policy, model, backend=backend)
+    answers, free = engine.generate(PROMPTS, USERS[:2], **wish, **fewer), engine.generate(PROMPTS, USERS[:2], **wish)
+    for row, answer in zip(found, answers, strict=True):
+        assert row[: len(answer.tokens)] == answer.tokens
+    assert [one.tokens for one in answers] != [one.tokens for one in free]
+
+
+def test_beams_need_their_candidates():
+    with pytest.raises(PyargsError, match="min_p may leave fewer"):
+        processor_of(reward_model(tiny_lm(seed=3)), num_beams=2, num_candidates=12, min_p=0.1)
+
+
 @settings(max_examples=12, deadline=None)
 @given(st.data(), st.sampled_from(["cpu", "eager"]))
 def test_each_call_is_one_from_nothing_however_rows_move(data, backend):

@@ -118,6 +118,24 @@ def test_filters_act_on_the_policys_candidates_before_rewards(models, asked):
     assert torch.equal(moved, answer(models, guide=strong, do_sample=False))
 
 
+def test_fewer_candidates_and_clipped_rewards_are_those_of_the_engine(models):
+    policy, model = models
+    ids = torch.cat([PROMPT, PROMPT.flip(1)])
+    for fewer in ({"candidate_min_p": 0.7}, {"reward_clip": 0.1}):
+        own = {name.removeprefix("candidate_"): value for name, value in fewer.items()}
+        wish = dict(reward_weight=3.0, num_candidates=5, max_new_tokens=8, stop=[])
+        engine = pyargs.Engine(policy, model)
+        want, free = (
+            [one.tokens for one in engine.generate(ids.tolist(), ["ann", "bob"], **wish, **more)] for more in (own, {})
+        )
+        asked = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+        got = policy.generate(ids, **asked, custom_generate=guide_of(model, ["ann", "bob"], reward_weight=3.0, **fewer))
+        assert got[:, ids.shape[1] :].tolist() == want != free
+        with pytest.raises(PyargsError, match="output_scores has scores of all candidates"):
+            more = dict(return_dict_in_generate=True, output_scores=True)
+            policy.generate(ids, **asked, **more, custom_generate=guide_of(model, ["ann", "bob"], **fewer))
+
+
 def test_the_backend_is_chosen_anew_at_each_call_and_logged(models, caplog):
     lm = tiny_lm(dtype=torch.float32)
     model = reward_model(tiny_lm(seed=3, dtype=torch.float32))

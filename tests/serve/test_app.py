@@ -51,7 +51,8 @@ def client(service):
 
 def ask(client, text=HELLO, **more):
     """A chat's answer. More of pyargs' own fields go into `extra_body`."""
-    own = {name: more.pop(name) for name in ("strength", "reward_weight", "num_candidates", "min_p") if name in more}
+    names = "strength", "reward_weight", "reward_clip", "num_candidates", "min_p"
+    own = {name: more.pop(name) for name in names if name in more}
     return client.chat.completions.create(
         **{"model": MODEL, "messages": messages(text), "max_tokens": 12, "extra_body": own} | more
     )
@@ -65,6 +66,7 @@ def test_a_chat_is_the_answer_alone(client, alone):
             {"top_p": 0.5, "min_p": 0.1},
             {"strength": 2.5},
             {"reward_weight": 3.0, "num_candidates": 4},
+            {"reward_weight": 3.0, "reward_clip": 0.2, "min_p": 0.1, "temperature": 0.0},
         ):
             found = ask(client, user=user, seed=5, **more)
             want = alone(messages(HELLO), user, seed=numbered(5, 0), **more)

@@ -65,7 +65,7 @@ def test_what_a_model_is_said_to_take_is_what_it_takes(pairs, name):
     pair, said = pairs[name], takes(pairs[name])
     unit = {"reward_weight": 1.0} if pair.guided and "strength" not in said["fields"] else {}  # what is asked for by default
     assert not said["needs_user"]
-    for field, value in {"strength": 1.0, "reward_weight": 1.0, "num_candidates": 3, "min_p": 0.1}.items():
+    for field, value in {"strength": 1.0, "reward_weight": 1.0, "reward_clip": 1.0, "num_candidates": 3, "min_p": 0.1}.items():
         try:
             found = plan(pair, chat(user="ann", **({} if field == "strength" else unit) | {field: value}))
             pair.request(found.prompts[0], found.user, **found.wishes[0])

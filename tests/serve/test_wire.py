@@ -59,6 +59,7 @@ def test_what_is_not_done_is_refused_by_name_unless_it_asks_for_nothing(name):
         ({"temperature": "1"}, "temperature"),
         ({"top_p": 0}, "top_p"),
         ({"min_p": 1.5}, "min_p"),
+        ({"reward_clip": 0}, "reward_clip"),
         ({"strength": float("inf")}, "strength"),
         ({"seed": 2**64}, "seed"),
         ({"n": 0}, "n"),

@@ -81,6 +81,8 @@ class Policy:
 class Scorer:
     """The reward model's half, as in `backends.eager`. Row b * k + j holds candidate j of row b, and its prefix."""
 
+    leaves_out = False
+
     def __init__(self, backbone, room: int):
         self.held, self.copies, self.tried = _Closed(backbone), 0, False
 

@@ -199,6 +199,8 @@ class Policy(Half):
 class Scorer(Half):
     """The reward model's half: states of candidates behind the tokens of the rows."""
 
+    leaves_out = True
+
     def join(self, prompts: Sequence[Sequence[int]], capacity: int) -> Tensor:
         """As `Policy.join`: the states [m, D] of the prompts' last tokens."""
         return self.held.join(prompts, capacity)[0]
@@ -220,7 +222,7 @@ class Scorer(Half):
 class Shared:
     """Both halves on the same weights. With LoRA (`adapted`) every row has a second one for the reward model."""
 
-    screened = True
+    screened = leaves_out = True
 
     def __init__(self, policy, backbone, room: int, vocabulary: int):
         self.adapted = lora.active(backbone)

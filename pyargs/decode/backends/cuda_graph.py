@@ -88,6 +88,8 @@ class Captured:
         self._flying: deque[list[Callable[[], Tensor]]] = deque()
         self._taken: list[int] = []  # steps of each row that is here
         self._made_for = self._structures()
+        for half in rows.halves:
+            half.leaves_out = False  # which reads numbers on the host
 
     def join(self, requests: Sequence[Request], capacity: int) -> None:
         check_adjust(requests)

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pyargs.lm import lora
 from pyargs.lm.cache import RowCache, additive, cache_name, parameters, positions
@@ -93,11 +94,13 @@ class Policy(Half):
 
 
 class Scorer(Half):
-    """The reward model's half: states of candidates behind the tokens of the rows."""
+    """The reward model's half: states of candidates behind the tokens of the rows.
+
+    leaves_out: a pass has as many candidates of each row as the row that wants most: on a CPU, where reading that is free."""
 
     def __init__(self, backbone, room: int):
         super().__init__(backbone, room)
-        self.backbone = backbone
+        self.backbone, self.leaves_out = backbone, backbone.device.type == "cpu"
 
     def read(self, prompt: Sequence[int], end: int, capacity: int) -> int:
         """As `Policy.read`."""
@@ -109,7 +112,8 @@ class Scorer(Half):
 
     def branch(self, candidates: Tensor, wanted: Tensor | None = None) -> Tensor:
         """States [n, k, D] of candidates [n, k], each behind its row's tokens. Those outside `wanted` may be any."""
-        return _pass(self.backbone, candidates, self.cache).last_hidden_state
+        states = _pass(self.backbone, _few(candidates, wanted), self.cache).last_hidden_state
+        return _wide(states, candidates.shape[1])
 
     def tree(self, ids: Tensor, place: Tensor, seen: Tensor) -> Tensor:
         """States [n, S, D] of tokens ids [n, S] that stand at `place` int64 [n, S] behind their row's tokens, and see these
@@ -136,6 +140,7 @@ class Shared:
 
     def __init__(self, policy, backbone, room: int):
         self.policy, self.backbone = policy, backbone
+        self.leaves_out = backbone.device.type == "cpu"  # as of Scorer
         self.times = 2 if lora.active(backbone) else 1
         config = backbone.config.get_text_config(decoder=True)
         self.cache, self.reader = (RowCache(config, rows * self.times, 0, backbone.device) for rows in (room, 1))
@@ -159,7 +164,8 @@ class Shared:
 
     def branch(self, candidates: Tensor, wanted: Tensor | None = None) -> Tensor:
         with self._lora():
-            states = _pass(self.backbone, self._each(candidates), self.cache).last_hidden_state
+            states = _pass(self.backbone, self._each(_few(candidates, wanted)), self.cache).last_hidden_state
+        states = _wide(states, candidates.shape[1])
         self.states = states[:: self.times]
         return states[self.times - 1 :: self.times]
 
@@ -196,6 +202,16 @@ def shares(policy, backbone, rows: int, k: int) -> bool:
     if not (free and may_replace(policy, backbone)):
         return False
     return lora.same_weights(policy.get_decoder(), backbone) and plain_output_layer(policy)
+
+
+def _few(candidates: Tensor, wanted: Tensor | None) -> Tensor:
+    """The first columns of candidates [n, k], up to the last one that a row wants."""
+    return candidates if wanted is None else candidates[:, : int(wanted.any(0).nonzero().max()) + 1]
+
+
+def _wide(states: Tensor, k: int) -> Tensor:
+    """States [n, k, D] of these, 0 behind them."""
+    return states if states.shape[1] == k else F.pad(states, (0, 0, 0, k - states.shape[1]))
 
 
 def _reserve(cache: RowCache, capacity: int) -> None:

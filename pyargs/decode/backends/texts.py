@@ -9,6 +9,7 @@ from os.path import commonprefix
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pyargs.decode.backends import eager
 from pyargs.decode.bridge import Bridge
@@ -40,6 +41,8 @@ class Scorer:
     tokens that a text may have; the states of longer ones are not numbers, so that their row ends with an error.
     """
 
+    leaves_out = True
+
     def __init__(self, states: Callable[[list[list[int]]], Tensor], bridge: Bridge | None, most: int | None = None):
         self.states, self.bridge, self.most = states, bridge, most
         self.rows: list[Row] = []
@@ -51,14 +54,18 @@ class Scorer:
         return self.states([row.ids for row in new])
 
     def branch(self, candidates: Tensor, wanted: Tensor | None = None) -> Tensor:
-        texts, beyond = self.texts(candidates)
-        states = self.states([ids for own in texts for ids in own])
-        return states.view(*candidates.shape, -1).masked_fill(beyond.to(states.device).unsqueeze(-1), torch.nan)
+        """States [n, k, D] of candidates [n, k], 0 behind those that a row wants, bool [n, k]: its first ones."""
+        texts, beyond = self.texts(candidates, wanted)
+        states = iter(self.states([ids for own in texts for ids in own]).split(list(map(len, texts))))
+        states = torch.stack([F.pad(own, (0, 0, 0, candidates.shape[1] - len(own))) for own in states])
+        return states.masked_fill(beyond.to(states.device).unsqueeze(-1), torch.nan)
 
-    def texts(self, candidates: Tensor) -> tuple[list[list[list[int]]], Tensor]:
-        """What the reward model reads of each candidate, and which of them are too long, bool [n, k]: the prompt stands for
-        these."""
-        several = list(zip(self.rows, candidates.tolist(), strict=True))
+    def texts(self, candidates: Tensor, wanted: Tensor | None = None) -> tuple[list[list[list[int]]], Tensor]:
+        """What the reward model reads of each candidate that a row wants, and which of all are too long, bool [n, k]: the
+        prompt stands for these."""
+        k = candidates.shape[1]
+        counts = [k] * len(candidates) if wanted is None else wanted.sum(1).tolist()
+        several = [(row, own[:n]) for row, own, n in zip(self.rows, candidates.tolist(), counts, strict=True)]
         if self.bridge is None:
             for row, own in several:
                 row.tried = [("", [*row.ids, one]) for one in own]
@@ -75,7 +82,7 @@ class Scorer:
             [row.prompt if long else ids for (_, ids), long in zip(row.tried, marks, strict=True)]
             for row, marks in zip(self.rows, beyond, strict=True)
         ]
-        return own, torch.tensor(beyond, device="cpu")
+        return own, torch.tensor([marks + [False] * (k - len(marks)) for marks in beyond], device="cpu")
 
     def commit(self, token: Tensor, slot: Tensor) -> None:
         for row, one, place in zip(self.rows, token.tolist(), slot.tolist(), strict=True):
@@ -119,7 +126,7 @@ class Kept(Scorer):
         return self.half.join(prompts, max(map(len, prompts)))
 
     def branch(self, candidates: Tensor, wanted: Tensor | None = None) -> Tensor:
-        texts, beyond = self.texts(candidates)
+        texts, beyond = self.texts(candidates, wanted)
         for row, own in zip(self.rows, texts, strict=True):
             row.held = row.held[: min(len(commonprefix([row.held, *own])), min(map(len, own)) - 1)]
             row.laid, row.paths = _paths([ids[len(row.held) :] for ids in own])
@@ -132,7 +139,8 @@ class Kept(Scorer):
         ids, path, place = put([row.laid + [(0, -1, 0)] * (width - len(row.laid)) for row in self.rows]).unbind(-1)
         seen = (path.unsqueeze(2) == path.unsqueeze(1)) & (place.unsqueeze(1) <= place.unsqueeze(2))
         states = self.half.tree(ids, place, seen)
-        last = put([[start + count - 1 for start, count in row.paths] for row in self.rows])
+        k = candidates.shape[1]  # for what is not wanted stands the first one
+        last = put([[start + n - 1 for start, n in row.paths + row.paths[:1] * (k - len(row.paths))] for row in self.rows])
         states = states.gather(1, last.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
         return states.masked_fill(beyond.to(self.device).unsqueeze(-1), torch.nan)
 
