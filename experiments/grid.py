@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import time
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from threading import Thread
 
 from experiments.profiles import PROFILES, Cell, cells
@@ -36,21 +36,27 @@ def chosen(profile: str, only: list[str] | None, sets: list[str] | None, seeds: 
     return asked
 
 
-def run_grid(asked: list[Cell], places: Places, workers: int) -> dict:
-    """Runs the missing cells of one profile; returns how many there are, how many ran now, and the names of failed ones."""
+def run_grid(asked: list[Cell], places: Places, run_cells: Callable) -> dict:
+    """Runs the missing cells of one profile; returns how many there are, how many ran now, and the names of failed ones.
+
+    run_cells(cells, places, bar) -> those that failed, with their errors.
+    """
     profile = asked[0].profile
     there = {name: prepare(name, profile, places) for name in dict.fromkeys(cell.set for cell in asked)}
     asked = [cell for cell in asked if there[cell.set]]
     todo = [cell for cell in asked if not done(cell, places)]
     (places.work / "logs").mkdir(parents=True, exist_ok=True)
-    failed = {}
     with progress_bar(total=len(asked), initial=len(asked) - len(todo), desc=profile, unit="cell") as bar:
-        # What the others wait for comes first, and alone.
-        for some in ([c for c in todo if c.row == "Zero-Shot"], [c for c in todo if c.row != "Zero-Shot"]):
-            failed |= run_all(some, places, workers, bar)
+        failed = run_cells(todo, places, bar)
     for cell, error in failed.items():
         print(f"failed: {cell.name()}: {error}", file=sys.stderr)
     return {"cells": len(asked), "run_now": len(todo) - len(failed), "failed": [c.name() for c in failed]}
+
+
+def run_here(todo: list[Cell], places: Places, bar, workers: int) -> dict[Cell, BaseException]:
+    """Runs cells in processes of this machine. What the others wait for comes first, and alone."""
+    first, others = ([c for c in todo if (c.row == "Zero-Shot") == one] for one in (True, False))
+    return run_all(first, places, workers, bar) | run_all(others, places, workers, bar)
 
 
 def shard(asked: list[Cell], number: int, of: int) -> list[Cell]:
@@ -70,7 +76,7 @@ def run_all(todo: list[Cell], places: Places, workers: int, bar) -> dict[Cell, B
     while todo:
         left, running = [], {}
         with ProcessPoolExecutor(
-            workers, mp_context=get_context("spawn"), initializer=begin_worker, initargs=(threads, os.getpid())
+            workers, mp_context=get_context("spawn"), initializer=begin_worker, initargs=(threads,)
         ) as pool:
             for cell in todo:
                 try:
@@ -101,15 +107,9 @@ def worker(cell: Cell, places: Places) -> None:
         run(cell, places)
 
 
-def begin_worker(threads: int, parent: int) -> None:
+def begin_worker(threads: int) -> None:
     """Sets the process's share of the cores, and that it ends when its parent ends, in whatever way."""
     import torch
 
     torch.set_num_threads(threads)
-
-    def leave() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    Thread(target=leave, daemon=True).start()
+    Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()

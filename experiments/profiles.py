@@ -222,8 +222,8 @@ SMOKE_SETS = {
 PROFILES = {
     "smoke": {"workers": 2, "seeds": [0], "dtype": "float32", "sets": SMOKE_SETS},
     "cpu": {"workers": 2, "seeds": [0, 1, 2], "dtype": "bfloat16", "sets": CPU_SETS},
-    "gpu": {"workers": 1, "seeds": [0, 1, 2], "dtype": "bfloat16", "sets": GPU_SETS},
-    "paper": {"workers": 1, "seeds": [0, 1, 2], "dtype": "bfloat16", "sets": PAPER_SETS},
+    "gpu": {"workers": 1, "gpus": 1, "seeds": [0, 1, 2], "dtype": "bfloat16", "sets": GPU_SETS},
+    "paper": {"workers": 1, "gpus": 1, "seeds": [0, 1, 2], "dtype": "bfloat16", "sets": PAPER_SETS},
 }
 
 # -- cells: one row with one seed each ---------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -125,8 +126,11 @@ def command(verb: str, *argv: str) -> dict:
     return run_verb(args)
 
 
-def do(cell: Cell, places: Places, last: str | None = None) -> dict[str, float]:
-    """Runs the cell's stages up to `last` (default: all), without those that are done; returns the seconds of each."""
+def do(cell: Cell, places: Places, last: str | None = None, decode_on: Sequence[str] = ()) -> dict[str, float]:
+    """Runs the cell's stages up to `last` (default: all), without those that are done; returns the seconds of each.
+
+    decode_on: words that tell `pyargs decode` where to compute, which changes no answer.
+    """
     out = out_folder(cell, places)
     out.mkdir(parents=True, exist_ok=True)
     noted = out / "seconds.json"
@@ -137,7 +141,7 @@ def do(cell: Cell, places: Places, last: str | None = None) -> dict[str, float]:
         with FileLock(lock / f".{stage}.lock"):  # a model serves several cells
             started = time.perf_counter()
             print(f"\n== {cell.name()}: pyargs {verb} {' '.join(argv)}", file=sys.stderr, flush=True)
-            if not command(verb, *argv).get("already_done"):
+            if not command(verb, *argv, *(decode_on if stage == "decode" else ())).get("already_done"):
                 seconds[stage] = round(time.perf_counter() - started, 1)
                 files.write_json(noted, seconds)
         if stage == last:
@@ -257,6 +261,13 @@ def done(cell: Cell, places: Places, built: bool = True) -> bool:
 
 def run(cell: Cell, places: Places) -> dict:
     """Runs the missing stages of a cell and writes its file."""
+    found = made(cell, places)
+    files.write_json(result_file(cell, places), found)
+    return found
+
+
+def made(cell: Cell, places: Places) -> dict:
+    """Runs the missing stages of a cell; returns the content of its file."""
     settings = cell.settings()
     found = {
         **cell._asdict(),
@@ -291,7 +302,6 @@ def run(cell: Cell, places: Places) -> dict:
         found |= {"seconds": seconds, "provenance": result["provenance"]}
     found["provenance"] = {name: value for name, value in found["provenance"].items() if name != "command"}
     found["key"] = key(cell, places)
-    files.write_json(result_file(cell, places), found)
     return found
 
 

@@ -85,6 +85,7 @@ TESTED_IN = {
     "experiments.commands.figure": "experiments/test_figures.py",
     "experiments.commands.report": "experiments/test_report.py",
     "experiments.commands.reproduce": "experiments/test_reproduce.py",
+    "experiments.on_ray": "distributed/test_ray.py",
     "experiments.tables.specs": "experiments/tables/test_tables.py",
 }
 

@@ -28,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> None:
         metavar="I/N",
         help="only part I of N, I from 0 to N - 1: what a job of an array runs; the files in --results are merged by name",
     )
-    parser.add_argument("--workers", type=positive, help="processes (default: the profile's)")
+    parser.add_argument("--workers", type=positive, help="processes of this machine (default: the profile's)")
+    parser.add_argument("--on", choices=["ray"], help="a Ray cluster, in place of this machine alone")
+    parser.add_argument("--address", help="of the cluster (default: that of RAY_ADDRESS, or one of this machine alone)")
     parser.add_argument("--shared", type=Path, default=root.parent / "shared/data", help="where the data lie")
     parser.add_argument("--work", type=Path, default=root / "output/reproduce", help="models and other stages' files")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the cells' files go")
@@ -46,10 +48,16 @@ def part(word: str) -> tuple[int, int]:
 def run(args: argparse.Namespace) -> dict | None:
     import json
     import os
+    from functools import partial
 
     from experiments import grid, reproduce
     from experiments.profiles import PROFILES
+    from pyargs.errors import PyargsError
 
+    if args.on and args.workers:
+        raise PyargsError("--workers are of this machine; Ray runs as many cells as the cluster has room for: leave it out")
+    if args.address and not args.on:
+        raise PyargsError("--address is of a cluster: add --on ray")
     asked = grid.chosen(args.profile, args.only, args.sets, args.seeds)
     if args.cells:
         asked = grid.shard(asked, *args.cells)
@@ -59,7 +67,13 @@ def run(args: argparse.Namespace) -> dict | None:
     workers = args.workers or PROFILES[args.profile]["workers"]
     if args.dry_run:
         return reproduce.plan(asked, places, min(workers, os.cpu_count() or 1))
-    found = grid.run_grid(asked, places, workers)
+    if args.on:
+        from experiments import on_ray
+
+        run_cells = partial(on_ray.run_all, address=args.address)
+    else:
+        run_cells = partial(grid.run_here, workers=workers)
+    found = grid.run_grid(asked, places, run_cells)
     if not found["failed"]:
         return found
     print(json.dumps(found, indent=1), flush=True)

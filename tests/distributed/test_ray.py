@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import sys
 import tempfile
+import threading
+import time
+from pathlib import Path
 
+import psutil
 import pytest
 from small import config_of, saved
 from verbs import call
@@ -130,3 +135,74 @@ def test_decoding_on_ray_writes_the_same_file(on_ray, stages, capsys, tmp_path):
     assert keys[0]["config"] == keys[1]["config"] and keys[0]["inputs"] == keys[1]["inputs"]
     assert call(capsys, [*words, str(here), "--on", "ray"])["already_done"], "the same stage, wherever it is computed"
     assert "add --on ray" in call(capsys, [*words, str(tmp_path / "x.jsonl"), "--num-cpus", "2"], expect=1)
+
+
+# -- the grid ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_cell_needs_of_a_machine(on_ray):
+    from experiments.on_ray import GIB, needs
+    from experiments.profiles import Cell
+
+    alone = needs(Cell("paper", "pref_lamp", "Qwen/Qwen2.5-7B-Instruct", "word overlap", 0), 4)
+    assert alone == {"num_cpus": 4, "num_gpus": 0, "memory": GIB}
+    small, large = (
+        needs(Cell("paper", "pref_lamp", f"Qwen/Qwen2.5-{size}-Instruct", "LoRE", 0), 4) for size in ("0.5B", "7B")
+    )
+    assert small["num_gpus"] == large["num_gpus"] == 1 and large["memory"] - small["memory"] == 3 * 2 * 65 * 10**8
+    assert needs(Cell("cpu", "pref_lamp", "smollm2-135m", "LoRE", 0), 1)["num_gpus"] == 0
+
+
+def cells(folder: Path) -> dict[str, str]:
+    """All cells' files but for seconds and provenance."""
+    found = {}
+    for file in sorted(folder.rglob("*.json")):
+        whole = {name: value for name, value in files.read_json(file).items() if name not in ("seconds", "provenance")}
+        found[str(file.relative_to(folder))] = json.dumps(whole)
+    return found
+
+
+def test_a_cell_on_ray_is_the_cell_here(on_ray, tmp_path, capsys):
+    from experiments.__main__ import main
+
+    words = ["reproduce", "smoke", "--only", "word overlap", "--work", str(tmp_path / "work")]
+    assert main([*words, "--workers", "1", "--results", str(tmp_path / "here")]) == 0
+    assert main([*words, "--on", "ray", "--results", str(tmp_path / "there")]) == 0
+    assert cells(tmp_path / "there") == cells(tmp_path / "here") != {}
+    assert main([*words, "--on", "ray", "--workers", "1"]) == 1
+    assert "leave it out" in capsys.readouterr().err
+
+
+@pytest.mark.nightly
+def test_a_grid_whose_workers_are_killed_is_the_grid_here(on_ray, tmp_path):
+    """Every worker that evaluates is killed once: what was finished before stays, and the files are those of a local run."""
+    from experiments import grid, reproduce
+    from experiments import on_ray as grid_on_ray
+    from pyargs.progress import progress_bar
+
+    asked = grid.chosen("smoke", ["Zero-Shot", "Global RM", "ARGS, weight 0", "word overlap"], None, None)
+    here, there = (
+        reproduce.Places(tmp_path / "none", tmp_path / name / "work", tmp_path / name) for name in ("here", "there")
+    )
+    for cell in asked:
+        reproduce.run(cell, here)
+    killed, kept = [], {}
+
+    def kill() -> None:
+        """Of `finish`, when the model and the answers of its cell are there."""
+        while len(killed) < 2:
+            for process in psutil.process_iter(["cmdline"]):
+                if "ray::finish" in " ".join(process.info["cmdline"] or []) and process.pid not in killed:
+                    kept.update({file: file.stat().st_mtime_ns for file in there.work.rglob("*.safetensors")})
+                    process.kill()
+                    killed.append(process.pid)
+            time.sleep(0.02)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    with progress_bar(total=len(asked)) as bar:
+        assert grid_on_ray.run_all(asked, there, bar, None) == {}
+    assert len(killed) == 2 and kept
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept, "a finished model was made again"
+    assert cells(there.results / "smoke") == cells(here.results / "smoke")
+    assert all(reproduce.done(cell, there) for cell in asked)
