@@ -46,6 +46,7 @@ def random_lm(
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         max_position_embeddings=4096,
+        pad_token_id=0,
         **more,
     )
     torch.manual_seed(seed)
@@ -55,9 +56,21 @@ def random_lm(
     return model
 
 
+GRANITE = dict(embedding_multiplier=3.0, attention_multiplier=0.2, residual_multiplier=0.4, logits_scaling=3.0)
+FAMILIES = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "mistral": dict(sliding_window=None),
+    "granite": GRANITE,
+    "smollm3": dict(no_rope_layers=[0, 1, 0]),
+}
+"""What the stack computes, and what a config needs for it."""
+
+
 @st.composite
 def models(draw, **fixed):
-    family = draw(st.sampled_from(["llama", "qwen2"]))
+    family = draw(st.sampled_from(sorted(FAMILIES)))
     kv_heads, share = draw(st.integers(1, 3)), draw(st.integers(1, 4))
     more = dict(
         heads=kv_heads * share,
@@ -69,7 +82,8 @@ def models(draw, **fixed):
         tie_word_embeddings=draw(st.booleans()),
         seed=draw(st.integers(0, 999)),
     )
-    if family == "llama":
+    more |= FAMILIES[family]
+    if family in ("llama", "granite", "smollm3"):
         more |= dict(attention_bias=draw(st.booleans()), mlp_bias=draw(st.booleans()))
     return random_lm(family, **(more | fixed))
 

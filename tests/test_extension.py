@@ -54,7 +54,7 @@ def packed(dtype: str = "float32"):
         stack.pack(layer, parts(kind))
         stack.norms(layer, floats(DIM), floats(DIM))
     stack.pack(0, [("head", 0, False, floats(VOCABULARY, DIM, dtype=kind), "")])
-    stack.embedding(floats(VOCABULARY, DIM, dtype=kind), floats(DIM))
+    stack.embedding(floats(VOCABULARY, DIM, dtype=kind), floats(DIM), 1.0)
     return stack
 
 
@@ -77,7 +77,9 @@ def right_calls(stack, cache) -> dict:
         "bias": (new.bias, [0, "qkv", floats(32)]),
         "delta": (new.twin().delta, [0, "o", floats(2, 8), floats(1, 2, 32)]),
         "norms": (new.norms, [0, floats(DIM), floats(DIM)]),
-        "embedding": (new.embedding, [floats(VOCABULARY, DIM), floats(DIM)]),
+        "head_norms": (new.head_norms, [0, floats(HEAD_DIM), floats(HEAD_DIM)]),
+        "attention": (new.attention, [0, 0.5, 2.0, False]),
+        "embedding": (new.embedding, [floats(VOCABULARY, DIM), floats(DIM), 2.0]),
         "twin": (stack.twin, []),
         "unpacked": (new.forward, [cache, ids, flags, rows, flags[:, 0], True, floats(ROWS, K, DIM)]),
         "forward": (stack.forward, [cache, ids, flags, rows, flags[:, 0].clone(), True, floats(ROWS, K, DIM)]),
@@ -210,7 +212,8 @@ IDS = torch.ones(3, 2, dtype=torch.long)
         (lambda s, c: _C.Stack("float32", 6, 1, 1, 4, 5, 1, 11, True, 1e-5, ["int4"] * 5), "blocks of 32"),
         (lambda s, c: _C.Stack("int8", 6, 1, 1, 4, 5, 1, 11, True, 1e-5, ["int4"] * 5), "not multiplied"),
         (lambda s, c: _C.Stack("float32", 6, 1, 1, 4, 5, 1, 11, True, 1e-5, ["float32"]), "formats of four"),
-        (lambda s, c: s.embedding(floats(10, 6), floats(6)), "embedding must be float32 or bfloat16 .11, 6."),
+        (lambda s, c: s.head_norms(0, floats(3), floats(3)), "norm of queries must be float32"),
+        (lambda s, c: s.embedding(floats(10, 6), floats(6), 1.0), "embedding must be float32 or bfloat16 .11, 6."),
         (lambda s, c: new_stack("float16"), "float32, bfloat16, int8 or int4"),
         (lambda s, c: new_stack("bfloat"), "float32, bfloat16, int8"),
         (lambda s, c: new_stack(layers=0), "positive"),

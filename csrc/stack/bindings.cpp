@@ -50,9 +50,13 @@ void norms(Stack& stack, int64_t layer, py::handle attention, py::handle mlp) {
   stack.norms(layer, Tensor("attention norm", attention), Tensor("mlp norm", mlp));
 }
 
-void embedding(Stack& stack, py::handle embedding, py::handle norm) {
+void head_norms(Stack& stack, int64_t layer, py::handle queries, py::handle keys) {
+  stack.head_norms(layer, Tensor("norm of queries", queries), Tensor("norm of keys", keys));
+}
+
+void embedding(Stack& stack, py::handle embedding, py::handle norm, float scale) {
   const auto owner = std::make_shared<Tensor>("embedding", embedding);
-  stack.embedding(*owner, Tensor("norm", norm), owner);
+  stack.embedding(*owner, Tensor("norm", norm), owner, scale);
 }
 
 void forward(Stack& stack, Cache& cache, py::handle ids, py::handle mask, py::handle rows, py::handle delta,
@@ -88,6 +92,8 @@ void bind(py::module_& m) {
       .def("bias", &bias)
       .def("delta", &delta)
       .def("norms", &norms)
+      .def("head_norms", &head_norms)
+      .def("attention", &Stack::attention)
       .def("embedding", &embedding)
       .def("forward", &forward)
       .def("logits", &logits);

@@ -117,8 +117,8 @@ const float* low_rank(Worker& worker, const Pass& pass, const Matrix& matrix, co
   return pass.low;
 }
 
-void rms_norm(const float* __restrict x, const float* __restrict weight, float epsilon, int64_t n,
-              float* __restrict out) {
+// out may be x.
+void rms_norm(const float* x, const float* __restrict weight, float epsilon, int64_t n, float* out) {
   const float scale = 1.0f / sqrtf(dot(x, x, n) / static_cast<float>(n) + epsilon);
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) out[i] = weight[i] * (x[i] * scale);
@@ -148,13 +148,16 @@ inline Head head_of(const Pass& pass, int64_t layer, int64_t row, int64_t kv) {
   return {pass.keys + at * pass.head_dim, pass.values + at * padded(pass.head_dim)};
 }
 
-// Rotates a query's q and k in place and writes k and v to its place.
+// Norms and rotates a query's q and k in place and writes k and v to its place.
 void write_cache(const Pass& pass, int64_t layer, int64_t q, int64_t stride) {
   const Query& query = pass.query[q];
+  const Layer& of = pass.layer[layer];
   const int64_t dim = pass.head_dim, half = dim / 2;
   float* row = pass.qkv + q * stride;
   for (int64_t h = 0; h < pass.heads + pass.kv_heads; ++h) {
-    rotate(row + h * dim, pass.cosine + query.seen * half, pass.sine + query.seen * half, half);
+    float* head = row + h * dim;
+    if (const float* norm = h < pass.heads ? of.q_norm : of.k_norm) rms_norm(head, norm, pass.epsilon, dim, head);
+    if (of.rotary) rotate(head, pass.cosine + query.seen * half, pass.sine + query.seen * half, half);
   }
   for (int64_t kv = 0; kv < pass.kv_heads; ++kv) {
     const Head head = head_of(pass, layer, query.row, kv);
@@ -182,7 +185,7 @@ void attend(const Pass& pass, const Worker& worker, int64_t layer, const Group& 
   float* __restrict top = scores + rows * kAttentionPlaces;
   float* __restrict total = top + rows;
 
-  const float scale = kLog2E / sqrtf(static_cast<float>(dim));  // powers of 2 are cheaper than those of e
+  const float scale = kLog2E * pass.layer[layer].attention_scale;  // powers of 2 are cheaper than those of e
   int64_t longest = 0;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t q = group.begin + r / share;
@@ -269,20 +272,22 @@ void forward(const Pass& pass, Worker worker) {
       T::put(x + q * x_stride, buffer, pass.dim + pass.dim % T::kDepth);
     });
   };
+  float scale = 1.0f;  // of what a layer adds
   const auto add = [&](int64_t q, int64_t column, const float* sums, int64_t count) {
     float* to = residual + q * wide + column;
-    for (int64_t i = 0; i < count; ++i) to[i] += sums[i];
+    for (int64_t i = 0; i < count; ++i) to[i] += scale * sums[i];
   };
 
   worker.run(rows, [&](int64_t q) {
     float* to = residual + q * wide;
     const int n = static_cast<int>(pass.dim);
     const float* from = as_floats(pass.embedding_dtype, pass.embedding, pass.query[q].token * pass.dim, n, to);
-    if (from != to) std::memcpy(to, from, n * sizeof(float));
+    for (int i = 0; i < n; ++i) to[i] = pass.embedding_scale * from[i];
   });
   for (int64_t l = 0; l < pass.layers; ++l) {
     const Layer& layer = pass.layer[l];
     const int64_t stride = layer.qkv.columns;
+    scale = layer.residual_scale;
     norm(layer.attention_norm);
     const float* low = low_rank<T>(worker, pass, layer.qkv, x, x_stride);
     product<T>(worker, layer.qkv, pass.vnni, 1, x, x_stride, rows, pass.query, low,

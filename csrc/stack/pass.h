@@ -62,6 +62,9 @@ struct Screen {
 struct Layer {
   Matrix qkv, o, gate_up, down;  // panels of gate and up take turns
   const float *attention_norm, *mlp_norm;
+  const float *q_norm, *k_norm;  // of each head, [head_dim], or null
+  float attention_scale, residual_scale;
+  bool rotary;  // whether queries and keys are turned by their positions
 };
 
 // One token that goes through the stack. It sees the places [0, seen) of its sequence's cache and itself; its keys and
@@ -87,7 +90,7 @@ struct Pass {
       inputs;  // of rows that are multiplied with weights: kInt8 ones with kInt8 rows or, as kInt4, with kFloat32 ones
   bool vnni;   // whether this processor multiplies int8 by vpdpbusd
   int64_t dim, heads, kv_heads, head_dim, inner, layers;
-  float epsilon;
+  float epsilon, embedding_scale;
   const Layer* layer;
   const float* norm;
   const void* embedding;  // [vocabulary, dim]

@@ -189,7 +189,11 @@ Stack::Stack(const std::string& dtype, int64_t dim, int64_t heads, int64_t kv_he
   check(layers <= kMostLayers, "a stack has at most 65536 layers");
   check(formats.empty() || static_cast<int64_t>(formats.size()) == 4 * layers + 1,
         "a stack has the formats of four matrices for each layer, and of the head");
-  s.layers.resize(layers);
+  Layer usual{};
+  usual.attention_scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
+  usual.residual_scale = 1.0f;
+  usual.rotary = true;
+  s.layers.resize(layers, usual);
   s.model.dim = dim;
   s.model.heads = heads;
   s.model.kv_heads = kv_heads;
@@ -197,6 +201,7 @@ Stack::Stack(const std::string& dtype, int64_t dim, int64_t heads, int64_t kv_he
   s.model.inner = inner;
   s.model.layers = layers;
   s.model.epsilon = epsilon;
+  s.model.embedding_scale = 1.0f;
   s.model.layer = s.layers.data();
   Layout layout;
   std::vector<std::pair<Matrix*, int64_t>> places;
@@ -296,12 +301,26 @@ void Stack::norms(int64_t layer, const View& attention, const View& mlp) {
   s.layers.at(layer).mlp_norm = s.keep("mlp norm", mlp, {s.model.dim});
 }
 
-void Stack::embedding(const View& embedding, const View& norm, std::shared_ptr<const void> owner) {
+void Stack::head_norms(int64_t layer, const View& queries, const View& keys) {
+  State& s = *state_;
+  s.layers.at(layer).q_norm = s.keep("norm of queries", queries, {s.model.head_dim});
+  s.layers.at(layer).k_norm = s.keep("norm of keys", keys, {s.model.head_dim});
+}
+
+void Stack::attention(int64_t layer, float scale, float residual_scale, bool rotary) {
+  Layer& of = state_->layers.at(layer);
+  of.attention_scale = scale;
+  of.residual_scale = residual_scale;
+  of.rotary = rotary;
+}
+
+void Stack::embedding(const View& embedding, const View& norm, std::shared_ptr<const void> owner, float scale) {
   State& s = *state_;
   require("embedding", embedding, View::kWeight, {s.vocabulary, s.model.dim});
   s.model.norm = s.keep("norm", norm, {s.model.dim});
   s.embedding = std::move(owner);
   s.model.embedding = embedding.data;
+  s.model.embedding_scale = scale;
   s.model.embedding_dtype = embedding.type == View::kBFloat16 ? Dtype::kBFloat16 : Dtype::kFloat32;
 }
 

@@ -195,7 +195,7 @@ def base(found: dict) -> dict:
 
 def logits_divisor(model: nn.Module) -> float:
     """What the model's config divides the numbers of its output layer by (Granite's `logits_scaling`); 1.0 by default."""
-    return getattr(model.config.get_text_config(decoder=True), "logits_scaling", None) or 1.0
+    return getattr(model.get_decoder().config, "logits_scaling", None) or 1.0
 
 
 def contents(tensors: Iterable[Tensor]) -> list[bytes]:

@@ -1,4 +1,4 @@
-// A decoder stack (Llama, Qwen2) on a CPU: packed weights, and passes over the cached keys and values of several
+// A decoder stack of the Llama family on a CPU: packed weights, and passes over the cached keys and values of several
 // sequences. pyargs/lm/stack/run.py says what it is for.
 //
 // A token's state does not depend on what else is in its pass: it is the same, bit by bit, in a prompt, as an ordinary
@@ -85,9 +85,15 @@ class Stack {
   void delta(int64_t layer, const std::string& matrix, const View& a, const View& b);
   // Both float32 [dim]; copied.
   void norms(int64_t layer, const View& attention, const View& mlp);
+  // Of each head's queries and keys, before they are turned, where a layer has them. Both float32 [head_dim]; copied.
+  void head_norms(int64_t layer, const View& queries, const View& keys);
+  // scale: of the scores, 1 / sqrt(head_dim) by default. residual_scale: of what attention and MLP add, 1 by default.
+  // rotary: whether queries and keys are turned by their positions, true by default.
+  void attention(int64_t layer, float scale, float residual_scale, bool rotary);
   // embedding: float32 or bfloat16 [vocabulary, dim], not copied: it must live as long as the stack and its twins,
-  // which keep `owner` until then. norm: float32 [dim], the last one; copied.
-  void embedding(const View& embedding, const View& norm, std::shared_ptr<const void> owner = nullptr);
+  // which keep `owner` until then. norm: float32 [dim], the last one; copied. scale: of what a token has of it.
+  void embedding(const View& embedding, const View& norm, std::shared_ptr<const void> owner = nullptr,
+                 float scale = 1.0f);
 
   // Last-layer states, normed, of tokens behind what the cache holds.
   // ids: int64 [B, n]. mask: bool [B, n], false where there is no token: its state is left alone. rows: int64 [B], the

@@ -46,8 +46,9 @@ def resolve(asked: str, *models, guide=None, by_text: bool = False) -> Backend:
         raise PyargsError(f"{place} drops numbers at random, as in training: call eval() on the model first")
     if asked in ("auto", "cpu"):
         why = next(filter(None, (keep.refusal(model) for model in models)), None)
-        if why is None and models[0].get_output_embeddings() is not None and not plain_output_layer(models[0]):
-            why = "the policy's logits are more than its output layer's (soft cap, scale, or a hook on the model itself)"
+        with_logits = [model for model in models if model.get_output_embeddings() is not None]
+        if why is None and not all(map(plain_output_layer, with_logits)):
+            why = "a model's logits are more than its output layer's (soft cap, scale, or a hook on the model itself)"
         if why is None:
             return Backend("cpu", "the CPU stack computes these models")
         if asked == "cpu":

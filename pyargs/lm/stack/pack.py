@@ -1,8 +1,9 @@
-"""Packs the weights of a decoder of the Llama family (Llama, Qwen2) into a stack; refuses what the stack cannot compute."""
+"""Packs the weights of a decoder of the Llama family (`FAMILIES`) into a stack; refuses what the stack cannot compute."""
 
 from __future__ import annotations
 
 import copy
+import re
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from pyargs.errors import PyargsError
 from pyargs.lm import lora
 from pyargs.lm.bits import BITS, held, read_blocks
 from pyargs.lm.stack.run import Stack, zeros
-from pyargs.lm.structure import DROPPING, attention_of, structure
+from pyargs.lm.structure import DROPPING, attention_of, logits_divisor, structure
 from pyargs.ops.library import has_extension
 
 MATRICES = {
@@ -22,6 +23,10 @@ MATRICES = {
     "down": ("mlp.down_proj",),
 }
 """Of a layer: what one product computes, as the linear layers of transformers."""
+
+FAMILIES = "llama", "qwen2", "qwen3", "mistral", "granite", "smollm3"
+"""Whose layers are Llama's, with norms of each head's queries and keys (Qwen3), scales (Granite), or layers without positions
+(SmolLM3)."""
 
 PANEL = 32  # kPanel of csrc/stack/pass.h
 FLOATS = torch.float32, torch.bfloat16
@@ -33,7 +38,7 @@ ROPE = ("default", "linear", "llama3", "yarn")  # those whose frequencies do not
 
 @torch.no_grad()
 def pack(model: nn.Module, adapter: nn.Module | None = None, *, dtype: torch.dtype | str | None = None) -> Stack:
-    """A Stack with the weights of a LlamaForCausalLM or Qwen2ForCausalLM, or of the decoder in one.
+    """A Stack with the weights of a causal language model of `FAMILIES`, or of the decoder in one.
 
     adapter: a decoder with the same weights and LoRA of pyargs.lm.lora; its LoRA becomes the delta, which each row of a pass
     has or not. LoRA in `model` itself is added to the weights.
@@ -60,6 +65,7 @@ def pack(model: nn.Module, adapter: nn.Module | None = None, *, dtype: torch.dty
     dtype = dtype or (few.dtype if few else embedding.dtype)
     check_supported(decoder, head, dtype, structure(model))
     blocks = read_blocks(few.file, decoder, head) if dtype == "file" else {}
+    family = _family(decoder)
 
     heads, kv_heads, inner = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
     sizes = dict(
@@ -90,13 +96,20 @@ def pack(model: nn.Module, adapter: nn.Module | None = None, *, dtype: torch.dty
                 native.bias(layer, matrix, bias)
         native.pack(layer, parts)
 
+    embedding_scale, scale, residual_scale = _scales(family, config, sizes["head_dim"])
     for number, layer in enumerate(decoder.layers):
         put(number, {matrix: [layer.get_submodule(name) for name in names] for matrix, names in MATRICES.items()})
         native.norms(number, _float(layer.input_layernorm.weight), _float(layer.post_attention_layernorm.weight))
+        attention = layer.self_attn
+        if norms := _head_norms(family, attention):
+            native.head_norms(number, *(_float(norm.weight) for norm in norms))
+        rotary = family != "smollm3" or bool(attention.use_rope)
+        native.attention(number, scale, residual_scale, rotary)
     if head is not None:
         put(0, {"head": [head]})
-    native.embedding(embedding, _float(decoder.norm.weight))
-    stack = Stack(native, sizes, dtype, decoder.rotary_emb, embedding, head is not None)
+    native.embedding(embedding, _float(decoder.norm.weight), embedding_scale)
+    divisor = None if head is None else logits_divisor(model)
+    stack = Stack(native, sizes, dtype, decoder.rotary_emb, embedding, divisor)
     return stack if adapter is None else with_delta(stack, decoder, adapter)
 
 
@@ -161,12 +174,15 @@ def check_supported(decoder: nn.Module, head: nn.Module | None, dtype: torch.dty
     def refuse(what: str) -> None:
         raise PyargsError(f"the CPU stack does not do {what}: decode this model through transformers")
 
-    if config.model_type not in ("llama", "qwen2"):
-        refuse(f"the architecture '{config.model_type}' (only llama and qwen2)")
+    family, written = _family(decoder), type(decoder).__module__
+    if family not in FAMILIES:
+        refuse(f"the architecture '{config.model_type}' (only transformers' own {', '.join(FAMILIES)})")
     if config.hidden_act != "silu":
         refuse(f"the activation '{config.hidden_act}' (only silu)")
     if other := sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"}):
         refuse(f"{other[0]} layers (only full attention)")
+    if family == "mistral" and config.sliding_window is not None:
+        refuse("a sliding window (only full attention)")
     rotary = decoder.rotary_emb
     if rotary.rope_type not in ROPE:
         refuse(f"the rope scaling '{rotary.rope_type}' (only {', '.join(ROPE)})")
@@ -191,9 +207,8 @@ def check_supported(decoder: nn.Module, head: nn.Module | None, dtype: torch.dty
         refuse(f"an output layer of {head.weight.dtype} behind an embedding of {embedding.weight.dtype}")
     if dtype not in (*FLOATS, *BITS):
         refuse(f"packed weights of {dtype} (only float32, bfloat16, 'int8' and 'file')")
-    family = type(decoder).__module__
-    if not family.startswith("transformers.models.") or len(decoder.layers) > config.num_hidden_layers:
-        refuse(f"decoders of class {type(decoder).__name__} with {len(decoder.layers)} layers (only transformers' own)")
+    if len(decoder.layers) > config.num_hidden_layers:
+        refuse(f"{len(decoder.layers)} layers where the config says {config.num_hidden_layers}")
     for name, module in decoder.named_modules():
         if name.endswith("_proj") and type(module) is not nn.Linear:
             _lora(name, module, refuse)
@@ -202,12 +217,24 @@ def check_supported(decoder: nn.Module, head: nn.Module | None, dtype: torch.dty
     shapes = (queries, dim), (keys, dim), (keys, dim), (dim, queries), (inner, dim), (inner, dim), (dim, inner)
     for number, layer in enumerate(decoder.layers):
         attention, norms = layer.self_attn, (layer.input_layernorm, layer.post_attention_layernorm, decoder.norm)
-        if any(type(part).__module__ != family for part in (layer, attention, layer.mlp, *norms, rotary)):
+        heads = _head_norms(family, attention)
+        kinds = {type(norm) for norm in (*norms, *heads)}
+        if len(kinds) > 1 or any(
+            type(part).__module__ != written for part in (layer, attention, layer.mlp, decoder.norm, rotary)
+        ):
             refuse(f"parts of other classes (layer {number})")
+        if any(norm.weight.shape != (width,) for norm in heads):
+            refuse(f"norms of queries and keys of other sizes than a head's (layer {number})")
         if type(layer.mlp.act_fn) is not SILU:
             refuse(f"the activation {type(layer.mlp.act_fn).__name__} (layer {number}; only silu)")
-        if attention.scaling != attention.head_dim**-0.5 or any(n.variance_epsilon != config.rms_norm_eps for n in norms):
-            refuse(f"another scale of attention, or another epsilon, than the config says (layer {number})")
+        if family == "granite":
+            scales = decoder.embedding_multiplier, attention.scaling, layer.residual_multiplier
+        else:
+            scales = 1.0, attention.scaling, 1.0
+        if scales != _scales(family, config, width) or any(
+            norm.variance_epsilon != config.rms_norm_eps for norm in (*norms, *heads)
+        ):
+            refuse(f"another scale, or another epsilon, than the config says (layer {number})")
         linears = (layer.get_submodule(name) for names in MATRICES.values() for name in names)
         if any(linear.weight.shape != shape for linear, shape in zip(linears, shapes, strict=True)):
             refuse(f"weights of other sizes than the config says (layer {number})")
@@ -234,6 +261,24 @@ def _lora(name: str, module: nn.Module, refuse) -> None:
         refuse(
             f"several adapters, one that this layer has not, variants of LoRA, its bias, or parts of other classes ({name})"
         )
+
+
+def _family(decoder: nn.Module) -> str | None:
+    """The family whose class of transformers computes the decoder, whatever its config says."""
+    found = re.fullmatch(r"transformers\.models\.(\w+)\.modeling_\1", type(decoder).__module__)
+    return found and found[1]
+
+
+def _scales(family: str, config, head_dim: int) -> tuple[float, float, float]:
+    """What embeddings, scores of attention, and what a layer adds, are multiplied by."""
+    if family == "granite":
+        return config.embedding_multiplier, config.attention_multiplier, config.residual_multiplier
+    return 1.0, head_dim**-0.5, 1.0
+
+
+def _head_norms(family: str, attention: nn.Module) -> list[nn.Module]:
+    """The norms of each head's queries and keys."""
+    return [attention.q_norm, attention.k_norm] if family == "qwen3" else []
 
 
 def _weight(linear: nn.Module) -> Tensor:

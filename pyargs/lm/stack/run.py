@@ -1,4 +1,4 @@
-"""Passes of a decoder stack of the Llama family (Llama, Qwen2) in C++: weights packed once, one parallel region per pass.
+"""Passes of a decoder stack of the Llama family in C++: weights packed once, one parallel region per pass.
 
     stack = pack(model)                                 # pyargs.lm.stack.pack
     cache = stack.cache(rows=len(ids), capacity=ids.shape[1] + 64 + k)
@@ -55,9 +55,11 @@ class Cache:
 class Stack:
     """A packed decoder; `pack` makes it. All tensors that go in and out are on the CPU."""
 
-    def __init__(self, native, sizes: dict, dtype: torch.dtype, rotary: nn.Module, embedding: Tensor, has_logits: bool):
+    def __init__(self, native, sizes: dict, dtype: torch.dtype, rotary: nn.Module, embedding: Tensor, divisor: float | None):
+        """divisor: of the output layer's numbers (`structure.logits_divisor`); None without that layer."""
         self._native, self._sizes, self._dtype, self._rotary, self._embedding = native, sizes, dtype, rotary, embedding
-        self.dim, self.vocabulary, self.has_logits, self.has_delta = sizes["dim"], sizes["vocabulary"], has_logits, False
+        self.dim, self.vocabulary, self.has_delta = sizes["dim"], sizes["vocabulary"], False
+        self.has_logits, self._divisor = divisor is not None, divisor
 
     @torch.no_grad()
     def cache(self, rows: int, capacity: int) -> Cache:
@@ -127,6 +129,8 @@ class Stack:
         if not self.has_logits:
             raise PyargsError("this stack was packed from a decoder, which has no output layer: pack the causal LM")
         states = _dense(states, torch.float32, "states")
+        if self._divisor != 1:  # here, since divided logits could be equal where the largest ones are not
+            states = states / self._divisor
         vocabulary = self.vocabulary if vocabulary is None else vocabulary
         if top < 0 or not 0 < vocabulary <= self.vocabulary:
             raise PyargsError(f"cannot give the {top} largest logits of {vocabulary} tokens: the model has {self.vocabulary}")

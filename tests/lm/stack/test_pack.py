@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stacks import AVAILABLE, VOCABULARY, batches, close, hf_states, identical, models, random_lm, using, with_lora
+from stacks import AVAILABLE, FAMILIES, VOCABULARY, batches, close, hf_states, identical, models, random_lm, using, with_lora
 
 from pyargs.errors import PyargsError
 from pyargs.lm import lora
@@ -66,7 +66,15 @@ def test_lora_merged_and_as_a_delta_of_single_rows(model, batch, modules, capabi
         (lambda: random_lm(hidden_act="gelu"), "gelu"),
         (lambda: random_lm("qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=0), "sliding_attention"),
         (lambda: random_lm(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), "dynamic"),
-        (lambda: random_lm("mistral"), "mistral"),
+        (lambda: random_lm("mistral"), "a sliding window"),
+        (lambda: random_lm("olmo2"), "olmo2"),
+        (lambda: changed("mistral", sliding_window=4), "a sliding window"),
+        (lambda: changed("smollm3", layer_types=["full_attention", "sliding_attention"]), "sliding_attention"),
+        (lambda: changed("granite", residual_multiplier=2.0), "another scale"),
+        (lambda: changed("granite", embedding_multiplier=2.0), "another scale"),
+        (lambda: changed("granite", attention_multiplier=2.0), "another scale"),
+        (lambda: with_part("qwen3", "q_norm", variance_epsilon=0.1), "another epsilon"),
+        (lambda: with_part("qwen3", "k_norm", weight=torch.nn.Parameter(torch.ones(1))), "norms of queries and keys"),
         (lambda: random_lm().double(), "float64"),
         (lambda: random_lm().to("meta"), "meta"),
     ],
@@ -74,6 +82,41 @@ def test_lora_merged_and_as_a_delta_of_single_rows(model, batch, modules, capabi
 def test_what_is_not_supported_is_named(change, named):
     with pytest.raises(PyargsError, match=named):
         pack.pack(change())
+
+
+def changed(family: str, **config):
+    """A model whose config was changed when its modules were made."""
+    model = random_lm(family, **FAMILIES[family])
+    vars(model.config).update(config)
+    return model
+
+
+def with_part(family: str, name: str, **attributes):
+    model = random_lm(family)
+    part = model.model.layers[1].self_attn.get_submodule(name)
+    for key, value in attributes.items():
+        setattr(part, key, value)
+    return model
+
+
+def test_what_a_family_s_attention_does_not_read_changes_nothing():
+    """Norms and scales count where the family's own code has them."""
+    model, text = random_lm(), torch.randint(0, VOCABULARY, (1, 9))
+    before = pack.pack(model)
+    for layer in model.model.layers:
+        layer.residual_multiplier, layer.self_attn.use_rope = 3.0, False
+        layer.self_attn.q_norm = layer.self_attn.k_norm = torch.nn.RMSNorm(8)
+    after = pack.pack(model)
+    identical(after(text, after.cache(1, 9)), before(text, before.cache(1, 9)))
+    close(after(text, after.cache(1, 9))[0], hf_states(model, text[0]))
+
+
+def test_layers_that_turn_nothing_are_read_from_the_modules():
+    model = random_lm("smollm3", no_rope_layers=[1, 1])
+    model.model.layers[0].self_attn.use_rope = 0
+    text = torch.randint(0, VOCABULARY, (1, 20))
+    stack = pack.pack(model)
+    close(stack(text, stack.cache(1, 20))[0], hf_states(model, text[0]))
 
 
 def test_an_adapter_of_another_model_is_refused():

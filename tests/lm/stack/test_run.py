@@ -14,7 +14,7 @@ from conftest import tiny_lm
 from decoding import alike, chosen
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from stacks import AVAILABLE, VOCABULARY, batches, close, hf_states, identical, models, random_lm, using, with_lora
+from stacks import AVAILABLE, FAMILIES, VOCABULARY, batches, close, hf_states, identical, models, random_lm, using, with_lora
 
 from pyargs.errors import PyargsError
 from pyargs.lm.stack import keep, pack
@@ -30,10 +30,10 @@ def test_prompts_of_any_model_as_in_transformers(model, batch, capability):
         states = stack(ids, stack.cache(len(ids), ids.shape[1]), mask)
         logits = stack.logits(states[:, -1])
     assert (states[~mask] == 0).all()
-    for row, text, seen in zip(states, ids, mask, strict=True):
+    for row, last, text, seen in zip(states, logits, ids, mask, strict=True):
         close(row[seen], hf_states(model, text[seen]))
-    with torch.no_grad():
-        close(logits, model.get_output_embeddings()(states[:, -1]))
+        with torch.no_grad():
+            close(last, model(text[seen][None]).logits[0, -1])
 
 
 @settings(max_examples=30, deadline=None)
@@ -62,9 +62,10 @@ def test_branches_and_the_committed_one_as_in_transformers(model, batch, k, data
 
 @pytest.mark.parametrize("capability", AVAILABLE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_state_does_not_depend_on_its_pass(capability, dtype, with_threads):
+@pytest.mark.parametrize("family", ["llama", "qwen3", "granite", "smollm3"])
+def test_a_state_does_not_depend_on_its_pass(family, capability, dtype, with_threads):
     """Bit by bit: in a prompt, one after the other, as a branch in any column, beside others, with any threads."""
-    stack = pack.pack(random_lm(hidden=44, inner=45, head_dim=10), dtype=dtype)
+    stack = pack.pack(random_lm(family, hidden=44, inner=45, head_dim=10, **FAMILIES[family]), dtype=dtype)
     text = torch.randint(0, VOCABULARY, (1, 600))
     with using(capability):
         whole = stack(text, stack.cache(1, 600))
@@ -134,9 +135,9 @@ def test_the_screen_leaves_most_of_the_output_layer_out(dtype):
     identical(found[1], torch.zeros(20000))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_long_prompts(family):
-    model = random_lm(family, layers=1)
+    model = random_lm(family, layers=1, **FAMILIES[family])
     stack = pack.pack(model)
     text = torch.randint(0, VOCABULARY, (1, 1500))
     close(stack(text, stack.cache(1, 1500))[0], hf_states(model, text[0]))
