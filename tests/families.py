@@ -45,6 +45,13 @@ FAMILIES = {
     "nemotron": ("nemotron", {}),
     "lfm2": ("lfm2", dict(layer_types=["conv", "full_attention"])),
 }  # fmt: skip
+DOCUMENTED = {
+    "Llama": "llama", "Qwen2": "qwen2", "Qwen3": "qwen3", "Granite": "granite with scales", "SmolLM3": "smollm3",
+    "Mistral without a sliding window": "mistral without window", "Mistral with one": "mistral",
+    "Phi-3 without a sliding window": "phi3 without window", "Phi-3 with one": "phi3", "OLMo2": "olmo2", "GPT-2": "gpt2",
+    "GPT-NeoX": "gpt_neox", "OPT": "opt", "Gemma 2": "gemma2", "Gemma 3": "gemma3_text",
+}  # fmt: skip
+"""The families in the table of docs/decoding.md."""
 QUICK = ("gemma2", "bloom", "mpt", "mamba", "falcon alibi", "gpt_neo", "qwen2_moe", "cohere")
 NO_BRANCHES = {
     "mistral", "gemma2", "gemma3_text", "phi3", "bloom", "mpt", "mamba", "mamba2", "jamba", "mixtral", "starcoder2",

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import reward_model
 from decoding import USERS, by_reference, chosen, prompts, tokens
-from families import FAMILIES, QUICK, random_lm
+from families import DOCUMENTED, FAMILIES, QUICK, SIZES, random_lm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pyargs.data import synthetic
+from pyargs.decode.engine import Engine
+from pyargs.decode.policy import Policy
+from pyargs.decode.scorer import Scorer
 from pyargs.lm.cache import can_branch
 from pyargs.lm.forward import token_logprobs
+from pyargs.lm.loading import load_lm
 from pyargs.lm.tokenize import pack
 from pyargs.models.token_reward import TokenReward
 from pyargs.models.user_policy import SoftPrompt, UserPolicy
+from pyargs.ops.library import has_extension
 from pyargs.scoring import response_logprobs, response_states
+from pyargs.training import hooks, trainer
 from pyargs.types import Users
 
 EVERY = [name if name in QUICK else pytest.param(name, marks=pytest.mark.nightly) for name in FAMILIES]
@@ -164,3 +173,69 @@ def test_longrope_is_right_on_either_side_of_its_border(lengths):
 
     call = dict(reward_weight=2.0, num_candidates=3, max_new_tokens=4, stop=[])
     follows(chosen(policy, model, [row["prompt"] for row in rows], ["ann"] * len(rows), **call), rows, score, reward)
+
+
+def documented():
+    """Rows of the table: family, backend, how candidates stand."""
+    text = (Path(__file__).parents[2] / "docs/decoding.md").read_text()
+    lines = text.split("| family | backend on a CPU | candidates |\n")[1].split("\n\n")[0].splitlines()[1:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [(name, backend.strip("`"), how) for names, backend, how in rows for name in names.split(", ")]
+
+
+def test_the_table_has_all_families():
+    assert sorted(name for name, *_ in documented()) == sorted(DOCUMENTED)
+
+
+@pytest.mark.skipif(not has_extension, reason="no extension, so no backend cpu")
+@pytest.mark.parametrize(("name", "backend", "how"), documented(), ids=[name for name, *_ in documented()])
+def test_a_family_is_computed_as_the_table_says(name, backend, how):
+    lm = random_lm(DOCUMENTED[name], 0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        engine = Engine(lm, reward_model(lm))
+    assert engine.backend == backend, engine.reason
+    assert ["side by side", "copies"][sum("with k copies" in str(one.message) for one in caught)] == how
+    if backend == "eager":  # it says which part the stack has not
+        assert "the CPU stack does not do" in engine.reason
+
+
+PAIRS = synthetic.load(users=2, pairs=12, new_users=1, support=4, query=4)
+
+
+@pytest.mark.filterwarnings("ignore:policy or reward model has layers")
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_a_family_trains_and_decodes_in_both_halves(name, tmp_path):
+    family, changes = FAMILIES[DOCUMENTED[name]]
+    sizes = "head_dim", "sliding_window", "ffn_dim", "word_embed_proj_dim"
+    known = vars(random_lm(DOCUMENTED[name], 0).config)
+    more = {size: SIZES[size] for size in sizes if size in known} | changes
+    folder = str(synthetic.tiny_lm(tmp_path / "lm", family=family, width=32, **more))
+    lm, tokenizer = load_lm(folder)
+    text, users = tokenizer("a small cat").input_ids, ["user_00"]
+
+    model = trained("lore", folder, freeze_backbone=True, rank=2)
+    policy, scorer, score, state = Policy(lm), Scorer(model), Oracle(lm), Oracle(model.backbone)
+    policy.prefill(["a"], [text])
+    scorer.prefill(["a"], [text], users)
+    for step in range(3):
+        (logprobs,) = policy.next_logits().log_softmax(1).double()
+        torch.testing.assert_close(logprobs[: len(score(text))], score(text), atol=1e-3, rtol=1e-3)
+        candidates = logprobs.topk(3).indices.tolist()
+        want = torch.stack([state([*text, token])[-1] for token in candidates]).float()
+        want = model.head(want, model.users.rows(users * 3))
+        torch.testing.assert_close(scorer.score([candidates])[0], want, atol=1e-3, rtol=1e-3)
+        token = 7 if step == 1 and scorer.shared else candidates[1]  # no candidate, and one
+        policy.advance(["a"], [token])
+        scorer.advance(["a"], [token])
+        text = [*text, token]
+
+    rewarding = trained("genarm", folder, lora_lr=1e-2)
+    assert all(value.abs().sum() > 0 for key, value in rewarding.state_dict().items() if "lora_B" in key)
+    rewards, row = Oracle(rewarding.lm), dict(prompt=text, weight=2.0)
+    found = chosen(lm, rewarding, [text], reward_weight=2.0, num_candidates=3, max_new_tokens=3, stop=[])
+    follows(found, [row], score, lambda row, text, candidate: rewards(text)[candidate].item())
+
+
+def trained(method: str, folder: str, **fields):
+    return trainer.train(method, PAIRS, hooks.method(method).Config(backbone=folder, epochs=1, batch_size=8, **fields)).eval()
