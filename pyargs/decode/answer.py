@@ -32,10 +32,10 @@ class Answer:
     """The answer to one request.
 
     number: the request's, as `Engine.submit` returned it. tokens: ids without the stop token; text: the same decoded, None
-    without a tokenizer. rewards: each token's raw reward; slots: each token's rank among the policy's candidates, from 0;
-    spreads: standard deviation of the candidates' rewards at each token. finish_reason: "stop" (a stop token came), "length"
-    or "cancelled". backend: the name of the backend that computed it. seed: of its sampling. told: of each token what the
-    request's `logprobs` asked for, None without.
+    without a tokenizer. rewards: each token's reward, raw, or as `reward_clip` leaves it; slots: each token's rank among the
+    policy's candidates, from 0; spreads: standard deviation of the candidates' rewards at each token. finish_reason: "stop" (a
+    stop token came), "length" or "cancelled". backend: the name of the backend that computed it. seed: of its sampling. told:
+    of each token what the request's `logprobs` asked for, None without.
     """
 
     number: int
