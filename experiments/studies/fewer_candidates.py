@@ -1,39 +1,39 @@
 """What fewer candidates do to guided answers: candidates a step, rewards, perplexity and ROUGE, beside all ten.
 
-    python -m experiments.studies.fewer_candidates [--prompts 48] [--pairs 300] [--shared DIR] [--work DIR] [--out FILE]
+    python -m experiments.studies.fewer_candidates [--only SET ...] [--prompts 32] [--pairs 150] [--out FILE]
 
 LoRE (frozen SmolLM2-135M, the mean over tokens) learns the users of two sets, and guides SmolLM2-135M at strength 1 on the new
 users' query prompts: the titles of pref_lamp_like/ci and the statements of persona_statements. `min_p` leaves out what is less
 likely than so many times the likeliest; `reward_clip` bounds w r, and skips what cannot win then. Greedy, 10 candidates.
 
-candidates: how many a step tries, and the share of steps with one. reward: of whole answers, in units of reward_std, by the
-unclipped head. perplexity: under the policy. ROUGE-1: against what the user wrote or chose. same: answers that are those with
-all ten. Differences to all ten with 95% intervals over users. A cell is written when it is done, and not done twice.
-Speed is `benchmarks/bench_candidates.py`'s.
+candidates: how many a step tries, and the share of steps with one. perplexity: under the policy. reward: the mean over an
+answer's tokens, in units of reward_std, of the unclipped head. ROUGE-1: against what the user wrote or chose. same: answers
+that are those with all ten. Differences to all ten have 95% intervals over users. A cell is written when it is done, and not
+done twice. Speed is `benchmarks/bench_candidates.py`'s.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import statistics
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pyargs
-from experiments.studies.data_statistics import SETS, load
 from pyargs import files
-from pyargs.data import of_split
+from pyargs.data import load, of_split
 from pyargs.decode.engine import Engine
 from pyargs.methods import lore
 from pyargs.metrics.bootstrap import user_difference
 from pyargs.metrics.overlap import rouge
-from pyargs.metrics.perplexity import perplexity
 
 HERE = Path(__file__).parents[1]
 OUT = HERE / "results/fewer_candidates.json"
 SHARED = HERE.parent.parent / "shared/data"
-ROWS = {"pref_lamp, 40 users": 24, "persona_statements": 24}  # set -> tokens of an answer
+ROWS = {"pref_lamp": "pref_lamp_like/ci", "persona_statements": "persona_statements"}  # set -> where in --shared
+TOKENS, SUPPORT = 24, 8  # of an answer; pairs of each new user
 ALL = "all ten"
 WISHES = {
     ALL: {},
@@ -44,12 +44,15 @@ K = 10
 
 
 def trained(rows, folder: Path, pairs: int):
-    """The model of a set: trained on the first `pairs` of its train rows, spread over users, and adapted; kept in a folder."""
+    """The model of a set: trained on `pairs` train pairs, drawn, and adapted to the first SUPPORT of each new user; kept in a
+    folder."""
     if not (folder / "config.json").is_file():
-        train = of_split(rows, "train").shuffle(seed=0)
-        some = train.select(range(min(pairs, len(train))))
-        model = pyargs.train("lore", some, lore.Config(freeze_backbone=True, pool="mean"))
-        pyargs.adapt(model, of_split(rows, "support"))
+        train, support, count = of_split(rows, "train").shuffle(seed=0), of_split(rows, "support"), Counter()
+        kept = [i for i, user in enumerate(support["user_id"]) if count.update([user]) or count[user] <= SUPPORT]
+        model = pyargs.train(
+            "lore", train.select(range(min(pairs, len(train)))), lore.Config(freeze_backbone=True, pool="mean")
+        )
+        pyargs.adapt(model, support.select(kept))
         model.save_pretrained(folder)
     return pyargs.load_model(folder)
 
@@ -66,28 +69,24 @@ def asked(rows, count: int) -> list[dict]:
 
 def cell(engine: Engine, rows: list[dict], wish: dict, tokens: int) -> dict:
     """Answers with these settings, and what is measured of each."""
-    started = time.perf_counter()
+    started, model = time.perf_counter(), engine.pair.model
     prompts, users = [row["prompt"] for row in rows], [row["user_id"] for row in rows]
     how = dict(strength=1.0, num_candidates=K, max_new_tokens=tokens, logprobs=K)
     answers = engine.generate(prompts, users, progress=str(wish or ALL), **how, **wish)
-    model, tried = engine.pair.model, [
-        [sum(one.reward is not None for one in step.candidates) for step in answer.told] for answer in answers
-    ]  # fmt: skip
-    unit = next(iter(model.about["reward_std"].values()))
-    rewards = model.score([(one.prompt, [one.tokens or one.prompt[-1:]]) for one in answers], users)
-    steps = [count for own in tried for count in own]
+    tried = [sum(one.reward is not None for one in step.candidates) for answer in answers for step in answer.told]
+    rewards = [answer.rewards for answer in answers]
+    if "reward_clip" in wish:  # those of the answers are clipped
+        some = [(one.prompt, [one.tokens or one.prompt[-1:]]) for one in answers]
+        rewards = [[own.item()] for (own,) in model.score(some, users)]
+    unit = 1 / engine.raw_weight(1.0)
     return {
-        "candidates": round(sum(steps) / len(steps), 3),
-        "alone": round(sum(count == 1 for count in steps) / len(steps), 4),
-        "perplexity": perplexity(engine.pair.policy, [one.prompt for one in answers], [one.tokens for one in answers]),
+        "candidates": statistics.mean(tried),
+        "alone": tried.count(1) / len(tried),
         "users": users,
         "tokens": [one.tokens for one in answers],
-        "reward": [round(own[0].item() / unit, 4) for own in rewards],
+        "reward": [round(statistics.mean(own or [0.0]) / unit, 4) for own in rewards],
         "rouge1": [round(v, 3) for v in rouge([a.text for a in answers], [row["chosen"] for row in rows])["rouge1_each"]],
-        "log_perplexity": [
-            round(math.log(perplexity(engine.pair.policy, [one.prompt], [one.tokens])), 4) if one.tokens else 0.0
-            for one in answers
-        ],
+        "log_perplexity": [round(-statistics.mean([s.logprob for s in one.told] or [0.0]), 4) for one in answers],
         "seconds": round(time.perf_counter() - started, 1),
         "provenance": files.provenance(0),
     }
@@ -127,15 +126,16 @@ def table(result: dict) -> str:
                 means = [difference(one, free, what) for what in ("log_perplexity", "reward", "rouge1")]
             lines.append(
                 f"| {row} | {name} | {one['candidates']:.1f} | {100 * one['alone']:.0f}% | {100 * same:.0f}% | "
-                f"{one['perplexity']:.1f} | {' | '.join(means)} |"
+                f"{math.exp(statistics.mean(one['log_perplexity'])):.1f} | {' | '.join(means)} |"
             )
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=48, help="of each set (default 48)")
-    parser.add_argument("--pairs", type=int, default=300, help="to train on, of each set (default 300)")
+    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="SET", help=", ".join(ROWS))
+    parser.add_argument("--prompts", type=int, default=32, help="of each set (default 32)")
+    parser.add_argument("--pairs", type=int, default=150, help="to train on, of each set (default 150)")
     parser.add_argument("--shared", type=Path, default=SHARED)
     parser.add_argument("--work", type=Path, default=files.cache_dir() / "fewer_candidates")
     parser.add_argument("--out", type=Path, default=OUT)
@@ -144,19 +144,19 @@ def main() -> None:
     sizes = {"prompts": options.prompts, "pairs": options.pairs}
     if result.setdefault("sizes", sizes) != sizes:
         raise SystemExit(f"{options.out} has cells of {result['sizes']}: name another --out")
-    for row, tokens in ROWS.items():
+    for row in options.only:
         left = [name for name in WISHES if f"{row} / {name}" not in result]
         if not left:
             continue
-        name, where, how = SETS[row]
-        if not (options.shared / where).exists():
-            raise SystemExit(f"no {options.shared / where}: this experiment needs the shared data")
-        data = load(name, options.shared / where, how, options.work / "data")[0]
-        folder = options.work / f"{files.short_hash([row, options.pairs])}"
+        place = options.shared / ROWS[row]
+        if not place.exists():
+            raise SystemExit(f"no {place}: this experiment needs the shared data")
+        data = load(row, place)
+        folder = options.work / files.short_hash([row, options.pairs, SUPPORT])
         engine = Engine("smollm2-135m", trained(data, folder, options.pairs))
         rows = asked(data, options.prompts)
         for name in left:
-            result[f"{row} / {name}"] = found = cell(engine, rows, WISHES[name], tokens)
+            result[f"{row} / {name}"] = found = cell(engine, rows, WISHES[name], TOKENS)
             files.write_json(options.out, result)
             print(f"{row}, {name}: {found['candidates']} candidates a step, {found['seconds']} s", flush=True)
     print(table(result))
