@@ -158,7 +158,7 @@ def main() -> None:
         for name in left:
             result[f"{row} / {name}"] = found = cell(engine, rows, WISHES[name], TOKENS)
             files.write_json(options.out, result)
-            print(f"{row}, {name}: {found['candidates']} candidates a step, {found['seconds']} s", flush=True)
+            print(f"{row}, {name}: {found['candidates']:.1f} candidates a step, {found['seconds']} s", flush=True)
     print(table(result))
 
 
