@@ -90,7 +90,7 @@ def main() -> None:
     print(f"{hardware_line(info)}\nfloat32, k=10, reward_weight={WEIGHT}, prefill not counted", flush=True)
     rows = []
     for batch in [2] if given.quick else [1, 8]:
-        steps, turns = (4, 1) if given.quick else (24, 4)
+        steps, turns = (4, 1) if given.quick else (16, 3)
         for name, one in (("LoRA", model), ("head", frozen)):
             rows += measure(policy, one, name, chats(tokenizer, batch, 64), steps, turns)
     print(table(rows, COLUMNS))
