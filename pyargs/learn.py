@@ -15,7 +15,7 @@ from pyargs.errors import PyargsError
 from pyargs.lm.cache import evaluating
 from pyargs.lm.loading import load_lm
 from pyargs.metrics.rm_accuracy import rm_accuracy
-from pyargs.training import trainer
+from pyargs.training import processes, trainer
 from pyargs.training.hooks import method
 
 LOSSES, ACCURACIES, PAIRS = 10, 10, 200
@@ -41,6 +41,7 @@ def train(
     measured on train prompts with the backbone's own language model. Raises PyargsError on an unknown method, without train
     rows, on a tracker that is unknown or not installed, and on a loss that is not finite.
     """
+    processes.start()
     config = config or method(name).Config()
     dataset = with_text_ids(dataset)
     with reporting(report_to, report_folder, name, config, dataset) as note:
@@ -87,8 +88,8 @@ def held_out(model, data, most: int = 500) -> dict | str:
 @contextmanager
 def reporting(names: Sequence[str], folder: str | Path, run: str, config, dataset) -> Iterator[Callable | None]:
     """A function note(model, step, steps, loss) that tells trackers of each step; None where there are no trackers."""
-    if not names:
-        yield None
+    if not names or processes.number():
+        yield (lambda *_: None) if names else None
         return
     with ExitStack() as stack:
         stack.enter_context(redirect_stdout(sys.stderr))  # trackers print; stdout is for results

@@ -35,7 +35,7 @@ LONGEST = 500
 OF_NO_MODULE = {
     *("test_benchmarks.py", "test_ci.py", "test_examples.py", "test_extension.py", "test_extras.py", "test_imports.py"),
     *("test_packaging.py", "test_readme.py", "experiments/test_smoke.py"),
-    *("distributed/test_cells.py", "distributed/test_ray.py"),
+    *("distributed/test_cells.py", "distributed/test_ray.py", "distributed/test_torchrun.py"),
     *("heads/test_all.py", "methods/test_all.py", "methods/test_planted_users.py", "models/test_first_house.py"),
     *("decode/backends/test_fake_device.py", "ops/test_bank.py", "ops/test_emulated.py", "ops/test_gpu.py"),
     *("ops/test_precision.py", "ops/test_tickets.py"),
@@ -75,6 +75,7 @@ TESTED_IN = {
     "pyargs.serve.answers": "serve/test_app.py",
     "pyargs.serve.metrics": "serve/test_app.py",
     "pyargs.tuned": "commands/test_decode.py",
+    "pyargs.training.processes": "distributed/test_torchrun.py",
     "pyargs.training.losses": "methods/test_planted_users.py",
     "experiments.__main__": "experiments/test_figures.py",
     "experiments.claims.accuracies": "experiments/claims/test_claims.py",

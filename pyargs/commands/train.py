@@ -46,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> None:
         parser.set_defaults(**{key: value for key, value in preset.items() if key in own}, **({"out": out} if preset else {}))
 
 
-def run(args: argparse.Namespace) -> dict:
+def run(args: argparse.Namespace) -> dict | None:
+    """Of several processes the first alone reads and writes the stage's files, and returns its record."""
     from dataclasses import asdict
 
     from pyargs import files, learn
@@ -54,8 +55,10 @@ def run(args: argparse.Namespace) -> dict:
     from pyargs.config import from_args
     from pyargs.data import content_hash, of_split
     from pyargs.lm import hub
-    from pyargs.training import hooks
+    from pyargs.training import hooks, processes
     from pyargs.training.config import epochs
+
+    processes.start()
 
     recipe = hooks.method(args.method)
     config = from_args(recipe.Config, args)
@@ -78,15 +81,19 @@ def run(args: argparse.Namespace) -> dict:
         "steps": round(epochs(config) * -(-len(rows) // config.batch_size)) if recipe.loss else 0,
         "out": args.out,
     }
+    first = processes.number() == 0
     if args.dry_run:
-        return plan
-    if done := files.finished(args.out, key):
-        files.drop_resumable(args.out, "checkpoints")
-        return {**done, "already_done": True}
+        return plan if first else None
+    if done := processes.of_first(lambda: files.finished(args.out, key)):
+        if first:
+            files.drop_resumable(args.out, "checkpoints")
+        return {**done, "already_done": True} if first else None
     # Its name holds the stage's key: a checkpoint of other settings or data is never continued.
-    with files.resumable(args.out, "checkpoints", key) as checkpoints:
+    with processes.within_first(lambda: files.resumable(args.out, "checkpoints", key)) as checkpoints:
         report = dict(report_to=args.report_to, report_folder=f"{args.out}.reports")
         model = learn.train(args.method, data, config, checkpoints=checkpoints, **report)
+        if not first:
+            return None
         model.save_pretrained(args.out)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         return files.record(

@@ -18,7 +18,7 @@ from pyargs.errors import PyargsError, UnknownUser, did_you_mean
 from pyargs.lm.bits import BITS
 from pyargs.lm.called import Called
 from pyargs.lm.loading import load_lm, same_tokenizer
-from pyargs.lm.structure import unwrapped
+from pyargs.lm.structure import check_whole, unwrapped
 from pyargs.lm.tokenize import as_messages, encode_prompt, shorten
 from pyargs.models import load_model
 from pyargs.models.folder import locate, read_config
@@ -296,6 +296,7 @@ def check_guides(model: RewardModel) -> None:
 
 def check_pair(policy, model, tokenizer, best_of: int) -> Pair:
     """The two as a Pair. Raises PyargsError where candidates can go from policy to reward model neither as ids nor as text."""
+    check_whole(policy)
     theirs = getattr(model, "tokenizer", None)
     tokenizer = tokenizer if tokenizer is not None else getattr(policy, "tokenizer", None)  # `load_lm` leaves it there
     guided = isinstance(model, (RewardModel, TokenReward))

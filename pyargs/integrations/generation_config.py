@@ -110,21 +110,6 @@ def check_inputs(input_ids: Tensor, inputs: dict) -> None:
             raise PyargsError(f"reward-guided decoding does not hand '{name}' on to the model: leave it out of generate")
 
 
-def check_whole(lm) -> None:
-    """Raises PyargsError for a model whose weights lie in parts on several processes, which would have to step together."""
-    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-    from transformers.integrations.fsdp import is_fsdp_managed_module
-
-    several = (
-        torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-    )
-    if several and (is_deepspeed_zero3_enabled() or is_fsdp_managed_module(lm)):
-        raise PyargsError(
-            "the policy's weights lie in parts on several processes (FSDP, ZeRO-3), and guided rows do not step together "
-            "there: gather the weights first, or decode with one process each"
-        )
-
-
 def rows_of(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
     """The prompts of input_ids int64 [B, T] without their padding. Raises PyargsError where it is not on the left."""
     return [row[first:] for row, first in zip(input_ids.tolist(), padding_of(input_ids, attention_mask), strict=True)]

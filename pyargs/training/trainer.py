@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from pyargs.lm.loading import fingerprint, load_lm
 from pyargs.lm.tokenize import pack
 from pyargs.models.reward_model import RewardModel
 from pyargs.progress import progress_bar, watched
-from pyargs.training import optimizers
+from pyargs.training import optimizers, processes
 from pyargs.training.config import epochs
 from pyargs.training.hooks import method
 from pyargs.training.losses import check_finite
@@ -42,6 +43,7 @@ def train(name: str, dataset, config=None, *, checkpoints: str | Path | None = N
     """
     from transformers import set_seed
 
+    processes.start()
     recipe = method(name)
     config = config or recipe.Config()
     dataset = with_text_ids(dataset)
@@ -67,6 +69,7 @@ def train(name: str, dataset, config=None, *, checkpoints: str | Path | None = N
     lm.requires_grad_(False)
     recipe.warm_start(model, rows, config)
     set_seed(config.seed)  # what a warm start draws depends on the data
+    processes.agree(model)
     if getattr(config, "freeze_backbone", False):
         train_head(recipe, model, model.read(rows), config, note)
     else:
@@ -99,30 +102,34 @@ def train_head(recipe, model: RewardModel, data: Features, config, note: Callabl
         for step in bar:
             if step % per_epoch == 0:
                 shuffled = torch.randperm(len(data), generator=order, device="cpu").split(config.batch_size)
-            batch = data.batch(rows, shuffled[step % per_epoch], last=not model.needs_all_tokens).to(model.device)
+            mine, share = processes.part(shuffled[step % per_epoch])
+            batch = data.batch(rows, mine, last=not model.needs_all_tokens).to(model.device)
             batch.step = step
             for active in turns:
                 optimizer.zero_grad()
-                loss = recipe.loss(model, batch, config)
+                loss = recipe.loss(model, batch, config) * share
                 check_finite(loss, step)
                 loss.backward()
                 _drop_others(model, active)
+                processes.add_up(model.parameters())
                 optimizer.step()
             schedule.step()
             if note is not None:
-                note(model, step, steps, loss.item())
+                note(model, step, steps, processes.total(loss.item()))
             if step % 20 == 0:
                 bar.set_postfix(loss=f"{loss.item():.4f}")
     model.head.eval()
 
 
 def _collate(examples: list[dict], share: bool) -> dict[str, Tensor]:
-    """Pairs as one Packed, each behind its prompt, with the numbers of their responses, users and pairs."""
+    """This process's pairs as one Packed, each behind its prompt, with the numbers of their responses, users and pairs, and
+    the share of the batch that they are."""
+    examples, part = processes.part(examples)
     packed = pack([e["prompt"] for e in examples], [e["responses"] for e in examples], share=share)
     several = len(examples[0]["responses"])  # 2, or 3 where the prompt stands among them
     rejected = torch.arange(several - 1, several * len(examples), several, device="cpu")
     number = {name: torch.tensor([e[name] for e in examples], device="cpu") for name in ("user", "pair")}
-    return {**vars(packed), "chosen": rejected - 1, "rejected": rejected, **number}
+    return {**vars(packed), "chosen": rejected - 1, "rejected": rejected, **number, "part": part}
 
 
 def _train_all(recipe, model, rows, config, checkpoints: str | Path | None, note: Callable | None) -> None:
@@ -148,16 +155,16 @@ def _train_all(recipe, model, rows, config, checkpoints: str | Path | None, note
 
     class Noting(TrainerCallback):
         def on_step_end(self, _, state, *__, **___):
-            total = sum(losses)
-            losses.clear()
             if note is not None:
-                note(model, state.global_step - 1, state.max_steps, total)
+                note(model, state.global_step - 1, state.max_steps, processes.total(sum(losses)))
+            losses.clear()
 
     class PairTrainer(Trainer):
         def compute_loss(self, wrapped, inputs, return_outputs=False, **_):
+            share = inputs.pop("part")
             batch = wrapped(**inputs)
             batch.step = self.state.global_step
-            loss = recipe.loss(self.accelerator.unwrap_model(wrapped), batch, config)
+            loss = recipe.loss(self.accelerator.unwrap_model(wrapped), batch, config) * share
             check_finite(loss, self.state.global_step)
             return (loss, batch) if return_outputs else loss
 
@@ -171,10 +178,13 @@ def _train_all(recipe, model, rows, config, checkpoints: str | Path | None, note
             for active in first:  # each is a step of its own; the trainer makes the last one
                 super().training_step(wrapped, inputs, num_items_in_batch)
                 _drop_others(model, active)
+                processes.add_up(model.parameters())
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             loss = super().training_step(wrapped, inputs, num_items_in_batch)
             _drop_others(model, last)
+            if self.accelerator.sync_gradients:  # the last part of a step
+                processes.add_up(model.parameters())
             losses.append(loss.item() if note is not None else 0.0)
             return loss
 
@@ -189,7 +199,9 @@ def _train_all(recipe, model, rows, config, checkpoints: str | Path | None, note
         def _save_checkpoint(self, *arguments):
             with explained(f"a checkpoint in {self.args.output_dir} cannot be written"):
                 super()._save_checkpoint(*arguments)
-                (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / COMPLETE).touch()
+                processes.total(0)  # all have written
+                if processes.number() == 0:
+                    (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / COMPLETE).touch()
 
         # It is read as data, and pickled code is never run. Another run's checkpoint is an error that names it.
         def _load_from_checkpoint(self, folder, model=None):
@@ -235,13 +247,24 @@ def _train_all(recipe, model, rows, config, checkpoints: str | Path | None, note
             disable_tqdm=not watched(),
             dataloader_pin_memory=torch.cuda.is_available(),
         )
-        last = _last_checkpoint(Path(checkpoints)) if checkpoints else None
+        last = processes.of_first(lambda: _last_checkpoint(Path(checkpoints))) if checkpoints else None
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # the Trainer prints its log; stdout is for results
         trainer = PairTrainer(model, arguments, data_collator=lambda some: _collate(some, share), train_dataset=examples)
         trainer.add_callback(Noting)
+        if processes.count() > 1:
+            _same_for_all(trainer.accelerator)
         trainer.train(resume_from_checkpoint=last)
     if config.gradient_checkpointing:
         model.backbone.gradient_checkpointing_disable()
+
+
+def _same_for_all(accelerator) -> None:
+    """Makes accelerate neither wrap the model nor share out batches: every process sees all of them, and takes its part."""
+    from accelerate.data_loader import prepare_data_loader
+
+    accelerator.prepare_model = partial(accelerator.prepare_model, evaluation_mode=True)
+    alone = dict(num_processes=1, process_index=0, use_seedable_sampler=True, put_on_device=True)
+    accelerator.prepare_data_loader = lambda loader, **_: prepare_data_loader(loader, accelerator.device, **alone)
 
 
 COMPLETE = "complete"

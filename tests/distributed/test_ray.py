@@ -162,6 +162,7 @@ def cells(folder: Path) -> dict[str, str]:
     return found
 
 
+@pytest.mark.nightly
 def test_a_cell_on_ray_is_the_cell_here(on_ray, tmp_path, capsys):
     from experiments.__main__ import main
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+from conftest import reward_model
 
 from pyargs.data import synthetic
 from pyargs.data.synthetic import tiny_tokenizer
+from pyargs.decode.engine import Engine
 from pyargs.errors import PyargsError
 from pyargs.lm.loading import load_lm
 
@@ -52,3 +55,34 @@ def test_a_folder_with_another_head_is_no_language_model(head, tmp_path):
     tokenizer.save_pretrained(tmp_path / "base")
     assert json.loads((tmp_path / "base/config.json").read_text())["architectures"] == ["LlamaModel"]
     load_lm(str(tmp_path / "base"))
+
+
+def test_a_policy_is_placed_by_a_device_map(lm_folder, tmp_path):
+    """As far as a CPU shows it: accelerate's hooks around each part, which move what comes in to where the part lies."""
+    from accelerate import dispatch_model
+
+    def answers(lm) -> tuple[str, list[list[int]]]:
+        engine = Engine(lm, reward_model(plain))
+        found = engine.generate([[5, 6, 7], [9, 8]], ["ann", "bob"], reward_weight=2.0, max_new_tokens=5)
+        return engine.backend, [answer.tokens for answer in found]
+
+    plain, _ = load_lm(lm_folder, device="cpu")
+    mapped, _ = load_lm(lm_folder, device_map={"": "cpu"})
+    assert answers(mapped) == answers(plain)
+    parts = dict.fromkeys(("model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    hooked = dispatch_model(load_lm(lm_folder, device="cpu")[0], parts, force_hooks=True)
+    assert hooked.model.norm._hf_hook is not None
+    assert answers(hooked) == ("eager", answers(plain)[1])
+    with pytest.raises(PyargsError, match="device and device_map both say"):
+        load_lm(lm_folder, device="cpu", device_map="auto")
+    with pytest.raises(PyargsError, match="no device 'moon'|moon"):
+        load_lm(lm_folder, device_map={"": "moon"})
+
+
+def test_weights_that_come_and_go_are_refused(lm_folder, tmp_path):
+    from accelerate import disk_offload
+
+    lm = disk_offload(load_lm(lm_folder, device="cpu")[0], str(tmp_path), torch.device("cpu"))
+    assert lm(torch.tensor([[5, 6, 7]])).logits.isfinite().all(), "transformers itself can run it"
+    with pytest.raises(PyargsError, match="device_map has put weights on the disk or the host"):
+        Engine(lm)
