@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../include/pyargs/kernels.h"
+
 #ifdef __CUDACC__
 #define PYARGS_HD __host__ __device__ __forceinline__
 #else
@@ -12,11 +14,6 @@
 #endif
 
 namespace pyargs {
-
-enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
-
-// Top-k never asks for more than this; larger k is refused.
-constexpr int kMaxTopK = 64;
 
 // An unsigned key that sorts as torch.topk does, ties decided: NaN above +inf, then the value, then the lower index.
 // Keys are unique and never 0. `bits` are those of a float32; -0 and +0 are equal.

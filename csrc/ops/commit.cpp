@@ -1,9 +1,6 @@
 // commit: of the branches that stand behind every row's prefix, the chosen one becomes the prefix's next token, in the
 // keys and values of all layers at once. See pyargs/ops/commit.py for the contract.
 
-#include <vector>
-
-#include "../kernels/cpu/launch.h"
 #include "../kernels/cuda/launch.h"
 #include "tensor.h"
 
@@ -12,20 +9,7 @@ namespace {
 
 using Run = void (*)(const CommitRows&, int64_t capacity, const Array& like);
 
-void run_on_cpu(const CommitRows& given, int64_t capacity, const Array&) {
-  // Copies: slot and length may be views of the states themselves.
-  const std::vector<int64_t> slots(given.slot, given.slot + given.batch);
-  const std::vector<int64_t> lengths(given.length, given.length + given.batch);
-  for (int64_t b = 0; b < given.batch; ++b) {
-    if (slots[b] < 0) continue;
-    check(lengths[b] >= 0 && lengths[b] < capacity, "a length must be a place of the states");
-    check(slots[b] < capacity - lengths[b], "a slot lies behind the states");
-  }
-  CommitRows rows = given;
-  rows.slot = slots.data();
-  rows.length = lengths.data();
-  PYARGS_DISPATCH(commit, rows);
-}
+void run_on_cpu(const CommitRows& rows, int64_t capacity, const Array&) { cpu::commit(rows, capacity); }
 
 #ifdef PYARGS_CUDA_ARCHS
 void run_on_cuda(const CommitRows& rows, int64_t capacity, const Array& like) {

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 
-#include "../kernels/cpu/launch.h"
 #include "../kernels/cuda/launch.h"
 #include "choice.h"
 #include "tensor.h"
@@ -26,20 +25,13 @@ void run_on_cpu(Scored& rows, int64_t batch, const Array& like) {
   if (rows.first.bank) {
     features.emplace(std::initializer_list<int64_t>{batch, rows.k, rows.hidden}, aoti_torch_dtype_float32(), like);
     rows.first.out = features->data<float>();
-    user_mlp_on_cpu(rows.first, batch);
+    cpu::user_mlp(rows.first, batch);
     rows.features = rows.first.out;
     rows.features_dtype = Dtype::kFloat32;
     rows.features_stride_k = rows.hidden;
     rows.features_stride_b = rows.k * rows.hidden;
   }
-  const int64_t row_work = rows.k * rows.hidden * (rows.activation == Activation::kGelu ? 8 : 1);
-  const int64_t grain = 1 + 65536 / row_work;  // about 10 us: less is not worth waiting for a thread that sleeps
-  if (batch <= grain) {
-    PYARGS_DISPATCH(score_select, rows, 0, batch);
-  } else {
-    torch::stable::parallel_for(
-        0, batch, grain, [&rows](int64_t begin, int64_t end) { PYARGS_DISPATCH(score_select, rows, begin, end); });
-  }
+  cpu::score_select(rows, batch);
 }
 
 #ifdef PYARGS_CUDA_ARCHS

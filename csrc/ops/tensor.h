@@ -7,9 +7,8 @@
 
 #include <initializer_list>
 #include <optional>
-#include <stdexcept>
-#include <string>
 
+#include "../check.h"
 #include "../kernels/common.h"
 
 #ifdef PYARGS_CUDA_ARCHS
@@ -20,11 +19,7 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 namespace pyargs {
 
 // The Python wrapper turns a failed check into ValueError or TypeError with the fix named (pyargs/ops/*.py: check);
-// these are what keeps a direct call of torch.ops.pyargs.* safe.
-inline void check(bool ok, const char* message) {
-  if (!ok) [[unlikely]]
-    throw std::runtime_error(std::string("pyargs: ") + message);
-}
+// the checks here are what keeps a direct call of torch.ops.pyargs.* safe.
 
 // An argument: an owned handle with its shape at hand. torch::stable::Tensor would add a shared_ptr to each of a dozen
 // arguments and a call for each number read, and a decoding step of a small model counts in microseconds. Devices are

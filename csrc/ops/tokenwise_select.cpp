@@ -1,6 +1,5 @@
 // tokenwise_select: from two rows of logits to the token. See pyargs/ops/tokenwise_select.py for the contract.
 
-#include "../kernels/cpu/launch.h"
 #include "../kernels/cuda/launch.h"
 #include "choice.h"
 #include "scan.h"
@@ -13,14 +12,7 @@ using Handle = AtenTensorHandle;
 
 using Run = void (*)(const TokenwiseRows&, int64_t batch, const Array& like);
 
-void run_on_cpu(const TokenwiseRows& rows, int64_t batch, const Array&) {
-  Scan memory(batch, 2, rows.policy.vocab, rows.k);
-  TokenwiseScan scan{rows, memory.sums, memory.sums, memory.parts};
-  scan.rewards.largest += batch * memory.sums.chunks;
-  scan.rewards.sum += batch * memory.sums.chunks;
-  memory.run([&scan](int64_t begin, int64_t end) { PYARGS_DISPATCH(tokenwise_scan, scan, begin, end); },
-             [&scan](int64_t row) { PYARGS_DISPATCH(tokenwise_merge, scan, row); });
-}
+void run_on_cpu(const TokenwiseRows& rows, int64_t batch, const Array&) { cpu::tokenwise_select(rows, batch); }
 
 #ifdef PYARGS_CUDA_ARCHS
 void run_on_cuda(const TokenwiseRows& rows, int64_t batch, const Array& like) {

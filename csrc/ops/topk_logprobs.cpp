@@ -1,6 +1,5 @@
 // topk_logprobs: the k most probable tokens of every row. See pyargs/ops/topk_logprobs.py for the contract.
 
-#include "../kernels/cpu/launch.h"
 #include "../kernels/cuda/launch.h"
 #include "scan.h"
 #include "tensor.h"
@@ -13,21 +12,12 @@ using Results = std::tuple<StableIValue, StableIValue, StableIValue>;
 // The handle is ours: boxed arguments come owned, and results are given away.
 Results topk_logprobs_cpu(AtenTensorHandle handle, int64_t k) {
   Array logits(handle);
-  TopkRows rows{};
-  rows.logits = logit_rows(logits, k);
-  rows.k = static_cast<int>(k);
+  const LogitRows rows = logit_rows(logits, k);
   const int64_t batch = logits.size(0);
   Result logprobs({batch, k}, aoti_torch_dtype_float32(), logits);
   Result ids({batch, k}, aoti_torch_dtype_int64(), logits);
   Result logsumexp({batch}, aoti_torch_dtype_float32(), logits);
-  rows.logprobs = logprobs.data<float>();
-  rows.ids = ids.data<int64_t>();
-  rows.logsumexp = logsumexp.data<float>();
-  Scan scan(batch, 1, rows.logits.vocab, k);
-  rows.sums = scan.sums;
-  rows.parts = scan.parts;
-  scan.run([&rows](int64_t begin, int64_t end) { PYARGS_DISPATCH(topk_scan, rows, begin, end); },
-           [&rows](int64_t row) { PYARGS_DISPATCH(topk_merge, rows, row); });
+  cpu::topk_logprobs(rows, batch, k, logprobs.data<float>(), ids.data<int64_t>(), logsumexp.data<float>());
   return {logprobs.release(), ids.release(), logsumexp.release()};
 }
 

@@ -9,7 +9,7 @@ namespace {
 
 using Run = void (*)(const UserMlpRows&, int64_t batch, const Array& like);
 
-void run_on_cpu(const UserMlpRows& rows, int64_t batch, const Array&) { user_mlp_on_cpu(rows, batch); }
+void run_on_cpu(const UserMlpRows& rows, int64_t batch, const Array&) { cpu::user_mlp(rows, batch); }
 
 #ifdef PYARGS_CUDA_ARCHS
 void run_on_cuda(const UserMlpRows& rows, int64_t batch, const Array& like) {

@@ -1,7 +1,7 @@
-// The arguments of user_mlp, and its work on a CPU, which score_select begins with where it has a bank.
+// The arguments of user_mlp, which score_select begins with where it has a bank.
 #pragma once
 
-#include "../kernels/cpu/launch.h"
+#include "../kernels/rows.h"
 #include "tensor.h"
 
 namespace pyargs {
@@ -30,17 +30,6 @@ int64_t set_user_mlp(UserMlpRows& rows, Array& hidden, Array& bank, Array& user)
   rows.bank_stride_h = bank.stride(1);
   rows.user = user.data<int64_t>();
   return batch;
-}
-
-void user_mlp_on_cpu(const UserMlpRows& rows, int64_t batch) {
-  const int64_t blocks = batch * ((rows.units + kMlpUnits - 1) / kMlpUnits);
-  const int64_t grain = 1 + (1 << 18) / (rows.k * rows.dim * kMlpUnits);  // less is not worth waking a thread
-  if (blocks <= grain) {
-    PYARGS_DISPATCH(user_mlp, rows, 0, blocks);
-  } else {
-    torch::stable::parallel_for(0, blocks, grain,
-                                [&rows](int64_t begin, int64_t end) { PYARGS_DISPATCH(user_mlp, rows, begin, end); });
-  }
 }
 
 }  // namespace

@@ -6,14 +6,10 @@
 #include <string>
 #include <utility>
 
+#include "../check.h"
 #include "../include/pyargs/view.h"
 
 namespace pyargs::stack {
-
-inline void check(bool ok, const char* message) {
-  if (!ok) [[unlikely]]
-    throw std::runtime_error(std::string("pyargs: ") + message);
-}
 
 // The view itself, which must have one of the types, and this shape: -1 fits any size.
 inline const View& require(const char* name, const View& view, int types, std::initializer_list<int64_t> shape) {

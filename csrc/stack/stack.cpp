@@ -147,7 +147,7 @@ struct Stack::State {
     pass.y = data + y;
     pass.phase = zeroed(data + phase, phases);
     in_parallel(pass.workers, [&pass](int64_t worker) {
-#ifdef PYARGS_X86
+#if PYARGS_BEST >= 4
       if (cpu_capability() == Capability::kAvx512Bf16) return avx512_bf16::run_pass(pass, worker);
 #endif
       PYARGS_DISPATCH(run_pass, pass, worker);
@@ -413,7 +413,7 @@ void Stack::logits(const View& states, int64_t top, const View& logits) {
     std::fill_n(projection.best, best, -std::numeric_limits<float>::infinity());
     projection.phase = s.zeroed(data + phase, phases);
     in_parallel(projection.workers, [&projection](int64_t worker) {
-#ifdef PYARGS_X86
+#if PYARGS_BEST >= 4
       if (cpu_capability() == Capability::kAvx512Bf16) return avx512_bf16::run_projection(projection, worker);
 #endif
       PYARGS_DISPATCH(run_projection, projection, worker);

@@ -11,29 +11,39 @@ namespace pyargs {
 // kAvx512Vnni runs the code of kAvx512, and csrc/stack multiplies int8 with vpdpbusd.
 enum class Capability : int { kDefault = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Vnni = 3, kAvx512Bf16 = 4 };
 
-// The one in use: the best of this CPU, or what PYARGS_CPU_CAPABILITY=default|avx2|avx512|avx512_vnni|avx512_bf16 says.
-// See module.cpp.
+// The one in use, and the best that this CPU has and that was built. See capability.cpp.
 Capability cpu_capability();
+Capability best_capability();
+const char* name_of(Capability capability);
 
 }  // namespace pyargs
 
-// Calls `function` of the namespace compiled for this machine. Only csrc/stack has code of its own for kAvx512Bf16.
-#ifdef PYARGS_X86
+// Calls `function` of the namespace compiled for this machine. PYARGS_BEST: the best that is built, as a number; CMake
+// sets it. Only csrc/stack has code of its own for kAvx512Bf16.
+#if PYARGS_BEST >= 2
+#define PYARGS_CASE_AVX512(function, ...)    \
+  case ::pyargs::Capability::kAvx512Bf16:    \
+  case ::pyargs::Capability::kAvx512Vnni:    \
+  case ::pyargs::Capability::kAvx512:        \
+    ::pyargs::avx512::function(__VA_ARGS__); \
+    break;
+#else
+#define PYARGS_CASE_AVX512(function, ...)
+#endif
+#if PYARGS_BEST >= 1
+#define PYARGS_CASE_AVX2(function, ...)    \
+  case ::pyargs::Capability::kAvx2:        \
+    ::pyargs::avx2::function(__VA_ARGS__); \
+    break;
+#else
+#define PYARGS_CASE_AVX2(function, ...)
+#endif
 #define PYARGS_DISPATCH(function, ...)             \
   do {                                             \
     switch (::pyargs::cpu_capability()) {          \
-      case ::pyargs::Capability::kAvx512Bf16:      \
-      case ::pyargs::Capability::kAvx512Vnni:      \
-      case ::pyargs::Capability::kAvx512:          \
-        ::pyargs::avx512::function(__VA_ARGS__);   \
-        break;                                     \
-      case ::pyargs::Capability::kAvx2:            \
-        ::pyargs::avx2::function(__VA_ARGS__);     \
-        break;                                     \
+      PYARGS_CASE_AVX512(function, __VA_ARGS__)    \
+      PYARGS_CASE_AVX2(function, __VA_ARGS__)      \
       default:                                     \
         ::pyargs::baseline::function(__VA_ARGS__); \
     }                                              \
   } while (0)
-#else
-#define PYARGS_DISPATCH(function, ...) ::pyargs::baseline::function(__VA_ARGS__)
-#endif
