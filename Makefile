@@ -1,5 +1,5 @@
 # Every target sets itself up from nothing: a virtual environment with torch, then pyargs with its extension.
-#   make demo | test | docs | reproduce | artefacts | bench | sanitize | cuda-check | lint | clean     e.g. make test TORCH=torch==2.12.0 VENV=/tmp/venv
+#   make demo | test | docs | reproduce | artefacts | kernels | bench | sanitize | cuda-check | lint | clean     e.g. make test TORCH=torch==2.12.0 VENV=/tmp/venv
 PYTHON ?= python3
 VENV ?= .venv
 # torch comes first and by itself: what depends on it (peft, accelerate ...) would otherwise choose another one, gigabytes large.
@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.pyargs-installed
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/* csrc/*/*/*)
 BENCHMARKS := $(wildcard benchmarks/bench_*.py)
 
-.PHONY: help setup demo reproduce artefacts test docs bench sanitize cuda-check lint clean
+.PHONY: help setup demo reproduce artefacts kernels test docs bench sanitize cuda-check lint clean
 help:
 	@sed -n '1,2p' Makefile
 
@@ -39,6 +39,10 @@ reproduce: $(INSTALLED)
 # Heads, users and answers of the committed cells as folders for the hub, in build/artefacts. It trains nothing.
 artefacts: $(INSTALLED)
 	$(BIN)/python -m experiments artefacts
+
+# The CPU's ops as the `kernels` library loads them, in build/kernels.
+kernels: $(INSTALLED)
+	$(BIN)/python setup.py -q kernels
 
 # One thread per worker: two workers that each start a thread per core only wait for each other.
 test: $(INSTALLED)
@@ -71,7 +75,7 @@ cuda-check: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(filter %.h %.cpp %.cu %.cuh,$(SOURCES) $(wildcard tests/ops/emulate/*))
+	$(BIN)/clang-format --dry-run -Werror $(filter %.h %.cpp %.cu %.cuh,$(SOURCES) $(wildcard tests/ops/emulate/* examples/cxx/*))
 
 # What these targets made in the tree. The user's cache (models, features) stays: `pyargs models` says where it is.
 clean:

@@ -20,11 +20,26 @@ def blocks(page: str) -> list[tuple[str, str]]:
     """(language, code) of the blocks of a page that run. One that cannot run says why in its title."""
     found = []
     for language, title, code in FENCE.findall((ROOT / page).read_text(encoding="utf-8")):
-        assert language in ("python", "bash", "text", ""), f"{page}: what is {language}?"
+        assert language in ("python", "bash", "text", "cpp", "cmake", ""), f"{page}: what is {language}?"
         assert not title or NOT_RUN.fullmatch(title), f"{page}: {title}"
         if language in ("python", "bash") and not title:
             found.append((language, code))
     return found
+
+
+def test_lines_of_cpp_and_cmake_are_those_of_the_example():
+    example = {
+        line for name in ("guided.cpp", "CMakeLists.txt") for line in (ROOT / "examples/cxx" / name).read_text().splitlines()
+    }
+    found = [
+        code
+        for page in PAGES
+        for language, _, code in FENCE.findall((ROOT / page).read_text())
+        if language in ("cpp", "cmake")
+    ]
+    assert found
+    for line in "".join(found).splitlines():
+        assert line in example, line
 
 
 def run_command(words: list[str]) -> int:

@@ -63,10 +63,10 @@ StableIValue branch_attention_cuda(AtenTensorHandle query_handle, AtenTensorHand
 }  // namespace
 }  // namespace pyargs
 
-STABLE_TORCH_LIBRARY_FRAGMENT(pyargs, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(PYARGS_OP_NAMESPACE, m) {
   m.def("branch_attention(Tensor query, Tensor key, Tensor value, Tensor length, float scale) -> Tensor");
 }
 
 #ifdef PYARGS_CUDA_ARCHS
-STABLE_TORCH_LIBRARY_IMPL(pyargs, CUDA, m) { m.impl("branch_attention", TORCH_BOX(&pyargs::branch_attention_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(PYARGS_OP_NAMESPACE, CUDA, m) { m.impl("branch_attention", TORCH_BOX(&pyargs::branch_attention_cuda)); }
 #endif

@@ -151,7 +151,7 @@ void score_step(Handle features_handle, Handle weight_handle, Handle user_handle
 }  // namespace
 }  // namespace pyargs
 
-STABLE_TORCH_LIBRARY_FRAGMENT(pyargs, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(PYARGS_OP_NAMESPACE, m) {
   // All arguments are positional and the activation is a number: keywords and strings cost more than a small kernel.
   m.def(
       "score_select(Tensor features, Tensor weight, Tensor user, Tensor reward_weight, Tensor logprobs, Tensor ids, "
@@ -162,13 +162,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyargs, m) {
         ", Tensor? bias=None, SymInt activation=0, float scale=1., SymInt pad_id=0, Tensor? bank=None) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(pyargs, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(PYARGS_OP_NAMESPACE, CPU, m) {
   m.impl("score_select", TORCH_BOX(&pyargs::score_select<pyargs::run_on_cpu>));
   m.impl("score_step", TORCH_BOX(&pyargs::score_step<pyargs::run_on_cpu>));
 }
 
 #ifdef PYARGS_CUDA_ARCHS
-STABLE_TORCH_LIBRARY_IMPL(pyargs, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(PYARGS_OP_NAMESPACE, CUDA, m) {
   m.impl("score_select", TORCH_BOX(&pyargs::score_select<pyargs::run_on_cuda>));
   m.impl("score_step", TORCH_BOX(&pyargs::score_step<pyargs::run_on_cuda>));
 }

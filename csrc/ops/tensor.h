@@ -11,6 +11,11 @@
 #include "../check.h"
 #include "../kernels/common.h"
 
+// Of the ops in torch.ops; CMake sets another one, so that two copies of the ops can be in one process.
+#ifndef PYARGS_OP_NAMESPACE
+#define PYARGS_OP_NAMESPACE pyargs
+#endif
+
 #ifdef PYARGS_CUDA_ARCHS
 // Part of the stable C interface in builds of torch with CUDA; null elsewhere.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);

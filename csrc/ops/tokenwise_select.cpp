@@ -79,7 +79,7 @@ void tokenwise_step(Handle logits_handle, Handle reward_logits_handle, int64_t k
 }  // namespace
 }  // namespace pyargs
 
-STABLE_TORCH_LIBRARY_FRAGMENT(pyargs, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(PYARGS_OP_NAMESPACE, m) {
   m.def(
       "tokenwise_select(Tensor logits, Tensor reward_logits, Tensor reward_weight, Tensor finished, SymInt k, "
       "Tensor? stop=None, SymInt pad_id=0, float? temperature=None, Tensor? uniform=None, Tensor? count=None, "
@@ -88,13 +88,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyargs, m) {
         ", SymInt pad_id=0) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(pyargs, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(PYARGS_OP_NAMESPACE, CPU, m) {
   m.impl("tokenwise_select", TORCH_BOX(&pyargs::tokenwise_select<pyargs::run_on_cpu>));
   m.impl("tokenwise_step", TORCH_BOX(&pyargs::tokenwise_step<pyargs::run_on_cpu>));
 }
 
 #ifdef PYARGS_CUDA_ARCHS
-STABLE_TORCH_LIBRARY_IMPL(pyargs, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(PYARGS_OP_NAMESPACE, CUDA, m) {
   m.impl("tokenwise_select", TORCH_BOX(&pyargs::tokenwise_select<pyargs::run_on_cuda>));
   m.impl("tokenwise_step", TORCH_BOX(&pyargs::tokenwise_step<pyargs::run_on_cuda>));
 }

@@ -43,12 +43,12 @@ Results topk_logprobs_cuda(AtenTensorHandle handle, int64_t k) {
 }  // namespace
 }  // namespace pyargs
 
-STABLE_TORCH_LIBRARY_FRAGMENT(pyargs, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(PYARGS_OP_NAMESPACE, m) {
   m.def("topk_logprobs(Tensor logits, SymInt k) -> (Tensor, Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(pyargs, CPU, m) { m.impl("topk_logprobs", TORCH_BOX(&pyargs::topk_logprobs_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(PYARGS_OP_NAMESPACE, CPU, m) { m.impl("topk_logprobs", TORCH_BOX(&pyargs::topk_logprobs_cpu)); }
 
 #ifdef PYARGS_CUDA_ARCHS
-STABLE_TORCH_LIBRARY_IMPL(pyargs, CUDA, m) { m.impl("topk_logprobs", TORCH_BOX(&pyargs::topk_logprobs_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(PYARGS_OP_NAMESPACE, CUDA, m) { m.impl("topk_logprobs", TORCH_BOX(&pyargs::topk_logprobs_cuda)); }
 #endif

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import warnings
 from collections.abc import Callable
 from itertools import compress
 
@@ -11,36 +9,10 @@ import torch
 from torch.autograd.graph import increment_version
 
 from pyargs.errors import PyargsError
+from pyargs.ops.extension import NAMESPACE, has_extension
 
 native: set[str] = set()
 """Names of the ops with a native CPU kernel in this process."""
-
-
-def _load_extension() -> bool:
-    if os.environ.get("PYARGS_NO_EXT") == "1":
-        reason = "PYARGS_NO_EXT=1"
-    else:
-        try:
-            from pyargs import _C  # loading it registers the kernels; torch must be loaded before
-
-            if wanted := os.environ.get("PYARGS_CPU_CAPABILITY"):
-                _C.set_cpu_capability(wanted)
-            return True
-        except ValueError as error:
-            raise PyargsError(f"PYARGS_CPU_CAPABILITY: {error}") from None
-        except ImportError as error:
-            reason = str(error)
-    warnings.warn(
-        f"pyargs runs its slow reference ops: the extension is not loaded ({reason}). "
-        "To build it: pip install . (or pip install -e .) with a C++ compiler at hand.",
-        RuntimeWarning,
-        stacklevel=2,
-    )
-    return False
-
-
-has_extension = _load_extension()
-"""Whether pyargs._C is loaded. It must not be loaded later: its ops would be defined twice."""
 
 
 def define(name: str, default: Callable, fake: Callable, mutates: tuple[str, ...] = ()) -> tuple[Callable, Callable]:
@@ -52,7 +24,7 @@ def define(name: str, default: Callable, fake: Callable, mutates: tuple[str, ...
     looking keywords up costs more than a small kernel. `mutates` names the arguments that it changes: tensors, lists of them,
     or None.
     """
-    qualified = f"pyargs::{name}"
+    qualified = f"{NAMESPACE}::{name}"
     if not has_extension:
         torch.library.define(qualified, torch.library.infer_schema(default, mutates_args=mutates))
     else:
@@ -61,7 +33,7 @@ def define(name: str, default: Callable, fake: Callable, mutates: tuple[str, ...
             native.add(name)
     torch.library.impl(qualified, "default", default)
     torch.library.register_fake(qualified, fake)
-    op = getattr(torch.ops.pyargs, name).default
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
     if mutates:
         _written_in_place(op, [argument.name in mutates for argument in op._schema.arguments])
     return op, op._op
@@ -87,7 +59,7 @@ def _described(schema) -> list:
     return [*arguments, *(str(one.type) for one in schema.returns)]
 
 
-_library = torch.library.Library("pyargs", "FRAGMENT")  # it must live as long as what it registered
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")  # it must live as long as what it registered
 
 
 def _written_in_place(op, mutated: list[bool]) -> None:
@@ -103,7 +75,7 @@ def _written_in_place(op, mutated: list[bool]) -> None:
             increment_version(tensors)
         return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
 
-    _library.impl(op._schema.name.removeprefix("pyargs::"), kernel, "ADInplaceOrView", with_keyset=True)
+    _library.impl(op._schema.name.removeprefix(f"{NAMESPACE}::"), kernel, "ADInplaceOrView", with_keyset=True)
 
 
 def check_tensors(expected: dict[str, tuple], optional: tuple[str, ...] = ()) -> None:

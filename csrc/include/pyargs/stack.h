@@ -48,8 +48,8 @@ class Cache {
 
 // A packed decoder. Packing comes first: every layer's matrices and norms, and the embedding.
 //
-// Errors are std::runtime_error, or std::bad_alloc, and a pass that failed leaves no trace. Any thread may call
-// `forward` and `logits`, which wait for each other; packing has the stack for itself.
+// Errors are std::runtime_error, std::out_of_range (a layer) or std::bad_alloc, and a pass that failed leaves no trace.
+// Any thread may call `forward` and `logits`, which wait for each other; packing has the stack for itself.
 class Stack {
  public:
   // Where a weight goes: row n of `weight`, float32 or bfloat16 [outputs, inputs], or with `block` uint8 [outputs,
