@@ -61,7 +61,7 @@ class Stack {
     int64_t offset;
     bool alternate;
     View weight;
-    std::string block;
+    std::string block = "";
   };
 
   // dtype: what weights are multiplied with: "float32", "bfloat16", or "int8", rounded in groups of 32. inner: of the
