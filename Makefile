@@ -1,5 +1,5 @@
 # Every target sets itself up from nothing: a virtual environment with torch, then pyargs with its extension.
-#   make demo | test | docs | reproduce | artefacts | kernels | bench | sanitize | cuda-check | lint | clean     e.g. make test TORCH=torch==2.12.0 VENV=/tmp/venv
+#   make demo | test | docs | reproduce | artefacts | kernels | bench | sanitize | cuda-check | lint | clean  (VENV=, TORCH=)
 PYTHON ?= python3
 VENV ?= .venv
 # torch comes first and by itself: what depends on it (peft, accelerate ...) would otherwise choose another one, gigabytes large.

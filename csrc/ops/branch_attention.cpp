@@ -68,5 +68,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(PYARGS_OP_NAMESPACE, m) {
 }
 
 #ifdef PYARGS_CUDA_ARCHS
-STABLE_TORCH_LIBRARY_IMPL(PYARGS_OP_NAMESPACE, CUDA, m) { m.impl("branch_attention", TORCH_BOX(&pyargs::branch_attention_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(PYARGS_OP_NAMESPACE, CUDA, m) {
+  m.impl("branch_attention", TORCH_BOX(&pyargs::branch_attention_cuda));
+}
 #endif

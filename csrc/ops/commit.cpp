@@ -61,10 +61,16 @@ void commit(std::vector<torch::stable::Tensor> states, AtenTensorHandle slot_han
 }  // namespace
 }  // namespace pyargs
 
-STABLE_TORCH_LIBRARY_FRAGMENT(PYARGS_OP_NAMESPACE, m) { m.def("commit(Tensor(a0!)[] states, Tensor slot, Tensor length) -> ()"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(PYARGS_OP_NAMESPACE, m) {
+  m.def("commit(Tensor(a0!)[] states, Tensor slot, Tensor length) -> ()");
+}
 
-STABLE_TORCH_LIBRARY_IMPL(PYARGS_OP_NAMESPACE, CPU, m) { m.impl("commit", TORCH_BOX(&pyargs::commit<pyargs::run_on_cpu>)); }
+STABLE_TORCH_LIBRARY_IMPL(PYARGS_OP_NAMESPACE, CPU, m) {
+  m.impl("commit", TORCH_BOX(&pyargs::commit<pyargs::run_on_cpu>));
+}
 
 #ifdef PYARGS_CUDA_ARCHS
-STABLE_TORCH_LIBRARY_IMPL(PYARGS_OP_NAMESPACE, CUDA, m) { m.impl("commit", TORCH_BOX(&pyargs::commit<pyargs::run_on_cuda>)); }
+STABLE_TORCH_LIBRARY_IMPL(PYARGS_OP_NAMESPACE, CUDA, m) {
+  m.impl("commit", TORCH_BOX(&pyargs::commit<pyargs::run_on_cuda>));
+}
 #endif

@@ -47,8 +47,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(PYARGS_OP_NAMESPACE, m) {
   m.def("topk_logprobs(Tensor logits, SymInt k) -> (Tensor, Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(PYARGS_OP_NAMESPACE, CPU, m) { m.impl("topk_logprobs", TORCH_BOX(&pyargs::topk_logprobs_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(PYARGS_OP_NAMESPACE, CPU, m) {
+  m.impl("topk_logprobs", TORCH_BOX(&pyargs::topk_logprobs_cpu));
+}
 
 #ifdef PYARGS_CUDA_ARCHS
-STABLE_TORCH_LIBRARY_IMPL(PYARGS_OP_NAMESPACE, CUDA, m) { m.impl("topk_logprobs", TORCH_BOX(&pyargs::topk_logprobs_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(PYARGS_OP_NAMESPACE, CUDA, m) {
+  m.impl("topk_logprobs", TORCH_BOX(&pyargs::topk_logprobs_cuda));
+}
 #endif

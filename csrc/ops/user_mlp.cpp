@@ -35,10 +35,16 @@ StableIValue user_mlp(AtenTensorHandle hidden_handle, AtenTensorHandle bank_hand
 }  // namespace
 }  // namespace pyargs
 
-STABLE_TORCH_LIBRARY_FRAGMENT(PYARGS_OP_NAMESPACE, m) { m.def("user_mlp(Tensor hidden, Tensor bank, Tensor user) -> Tensor"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(PYARGS_OP_NAMESPACE, m) {
+  m.def("user_mlp(Tensor hidden, Tensor bank, Tensor user) -> Tensor");
+}
 
-STABLE_TORCH_LIBRARY_IMPL(PYARGS_OP_NAMESPACE, CPU, m) { m.impl("user_mlp", TORCH_BOX(&pyargs::user_mlp<pyargs::run_on_cpu>)); }
+STABLE_TORCH_LIBRARY_IMPL(PYARGS_OP_NAMESPACE, CPU, m) {
+  m.impl("user_mlp", TORCH_BOX(&pyargs::user_mlp<pyargs::run_on_cpu>));
+}
 
 #ifdef PYARGS_CUDA_ARCHS
-STABLE_TORCH_LIBRARY_IMPL(PYARGS_OP_NAMESPACE, CUDA, m) { m.impl("user_mlp", TORCH_BOX(&pyargs::user_mlp<pyargs::run_on_cuda>)); }
+STABLE_TORCH_LIBRARY_IMPL(PYARGS_OP_NAMESPACE, CUDA, m) {
+  m.impl("user_mlp", TORCH_BOX(&pyargs::user_mlp<pyargs::run_on_cuda>));
+}
 #endif
