@@ -39,6 +39,30 @@ def trained(lm: str, case: str) -> dict[str, torch.Tensor]:
     return {"losses": torch.tensor(losses, dtype=torch.float64)} | found
 
 
+def continued(lm: str, folder: Path) -> dict[str, torch.Tensor]:
+    """As `trained` gives it, of a training with tables and LoRA that breaks off behind its third step and goes on."""
+    from pyargs.training import hooks, trainer
+
+    name, fields = CASES["tables and lora"]
+    config, losses = hooks.method(name).Config(backbone=lm, batch_size=15, checkpoint_steps=1, **fields), []
+
+    class Killed(BaseException):
+        pass
+
+    def note(model, step, steps, loss, last=3):
+        losses.append(loss)
+        if len(losses) == last + 1:  # the fourth step is lost
+            raise Killed
+
+    try:
+        trainer.train(name, pairs(), config, note=note, checkpoints=folder)
+    except Killed:
+        losses.pop()
+    model = trainer.train(name, pairs(), config, note=lambda *args: losses.append(args[-1]), checkpoints=folder)
+    found = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {"losses": torch.tensor(losses, dtype=torch.float64)} | found
+
+
 def gradients(number: int) -> dict[str, torch.Tensor]:
     """Of one process, as they are added up with the others': dense, of a table's rows, and of a parameter that only the first
     process has used."""
@@ -101,6 +125,7 @@ def main() -> None:
     )
     for case in CASES:
         torch.save(trained(lm, case), folder / f"{case}-{processes.number()}.pt")
+    torch.save(continued(lm, folder / "checkpoints"), folder / f"continued-{processes.number()}.pt")
     assert pyargs(command(lm, folder)) == 0
     processes.total(0)
     assert pyargs(command(lm, folder)) == 0  # already done, in both

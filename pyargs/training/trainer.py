@@ -197,11 +197,11 @@ def _train_all(recipe, model, rows, config, checkpoints: str | Path | None, note
             save_file({name: p.detach().contiguous() for name, p in trained.items()}, Path(output_dir) / "trained.safetensors")
 
         def _save_checkpoint(self, *arguments):
-            with explained(f"a checkpoint in {self.args.output_dir} cannot be written"):
-                super()._save_checkpoint(*arguments)
-                processes.total(0)  # all have written
-                if processes.number() == 0:
+            if processes.number() == 0:  # on CPUs the Trainer takes every process for the first
+                with explained(f"a checkpoint in {self.args.output_dir} cannot be written"):
+                    super()._save_checkpoint(*arguments)
                     (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / COMPLETE).touch()
+            processes.total(0)  # the others wait
 
         # It is read as data, and pickled code is never run. Another run's checkpoint is an error that names it.
         def _load_from_checkpoint(self, folder, model=None):

@@ -40,6 +40,12 @@ def test_two_processes_make_the_steps_of_one(both, lm_folder, case):
         torch.testing.assert_close(first[name], value, atol=most, rtol=most, msg=lambda said, name=name: f"{name}: {said}")
 
 
+def test_a_training_that_was_killed_goes_on_in_both(both):
+    for number in range(2):
+        whole, found = (torch.load(both[0] / f"{case}-{number}.pt") for case in ("tables and lora", "continued"))
+        assert all(torch.equal(found[name], value) for name, value in whole.items())
+
+
 def test_gradients_are_added_up(both):
     for number in range(2):
         found = torch.load(both[0] / f"toys-{number}.pt")
