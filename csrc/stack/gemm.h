@@ -126,13 +126,13 @@ void with_rows(int64_t count, std::integer_sequence<int, rows...>, const F& f) {
   (void)((count == rows + 1 && (f(std::integral_constant<int, rows + 1>()), true)) || ...);
 }
 
-// Calls f(begin, count) for blocks of nearly equal size; the count is a constant.
-template <class F>
+// Calls f(begin, count) for blocks of nearly equal size, of `most` rows; the count is a constant.
+template <int most = kBlockRows, class F>
 void in_blocks(int64_t rows, const F& f) {
-  const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
+  const int64_t blocks = (rows + most - 1) / most;
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t begin = rows * b / blocks;
-    with_rows(rows * (b + 1) / blocks - begin, std::make_integer_sequence<int, kBlockRows>(),
+    with_rows(rows * (b + 1) / blocks - begin, std::make_integer_sequence<int, most>(),
               [&](auto count) { f(begin, count); });
   }
 }

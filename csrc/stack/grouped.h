@@ -6,6 +6,10 @@
 
 #include "gemm.h"
 
+#ifdef __ARM_FEATURE_DOTPROD
+#include <arm_neon.h>
+#endif
+
 namespace pyargs::stack {
 namespace {
 
@@ -177,23 +181,25 @@ void multiply_grouped(int64_t rows, const float* x, int64_t x_stride, const char
 
 // Sums of four products of int8 in each 32 bits: exact, whichever way a processor has for them. Weights are -128 to
 // 127, inputs -127 to 127.
-template <bool vnni>
 struct Products {
-#if defined(__AVX512F__)
+#if defined(__AVX512VNNI__)
+  __m512i size;  // unsigned: 128 is added, and 128 times the inputs is taken away
+  explicit Products(const char* p) : size(_mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128))) {}
+  static Integers begin(int32_t inputs) { return Integers{} - 128 * inputs; }
+  Integers add(Integers sum, int32_t four) const {
+    return (Integers)_mm512_dpbusd_epi32((__m512i)sum, size, _mm512_set1_epi32(four));
+  }
+#elif defined(__AVX512F__)
   __m512i size;
   __mmask64 negative;
   explicit Products(const char* p) {
     const __m512i w = _mm512_loadu_si512(p);
-    size = vnni ? _mm512_xor_si512(w, _mm512_set1_epi8(-128)) : _mm512_abs_epi8(w);  // unsigned
-    negative = vnni ? 0 : _mm512_movepi8_mask(w);
+    size = _mm512_abs_epi8(w);
+    negative = _mm512_movepi8_mask(w);
   }
-  static Integers begin(int32_t inputs) { return Integers{} - (vnni ? 128 * inputs : 0); }
+  static Integers begin(int32_t) { return Integers{}; }
   Integers add(Integers sum, int32_t four) const {
     const __m512i x = _mm512_set1_epi32(four);
-    if constexpr (vnni) {
-      asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(size), "v"(x));
-      return sum;
-    }
     const __m512i by = _mm512_mask_sub_epi8(x, negative, _mm512_setzero_si512(), x);
     return sum + (Integers)_mm512_madd_epi16(_mm512_maddubs_epi16(size, by), _mm512_set1_epi16(1));
   }
@@ -207,6 +213,13 @@ struct Products {
   Integers add(Integers sum, int32_t four) const {  // two products of 128 * 127 at most stay within 16 bits
     const __m256i by = _mm256_sign_epi8(_mm256_set1_epi32(four), value);
     return sum + (Integers)_mm256_madd_epi16(_mm256_maddubs_epi16(size, by), _mm256_set1_epi16(1));
+  }
+#elif defined(__ARM_FEATURE_DOTPROD)
+  int8x16_t value;
+  explicit Products(const char* p) : value(vld1q_s8(reinterpret_cast<const int8_t*>(p))) {}
+  static Integers begin(int32_t) { return Integers{}; }
+  Integers add(Integers sum, int32_t four) const {
+    return (Integers)vdotq_s32((int32x4_t)sum, value, vreinterpretq_s8_s32(vdupq_n_s32(four)));
   }
 #else
   Integers of[4];
@@ -224,7 +237,7 @@ struct Products {
 
 // sums [rows, kPanel] += x [rows, groups] times a panel of kInt8: within a group exact, then group by group; the same
 // bits on every processor.
-template <bool vnni, int rows>
+template <int rows>
 void int8_block(const Int8Group* x, int64_t x_stride, const char* w, int64_t groups, float* sums, int64_t sums_stride) {
   constexpr int64_t kBytes = panel_bytes(Format::kInt8, kGroup), kAhead = 4 * kBytes;
   for (int64_t g = 0; g < groups; ++g, ++x, w += kBytes) {
@@ -232,7 +245,7 @@ void int8_block(const Int8Group* x, int64_t x_stride, const char* w, int64_t gro
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = Products<vnni>::begin(x[r * x_stride].sum);
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = Products::begin(x[r * x_stride].sum);
     }
     __builtin_prefetch(w + kAhead);
 #pragma GCC unroll 2
@@ -242,7 +255,7 @@ void int8_block(const Int8Group* x, int64_t x_stride, const char* w, int64_t gro
       __builtin_prefetch(from + kAhead + 64);
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v) {
-        const Products<vnni> products(from + v * sizeof(Vector));
+        const Products products(from + v * sizeof(Vector));
 #pragma GCC unroll 16
         for (int r = 0; r < rows; ++r) {
           int32_t four;
@@ -266,21 +279,21 @@ void int8_block(const Int8Group* x, int64_t x_stride, const char* w, int64_t gro
 }
 
 // The same for any number of rows.
-template <bool vnni>
-void multiply_int8(int64_t rows, const Int8Group* x, int64_t x_stride, const char* w, int64_t groups, float* sums,
-                   int64_t sums_stride) {
-  in_blocks(rows, [&](int64_t begin, auto count) {
-    int8_block<vnni, decltype(count)::value>(x + begin * x_stride, x_stride, w, groups, sums + begin * sums_stride,
-                                             sums_stride);
+inline void multiply_int8(int64_t rows, const Int8Group* x, int64_t x_stride, const char* w, int64_t groups,
+                          float* sums, int64_t sums_stride) {
+  constexpr int kMost = kBlockRows < 8 ? kBlockRows : 8;  // with more, sums leave the registers
+  in_blocks<kMost>(rows, [&](int64_t begin, auto count) {
+    int8_block<decltype(count)::value>(x + begin * x_stride, x_stride, w, groups, sums + begin * sums_stride,
+                                       sums_stride);
   });
 }
 
 // sums [rows, kPanel] += x [rows, depth] times a part of a panel of this format.
 template <class T>
-void multiply_panel(Format format, bool vnni, int64_t rows, const typename T::Element* x, int64_t x_stride,
-                    const char* w, int64_t depth, float* sums, int64_t sums_stride) {
+void multiply_panel(Format format, int64_t rows, const typename T::Element* x, int64_t x_stride, const char* w,
+                    int64_t depth, float* sums, int64_t sums_stride) {
   if constexpr (T::kFormat == Format::kInt8) {
-    (vnni ? multiply_int8<true> : multiply_int8<false>)(rows, x, x_stride, w, depth / kGroup, sums, sums_stride);
+    multiply_int8(rows, x, x_stride, w, depth / kGroup, sums, sums_stride);
   } else {
     if constexpr (T::kFormat == Format::kFloat32) {
       if (format == Format::kInt8)

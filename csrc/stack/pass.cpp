@@ -59,7 +59,7 @@ struct Worker {
 // side at `column` of x W^T + bias + delta: count is panels * kPanel. low: [rows, rank], x A^T for those of the rows'
 // queries that want the delta; or null.
 template <class T, class Store>
-void strip(const Matrix& matrix, bool vnni, int panels, const typename T::Element* x, int64_t x_stride, int64_t rows,
+void strip(const Matrix& matrix, int panels, const typename T::Element* x, int64_t x_stride, int64_t rows,
            const Query* query, const float* low, int64_t column, const Store& store) {
   const int64_t width = panels * kPanel;
   alignas(64) float sums[kTaskRows * 2 * kPanel];
@@ -68,7 +68,7 @@ void strip(const Matrix& matrix, bool vnni, int panels, const typename T::Elemen
     const char* w =
         static_cast<const char*>(matrix.weight) + (column / kPanel + panel) * panel_bytes(matrix.format, matrix.depth);
     for (int64_t d = 0; d < matrix.depth; d += kTaskDepth) {
-      multiply_panel<T>(matrix.format, vnni, rows, x + d / T::kValues, x_stride, w + panel_bytes(matrix.format, d),
+      multiply_panel<T>(matrix.format, rows, x + d / T::kValues, x_stride, w + panel_bytes(matrix.format, d),
                         min(kTaskDepth, matrix.depth - d), sums + panel * kPanel, width);
     }
   }
@@ -90,12 +90,12 @@ void strip(const Matrix& matrix, bool vnni, int panels, const typename T::Elemen
 
 // The same for any number of rows and all panels, shared out among the workers.
 template <class T, class Store>
-void product(Worker& worker, const Matrix& matrix, bool vnni, int panels, const typename T::Element* x,
-             int64_t x_stride, int64_t rows, const Query* query, const float* low, const Store& store) {
+void product(Worker& worker, const Matrix& matrix, int panels, const typename T::Element* x, int64_t x_stride,
+             int64_t rows, const Query* query, const float* low, const Store& store) {
   const int64_t strips = matrix.columns / (panels * kPanel), parts = (rows + kTaskRows - 1) / kTaskRows;
   worker.run(strips * parts, [&](int64_t task) {
     const int64_t part = task / strips, begin = rows * part / parts, count = rows * (part + 1) / parts - begin;
-    strip<T>(matrix, vnni, panels, x + begin * x_stride, x_stride, count, query ? query + begin : nullptr,
+    strip<T>(matrix, panels, x + begin * x_stride, x_stride, count, query ? query + begin : nullptr,
              low ? low + begin * matrix.rank : nullptr, task % strips * panels * kPanel,
              [&](int64_t r, int64_t column, float* sums, int64_t width) { store(begin + r, column, sums, width); });
   });
@@ -290,7 +290,7 @@ void forward(const Pass& pass, Worker worker) {
     scale = layer.residual_scale;
     norm(layer.attention_norm);
     const float* low = low_rank<T>(worker, pass, layer.qkv, x, x_stride);
-    product<T>(worker, layer.qkv, pass.vnni, 1, x, x_stride, rows, pass.query, low,
+    product<T>(worker, layer.qkv, 1, x, x_stride, rows, pass.query, low,
                [&](int64_t q, int64_t column, const float* sums, int64_t count) {
                  std::memcpy(pass.qkv + q * stride + column, sums, count * sizeof(float));
                });
@@ -302,18 +302,18 @@ void forward(const Pass& pass, Worker worker) {
       worker.run(rows, [&](int64_t q) { T::put(y + q * y_stride, pass.qkv + q * stride, pass.heads * pass.head_dim); });
     }
     low = low_rank<T>(worker, pass, layer.o, y, y_stride);
-    product<T>(worker, layer.o, pass.vnni, 1, y, y_stride, rows, pass.query, low, add);
+    product<T>(worker, layer.o, 1, y, y_stride, rows, pass.query, low, add);
 
     norm(layer.mlp_norm);
     low = low_rank<T>(worker, pass, layer.gate_up, x, x_stride);
-    product<T>(worker, layer.gate_up, pass.vnni, 2, x, x_stride, rows, pass.query, low,
+    product<T>(worker, layer.gate_up, 2, x, x_stride, rows, pass.query, low,
                [&](int64_t q, int64_t column, float* __restrict sums, int64_t) {
 #pragma omp simd
                  for (int i = 0; i < kPanel; ++i) sums[i] = silu(sums[i]) * sums[kPanel + i];
                  T::put(y + q * y_stride + column / 2 / T::kValues, sums, kPanel);
                });
     low = low_rank<T>(worker, pass, layer.down, y, y_stride);
-    product<T>(worker, layer.down, pass.vnni, 1, y, y_stride, rows, pass.query, low, add);
+    product<T>(worker, layer.down, 1, y, y_stride, rows, pass.query, low, add);
   }
   worker.run(rows, [&](int64_t q) {
     rms_norm(residual + q * wide, pass.norm, pass.epsilon, pass.dim, pass.states + pass.query[q].out * pass.dim);
@@ -385,7 +385,7 @@ void project_largest(const Projection& projection, Worker worker, const typename
       any |= possible;
     }
     if (!any) return;
-    strip<T>(projection.matrix, projection.vnni, 1, x, wide, rows, nullptr, nullptr, column,
+    strip<T>(projection.matrix, 1, x, wide, rows, nullptr, nullptr, column,
              [&](int64_t row, int64_t, const float* sums, int64_t) {
                float* logits = projection.logits + row * vocabulary + column;
                if (wanted[row]) std::memcpy(logits, sums, count * sizeof(float));
@@ -420,7 +420,7 @@ void project(const Projection& projection, Worker worker) {
   if constexpr (T::kValues == 1) {
     if (projection.top > 0) return project_largest<T>(projection, worker, x, wide);
   }
-  product<T>(worker, projection.matrix, projection.vnni, 1, x, stride, projection.rows, nullptr, nullptr,
+  product<T>(worker, projection.matrix, 1, x, stride, projection.rows, nullptr, nullptr,
              [&](int64_t row, int64_t column, const float* sums, int64_t count) {
                std::memcpy(projection.logits + row * vocabulary + column, sums,
                            min(count, vocabulary - column) * sizeof(float));

@@ -88,7 +88,6 @@ struct alignas(64) Phase {
 struct Pass {
   Format
       inputs;  // of rows that are multiplied with weights: kInt8 ones with kInt8 rows or, as kInt4, with kFloat32 ones
-  bool vnni;   // whether this processor multiplies int8 by vpdpbusd
   int64_t dim, heads, kv_heads, head_dim, inner, layers;
   float epsilon, embedding_scale;
   const Layer* layer;
@@ -121,7 +120,6 @@ struct Pass {
 // smaller than these.
 struct Projection {
   Format inputs;
-  bool vnni;
   Matrix matrix;
   Screen screen;
   int64_t rows, dim, vocabulary, top, workers;

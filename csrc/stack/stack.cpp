@@ -33,8 +33,35 @@ namespace pyargs {
 PYARGS_DECLARE(baseline)
 PYARGS_DECLARE(avx2)
 PYARGS_DECLARE(avx512)
+PYARGS_DECLARE(avx512_vnni)
 PYARGS_DECLARE(avx512_bf16)
+PYARGS_DECLARE(dotprod)
 #undef PYARGS_DECLARE
+
+// Calls a function of pass.cpp as it is compiled for this machine.
+#if defined(PYARGS_ARM) && PYARGS_BEST >= 1
+#define PYARGS_CASES_PASS(function, ...) \
+  case Capability::kDotprod:             \
+    return dotprod::function(__VA_ARGS__);
+#elif PYARGS_BEST >= 4
+#define PYARGS_CASES_PASS(function, ...)       \
+  case Capability::kAvx512Bf16:                \
+    return avx512_bf16::function(__VA_ARGS__); \
+  case Capability::kAvx512Vnni:                \
+    return avx512_vnni::function(__VA_ARGS__);
+#elif PYARGS_BEST == 3
+#define PYARGS_CASES_PASS(function, ...) \
+  case Capability::kAvx512Vnni:          \
+    return avx512_vnni::function(__VA_ARGS__);
+#else
+#define PYARGS_CASES_PASS(function, ...)
+#endif
+#define PYARGS_DISPATCH_PASS(function, ...)   \
+  switch (cpu_capability()) {                 \
+    PYARGS_CASES_PASS(function, __VA_ARGS__)  \
+    default:                                  \
+      PYARGS_DISPATCH(function, __VA_ARGS__); \
+  }
 
 using namespace stack;
 
@@ -97,7 +124,6 @@ struct Stack::State {
 
   void run(const Cache::State& cache, const Query* queries, int64_t count, float* states) {
     Pass pass = model;
-    pass.vnni = cpu_capability() >= Capability::kAvx512Vnni;
     pass.workers = thread_count();
     const int64_t share = pass.heads / pass.kv_heads;
     const int64_t most = std::max<int64_t>(1, kAttentionRows / share);
@@ -146,12 +172,7 @@ struct Stack::State {
     pass.x = data + x;
     pass.y = data + y;
     pass.phase = zeroed(data + phase, phases);
-    in_parallel(pass.workers, [&pass](int64_t worker) {
-#if PYARGS_BEST >= 4
-      if (cpu_capability() == Capability::kAvx512Bf16) return avx512_bf16::run_pass(pass, worker);
-#endif
-      PYARGS_DISPATCH(run_pass, pass, worker);
-    });
+    in_parallel(pass.workers, [&pass](int64_t worker) { PYARGS_DISPATCH_PASS(run_pass, pass, worker); });
   }
 
   Pass model{};
@@ -387,7 +408,6 @@ void Stack::logits(const View& states, int64_t top, const View& logits) {
   for (int64_t begin = 0; begin < rows; begin += kQueriesPerPass) {
     Projection projection{};
     projection.inputs = s.model.inputs;
-    projection.vnni = cpu_capability() >= Capability::kAvx512Vnni;
     projection.matrix = s.head;
     projection.matrix.columns = padded(vocabulary);
     projection.screen = s.screen;
@@ -412,12 +432,8 @@ void Stack::logits(const View& states, int64_t top, const View& logits) {
     projection.best = reinterpret_cast<float*>(data + bests);
     std::fill_n(projection.best, best, -std::numeric_limits<float>::infinity());
     projection.phase = s.zeroed(data + phase, phases);
-    in_parallel(projection.workers, [&projection](int64_t worker) {
-#if PYARGS_BEST >= 4
-      if (cpu_capability() == Capability::kAvx512Bf16) return avx512_bf16::run_projection(projection, worker);
-#endif
-      PYARGS_DISPATCH(run_projection, projection, worker);
-    });
+    in_parallel(projection.workers,
+                [&projection](int64_t worker) { PYARGS_DISPATCH_PASS(run_projection, projection, worker); });
   }
 }
 

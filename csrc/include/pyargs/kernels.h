@@ -120,8 +120,8 @@ void commit(const CommitRows& rows, int64_t capacity);
 
 }  // namespace cpu
 
-// Which code is used: "default", "avx2", "avx512", "avx512_vnni" or "avx512_bf16"; at first the best that this CPU has
-// and that was built. Results of one differ from those of another by rounding.
+// Which code is used: "default", "avx2", "avx512", "avx512_vnni" or "avx512_bf16", on Arm "default" or "dotprod"; at
+// first the best that this CPU has and that was built. Results of one differ from those of another by rounding.
 const char* cpu_capability_name();
 
 // Uses another one; std::invalid_argument for another name, and for one that this CPU or this build lacks. Not while

@@ -1,7 +1,12 @@
 // Which code a CPU runs. Baseline only.
 #include "capability.h"
 
+#ifdef PYARGS_ARM
+#include <sys/auxv.h>
+#endif
+
 #include <atomic>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 
@@ -10,10 +15,16 @@
 namespace pyargs {
 namespace {
 
+#ifdef PYARGS_ARM
+constexpr const char* kNames[] = {"default", "dotprod"};
+#else
 constexpr const char* kNames[] = {"default", "avx2", "avx512", "avx512_vnni", "avx512_bf16"};
+#endif
 
 Capability detect() {
-#if PYARGS_BEST >= 1
+#if defined(PYARGS_ARM)
+  return PYARGS_BEST >= 1 && getauxval(AT_HWCAP) & HWCAP_ASIMDDP ? Capability::kDotprod : Capability::kDefault;
+#elif PYARGS_BEST >= 1
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Capability::kDefault;
 #if defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
@@ -46,7 +57,10 @@ const char* name_of(Capability capability) { return kNames[static_cast<int>(capa
 const char* cpu_capability_name() { return name_of(cpu_capability()); }
 
 void set_cpu_capability(const char* name) {
-  for (int level = 0; level < 5; ++level) {
+  constexpr int kLevels = std::size(kNames);
+  std::string names;
+  for (int level = 0; level < kLevels; ++level) {
+    names += (level == 0 ? "" : level + 1 < kLevels ? ", " : " or ") + std::string(kNames[level]);
     if (std::string(name) != kNames[level]) continue;
     const auto wanted = static_cast<Capability>(level);
     if (wanted <= detect()) {
@@ -56,8 +70,7 @@ void set_cpu_capability(const char* name) {
     throw std::invalid_argument(std::string(level > PYARGS_BEST ? "this build has no " : "this CPU has no ") + name +
                                 ", at most " + name_of(detect()));
   }
-  throw std::invalid_argument("CPU capability must be default, avx2, avx512, avx512_vnni or avx512_bf16, got '" +
-                              std::string(name) + "'");
+  throw std::invalid_argument("CPU capability must be " + names + ", got '" + name + "'");
 }
 
 }  // namespace pyargs

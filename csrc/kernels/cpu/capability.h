@@ -8,8 +8,15 @@
 
 namespace pyargs {
 
-// kAvx512Vnni runs the code of kAvx512, and csrc/stack multiplies int8 with vpdpbusd.
-enum class Capability : int { kDefault = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Vnni = 3, kAvx512Bf16 = 4 };
+// Each has all that stands before it; on Arm there are kDefault and kDotprod alone.
+enum class Capability : int {
+  kDefault = 0,
+  kAvx2 = 1,
+  kAvx512 = 2,
+  kAvx512Vnni = 3,
+  kAvx512Bf16 = 4,
+  kDotprod = 1,
+};
 
 // The one in use, and the best that this CPU has and that was built. See capability.cpp.
 Capability cpu_capability();
@@ -19,8 +26,9 @@ const char* name_of(Capability capability);
 }  // namespace pyargs
 
 // Calls `function` of the namespace compiled for this machine. PYARGS_BEST: the best that is built, as a number; CMake
-// sets it. Only csrc/stack has code of its own for kAvx512Bf16.
-#if PYARGS_BEST >= 2
+// sets it. Only csrc/stack has code of its own for kAvx512Vnni,
+// kAvx512Bf16 and kDotprod.
+#if PYARGS_BEST >= 2 && !defined(PYARGS_ARM)
 #define PYARGS_CASE_AVX512(function, ...)    \
   case ::pyargs::Capability::kAvx512Bf16:    \
   case ::pyargs::Capability::kAvx512Vnni:    \
@@ -30,7 +38,7 @@ const char* name_of(Capability capability);
 #else
 #define PYARGS_CASE_AVX512(function, ...)
 #endif
-#if PYARGS_BEST >= 1
+#if PYARGS_BEST >= 1 && !defined(PYARGS_ARM)
 #define PYARGS_CASE_AVX2(function, ...)    \
   case ::pyargs::Capability::kAvx2:        \
     ::pyargs::avx2::function(__VA_ARGS__); \
