@@ -120,7 +120,7 @@ class KernelsFolder(Command):
     ]
 
     def initialize_options(self):
-        self.out, self.backend, self.best_capability = "build/kernels", "cpu", "avx512_bf16"
+        self.out, self.backend, self.best_capability = "build/kernels", "cpu", ""
 
     def finalize_options(self):
         self.out = Path(self.out).resolve()
