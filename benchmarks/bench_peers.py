@@ -3,10 +3,11 @@
     python benchmarks/bench_peers.py [--json FILE] [--plot FILE] [--quick] [--only WORDS] [--busy] [--compile] [--threads N]
 
 SmolLM2-135M; 1 and 8 rows, prompts of 64 and 256. `alone` is the policy by itself; `guided` has a reward model with LoRA
-(rank 8, random) on the same weights, and k = 10 candidates. llama.cpp comes from the wheel `xllamacpp` (pip install xllamacpp),
-with the embedded file (Q4_1) and the same model in F32, BF16 and Q8_0; without the wheel its lines are left out, which is said.
-`prefill`: tokens/s of reading all prompts. `MB`: the weights of the policy; `of stream`: how long the memory takes to deliver
-them once, over the time of a step. `tokens`: the share of the answer's tokens before the first that differs from float32's.
+(rank 8, random) on the same weights, and k = 10 candidates. llama.cpp comes from the wheel `xllamacpp`, with the embedded file
+(Q4_1) and the same model in F32, BF16 and Q8_0; without the wheel (pip install xllamacpp) its lines are left out, which is
+said. `prefill`: tokens/s of reading all prompts. `MB`: the weights of the policy; `of stream`: how long the memory takes to
+deliver them once, over the time of a step. `tokens`: the share of the answer's tokens before the first that float32 has
+otherwise.
 
 Others change what they measure: with a load above 0.3 a core before it starts, or where turns of a line are more than 15%
 apart, no ratio is printed. --busy puts one busy loop on each core and compares with the idle step of the same turn. --compile
