@@ -9,8 +9,10 @@
 
 #include "glance.h"
 #include "include/pyargs/kernels.h"
+#include "include/pyargs/threads.h"
 #include "kernels/cpu/capability.h"
 #include "stack/bindings.h"
+#include "torch_threads.h"
 
 namespace py = pybind11;
 
@@ -46,6 +48,8 @@ PYBIND11_MODULE(_C, m) {
       "set_cpu_capability", [](const std::string& name) { set_cpu_capability(name.c_str()); }, py::arg("name"),
       "Use this capability. For tests; PYARGS_CPU_CAPABILITY does the same at import. Raises ValueError for another "
       "name, and for one that this CPU lacks.");
+  m.def("limit_threads", &limit_threads, py::arg("threads"), "At most so many threads work, however many torch has.");
+  m.def("thread_count", &thread_count, "How many threads a pass has.");
   m.def("glance", &glance, py::arg("dicts"), py::arg("own"), py::arg("names"),
         "A number made of which objects all values of `dicts` are, and those under `names` in the dicts `own`.");
   stack::bind(m);

@@ -94,10 +94,15 @@ template <Format format, class F>
 inline __attribute__((always_inline)) void depths(const char* group, int64_t ahead, const F& f) {
   constexpr int kHeld = format == Format::kInt8 ? 4 : 8;  // depths in 32 bits
   constexpr int kBits = 32 / kHeld;
-  Vector scale[kVectors], offset[kVectors];
+  // Four bits are not moved to the lowest place: where they stand they count 16^j times as much, and their scale as
+  // much less, which is exact. The highest would be a sign, and are moved.
+  constexpr int kScales = format == Format::kInt8 ? 1 : kHeld - 1;
+  Vector scale[kScales][kVectors], offset[kVectors];
 #pragma GCC unroll 16
   for (int v = 0; v < kVectors; ++v) {
-    scale[v] = halves(group + v * kWidth * 2);
+    scale[0][v] = halves(group + v * kWidth * 2);
+#pragma GCC unroll 8
+    for (int j = 1; j < kScales; ++j) scale[j][v] = scale[j - 1][v] * 0.0625f;
     if constexpr (format == Format::kInt4) offset[v] = halves(group + (kVectors + v) * kWidth * 2);
   }
   __builtin_prefetch(group + ahead);
@@ -114,11 +119,11 @@ inline __attribute__((always_inline)) void depths(const char* group, int64_t ahe
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v) {
         if constexpr (format == Format::kInt8) {
-          weights[v] =
-              __builtin_convertvector((Integers)(held[v] << (32 - kBits - kBits * j)) >> (32 - kBits), Vector) *
-              scale[v];
+          const Integers q = (Integers)(held[v] << (32 - kBits - kBits * j)) >> (32 - kBits);
+          weights[v] = __builtin_convertvector(q, Vector) * scale[0][v];
         } else {
-          weights[v] = __builtin_convertvector((Integers)(held[v] >> (kBits * j) & 15u), Vector) * scale[v] + offset[v];
+          const Integers q = (Integers)(j < kScales ? held[v] & (15u << (kBits * j)) : held[v] >> (kBits * j));
+          weights[v] = __builtin_convertvector(q, Vector) * scale[j < kScales ? j : 0][v] + offset[v];
         }
       }
       f(i + j, weights);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -67,6 +68,27 @@ def available_memory() -> int:
             left.append(int((CGROUP / limit).read_text()) - int((CGROUP / used).read_text()) + files)
     return min(left)
 
+
+def cpu_quota() -> float | None:
+    """How many cores' time the container may use; None without a limit. Threads beyond it are stopped for the rest of each
+    period, and a pass waits for them."""
+    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # control groups, version 2 and 1
+        with suppress(OSError, ValueError, ZeroDivisionError):
+            quota, period = " ".join((CGROUP / file).read_text() for file in files).split()
+            if quota not in ("max", "-1"):
+                return int(quota) / int(period)
+    return None
+
+
+def limit_threads() -> None:
+    """Passes have no more threads than the container has cores' time for."""
+    if has_extension and (quota := cpu_quota()) is not None:
+        from pyargs import _C
+
+        _C.limit_threads(max(1, math.ceil(quota)))
+
+
+limit_threads()
 
 _stacks: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()
 """By decoder: the state of it and its output layer, their stack, and by adapter its state and its stack on the same ones."""

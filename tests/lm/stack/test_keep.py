@@ -9,6 +9,7 @@ import torch
 from conftest import tiny_lm
 from decoding import USERS, by_reference, chosen, pair_in_float32, prompts, same
 
+from pyargs import _C
 from pyargs.lm import lora
 from pyargs.lm.stack import keep, pack
 from pyargs.ops.library import has_extension
@@ -59,6 +60,30 @@ def test_a_container_has_the_memory_that_its_group_may_still_take(files, tmp_pat
     for no_limit in ("max", "9223372036854771712"):
         limit.write_text(no_limit)
         assert keep.available_memory() > 2**25 and keep.can_pack(tiny_lm(dtype=torch.float32))
+
+
+@pytest.mark.parametrize(
+    "files, threads",
+    [
+        ({"cpu.max": "150000 100000\n"}, 2),
+        ({"cpu.max": "20000 100000\n"}, 1),
+        ({"cpu.max": "max 100000\n"}, 3),
+        ({"cpu/cpu.cfs_quota_us": "200000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
+        ({"cpu.max": "damaged"}, 3),
+        ({}, 3),
+    ],
+)
+def test_a_pass_has_no_more_threads_than_its_container_has_time_for(files, threads, tmp_path, monkeypatch, with_threads):
+    monkeypatch.setattr(keep, "CGROUP", tmp_path)
+    (tmp_path / "cpu").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    try:
+        keep.limit_threads()
+        assert with_threads(3, _C.thread_count) == threads
+    finally:
+        _C.limit_threads(2**40)
 
 
 def test_one_stack_serves_a_model_and_its_decoder(packed):
