@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pyargs.errors import ELSEWHERE, PyargsError, explained
 from pyargs.files import cache_dir, read_tensors, writing
 from pyargs.lm import lora
-from pyargs.lm.bits import held
+from pyargs.lm.bits import check_plain, held
 from pyargs.lm.called import Called
 from pyargs.lm.forward import Sequences, batches, packed_states, plain_output_layer, spans, token_logprobs
 from pyargs.lm.loading import fingerprint
@@ -228,7 +228,7 @@ def response_states(decoder: nn.Module, groups: Sequences, *, max_tokens: int = 
     if not may_replace(decoder):
         return list(_one_by_one(decoder, groups, progress, _of_states))
     if keep.can_pack(decoder):
-        return [states for _, states in run.continuations(keep.stack_of(decoder), groups, progress)]
+        return [states for _, states in run.continuations(keep.stack_as_held(decoder), groups, progress)]
     device = next(decoder.parameters()).device
     found: list[list[Tensor]] = [[torch.empty(0, dtype=torch.float32, device="cpu")] * len(several) for _, several in groups]
     for numbers, packed in batches(groups, decoder, max_tokens, progress):
@@ -240,6 +240,7 @@ def response_states(decoder: nn.Module, groups: Sequences, *, max_tokens: int = 
 
 def _one_by_one(model: nn.Module, groups: Sequences, progress: str, read) -> Iterator[list[Tensor]]:
     """Each response behind its prompt in a pass of its own, the slow way; read(output, ids [1, T], length of the prompt)."""
+    check_plain(model)
     device = next(model.parameters()).device
     for prompt, several in progress_bar(groups, desc=progress, unit="prompt", hide=len(groups) < 32):
         rows = [torch.tensor([[*prompt, *response]], dtype=torch.long, device=device) for response in several]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 import torch
@@ -49,6 +49,29 @@ def hold(model: nn.Module, dtype: str, file: Path | None = None) -> None:
 def held(model: nn.Module) -> Held | None:
     """How the stack holds the weights of this model or decoder, where that is not as they are."""
     return _held.get(_decoder(model))
+
+
+_bases: WeakKeyDictionary[nn.Module, ref[nn.Module]] = WeakKeyDictionary()
+
+
+def rests(twin: nn.Module, decoder: nn.Module) -> None:
+    """From now on `twin`, with LoRA of its own, counts as resting on the weights of `decoder` as the stack holds them."""
+    _bases[twin] = ref(decoder)
+
+
+def held_base(twin: nn.Module) -> nn.Module | None:
+    """The decoder that a twin rests on, where the stack holds it in fewer bits."""
+    base = _bases[twin]() if twin in _bases else None
+    return None if base is None or held(base) is None else base
+
+
+def check_plain(model: nn.Module) -> None:
+    """Raises PyargsError before a pass of transformers for a model that the stack alone computes: its modules are float32."""
+    if few := held(model):
+        raise PyargsError(
+            f"dtype={few.dtype!r} is for the CPU stack alone, and this would be a pass of transformers (training, a soft "
+            "prompt, a hook, PYARGS_BACKEND=eager): load the model in float32"
+        )
 
 
 def _decoder(model: nn.Module) -> nn.Module:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pyargs.errors import PyargsError
+from pyargs.lm.bits import check_plain
 from pyargs.lm.cache import additive, alike, cache_name, can_share, check_layers, evaluating, parameters, positions
 from pyargs.lm.structure import PROBING, logits_divisor, outline, structure, unwrapped
 from pyargs.lm.tokenize import Packed, pack
@@ -46,6 +47,7 @@ def packed_states(decoder: nn.Module, packed: Packed, inputs_embeds: Tensor | No
 
 
 def _packed_pass(model: nn.Module, packed: Packed, inputs_embeds: Tensor | None):
+    check_plain(model)
     inputs = {"input_ids": packed.input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
     if "longrope" in str(getattr(model.config, "rope_parameters", None)):  # asks the device
         length = packed.prompt_end + packed.end - packed.start

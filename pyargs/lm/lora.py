@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pyargs.config import check_kinds
 from pyargs.errors import PyargsError, described
 from pyargs.files import read_json, read_tensors
+from pyargs.lm import bits
 from pyargs.lm.structure import as_written, base, structure
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -75,7 +76,9 @@ def _inject(decoder: nn.Module, config) -> None:
 def twin(decoder: nn.Module) -> nn.Module:
     """A second decoder on the same weights in memory, to which LoRA can be added without changing the first."""
     memo = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in decoder.parameters()}
-    return copy.deepcopy(decoder, memo)
+    made = copy.deepcopy(decoder, memo)
+    bits.rests(made, decoder)
+    return made
 
 
 def weights(decoder: nn.Module) -> dict[str, Tensor]:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from conftest import reward_model
 from decoding import USERS, chosen, engine_of, pair_in_float32, prompts, same
 from gguf_files import write_gguf
 from stacks import random_lm
 
+from pyargs.decode.pair import load_pair
 from pyargs.errors import PyargsError
-from pyargs.lm import bits
+from pyargs.lm import bits, lora
+from pyargs.lm.forward import packed_states
 from pyargs.lm.loading import load_lm
+from pyargs.lm.tokenize import pack
+from pyargs.models.user_policy import SoftPrompt, UserPolicy
+from pyargs.scoring import response_logprobs, response_states
+from pyargs.types import Users
 
 ROWS = prompts([4, 1, 9])
 
@@ -40,6 +47,47 @@ def test_a_files_blocks_choose_the_tokens_of_float32(tmp_path):
         found.append(chosen(policy, reward_model(policy.get_decoder()), ROWS, USERS, backend="cpu"))
     for ours, right in zip(*found, strict=True):
         assert (ours.tokens, ours.slots, ours.rewards) == (right.tokens, right.slots, right.rewards)
+
+
+def test_rewards_of_whole_answers_are_those_of_the_steps(lm_folder, tmp_path):
+    """Of a model with LoRA on the policy's weights, loaded with them: RM accuracy and best-of-N see their rounding."""
+    model = reward_model(load_lm(lm_folder)[0])
+    lora.add(model.backbone, rank=2, alpha=4, rslora=False, target_modules=["q_proj", "down_proj"])
+    for name, parameter in model.backbone.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.3)
+    model.about |= {"backbone": lm_folder, "dtype": "float32"}
+    model.save_pretrained(tmp_path / "model")
+    found = {}
+    for dtype in ("float32", "int8"):
+        policy, model = load_pair(lm_folder, tmp_path / "model", dtype=dtype)
+        (answer,) = engine_of(policy, model).generate([[5, 9, 7]], ["ann"], reward_weight=1.0, max_new_tokens=6, stop=[])
+        (steps,) = model.step_sums([([5, 9, 7], [answer.tokens])], ["ann"])
+        assert steps.item() == pytest.approx(sum(answer.rewards), abs=1e-5)
+        found[dtype] = model.step_sums([([5, 9, 7], [[8, 6, 4]])], ["ann"])[0].item()
+    assert found["int8"] != pytest.approx(found["float32"], abs=1e-4)
+
+
+def test_a_pass_of_transformers_is_refused(monkeypatch):
+    """Where the stack does not compute, float32 would come in the place of what was asked for."""
+    policy, model = pair_in_float32("shared")
+    bits.hold(policy, "int8")
+    groups = [([5, 9], [[7, 4]])]
+    soft = UserPolicy(policy, None, soft=SoftPrompt(torch.randn(1, 2, policy.config.hidden_size), Users()))
+    packed = pack([one for one, _ in groups], [several for _, several in groups])
+    with pytest.raises(PyargsError, match="CPU stack alone"):
+        soft.logprobs(packed, torch.zeros(1, dtype=torch.long))
+    with pytest.raises(PyargsError, match="CPU stack alone"):
+        packed_states(policy.get_decoder(), packed)
+    with monkeypatch.context() as patch:
+        patch.setenv("PYARGS_BACKEND", "eager")
+        for read, one in ((response_logprobs, policy), (response_states, policy.get_decoder())):
+            with pytest.raises(PyargsError, match="CPU stack alone"):
+                read(one, groups)
+    policy.get_decoder().register_forward_hook(lambda *_: None)
+    for read, one in ((response_logprobs, policy), (response_states, policy.get_decoder())):
+        with pytest.raises(PyargsError, match="CPU stack alone"):
+            read(one, groups)
 
 
 def test_other_ways_to_compute_it_are_refused():

@@ -177,8 +177,8 @@ PLACES = 512
 @torch.no_grad()
 def continuations(stack: Stack, groups, progress: str = "states") -> Iterator[tuple[Tensor, list[Tensor]]]:
     """States behind a prompt that is computed once: for each (prompt ids, [response ids]) the prompt's last state [1, D]
-    ([0, D] of an empty prompt) and those of each response [T, D]. Short responses share a pass, and what a prompt begins with
-    as the one before did is not computed again."""
+    ([0, D] of an empty prompt) and those of each response [T, D], with the stack's delta where it has one. Short responses
+    share a pass, and what a prompt begins with as the one before did is not computed again."""
     longest = max((len(prompt) + max(map(len, several), default=0) for prompt, several in groups), default=0)
     passes = [_together(several, PLACES // max(longest, 1)) for _, several in groups]
     cache = stack.cache(max((len(some) for parts in passes for some in parts), default=1), max(longest, 1))
@@ -186,7 +186,7 @@ def continuations(stack: Stack, groups, progress: str = "states") -> Iterator[tu
     before: Sequence[int] = []
     for (prompt, _), parts in zip(bar, passes, strict=True):
         cache.cut(known := shared(before, prompt))
-        last = stack(_ids([prompt[known:]]), cache)[0, -1:] if prompt else zeros(0, stack.dim)
+        last = stack(_ids([prompt[known:]]), cache, delta=stack.has_delta)[0, -1:] if prompt else zeros(0, stack.dim)
         for row in range(1, max(map(len, parts), default=1)):
             cache.copy(row, 0, len(prompt))
         states, before = [], prompt
@@ -195,7 +195,7 @@ def continuations(stack: Stack, groups, progress: str = "states") -> Iterator[tu
             lengths = [len(one) for one in some]
             ids = _ids([[*one, *[0] * (max(lengths) - len(one))] for one in some])
             mask = torch.tensor([[True] * n + [False] * (max(lengths) - n) for n in lengths], dtype=torch.bool, device="cpu")
-            states += stack(ids, cache, mask)[mask].split(lengths)
+            states += stack(ids, cache, mask, delta=stack.has_delta)[mask].split(lengths)
         yield last, states
 
 
