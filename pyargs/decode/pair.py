@@ -35,7 +35,7 @@ def load_pair(policy, model, *, dtype="float32", backbone: str | None = None):
     backbone: the place that the model's backbone was moved to. A UserPolicy takes no policy: its own language model is
     returned as the policy.
     """
-    if dtype in BITS and not isinstance(policy, (str, Path)):
+    if dtype not in ("float32", torch.float32) and not isinstance(policy, (str, Path)):
         raise PyargsError(
             f"dtype={dtype!r} is of a policy that is loaded by name: give that, or what load_lm(name, dtype={dtype!r}) returns"
         )
