@@ -118,7 +118,8 @@ class Here:
 class Policy:
     """Logits of the next token of rows that come and go.
 
-    lm: a causal language model of transformers. backend: as for `Engine`. max_rows: rows that are here at a time.
+    lm: a causal language model of transformers. backend: as for `Engine`. max_rows: rows that are here at a time. `shared`: as
+    of a `Scorer`.
 
         policy.prefill(["a", "b"], [ids, others])
         logits = policy.next_logits()               # float32 [2, V], in the order of policy.rows
@@ -131,7 +132,7 @@ class Policy:
     def __init__(self, lm, *, backend: str = "auto", max_rows: int = 8):
         self.lm = of_transformers(lm)
         chosen = backends.resolve(backend, self.lm)
-        self.backend, self.reason = chosen.name, chosen.reason
+        self.backend, self.reason, self.shared = chosen.name, chosen.reason, chosen.shared
         vocabulary = self.lm.config.get_text_config(decoder=True).vocab_size
         self._here = Here(self.lm, max_rows)
         self._half = backends.policy(chosen, self.lm, self._here.max_rows, vocabulary)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from pyargs.errors import first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
 
 MODEL = "PYARGS_VLLM_MODEL"
 NAMES = "pyargs_user", "pyargs_reward_weight", "pyargs_num_candidates"
-MOST = 128
+MOST = 64
 """Candidates that the top-k kernels take (`pyargs.ops.topk_logprobs.MAX_K`)."""
 
 
@@ -67,7 +70,7 @@ def wish_of(params) -> Wish | None:
         raise ValueError(f"{NAMES[0]} is the id of a user, a str, got {user!r:.60}")
     if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight):
         raise ValueError(f"{NAMES[1]} is a finite number, the raw weight, got {weight!r:.60}")
-    if isinstance(candidates, bool) or candidates != int(candidates) or not 1 <= candidates <= MOST:
+    if isinstance(candidates, bool) or not isinstance(candidates, Real) or candidates not in range(1, MOST + 1):
         raise ValueError(f"{NAMES[2]} is a whole number, 1 to {MOST}, got {candidates!r:.60}")
     known = _users(folder(), _changed(folder()))
     if known and user not in known:
@@ -92,10 +95,11 @@ def _users(place: Path, _: int) -> frozenset[str]:
 class Guided:
     """A RewardModel or TokenReward beside vLLM's sampler, with a cache of its own for each row.
 
-    device: where it runs. Raises ValueError for a model that cannot guide there.
+    device: where it runs; config: vLLM's `model_config`. Raises ValueError for a model that cannot guide there, so that no
+    request ends the batch that it is in.
     """
 
-    def __init__(self, device):
+    def __init__(self, device, config):
         import torch
 
         import pyargs
@@ -111,6 +115,8 @@ class Guided:
             )
         self.tokenwise, self._room, self._half = isinstance(self.model, TokenReward), 0, None
         self._rows: dict[int, Row] = {}  # those that the half has, by name
+        self._make_room(1)
+        _check(self.model, self._half.shared, config)
 
     def guide(self, logits: Tensor, rows: Sequence[tuple[int, Row]]) -> None:
         """Writes log pi + w r in the place of the logits of each row's candidates, and -inf of all other tokens.
@@ -184,10 +190,23 @@ class Guided:
             self._half.prefill(names, texts)
             rewards = [0.0] * len(new)
         else:
-            rewards = self._half.prefill(names, texts, [row.wish.user for row, _ in new]).tolist()
+            users = [row.wish.user for row, _ in new]
+            self._meet(users)
+            rewards = self._half.prefill(names, texts, users).tolist()
         for (row, tokens), reward in zip(new, rewards, strict=True):
             row.read, row.so_far, row.tried = tokens, reward, {}
             self._rows[row.name] = row
+
+    def _meet(self, users: Sequence[str]) -> None:
+        """Users who came into the folder since it was loaded."""
+        from pyargs.models.folder import load_users, read_config
+
+        own = self.model.users
+        new = [user for user in dict.fromkeys(users) if own.personal and user not in own.ids]
+        if new:
+            there = load_users(folder(), read_config(folder()))
+            rows = there.rows(new)
+            own.append(new, **{name: value.detach()[rows].to(self.model.device) for name, value in there.vectors.items()})
 
     def _make_room(self, count: int) -> None:
         """Twice the places where there are too few: those who are here are read again."""
@@ -208,3 +227,34 @@ class Guided:
             logprobs = self._half.next_logits(names).float().log_softmax(1)
             return logprobs.gather(1, candidates.to(logprobs.device))
         return self._half.score(candidates, names)
+
+
+def _check(model, shared: bool, config) -> None:
+    """Raises ValueError where the model does not read the tokens of vLLM's model, all of them, in rows that come and go."""
+    from transformers import AutoTokenizer
+
+    from pyargs.decode.request import positions
+    from pyargs.lm.forward import border
+    from pyargs.lm.loading import same_tokenizer
+
+    if not shared:
+        raise ValueError(
+            f"candidates of the model of {folder()} cannot share a prefix, so that its rows come in and go on together, as "
+            "those of vLLM do not: take one without sliding windows and states"
+        )
+    known = [most for most in (positions(model.backbone), border(model.backbone)) if most]
+    if known and config.max_model_len > min(known):
+        raise ValueError(
+            f"vLLM's texts have up to {config.max_model_len} tokens, and the model of {folder()} reads {min(known)}: start "
+            f"vLLM with --max-model-len {min(known)}"
+        )
+    try:
+        own = AutoTokenizer.from_pretrained(config.tokenizer, trust_remote_code=False)
+    except Exception as error:  # none is there, where vLLM is given ids alone, or code that comes with it
+        warnings.warn(f"whether vLLM's tokenizer is that of {folder()} is not known: {first_line(error)}", stacklevel=2)
+        return
+    if not same_tokenizer(own, model.tokenizer):
+        raise ValueError(
+            f"vLLM's model and that of {folder()} have different tokenizers, and a candidate's reward is one of the same "
+            "token: take a model that was trained on the family of vLLM's"
+        )

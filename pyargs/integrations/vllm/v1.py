@@ -26,7 +26,7 @@ class Guide(LogitsProcessor):
     """See `pyargs.integrations.vllm`."""
 
     def __init__(self, vllm_config, device, is_pin_memory):
-        self.guided, self.rows = Guided(device), {}
+        self.guided, self.rows = Guided(device, vllm_config.model_config), {}
 
     @classmethod
     def validate_params(cls, params) -> None:

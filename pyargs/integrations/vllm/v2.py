@@ -15,7 +15,7 @@ class Guide(LogitsProcessor):
     def __init__(self, vllm_config, req_states):
         if getattr(vllm_config, "speculative_config", None) is not None:
             raise ValueError("a guided policy does not speculate: start vLLM without speculative decoding")
-        self.guided, self.states, self.rows = Guided(req_states.device), req_states, {}
+        self.guided, self.states, self.rows = Guided(req_states.device, vllm_config.model_config), req_states, {}
 
     @classmethod
     def validate_params(cls, sampling_params) -> None:

@@ -6,17 +6,27 @@ import importlib
 import random
 import sys
 import types
+import warnings
 from enum import Enum, auto
+from math import inf
 from typing import NamedTuple
 
 import pytest
 import serving
+import small
 import torch
+from conftest import reward_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokens import byte_level
 
+from pyargs.data import synthetic
 from pyargs.decode.engine import Engine
+from pyargs.errors import PyargsError
+from pyargs.lm.loading import load_lm
 from pyargs.models.token_reward import TokenReward
+from pyargs.ops.topk_logprobs import MAX_K
+from pyargs.training.hooks import method
 
 EOS = 0
 
@@ -60,8 +70,18 @@ class Context(NamedTuple):
     pos: torch.Tensor
 
 
+class ModelConfig(NamedTuple):
+    tokenizer: str
+    max_model_len: int = 512
+
+
 class Config(NamedTuple):
+    model_config: ModelConfig
     speculative_config: object = None
+
+
+def config_of(policy, **more) -> Config:
+    return Config(ModelConfig(policy.name_or_path, **more))
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +137,7 @@ def next_logits(policy, texts: list[list[int]]) -> torch.Tensor:
 
 def run_v1(guide, policy, asked: list[Asked], rows: int, draw: random.Random) -> list[list[int]]:
     """As the V1 runner: a dense batch, gaps filled by the last rows, and now and then two that change places."""
-    processor, batch, left = guide(Config(), "cpu", False), [], list(enumerate(asked))
+    processor, batch, left = guide(config_of(policy), "cpu", False), [], list(enumerate(asked))
     outputs: list[list[int]] = [[] for _ in asked]
     while left or batch:
         removed = [at for at, number in enumerate(batch) if done(asked[number], outputs[number])]
@@ -152,7 +172,7 @@ def run_v1(guide, policy, asked: list[Asked], rows: int, draw: random.Random) ->
 def run_v2(guide, policy, asked: list[Asked], rows: int, draw: random.Random) -> list[list[int]]:
     """As Model Runner V2: slots that are used again, rows in any order, and answers that are taken out and come back."""
     tokens = torch.zeros(rows, 512, dtype=torch.int32)
-    processor = guide(Config(), States("cpu", Held(tokens)))
+    processor = guide(config_of(policy), States("cpu", Held(tokens)))
     outputs, left, slots = [[] for _ in asked], list(range(len(asked))), {}
     while left or slots:
         for slot in [slot for slot, number in slots.items() if done(asked[number], outputs[number])]:
@@ -233,7 +253,7 @@ def test_what_is_forbidden_stays_forbidden(guides, models, monkeypatch):
     """A grammar has masked tokens before: they are no candidates that win."""
     policy, (folder, _) = models[0], models[1]["head"]
     monkeypatch.setenv("PYARGS_VLLM_MODEL", folder)
-    processor = guides["v1"](Config(), "cpu", False)
+    processor = guides["v1"](config_of(policy), "cpu", False)
     processor.update_state(
         BatchUpdate(1, [], [(0, Params({"pyargs_user": "ann", "pyargs_reward_weight": 50.0}), [5, 9], [])], [])
     )
@@ -254,7 +274,10 @@ def test_who_asks_wrongly_is_refused_when_the_request_comes(guides, models, monk
             ({"pyargs_user": 3}, "a str"),
             ({"pyargs_reward_weight": 2.0}, "name the user"),
             ({"pyargs_user": "ann", "pyargs_reward_weight": float("nan")}, "finite number"),
-            ({"pyargs_user": "ann", "pyargs_num_candidates": 0}, "1 to 128"),
+            *(
+                ({"pyargs_user": "ann", "pyargs_num_candidates": k}, f"1 to {MAX_K}")
+                for k in (0, MAX_K + 1, 2.5, "5", [5], inf)
+            ),
             ({"pyargs_user": "ann", "pyargs_strength": 1.0}, "there is no 'pyargs_strength'"),
         ):
             with pytest.raises(ValueError, match=said):
@@ -263,4 +286,55 @@ def test_who_asks_wrongly_is_refused_when_the_request_comes(guides, models, monk
     with pytest.raises(ValueError, match="set PYARGS_VLLM_MODEL"):
         guides["v1"].validate_params(Params({"pyargs_user": "ann"}))
     with pytest.raises(ValueError, match="does not speculate"):
-        guides["v2"](Config(speculative_config=object()), States("cpu", Held(torch.zeros(1, 1))))
+        guides["v2"](Config(ModelConfig("any"), object()), States("cpu", Held(torch.zeros(1, 1))))
+
+
+@pytest.mark.parametrize("kind", ["head", "tokens"])
+def test_a_model_that_does_not_fit_is_refused_at_the_start(guides, models, kind, lm_folder, tmp_path, monkeypatch):
+    """And not by an error that ends the batch of whoever asks first."""
+    policy, (folder, _) = models[0], models[1][kind]
+    start = lambda config: guides["v1"](config, "cpu", False)  # noqa: E731
+    monkeypatch.setenv("PYARGS_VLLM_MODEL", folder)
+    start(config_of(policy, max_model_len=2048))
+    with pytest.raises(ValueError, match="--max-model-len 2048"):
+        start(config_of(policy, max_model_len=2049))
+    byte_level().save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="different tokenizers"):
+        start(Config(ModelConfig(str(tmp_path / "other"))))
+    with pytest.warns(UserWarning, match="whether vLLM's tokenizer is that"):  # none is there, where vLLM is given ids alone
+        start(Config(ModelConfig(str(tmp_path))))
+
+    windowed = str(synthetic.tiny_lm(tmp_path / "lm", family="mistral", sliding_window=4))
+    lm, tokenizer = load_lm(windowed)
+    model = TokenReward(lm, tokenizer) if kind == "tokens" else reward_model(lm)
+    model.about |= {"method": kind, "fields": {}}
+    monkeypatch.setenv("PYARGS_VLLM_MODEL", saved(model, windowed, tmp_path / "model"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that candidates are copied
+        with pytest.raises(ValueError, match="come in and go on together"):
+            start(config_of(policy))
+
+
+def test_a_model_that_ranks_whole_answers_is_refused_at_the_start(guides, models, lm_folder, tmp_path, monkeypatch):
+    small.saved(
+        method("pal"), small.config_of("pal", lm_folder, variant="B", freeze_backbone=True), tmp_path / "pal", lm_folder
+    )
+    monkeypatch.setenv("PYARGS_VLLM_MODEL", str(tmp_path / "pal"))
+    with pytest.raises(PyargsError, match="guides no decoder"):
+        guides["v1"](config_of(models[0]), "cpu", False)
+
+
+def test_a_user_who_comes_into_the_folder_is_served(guides, models, lm_folder, tmp_path, monkeypatch):
+    policy, model = serving.pair(lm_folder)
+    model.about |= {"method": "lore", "fields": {}}
+    monkeypatch.setenv("PYARGS_VLLM_MODEL", saved(model, lm_folder, tmp_path / "model"))
+    asked = [Asked([5, 9, 11], {"pyargs_user": user}, 6) for user in ("dora", "bob")]
+
+    def guide(*given):
+        made = guides["v1"](*given)
+        model.users.append(["dora"], mixture=torch.tensor([[9.0, -9.0, 4.0]]))
+        saved(model, lm_folder, tmp_path / "model")
+        return made
+
+    found = run_v1(guide, policy, asked, 2, random.Random(0))
+    assert found == engines(policy, model, asked) and found[0] != found[1]
