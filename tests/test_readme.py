@@ -90,16 +90,41 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
+def named_tests(file: Path) -> set[str]:
+    return set(re.findall(r"^def (test_\w+)", file.read_text(encoding="utf-8"), re.MULTILINE))
+
+
+def test_each_cell_of_what_works_where_leads_to_its_test():
+    """And each test that the page names stands in a cell. That they exist is seen where links are."""
+    text = (ROOT / "docs/embedding.md").read_text(encoding="utf-8")
+    header, _, *rows = re.search(r"## What works where\n.*?\n(\|.*?)\n\n", text, re.DOTALL)[1].splitlines()
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert len(rows) > 10 and all(len(row) == header.count("|") - 1 for row in cells)
+    led = dict(re.findall(r"^\[([\w-]+)\]: \.\./(tests/\S+#test_\w+)$", text, re.MULTILINE))
+    used = set()
+    for name, *row in cells:
+        for cell in row:
+            if cell == "—":
+                continue
+            link = re.fullmatch(r"\[(yes|slow|no|theirs|yours|one|end|sums|rewards|sampled|weight 0)\]\[([\w-]+)\]", cell)
+            assert link and link[2] in led, f"{name}: {cell}"
+            used.add(link[2])
+    assert used == led.keys()
+
+
 @pytest.mark.parametrize("page", [*PAGES, "docs/findings/index.md"])
 def test_links_lead_somewhere(page):
     file = ROOT / page
-    for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(FENCE, "", file.read_text(encoding="utf-8"))):
+    text = re.sub(FENCE, "", file.read_text(encoding="utf-8"))
+    for link in re.findall(r"\]\(([^)\s]+)\)|^\[[^\]]+\]: (\S+)", text, re.MULTILINE):
+        link = "".join(link)
         if re.match(r"https?:", link):
             continue
         path, _, anchor = link.partition("#")
         target = (file.parent / path).resolve() if path else file
         assert target.exists(), f"{page} links to {link}"
-        assert not anchor or anchor in anchors(target), f"{page} links to {link}"
+        there = named_tests if target.suffix == ".py" else anchors
+        assert not anchor or anchor in there(target), f"{page} links to {link}"
 
 
 def test_every_finding_is_listed():

@@ -16,6 +16,7 @@ from pyargs.decode.request import Request, as_float, bounds, integer, no_choice,
 from pyargs.decode.scorer import Scorer
 from pyargs.errors import PyargsError
 from pyargs.integrations.generation_config import padding_of
+from pyargs.lm.loading import same_tokenizer
 from pyargs.ops import topk_logprobs
 from pyargs.ops.choice import broken
 from pyargs.ops.topk_logprobs import MAX_K
@@ -43,8 +44,8 @@ class RewardLogitsProcessor(LogitsProcessor):
     token is chosen. With several rows for each prompt (beams, samples) a prompt's rows stand together, as in `generate`.
     eos_token_id: the policy's stop tokens (`lm.generation_config.eos_token_id`), which earn the reward of the text before them
     (eos_reward="before", the default) or their own ("state"). num_beams: as of `generate`. attention_mask: of the prompts,
-    int64 [B, T], where they are padded, always on the left; set the attribute anew with each padded batch. backend: as for
-    `Engine`.
+    int64 [B, T], where they are padded, always on the left; set the attribute anew with each padded batch. tokenizer: the
+    policy's, which no call shows, so that another one than the model's is refused. backend: as for `Engine`.
 
     It keeps a cache of each row, and finds the rows of a call by their tokens: rows may be reordered by beams, end, or begin
     anew with other prompts. What a call gives is what a new processor would give. In a loop where rows leave, tell it by
@@ -69,6 +70,7 @@ class RewardLogitsProcessor(LogitsProcessor):
         num_beams: int = 1,
         eos_reward: str = "before",
         attention_mask: Tensor | None = None,
+        tokenizer=None,
         backend: str = "auto",
     ):
         if eos_reward not in ("before", "state"):
@@ -81,6 +83,8 @@ class RewardLogitsProcessor(LogitsProcessor):
             raise PyargsError(
                 "this model's reward is a mean over the answer, and no call says where it begins: take pyargs.guide"
             )
+        if None not in (tokenizer, model.tokenizer) and not same_tokenizer(tokenizer, model.tokenizer):
+            raise PyargsError("policy and reward model have different tokenizers: take pyargs.guide, which reads texts")
         model.users.rows(self.users)  # UnknownUser now, not in the first step
         self.weights = weights(reward_weight, len(self.users)).expand(len(self.users)).tolist()
         self.stops = [] if eos_token_id is None else list(stop_tokens(None, eos_token_id, "eos_token_id"))

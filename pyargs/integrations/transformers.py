@@ -86,6 +86,8 @@ def guide(
             feed = token_callback if streamer is None else _feeding(streamer, input_ids, token_callback)
             how = dict(max_rows=max(1, len(prompts)), eos_reward=eos_reward, tokenizer=tokenizer)
             engine = Engine(lm, model, backend=backend, **how)
+            if not engine.pair.guided:
+                raise PyargsError("a UserPolicy answers by itself and guides nobody: ask Engine(None, model)")
             if adjusts and engine.backend == "cuda-graph" and backend == "auto":
                 engine = Engine(lm, model, backend="eager", **how)  # a captured step does not wait for the host
             copies = config.num_return_sequences or 1
