@@ -38,7 +38,8 @@ OF_NO_MODULE = {
     *("distributed/test_cells.py", "distributed/test_ray.py", "distributed/test_torchrun.py"),
     *("heads/test_all.py", "methods/test_all.py", "methods/test_planted_users.py", "models/test_first_house.py"),
     *("decode/backends/test_fake_device.py", "ops/test_bank.py", "ops/test_emulated.py", "ops/test_gpu.py"),
-    *("ops/test_precision.py", "ops/test_tickets.py", "integrations/test_cxx.py", "integrations/test_kernels.py"),
+    *("ops/test_precision.py", "ops/test_tickets.py", "integrations/test_cxx.py", "integrations/test_doors.py"),
+    "integrations/test_kernels.py",
 }
 # Modules without a test file of their own, and where they are tested.
 TESTED_IN = {
