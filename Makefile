@@ -1,5 +1,5 @@
 # Every target sets itself up from nothing: a virtual environment with torch, then pyargs with its extension.
-#   make demo | test | docs | reproduce | artefacts | kernels | bench | sanitize | cuda-check | lint | clean  (VENV=, TORCH=)
+#   make demo | test | fuzz | docs | reproduce | artefacts | kernels | bench | sanitize | cuda-check | lint | clean  (VENV=, TORCH=)
 PYTHON ?= python3
 VENV ?= .venv
 # torch comes first and by itself: what depends on it (peft, accelerate ...) would otherwise choose another one, gigabytes large.
@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.pyargs-installed
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/* csrc/*/*/*)
 BENCHMARKS := $(wildcard benchmarks/bench_*.py)
 
-.PHONY: help setup demo reproduce artefacts kernels test docs bench sanitize cuda-check lint clean
+.PHONY: help setup demo reproduce artefacts kernels test fuzz docs bench sanitize cuda-check lint clean
 help:
 	@sed -n '1,2p' Makefile
 
@@ -47,6 +47,12 @@ kernels: $(INSTALLED)
 # One thread per worker: two workers that each start a thread per core only wait for each other.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=8 --durations=10
+
+# Hostile input for everything that reads what others wrote: 50,000 inputs for each cheap entry point, 2,000 for each that loads a
+# model, with the branches that they reach; hours long. ENTRIES="'keys of a service'" for some, INPUTS="500 50" for fewer.
+INPUTS ?= 50000 2000
+fuzz: $(INSTALLED)
+	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python -m fuzz $(ENTRIES) --inputs $(INPUTS) --out build/fuzz.json
 
 # The site, in build/docs: open build/docs/index.html. A warning is an error.
 docs: $(INSTALLED)

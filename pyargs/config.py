@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import numbers
 import types
 import typing
 
@@ -19,9 +20,13 @@ def option(default, help: str, **more):
 
 
 def check_fields(config) -> None:
-    """Raises PyargsError for a value that is not among a field's `choices` or below its `least`."""
+    """Raises PyargsError for a value of another kind than its field's, not among its `choices` or below its `least`."""
+    hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value, choices, least = getattr(config, field.name), field.metadata.get("choices"), field.metadata.get("least")
+        if not _is(value, hints[field.name]):
+            kind = getattr(hints[field.name], "__name__", hints[field.name])
+            raise PyargsError(f"{field.name} must be {kind}, not {_shown(value)}")
         if choices is not None and value not in choices:
             raise PyargsError(f"{field.name} is one of {', '.join(choices)}, not {value!r}")
         if least is not None and value is not None and value < least:
@@ -53,7 +58,8 @@ def _is(value, kind) -> bool:
     if origin is not None:
         return True  # what a method file may have; nothing here is described by it
     if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300 and math.isfinite(value)
+        return isinstance(value, numbers.Real) and not isinstance(value, bool) and abs(value) < 1e300 and math.isfinite(value)
+    kind = numbers.Integral if kind is int else kind  # numpy's are numbers too
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 

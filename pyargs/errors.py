@@ -10,9 +10,29 @@ import string
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
+LONGEST = 2000
+"""Characters of a message."""
+
 
 class PyargsError(RuntimeError):
-    """Input, data or a request that cannot be served as given; the command line prints it without a traceback."""
+    """Input, data or a request that cannot be served as given; the command line prints it without a traceback.
+
+    Its message is one line: what it quotes of a file or a request may be anything.
+    """
+
+    def __init__(self, *args):
+        super().__init__(*(one_line(one) if isinstance(one, str) else one for one in args))
+
+
+def one_line(text: str) -> str:
+    """The text with its lines joined, other letters that cannot be printed escaped, and its middle left out beyond LONGEST."""
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 4 :]}"
+    if not text.isprintable():
+        text = re.sub(r"\s*\n\s*", " ", text)
+        escaped = (one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+        text = "".join(escaped)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 4 :]}"
 
 
 class UnknownUser(PyargsError, KeyError):

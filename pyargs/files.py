@@ -28,6 +28,8 @@ LINE = 1 << 24
 """The longest line that is read, in characters: a small .gz can hold a line that fills the memory."""
 JSON = 1 << 28
 """The largest .json file that is read, in bytes: it is read in one piece."""
+HALF = re.compile(r"\\u[dD][89a-fA-F]")
+"""How JSON writes the halves of a letter; alone they are none."""
 UNFOLDED = 100
 """How many times its size a .gz that is read in one piece may unpack to (text: 3 to 20)."""
 
@@ -100,7 +102,11 @@ def read_json(path: str | Path):
         check_regular(path)
         if Path(path).stat().st_size > JSON:
             raise PyargsError(f"{path} is larger than {JSON >> 20} MiB: no file that pyargs writes is")
-        return parse_json(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        value = parse_json(text)
+        if HALF.search(text):
+            json.dumps(value, ensure_ascii=False).encode()  # what cannot be written again is no text
+        return value
     except FileNotFoundError as error:
         raise PyargsError(f"{path} does not exist") from error
     except (ValueError, OSError) as error:  # neither JSON nor UTF-8, a folder, not allowed

@@ -167,8 +167,11 @@ class Users(nn.Module):
         ids, vectors = read_json(folder / "users.json"), read_tensors(folder / "users.safetensors")
         if not isinstance(ids, list) or not {*map(type, ids)} <= {str}:
             raise PyargsError(f"{folder / 'users.json'} is no list of ids")
-        with described(f"{folder / 'users.safetensors'} does not fit"):
-            return cls(ids, **vectors)
+        try:
+            with described(f"{folder / 'users.safetensors'} does not fit"):
+                return cls(ids, **vectors)
+        except PyargsError as error:
+            raise PyargsError(f"{folder / 'users.json'} and its vectors: {error}") from error
 
 
 @dataclass

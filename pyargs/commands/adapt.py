@@ -44,5 +44,9 @@ def run(args: argparse.Namespace) -> dict:
     if not model.known_users:
         plan["new_users"] = 0  # the same for everyone: nobody had to be added
     return files.record(
-        args.out, key, **plan, users=len(model.known_users), provenance=files.provenance(model.about["fields"]["seed"])
+        args.out,
+        key,
+        **plan,
+        users=len(model.known_users),
+        provenance=files.provenance(model.about.get("fields", {}).get("seed")),
     )

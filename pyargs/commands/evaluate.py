@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> dict:
         raise PyargsError("--rescale is about --bertscore: name its model")
     config = read_config(locate(args.model))
     if args.zero_shot and config["kind"] == "user_policy":
-        raise PyargsError(f"{args.model} answers by itself ({config['method']}) and has no rewards: leave --zero-shot out")
+        raise PyargsError(f"{args.model} answers by itself ({config.get('method')}) and has no rewards: leave --zero-shot out")
     if args.generations and config["kind"] != "user_policy" and args.policy is None:
         raise PyargsError("--generations of a model that guides need its --policy")
     inputs = {"data": content_hash(rows), "model": files.sha256(args.model), "policy": hub.identity(args.policy)}
@@ -83,7 +83,9 @@ def run(args: argparse.Namespace) -> dict:
             # What a method made of the policy must not judge its own fluency.
             judge = policy if args.policy else load_lm(args.backbone or config["backbone"], dtype=config["dtype"])[0]
             values |= _generations(args, model, judge, rows, tuned)
-    result = Result("evaluate", values, key["config"], inputs, files.provenance(model.about["fields"].get("seed"))).json()
+    result = Result(
+        "evaluate", values, key["config"], inputs, files.provenance(model.about.get("fields", {}).get("seed"))
+    ).json()
     files.write_json(args.out, result)
     files.record(args.out, key)
     return result

@@ -28,5 +28,5 @@ def run(args: argparse.Namespace) -> dict:
         key,
         out=args.out,
         users=len(model.known_users),
-        provenance=files.provenance(model.about["fields"].get("seed")),
+        provenance=files.provenance(model.about.get("fields", {}).get("seed")),
     )

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from pyargs import files
+from pyargs.config import check_kinds
 from pyargs.data import demo
 from pyargs.decode.answer import Answer
 from pyargs.errors import PyargsError
@@ -45,7 +46,9 @@ def known(policy: nn.Module, model) -> float | None:
         )
     found = carried.get(_fingerprint(policy))
     if found is None and (file := _file(policy, model)).exists():
-        found = files.read_json(file)["reward_std"]
+        kept = files.read_json(file)
+        check_kinds(kept, {"reward_std": float}, f"{file} is damaged, remove it")
+        found = kept["reward_std"]
     return found
 
 

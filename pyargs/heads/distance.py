@@ -51,9 +51,11 @@ class Head(nn.Module):
     def __init__(self, dim: int, width: int, rank: int, users: Users, *, residual: str = "input"):
         super().__init__()
         self.project = Projector(dim, width, activation="relu", residual=residual)
-        # Seed 42 whatever the seed of the run is, as in PAL's code.
-        start = torch.randn(rank, dim, generator=torch.Generator().manual_seed(42), dtype=torch.float32, device="cpu")
-        self.prototypes = nn.Parameter(F.normalize(start, dim=1))
+        self.prototypes = nn.Parameter(torch.empty(rank, dim, dtype=torch.float32))
+        if not self.prototypes.is_meta:  # of a folder, which has its own
+            # Seed 42 whatever the seed of the run is, as in PAL's code.
+            start = torch.randn(rank, dim, generator=torch.Generator().manual_seed(42), dtype=torch.float32, device="cpu")
+            self.prototypes.data = F.normalize(start, dim=1)
         self.users = users
 
     def config(self) -> dict:

@@ -3,6 +3,7 @@ GGUF file that it was read from, as they are."""
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import NamedTuple
 from weakref import WeakKeyDictionary, ref
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyargs.errors import PyargsError, first_line
+from pyargs.errors import PyargsError, described
 
 BITS = ("int8", "file")
 
@@ -95,11 +96,14 @@ def check_gguf(file: Path) -> None:
     """Raises PyargsError for a file that transformers would read as another model than it is."""
     reader = _reader(file)
     family = _field(reader, "general.architecture")
-    if family not in FAMILIES:
+    if family not in list(FAMILIES):
         raise PyargsError(f"{file} is of the family '{family}': of GGUF files only {' and '.join(FAMILIES)} are read")
     scaling = _field(reader, f"{family}.rope.scaling.type") or "none"
     if scaling != "none" or any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors):
         raise PyargsError(f"{file} scales its rotary embedding, which is lost on reading: give the model as safetensors")
+    layers = _field(reader, f"{family}.block_count")
+    if not isinstance(layers, int) or layers > len(reader.tensors):
+        raise PyargsError(f"{file}: 'block_count' is {layers}, and the file holds {len(reader.tensors)} tensors")
     if not (file.parent / "tokenizer.json").exists():
         raise PyargsError(
             f"a GGUF file only names how its tokenizer splits words: put the tokenizer.json and tokenizer_config.json of the "
@@ -110,14 +114,56 @@ def check_gguf(file: Path) -> None:
 def _reader(file: Path):
     from gguf import GGUFReader
 
-    try:
+    with described(f"cannot read the GGUF file {file}"):  # a damaged one fails anywhere within gguf
+        _check_counts(file)
         return GGUFReader(file)
-    except Exception as error:  # a damaged file fails anywhere within gguf
-        raise PyargsError(f"cannot read the GGUF file {file}: {type(error).__name__}: {first_line(error)}") from error
 
 
 def _field(reader, name: str):
-    return None if (field := reader.get_field(name)) is None else field.contents()
+    with described(f"cannot read '{name}' of the GGUF file {reader.data.filename}"):
+        return None if (field := reader.get_field(name)) is None else field.contents()
+
+
+SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+"""Bytes of a field of a GGUF file, by its type."""
+STRING, ARRAY = 8, 9
+
+
+def _check_counts(file: Path) -> None:
+    """Raises ValueError where the head of a GGUF file counts more than the file has room for. gguf would count to the end, in
+    memory, behind the end of the file."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+
+        def number(form: str) -> int:
+            if len(found := stream.read(struct.calcsize(form))) < struct.calcsize(form):
+                raise ValueError("it ends within its head")
+            return struct.unpack(form, found)[0]
+
+        def skip(count: int, each: int) -> None:
+            if count * each > size - stream.tell():
+                raise ValueError(f"it counts {count} where it has {size - stream.tell()} bytes")
+            stream.seek(count * each, 1)
+
+        def value(kind: int) -> None:
+            if kind in SIZES:
+                skip(1, SIZES[kind])
+            elif kind == STRING:
+                skip(number("<Q"), 1)
+            elif kind == ARRAY and (of := number("<I")) in SIZES:
+                skip(number("<Q"), SIZES[of])
+            elif kind == ARRAY and of == STRING:
+                for _ in range(number("<Q")):
+                    skip(number("<Q"), 1)
+            else:
+                raise ValueError(f"it has a field of type {kind}")
+
+        if stream.read(4) != b"GGUF" or not 2 <= number("<I") <= 3:
+            raise ValueError("it is none of version 2 or 3, with the lowest byte first")
+        number("<Q")
+        for _ in range(number("<Q")):
+            value(STRING)
+            value(number("<I"))
 
 
 def read_blocks(file: Path, decoder: nn.Module, head: nn.Linear | None) -> dict[nn.Linear, tuple[str, Tensor]]:

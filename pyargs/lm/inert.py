@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
 from pyargs.errors import PyargsError
@@ -10,6 +12,8 @@ from pyargs.files import read_json
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 MODULES = ("Transformer", "Pooling", "Normalize", "Dense")
 """Parts of a sentence encoder; each is a class of sentence-transformers."""
+COUNTED, MOST = re.compile("(layers?|labels|experts|codebooks|quantizers)$"), 4096
+"""Settings that count modules or names."""
 
 
 def check_inert(folder: Path) -> None:
@@ -53,9 +57,23 @@ def _check_settings(file: Path) -> None:
             f"a class of its own for {config.get('model_type', 'this model')!r}, remove 'auto_map' from the file"
         )
     _check_kernels(file, config)
+    for name, value in config.items() if file.name == "tokenizer_config.json" else ():
+        if isinstance(value, str) and (name in ("vocab", "merges") or name.endswith("_file")) and os.path.exists(value):
+            raise PyargsError(f"{file}: '{name}' is {value!r}, a file of elsewhere: remove it")
+    if file.name == "config.json":
+        _check_counts(file, config)
     activation = config.get("activation_function", "")  # of a Dense: a class by name
     if "." in str(activation) and not str(activation).startswith("torch.nn.modules."):
         raise PyargsError(f"{file}: 'activation_function' is {activation!r}, which is no class of torch.nn")
+
+
+def _check_counts(file: Path, config: dict) -> None:
+    """Of what transformers makes one by one, before it compares with the weights."""
+    for name, value in config.items():
+        if COUNTED.search(name) and isinstance(value, int) and value > MOST:
+            raise PyargsError(f"{file}: '{name}' is more than {MOST}, of which no model has so many")
+        if isinstance(value, dict):
+            _check_counts(file, value)
 
 
 def _check_kernels(file: Path, config: dict) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import threading
 from contextlib import contextmanager
 from functools import partial
@@ -23,6 +24,7 @@ SETTINGS = {"r": int, "lora_alpha": float, "use_rslora": bool, "lora_dropout": f
 """Settings that are read from an adapter's file."""
 NOTES = ("base_model_name_or_path", "inference_mode", "peft_version", "revision")
 """Settings that are ignored; all others must have PEFT's defaults."""
+A = re.compile("lora_(embedding_)?A")
 ARCHITECTURE = ("model_type", "rms_norm_eps", "layer_norm_eps", "rope_parameters", "num_attention_heads", "hidden_act")
 
 
@@ -63,10 +65,10 @@ def add(decoder: nn.Module, *, rank: int, alpha: float, rslora: bool, target_mod
         ) from error
 
 
-def _inject(decoder: nn.Module, config) -> None:
+def _inject(decoder: nn.Module, config, **more) -> None:
     from peft import inject_adapter_in_model
 
-    inject_adapter_in_model(config, decoder)
+    inject_adapter_in_model(config, decoder, **more)
     decoder.peft_config = {"default": config}
     for name, parameter in decoder.named_parameters():
         if "lora_" in name:
@@ -109,8 +111,10 @@ def load(decoder: nn.Module, folder: Path) -> None:
     file, settings = folder / FILES[0], read_json(folder / FILES[0])
     check_kinds(settings, SETTINGS, str(file))
     saved = read_tensors(folder / FILES[1])
-    if ranks := {len(value) for name, value in saved.items() if "lora_A" in name} - {settings["r"]}:
-        raise PyargsError(f"{file}: 'r' is {settings['r']}, but {FILES[1]} holds weights of rank {min(ranks)}")
+    ranks = {value.shape[0] for name, value in saved.items() if A.search(name) and value.numel() and value.ndim}
+    if ranks != {settings["r"]}:
+        said = f"weights of rank {min(ranks)}" if ranks else "no weights"
+        raise PyargsError(f"{file}: 'r' is {settings['r']}, but {FILES[1]} holds {said}")
     with described(f"{file} describes no LoRA adapter of this backbone"):
         place = decoder.config.name_or_path or None
         config = LoraConfig(**{name: settings[name] for name in SETTINGS}, base_model_name_or_path=place)
@@ -118,8 +122,10 @@ def load(decoder: nn.Module, folder: Path) -> None:
         for name, value in settings.items():
             if name not in SETTINGS and name not in NOTES and (value or None) != (ours.get(name) or None):  # PEFT fills in []
                 raise PyargsError(f"{file}: '{name}' is {value!r}, which pyargs does not support: only plain LoRA")
+        with torch.device("meta"):  # no memory before the sizes are compared
+            _inject(trial := twin(decoder), copy.deepcopy(config), low_cpu_mem_usage=True)
+        same_tensors(weights(trial), saved, folder / FILES[1])
         _inject(decoder, config)
-    same_tensors(weights(decoder), saved, folder / FILES[1])
     set_peft_model_state_dict(decoder, saved)
 
 

@@ -232,7 +232,8 @@ class RewardModel(nn.Module):
         head = _load_head(folder, config, users)
         fields = {field: config.get(name, False) for name, field in SAVED.items()}  # older folders do not have all
         model = cls(backbone, tokenizer, head, **fields, about=folders.about(config, "head", *SAVED))
-        head.load_state_dict({**head.state_dict(), **folders.load_shared(folder, model._shared())})
+        shared = folders.load_shared(folder, model._shared())
+        head.load_state_dict({name: value.float() for name, value in shared.items()}, strict=False, assign=True)
         model.to(folders.device_or_default(device)).eval()
         with described(f"{folder}: head, users and backbone do not fit each other"):
             model._try()
@@ -299,7 +300,8 @@ class RewardModel(nn.Module):
 
 
 def _load_head(folder: Path, config: dict, users: str | Path | None) -> nn.Module:
-    """The head that config.json describes, with the folder's users; its shared tensors are still to be loaded."""
+    """The head that config.json describes, with the folder's users. Its shared tensors are still to be loaded, and take no
+    memory: the file may describe any sizes."""
     from pyargs import heads
 
     file, fields = folder / "config.json", dict(config["head"])
@@ -308,13 +310,13 @@ def _load_head(folder: Path, config: dict, users: str | Path | None) -> nn.Modul
         raise PyargsError(f"{file}: the 'kind' of the head is one of {', '.join(known)}, not {kind!r}")
     users, shared = folders.load_users(folder, config, users), read_tensors(folder / "shared.safetensors")
     tensors = [*shared.values(), *users.vectors.values()]
-    largest = max([len(tensors), *(size for value in tensors for size in value.shape)])
-    for name, value in fields.items():  # before memory is asked for
+    largest = max([len(tensors), *(size for value in tensors if value.numel() for size in value.shape)])
+    for name, value in fields.items():  # before modules are made
         if isinstance(value, int) and value > largest:
             raise PyargsError(f"{file}: no tensor of the model is as large as the head's '{name}' says")
     made = importlib.import_module(f"pyargs.heads.{kind}").Head
     fields = getattr(made, "OLDER", {}) | fields
-    with described(f"{file} describes no {kind} head"):
+    with described(f"{file} describes no {kind} head"), torch.device("meta"):
         head = made(users=users, **fields)
         if head.config() != fields:
             raise PyargsError(f"{file}: the head needs {sorted(head.config())}, not {sorted(fields)}")

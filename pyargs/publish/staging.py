@@ -15,6 +15,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pyargs import tuned
 from pyargs.errors import PyargsError
 from pyargs.files import TUNED, read_json, read_tensors, unchanged, weights_hash, write_json, write_text, writing
 from pyargs.lm import lora
@@ -205,9 +206,8 @@ def _words(method) -> set[str]:
 
 def _public_tuned(folder: Path, weights: str) -> dict:
     """What `pyargs tune` found for policies that others have, too."""
-    kept = read_json(folder / TUNED) if (folder / TUNED).exists() else {}
     public = lambda key: is_public(key.rpartition(" ")[0])  # noqa: E731
-    found = {key: one for key, one in kept.items() if public(key) and one.get("model") == weights}
+    found = {key: one for key, one in tuned.every(folder).items() if public(key) and one.get("model") == weights}
     _check(found, folder / TUNED)
     return found
 

@@ -9,7 +9,7 @@ import unicodedata
 import uuid
 from typing import Annotated, Any, Literal
 
-from pyargs.errors import extra
+from pyargs.errors import extra, one_line
 
 with extra("serve", "the service"):
     from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, StringConstraints, model_validator
@@ -216,6 +216,7 @@ class WireError(Exception):
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None, headers: dict | None = None
     ):
+        message, param = one_line(message), param and one_line(param)  # which may be names of the body
         super().__init__(message)
         self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers
 
