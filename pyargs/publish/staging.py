@@ -103,8 +103,8 @@ def stage(
                 write_json(new / TEXTS, texts if keep == "named" and users_out is None else {})
             left.save(new)
             write_json(new / "config.json", {**own, "trained": left.trained})
-            if tuned := _public_tuned(folder, weights_hash(new)):
-                write_json(new / TUNED, tuned)
+            if noted := _public_tuned(folder, weights_hash(new)):
+                write_json(new / TUNED, noted)
             stuck = at_mean and not left.start and users_out is None
             about = {
                 **{"stuck": stuck, "config": own, "data": data, "data_licence": data_licence, "measured": measured},
