@@ -77,11 +77,21 @@ def _misspelt(name: str) -> Iterator[str]:
 
 
 NO_MEMORY = re.compile(
-    r"(can't|cannot|unable to) (allocate|mmap)|out of memory|bad_alloc|failed to map segment", re.IGNORECASE
+    r"(can't|cannot|unable to) (allocate|mmap)|out of memory|bad_alloc|failed to map segment|"
+    r"(launch worker thread|start new thread)",  # whose stack has no room
+    re.IGNORECASE,
 )
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ELSEWHERE = "name a place that can be written (for the cache: PYARGS_CACHE)"
 NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def no_memory(error: BaseException) -> bool:
+    """Whether memory ran out, as Python, torch, Arrow, safetensors and the loader of extensions say it."""
+    others = ("SafetensorError", "ArrowException")  # by name, so that errors need no import
+    said = isinstance(error, (RuntimeError, OSError, ImportError)) or type(error).__name__ in others
+    said = said and not isinstance(error, PyargsError)
+    return isinstance(error, MemoryError) or (said and NO_MEMORY.search(str(error)) is not None)
 
 
 def refusal(error: BaseException) -> str | None:
@@ -94,15 +104,15 @@ def refusal(error: BaseException) -> str | None:
         return None
     if isinstance(error, UnicodeEncodeError):
         return f"{error.object!a} cannot be written as {error.encoding}, this locale's encoding. Fix: set PYTHONUTF8=1"
-    if isinstance(error, MemoryError) or (isinstance(error, (RuntimeError, OSError, ImportError)) and NO_MEMORY.search(text)):
+    if no_memory(error):
         return f"not enough memory ({first_line(error)}). Fix: free some, or take a smaller model, dtype or batch"
     if isinstance(error, OSError):
         number, reason = error.errno, error.strerror or first_line(error)
         reason = f"{error.filename}: {reason}" if error.filename is not None else reason
-    elif type(error).__name__ == "SafetensorError":  # by name, so that errors need no import
+    elif type(error).__name__ == "SafetensorError":
         number = int(found[1]) if (found := re.search(r"os error (\d+)", text)) else None
         reason = first_line(error)
-    elif "PytorchStreamWriter failed" in text:  # which does not say why
+    elif "PytorchStreamWriter failed" in text or "unexpected pos" in text:  # torch.save, which does not say why
         number, reason = errno.ENOSPC, first_line(error)
     else:
         return None

@@ -39,14 +39,15 @@ TUNED = "tuned.json"
 
 
 def sha256(path: str | Path) -> str:
-    """SHA-256 of a file; of a folder, the hash of its files' names and hashes, without TUNED."""
+    """SHA-256 of a file; of a folder, the hash of its files' names and hashes, without TUNED and what a run that writes it has
+    beside it."""
     path, digest = Path(path), hashlib.sha256()
     if not path.exists():
         settle(path)
     if not path.exists():
         raise PyargsError(f"{path} does not exist")
     if path.is_dir():
-        for file in sorted(p for p in path.rglob("*") if p.is_file() and p.name != TUNED):
+        for file in sorted(p for p in path.rglob("*") if TUNED not in p.relative_to(path).as_posix() and p.is_file()):
             digest.update(f"{file.relative_to(path).as_posix()} {sha256(file)}\n".encode())
         return digest.hexdigest()
     check_regular(path)

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from killed import killed_at
 from rows import row
 
 from pyargs import files
@@ -23,45 +24,6 @@ from pyargs.errors import PyargsError
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-KILLED = 9
-
-
-CHANGES = (
-    "open",
-    "os.mkdir",
-    "os.rename",
-    "os.remove",
-    "os.rmdir",
-    "os.chmod",
-    "os.truncate",
-    "shutil.rmtree",
-    "tempfile.mkdtemp",
-)
-
-
-def killed_at(number: int, work) -> bool:
-    """Does `work` in a process that ends, without any clean-up, before its n-th change of a file; False if it came through."""
-    child = os.fork()
-    if child == 0:
-        count = 0
-
-        def watch(event, _):
-            nonlocal count
-            count += event in CHANGES
-            if count > number:
-                os._exit(KILLED)
-
-        try:
-            sys.addaudithook(watch)
-            work()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) in (0, KILLED, -signal.SIGKILL)
-    return status != 0
 
 
 def write_folder(path: Path, tag: str) -> None:

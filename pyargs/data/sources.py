@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from pyargs.errors import PyargsError, explained, extra
+from pyargs.errors import PyargsError, explained, extra, no_memory
 from pyargs.files import cache_dir, check_regular, parse_json, read_lines, read_text, sha256, write_text
 from pyargs.progress import progress_bar
 
@@ -94,6 +94,8 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict]]:
                 number += 1
                 yield f"{path.name}, row {number}", row
     except (pyarrow.ArrowException, OSError, ValueError) as error:  # of these UnicodeDecodeError
+        if no_memory(error):
+            raise
         raise PyargsError(f"{path.name} is damaged after row {number}, or no parquet: {error}") from None
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from pyargs import files
-from pyargs.errors import PyargsError, extra, first_line
+from pyargs.errors import PyargsError, extra, first_line, no_memory
 from pyargs.files import short_hash
 from pyargs.lm import hub
 from pyargs.lm.inert import check_inert
@@ -93,6 +93,8 @@ def _encoder(name: str, identity: str):
     except PyargsError:
         raise
     except Exception as error:  # whatever is wrong with the folder's files
+        if no_memory(error):
+            raise
         raise PyargsError(
             f"cannot load the embedding model '{name}': {first_line(error).rstrip('.')}. Fix: name a local folder, "
             "check the network, or take 'minilm', which needs no hub."

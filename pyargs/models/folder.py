@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pyargs import __version__, tuned
 from pyargs.config import check_kinds
 from pyargs.errors import PyargsError
-from pyargs.files import read_json, read_tensors, settle, short_hash, weights_hash, write_json, writing
+from pyargs.files import TUNED, read_json, read_tensors, settle, short_hash, weights_hash, write_json, writing
 from pyargs.lm import lora
 from pyargs.lm.inert import PICKLED
 from pyargs.lm.loading import default_device, fingerprint, load_classifier, load_lm, torch_dtype
@@ -61,7 +61,8 @@ def save(
     kind: the module of `pyargs.models`; model: has `about` and `backbone` (a decoder, whose LoRA is saved); shared: tensors
     that all users share; extra: more JSON files by name; config: what `kind` needs to build the model again.
     """
-    with writing(folder, (*lora.FILES, "demonstrations.json", START)) as out:
+    settle(Path(folder) / TUNED)  # what a killed run left there
+    with writing(folder, (*lora.FILES, "demonstrations.json", START, TUNED)) as out:
         out.mkdir()
         tuned.keep(folder, out)
         adapted = lora.save(model.backbone, out)

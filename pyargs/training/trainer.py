@@ -272,14 +272,13 @@ COMPLETE = "complete"
 
 
 def _last_checkpoint(folder: Path) -> str | None:
-    """The newest complete checkpoint; incomplete ones, of runs that were killed while writing, are removed."""
-    complete = []
+    """The newest complete checkpoint; the others are removed. Of these, runs that were killed have left parts."""
+    number = lambda one: int(one.name.rpartition("-")[2])  # noqa: E731
+    last = max((one for one in folder.glob("checkpoint-*") if (one / COMPLETE).exists()), key=number, default=None)
     for one in folder.glob("checkpoint-*"):
-        if (one / COMPLETE).exists():
-            complete.append(one)
-        else:
+        if one != last:
             shutil.rmtree(one)
-    return str(max(complete, key=lambda one: int(one.name.rpartition("-")[2]))) if complete else None
+    return last and str(last)
 
 
 def _drop_others(model, active: set) -> None:

@@ -8,8 +8,10 @@ import shutil
 import pytest
 import torch
 from folders import make, same
+from killed import killed_at
 
 import pyargs
+from pyargs import files, tuned
 from pyargs.data import synthetic
 from pyargs.errors import PyargsError
 from pyargs.files import write_json
@@ -80,3 +82,20 @@ def test_who_was_trained_is_known_again(backbone, tmp_path):
         write_json(folder / "config.json", config | wrong)
         with pytest.raises(PyargsError, match="which of the 3 users were trained"):
             pyargs.load_model(folder)
+
+
+def test_a_killed_note_of_the_weight_changes_no_model_and_hinders_nobody(backbone, tmp_path):
+    """What `pyargs tune` notes in a model's folder is no part of it, nor is what is left where that is killed."""
+    model, folder = make("reward", backbone), tmp_path / "rm"
+    model.save_pretrained(folder)
+    before, left = files.sha256(folder), 0
+    for number in range(100):
+        came_through = not killed_at(number, lambda: tuned.note(folder, "lm", "float32", {"reward_weight": 1.0}))
+        left += any(one.name.startswith(f".{files.TUNED}") for one in folder.iterdir())
+        assert files.sha256(folder) == before
+        model.save_pretrained(folder)
+        assert [one.name for one in folder.iterdir() if one.name.startswith(".")] == []
+        if came_through:
+            break
+        (folder / files.TUNED).unlink(missing_ok=True)
+    assert came_through and left and same(pyargs.load_model(folder), model)
