@@ -50,15 +50,10 @@ def smoke(places, monkeypatch, encoder):
     return reproduce.Cell("smoke", "synthetic", "tiny-random", "LoRE", 0), done
 
 
-def _numbers(cell: dict) -> dict:
-    return {name: value for name, value in cell.items() if name not in ("seconds", "provenance")}
-
-
 def test_a_killed_cell_goes_on_where_it_was(smoke, places, monkeypatch):
+    """Killed behind each of its stages, of which the unguided row's come first. `tests/faults` kills within them, and compares
+    what comes out."""
     cell, done = smoke
-    whole = reproduce.run(cell, places._replace(work=places.work / "whole", results=places.results / "whole"))
-    assert done == ["train", "adapt", "decode", "train", "adapt", "tune", "decode", "evaluate"]  # of the unguided row first
-    del done[:]
     command = reproduce.command
 
     class Killed(BaseException):
@@ -79,7 +74,6 @@ def test_a_killed_cell_goes_on_where_it_was(smoke, places, monkeypatch):
     monkeypatch.setattr(reproduce, "command", command)
     found = reproduce.run(cell, places)
     assert done == ["train", "adapt", "decode", "train", "adapt", "tune", "decode", "evaluate"], "a stage was done twice"
-    assert json.dumps(_numbers(found)) == json.dumps(_numbers(whole))
     assert reproduce.done(cell, places) and files.read_json(reproduce.result_file(cell, places)) == json.loads(
         json.dumps(found)
     )
