@@ -33,6 +33,8 @@ BY_NAME_UPWARDS = {("pyargs.training.hooks", "methods")}
 LONGEST = 500
 # Tests of the project as a whole, and those that hold for all files of a room.
 OF_NO_MODULE = {
+    "faults/test_commands.py",
+    "faults/test_service.py",
     *("test_benchmarks.py", "test_ci.py", "test_examples.py", "test_extension.py", "test_extras.py", "test_imports.py"),
     *("test_packaging.py", "test_readme.py", "experiments/test_smoke.py"),
     *("distributed/test_cells.py", "distributed/test_ray.py", "distributed/test_torchrun.py"),
