@@ -160,3 +160,9 @@ def test_models_that_answer_by_themselves_take_no_policy_and_no_weight(capsys, t
     assert "PAL-B" in call(capsys, ["decode", "pal", *both, "--reward-weight", "1", "--out", "c.jsonl"], expect=1)
     call(capsys, ["decode", "pal", *both, "--best-of", "3", "--out", "c.jsonl"])
     assert len(list(files.read_jsonl("c.jsonl"))) == 2
+
+
+@pytest.mark.parametrize("verb", ["decode", "evaluate"])
+def test_a_split_without_rows_is_named(verb, capsys, tmp_path):
+    words = [verb, "nowhere", "--data", "synthetic", "--split", "elsewhere", "--out", str(tmp_path / "out")]
+    assert "no rows with split 'elsewhere' (there are: query" in call(capsys, words, expect=1)

@@ -52,3 +52,14 @@ def load_data(args: argparse.Namespace):
 
     options = {} if args.data_seed is None else {"seed": args.data_seed}
     return data.load(args.data, args.source, **options)
+
+
+def rows_of(data, split: str):
+    """The rows of a split. Raises PyargsError where it has none."""
+    from pyargs.data import of_split
+    from pyargs.errors import PyargsError
+
+    rows = of_split(data, split)
+    if not len(rows):
+        raise PyargsError(f"no rows with split '{split}' (there are: {', '.join(sorted(set(data['split'])))})")
+    return rows

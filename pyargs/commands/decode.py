@@ -54,8 +54,8 @@ def run(args: argparse.Namespace) -> dict:
     import time
 
     from pyargs import files, tuned
-    from pyargs.commands import load_data
-    from pyargs.data import content_hash, of_split
+    from pyargs.commands import load_data, rows_of
+    from pyargs.data import content_hash
     from pyargs.errors import PyargsError
     from pyargs.lm import hub
     from pyargs.models.folder import locate
@@ -63,11 +63,9 @@ def run(args: argparse.Namespace) -> dict:
     if not args.on and (args.address, args.num_cpus, args.num_gpus) != (None, None, None):
         raise PyargsError("--address, --num-cpus and --num-gpus are of a cluster: add --on ray")
     data = load_data(args)
-    rows = of_split(data, args.split)
+    rows = rows_of(data, args.split)
     unique = {(row["user_id"], str(row["prompt"])): row for row in rows}
     items = list(unique.values())[: args.limit]
-    if not items:
-        raise PyargsError(f"no rows with split '{args.split}' (there are: {', '.join(sorted(set(data['split'])))})")
     weight = args.reward_weight
     if args.tuned:
         weight = _follow(args, tuned.read(args.tuned, args.model), args.tuned)

@@ -37,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     from pyargs import files
-    from pyargs.commands import load_data
-    from pyargs.data import content_hash, of_split
+    from pyargs.commands import load_data, rows_of
+    from pyargs.data import content_hash
     from pyargs.decode.pair import load_pair
     from pyargs.errors import PyargsError
     from pyargs.lm import hub
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> dict:
     from pyargs.tuned import read as read_tuned
     from pyargs.types import Result
 
-    rows = of_split(load_data(args), args.split)
+    rows = rows_of(load_data(args), args.split)
     tuned = read_tuned(args.tuned, args.model) if args.tuned else None
     if args.reward_weight is not None:
         tuned = {"reward_weight": args.reward_weight, "centre": 0.0}

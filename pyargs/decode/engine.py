@@ -22,6 +22,7 @@ from pyargs.decode.rows import Choice
 from pyargs.decode.scheduler import Scheduler
 from pyargs.decode.steps import Steps
 from pyargs.errors import PyargsError, UnknownUser
+from pyargs.lm.bits import check_plain
 from pyargs.lm.forward import border
 from pyargs.lm.structure import Watch, asked_backend, unwrapped
 from pyargs.models.reward_model import RewardModel
@@ -242,6 +243,8 @@ class Engine:
         pair, models = self.pair, self.pair.language_models()
         # The other backends read ids, and a soft prompt has none.
         asked = "eager" if pair.soft and self._asked == "auto" else self._asked
+        if pair.soft:
+            check_plain(pair.policy)
         chosen = backends.resolve(asked, *models, guide=pair.model if pair.guided else None, by_text=pair.by_text)
         self.backend, self.reason, self._closed = chosen.name, chosen.reason, not chosen.shared
         log.info("backend %s: %s", chosen.name, chosen.reason)

@@ -10,6 +10,7 @@ from gguf_files import write_gguf
 from stacks import random_lm
 
 from pyargs.decode.pair import load_pair
+from pyargs.decode.scorer import Scorer
 from pyargs.errors import PyargsError
 from pyargs.lm import bits, lora
 from pyargs.lm.forward import packed_states
@@ -64,8 +65,24 @@ def test_rewards_of_whole_answers_are_those_of_the_steps(lm_folder, tmp_path):
         (answer,) = engine_of(policy, model).generate([[5, 9, 7]], ["ann"], reward_weight=1.0, max_new_tokens=6, stop=[])
         (steps,) = model.step_sums([([5, 9, 7], [answer.tokens])], ["ann"])
         assert steps.item() == pytest.approx(sum(answer.rewards), abs=1e-5)
+        scorer = Scorer(model)
+        scorer.prefill(["row"], [[5, 9, 7]], ["ann"])
+        assert scorer.score([answer.tokens[:1]]).item() == pytest.approx(answer.rewards[0], abs=1e-5)
+        scorer.advance(["row"], answer.tokens[:1])
+        assert scorer.score([answer.tokens[1:2]]).item() == pytest.approx(answer.rewards[1], abs=1e-5)
         found[dtype] = model.step_sums([([5, 9, 7], [[8, 6, 4]])], ["ann"])[0].item()
     assert found["int8"] != pytest.approx(found["float32"], abs=1e-4)
+
+
+def test_a_reward_model_in_fewer_bits_stays_so_beside_its_own_float32():
+    policy, model = pair_in_float32("shared")
+    rewards = [chosen(policy, model, ROWS, USERS, backend="cpu")[0].rewards]
+    bits.hold(model.backbone, "int8")
+    rewards.append(chosen(policy, model, ROWS, USERS, backend="cpu")[0].rewards)
+    scorer = Scorer(model)
+    scorer.prefill(["row"], [ROWS[0]], USERS[:1])
+    first = chosen(policy, model, ROWS[:1], USERS[:1], backend="cpu", max_new_tokens=1)[0]
+    assert scorer.score([first.tokens]).item() == first.rewards[0] == rewards[1][0] != rewards[0][0]
 
 
 def test_a_pass_of_transformers_is_refused(monkeypatch):
@@ -77,6 +94,8 @@ def test_a_pass_of_transformers_is_refused(monkeypatch):
     packed = pack([one for one, _ in groups], [several for _, several in groups])
     with pytest.raises(PyargsError, match="CPU stack alone"):
         soft.logprobs(packed, torch.zeros(1, dtype=torch.long))
+    with pytest.raises(PyargsError, match="soft prompt"):
+        engine_of(None, soft)
     with pytest.raises(PyargsError, match="CPU stack alone"):
         packed_states(policy.get_decoder(), packed)
     with monkeypatch.context() as patch:

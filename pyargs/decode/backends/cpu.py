@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyargs.lm import lora
+from pyargs.lm.bits import held
 from pyargs.lm.stack import keep, run
 from pyargs.lm.tokenize import left_pad
 
@@ -147,8 +148,8 @@ class Half:
     """Policy or reward model by itself, in a stack and rows of its own."""
 
     def __init__(self, model, room: int):
-        self.model, self.stack = model, keep.stack_of(model)
-        self.held = _Rows(self.stack, room)
+        self.model, self.stack = model, keep.stack_as_held(model)
+        self.held = _Rows(self.stack, room, delta=self.stack.has_delta)
 
     def reserve(self, capacity: int) -> None:
         """Room for so many tokens of each row."""
@@ -164,7 +165,7 @@ class Half:
 
     def current(self) -> bool:
         """Whether the packed weights are still the model's; reads all weights."""
-        return keep.stack_of(self.model) is self.stack
+        return keep.stack_as_held(self.model) is self.stack
 
     def keep(self, order: Sequence[int]) -> None:
         """The rows at these positions stay, in this order."""
@@ -292,5 +293,5 @@ class Shared:
 
 
 def shares(policy, backbone) -> bool:
-    """Whether one pass serves both halves."""
-    return lora.same_weights(policy.get_decoder(), backbone)
+    """Whether one pass serves both halves: not where the reward model's weights are held in other bits than the policy's."""
+    return held(backbone) in (None, held(policy)) and lora.same_weights(policy.get_decoder(), backbone)

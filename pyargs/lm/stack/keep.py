@@ -11,6 +11,7 @@ import psutil
 from torch import nn
 
 from pyargs.errors import PyargsError
+from pyargs.lm import lora
 from pyargs.lm.bits import held, held_base
 from pyargs.lm.stack.pack import check_supported, pack, parts_of, with_delta
 from pyargs.lm.stack.run import Stack
@@ -97,7 +98,7 @@ _stacks: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()
 def stack_as_held(decoder: nn.Module) -> Stack:
     """`stack_of` a decoder; of a `lora.twin` on weights in fewer bits their stack, with the twin's LoRA as its delta."""
     base = held_base(decoder)
-    return stack_of(decoder) if base is None else stack_of(base, decoder)
+    return stack_of(decoder) if base is None or not lora.active(decoder) else stack_of(base, decoder)
 
 
 def stack_of(model: nn.Module, adapter: nn.Module | None = None) -> Stack:
