@@ -1,5 +1,6 @@
 # Every target sets itself up from nothing: a virtual environment with torch, then pyargs with its extension.
-#   make demo | test | fuzz | docs | reproduce | artefacts | kernels | bench | sanitize | cuda-check | lint | clean  (VENV=, TORCH=)
+#   make demo | test | fuzz | docs | reproduce | artefacts | kernels | bench | sanitize | sanitize-threads | test-matrix |
+#        cuda-check | lint | clean   (VENV=, TORCH=)
 PYTHON ?= python3
 VENV ?= .venv
 # torch comes first and by itself: what depends on it (peft, accelerate ...) would otherwise choose another one, gigabytes large.
@@ -12,9 +13,9 @@ INSTALLED := $(VENV)/.pyargs-installed
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/* csrc/*/*/*)
 BENCHMARKS := $(wildcard benchmarks/bench_*.py)
 
-.PHONY: help setup demo reproduce artefacts kernels test fuzz docs bench sanitize cuda-check lint clean
+.PHONY: help setup demo reproduce artefacts kernels test fuzz docs bench sanitize sanitize-threads test-matrix cuda-check lint clean
 help:
-	@sed -n '1,2p' Makefile
+	@sed -n '1,3p' Makefile
 
 setup: $(INSTALLED)
 
@@ -63,14 +64,31 @@ bench: $(INSTALLED)
 	  echo "== $$file"; $(BIN)/python $$file --json $(RESULTS)/$$(basename $$file .py).json; \
 	done
 
-# The CPU stack under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of its own. Python's own leaks do not count.
+# Ops, CPU stack and C++ package under AddressSanitizer and UndefinedBehaviorSanitizer, in builds of their own. Python's own leaks do
+# not count. `make cuda-check` has the CUDA kernels.
 SANITIZED := build/sanitize
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g
 sanitize: $(INSTALLED)
-	CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -g" PYARGS_CUDA=OFF \
+	CXXFLAGS="$(SANITIZERS)" $(BIN)/pytest -m "nightly or not nightly" tests/integrations/test_cxx.py
+	CXXFLAGS="$(SANITIZERS)" PYARGS_CUDA=OFF \
 	  $(BIN)/python setup.py -q build --build-lib $(SANITIZED)/lib --build-temp $(SANITIZED)/temp
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  OMP_NUM_THREADS=2 $(BIN)/pytest -o pythonpath="$(SANITIZED)/lib tests" tests/lm/stack tests/decode/backends/test_cpu.py \
-	  tests/decode/test_unguided.py tests/test_scoring.py tests/invariants/test_not_numbers.py
+	  OMP_NUM_THREADS=2 $(BIN)/pytest -o pythonpath="$(SANITIZED)/lib tests" -n auto --maxprocesses=8 \
+	  -k "not emulated and not fake_device" tests/ops tests/lm/stack tests/lm/test_bits.py tests/decode/backends/test_cpu.py \
+	  tests/decode/test_unguided.py tests/test_scoring.py tests/invariants/test_not_numbers.py tests/invariants/test_fewer_bits.py
+
+# The C++ package and its threads under ThreadSanitizer, without Python: torch's threads tell it nothing of their order. MORE="" leaves
+# out what is long. GCC's needs addresses that are not drawn from too wide a range, which `setarch -R` sees to where it may.
+MORE := -m "nightly or not nightly"
+sanitize-threads: $(INSTALLED)
+	CXXFLAGS="-fsanitize=thread -g" $$(setarch -R true 2> /dev/null && echo setarch -R) \
+	  $(BIN)/pytest -n 0 $(MORE) tests/integrations/test_cxx.py
+
+# What is numeric, on every code path that this processor has, with the oldest and the newest transformers; the extension against the
+# headers of every torch that is allowed.
+test-matrix: $(INSTALLED)
+	PYTHON=$(BIN)/python .ci/capabilities matrix
+	$(BIN)/python .ci/torch_headers.py
 
 # The CUDA kernels without a GPU: emulated under sanitizers, and what the compiler makes of them.
 cuda-check: $(INSTALLED)
@@ -81,7 +99,8 @@ cuda-check: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(filter %.h %.cpp %.cu %.cuh,$(SOURCES) $(wildcard tests/ops/emulate/* examples/cxx/*))
+	$(BIN)/clang-format --dry-run -Werror \
+	  $(filter %.h %.cpp %.cu %.cuh,$(SOURCES) $(wildcard tests/ops/emulate/* tests/*/cxx/* examples/cxx/*))
 
 # What these targets made in the tree. The user's cache (models, features) stays: `pyargs models` says where it is.
 clean:

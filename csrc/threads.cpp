@@ -24,16 +24,14 @@ struct Job {
 class Team {
  public:
   explicit Team(int64_t size) {
-    for (int64_t i = 1; i < size; ++i) helpers_.emplace_back([this] { help(); });
-  }
-  ~Team() {
-    {
-      const std::lock_guard lock(mutex_);
-      over_ = true;
+    try {
+      for (int64_t i = 1; i < size; ++i) helpers_.emplace_back([this] { help(); });
+    } catch (...) {  // the system gives no more: a thread that nobody joins would end the process
+      end();
+      throw;
     }
-    wake_.notify_all();
-    for (std::thread& helper : helpers_) helper.join();
   }
+  ~Team() { end(); }
 
   int64_t size() const { return static_cast<int64_t>(helpers_.size()) + 1; }
 
@@ -58,6 +56,15 @@ class Team {
  private:
   void take(const Job& job) {
     for (int64_t i; (i = next_++) < job.count;) job.work(job.context, i);
+  }
+
+  void end() {
+    {
+      const std::lock_guard lock(mutex_);
+      over_ = true;
+    }
+    wake_.notify_all();
+    for (std::thread& helper : helpers_) helper.join();
   }
 
   void help() {

@@ -1,4 +1,7 @@
-"""The C++ package, installed and found by a program that has neither Python nor torch: examples/cxx."""
+"""The C++ package, installed and found by programs that have neither Python nor torch: examples/cxx, and one with threads.
+
+`make sanitize` and `make sanitize-threads` build all of it with CXXFLAGS of their own.
+"""
 
 from __future__ import annotations
 
@@ -28,15 +31,18 @@ def run(*words, **how) -> str:
 
 
 def compiled(folder: Path, best: str) -> Path:
-    """The example, built against an installed package: its sources see nothing of the tree."""
+    """Where the example and `threads` are, built against an installed package: their sources see nothing of the tree."""
     prefix, source = folder / "prefix", shutil.copytree(EXAMPLE, folder / "source")
+    shutil.copy(Path(__file__).parent / "cxx" / "threads.cpp", source)
+    with open(source / "CMakeLists.txt", "a") as lists:
+        lists.write("add_executable(threads threads.cpp)\ntarget_link_libraries(threads PRIVATE pyargs::pyargs)\n")
     run("cmake", "-S", ROOT, "-B", folder / "pyargs", "-GNinja", f"-DPYARGS_BEST_CAPABILITY={best}")
     run("cmake", "--build", folder / "pyargs")
     run("cmake", "--install", folder / "pyargs", "--prefix", prefix)
     shutil.rmtree(folder / "pyargs")
     run("cmake", "-S", source, "-B", folder / "guided", "-GNinja", f"-DCMAKE_PREFIX_PATH={prefix}")
     run("cmake", "--build", folder / "guided")
-    return folder / "guided" / "guided"
+    return folder / "guided"
 
 
 def check_tokens(program: Path, folder: Path, lm, tokenizer, model, rows, weight: float, k: int, monkeypatch) -> None:
@@ -61,9 +67,21 @@ def check_tokens(program: Path, folder: Path, lm, tokenizer, model, rows, weight
     assert refused.returncode == 1 and "no such user" in refused.stderr
 
 
-def test_a_program_without_python_writes_the_tokens_of_the_engine(tmp_path, monkeypatch, request):
+@pytest.fixture(scope="module")
+def best(tmp_path_factory) -> Path:
+    return compiled(tmp_path_factory.mktemp("best"), "")
+
+
+def check_threads(program: Path, paths: int) -> None:
+    """Whoever else calls, and on however many threads: each caller is told the same bits, on all code paths."""
+    assert run(program).count(": passed") >= paths
+
+
+def test_programs_without_python_write_the_engine_s_tokens_and_share_threads(tmp_path, monkeypatch, request):
     take_capability(request, "default")
-    program = compiled(tmp_path, "default")
+    folder = compiled(tmp_path, "default")
+    check_threads(folder / "threads", paths=1)
+    program = folder / "guided"
     linked = run("ldd", program)
     assert "libstdc++" in linked and not any(name in linked for name in ("torch", "python", "c10"))
     lm = tiny_lm(dtype=torch.float32)
@@ -71,7 +89,12 @@ def test_a_program_without_python_writes_the_tokens_of_the_engine(tmp_path, monk
 
 
 @pytest.mark.nightly
-def test_twenty_guided_tokens_of_smollm2(tmp_path, monkeypatch):
+def test_threads_are_shared_on_every_code_path(best):
+    check_threads(best / "threads", paths=2)
+
+
+@pytest.mark.nightly
+def test_twenty_guided_tokens_of_smollm2(tmp_path, monkeypatch, best):
     """All code paths are built, and the machine's best is used."""
     found = Path.home() / ".cache" / "pyargs" / "models" / "smollm2-135m"
     if not (found / "model.safetensors").is_file():
@@ -84,4 +107,4 @@ def test_twenty_guided_tokens_of_smollm2(tmp_path, monkeypatch):
     model = pyargs.RewardModel.from_pretrained(tmp_path / "model", backbone=lm.get_decoder(), tokenizer=tokenizer)
     texts = ["The first thing to know about winter is that it", "My favourite book is"]
     rows = [tokenizer(text)["input_ids"] for text in texts]
-    check_tokens(compiled(tmp_path, "avx512_bf16"), tmp_path, lm, tokenizer, model, rows, 1.8, 10, monkeypatch)
+    check_tokens(best / "guided", tmp_path, lm, tokenizer, model, rows, 1.8, 10, monkeypatch)
