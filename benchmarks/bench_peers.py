@@ -9,9 +9,9 @@ said. `prefill`: tokens/s of reading all prompts. `MB`: the weights of the polic
 deliver them once, over the time of a step. `tokens`: the share of the answer's tokens before the first that float32 has
 otherwise.
 
-Others change what they measure: with a load above 0.3 a core before it starts, or where turns of a line are more than 15%
-apart, no ratio is printed. --busy puts one busy loop on each core and compares with the idle step of the same turn. --compile
-adds `generate` with a static cache and torch.compile, which takes minutes to begin.
+Others change what they measure: with a load above 0.3 a core before it starts, or where the quartiles of a line's turns are
+more than 15% apart (`spread`), no ratio is printed. --busy puts one busy loop on each core and compares with the idle step of
+the same turn. --compile adds `generate` with a static cache and torch.compile, which takes minutes to begin.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from pyargs.files import write_json
 from pyargs.lm.bits import find_gguf
 from pyargs.lm.hub import resolve
 
-SIZES = [(1, 64), (1, 256), (8, 64), (8, 256)]
+SIZES = ["1x64", "1x256", "8x64", "8x256"]
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 34 / 32, "file": 20 / 32, "F32": 4, "BF16": 2, "Q8_0": 34 / 32, "Q4_1": 20 / 32}
 IDLE, SPREAD = 0.3, 0.15
 COLUMNS = ["line", "rows", "prompt", "ms", "prefill", "MB", "of stream", "tokens", "spread"]
@@ -140,7 +140,7 @@ def _spin() -> None:
 
 def measure(name: str, rows: int, length: int, given, quiet: bool) -> list[dict]:
     """A table's lines of one size. All take turns."""
-    steps, turns = (4, 1) if given.quick else (16, 5)
+    steps, turns = (4, 1) if given.quick else (16, 7) if rows == 1 else (8, 4)
     lines = {line: make() for line, make in lines_of(name, rows, length + steps + 8, given).items()}
     seconds: dict[str, list[float]] = {line: [] for line in lines}
     reading, beside = ({line: [] for line in lines} for _ in range(2))
@@ -150,7 +150,10 @@ def measure(name: str, rows: int, length: int, given, quiet: bool) -> list[dict]
         ids = prompts(tokenizer, rows, length, start=700 * max(turn, 0))
         rate.append(streaming_rate(128))
         for line, part in lines.items():
-            step, prefill, *answer = part.run(ids, steps)
+            if turn % 2 and isinstance(part, Loop):  # slow, and never near
+                continue
+            time.sleep(0.3)  # threads of llama.cpp spin for a tenth of a second behind their last step
+            step, prefill, *answer = part.run(ids, steps if isinstance(part, (Ours, LlamaCpp)) else steps // 2)
             if turn >= 0:
                 seconds[line].append(step)
                 reading[line].append(prefill)
@@ -158,14 +161,16 @@ def measure(name: str, rows: int, length: int, given, quiet: bool) -> list[dict]
         if given.busy and turn >= 0:
             with busy(os.cpu_count()):
                 for line, part in lines.items():
-                    beside[line].append(part.run(ids, steps)[0])
+                    beside[line].append(part.run(ids, steps)[0] if line in seconds and seconds[line] else 0.0)
     for part in lines.values():
         if isinstance(part, LlamaCpp):
             part.close()
     count = sum(p.numel() for p in loaded(name, "float32")[0].parameters())
     found = []
     for line, times in seconds.items():
-        ms, spread = statistics.median(times) * 1e3, (max(times) - min(times)) / statistics.median(times)
+        ms = statistics.median(times) * 1e3
+        low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+        spread = (high - low) * 1e3 / ms
         held = next((size for kind, size in BYTES.items() if kind in line.split()), 4) * count
         row = {
             "line": line, "rows": rows, "prompt": length, "ms": ms,
@@ -181,7 +186,7 @@ def measure(name: str, rows: int, length: int, given, quiet: bool) -> list[dict]
         if one not in lines or other not in lines:
             continue
         steady = quiet and not {one, other} & unsteady
-        ratio = statistics.median(a / b for a, b in zip(seconds[one], seconds[other], strict=True))
+        ratio = statistics.median(seconds[one]) / statistics.median(seconds[other])
         found.append({"line": what, "rows": rows, "prompt": length, "ratio": ratio if steady else "not idle"})
     return found
 
@@ -211,13 +216,17 @@ def plot(rows: list[dict], title: str, file: Path) -> None:
         kind = row["line"].split()[-1] if row["line"].startswith("pyargs") else row["line"].split()[0]
         colour = "C0" if kind == "alone" else "C1" if kind == "guided" else "C2" if kind == "llama.cpp" else "0.5"
         axes.plot(row["MB"], row["ms"], marks.get(kind, "D"), color=colour)
-        axes.annotate(row["line"], (row["MB"], row["ms"]), xytext=(6, 3), textcoords="offset points", fontsize=7)
+        left = kind == "llama.cpp" or row["line"] == "reference"
+        where = dict(xytext=(-6 if left else 6, -2), ha="right" if left else "left", textcoords="offset points")
+        axes.annotate(row["line"], (row["MB"], row["ms"]), **where, fontsize=7)
     most = max(row["MB"] for row in rows) * 1.1
     rate = statistics.median(row["GB/s"] for row in rows)
-    axes.plot([0, most], [0, most / rate], "--", color="0.7")
-    axes.annotate(f"memory, {rate:.0f} GB/s", (most * 0.6, most * 0.6 / rate), fontsize=7, color="0.4", va="top")
+    sizes = [most * part / 100 for part in range(10, 101)]
+    axes.plot(sizes, [size / rate for size in sizes], "--", color="0.7")
+    axes.annotate(f"memory, {rate:.0f} GB/s", (most * 0.62, most * 0.57 / rate), fontsize=7, color="0.4", va="top")
     axes.set_yscale("log")
-    axes.set_xlim(0, most * 1.15)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_xlim(-most / 20, most * 1.2)
     axes.set_xlabel("MB of weights for a token")
     axes.set_ylabel("ms per token, one row")
     axes.set_title(title, fontsize=9)
@@ -231,6 +240,7 @@ def main() -> None:
         "a tiny random model, one row of 64 tokens and few steps",
         plot=dict(type=Path, metavar="FILE", help="draw one row behind 64 tokens here (png, svg)"),
         only=dict(default="", metavar="WORDS", help="only the lines that have all these words"),
+        sizes=dict(nargs="+", default=SIZES, choices=SIZES, help="rows x tokens of the prompts (default: all four)"),
         busy=dict(action="store_true", help="also with one busy loop on each core"),
         compile=dict(action="store_true", help="also `generate` with a static cache and torch.compile"),
     )
@@ -243,7 +253,8 @@ def main() -> None:
     if not given.quick and not importlib.util.find_spec("xllamacpp"):
         print("llama.cpp is left out: pip install xllamacpp", flush=True)
     rows = []
-    for count, length in tqdm([(1, 64)] if given.quick else SIZES, unit="size"):
+    for size in tqdm(SIZES[:1] if given.quick else given.sizes, unit="size"):
+        count, length = map(int, size.split("x"))
         rows += measure(name, count, length, given, quiet)
         columns = [*COLUMNS, *(["busy / idle"] if given.busy else [])]
         last = [row for row in rows if (row["rows"], row["prompt"]) == (count, length)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
 import statistics
 import time
@@ -41,35 +42,50 @@ def gguf_file(source: Path, kind: str) -> Path:
 
 
 class LlamaCpp:
-    """llama.cpp as a server within this process (the wheel `xllamacpp`), for one number of rows."""
+    """llama.cpp's server (the wheel `xllamacpp`) for one number of rows, in a process of its own: beside the OpenMP threads of
+    torch those of llama.cpp would sleep at each barrier."""
 
     def __init__(self, file: Path, rows: int, threads: int, room: int):
-        import xllamacpp
-
-        params = xllamacpp.CommonParams()
-        params.model.path = str(file)
-        params.n_parallel, params.n_ctx, params.warmup = rows, rows * room, True
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-        params.cache_prompt, params.cache_ram_mib, params.verbosity = False, 0, -1
-        self.rows, self.server = rows, xllamacpp.Server(params)
-        self.pool = ThreadPoolExecutor(rows)
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, str(file), rows, threads, room), daemon=True)
+        self.process.start()
 
     def run(self, ids: torch.Tensor, steps: int) -> tuple[float, float]:
         """Seconds of a step and of reading the prompts, by its own clock; each row asks by itself."""
-
-        def ask(row: list[int]) -> dict:
-            wish = dict(prompt=row, n_predict=steps, temperature=0.0, ignore_eos=True, cache_prompt=False)
-            return self.server.handle_completions(wish)["timings"]
-
-        start = time.perf_counter()
-        found = list(self.pool.map(ask, ids.tolist()))
-        whole = time.perf_counter() - start
-        step = statistics.median(timing["predicted_ms"] / max(timing["predicted_n"] - 1, 1) for timing in found) / 1e3
-        return step, max(whole - step * (steps - 1), 0.0)
+        self.pipe.send((ids.tolist(), steps))
+        return self.pipe.recv()
 
     def close(self) -> None:
-        self.pool.shutdown()
-        del self.server
+        self.process.kill()
+        self.process.join()
+
+
+def _serve(pipe, file: str, rows: int, threads: int, room: int) -> None:
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = file
+    params.n_parallel, params.n_ctx, params.warmup = rows, rows * room, True
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    params.cache_prompt, params.cache_ram_mib, params.verbosity = False, 0, -1
+    server = xllamacpp.Server(params)
+
+    def ask(row: list[int], steps: int) -> dict:
+        wish = dict(prompt=row, n_predict=steps, temperature=0.0, ignore_eos=True, cache_prompt=False)
+        return server.handle_completions(wish)["timings"]
+
+    with ThreadPoolExecutor(rows) as pool:
+        while True:
+            try:
+                several, steps = pipe.recv()
+            except EOFError:
+                return
+            start = time.perf_counter()
+            found = list(pool.map(ask, several, [steps] * len(several)))
+            whole = time.perf_counter() - start
+            step = statistics.median(timing["predicted_ms"] / max(timing["predicted_n"] - 1, 1) for timing in found) / 1e3
+            pipe.send((step, max(whole - step * (steps - 1), 0.0)))
 
 
 @torch.no_grad()
