@@ -221,12 +221,16 @@ def plot(rows: list[dict], title: str, file: Path) -> None:
         axes.annotate(row["line"], (row["MB"], row["ms"]), **where, fontsize=7)
     most = max(row["MB"] for row in rows) * 1.1
     rate = statistics.median(row["GB/s"] for row in rows)
-    sizes = [most * part / 100 for part in range(10, 101)]
-    axes.plot(sizes, [size / rate for size in sizes], "--", color="0.7")
-    axes.annotate(f"memory, {rate:.0f} GB/s", (most * 0.62, most * 0.57 / rate), fontsize=7, color="0.4", va="top")
+    least = min(row["MB"] for row in rows) / 2
+    axes.plot([least, most], [least / rate, most / rate], "--", color="0.7")
+    axes.annotate(f"memory, {rate:.0f} GB/s", (least * 1.2, least / rate), fontsize=7, color="0.4", va="top")
+    axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.set_xlim(-most / 20, most * 1.2)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("")
+    axes.set_xticks([50, 100, 200, 500])
+    axes.set_xlim(least, most * 2)
     axes.set_xlabel("MB of weights for a token")
     axes.set_ylabel("ms per token, one row")
     axes.set_title(title, fontsize=9)
