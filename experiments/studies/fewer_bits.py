@@ -17,9 +17,8 @@ import time
 from pathlib import Path
 
 from experiments.studies import fewer_candidates as candidates
-from experiments.studies.data_statistics import SETS, load
 from pyargs import files
-from pyargs.data import of_split
+from pyargs.data import load, of_split
 from pyargs.decode.engine import Engine
 from pyargs.decode.pair import load_pair
 from pyargs.lm.tokenize import encode_response
@@ -27,22 +26,24 @@ from pyargs.metrics.overlap import rouge
 from pyargs.scoring import response_logprobs
 
 OUT = candidates.HERE / "results/fewer_bits.json"
+PAIRS = 200  # of the query split
 DTYPES = ("float32", "bfloat16", "int8", "file")
 
 
-def cell(folder: Path, dtype: str, data, rows: list[dict], tokens: int, given: list[list[int]] | None) -> dict:
+def cell(folder: Path, dtype: str, data, rows: list[dict], given: list[list[int]] | None) -> dict:
     """What is measured with one dtype. given: float32's answers, None where these are float32's."""
     started = time.perf_counter()
     engine = Engine(*load_pair("smollm2-135m", str(folder), dtype=dtype))
     policy, model = engine.pair.policy, engine.pair.model
     prompts, users = [row["prompt"] for row in rows], [row["user_id"] for row in rows]
-    answers = engine.generate(prompts, users, progress=dtype, strength=1.0, num_candidates=10, max_new_tokens=tokens)
+    how = dict(strength=1.0, num_candidates=10, max_new_tokens=candidates.TOKENS)
+    answers = engine.generate(prompts, users, progress=dtype, **how)
     encoded = [one.prompt for one in answers]
     written = [encode_response(engine.pair.tokenizer, row["chosen"]) for row in rows]
     texts = [[own or [0], wrote] for own, wrote in zip(given or [one.tokens for one in answers], written, strict=True)]
     found = response_logprobs(policy, list(zip(encoded, texts, strict=True)))
     pairs = of_split(data, "query")
-    pairs = pairs.select(range(min(600, len(pairs))))
+    pairs = pairs.select(range(min(PAIRS, len(pairs))))
     rewards = model.pair_scores(pairs)[1]
     return {
         "users": users,
@@ -96,20 +97,20 @@ def main() -> None:
     sizes = {"prompts": options.prompts, "pairs": options.pairs}
     if result.setdefault("sizes", sizes) != sizes:
         raise SystemExit(f"{options.out} has cells of {result['sizes']}: name another --out")
-    for row, tokens in candidates.ROWS.items():
+    for row in candidates.ROWS:
         left = [dtype for dtype in DTYPES if f"{row} / {dtype}" not in result]
         if not left:
             continue
-        name, where, how = SETS[row]
-        if not (options.shared / where).exists():
-            raise SystemExit(f"no {options.shared / where}: this experiment needs the shared data")
-        data = load(name, options.shared / where, how, options.work / "data")[0]
-        folder = options.work / f"{files.short_hash([row, options.pairs])}"
+        place = options.shared / candidates.ROWS[row]
+        if not place.exists():
+            raise SystemExit(f"no {place}: this experiment needs the shared data")
+        data = load(row, place)
+        folder = options.work / files.short_hash([row, options.pairs, candidates.SUPPORT])
         candidates.trained(data, folder, options.pairs)
         rows = candidates.asked(data, options.prompts)
         for dtype in left:
             right = result.get(f"{row} / float32")
-            result[f"{row} / {dtype}"] = found = cell(folder, dtype, data, rows, tokens, right and right["tokens"])
+            result[f"{row} / {dtype}"] = found = cell(folder, dtype, data, rows, right and right["tokens"])
             files.write_json(options.out, result)
             print(f"{row}, {dtype}: {found['seconds']} s", flush=True)
     print(table(result))
