@@ -19,6 +19,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 CHEAP = {
@@ -172,8 +173,8 @@ def alone(name: str, inputs: int, seed: int) -> dict:
         return found | {"branches": covered(name, data) if data.exists() else None}
 
 
-def here(names: list[str], counts: tuple[int, int], seed: int) -> dict[str, dict]:
-    """Entry points one after the other in this process."""
+def here(names: list[str], counts: tuple[int, int], seed: int) -> Iterator[tuple[str, dict]]:
+    """Entry points one after the other in this process: name and counts of each."""
     warnings.simplefilter("ignore")
     logging.disable(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
@@ -183,9 +184,8 @@ def here(names: list[str], counts: tuple[int, int], seed: int) -> dict[str, dict
         import torch
 
         torch.set_num_threads(1)
-        return {
-            name: fuzz(name, counts[name in LOADING], seed, Path(folder) / str(number)) for number, name in enumerate(names)
-        }
+        for number, name in enumerate(names):
+            yield name, fuzz(name, counts[name in LOADING], seed, Path(folder) / str(number))
 
 
 def main() -> int:
@@ -202,8 +202,8 @@ def main() -> int:
     if unknown := set(names) - {*CHEAP, *LOADING}:
         parser.error(f"no entry point {min(unknown)}; there are: {', '.join([*CHEAP, *LOADING])}")
     found = {}
-    if args.here:
-        found = here(names, args.inputs, args.seed)
+    for name, one in here(names, args.inputs, args.seed) if args.here else ():
+        found[name] = one
         args.here.write_text(json.dumps(found, indent=1))
     for name in () if args.here else names:
         found[name] = alone(name, args.inputs[name in LOADING], args.seed)
