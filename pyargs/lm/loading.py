@@ -91,6 +91,7 @@ def _loaded(name: str, auto, fits: Callable[[str], bool], why: str, dtype, devic
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if not isinstance(tokenizer, PreTrainedTokenizerBase):  # RAG's two, say
             raise PyargsError(f"its {type(tokenizer).__name__} is no tokenizer of a language model")
+        tokenizer("a")  # what its settings break fails here, and not at the first prompt
         model, found = auto.from_pretrained(
             path,
             dtype=dtype,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -72,7 +73,11 @@ def branch_attention(query: Tensor, key: Tensor, value: Tensor, length: Tensor, 
 
 
 def scale_of(query: Tensor, scale: float | None) -> float:
-    return query.shape[-1] ** -0.5 if scale is None else float(scale)
+    if scale is None:
+        return query.shape[-1] ** -0.5
+    if isinstance(scale, bool) or not isinstance(scale, Real):
+        raise TypeError(f"scale must be a number, got {type(scale).__name__}")
+    return float(scale)
 
 
 def check_inputs(query: Tensor, key: Tensor, value: Tensor, length: Tensor) -> None:

@@ -172,7 +172,6 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int
           torch.complex64)  # fmt: skip
 PLAIN = (
     None,
-    True,
     -1,
     0,
     1,
@@ -284,7 +283,7 @@ def other(random: Random, value):
             return random.choice((value[:1], value * 2, [other(random, value[0]), *value[1:]], []))
         return random.choice(PLAIN)
     change = random.choice(("shape", "dtype", "layout", "numbers", "numbers", "numbers", "plain"))
-    if change == "shape" and value.dim():
+    if change == "shape" and value.numel() and value.dim():
         dim = random.randrange(value.dim())
         return random.choice((value.narrow(dim, 0, 0), value.narrow(dim, 0, 1), torch.cat([value, value], dim),
                               value.unsqueeze(dim), value.flatten(), value.select(dim, 0)))  # fmt: skip

@@ -163,6 +163,13 @@ def test_a_model_of_a_thousand_million_layers(tmp_path, name):
         load_lm(str(folder))
 
 
+def test_a_tokenizer_that_reads_no_text_is_refused_when_it_is_loaded(tmp_path):
+    folder = tiny_lm(tmp_path / "lm", layers=1, width=32, heads=2)
+    changed_json(folder / "tokenizer_config.json", model_max_length="x")
+    with pytest.raises(PyargsError, match="cannot load the model"):
+        load_lm(str(folder))
+
+
 @pytest.mark.parametrize("name", ["merges_file", "vocab", "vocab_file"])
 def test_a_tokenizer_reads_no_file_of_elsewhere(tmp_path, name):
     folder = tiny_lm(tmp_path / "lm", layers=1, width=32, heads=2)
