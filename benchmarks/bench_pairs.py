@@ -65,7 +65,7 @@ def compare(what: str, length: int, lm, model, quick: bool) -> dict:
 
 def once(what: str, lm, model, examples: list[dict], share: bool) -> torch.Tensor:
     """The losses' margins, the states, or the log-probs [responses, T], computed one way or the other."""
-    inputs = _collate(examples, share)
+    inputs = {name: value for name, value in _collate(examples, share).items() if name != "part"}
     if what == "train":
         packed, rest = split(inputs)
         with causal(lm.get_decoder(), not share):

@@ -153,7 +153,7 @@ def measure(name: str, rows: int, length: int, given, quiet: bool) -> list[dict]
             if turn % 2 and isinstance(part, Loop):  # slow, and never near
                 continue
             time.sleep(0.3)  # threads of llama.cpp spin for a tenth of a second behind their last step
-            step, prefill, *answer = part.run(ids, steps if isinstance(part, (Ours, LlamaCpp)) else steps // 2)
+            step, prefill, *answer = part.run(ids, steps if isinstance(part, (Ours, LlamaCpp)) else max(steps // 2, 4))
             if turn >= 0:
                 seconds[line].append(step)
                 reading[line].append(prefill)

@@ -88,6 +88,8 @@ def right_calls(stack, cache) -> dict:
         "commit": (cache.commit, [torch.tensor([0, 1, -1]), rows]),
         "copy": (cache.copy, [0, 1, 1]),
         "length": (lambda *given: setattr(cache, "length", *given), [[0] * ROWS]),
+        "limit_threads": (_C.limit_threads, [2**40]),
+        "thread_count": (_C.thread_count, []),
         "set_cpu_capability": (_C.set_cpu_capability, [_C.cpu_capability()]),
         "cpu_capability": (_C.cpu_capability, []),
         "cpu_capability_detected": (_C.cpu_capability_detected, []),
