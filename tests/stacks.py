@@ -118,3 +118,25 @@ def with_lora(model, modules=("q_proj", "v_proj"), std=0.3):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=std)
     return decoder
+
+
+def check_that_states_are_their_own(stack, with_threads) -> None:
+    """A token's state is the same, bit by bit: in a prompt, one after the other, as a branch in any column, beside others,
+    with any threads."""
+    text = torch.randint(0, VOCABULARY, (1, 600))
+    whole = stack(text, stack.cache(1, 600))
+    identical(with_threads(3, lambda: stack(text, stack.cache(1, 600))), whole)
+
+    cache = stack.cache(3, 620)
+    parts = [stack(part, cache, rows=[1]) for part in text[:, :550].split([3, 1, 400, 146], dim=1)]
+    identical(torch.cat(parts, dim=1), whole[:, :550])
+    stack(text[:, :70].expand(2, -1), cache, rows=[2, 0])
+    for t in range(550, 570):
+        branches = torch.randint(0, VOCABULARY, (3, 13))
+        column = t % 13
+        branches[1, column] = text[0, t]
+        states = stack(branches, cache, branches=True)
+        identical(states[1, column], whole[0, t])
+        stack.commit(cache, torch.tensor([column]), rows=[1])
+    identical(stack(text[:, 570:], cache, rows=[1]), whole[:, 570:])
+    identical(stack.logits(whole[0])[599], stack.logits(whole[0, 599:])[0])

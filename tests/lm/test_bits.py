@@ -7,7 +7,7 @@ import torch
 from gguf_files import write_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stacks import AVAILABLE, VOCABULARY, identical, random_lm, using, with_lora
+from stacks import AVAILABLE, VOCABULARY, check_that_states_are_their_own, identical, random_lm, using, with_lora
 
 import pyargs
 from pyargs.errors import PyargsError
@@ -76,21 +76,8 @@ def test_a_state_does_not_depend_on_its_pass(held, capability, with_threads, tmp
     if held == "file":
         model = load_lm(str(write_gguf(tmp_path, model, "Q4_1")), dtype="file")[0]
     stack = keep.stack_of(model) if held == "file" else pack.pack(model, dtype=held)
-    text = torch.randint(0, VOCABULARY, (1, 80))
     with using(capability):
-        whole = stack(text, stack.cache(1, 80))
-        identical(with_threads(3, lambda: stack(text, stack.cache(1, 80))), whole)
-        cache = stack.cache(3, 90)
-        parts = [stack(part, cache, rows=[1]) for part in text[:, :60].split([3, 1, 42, 14], dim=1)]
-        identical(torch.cat(parts, dim=1), whole[:, :60])
-        stack(text[:, :20].expand(2, -1), cache, rows=[2, 0])
-        for t in range(60, 80):
-            branches = torch.randint(0, VOCABULARY, (3, 10))
-            column = t % 10
-            branches[1, column] = text[0, t]
-            identical(stack(branches, cache, branches=True)[1, column], whole[0, t])
-            stack.commit(cache, torch.tensor([column]), rows=[1])
-        identical(stack.logits(whole[0])[79], stack.logits(whole[0, 79:])[0])
+        check_that_states_are_their_own(stack, with_threads)
 
 
 def test_int8_is_near_the_model():

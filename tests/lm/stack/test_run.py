@@ -14,7 +14,20 @@ from conftest import tiny_lm
 from decoding import alike, chosen
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from stacks import AVAILABLE, FAMILIES, VOCABULARY, batches, close, hf_states, identical, models, random_lm, using, with_lora
+from stacks import (
+    AVAILABLE,
+    FAMILIES,
+    VOCABULARY,
+    batches,
+    check_that_states_are_their_own,
+    close,
+    hf_states,
+    identical,
+    models,
+    random_lm,
+    using,
+    with_lora,
+)
 
 from pyargs.errors import PyargsError
 from pyargs.lm.stack import keep, pack
@@ -64,26 +77,9 @@ def test_branches_and_the_committed_one_as_in_transformers(model, batch, k, data
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "granite", "smollm3"])
 def test_a_state_does_not_depend_on_its_pass(family, capability, dtype, with_threads):
-    """Bit by bit: in a prompt, one after the other, as a branch in any column, beside others, with any threads."""
     stack = pack.pack(random_lm(family, hidden=44, inner=45, head_dim=10, **FAMILIES[family]), dtype=dtype)
-    text = torch.randint(0, VOCABULARY, (1, 600))
     with using(capability):
-        whole = stack(text, stack.cache(1, 600))
-        identical(with_threads(3, lambda: stack(text, stack.cache(1, 600))), whole)
-
-        cache = stack.cache(3, 620)
-        parts = [stack(part, cache, rows=[1]) for part in text[:, :550].split([3, 1, 400, 146], dim=1)]
-        identical(torch.cat(parts, dim=1), whole[:, :550])
-        stack(text[:, :70].expand(2, -1), cache, rows=[2, 0])
-        for t in range(550, 570):
-            branches = torch.randint(0, VOCABULARY, (3, 13))
-            column = t % 13
-            branches[1, column] = text[0, t]
-            states = stack(branches, cache, branches=True)
-            identical(states[1, column], whole[0, t])
-            stack.commit(cache, torch.tensor([column]), rows=[1])
-        identical(stack(text[:, 570:], cache, rows=[1]), whole[:, 570:])
-        identical(stack.logits(whole[0])[599], stack.logits(whole[0, 599:])[0])
+        check_that_states_are_their_own(stack, with_threads)
 
 
 def bits(values: torch.Tensor) -> torch.Tensor:
