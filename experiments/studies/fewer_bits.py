@@ -1,6 +1,6 @@
 """What weights in fewer bits do to answers and to RM accuracy, beside float32.
 
-    python -m experiments.studies.fewer_bits [--prompts 48] [--pairs 300] [--shared DIR] [--work DIR] [--out FILE]
+    python -m experiments.studies.fewer_bits [--prompts 32] [--pairs 150] [--shared DIR] [--work DIR] [--out FILE]
 
 The models and prompts of `fewer_candidates`: LoRE on frozen SmolLM2-135M guides it at strength 1. Policy and reward model rest
 on the same weights, so that both are in the dtype (bfloat16: the policy alone). Greedy, 10 candidates.
@@ -12,13 +12,13 @@ against what the user wrote or chose. Differences to float32 with 95% intervals 
 
 from __future__ import annotations
 
-import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from experiments.studies import fewer_candidates as candidates
 from pyargs import files
-from pyargs.data import load, of_split
+from pyargs.data import of_split
 from pyargs.decode.engine import Engine
 from pyargs.decode.pair import load_pair
 from pyargs.lm.tokenize import encode_response
@@ -86,34 +86,10 @@ def table(result: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=48, help="of each set (default 48)")
-    parser.add_argument("--pairs", type=int, default=300, help="to train on, of each set (default 300)")
-    parser.add_argument("--shared", type=Path, default=candidates.SHARED)
-    parser.add_argument("--work", type=Path, default=files.cache_dir() / "fewer_candidates")
-    parser.add_argument("--out", type=Path, default=OUT)
-    options = parser.parse_args()
-    result = files.read_json(options.out) if options.out.exists() else {}
-    sizes = {"prompts": options.prompts, "pairs": options.pairs}
-    if result.setdefault("sizes", sizes) != sizes:
-        raise SystemExit(f"{options.out} has cells of {result['sizes']}: name another --out")
-    for row in candidates.ROWS:
-        left = [dtype for dtype in DTYPES if f"{row} / {dtype}" not in result]
-        if not left:
-            continue
-        place = options.shared / candidates.ROWS[row]
-        if not place.exists():
-            raise SystemExit(f"no {place}: this experiment needs the shared data")
-        data = load(row, place)
-        folder = options.work / files.short_hash([row, options.pairs, candidates.SUPPORT])
-        candidates.trained(data, folder, options.pairs)
-        rows = candidates.asked(data, options.prompts)
-        for dtype in left:
-            right = result.get(f"{row} / float32")
-            result[f"{row} / {dtype}"] = found = cell(folder, dtype, data, rows, right and right["tokens"])
-            files.write_json(options.out, result)
-            print(f"{row}, {dtype}: {found['seconds']} s", flush=True)
-    print(table(result))
+    def begin(folder: Path, data, rows: list[dict], done: dict) -> Callable[[str], dict]:
+        return lambda dtype: cell(folder, dtype, data, rows, done["float32"]["tokens"] if "float32" in done else None)
+
+    candidates.study(__doc__, OUT, DTYPES, begin, table)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import math
 import statistics
 import time
 from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pyargs
@@ -43,9 +44,8 @@ WISHES = {
 K = 10
 
 
-def trained(rows, folder: Path, pairs: int):
-    """The model of a set: trained on `pairs` train pairs, drawn, and adapted to the first SUPPORT of each new user; kept in a
-    folder."""
+def trained(rows, folder: Path, pairs: int) -> None:
+    """Makes the model of a set, once: of `pairs` train pairs, drawn, and adapted to the first SUPPORT of each new user."""
     if not (folder / "config.json").is_file():
         train, support, count = of_split(rows, "train").shuffle(seed=0), of_split(rows, "support"), Counter()
         kept = [i for i, user in enumerate(support["user_id"]) if count.update([user]) or count[user] <= SUPPORT]
@@ -54,7 +54,6 @@ def trained(rows, folder: Path, pairs: int):
         )
         pyargs.adapt(model, support.select(kept))
         model.save_pretrained(folder)
-    return pyargs.load_model(folder)
 
 
 def asked(rows, count: int) -> list[dict]:
@@ -131,21 +130,26 @@ def table(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def study(about: str | None, out: Path, names: Iterable[str], begin: Callable, table: Callable[[dict], str]) -> None:
+    """The command line of a study that measures each set under several names: what is done already stays.
+
+    begin(folder of the set's model, its rows, prompts that are asked, the set's cells so far by name) gives measure(name).
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="SET", help=", ".join(ROWS))
     parser.add_argument("--prompts", type=int, default=32, help="of each set (default 32)")
     parser.add_argument("--pairs", type=int, default=150, help="to train on, of each set (default 150)")
     parser.add_argument("--shared", type=Path, default=SHARED)
     parser.add_argument("--work", type=Path, default=files.cache_dir() / "fewer_candidates")
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--out", type=Path, default=out)
     options = parser.parse_args()
     result = files.read_json(options.out) if options.out.exists() else {}
     sizes = {"prompts": options.prompts, "pairs": options.pairs}
     if result.setdefault("sizes", sizes) != sizes:
         raise SystemExit(f"{options.out} has cells of {result['sizes']}: name another --out")
     for row in options.only:
-        left = [name for name in WISHES if f"{row} / {name}" not in result]
+        done = {name: result[f"{row} / {name}"] for name in names if f"{row} / {name}" in result}
+        left = [name for name in names if name not in done]
         if not left:
             continue
         place = options.shared / ROWS[row]
@@ -153,13 +157,21 @@ def main() -> None:
             raise SystemExit(f"no {place}: this experiment needs the shared data")
         data = load(row, place)
         folder = options.work / files.short_hash([row, options.pairs, SUPPORT])
-        engine = Engine("smollm2-135m", trained(data, folder, options.pairs))
-        rows = asked(data, options.prompts)
+        trained(data, folder, options.pairs)
+        measure = begin(folder, data, asked(data, options.prompts), done)
         for name in left:
-            result[f"{row} / {name}"] = found = cell(engine, rows, WISHES[name], TOKENS)
+            result[f"{row} / {name}"] = done[name] = measure(name)
             files.write_json(options.out, result)
-            print(f"{row}, {name}: {found['candidates']:.1f} candidates a step, {found['seconds']} s", flush=True)
+            print(f"{row}, {name}: {done[name]['seconds']} s", flush=True)
     print(table(result))
+
+
+def main() -> None:
+    def begin(folder: Path, _, rows: list[dict], __) -> Callable[[str], dict]:
+        engine = Engine("smollm2-135m", pyargs.load_model(folder))
+        return lambda name: cell(engine, rows, WISHES[name], TOKENS)
+
+    study(__doc__, OUT, WISHES, begin, table)
 
 
 if __name__ == "__main__":
